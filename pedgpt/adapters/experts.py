@@ -1,0 +1,166 @@
+"""The mixture of universal-specific experts (PediatricsGPT §3.4), in its packed form.
+
+Letters: N specific experts, R rank, one universal expert first: (N+1)·R rows of A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pedgpt.adapters.lora import AdaptedLinear
+
+
+class ExpertLoRALinear(AdaptedLinear):
+    """One universal expert, always on, and N specific ones, softly gated per token.
+
+        G(x) = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ)),  ε ~ N(0,1) while training, 0 in evaluation
+        y    = W x (+ b) + (α/r) ( E_u(x) + Σ_j G(x)_j E_j(x) ),  E(x) = B A x
+
+    Computed as one LoRA of rank (N+1)·r whose hidden vector the gate scales: a single skinny product reads x for all A,
+    W_g and W_n, and no [tokens, experts, out] tensor exists. The softmax runs in float32. W_g (`router` [N, in]) and
+    W_n (`router_noise` [N, in]) start at zero (Shazeer et al. 2017): equal gates, noise of scale softplus(0).
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = 8,
+        alpha: float = 16,
+        num_specific_experts: int = 3,
+        dropout: float = 0.0,
+    ) -> None:
+        if num_specific_experts < 1:
+            raise ValueError(f"num_specific_experts must be at least 1, found {num_specific_experts}")
+        super().__init__(base, rank, alpha, dropout, hidden_size=(num_specific_experts + 1) * rank)
+        self.num_specific_experts = num_specific_experts
+        self.router = nn.Parameter(self.lora_A.new_zeros(num_specific_experts, base.in_features))
+        self.router_noise = nn.Parameter(torch.zeros_like(self.router))
+        self.noise_stream: NoiseStream | None = None
+        self.gate_record: GateRecord | None = None
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {**super().adapter_parameters(), "router": self.router, "router_noise": self.router_noise}
+
+    @property
+    def universal_expert(self) -> tuple[Tensor, Tensor]:
+        """(A [r, in], B [out, r]) of the expert that is always on."""
+        return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
+
+    @property
+    def specific_experts(self) -> list[tuple[Tensor, Tensor]]:
+        """(A [r, in], B [out, r]) of each gated expert."""
+        slices = [slice((j + 1) * self.rank, (j + 2) * self.rank) for j in range(self.num_specific_experts)]
+        return [(self.lora_A[rows], self.lora_B[:, rows]) for rows in slices]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        if self.dropout and self.training:
+            # The experts see the dropped input, the router the whole one, so these are two products.
+            s = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
+            routes = F.linear(x, torch.cat((self.router, self.router_noise)).to(x.dtype))
+        else:
+            packed = F.linear(x, torch.cat((self.lora_A, self.router, self.router_noise)).to(x.dtype))
+            s, routes = packed.split((len(self.lora_A), 2 * self.num_specific_experts), dim=-1)
+        gates = self.gates(routes)
+        if self.gate_record is not None:
+            self.gate_record.add(gates)
+        weights = F.pad(gates, (1, 0), value=1.0) * self.scaling  # [..., N+1], the universal expert's is α/r
+        h = s * weights.repeat_interleave(self.rank, dim=-1).to(s.dtype)
+        return y + F.linear(h, self.lora_B.to(x.dtype))
+
+    def gates(self, routes: Tensor) -> Tensor:
+        """G [..., N] in float32 from x W_g and x W_n side by side [..., 2N]; noisy while training."""
+        clean, noise_scale = routes.float().chunk(2, dim=-1)
+        if self.training:
+            noise = torch.randn_like(clean) if self.noise_stream is None else self.noise_stream.normal(clean, self)
+            clean = clean + noise * F.softplus(noise_scale)
+        return clean.softmax(-1)
+
+
+class GateRecord:
+    """Running mean of one layer's gates, float64 on the layer's own device."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, gates: Tensor) -> None:
+        total = gates.detach().flatten(0, -2).sum(0, dtype=torch.float64)
+        self.total = total if self.total is None else self.total + total
+        self.count += gates[..., 0].numel()
+
+    def mean(self) -> list[float]:
+        """Mean weight of each specific expert over the tokens seen; sums to 1."""
+        assert self.total is not None
+        return (self.total / self.count).tolist()
+
+
+@contextmanager
+def record_gates(model: nn.Module) -> Iterator[dict[str, GateRecord]]:
+    """Within the context, collect every expert layer's gates by module name."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, ExpertLoRALinear)}
+    if not layers:
+        raise ValueError("the model has no expert layers; inject_experts or load_adapter first")
+    records = {name: GateRecord() for name in layers}
+    for name, layer in layers.items():
+        layer.gate_record = records[name]
+    try:
+        yield records
+    finally:
+        for layer in layers.values():
+            layer.gate_record = None
+
+
+class NoiseStream:
+    """Gate noise that depends only on (seed, row, token, layer, expert), not on how rows are spread over ranks.
+
+    A counter-based generator: each number is a hash of its coordinates, turned normal by Box-Muller. So one process
+    or many, any micro-batch size, and activation checkpointing's recomputation all draw the same noise.
+    """
+
+    def __init__(self, layers: list[ExpertLoRALinear], seed: int, rows: Tensor) -> None:
+        self.numbers = {id(layer): i for i, layer in enumerate(layers)}
+        self.seed, self.rows = seed, rows
+
+    def normal(self, like: Tensor, layer: ExpertLoRALinear) -> Tensor:
+        """Standard normal numbers of the shape [B, T, N], float32; B must be the number of rows."""
+        if like.ndim != 3 or like.shape[0] != len(self.rows):
+            raise ValueError(f"gate noise for {len(self.rows)} rows needs a [rows, tokens, experts] input, found {list(like.shape)}")
+        _, tokens, experts = like.shape
+        counter = _hash(torch.full_like(self.rows, self.seed) + 0x9E3779B9 * self.numbers[id(layer)])
+        counter = _hash(counter ^ (self.rows & _MASK))[:, None] + torch.arange(tokens, device=like.device)
+        counter = _hash(counter & _MASK)[..., None] + torch.arange(experts, device=like.device)
+        bits = _hash(counter & _MASK)
+        first = (bits + 1).double() / 2**32  # in (0, 1], so that its logarithm is finite
+        second = _hash(bits ^ 0x5BF03635).double() / 2**32
+        return ((-2 * first.log()).sqrt() * (2 * math.pi * second).cos()).float()
+
+
+def set_noise_rows(model: nn.Module, seed: int, rows: Tensor | None) -> None:
+    """From now on, expert layers draw the noise of batch row i as `rows[i]` (int64 [B]) says; None: at random.
+
+    No context manager: activation checkpointing calls the layers again in the backward pass.
+    """
+    layers = [m for m in model.modules() if isinstance(m, ExpertLoRALinear)]
+    stream = None if rows is None else NoiseStream(layers, seed, rows)
+    for layer in layers:
+        layer.noise_stream = stream
+
+
+_MASK = 0xFFFFFFFF
+
+
+def _hash(x: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser on int64 tensors, whose products wrap modulo 2^64."""
+    x = x & _MASK
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
+    return x ^ (x >> 16)

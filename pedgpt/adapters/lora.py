@@ -1,0 +1,54 @@
+"""Low-rank adaptation of a linear layer (Hu et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AdaptedLinear(nn.Linear):
+    """A frozen or trainable `nn.Linear` with a low-rank addition that can be switched off.
+
+    It takes over `base`'s own weight and bias, so the base layer's names in the state dict stay what they were.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, hidden_size: int) -> None:
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, found {rank}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), found {dropout}")
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
+        self.dropout = dropout
+        self.enabled = True
+        # Adapters train in float32 over a bf16 base: at bf16 a small update would round away.
+        dtype = torch.float32 if base.weight.dtype in (torch.bfloat16, torch.float16) else base.weight.dtype
+        factory = {"device": base.weight.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.empty(hidden_size, base.in_features, **factory))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, hidden_size, **factory))
+        # Kaiming-uniform by the fan-in, with the slope that PEFT and nn.Linear use: bound 1/sqrt(in_features).
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(base.training)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's own tensors by name, everything that training changes."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+
+class LoRALinear(AdaptedLinear):
+    """y = W x (+ b) + (α/r) B A dropout(x), with A [r, in] Kaiming-uniform and B [out, r] zero."""
+
+    def __init__(self, base: nn.Linear, rank: int = 8, alpha: float = 16, dropout: float = 0.0) -> None:
+        super().__init__(base, rank, alpha, dropout, hidden_size=rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        dropped = F.dropout(x, self.dropout, self.training)
+        s = F.linear(dropped, self.lora_A.to(x.dtype))
+        return y + F.linear(s * self.scaling, self.lora_B.to(x.dtype))

@@ -1,0 +1,63 @@
+"""Records, tokens, chat formats, packing: everything before the model."""
+
+from pedgpt.data.chat import ChatFormat, Example, chat_format, encode_conversation, encode_prompt
+from pedgpt.data.hybrid import as_completion, mix
+from pedgpt.data.packing import (
+    Batch,
+    collate,
+    encode_conversations,
+    encode_document,
+    fingerprint,
+    fits,
+    pack,
+    utilization,
+)
+from pedgpt.data.preference import PreferenceBatch, collate_pairs, encode_pair
+from pedgpt.data.records import (
+    Conversation,
+    Document,
+    Message,
+    PreferencePair,
+    ReadSummary,
+    Triple,
+    read_conversations,
+    read_documents,
+    read_preferences,
+    read_triples,
+)
+from pedgpt.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "Batch",
+    "ChatFormat",
+    "Conversation",
+    "Document",
+    "Example",
+    "Message",
+    "PreferenceBatch",
+    "PreferencePair",
+    "ReadSummary",
+    "StreamDecoder",
+    "Tokenizer",
+    "Triple",
+    "as_completion",
+    "chat_format",
+    "collate",
+    "collate_pairs",
+    "encode_conversation",
+    "encode_conversations",
+    "encode_document",
+    "encode_pair",
+    "encode_prompt",
+    "fingerprint",
+    "fits",
+    "load_tokenizer",
+    "mix",
+    "pack",
+    "read_conversations",
+    "read_documents",
+    "read_preferences",
+    "read_triples",
+    "train_tokenizer",
+    "utilization",
+]

@@ -1,0 +1,152 @@
+"""Documents into fixed rows, and rows into batches of tensors. Letters: B batch, T tokens."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from pedgpt.data.chat import IGNORE_INDEX, ChatFormat, Example, encode_conversation
+from pedgpt.data.records import Conversation, ReadSummary
+
+PADDING_DOCUMENT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Several documents end to end; `documents[t]` numbers the one that token t belongs to."""
+
+    tokens: list[int]
+    labels: list[int]
+    documents: list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass needs: tensors [B, T] (int64), `row_ids` [B], and `weight`, the supervised tokens in it.
+
+    `row_ids` number the rows over the whole training, whatever the ranks: random numbers that are drawn by row id do not
+    depend on how a batch is split.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    documents: Tensor
+    row_ids: Tensor
+    weight: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the batch, padding left out."""
+        return int((self.documents != PADDING_DOCUMENT).sum())
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on another device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+
+def encode_document(ids: Sequence[int], eos_id: int | None, row_length: int, source: str = "") -> list[Example]:
+    """A running text as examples in which every token carries loss, the end of the text included.
+
+    A text longer than a row becomes several examples; each token but the first is predicted exactly once.
+    """
+    stream = [*ids, eos_id] if eos_id is not None else list(ids)
+    pieces = []
+    for start in range(0, len(stream) - 1, row_length):
+        piece = stream[start : start + row_length + 1]
+        pieces.append(Example(piece[:-1], piece[1:], source))
+    return pieces
+
+
+def pack(examples: Sequence[Example], row_length: int) -> list[Row]:
+    """Best-fit decreasing: each example, longest first, into the fullest row that still holds it, whole.
+
+    Raises ValueError naming the source of an example longer than a row. Order within equal lengths is kept, so the
+    result depends on the input alone.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens)):
+        size = len(examples[i].tokens)
+        if size > row_length:
+            raise ValueError(f"{examples[i].source}: {size} tokens do not fit a row of {row_length}; raise row_length")
+        if size == 0:
+            continue
+        at = bisect.bisect_left(room, (size, -1))
+        free, row = room.pop(at) if at < len(room) else (row_length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        bisect.insort(room, (free - size, row))
+    return [_join([examples[i] for i in members]) for members in rows]
+
+
+def encode_conversations(
+    conversations: Sequence[Conversation], chat: ChatFormat, row_length: int, on_bad_row: str, summary: ReadSummary
+) -> list[Example]:
+    """Chat-formatted examples; one longer than a row is a bad row: an error, or left out and counted in `summary`."""
+    examples = []
+    for conversation in conversations:
+        example = encode_conversation(conversation.messages, chat, source=conversation.source)
+        if fits(len(example.tokens), row_length, conversation.source, on_bad_row, summary):
+            examples.append(example)
+    return examples
+
+
+def fits(size: int, row_length: int, source: str, on_bad_row: str, summary: ReadSummary) -> bool:
+    """Whether `size` tokens fit a row; if not, ValueError or, under "skip", an entry in `summary`."""
+    if size <= row_length:
+        return True
+    reason = f"over-long: {size} tokens do not fit a row of {row_length}"
+    if on_bad_row == "error":
+        raise ValueError(f'{source}: {reason}; raise row_length, shorten it, or set on_bad_row = "skip"')
+    summary.drop(source, reason)
+    return False
+
+
+def collate(rows: Sequence[Row], row_ids: Sequence[int], pad_id: int = 0) -> Batch:
+    """Rows as one batch, padded on the right to the longest; padding is a document of its own and carries no loss.
+
+    No rows at all give a batch of one padding token and weight 0, for a rank that has nothing left to do in a step.
+    """
+    if not rows:
+        rows, row_ids = [Row([pad_id], [IGNORE_INDEX], [PADDING_DOCUMENT])], [0]
+    width = max(len(row.tokens) for row in rows)
+    labels = _padded([row.labels for row in rows], width, IGNORE_INDEX)
+    return Batch(
+        tokens=_padded([row.tokens for row in rows], width, pad_id),
+        labels=labels,
+        documents=_padded([row.documents for row in rows], width, PADDING_DOCUMENT),
+        row_ids=torch.tensor(row_ids),
+        weight=int((labels != IGNORE_INDEX).sum()),
+    )
+
+
+def utilization(rows: Sequence[Row], row_length: int) -> float:
+    """The share of positions that hold a token."""
+    return sum(len(row.tokens) for row in rows) / max(1, len(rows) * row_length)
+
+
+def fingerprint(rows: Sequence[Row | Example]) -> str:
+    """A short name of exactly this training data, to tell whether a checkpoint belongs to it."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.tokens, row.labels)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _join(examples: list[Example]) -> Row:
+    tokens = [token for example in examples for token in example.tokens]
+    labels = [label for example in examples for label in example.labels]
+    documents = [number for number, example in enumerate(examples) for _ in example.tokens]
+    return Row(tokens, labels, documents)
+
+
+def _padded(values: list[list[int]], width: int, filler: int) -> Tensor:
+    return torch.tensor([row + [filler] * (width - len(row)) for row in values])

@@ -1,0 +1,1 @@
+"""Held-out evaluation: likelihood, generated answers, and the report of a whole run."""

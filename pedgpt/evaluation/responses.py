@@ -1,0 +1,49 @@
+"""Answers of a model to held-out conversations, beside what should have been said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pedgpt.data.chat import ChatFormat, encode_prompt
+from pedgpt.data.records import Conversation, Message
+from pedgpt.models.generation import generate
+from pedgpt.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Item:
+    """One assistant turn to be written: the true conversation before it, and the true answer."""
+
+    history: tuple[Message, ...]
+    reference: str
+
+
+def items(conversations: Sequence[Conversation], limit: int) -> list[Item]:
+    """Every assistant turn of every conversation, thinned evenly to at most `limit`."""
+    found = [
+        Item(conversation.messages[:i], message.content)
+        for conversation in conversations
+        for i, message in enumerate(conversation.messages)
+        if message.role == "assistant"
+    ]
+    if len(found) <= limit:
+        return found
+    return [found[i * len(found) // limit] for i in range(limit)]
+
+
+def answer(
+    model: Transformer, chat: ChatFormat, questions: Sequence[Item], *, max_new_tokens: int, batch_size: int = 32
+) -> list[str]:
+    """The model's greedy answers, in order; prompts of like length are decoded together."""
+    prompts = [encode_prompt(question.history, chat) for question in questions]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        outputs = generate(
+            model, [prompts[i] for i in chosen], max_new_tokens=max_new_tokens, stop_tokens=chat.stop_tokens
+        )
+        for i, ids in zip(chosen, outputs, strict=True):
+            answers[i] = chat.tokenizer.decode(ids).strip()
+    return answers

@@ -1,0 +1,191 @@
+"""Decoding: a preallocated key-value cache, sampling, and generation one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pedgpt.models.transformer import Transformer
+
+
+class KVCache:
+    """Keys, values, positions and document ids of `capacity` tokens for a batch, allocated once.
+
+    `extend` is called once a forward pass, `append` once a layer; both return everything held so far.
+    """
+
+    def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None:
+        config, weight = model.config, model.model.embed_tokens.weight
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.empty_like(self.keys)
+        self.positions = torch.zeros(batch_size, capacity, dtype=torch.long, device=weight.device)
+        self.documents = torch.zeros_like(self.positions)
+        self.isolated = False  # whether any token came with a document id
+        self.length = 0
+        self.capacity = capacity
+
+    def next_positions(self, count: int) -> Tensor:
+        """Positions [B, count] that follow the last one held."""
+        start = self.positions[:, self.length - 1 : self.length] + 1 if self.length else self.positions[:, :1]
+        return start + torch.arange(count, device=self.positions.device)
+
+    def extend(self, positions: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Make room for positions [B, T]; returns all positions and, if any token has one, all document ids."""
+        end = self.length + positions.shape[1]
+        if positions.shape[0] != self.positions.shape[0] or end > self.capacity:
+            raise ValueError(
+                f"the cache holds {self.positions.shape[0]} x {self.capacity} tokens; "
+                f"asked for a batch of {positions.shape[0]} up to token {end}"
+            )
+        self.start, self.length = self.length, end
+        self.positions[:, self.start : end] = positions
+        if documents is not None:
+            self.documents[:, self.start : end] = documents
+            self.isolated = True
+        elif self.isolated:
+            raise ValueError("the cache holds document ids; pass `documents` for the new tokens too")
+        return self.positions[:, :end], self.documents[:, :end] if self.isolated else None
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values [B, G, T, K]; returns all [B, G, S, K]."""
+        self.keys[layer, :, :, self.start : self.length] = keys
+        self.values[layer, :, :, self.start : self.length] = values
+        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+
+
+@torch.no_grad()
+def generate_steps(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop_tokens: Collection[int] = (),
+    seed: int | None = None,
+) -> Iterator[list[int | None]]:
+    """Yield, token by token, the next id of every prompt; None for a prompt that has stopped. Arguments as `generate`."""
+    _check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    if not prompts or max_new_tokens == 0:
+        return
+    device = model.model.embed_tokens.weight.device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width = int(lengths.max())
+    # Prompts are aligned on the right; the padding is a document of its own, which nothing attends to.
+    tokens = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+    real = torch.arange(width, device=device) >= (width - lengths)[:, None]
+    ragged = bool((lengths != width).any())
+    positions = (torch.arange(width, device=device) - (width - lengths)[:, None]).clamp(min=0)
+    documents = real.long() if ragged else None
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+    if repetition_penalty != 1.0:
+        for row, prompt in enumerate(prompts):
+            seen[row, list(prompt)] = True
+
+    cache = KVCache(model, len(prompts), width + max_new_tokens)
+    head = model.head_weight()
+    running = [True] * len(prompts)
+    for _ in range(max_new_tokens):
+        hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
+        logits = F.linear(hidden[:, -1], head).float()
+        if repetition_penalty != 1.0:
+            penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+            logits = torch.where(seen, penalised, logits)
+        chosen = _sample(logits, temperature, top_k, top_p, generator)
+        if repetition_penalty != 1.0:
+            seen[torch.arange(len(prompts), device=device), chosen] = True
+        step: list[int | None] = []
+        for row, token in enumerate(chosen.tolist()):
+            step.append(token if running[row] else None)
+            running[row] = running[row] and token not in stop_tokens
+        yield step
+        if not any(running):
+            return
+        tokens, positions = chosen[:, None], positions[:, -1:] + 1
+        documents = torch.ones_like(tokens) if ragged else None
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop_tokens: Collection[int] = (),
+    seed: int | None = None,
+) -> list[list[int]]:
+    """The continuation of each prompt (a list of token ids), without the prompt and without the stop token.
+
+    `temperature` 0 is greedy; `top_k` and `top_p` restrict sampling; `repetition_penalty` > 1 divides (or multiplies,
+    if negative) the logits of tokens already seen (Keskar et al. 2019); `seed` makes sampling repeatable. Prompts may
+    differ in length. Call with the model in evaluation mode. Raises ValueError for an empty prompt, an id outside the
+    vocabulary, or a setting out of range.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    steps = generate_steps(
+        model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        repetition_penalty=repetition_penalty, stop_tokens=stop_tokens, seed=seed,
+    )  # fmt: skip
+    for step in steps:
+        for answer, token in zip(answers, step, strict=True):
+            if token is not None and token not in stop_tokens:
+                answer.append(token)
+    return answers
+
+
+def _sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Ids [B] drawn from logits [B, V] (float32)."""
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        lowest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -torch.inf)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        beyond = probabilities.cumsum(-1) - probabilities >= top_p  # the token that crosses top_p stays
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def _check_sampling(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float,
+) -> None:
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} is empty; give at least one token")
+        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+            raise ValueError(f"prompt {i} holds an id outside the vocabulary of {model.config.vocab_size} tokens")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, found {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, found {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1 or None, found {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1] or None, found {top_p}")
+    if repetition_penalty <= 0:
+        raise ValueError(f"repetition_penalty must be positive, found {repetition_penalty}")

@@ -1,0 +1,245 @@
+"""The decoder of all five families, whole, in one file. Module names are those of the HF checkpoints.
+
+Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value heads, K head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pedgpt.models.config import ModelConfig
+from pedgpt.models.positions import alibi_slopes, apply_rope, rope_frequencies, rope_tables
+
+if TYPE_CHECKING:
+    from pedgpt.models.generation import KVCache
+
+
+class RMSNorm(nn.Module):
+    """y = w · x / sqrt(mean(x²) + ε) over the last axis, the variance in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key-value heads; `mask` is boolean, additive, or None for plainly causal."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.head_dim = size
+        self.fused_qkv = config.fused_qkv
+        if self.fused_qkv:
+            self.W_pack = nn.Linear(config.hidden_size, 3 * heads * size, bias=config.attention_bias)
+        else:
+            self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=config.attention_bias)
+            self.k_proj = nn.Linear(config.hidden_size, groups * size, bias=config.attention_bias)
+            self.v_proj = nn.Linear(config.hidden_size, groups * size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.grouped = groups != heads
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        packed = self.W_pack(x).chunk(3, -1) if self.fused_qkv else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (rearrange(part, "B T (H K) -> B H T K", K=self.head_dim) for part in packed)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        # Without a mask, T > 1 means a prompt that starts at the first key; one query sees every key.
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=self.grouped
+        )
+        return self.o_proj(rearrange(out, "B H T K -> B T (H K)"))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) · up x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: the part that HF checkpoints name `model.`"""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A causal language model of any supported family, with random weights until a checkpoint fills them.
+
+    `model(tokens)` gives logits [B, T, V]. Set `activation_checkpointing = True` to recompute each block in the
+    backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal(0, initializer_range) for matrices, zeros for biases, ones for norms."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] in the model's dtype; arguments as in `hidden_states`."""
+        hidden = self.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
+        return F.linear(hidden, self.head_weight())
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Final normalised states [B, T, D] for token ids [B, T] (int64).
+
+        `documents` [B, T]: tokens attend only within equal integers, and positions restart where the integer changes.
+        `positions` [B, T] overrides the positions so derived. With `cache`, `tokens` continue what the cache holds.
+        Raises ValueError for a shape that is not [B, T], or a batch that differs from the cache's.
+        """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must have the shape [batch, tokens], found {list(tokens.shape)}")
+        for name, value in (("positions", positions), ("documents", documents)):
+            if value is not None and value.shape != tokens.shape:
+                raise ValueError(f"{name} has the shape {list(value.shape)}, tokens have {list(tokens.shape)}")
+        if positions is None:
+            if cache is not None:
+                positions = cache.next_positions(tokens.shape[1])
+            else:
+                positions = document_positions(tokens, documents)
+        all_positions, all_documents = positions, documents
+        if cache is not None:
+            all_positions, all_documents = cache.extend(positions, documents)
+
+        hidden = self.model.embed_tokens(tokens)
+        rotary = None
+        if self.config.positions == "rope":
+            frequencies = rope_frequencies(
+                self.config.head_dim, self.config.rope_theta, self.config.rope_scaling, tokens.device
+            )
+            rotary = rope_tables(positions, frequencies, hidden.dtype)
+        mask = self._attention_mask(positions, all_positions, documents, all_documents, hidden.dtype)
+        for i, block in enumerate(self.model.layers):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, rotary, mask, use_reentrant=False)
+            else:
+                hidden = block(hidden, rotary, mask, cache, i)
+        return self.model.norm(hidden)
+
+    def head_weight(self) -> Tensor:
+        """The output matrix [V, D] as it multiplies: for NormHead, rows of unit length (normalised in float32)."""
+        weight = self.lm_head.weight
+        if not self.config.normalize_head:
+            return weight
+        return F.normalize(weight.float(), dim=-1).to(weight.dtype)
+
+    def _attention_mask(
+        self,
+        positions: Tensor,
+        all_positions: Tensor,
+        documents: Tensor | None,
+        all_documents: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """What attention adds or forbids, [B or 1, H or 1, T, S]; None where plain causality (or one query) suffices."""
+        queries, keys = positions.shape[1], all_positions.shape[1]
+        alibi = self.config.positions == "alibi"
+        if all_documents is None and not alibi and (queries == keys or queries == 1):
+            return None
+        index = torch.arange(keys, device=positions.device)
+        allowed = (index <= index[keys - queries :, None])[None]
+        if all_documents is not None:
+            assert documents is not None
+            allowed = allowed & (documents[:, :, None] == all_documents[:, None, :])
+        if not alibi:
+            return allowed[:, None]
+        slopes = alibi_slopes(self.config.num_attention_heads, positions.device)
+        distance = (all_positions[:, None, :] - positions[:, :, None]).float()
+        bias = slopes[:, None, None] * distance[:, None]
+        return bias.masked_fill(~allowed[:, None], -torch.inf).to(dtype)
+
+
+def document_positions(tokens: Tensor, documents: Tensor | None) -> Tensor:
+    """Positions [B, T] that count from 0 and restart wherever `documents` changes."""
+    index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    if documents is None:
+        return index
+    starts = torch.zeros_like(index)
+    starts[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], index[:, 1:], 0)
+    return index - starts.cummax(dim=1).values

@@ -1,0 +1,23 @@
+"""One loop, its settings, optimizer, checkpoints and distribution. Knows no model, no data, no loss."""
+
+from pedgpt.training.batches import BatchPlan
+from pedgpt.training.config import TrainingSettings, parse_settings, run_recipe
+from pedgpt.training.distributed import World, gather_rows, gather_state_dict, shard, start, stop
+from pedgpt.training.loop import finish, is_finished, mean_loss, train
+
+__all__ = [
+    "BatchPlan",
+    "TrainingSettings",
+    "World",
+    "finish",
+    "gather_rows",
+    "gather_state_dict",
+    "is_finished",
+    "mean_loss",
+    "parse_settings",
+    "run_recipe",
+    "shard",
+    "start",
+    "stop",
+    "train",
+]

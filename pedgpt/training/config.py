@@ -1,0 +1,187 @@
+"""Settings of a recipe: a dataclass, filled from a TOML file and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+
+
+@dataclass
+class TrainingSettings:
+    """What every training stage asks for; a recipe adds its own fields."""
+
+    output: str  # folder for checkpoints, metrics.jsonl and the trained model
+    epochs: float = 1.0  # passes over the training rows
+    max_steps: int = 0  # optimizer steps; 0: as many as `epochs` asks for
+    global_batch_size: int = 16  # rows (pairs in DFPO) per optimizer step, over all ranks
+    micro_batch_size: int = 4  # rows per forward pass and rank; the rest of the batch is accumulated
+    learning_rate: float = 1e-5  # peak of the schedule
+    final_learning_rate_ratio: float = 0.1  # learning rate at the end, as a share of the peak
+    warmup_ratio: float = 0.03  # share of the steps in which the learning rate rises linearly
+    weight_decay: float = 0.1  # AdamW, on matrices only
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not at all
+    dtype: str = "float32"  # of the computation: float32 or bfloat16 (trained weights stay float32)
+    activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
+    evaluate_every: int = 0  # steps between evaluations on held-out rows; 0: only at the end
+    checkpoint_every: int = 0  # steps between checkpoints; 0: none
+    keep_checkpoints: int = 1  # how many of the last checkpoints stay on disk
+    seed: int = 0  # of the data order, the initial adapters and all noise
+    device: str = "auto"  # auto, cpu or cuda
+
+    def check(self) -> None:
+        """Raise ValueError for a value out of range, before anything is loaded."""
+        for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("max_steps", "evaluate_every", "checkpoint_every", "max_grad_norm", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
+        for name in ("epochs", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        for name in ("warmup_ratio", "final_learning_rate_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f'dtype must be "float32" or "bfloat16", found {self.dtype!r}')
+
+
+def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
+    """Fill the dataclass `cls` from `--config file.toml` and then from `--key value` flags, which win.
+
+    A list field takes several values. Raises ValueError for an unknown key (with the nearest known one), a value of the
+    wrong type, a missing required field or an unreadable file.
+    """
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    kinds = typing.get_type_hints(cls)
+    flags = _split_flags(arguments)
+    values: dict[str, Any] = {}
+    if "config" in flags:
+        values |= _read_toml(_single("config", flags.pop("config")), known)
+    for name, given in flags.items():
+        _require_known(name, known, "--" + name.replace("_", "-"))
+        values[name] = given
+    converted = {name: _convert(name, value, kinds[name]) for name, value in values.items()}
+    missing = [
+        name
+        for name, f in known.items()
+        if name not in converted and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"missing setting: {', '.join(missing)}; give --{missing[0]} or set it in the --config file")
+    return cls(**converted)
+
+
+def run_recipe(main: Callable[[C], None], cls: type[C]) -> None:
+    """Call `main` with settings from the command line; a user's mistake ends in one line instead of a traceback.
+
+    With PEDGPT_TRACEBACK=1 in the environment the traceback is shown.
+    """
+    arguments = sys.argv[1:]
+    if "-h" in arguments or "--help" in arguments:
+        print(describe_settings(cls))
+        return
+    try:
+        main(parse_settings(cls, arguments))
+    except ValueError as error:
+        if os.environ.get("PEDGPT_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # Other ranks may wait for this one in a collective: leave at once, torchrun ends them.
+        os._exit(2)
+
+
+def describe_settings(cls: type) -> str:
+    """Every setting with its type, default and comment, for --help."""
+    comments: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), flags=re.MULTILINE))
+    lines = [inspect.getdoc(sys.modules[cls.__module__]) or "", "", "settings (--config FILE.toml, --key value):"]
+    for f in dataclasses.fields(cls):
+        default = "required"
+        if f.default is not dataclasses.MISSING:
+            default = repr(f.default)
+        elif f.default_factory is not dataclasses.MISSING:
+            default = repr(f.default_factory())
+        lines.append(f"  --{f.name:<26} {comments.get(f.name, '')} [{default}]")
+    return "\n".join(lines)
+
+
+def _split_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
+    flags: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for argument in arguments:
+        if re.match(r"--[A-Za-z]", argument):
+            name, equals, value = argument[2:].partition("=")
+            current = flags.setdefault(name.replace("-", "_"), [])
+            if equals:
+                current.append(value)
+        elif current is None:
+            raise ValueError(f"unexpected argument {argument!r}; settings are given as --key value")
+        else:
+            current.append(argument)
+    return flags
+
+
+def _read_toml(file: str, known: typing.Iterable[str]) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {file}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {file}: not valid TOML ({error})") from None
+    for name in values:
+        _require_known(name, known, f"{file}: {name}")
+    return values
+
+
+def _require_known(name: str, known: typing.Iterable[str], where: str) -> None:
+    names = list(known)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(names)}"
+        raise ValueError(f"{where} is no setting of this recipe; {hint}")
+
+
+def _single(name: str, given: list[str]) -> str:
+    if len(given) != 1:
+        raise ValueError(f"--{name} takes one value, found {len(given)}")
+    return given[0]
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """A TOML value, or the list of strings that followed a flag, as the type of the field."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    kind = next(option for option in options if option is not types.NoneType)
+    if typing.get_origin(kind) is list:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+        raise ValueError(f"{name} must be a list of strings, found {value!r}")
+    if isinstance(value, list):
+        text = "true" if kind is bool and not value else _single(name, value)
+        try:
+            return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            raise ValueError(f"--{name} must be a {kind.__name__}, found {text!r}") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{name} must be a {kind.__name__}, found {value!r}")
+    return value

@@ -1,0 +1,114 @@
+"""One process or many: start, shard with FSDP2, sum over ranks, gather for saving."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its number, how many there are, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes files."""
+        return self.rank == 0
+
+
+def start(device: str = "auto") -> World:
+    """Join the processes that torchrun started (nccl on CUDA, gloo on CPU), or stand alone."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f'device must be "auto", "cpu" or "cuda", found {device!r}')
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch sees no CUDA device; use --device cpu or auto")
+    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if "RANK" not in os.environ:
+        return World(0, 1, torch.device("cuda", 0) if on_cuda else torch.device("cpu"))
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+    target = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_cuda else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), target)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, dtype: torch.dtype) -> nn.Module:
+    """Put the model on this rank's device, split over all ranks with FSDP2: each block, then the root with the rest.
+
+    Gathered weights are in `dtype`; gradients are reduced in float32.
+    """
+    model.to(world.device)
+    if world.size == 1:
+        return model
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def autocast(world: World, dtype: torch.dtype) -> AbstractContextManager:
+    """Matrix products in `dtype`; nothing to do in float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(world.device.type, dtype=dtype)
+
+
+def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
+    """Element-wise sums in float64, the same on every rank."""
+    if world.size == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_rows(values: Tensor, world: World) -> Tensor:
+    """All ranks' rows, where rank r holds rows r, r + size, r + 2·size, … of the result; equal counts on all ranks."""
+    if world.size == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world.size)]
+    dist.all_gather(parts, values.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def gather_state_dict(
+    model: nn.Module, world: World, *, trainable_only: bool = False, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Whole tensors by name on the main rank's CPU (an empty dictionary elsewhere); called on all ranks."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gathered = {}
+    for name, tensor in model.state_dict().items():
+        if trainable_only and name not in trainable:
+            continue
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.is_main:
+            gathered[name] = whole.detach().to(device="cpu", dtype=dtype or whole.dtype)
+    return gathered

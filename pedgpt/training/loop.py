@@ -1,0 +1,200 @@
+"""The one training loop. It is given a model, a plan of batches and a loss; it knows nothing of stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from pedgpt.training.batches import BatchPlan
+from pedgpt.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    refuse_changes,
+    save_checkpoint,
+)
+from pedgpt.training.config import TrainingSettings
+from pedgpt.training.distributed import World, autocast, barrier, sum_over_ranks
+from pedgpt.training.metrics import MetricsLog
+from pedgpt.training.optim import build_optimizer, learning_rate
+
+# Settings that change neither the data nor the weights, so a run may be resumed with others.
+_FREE = {"output", "micro_batch_size", "evaluate_every", "checkpoint_every", "keep_checkpoints", "device"}
+
+
+class TrainingBatch(Protocol):
+    """What the loop needs of a batch: its weight in the loss, its size, and a way to the device."""
+
+    weight: int
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+# From rows and their ids to a batch; empty lists give a batch of weight 0.
+MakeBatch = Callable[[list[int], list[int]], Any]
+# From model and batch to the loss and the metrics, all *summed* over what `batch.weight` counts.
+LossFunction = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
+
+
+def train(
+    model: nn.Module,
+    plan: BatchPlan,
+    make_batch: MakeBatch,
+    loss_function: LossFunction,
+    settings: TrainingSettings,
+    world: World,
+    *,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    fingerprint: str = "",
+) -> None:
+    """Train what is not frozen, from the last checkpoint in `settings.output` if there is one.
+
+    Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks or
+    of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
+    Writes a line per step to metrics.jsonl. Raises ValueError if the loss is not finite.
+    """
+    dtype = getattr(torch, settings.dtype)
+    run = describe_run(settings, plan, fingerprint)
+    folder = Path(settings.output) / "checkpoints"
+    optimizer = build_optimizer(model, settings)
+    checkpoint = latest_checkpoint(folder)
+    first = 0 if checkpoint is None else load_checkpoint(checkpoint, model, optimizer, run, world)
+    log = MetricsLog(Path(settings.output) / "metrics.jsonl", after_step=first) if world.is_main else None
+    tokens, seconds = log.totals() if log else (0, 0.0)
+    if world.is_main and first:
+        print(f"resuming from {checkpoint} at step {first} of {plan.total_steps}", file=sys.stderr)
+
+    model.train()
+    interactive = sys.stderr.isatty()
+    bar = tqdm(
+        total=plan.total_steps, initial=first, unit="step", desc=Path(settings.output).name, disable=not world.is_main,
+        dynamic_ncols=interactive, mininterval=0.2 if interactive else 10, file=sys.stderr,
+    )  # fmt: skip
+    for step in range(first, plan.total_steps):
+        began = time.perf_counter()
+        # Whatever is random in a step depends on the step alone, so that a resumed run repeats it.
+        torch.manual_seed(settings.seed + 1_000_003 * (step * world.size + world.rank + 1))
+        rate = learning_rate(step, plan.total_steps, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batches = [make_batch(rows, ids) for rows, ids in plan.micro_batches(step, world.rank, world.size)]
+        metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world, dtype)
+        took = time.perf_counter() - began
+        tokens, seconds = tokens + num_tokens, seconds + took
+        record: dict[str, Any] = {
+            "step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm,
+            "tokens": tokens, "tokens_per_second": num_tokens / took, "seconds": seconds,
+        }  # fmt: skip
+        last = step + 1 == plan.total_steps
+        if evaluate is not None and (last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)):
+            record |= {f"eval_{name}": value for name, value in evaluate().items()}
+            model.train()
+        if log:
+            log.write(record)
+            bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {num_tokens / took:,.0f} tokens/s", refresh=False)
+            bar.update()
+        if settings.checkpoint_every and not last and (step + 1) % settings.checkpoint_every == 0:
+            save_checkpoint(folder, step + 1, model, optimizer, run, world)
+            if world.is_main:
+                prune_checkpoints(folder, settings.keep_checkpoints)
+    bar.close()
+    model.eval()
+
+
+def mean_loss(
+    model: nn.Module,
+    num_rows: int,
+    make_batch: MakeBatch,
+    loss_function: LossFunction,
+    settings: TrainingSettings,
+    world: World,
+) -> dict[str, float]:
+    """The loss and its metrics over all held-out rows, in evaluation mode, without gradients."""
+    training = model.training
+    model.eval()
+    sums: dict[str, float] = {}
+    weight = 0.0
+    with torch.no_grad():
+        # Every rank makes the same number of forward passes, perhaps empty ones: sharded weights are gathered together.
+        for start in range(0, num_rows, settings.micro_batch_size * world.size):
+            rows = list(range(num_rows))[start : start + settings.micro_batch_size * world.size][world.rank :: world.size]
+            batch = make_batch(rows, rows)
+            with autocast(world, getattr(torch, settings.dtype)):
+                loss, metrics = loss_function(model, batch.to(world.device))
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            weight += batch.weight
+    model.train(training)
+    *totals, weight = sum_over_ranks([*sums.values(), weight], world)
+    return {name: total / max(weight, 1) for name, total in zip(sums, totals, strict=True)}
+
+
+def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) -> dict[str, Any]:
+    """What must be equal for a run to be resumed or counted as done."""
+    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
+    return {**chosen, "total_steps": plan.total_steps, "training_data": fingerprint}
+
+
+def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) -> bool:
+    """Whether `settings.output` holds this very run, complete; ValueError if it holds another one."""
+    path = Path(settings.output) / "done.json"
+    if not path.exists():
+        return False
+    refuse_changes(json.loads(path.read_text(encoding="utf-8")), describe_run(settings, plan, fingerprint), path.parent)
+    return True
+
+
+def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> None:
+    """Mark the run complete, once its result is saved, and delete the checkpoints that it no longer needs."""
+    if world.is_main:
+        output = Path(settings.output)
+        run = describe_run(settings, plan, fingerprint)
+        (output / "done.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    barrier(world)
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Any],
+    loss_function: LossFunction,
+    settings: TrainingSettings,
+    world: World,
+    dtype: torch.dtype,
+) -> tuple[dict[str, float], int, float]:
+    """One update; returns the metrics, the tokens and the gradient norm of the whole global batch."""
+    weight, num_tokens = sum_over_ranks(
+        [sum(batch.weight for batch in batches), sum(batch.num_tokens for batch in batches)], world
+    )
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        with autocast(world, dtype):
+            loss, metrics = loss_function(model, batch.to(world.device))
+        # FSDP averages gradients over ranks; the sum is wanted.
+        (loss * (world.size / max(weight, 1))).backward()
+        for name, value in {"loss": loss, **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
+    totals = sum_over_ranks([float(value) for value in sums.values()], world)
+    means = {name: total / max(weight, 1) for name, total in zip(sums, totals, strict=True)}
+    if not torch.isfinite(torch.tensor(means["loss"])):
+        raise ValueError(f"the loss became {means['loss']}; lower learning_rate or max_grad_norm, or use float32")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return means, int(num_tokens), float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

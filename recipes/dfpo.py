@@ -1,0 +1,145 @@
+"""Stage 3, direct following preference optimization (PediatricsGPT §3.3) on chosen and rejected answers.
+
+    python recipes/dfpo.py --config recipes/configs/demo/dfpo.toml
+    torchrun --nproc-per-node 8 recipes/dfpo.py --config recipes/configs/baichuan2_7b/dfpo.toml
+
+The reference is the model as it comes in. Its log-probabilities are computed once, before training, so no second model is
+kept. All parameters train, or with `lora_rank` an adapter.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pedgpt import training
+from pedgpt.adapters import inject_lora, save_adapter
+from pedgpt.data import ReadSummary, chat_format, collate_pairs, encode_pair, fingerprint, fits, load_tokenizer, read_preferences
+from pedgpt.losses import dfpo_loss, sequence_logps
+from pedgpt.models import load_model, save_model
+from pedgpt.training.distributed import autocast, gather_rows
+
+
+@dataclass(kw_only=True)
+class Config(training.TrainingSettings):
+    model: str  # folder of the model of stage 2, also the reference
+    preferences: list[str]  # pairs to train on: files or folders
+    heldout_preferences: list[str] = field(default_factory=list)  # for the evaluation during training
+    beta: float = 0.1  # how strongly the policy is held to the reference
+    mu: float = 1.0  # weight of the likelihood of the chosen answer; 0 is DPO
+    label_smoothing: float = 0.0  # assumed share of pairs labelled the wrong way round
+    lora_rank: int = 0  # rank of a LoRA on all linear layers; 0 trains all parameters
+    lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
+    chat_format: str = "auto"  # auto, baichuan2 or chatml
+    row_length: int = 4096  # most tokens of prompt and answer
+    on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
+
+
+def main(config: Config) -> None:
+    config.check()
+    world = training.start(config.device)
+    dtype = getattr(torch, config.dtype)
+
+    # Data
+    tokenizer = load_tokenizer(config.model)
+    chat = chat_format(tokenizer, config.chat_format)
+    summary = ReadSummary()
+
+    def encoded(paths):
+        pairs = []
+        for pair in read_preferences(paths, on_bad_row=config.on_bad_row, summary=summary):
+            both = encode_pair(pair, chat)
+            longest = max(len(both.chosen.tokens), len(both.rejected.tokens))
+            if fits(longest, config.row_length, pair.source, config.on_bad_row, summary):
+                pairs.append(both)
+        return pairs
+
+    pairs, heldout_pairs = encoded(config.preferences), encoded(config.heldout_preferences)
+    plan = training.BatchPlan.from_settings(len(pairs), config)
+    data = fingerprint([example for pair in pairs for example in (pair.chosen, pair.rejected)])
+    if training.is_finished(config, plan, data):
+        return print(f"{config.output}: finished already")
+    if world.is_main:
+        print(f"{summary.describe()}\n{len(pairs):,} pairs, {len(heldout_pairs):,} held out")
+
+    # Model
+    model = load_model(config.model, dtype=dtype if config.lora_rank else torch.float32)
+    tokenizer.check_fits(model.config.vocab_size, config.model)
+    if config.lora_rank:
+        torch.manual_seed(config.seed)
+        inject_lora(model, rank=config.lora_rank, alpha=config.lora_alpha)
+    model.activation_checkpointing = config.activation_checkpointing
+    training.shard(model, model.model.layers, world, dtype)
+
+    # Reference log-probabilities of every pair, [pairs, 2], before the first step: adapters are still the identity.
+    def reference_logps(pairs):
+        parts = []
+        with torch.no_grad(), autocast(world, dtype):
+            for i in range(math.ceil(len(pairs) / (world.size * config.micro_batch_size))):
+                width = world.size * config.micro_batch_size
+                mine = pairs[i * width : (i + 1) * width][world.rank :: world.size]
+                batch = collate_pairs(mine, range(len(mine))).to(world.device)
+                logps = sequence_logps(model(batch.tokens, documents=batch.documents), batch.labels)
+                part = logps.new_zeros(config.micro_batch_size, 2)
+                part[: len(mine)] = logps[: 2 * len(mine)].view(2, len(mine)).T
+                parts.append(gather_rows(part, world))
+        return torch.cat(parts).cpu()[: len(pairs)] if parts else torch.zeros(0, 2)
+
+    reference, heldout_reference = reference_logps(pairs), reference_logps(heldout_pairs)
+
+    # Loss: chosen and rejected in one forward pass; everything summed over pairs, the loop divides by their number.
+    def loss_function(model, batch):
+        logps = sequence_logps(model(batch.tokens, documents=batch.documents), batch.labels)
+        if batch.weight == 0:
+            return logps.sum(), dict.fromkeys(METRICS, torch.zeros(()))
+        counts = (batch.labels != -100).sum(-1)
+        chosen, rejected = logps.chunk(2)
+        reference_chosen, reference_rejected = batch.reference_logps.chunk(2)
+        chosen_counts, rejected_counts = counts.chunk(2)
+        result = dfpo_loss(
+            chosen, rejected, reference_chosen, reference_rejected,
+            chosen_token_counts=chosen_counts, beta=config.beta, mu=config.mu, label_smoothing=config.label_smoothing,
+        )  # fmt: skip
+        values = (
+            result.preference * batch.weight, result.regularization * batch.weight,
+            result.chosen_rewards.sum(), result.rejected_rewards.sum(), result.margins.sum(), result.accuracies.sum(),
+            chosen.detach().sum(), rejected.detach().sum(),
+            (chosen.detach() / chosen_counts).sum(), (rejected.detach() / rejected_counts).sum(),
+        )  # fmt: skip
+        return result.loss * batch.weight, dict(zip(METRICS, values, strict=True))
+
+    def evaluate():
+        def make(indices, ids):
+            return collate_pairs([heldout_pairs[i] for i in indices], ids, heldout_reference[list(indices)])
+
+        return training.mean_loss(model, len(heldout_pairs), make, loss_function, config, world)
+
+    training.train(
+        model,
+        plan,
+        lambda indices, ids: collate_pairs([pairs[i] for i in indices], ids, reference[indices]),
+        loss_function,
+        config,
+        world,
+        evaluate=evaluate if heldout_pairs else None,
+        fingerprint=data,
+    )
+    adapter = config.lora_rank > 0
+    weights = training.gather_state_dict(model, world, trainable_only=adapter, dtype=None if adapter else dtype)
+    if world.is_main:
+        if adapter:
+            save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=weights)
+        else:
+            save_model(model, Path(config.output) / "model", weights)
+            tokenizer.save(Path(config.output) / "model")
+    training.finish(config, plan, data, world)
+
+
+METRICS = (
+    "loss/preference", "loss/regularization", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "logps/chosen", "logps/rejected", "logps_per_token/chosen", "logps_per_token/rejected",
+)  # fmt: skip
+
+if __name__ == "__main__":
+    training.run_recipe(main, Config)

@@ -1,0 +1,168 @@
+"""Evaluate a model on held-out data: answers by task, perplexities, preferences, expert weights (PediatricsGPT §4).
+
+    python recipes/evaluate.py --model runs/demo/dfpo/model --adapter runs/demo/experts/adapter \\
+        --heldout runs/demo/corpus/heldout --output runs/demo/evaluation/experts.json
+
+`heldout` is a folder as build_corpus.py writes it: tasks/, text/ and preferences.jsonl; what is absent is left out.
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pedgpt.adapters import load_adapter, record_gates
+from pedgpt.data import (
+    ReadSummary,
+    chat_format,
+    encode_conversations,
+    encode_document,
+    encode_pair,
+    load_tokenizer,
+    pack,
+    read_conversations,
+    read_documents,
+    read_preferences,
+)
+from pedgpt.evaluation.generation_metrics import generation_scores, signature
+from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
+from pedgpt.evaluation.responses import answer, items
+from pedgpt.models import load_model
+from pedgpt.training import run_recipe, start
+
+TASKS = {"medkqa": "MedKQ&A", "evidiag": "EviDiag", "trerecom": "TreRecom"}
+
+
+@dataclass
+class Config:
+    model: str  # folder of the model
+    heldout: str  # folder of held-out data
+    output: str = ""  # JSON file for the results; empty: print only
+    adapter: str = ""  # folder of an adapter to attach
+    reference: str = ""  # folder of the model that DFPO started from, for reward accuracy
+    limit: int = 60  # answers to generate a task
+    max_new_tokens: int = 96  # of each answer
+    row_length: int = 512  # tokens a row; longer conversations and pairs are skipped and counted
+    batch_size: int = 8  # rows per forward pass
+    chat_format: str = "auto"  # auto, baichuan2 or chatml
+    dtype: str = "float32"  # of the weights: float32 or bfloat16
+    device: str = "auto"  # auto, cpu or cuda
+
+
+def main(config: Config) -> None:
+    began = time.perf_counter()
+    heldout = Path(config.heldout)
+    if not heldout.is_dir():
+        raise ValueError(f"--heldout {heldout}: no such folder")
+    device = start(config.device).device
+    tokenizer = load_tokenizer(config.model)
+    chat = chat_format(tokenizer, config.chat_format)
+    summary = ReadSummary()
+    read = {"on_bad_row": "skip", "summary": summary}
+
+    # Held-out data
+    files = {name: heldout / "tasks" / f"{stem}.jsonl" for stem, name in TASKS.items()}
+    tasks = {name: read_conversations(path, **read) for name, path in files.items() if path.is_file()}
+    task_rows = {
+        name: pack(encode_conversations(rows, chat, config.row_length, "skip", summary), config.row_length)
+        for name, rows in tasks.items()
+    }
+    rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
+    for path in sorted((heldout / "text").glob("*.jsonl")):
+        texts = [tokenizer.encode(document.text) for document in read_documents(path, **read)]
+        pieces = [piece for ids in texts for piece in encode_document(ids, tokenizer.eos_id, config.row_length)]
+        rows[f"{path.stem}_text"] = pack(pieces, config.row_length)
+    pairs = []
+    if (heldout / "preferences.jsonl").is_file():
+        for pair in read_preferences(heldout / "preferences.jsonl", **read):
+            both = encode_pair(pair, chat)
+            if max(len(both.chosen.tokens), len(both.rejected.tokens)) <= config.row_length:
+                pairs.append(both)
+            else:
+                summary.drop(pair.source, "over-long: more tokens than row_length")
+
+    # The reference first, so that two models are never in memory together.
+    def load(folder):
+        return load_model(folder, dtype=getattr(torch, config.dtype), device=device)
+
+    reference_logps = pair_logps(load(config.reference), pairs, config.batch_size) if config.reference else None
+    model = load(config.model)
+    tokenizer.check_fits(model.config.vocab_size, config.model)
+    if config.adapter:
+        load_adapter(model, config.adapter)
+    model.eval()
+
+    scores, samples, gates = {}, [], {}
+    for name, conversations in tasks.items():
+        questions = items(conversations, config.limit)
+        if not questions:
+            continue
+        answers = answer(model, chat, questions, max_new_tokens=config.max_new_tokens)
+        references = [question.reference for question in questions]
+        scores[name] = {"rows": len(questions), **generation_scores(references, answers)}
+        for question, text in list(zip(questions, answers, strict=True))[:: max(1, len(questions) // 3)][:3]:
+            asked = question.history[-1].content
+            samples.append({"task": name, "question": asked, "reference": question.reference, "answer": text})
+    perplexities = {name: perplexity(model, packed, config.batch_size) for name, packed in rows.items() if packed}
+    if config.adapter and "experts" in describe_adapter(config.adapter):
+        for name, packed in task_rows.items():
+            with record_gates(model) as records:  # one row at a time, so that no padding is counted
+                perplexity(model, packed, batch_size=1)
+            means = torch.tensor([record.mean() for record in records.values()])
+            gates[name] = means.mean(0).tolist()
+    preference = None
+    if pairs:
+        preference = dataclasses.asdict(
+            preference_scores(pair_logps(model, pairs, config.batch_size), pairs, reference_logps)
+        )
+
+    results = {
+        "model": config.model,
+        "adapter": config.adapter or None,
+        "signature": signature(),
+        "seconds": time.perf_counter() - began,
+        "tasks": scores,
+        "perplexity": perplexities,
+        "preference": preference,
+        "gates": gates or None,
+        "skipped": len(summary.skipped),
+        "samples": samples,
+    }
+    print_table(results)
+    if config.output:
+        path = Path(config.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def describe_adapter(folder: str) -> str:
+    return json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"].lower()
+
+
+def print_table(results: dict) -> None:
+    print(f"{results['model']}{' + ' + results['adapter'] if results['adapter'] else ''}")
+    columns = ("rouge-1", "rouge-2", "rouge-l", "bleu-1", "bleu-4", "gleu", "distinct-1", "distinct-2")
+    print(f"  {'task':12}{'rows':>6}" + "".join(f"{name:>12}" for name in columns))
+    for name, scores in results["tasks"].items():
+        print(f"  {name:12}{scores['rows']:>6}" + "".join(f"{scores[column]:>12.2f}" for column in columns))
+    print(f"  {results['signature']}")
+    print("  perplexity: " + ", ".join(f"{name} {value:.2f}" for name, value in results["perplexity"].items()))
+    if preference := results["preference"]:
+        reward = preference["reward_accuracy"]
+        print(
+            f"  preference on {preference['pairs']} pairs: likelihood accuracy {preference['likelihood_accuracy']:.2f}, "
+            + (f"reward accuracy {reward:.2f}, " if reward is not None else "")
+            + f"log p a token: chosen {preference['chosen_logp_per_token']:.3f}, "
+            f"rejected {preference['rejected_logp_per_token']:.3f}"
+        )
+    for name, weights in (results["gates"] or {}).items():
+        print(f"  expert weights on {name}: " + " ".join(f"{weight:.3f}" for weight in weights))
+    if results["skipped"]:
+        print(f"  {results['skipped']} held-out rows skipped as bad or over-long")
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)

@@ -1,0 +1,116 @@
+"""Stage 4, parameter-efficient secondary fine-tuning with the mixture of universal-specific experts (§3.4).
+
+    python recipes/expert_finetune.py --config recipes/configs/demo/experts.toml
+    torchrun --nproc-per-node 8 recipes/expert_finetune.py --config recipes/configs/baichuan2_7b/experts.toml
+
+The model is frozen; each adapted layer gets one universal expert and several specific ones behind a noisy soft gate.
+Only the assistant's tokens carry loss.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pedgpt import training
+from pedgpt.adapters import inject_experts, save_adapter, set_noise_rows
+from pedgpt.data import (
+    ReadSummary,
+    chat_format,
+    collate,
+    encode_conversations,
+    fingerprint,
+    load_tokenizer,
+    pack,
+    read_conversations,
+    utilization,
+)
+from pedgpt.losses import causal_lm_loss
+from pedgpt.models import load_model
+
+
+@dataclass(kw_only=True)
+class Config(training.TrainingSettings):
+    model: str  # folder of the model of stage 3
+    instructions: list[str]  # conversations of all tasks: files or folders
+    heldout_instructions: list[str] = field(default_factory=list)  # for the evaluation during training
+    rank: int = 8  # of each expert
+    alpha: float = 16.0  # experts are scaled by alpha / rank
+    num_specific_experts: int = 3  # behind the gate, beside the universal one
+    dropout: float = 0.0  # on the experts' input
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # names or patterns of linear layers
+    chat_format: str = "auto"  # auto, baichuan2 or chatml
+    row_length: int = 4096  # tokens a packed row
+    on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
+
+
+def main(config: Config) -> None:
+    config.check()
+    world = training.start(config.device)
+
+    # Data
+    tokenizer = load_tokenizer(config.model)
+    chat = chat_format(tokenizer, config.chat_format)
+    summary = ReadSummary()
+
+    def packed(paths):
+        conversations = read_conversations(paths, on_bad_row=config.on_bad_row, summary=summary)
+        return pack(encode_conversations(conversations, chat, config.row_length, config.on_bad_row, summary), config.row_length)
+
+    rows, heldout_rows = packed(config.instructions), packed(config.heldout_instructions)
+    plan = training.BatchPlan.from_settings(len(rows), config)
+    data = fingerprint(rows)
+    if training.is_finished(config, plan, data):
+        return print(f"{config.output}: finished already")
+
+    # Model and adapter: the frozen weights stay in the dtype of the computation, the experts train in float32.
+    model = load_model(config.model, dtype=getattr(torch, config.dtype))
+    tokenizer.check_fits(model.config.vocab_size, config.model)
+    torch.manual_seed(config.seed)
+    names = inject_experts(
+        model,
+        rank=config.rank,
+        alpha=config.alpha,
+        num_specific_experts=config.num_specific_experts,
+        dropout=config.dropout,
+        target_modules=config.target_modules,
+    )
+    if world.is_main:
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        share = trainable / sum(parameter.numel() for parameter in model.parameters())
+        print(summary.describe())
+        print(f"{len(rows):,} rows of {config.row_length}, {utilization(rows, config.row_length):.1%} used")
+        print(f"experts on {len(names)} layers, {trainable:,} trainable parameters ({share:.2%})")
+    model.activation_checkpointing = config.activation_checkpointing
+    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+
+    # Loss: as in stage 2; the gate's noise follows the row, so it does not depend on ranks or accumulation.
+    def loss_function(model, batch):
+        set_noise_rows(model, config.seed, batch.row_ids)
+        logits = model(batch.tokens, documents=batch.documents)
+        return causal_lm_loss(logits, batch.labels, num_tokens=1), {}
+
+    def evaluate():
+        def make(indices, ids):
+            return collate([heldout_rows[i] for i in indices], ids)
+
+        return training.mean_loss(model, len(heldout_rows), make, loss_function, config, world)
+
+    training.train(
+        model,
+        plan,
+        lambda indices, ids: collate([rows[i] for i in indices], ids),
+        loss_function,
+        config,
+        world,
+        evaluate=evaluate if heldout_rows else None,
+        fingerprint=data,
+    )
+    weights = training.gather_state_dict(model, world, trainable_only=True)
+    if world.is_main:
+        save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=weights)
+    training.finish(config, plan, data, world)
+
+
+if __name__ == "__main__":
+    training.run_recipe(main, Config)

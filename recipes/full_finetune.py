@@ -1,0 +1,97 @@
+"""Stage 2, full-parameter supervised fine-tuning on conversations.
+
+    python recipes/full_finetune.py --config recipes/configs/demo/sft.toml
+    torchrun --nproc-per-node 8 recipes/full_finetune.py --config recipes/configs/baichuan2_7b/sft.toml
+
+Only the assistant's tokens carry loss. Conversations are packed; attention never crosses from one to another.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pedgpt import training
+from pedgpt.data import (
+    ReadSummary,
+    chat_format,
+    collate,
+    encode_conversations,
+    fingerprint,
+    load_tokenizer,
+    pack,
+    read_conversations,
+    utilization,
+)
+from pedgpt.losses import causal_lm_loss
+from pedgpt.models import load_model, save_model
+
+
+@dataclass(kw_only=True)
+class Config(training.TrainingSettings):
+    model: str  # folder of the model of stage 1
+    instructions: list[str]  # conversations to train on: files or folders
+    heldout_instructions: list[str] = field(default_factory=list)  # for the evaluation during training
+    chat_format: str = "auto"  # auto, baichuan2 or chatml
+    row_length: int = 4096  # tokens a packed row
+    on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
+
+
+def main(config: Config) -> None:
+    config.check()
+    world = training.start(config.device)
+
+    # Data
+    tokenizer = load_tokenizer(config.model)
+    chat = chat_format(tokenizer, config.chat_format)
+    summary = ReadSummary()
+
+    def packed(paths):
+        conversations = read_conversations(paths, on_bad_row=config.on_bad_row, summary=summary)
+        return pack(encode_conversations(conversations, chat, config.row_length, config.on_bad_row, summary), config.row_length)
+
+    rows, heldout_rows = packed(config.instructions), packed(config.heldout_instructions)
+    plan = training.BatchPlan.from_settings(len(rows), config)
+    data = fingerprint(rows)
+    if training.is_finished(config, plan, data):
+        return print(f"{config.output}: finished already")
+    if world.is_main:
+        print(summary.describe())
+        print(f"{len(rows):,} rows of {config.row_length}, {utilization(rows, config.row_length):.1%} used")
+
+    # Model
+    model = load_model(config.model, dtype=torch.float32)
+    tokenizer.check_fits(model.config.vocab_size, config.model)
+    model.activation_checkpointing = config.activation_checkpointing
+    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+
+    # Loss: next token at the assistant's positions, summed; the loop divides by the tokens of the global batch.
+    def loss_function(model, batch):
+        logits = model(batch.tokens, documents=batch.documents)
+        return causal_lm_loss(logits, batch.labels, num_tokens=1), {}
+
+    def evaluate():
+        def make(indices, ids):
+            return collate([heldout_rows[i] for i in indices], ids)
+
+        return training.mean_loss(model, len(heldout_rows), make, loss_function, config, world)
+
+    training.train(
+        model,
+        plan,
+        lambda indices, ids: collate([rows[i] for i in indices], ids),
+        loss_function,
+        config,
+        world,
+        evaluate=evaluate if heldout_rows else None,
+        fingerprint=data,
+    )
+    weights = training.gather_state_dict(model, world, dtype=getattr(torch, config.dtype))
+    if world.is_main:
+        save_model(model, Path(config.output) / "model", weights)
+        tokenizer.save(Path(config.output) / "model")
+    training.finish(config, plan, data, world)
+
+
+if __name__ == "__main__":
+    training.run_recipe(main, Config)

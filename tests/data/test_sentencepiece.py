@@ -1,0 +1,260 @@
+"""Ids and texts of converted SentencePiece models, against the `sentencepiece` package itself."""
+
+import json
+import random
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pedgpt.data.sentencepiece import convert_sentencepiece, read_sentencepiece
+
+sentencepiece = pytest.importorskip("sentencepiece")
+
+PHRASES = (
+    "患儿 发热 咳嗽 三天 体温 38.5℃ 建议口服 布洛芬 混悬液 每次 5ml 宝宝 腹泻 呕吐 两次 精神 尚可 请问 医生 怎么办 "
+    "你好 注意 补液 观察 尿量 如有 惊厥 立即 就诊 the fever child dose mg/kg vitamin D 2024年 12月 （一） 、 。 ， ？"
+).split(" ")
+ALPHABET = " ▁  ab e\n\t\r0１9Aｅé，。患儿发热龘𠮷ﷺﾞｶ각\x00\x01\x7f\u0301\u0302\u200d\ufe0f\u3000😀👩‍⚕️"
+SPELLED = "<s> </s> <unk> <sep> <sep>x <reserved_106> <0x41> ▁▁ < x 宝宝 发热 e\u0302\u0301 ｶﾞ [INST]".split()
+
+IDENTITY: dict[str, Any] = {"normalization_rule_name": "identity"}
+EXACT_SPACES: dict[str, Any] = {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "baichuan2": IDENTITY
+    | EXACT_SPACES
+    | {
+        "add_dummy_prefix": False,
+        "split_digits": True,
+        "byte_fallback": True,
+        "user_defined_symbols": ["<reserved_106>", "<reserved_107>", "<sep>", "<sep>x", "\n\n", "▁▁▁"],
+    },
+    "llama2": IDENTITY | EXACT_SPACES | {"split_digits": True, "byte_fallback": True, "pad_id": 3},
+    "llama2_nmt_nfkc": EXACT_SPACES | {"normalization_rule_name": "nmt_nfkc", "byte_fallback": True},
+    "nfkc_cf": {"normalization_rule_name": "nfkc_cf", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
+    "identity_squeezed": IDENTITY | {"byte_fallback": True},
+    "user_squeezed": IDENTITY | {"add_dummy_prefix": False, "user_defined_symbols": ["<sep>", "\n\n"]},
+    "across_words": IDENTITY | EXACT_SPACES | {"split_by_whitespace": False, "split_by_unicode_script": False},
+    "default": {"control_symbols": ["[INST]"], "unk_surface": "<?>"},
+}
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    rng = random.Random(0)
+    text = "\n".join("".join(rng.choices([*PHRASES, " ", "  "], k=30)) for _ in range(600))
+    (folder / "corpus.txt").write_text(text, encoding="utf-8")
+    trained: dict[str, Path] = {}
+
+    def train_model(name: str, model_type: str = "bpe", **options: Any) -> Path:
+        if name not in trained:
+            sentencepiece.SentencePieceTrainer.train(
+                input=str(folder / "corpus.txt"), model_prefix=str(folder / name), model_type=model_type,
+                vocab_size=700, hard_vocab_limit=False, minloglevel=2, **(options or SETTINGS.get(name, {})),
+            )  # fmt: skip
+            trained[name] = folder / f"{name}.model"
+        return trained[name]
+
+    return train_model
+
+
+def varint(number: int) -> bytes:
+    number %= 1 << 64
+    low, rest = number & 127, number >> 7
+    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
+
+
+def field(number: int, value: bytes | int | float) -> bytes:
+    if isinstance(value, bytes):
+        return varint(number << 3 | 2) + varint(len(value)) + value
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    return varint(number << 3) + varint(value)
+
+
+def piece(text: str | bytes, score: float = 0.0, kind: int = 1) -> bytes:
+    return field(1, field(1, text if isinstance(text, bytes) else text.encode()) + field(2, score) + field(3, kind))
+
+
+HEAD = piece("<unk>", kind=2) + piece("<s>", kind=3) + piece("</s>", kind=3)
+PLAIN = field(3, 0) + field(4, 0)  # a normalizer without dummy prefix that keeps spaces
+TAIL = field(2, field(3, 2)) + field(3, PLAIN)
+LETTERS = piece("a", -8.0) + piece("b", -9.0)
+
+
+def some_texts(count: int) -> list[str]:
+    rng = random.Random(1)
+    texts = ["", "   ", " ▁ ", "a" * 300, " " * 100, *ALPHABET, *SPELLED, "\r\n", "\n\n"]
+    sources = [PHRASES, ALPHABET, SPELLED, [*PHRASES, *SPELLED, *ALPHABET]]
+    return texts + ["".join(rng.choices(sources[i % 4], k=rng.randint(1, 40))) for i in range(count)]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_ids_and_text_match_sentencepiece(train: Callable[..., Path], name: str) -> None:
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(train(name)))
+    tokenizer = convert_sentencepiece(train(name))
+    assert tokenizer.get_vocab_size() == oracle.get_piece_size()
+    for i in range(oracle.get_piece_size()):
+        assert tokenizer.id_to_token(i) == oracle.id_to_piece(i)
+
+    def compare(text: str) -> None:
+        ids = oracle.encode(text)
+        assert tokenizer.encode(text).ids == ids
+        assert tokenizer.decode(ids) == oracle.decode(ids)
+
+    for text in some_texts(800):
+        compare(text)
+    pieces = st.one_of(st.sampled_from([*PHRASES, *SPELLED]), st.sampled_from(ALPHABET), st.text(max_size=4))
+    texts = st.one_of(st.text(), st.lists(pieces, max_size=12).map("".join))
+    settings(max_examples=150, deadline=None, database=None)(given(texts)(compare))()
+
+
+def test_special_ids_and_unknown_pieces_decode_as_in_sentencepiece(train: Callable[..., Path]) -> None:
+    for name in ("baichuan2", "llama2", "default"):
+        oracle = sentencepiece.SentencePieceProcessor(model_file=str(train(name)))
+        tokenizer = convert_sentencepiece(train(name))
+        words = oracle.encode("宝宝 fever")
+        for ids in ([0], [0, *words], [*words, 0, *words], [1, *words, 2], [1, 2], [*words, 2, 1, *words]):
+            assert tokenizer.decode(ids) == oracle.decode(ids)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_model_fields_match_sentencepiece(train: Callable[..., Path], name: str) -> None:
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(train(name)))
+    model = read_sentencepiece(train(name))
+    special = (model.unk_id, model.bos_id, model.eos_id, model.pad_id)
+    assert special == (oracle.unk_id(), oracle.bos_id(), oracle.eos_id(), oracle.pad_id())
+    for i, (text, score, kind) in enumerate(model.pieces):
+        assert (text, score) == (oracle.id_to_piece(i), oracle.get_score(i))
+        assert (kind == 2, kind == 3, kind == 6) == (oracle.is_unknown(i), oracle.is_control(i), oracle.is_byte(i))
+
+
+def test_merges_of_any_vocabulary_match_sentencepiece(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    for seed in range(60):  # pieces of few letters in any order: many splits, ties and pieces that nothing reaches
+        rng = random.Random(seed)
+        words = sorted({"".join(rng.choices("ab", k=rng.randint(2, 6))) for _ in range(14)})
+        rng.shuffle(words)
+        path.write_bytes(HEAD + b"".join(piece(w, -0.5 * i) for i, w in enumerate(words)) + LETTERS + TAIL)
+        oracle = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        tokenizer = convert_sentencepiece(path)
+        for _ in range(40):
+            text = "".join(rng.choices("ab", k=rng.randint(1, 30)))
+            assert tokenizer.encode(text).ids == oracle.encode(text)
+
+
+def test_merges_come_by_score_then_by_the_ids_of_the_halves(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(HEAD + piece("ba", -2.0) + piece("aba", -1.0) + piece("ab", -3.0) + LETTERS + TAIL)
+    merges = json.loads(convert_sentencepiece(path).to_str())["model"]["merges"]  # ids: ba 3, aba 4, ab 5, a 6, b 7
+    assert merges == [["ab", "a"], ["a", "ba"], ["b", "a"], ["a", "b"]]
+
+
+def test_ids_that_the_file_gives_as_absent_are_minus_one(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(HEAD + field(2, field(3, 2) + field(41, -1) + field(43, -1)) + field(2, field(42, 2**64 - 1)))
+    model = read_sentencepiece(path)
+    assert (model.model_type, model.unk_id, model.bos_id, model.eos_id, model.pad_id) == (2, 0, -1, -1, -1)
+    assert model.add_dummy_prefix and model.remove_extra_whitespaces and not model.byte_fallback
+
+
+MALFORMED = {
+    "empty": (b"", "it is empty"),
+    "no pieces": (TAIL, "no pieces"),
+    "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "wire type"),
+    "truncated in a piece": (HEAD[:-1], "claims"),
+    "truncated in a number": (HEAD + b"\x90\x80", "ends inside a number"),
+    "length beyond the file": (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "claims"),
+    "endless number": (b"\xff" * 30, "longer than 10 bytes"),
+    "length beyond the piece": (field(1, b"\x0a\x7fa"), "piece 0: .*claims 127"),
+    "wire type of the pieces": (field(1, 7), "wire type 0"),
+    "wire type of a score": (HEAD + field(1, field(1, b"a") + field(2, 7)), "piece 3: .*wire type 0"),
+    "a group": (HEAD + b"\x53\x54", "wire type 3"),
+    "field number 0": (HEAD + b"\x00\x00", "field 0"),
+    "invalid UTF-8": (HEAD + piece(b"\xe6\x82"), "piece 3: .*utf-8"),
+    "empty piece": (HEAD + piece(""), "piece 3: "),
+    "unknown type": (HEAD + piece("a", kind=9), "piece 3: .*type 9"),
+    "score not a number": (HEAD + piece("a", float("nan")), "piece 3: .*nan"),
+    "duplicate pieces": (HEAD + piece("a") + piece("a") + TAIL, "pieces 3 and 4 are the same"),
+    "no unknown piece": (LETTERS + TAIL, "0 unknown pieces"),
+    "two unknown pieces": (HEAD + piece("a", kind=2) + TAIL, "2 unknown pieces"),
+    "id outside": (HEAD + field(2, field(3, 2) + field(41, 3)), "bos_id is 3"),
+    "id below -1": (HEAD + field(2, field(3, 2) + field(43, -7)), "pad_id is -7"),
+    "no model type": (HEAD + LETTERS, "not BPE"),
+    "word model": (HEAD + LETTERS + field(2, field(3, 3)), "not BPE"),
+    "suffix spaces": (HEAD + field(2, field(3, 2) + field(24, 1)), "treat_whitespace_as_suffix"),
+    "unescaped spaces": (HEAD + TAIL + field(3, field(5, 0)), "escape_whitespaces"),
+    "denormalizer": (HEAD + TAIL + field(5, field(2, b"xxxx")), "denormalizer"),
+    "unused pieces": (HEAD + LETTERS + piece("ab", -1.0, kind=5) + TAIL, "unused pieces"),
+    "bytes missing": (HEAD + piece("<0x00>", kind=6) + field(2, field(3, 2) + field(35, 1)), "1 byte pieces"),
+    "bytes not used": (HEAD + piece("<0x00>", kind=6) + TAIL, "1 byte pieces"),
+    "a letter that is no piece": (HEAD + LETTERS + piece("abc") + TAIL, "'c', which is not a piece"),
+    "equal scores": (HEAD + LETTERS + piece("ab", -1.0) + piece("ba", -1.0) + TAIL, "share the score -1.0"),
+    "a very long piece": (HEAD + LETTERS + piece("ab" * 5000) + TAIL, "10000 characters"),
+    "user-defined after a prefix": (HEAD + piece("<a>", kind=4) + field(2, field(3, 2)), "user-defined piece '<a>'"),
+    "user-defined with a space": (HEAD + piece("a b", kind=4) + TAIL, "user-defined piece 'a b'"),
+    "charsmap cut": (HEAD + TAIL + field(3, field(2, b"\x00\x04\x00\x00abc")), "character map claims 1024"),
+    "charsmap astray": (HEAD + TAIL + field(3, field(2, b"\x00\x04\x00\x00" + b"\x7f" * 1024)), "leads nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_or_foreign_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    data, message = MALFORMED[name]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        convert_sentencepiece(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_unigram_model_is_refused(train: Callable[..., Path]) -> None:
+    path = train("unigram", model_type="unigram")
+    assert read_sentencepiece(path).model_type == 1
+    with pytest.raises(ValueError, match="not BPE"):
+        convert_sentencepiece(path)
+
+
+def test_damaged_files_convert_or_raise_value_error(train: Callable[..., Path], tmp_path: Path) -> None:
+    damaged = tmp_path / "tokenizer.model"
+    rng = random.Random(2)
+    for name in ("baichuan2", "default"):
+        data = train(name).read_bytes()
+        for round_ in range(60):
+            broken = bytearray(data)
+            at = rng.randrange(len(data)) if round_ % 3 else rng.randrange(200)
+            if round_ % 2:
+                del broken[at : at + rng.choice([1, 5, len(data)])]
+            else:
+                broken[at] = rng.randrange(256)
+            damaged.write_bytes(broken)
+            try:
+                convert_sentencepiece(damaged).encode("宝宝 发热 <sep>ｅ\u0301")
+            except ValueError as error:
+                assert str(damaged) in str(error)
+
+
+def test_a_vocabulary_of_baichuan2_size_converts_in_seconds(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    letters = [chr(0x4E00 + i) for i in range(8000)]
+    words: dict[str, None] = {}
+    while len(words) < 125_696 - 3 - len(letters):
+        words["".join(rng.choices(letters[: 100 + len(words) // 40], k=rng.choice((2, 2, 2, 3, 4))))] = None
+    path = tmp_path / "tokenizer.model"
+    scored = b"".join(piece(word, float(-i)) for i, word in enumerate([*words, *letters]))
+    path.write_bytes(HEAD + scored + TAIL)
+    start = time.perf_counter()
+    tokenizer = convert_sentencepiece(path)
+    seconds = time.perf_counter() - start
+    print(f"125,696 pieces converted in {seconds:.2f} s")
+    assert tokenizer.get_vocab_size() == 125_696 and seconds < 10
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    for _ in range(200):
+        text = "".join(rng.choices([*words], k=10))
+        assert tokenizer.encode(text).ids == oracle.encode(text)
