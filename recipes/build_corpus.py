@@ -10,7 +10,6 @@ conversations are sorted into tasks by their words (pedgpt.corpus.classify). Det
 same bytes.
 """
 
-import itertools
 import json
 import tomllib
 from dataclasses import dataclass, field
@@ -67,15 +66,14 @@ def main(config: Config) -> None:
     sources = read_sources(source, config.on_bad_row, summary)
 
     graph = corpus.diseases(sources.graph)
-    for builder, task in ((corpus.medkqa, corpus.MEDKQA), (corpus.evidiag, corpus.EVIDIAG), (corpus.trerecom, corpus.TRERECOM)):
+    builders = {corpus.MEDKQA: corpus.medkqa, corpus.EVIDIAG: corpus.evidiag, corpus.TRERECOM: corpus.trerecom}
+    for task, builder in builders.items():
         built = [row for disease in graph for row in builder(disease)]
         if built:
             sources.conversations[task] = built + sources.conversations.get(task, [])
 
     def divide(rows, question, identity=None):
-        return corpus.split(
-            rows, question, identity=identity, heldout_share=config.heldout_share, seed=config.seed
-        )
+        return corpus.split(rows, question, identity=identity, heldout_share=config.heldout_share, seed=config.seed)
 
     counts: dict[str, dict[str, int]] = {}
     instructions = {}
@@ -84,14 +82,8 @@ def main(config: Config) -> None:
         instructions[task] = (train, heldout)
         name = f"tasks/{FILE_NAMES[task]}" if task in FILE_NAMES else f"generalist/{task}"
         counts[name] = write_split(output, name, train, heldout, repeated, conversation_row)
-    pediatric = [
-        corpus.split(instructions[task][side], first_question, heldout_share=config.pediatric_share, seed=config.seed + 1)[1]
-        for side in (0, 1)
-        for task in corpus.TASKS
-        if task in instructions
-    ]
-    half = len(pediatric) // 2
-    train, heldout = (list(itertools.chain(*rows)) for rows in (pediatric[:half], pediatric[half:]))
+    tasks = [instructions[task] for task in corpus.TASKS if task in instructions]
+    train, heldout = ([row for rows in tasks for row in thin(rows[side], config.pediatric_share)] for side in (0, 1))
     counts["generalist/pediatric"] = write_split(output, "generalist/pediatric", train, heldout, 0, conversation_row)
     for domain in (PEDIATRIC, GENERAL_MEDICAL, GENERAL):
         train, heldout, repeated = divide(sources.text.get(domain, []), lambda document: document.text)
@@ -107,7 +99,9 @@ def main(config: Config) -> None:
             train += [text for disease in graph for text in corpus.verbalize(disease)]
         counts[f"text/{domain}"] = write_split(output, f"text/{domain}", train, heldout, repeated, document_row)
     train, heldout, repeated = divide(
-        sources.preferences, lambda pair: pair.prompt[-1].content, lambda pair: repr((pair.prompt, pair.chosen, pair.rejected))
+        sources.preferences,
+        lambda pair: pair.prompt[-1].content,
+        lambda pair: repr((pair.prompt, pair.chosen, pair.rejected)),
     )
     counts["preferences"] = write_split(output, "preferences", train, heldout, repeated, preference_row)
 
@@ -115,8 +109,8 @@ def main(config: Config) -> None:
     print(f"\n{'file':34}{'train':>8}{'held out':>10}{'repeated':>10}")
     for name, count in counts.items():
         print(f"{name:34}{count['train']:>8}{count['heldout']:>10}{count['repeated']:>10}")
-    tasks = sum(counts.get(f"tasks/{FILE_NAMES[task]}", {}).get("train", 0) for task in corpus.TASKS)
-    print(f"{tasks:,} training instructions over {', '.join(corpus.TASKS)}; written to {output}")
+    total = sum(len(train) for train, _ in tasks)
+    print(f"{total:,} training instructions over {', '.join(corpus.TASKS)}; written to {output}")
     manifest = {
         "source": source.name,
         "seed": config.seed,
@@ -126,7 +120,7 @@ def main(config: Config) -> None:
         "skipped": [{"file": Path(row.file).name, "line": row.line, "reason": row.reason} for row in summary.skipped],
     }
     (output / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if not tasks:
+    if not total:
         raise ValueError(f"{source}: no instruction of any task came out of it; see the table above for what was read")
 
 
@@ -141,7 +135,7 @@ def read_sources(folder: Path, on_bad_row: str, summary: ReadSummary) -> Sources
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
             raise ValueError(f"{listing}: expected TOML with [[source]] tables ({error})") from None
     else:
-        files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.name.lower() != "readme.md")
+        files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.stem.lower() != "readme")
         entries = [{"file": path.name, "kind": detect_kind(path)} for path in files]
         print("\n".join(f"{entry['file']:36} read as {entry['kind']}" for entry in entries) + "\n")
     sources = Sources()
@@ -160,6 +154,11 @@ def read_sources(folder: Path, on_bad_row: str, summary: ReadSummary) -> Sources
             for row in rows:
                 sources.conversations.setdefault(task or row.task or corpus.classify(row), []).append(row)
     return sources
+
+
+def thin(rows: list, share: float) -> list:
+    """That share of the rows, evenly spread."""
+    return [row for i, row in enumerate(rows) if int((i + 1) * share) > int(i * share)]
 
 
 def first_question(conversation: Conversation) -> str:

@@ -64,9 +64,7 @@ def main(config: Config) -> None:
     shares = {"domain text": text_share - general, "general text": general, "instructions": config.instruction_share}
     once = sum(map(len, sources["domain text"])) / shares["domain text"]
     mixture = mix(sources, shares, total_tokens=config.total_tokens or round(once), seed=config.seed)
-    examples = [
-        piece for text in mixture.texts for piece in encode_document(text, tokenizer.eos_id, config.row_length)
-    ]
+    examples = [piece for text in mixture.texts for piece in encode_document(text, tokenizer.eos_id, config.row_length)]
     rows = pack(examples, config.row_length)
     heldout = [
         piece
@@ -79,8 +77,8 @@ def main(config: Config) -> None:
     if training.is_finished(config, plan, data):
         return print(f"{config.output}: finished already")
     if world.is_main:
-        print(summary.describe())
-        print(f"{mixture.describe()}\n{len(rows):,} rows of {config.row_length}, {utilization(rows, config.row_length):.1%} used")
+        print(f"{summary.describe()}\n{mixture.describe()}")
+        print(f"{len(rows):,} rows of {config.row_length}, {utilization(rows, config.row_length):.1%} used")
 
     # Model
     model = load_model(config.model, dtype=torch.float32)

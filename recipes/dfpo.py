@@ -3,8 +3,8 @@
     python recipes/dfpo.py --config recipes/configs/demo/dfpo.toml
     torchrun --nproc-per-node 8 recipes/dfpo.py --config recipes/configs/baichuan2_7b/dfpo.toml
 
-The reference is the model as it comes in. Its log-probabilities are computed once, before training, so no second model is
-kept. All parameters train, or with `lora_rank` an adapter.
+The reference is the model as it comes in. Its log-probabilities are computed once, before training, so no second model
+is kept. All parameters train, or with `lora_rank` an adapter.
 """
 
 import math
@@ -15,7 +15,16 @@ import torch
 
 from pedgpt import training
 from pedgpt.adapters import inject_lora, save_adapter
-from pedgpt.data import ReadSummary, chat_format, collate_pairs, encode_pair, fingerprint, fits, load_tokenizer, read_preferences
+from pedgpt.data import (
+    ReadSummary,
+    chat_format,
+    collate_pairs,
+    encode_pair,
+    fingerprint,
+    fits,
+    load_tokenizer,
+    read_preferences,
+)
 from pedgpt.losses import dfpo_loss, sequence_logps
 from pedgpt.models import load_model, save_model
 from pedgpt.training.distributed import autocast, gather_rows
@@ -137,7 +146,8 @@ def main(config: Config) -> None:
 
 
 METRICS = (
-    "loss/preference", "loss/regularization", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "loss/preference", "loss/regularization",
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected", "logps_per_token/chosen", "logps_per_token/rejected",
 )  # fmt: skip
 

@@ -151,12 +151,13 @@ def print_table(results: dict) -> None:
     print(f"  {results['signature']}")
     print("  perplexity: " + ", ".join(f"{name} {value:.2f}" for name, value in results["perplexity"].items()))
     if preference := results["preference"]:
-        reward = preference["reward_accuracy"]
         print(
-            f"  preference on {preference['pairs']} pairs: likelihood accuracy {preference['likelihood_accuracy']:.2f}, "
-            + (f"reward accuracy {reward:.2f}, " if reward is not None else "")
-            + f"log p a token: chosen {preference['chosen_logp_per_token']:.3f}, "
-            f"rejected {preference['rejected_logp_per_token']:.3f}"
+            f"  preference on {preference['pairs']} pairs: "
+            + ", ".join(
+                f"{name.replace('_', ' ')} {value:.3f}"
+                for name, value in preference.items()
+                if name != "pairs" and value is not None
+            )
         )
     for name, weights in (results["gates"] or {}).items():
         print(f"  expert weights on {name}: " + " ".join(f"{weight:.3f}" for weight in weights))

@@ -55,7 +55,8 @@ def main(config: Config) -> None:
 
     def packed(paths):
         conversations = read_conversations(paths, on_bad_row=config.on_bad_row, summary=summary)
-        return pack(encode_conversations(conversations, chat, config.row_length, config.on_bad_row, summary), config.row_length)
+        examples = encode_conversations(conversations, chat, config.row_length, config.on_bad_row, summary)
+        return pack(examples, config.row_length)
 
     rows, heldout_rows = packed(config.instructions), packed(config.heldout_instructions)
     plan = training.BatchPlan.from_settings(len(rows), config)

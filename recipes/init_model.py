@@ -1,6 +1,6 @@
 """Make a model from scratch: train a tokenizer on a corpus and write random weights beside it.
 
-    python recipes/init_model.py --config recipes/configs/demo/base.toml
+python recipes/init_model.py --config recipes/configs/demo/base.toml
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,8 @@ def main(config: Config) -> None:
     save_model(model, config.output)
     tokenizer.save(config.output)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{config.output}: {parameters:,} parameters; {tokenizer.vocab_size:,} tokens, {characters / tokens:.2f} characters each")
+    length = characters / tokens
+    print(f"{config.output}: {parameters:,} parameters, {tokenizer.vocab_size:,} tokens of {length:.2f} characters")
 
 
 if __name__ == "__main__":

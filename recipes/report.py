@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from pedgpt.evaluation.report import expectations, load_run, stage_table, write_report
+from pedgpt.evaluation.report import expectations, stage_table, write_report
+from pedgpt.evaluation.run import load_run
 
 
 def main() -> int:

@@ -133,7 +133,7 @@ class NoiseStream:
     def normal(self, like: Tensor, layer: ExpertLoRALinear) -> Tensor:
         """Standard normal numbers of the shape [B, T, N], float32; B must be the number of rows."""
         if like.ndim != 3 or like.shape[0] != len(self.rows):
-            raise ValueError(f"gate noise for {len(self.rows)} rows needs a [rows, tokens, experts] input, found {list(like.shape)}")
+            raise ValueError(f"gate noise for {len(self.rows)} rows needs [rows, tokens, in], found {list(like.shape)}")
         _, tokens, experts = like.shape
         counter = _hash(torch.full_like(self.rows, self.seed) + 0x9E3779B9 * self.numbers[id(layer)])
         counter = _hash(counter ^ (self.rows & _MASK))[:, None] + torch.arange(tokens, device=like.device)

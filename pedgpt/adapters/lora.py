@@ -27,9 +27,8 @@ class AdaptedLinear(nn.Linear):
         self.enabled = True
         # Adapters train in float32 over a bf16 base: at bf16 a small update would round away.
         dtype = torch.float32 if base.weight.dtype in (torch.bfloat16, torch.float16) else base.weight.dtype
-        factory = {"device": base.weight.device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.empty(hidden_size, base.in_features, **factory))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, hidden_size, **factory))
+        self.lora_A = nn.Parameter(base.weight.new_empty((hidden_size, base.in_features), dtype=dtype))
+        self.lora_B = nn.Parameter(base.weight.new_zeros((base.out_features, hidden_size), dtype=dtype))
         # Kaiming-uniform by the fan-in, with the slope that PEFT and nn.Linear use: bound 1/sqrt(in_features).
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(base.training)

@@ -101,9 +101,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
             raise ValueError(f"{folder / WEIGHTS}: {label} {', '.join(keys[:5])} ({len(keys)} in all)")
     for key, parameter in targets.items():
         if weights[key].shape != parameter.shape:
-            raise ValueError(
-                f"{folder / WEIGHTS}: {key} has the shape {list(weights[key].shape)}, the model needs {list(parameter.shape)}"
-            )
+            found, needed = list(weights[key].shape), list(parameter.shape)
+            raise ValueError(f"{folder / WEIGHTS}: {key} has the shape {found}, the model needs {needed}")
         parameter.data.copy_(weights[key])
     return list(layers)
 

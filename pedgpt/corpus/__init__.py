@@ -1,7 +1,17 @@
 """Building PedCorpus: from a knowledge graph and other sources to the instructions of each stage."""
 
 from pedgpt.corpus.classify import GENERAL, GENERAL_MEDICAL, classify
-from pedgpt.corpus.knowledge_graph import EVIDIAG, MEDKQA, TASKS, TRERECOM, diseases, evidiag, medkqa, trerecom, verbalize
+from pedgpt.corpus.knowledge_graph import (
+    EVIDIAG,
+    MEDKQA,
+    TASKS,
+    TRERECOM,
+    diseases,
+    evidiag,
+    medkqa,
+    trerecom,
+    verbalize,
+)
 from pedgpt.corpus.split import question_key, split
 
 __all__ = [

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def question_key(text: str) -> str:
-    """A question without spaces, punctuation, letter case and width, so that two spellings of one question are equal."""
+    """A question without spaces, punctuation, case and width, so that two spellings of it are equal."""
     return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if unicodedata.category(c)[0] in "LN")
 
 
@@ -25,8 +25,8 @@ def split(
 ) -> tuple[list[T], list[T], int]:
     """(training, held-out, repeated): by a hash of each row's question, so equal questions fall on the same side.
 
-    Rows whose `identity` (by default the question) repeats an earlier one's are left out and counted. Order is kept; the
-    result depends on the texts and the seed alone.
+    Rows whose `identity` (by default the question) repeats an earlier one's are left out and counted. Order is kept;
+    the result depends on the texts and the seed alone.
     """
     seen: set[str] = set()
     training: list[T] = []

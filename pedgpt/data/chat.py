@@ -82,7 +82,7 @@ class Baichuan2Chat(ChatFormat):
 
 
 class ChatML(ChatFormat):
-    """`<|im_start|>role\\n…<|im_end|>\\n`; the `<|im_end|>` that ends an answer carries loss, the line break does not."""
+    """`<|im_start|>role\\n…<|im_end|>\\n`; the `<|im_end|>` after an answer carries loss, the line break does not."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
@@ -110,7 +110,7 @@ def chat_format(tokenizer: Tokenizer, name: str = "auto") -> ChatFormat:
     if name == "chatml" or (name == "auto" and tokenizer.has("<|im_start|>", "<|im_end|>")):
         return ChatML(tokenizer)
     if name == "auto":
-        raise ValueError('the tokenizer has neither <reserved_106> nor <|im_start|>; set chat_format to "baichuan2" or "chatml"')
+        raise ValueError("the tokenizer has neither <reserved_106> nor <|im_start|>: its chat format is not supported")
     raise ValueError(f'chat_format {name!r} is unknown; expected "auto", "baichuan2" or "chatml"')
 
 

@@ -6,7 +6,7 @@ import bisect
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ class Row:
 class Batch:
     """What one forward pass needs: tensors [B, T] (int64), `row_ids` [B], and `weight`, the supervised tokens in it.
 
-    `row_ids` number the rows over the whole training, whatever the ranks: random numbers that are drawn by row id do not
-    depend on how a batch is split.
+    `row_ids` number the rows over the whole training, whatever the ranks: random numbers that are drawn by row id do
+    not depend on how a batch is split.
     """
 
     tokens: Tensor
@@ -47,8 +47,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)})
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def encode_document(ids: Sequence[int], eos_id: int | None, row_length: int, source: str = "") -> list[Example]:

@@ -66,7 +66,7 @@ class Tokenizer:
         return all(self.backend.token_to_id(name) is not None for name in names)
 
     def check_fits(self, vocab_size: int, folder: str) -> None:
-        """Raise ValueError if ids of this tokenizer exceed a model's vocabulary (a larger model vocabulary is usual)."""
+        """Raise ValueError if the tokenizer has ids beyond the model's vocabulary (which may well be larger)."""
         if self.vocab_size > vocab_size:
             raise ValueError(
                 f"{folder}: the model has a vocabulary of {vocab_size} tokens, its tokenizer needs {self.vocab_size}; "

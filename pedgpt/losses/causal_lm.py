@@ -1,6 +1,7 @@
 """Next-token loss and sequence log-probabilities from logits.
 
-Labels are aligned everywhere: `labels[b, t]` is the token that position t predicts. Letters: B batch, T tokens, V vocabulary.
+Labels are aligned everywhere: `labels[b, t]` is the token that position t predicts.
+Letters: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,4 +33,5 @@ def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _check_shapes(logits: Tensor, labels: Tensor) -> None:
     if logits.ndim != 3 or logits.shape[:2] != labels.shape:
-        raise ValueError(f"expected logits [B, T, V] and labels [B, T], found {list(logits.shape)} and {list(labels.shape)}")
+        shapes = f"{list(logits.shape)} and {list(labels.shape)}"
+        raise ValueError(f"expected logits [B, T, V] and labels [B, T], found {shapes}")

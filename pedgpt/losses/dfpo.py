@@ -50,7 +50,7 @@ def dfpo_loss(
     for name, value in inputs.items():
         if value.ndim != 1 or value.shape != policy_chosen_logps.shape:
             shape, expected = list(value.shape), list(policy_chosen_logps.shape)
-            raise ValueError(f"{name} has the shape {shape}; expected one value a pair, as policy_chosen_logps {expected}")
+            raise ValueError(f"{name} has the shape {shape}; expected one value a pair, {expected}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), found {label_smoothing}")
     if beta < 0 or mu < 0:

@@ -47,9 +47,8 @@ def load_model(
             unexpected.append(key)
             continue
         if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{file}: {key} has the shape {list(tensor.shape)}, but config.json asks for {list(expected[key].shape)}"
-            )
+            found, needed = list(tensor.shape), list(expected[key].shape)
+            raise ValueError(f"{file}: {key} has the shape {found}, but config.json asks for {needed}")
         weights[key] = tensor.to(device=device, dtype=dtype or tensor.dtype)
     if tied:
         weights.setdefault("lm_head.weight", weights.get("model.embed_tokens.weight", expected["lm_head.weight"]))

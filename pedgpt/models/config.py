@@ -57,8 +57,7 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"config.json: {name} must be a positive integer, found {value!r}")
-        if self.model_type not in FAMILIES:
-            raise ValueError(f"config.json: model_type {self.model_type!r} is not supported; one of {', '.join(FAMILIES)}")
+        _check_family(self.model_type)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -79,9 +78,7 @@ class ModelConfig:
         checkpoint that would silently change its outputs if ignored (sliding window, unknown `rope_scaling`).
         """
         raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
-        family = raw.get("model_type")
-        if family not in FAMILIES:
-            raise ValueError(f"config.json: model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}")
+        family = _check_family(raw.get("model_type"))
         if raw.get("use_sliding_window"):
             raise ValueError("config.json: use_sliding_window is true; sliding-window attention is not supported")
         if raw.get("hidden_act", "silu") != "silu":
@@ -98,7 +95,7 @@ class ModelConfig:
         head_dim = raw.get("head_dim")
         if head_dim is None:
             if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
-                raise ValueError(f"config.json: hidden_size {hidden!r} is not a multiple of num_attention_heads {heads!r}")
+                raise ValueError(f"config.json: hidden_size {hidden!r} is no multiple of num_attention_heads {heads!r}")
             head_dim = hidden // heads
         theta, scaling = _rope_settings(raw)
         baichuan = family == "baichuan"
@@ -169,6 +166,12 @@ _SHARED_KEYS = (
 _READ_KEYS = {f.name for f in fields(ModelConfig)} | {
     "rope_parameters", "hidden_act", POSITIONS_KEY, NORM_HEAD_KEY, "model_max_length",
 }  # fmt: skip
+
+
+def _check_family(family: Any) -> str:
+    if family not in FAMILIES:
+        raise ValueError(f"config.json: model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}")
+    return family
 
 
 def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:

@@ -72,7 +72,7 @@ def generate_steps(
     stop_tokens: Collection[int] = (),
     seed: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yield, token by token, the next id of every prompt; None for a prompt that has stopped. Arguments as `generate`."""
+    """Yield, step by step, the next id of every prompt; None for one that has stopped. Arguments as `generate`."""
     _check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     if not prompts or max_new_tokens == 0:
         return

@@ -217,7 +217,7 @@ class Transformer(nn.Module):
         all_documents: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor | None:
-        """What attention adds or forbids, [B or 1, H or 1, T, S]; None where plain causality (or one query) suffices."""
+        """What attention adds or forbids, [B or 1, H or 1, T, S]; None where plain causality suffices."""
         queries, keys = positions.shape[1], all_positions.shape[1]
         alibi = self.config.positions == "alibi"
         if all_documents is None and not alibi and (queries == keys or queries == 1):

@@ -63,8 +63,8 @@ def train(
 ) -> None:
     """Train what is not frozen, from the last checkpoint in `settings.output` if there is one.
 
-    Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks or
-    of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
+    Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks
+    or of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
     Writes a line per step to metrics.jsonl. Raises ValueError if the loss is not finite.
     """
     dtype = getattr(torch, settings.dtype)
@@ -130,8 +130,9 @@ def mean_loss(
     weight = 0.0
     with torch.no_grad():
         # Every rank makes the same number of forward passes, perhaps empty ones: sharded weights are gathered together.
-        for start in range(0, num_rows, settings.micro_batch_size * world.size):
-            rows = list(range(num_rows))[start : start + settings.micro_batch_size * world.size][world.rank :: world.size]
+        width = settings.micro_batch_size * world.size
+        for start in range(0, num_rows, width):
+            rows = list(range(start, min(start + width, num_rows)))[world.rank :: world.size]
             batch = make_batch(rows, rows)
             with autocast(world, getattr(torch, settings.dtype)):
                 loss, metrics = loss_function(model, batch.to(world.device))

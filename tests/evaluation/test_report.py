@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.evaluation.report import expectations, load_run, stage_table, write_report
+from pedgpt.evaluation.report import expectations, stage_table, write_report
+from pedgpt.evaluation.run import load_run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "report.py"
 TASKS = ("MedKQ&A", "EviDiag", "TreRecom")

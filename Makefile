@@ -1,0 +1,44 @@
+# make demo                        train a tiny model through all four stages on the sample corpus
+# make demo CORPUS=path/to/folder  the same on your own files (any format that pedgpt reads)
+# make chat                        talk to the model that the demo trained
+# make test                        lint, types and tests
+SHELL  := /bin/bash
+PYTHON ?= python3
+VENV   ?= .venv
+CORPUS ?= recipes/sample_corpus
+RUN    ?= $(if $(filter recipes/sample_corpus,$(CORPUS)),runs/demo,runs/$(notdir $(abspath $(CORPUS))))
+bin    := $(VENV)/bin
+
+.PHONY: demo chat test format clean
+
+demo: $(VENV)/.demo
+	PATH="$(abspath $(bin)):$$PATH" CORPUS="$(CORPUS)" RUN="$(RUN)" bash recipes/pipeline.sh
+
+chat: $(VENV)/.demo
+	$(bin)/python recipes/chat.py --model "$(RUN)/dfpo/model" --adapter "$(RUN)/experts/adapter"
+
+test: $(VENV)/.test
+	$(bin)/ruff check .
+	$(bin)/ruff format --check pedgpt recipes
+	$(bin)/mypy
+	$(bin)/python -m pytest
+
+format: $(VENV)/.test
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format pedgpt recipes
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+# A marker for each set of extras, remade when the dependencies change.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(bin)/python
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,plot]"
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(bin)/python
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@ $(VENV)/.demo
+
+$(bin)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "pedgpt needs Python 3.11 or newer: make PYTHON=python3.12 …" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
