@@ -11,8 +11,10 @@ same bytes.
 """
 
 import json
+import os
+import re
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pedgpt import corpus
@@ -88,13 +90,13 @@ def main(config: Config) -> None:
     for domain in (PEDIATRIC, GENERAL_MEDICAL, GENERAL):
         train, heldout, repeated = divide(sources.text.get(domain, []), lambda document: document.text)
         if not train:  # a source without running text: the answers of its conversations are text too
-            tasks = corpus.TASKS if domain == PEDIATRIC else (domain,)
-            train, heldout = (
-                [text for task in tasks if task in instructions for text in answers(instructions[task][side])]
+            names = corpus.TASKS if domain == PEDIATRIC else (domain,)
+            train, said = (
+                [text for task in names if task in instructions for text in answers(instructions[task][side])]
                 for side in (0, 1)
             )
             known = {document.text for document in train}
-            heldout = [document for document in heldout if document.text not in known]
+            heldout += [document for document in said if document.text not in known]
         if domain == PEDIATRIC:  # the facts themselves are for training; whole passages are held out
             train += [text for disease in graph for text in corpus.verbalize(disease)]
         counts[f"text/{domain}"] = write_split(output, f"text/{domain}", train, heldout, repeated, document_row)
@@ -116,8 +118,8 @@ def main(config: Config) -> None:
         "seed": config.seed,
         "heldout_share": config.heldout_share,
         "rows": counts,
-        "read": {Path(file).name: rows for file, rows in summary.rows.items()},
-        "skipped": [{"file": Path(row.file).name, "line": row.line, "reason": row.reason} for row in summary.skipped],
+        "read": {os.path.relpath(file, source): rows for file, rows in summary.rows.items()},
+        "skipped": [{**asdict(row), "file": os.path.relpath(row.file, source)} for row in summary.skipped],
     }
     (output / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if not total:
@@ -131,18 +133,25 @@ def read_sources(folder: Path, on_bad_row: str, summary: ReadSummary) -> Sources
     listing = folder / "corpus.toml"
     if listing.is_file():
         try:
-            entries = tomllib.loads(listing.read_text(encoding="utf-8"))["source"]
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
-            raise ValueError(f"{listing}: expected TOML with [[source]] tables ({error})") from None
+            entries = tomllib.loads(listing.read_text(encoding="utf-8")).get("source")
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{listing}: not valid TOML ({error})") from None
+        if not isinstance(entries, list) or not all(map(is_entry, entries)):
+            raise ValueError(f"{listing}: expected [[source]] tables of the texts file, kind, domain and task")
     else:
-        files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.stem.lower() != "readme")
-        entries = [{"file": path.name, "kind": detect_kind(path)} for path in files]
-        print("\n".join(f"{entry['file']:36} read as {entry['kind']}" for entry in entries) + "\n")
+        entries = []
+        for path in sorted(folder.iterdir()):
+            known = path.is_file() and path.suffix.lower() in SUFFIXES and path.stem.lower() != "readme"
+            entries += [{"file": path.name, "kind": detect_kind(path)}] if known else []
+            print(f"{path.name:36} {'read as ' + entries[-1]['kind'] if known else 'not read'}")
+        print()
     sources = Sources()
     for number, entry in enumerate(entries, 1):
         kind, domain, task = entry.get("kind"), entry.get("domain", PEDIATRIC), entry.get("task")
         if kind not in READERS or "file" not in entry or domain not in (PEDIATRIC, GENERAL_MEDICAL, GENERAL):
             raise ValueError(f"{listing}: source {number}: needs file, kind ({', '.join(READERS)}) and a known domain")
+        if task is not None and not is_task_name(task):
+            raise ValueError(f"{listing}: source {number}: task {task!r} cannot name a file; choose another")
         rows = READERS[kind](folder / entry["file"], on_bad_row=on_bad_row, summary=summary)
         if kind == "triples":
             sources.graph += rows
@@ -152,8 +161,22 @@ def read_sources(folder: Path, on_bad_row: str, summary: ReadSummary) -> Sources
             sources.text.setdefault(domain, []).extend(rows)
         else:
             for row in rows:
-                sources.conversations.setdefault(task or row.task or corpus.classify(row), []).append(row)
+                named = row.task if is_task_name(row.task) else None
+                sources.conversations.setdefault(task or named or corpus.classify(row), []).append(row)
     return sources
+
+
+def is_entry(entry) -> bool:
+    return (
+        isinstance(entry, dict)
+        and entry.keys() <= {"file", "kind", "domain", "task"}
+        and all(isinstance(value, str) for value in entry.values())
+    )
+
+
+def is_task_name(task: str) -> bool:
+    """Whether rows of this task can have a file of their own; a row's task may be any text."""
+    return bool(re.fullmatch(r"[\w&-]{1,60}", task)) and task != PEDIATRIC
 
 
 def thin(rows: list, share: float) -> list:

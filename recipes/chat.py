@@ -35,6 +35,8 @@ class Config:
 
 
 def main(config: Config) -> None:
+    if config.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f'dtype must be "float32" or "bfloat16", found {config.dtype!r}')
     device = start(config.device).device
     tokenizer = load_tokenizer(config.model)
     chat = chat_format(tokenizer, config.chat_format)
@@ -44,6 +46,8 @@ def main(config: Config) -> None:
         load_adapter(model, config.adapter)
     model.eval()
 
+    for file in (sys.stdin, sys.stdout):
+        file.reconfigure(errors="replace")  # a terminal's backspace may leave half a character behind
     system = config.system
     history: list[Message] = []
     print(f"{DISCLAIMER}\n(/reset, /system TEXT, /quit)")

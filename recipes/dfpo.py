@@ -25,7 +25,7 @@ from pedgpt.data import (
     load_tokenizer,
     read_preferences,
 )
-from pedgpt.losses import dfpo_loss, sequence_logps
+from pedgpt.losses import IGNORE_INDEX, dfpo_loss, sequence_logps
 from pedgpt.models import load_model, save_model
 from pedgpt.training.distributed import autocast, gather_rows
 
@@ -47,6 +47,8 @@ class Config(training.TrainingSettings):
 
 def main(config: Config) -> None:
     config.check()
+    if config.beta < 0 or config.mu < 0 or not 0 <= config.label_smoothing < 0.5:
+        raise ValueError("beta and mu must not be negative and label_smoothing must be in [0, 0.5)")
     world = training.start(config.device)
     dtype = getattr(torch, config.dtype)
 
@@ -67,8 +69,8 @@ def main(config: Config) -> None:
     pairs, heldout_pairs = encoded(config.preferences), encoded(config.heldout_preferences)
     plan = training.BatchPlan.from_settings(len(pairs), config)
     data = fingerprint([example for pair in pairs for example in (pair.chosen, pair.rejected)])
-    if training.is_finished(config, plan, data):
-        return print(f"{config.output}: finished already")
+    if training.is_finished(config, plan, data, world):
+        return
     if world.is_main:
         print(f"{summary.describe()}\n{len(pairs):,} pairs, {len(heldout_pairs):,} held out")
 
@@ -102,7 +104,7 @@ def main(config: Config) -> None:
         logps = sequence_logps(model(batch.tokens, documents=batch.documents), batch.labels)
         if batch.weight == 0:
             return logps.sum(), dict.fromkeys(METRICS, torch.zeros(()))
-        counts = (batch.labels != -100).sum(-1)
+        counts = (batch.labels != IGNORE_INDEX).sum(-1)
         chosen, rejected = logps.chunk(2)
         reference_chosen, reference_rejected = batch.reference_logps.chunk(2)
         chosen_counts, rejected_counts = counts.chunk(2)

@@ -8,6 +8,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from pedgpt.data import (
 )
 from pedgpt.evaluation.generation_metrics import generation_scores, signature
 from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
-from pedgpt.evaluation.responses import answer, items
+from pedgpt.evaluation.responses import answer, items, thin
 from pedgpt.models import load_model
 from pedgpt.training import run_recipe, start
 
@@ -44,6 +45,7 @@ class Config:
     adapter: str = ""  # folder of an adapter to attach
     reference: str = ""  # folder of the model that DFPO started from, for reward accuracy
     limit: int = 60  # answers to generate a task
+    text_limit: int = 300  # documents of each text to measure perplexity on
     max_new_tokens: int = 96  # of each answer
     row_length: int = 512  # tokens a row; longer conversations and pairs are skipped and counted
     batch_size: int = 8  # rows per forward pass
@@ -53,6 +55,8 @@ class Config:
 
 
 def main(config: Config) -> None:
+    if config.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f'dtype must be "float32" or "bfloat16", found {config.dtype!r}')
     began = time.perf_counter()
     heldout = Path(config.heldout)
     if not heldout.is_dir():
@@ -72,7 +76,7 @@ def main(config: Config) -> None:
     }
     rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
     for path in sorted((heldout / "text").glob("*.jsonl")):
-        texts = [tokenizer.encode(document.text) for document in read_documents(path, **read)]
+        texts = tokenizer.encode_batch([row.text for row in thin(read_documents(path, **read), config.text_limit)])
         pieces = [piece for ids in texts for piece in encode_document(ids, tokenizer.eos_id, config.row_length)]
         rows[f"{path.stem}_text"] = pack(pieces, config.row_length)
     pairs = []
@@ -109,6 +113,8 @@ def main(config: Config) -> None:
     perplexities = {name: perplexity(model, packed, config.batch_size) for name, packed in rows.items() if packed}
     if config.adapter and "experts" in describe_adapter(config.adapter):
         for name, packed in task_rows.items():
+            if not packed:
+                continue
             with record_gates(model) as records:  # one row at a time, so that no padding is counted
                 perplexity(model, packed, batch_size=1)
             means = torch.tensor([record.mean() for record in records.values()])
@@ -135,7 +141,9 @@ def main(config: Config) -> None:
     if config.output:
         path = Path(config.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def describe_adapter(folder: str) -> str:

@@ -61,8 +61,8 @@ def main(config: Config) -> None:
     rows, heldout_rows = packed(config.instructions), packed(config.heldout_instructions)
     plan = training.BatchPlan.from_settings(len(rows), config)
     data = fingerprint(rows)
-    if training.is_finished(config, plan, data):
-        return print(f"{config.output}: finished already")
+    if training.is_finished(config, plan, data, world):
+        return
 
     # Model and adapter: the frozen weights stay in the dtype of the computation, the experts train in float32.
     model = load_model(config.model, dtype=getattr(torch, config.dtype))

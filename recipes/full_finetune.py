@@ -54,8 +54,8 @@ def main(config: Config) -> None:
     rows, heldout_rows = packed(config.instructions), packed(config.heldout_instructions)
     plan = training.BatchPlan.from_settings(len(rows), config)
     data = fingerprint(rows)
-    if training.is_finished(config, plan, data):
-        return print(f"{config.output}: finished already")
+    if training.is_finished(config, plan, data, world):
+        return
     if world.is_main:
         print(summary.describe())
         print(f"{len(rows):,} rows of {config.row_length}, {utilization(rows, config.row_length):.1%} used")

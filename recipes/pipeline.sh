@@ -17,8 +17,11 @@ configs=recipes/configs/$CONFIG
 train=$RUN/corpus/train heldout=$RUN/corpus/heldout
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
-evaluate() { # evaluate NAME MODEL [more settings]: unless done already
-  [ -f "$RUN/evaluation/$1.json" ] || $PYTHON recipes/evaluate.py --model "$2" --heldout "$heldout" --output "$RUN/evaluation/$1.json" "${@:3}"
+evaluate() { # evaluate STAGE MODEL [more settings]: unless done since the stage finished
+  local finished=$RUN/$1/done.json
+  [ -f "$finished" ] || finished=$MODEL/config.json
+  [ "$RUN/evaluation/$1.json" -nt "$finished" ] || $PYTHON recipes/evaluate.py --model "$2" \
+    --heldout "$heldout" --output "$RUN/evaluation/$1.json" "${@:3}"
 }
 
 say "Corpus"
@@ -31,11 +34,13 @@ if [ "$MODEL" = "$RUN/base" ]; then
 fi
 evaluate base "$MODEL"
 
-say "Stage 1: continued pre-training, text only, for comparison"
-$LAUNCH recipes/continued_pretrain.py --config "$configs/cpt.toml" --model "$MODEL" --output "$RUN/cpt_text" --instruction_share 0 \
-  --text "$train/text/pediatric.jsonl" "$train/text/general_medical.jsonl" --general_text "$train/text/general.jsonl" \
-  --heldout_text "$heldout/text/pediatric.jsonl"
-evaluate cpt_text "$RUN/cpt_text/model"
+if [ "$CONFIG" = demo ]; then
+  say "Stage 1: continued pre-training, text only, for comparison"
+  $LAUNCH recipes/continued_pretrain.py --config "$configs/cpt.toml" --model "$MODEL" --output "$RUN/cpt_text" \
+    --instruction_share 0 --text "$train/text/pediatric.jsonl" "$train/text/general_medical.jsonl" \
+    --general_text "$train/text/general.jsonl" --heldout_text "$heldout/text/pediatric.jsonl"
+  evaluate cpt_text "$RUN/cpt_text/model"
+fi
 
 say "Stage 1: continued pre-training, hybrid"
 $LAUNCH recipes/continued_pretrain.py --config "$configs/cpt.toml" --model "$MODEL" --output "$RUN/cpt" \

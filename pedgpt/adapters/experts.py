@@ -77,10 +77,10 @@ class ExpertLoRALinear(AdaptedLinear):
         return y + F.linear(h, self.lora_B.to(x.dtype))
 
     def gates(self, routes: Tensor) -> Tensor:
-        """G [..., N] in float32 from x W_g and x W_n side by side [..., 2N]; noisy while training."""
-        clean, noise_scale = routes.float().chunk(2, dim=-1)
+        """G [..., N] in float32 (or float64) from x W_g and x W_n side by side [..., 2N]; noisy while training."""
+        clean, noise_scale = routes.to(torch.promote_types(routes.dtype, torch.float32)).chunk(2, dim=-1)
         if self.training:
-            noise = torch.randn_like(clean) if self.noise_stream is None else self.noise_stream.normal(clean, self)
+            noise = torch.randn_like(clean) if self.noise_stream is None else self.noise_stream.normal(clean)
             clean = clean + noise * F.softplus(noise_scale)
         return clean.softmax(-1)
 
@@ -93,7 +93,7 @@ class GateRecord:
         self.count = 0
 
     def add(self, gates: Tensor) -> None:
-        total = gates.detach().flatten(0, -2).sum(0, dtype=torch.float64)
+        total = gates.detach().reshape(-1, gates.shape[-1]).sum(0, dtype=torch.float64)
         self.total = total if self.total is None else self.total + total
         self.count += gates[..., 0].numel()
 
@@ -120,28 +120,27 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, GateRecord]]:
 
 
 class NoiseStream:
-    """Gate noise that depends only on (seed, row, token, layer, expert), not on how rows are spread over ranks.
+    """One layer's gate noise: a function of (seed, row, token, layer, expert), however rows are spread over ranks.
 
-    A counter-based generator: each number is a hash of its coordinates, turned normal by Box-Muller. So one process
-    or many, any micro-batch size, and activation checkpointing's recomputation all draw the same noise.
+    A counter-based generator: each number is a 64-bit hash of its coordinates, turned normal by Box-Muller. So one
+    process or many, any micro-batch size, and activation checkpointing's recomputation all draw the same noise.
     """
 
-    def __init__(self, layers: list[ExpertLoRALinear], seed: int, rows: Tensor) -> None:
-        self.numbers = {id(layer): i for i, layer in enumerate(layers)}
-        self.seed, self.rows = seed, rows
+    def __init__(self, seed: int, layer: int, rows: Tensor) -> None:
+        self.seed, self.layer, self.rows = seed, layer, rows.long()
 
-    def normal(self, like: Tensor, layer: ExpertLoRALinear) -> Tensor:
-        """Standard normal numbers of the shape [B, T, N], float32; B must be the number of rows."""
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal numbers of the shape and dtype of `like` [B, T, N]; B must be the number of rows."""
         if like.ndim != 3 or like.shape[0] != len(self.rows):
             raise ValueError(f"gate noise for {len(self.rows)} rows needs [rows, tokens, in], found {list(like.shape)}")
         _, tokens, experts = like.shape
-        counter = _hash(torch.full_like(self.rows, self.seed) + 0x9E3779B9 * self.numbers[id(layer)])
-        counter = _hash(counter ^ (self.rows & _MASK))[:, None] + torch.arange(tokens, device=like.device)
-        counter = _hash(counter & _MASK)[..., None] + torch.arange(experts, device=like.device)
-        bits = _hash(counter & _MASK)
-        first = (bits + 1).double() / 2**32  # in (0, 1], so that its logarithm is finite
-        second = _hash(bits ^ 0x5BF03635).double() / 2**32
-        return ((-2 * first.log()).sqrt() * (2 * math.pi * second).cos()).float()
+        stream = _hash(_hash(torch.full_like(self.rows, _signed(self.seed))) + self.layer)
+        stream = _hash(stream + self.rows)[:, None]
+        stream = _hash(stream + torch.arange(tokens, device=like.device))[..., None]
+        bits = _hash(stream + torch.arange(experts, device=like.device))
+        first = (_shift_right(bits, 32) + 1).double() / 2**32  # in (0, 1], so that its logarithm is finite
+        second = (bits & 0xFFFFFFFF).double() / 2**32
+        return ((-2 * first.log()).sqrt() * (2 * math.pi * second).cos()).to(like.dtype)
 
 
 def set_noise_rows(model: nn.Module, seed: int, rows: Tensor | None) -> None:
@@ -150,17 +149,23 @@ def set_noise_rows(model: nn.Module, seed: int, rows: Tensor | None) -> None:
     No context manager: activation checkpointing calls the layers again in the backward pass.
     """
     layers = [m for m in model.modules() if isinstance(m, ExpertLoRALinear)]
-    stream = None if rows is None else NoiseStream(layers, seed, rows)
-    for layer in layers:
-        layer.noise_stream = stream
-
-
-_MASK = 0xFFFFFFFF
+    for number, layer in enumerate(layers):
+        layer.noise_stream = None if rows is None else NoiseStream(seed, number, rows)
 
 
 def _hash(x: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finaliser on int64 tensors, whose products wrap modulo 2^64."""
-    x = x & _MASK
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
-    return x ^ (x >> 16)
+    """SplitMix64 (Steele et al. 2014) on int64 tensors, whose sums and products wrap modulo 2^64."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """x >> bits on the 64 bits as they stand; torch's own shift repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    """The int64 with the low 64 bits of x."""
+    return (x + 2**63) % 2**64 - 2**63

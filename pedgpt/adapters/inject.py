@@ -84,13 +84,13 @@ def _inject(
         names |= found
     if not names:
         raise ValueError('target_modules is empty; name layers or give "all-linear"')
+    wrapped = {name: wrap(linear) for name, linear in linears.items() if name in names}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    matched = [name for name in linears if name in names]
-    for name in matched:
+    for name, layer in wrapped.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, wrap(linears[name]))
-    return matched
+        setattr(model.get_submodule(parent), child, layer)
+    return list(wrapped)
 
 
 def _matches(name: str, pattern: str) -> bool:

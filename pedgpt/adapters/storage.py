@@ -18,6 +18,9 @@ from pedgpt.adapters.inject import adapted_layers, inject_experts, inject_lora
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EXPERTS = "PEDGPT_EXPERTS"
 _PREFIX = "base_model.model."
+_UNSUPPORTED = (
+    "use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "alora_invocation_tokens",
+)  # fmt: skip
 
 
 def save_adapter(
@@ -67,11 +70,18 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     """Attach the adapter of `folder` to a base model and fill it; returns the names of the adapted layers.
 
-    A model that carries adapters of the same shape already is filled as it is. Raises ValueError for a missing or
-    broken file, another adapter type, a layer that the model lacks, and missing, unexpected or misshapen tensors.
+    A model that carries adapters of the same shape and alpha already is filled as it is. Raises ValueError for a
+    missing or broken file, another adapter type or alpha, a layer that the model lacks, and missing, unexpected or
+    misshapen tensors.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except FileNotFoundError:
+        raise ValueError(f"{folder / WEIGHTS}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / WEIGHTS}: cannot be read, the file may be truncated ({error})") from None
     if not adapted_layers(model):
         settings: dict[str, Any] = {
             "rank": config["r"],
@@ -84,12 +94,6 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         else:
             inject_lora(model, **settings)
     layers = adapted_layers(model)
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except FileNotFoundError:
-        raise ValueError(f"{folder / WEIGHTS}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / WEIGHTS}: cannot be read, the file may be truncated ({error})") from None
     targets = {
         f"{_PREFIX}{name}.{part}.weight": parameter
         for name, layer in layers.items()
@@ -103,6 +107,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         if weights[key].shape != parameter.shape:
             found, needed = list(weights[key].shape), list(parameter.shape)
             raise ValueError(f"{folder / WEIGHTS}: {key} has the shape {found}, the model needs {needed}")
+    for name, layer in layers.items():
+        if layer.alpha != config["lora_alpha"]:
+            raise ValueError(f"{folder / CONFIG}: lora_alpha is {config['lora_alpha']}, {name} has alpha {layer.alpha}")
+    for key, parameter in targets.items():
         parameter.data.copy_(weights[key])
     return list(layers)
 
@@ -114,6 +122,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file; expected an adapter folder") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
     kind = config.get("peft_type")
     if kind not in ("LORA", EXPERTS):
         raise ValueError(f"{path}: peft_type {kind!r} is not supported; expected 'LORA' or {EXPERTS!r}")
@@ -121,9 +131,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     missing = [key for key in needed if config.get(key) is None]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")
-    for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"):
+    for key in _UNSUPPORTED:
         if config.get(key):
             raise ValueError(f"{path}: {key} is set; pedgpt cannot reproduce such an adapter")
+    if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ValueError(
+            f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base model's weights; "
+            "convert the adapter to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+        )
     return config
 
 

@@ -89,7 +89,7 @@ def trerecom(disease: Disease) -> Iterator[Conversation]:
 
 
 def evidiag(disease: Disease) -> Iterator[Conversation]:
-    """Evidence-based diagnosis over three turns, one for each ordered choice of three symptoms (at most eight)."""
+    """Evidence-based diagnosis over three turns, one for every third ordering of three symptoms (at most eight)."""
     needed = {SYMPTOM, AGE, EXAMINATION, TREATMENT, PREVENTION, COMPLICATION}
     if not needed <= disease.facts.keys() or len(disease.facts[SYMPTOM]) < 3:
         return

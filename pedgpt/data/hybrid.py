@@ -17,7 +17,7 @@ SURFACE_FORMS = (
     "{question}\n{answer}",
     "问：{question}\n答：{answer}",
     "问题：{question}\n解答：{answer}",
-    "家长提问：{question}\n医生回答：{answer}",
+    "有人问：{question}\n回答是：{answer}",
     "{question}{answer}",
 )
 

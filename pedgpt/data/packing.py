@@ -138,7 +138,7 @@ def fingerprint(rows: Sequence[Row | Example]) -> str:
     """A short name of exactly this training data, to tell whether a checkpoint belongs to it."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr((row.tokens, row.labels)).encode())
+        digest.update(repr((row.tokens, row.labels, getattr(row, "documents", None))).encode())
     return digest.hexdigest()[:16]
 
 

@@ -89,6 +89,8 @@ class Tokenizer:
     def _named(self, key: str) -> int | None:
         value = self.config.get(key)
         name = value.get("content") if isinstance(value, dict) else value
+        if name is not None and not (isinstance(name, str) and self.has(name)):
+            raise ValueError(f"{(self.folder or Path()) / CONFIG_FILE}: {key} is {name!r}, which the tokenizer lacks")
         return None if name is None else self.token_id(name)
 
 
@@ -131,6 +133,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder / CONFIG_FILE}: not valid JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{folder / CONFIG_FILE}: expected a JSON object, found {type(config).__name__}")
     if (folder / JSON_FILE).is_file():
         try:
             backend = tokenizers.Tokenizer.from_file(str(folder / JSON_FILE))

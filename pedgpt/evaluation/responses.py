@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pedgpt.data.chat import ChatFormat, encode_prompt
 from pedgpt.data.records import Conversation, Message
 from pedgpt.models.generation import generate
 from pedgpt.models.transformer import Transformer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,13 @@ def items(conversations: Sequence[Conversation], limit: int) -> list[Item]:
         for i, message in enumerate(conversation.messages)
         if message.role == "assistant"
     ]
-    if len(found) <= limit:
-        return found
-    return [found[i * len(found) // limit] for i in range(limit)]
+    return thin(found, limit)
+
+
+def thin(rows: Sequence[T], limit: int) -> list[T]:
+    """At most `limit` of the rows, evenly spread."""
+    count = min(limit, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def answer(

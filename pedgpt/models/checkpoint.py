@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -99,7 +100,8 @@ def save_model(model: Transformer, folder: str | Path, state_dict: Mapping[str, 
         total = sum(tensor.nbytes for tensor in weights.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
-    _write_json(folder / "config.json", {**model.config.to_hf(), "torch_dtype": sorted(dtypes)[0]})
+    dtype = sorted(dtypes)[0]  # transformers reads "dtype" before the older "torch_dtype": neither may be left stale
+    _write_json(folder / "config.json", {**model.config.to_hf(), "dtype": dtype, "torch_dtype": dtype})
     for stale in {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / name for name in names}:
         if not (stale.name == INDEX and len(shards) > 1):
             stale.unlink(missing_ok=True)
@@ -116,6 +118,8 @@ def _read_weights(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
             with safe_open(file, framework="pt") as reader:
                 for key in reader.keys():  # noqa: SIM118  (a reader, not a dict)
                     yield file, key, reader.get_tensor(key)
+        except pickle.UnpicklingError:
+            raise ValueError(f"{file}: holds more than weights, or is damaged; only safe files are read") from None
         except (SafetensorError, OSError, RuntimeError, EOFError) as error:
             raise ValueError(f"{file}: cannot be read as weights, the file may be truncated ({error})") from None
 
@@ -130,7 +134,7 @@ def _weight_files(folder: Path) -> list[Path]:
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{index}: not an index with a weight_map") from None
             for name in names:
-                if Path(name).name != name or (folder / name).resolve().parent != folder.resolve():
+                if not isinstance(name, str) or Path(name).name != name:
                     raise ValueError(f"{index}: weight_map names {name!r}, which is not a file of this folder")
                 if not (folder / name).is_file():
                     raise ValueError(f"{folder / name}: no such file, though {index.name} names it")

@@ -138,7 +138,7 @@ class ModelConfig:
         for name in _SHARED_KEYS:
             raw[name] = getattr(self, name)
         raw["hidden_act"] = "silu"
-        if self.positions == "rope" and self.model_type != "baichuan":
+        if self.positions == "rope":
             raw["rope_theta"] = self.rope_theta
             raw["rope_scaling"] = dict(self.rope_scaling) if self.rope_scaling else None
         if self.model_type in ("llama", "qwen3"):
@@ -147,10 +147,9 @@ class ModelConfig:
             raw["mlp_bias"] = self.mlp_bias
         if self.model_type == "baichuan":
             raw["model_max_length"] = self.max_position_embeddings
+        if self.model_type == "baichuan" or self.positions != "rope" or self.normalize_head:
             raw[POSITIONS_KEY] = self.positions
             raw[NORM_HEAD_KEY] = self.normalize_head
-        elif self.normalize_head:
-            raw[NORM_HEAD_KEY] = True
         return raw
 
     def with_vocab_size(self, vocab_size: int) -> ModelConfig:

@@ -30,6 +30,15 @@ class KVCache:
         self.length = 0
         self.capacity = capacity
 
+    def check_room(self, batch_size: int, count: int) -> None:
+        """Raise ValueError unless `count` more tokens of a batch of this size fit."""
+        end = self.length + count
+        if batch_size != self.positions.shape[0] or end > self.capacity:
+            raise ValueError(
+                f"the cache holds {self.positions.shape[0]} x {self.capacity} tokens; "
+                f"asked for a batch of {batch_size} up to token {end}"
+            )
+
     def next_positions(self, count: int) -> Tensor:
         """Positions [B, count] that follow the last one held."""
         start = self.positions[:, self.length - 1 : self.length] + 1 if self.length else self.positions[:, :1]
@@ -37,19 +46,14 @@ class KVCache:
 
     def extend(self, positions: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Make room for positions [B, T]; returns all positions and, if any token has one, all document ids."""
+        if documents is None and self.isolated:
+            raise ValueError("the cache holds document ids; pass `documents` for the new tokens too")
         end = self.length + positions.shape[1]
-        if positions.shape[0] != self.positions.shape[0] or end > self.capacity:
-            raise ValueError(
-                f"the cache holds {self.positions.shape[0]} x {self.capacity} tokens; "
-                f"asked for a batch of {positions.shape[0]} up to token {end}"
-            )
         self.start, self.length = self.length, end
         self.positions[:, self.start : end] = positions
         if documents is not None:
             self.documents[:, self.start : end] = documents
             self.isolated = True
-        elif self.isolated:
-            raise ValueError("the cache holds document ids; pass `documents` for the new tokens too")
         return self.positions[:, :end], self.documents[:, :end] if self.isolated else None
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

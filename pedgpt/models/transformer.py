@@ -178,6 +178,8 @@ class Transformer(nn.Module):
         for name, value in (("positions", positions), ("documents", documents)):
             if value is not None and value.shape != tokens.shape:
                 raise ValueError(f"{name} has the shape {list(value.shape)}, tokens have {list(tokens.shape)}")
+        if cache is not None:
+            cache.check_room(*tokens.shape)
         if positions is None:
             if cache is not None:
                 positions = cache.next_positions(tokens.shape[1])
@@ -196,7 +198,7 @@ class Transformer(nn.Module):
             rotary = rope_tables(positions, frequencies, hidden.dtype)
         mask = self._attention_mask(positions, all_positions, documents, all_documents, hidden.dtype)
         for i, block in enumerate(self.model.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 hidden = checkpoint(block, hidden, rotary, mask, use_reentrant=False)
             else:
                 hidden = block(hidden, rotary, mask, cache, i)

@@ -53,8 +53,7 @@ def save_checkpoint(
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step in `folder`."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{7}", path.name)]
-    return max(found, default=None)
+    return max(_complete(folder), default=None)
 
 
 def load_checkpoint(
@@ -78,14 +77,16 @@ def load_checkpoint(
     try:
         with _quiet():
             dcp.load(_tensors(model, optimizer), storage_reader=_SafeReader(checkpoint), no_dist=world.size == 1)
-    except (OSError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{checkpoint}: cannot be read, delete it to go on from the one before ({error})") from None
+    except (OSError, pickle.UnpicklingError, dcp.CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        reason = str(cause).partition("\n")[0] or type(cause).__name__
+        raise ValueError(f"{checkpoint}: cannot be read, delete it to go on from the one before ({reason})") from None
     return step
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the last `keep` checkpoints, and what an interrupted save left."""
-    complete = sorted(path for path in folder.glob("step_*"))
+    complete = sorted(_complete(folder))
     for path in [*complete[: max(0, len(complete) - keep)], *folder.glob(".step_*.tmp")]:
         shutil.rmtree(path)
 
@@ -104,6 +105,10 @@ def refuse_changes(saved: Mapping[str, Any], run: Mapping[str, Any], where: Path
         )
 
 
+def _complete(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{7}", path.name)]
+
+
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What a checkpoint holds, all of it tensors: DCP pickles anything else."""
     tensors: dict[str, Tensor] = {}
@@ -118,12 +123,23 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 class _SafeReader(dcp.FileSystemReader):
     """DCP's reader, but its pickled index may name DCP's own record types only, never code to run."""
 
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(checkpoint)
+        with open(checkpoint / ".metadata", "rb") as handle:
+            try:
+                index = _MetadataUnpickler(handle).load()
+            except pickle.UnpicklingError:
+                raise
+            except Exception as error:  # a broken pickle raises almost anything
+                raise pickle.UnpicklingError(f"the index of the checkpoint is broken: {error}") from None
+        if not isinstance(index, Metadata):
+            raise pickle.UnpicklingError(f"the index of the checkpoint holds a {type(index).__name__}")
+        self.index = index
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as handle:
-            metadata = _MetadataUnpickler(handle).load()
-        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        self.index.storage_meta = self.index.storage_meta or dcp.metadata.StorageMeta()
+        self.index.storage_meta.load_id = self.load_id
+        return self.index
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -138,7 +154,9 @@ class _MetadataUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        record = module == "torch.distributed.checkpoint.metadata" and "." not in name
+        # Only the classes that the module defines: what it imports, such as `dataclass`, can be made to run code.
+        found = getattr(dcp.metadata, name, None) if module == dcp.metadata.__name__ else None
+        record = isinstance(found, type) and found.__module__ == module
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if record or dtype or name in self._allowed.get(module, ()):
             return super().find_class(module, name)

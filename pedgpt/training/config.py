@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import re
 import sys
@@ -15,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pedgpt.training.distributed import stop
 
 C = TypeVar("C")
 
@@ -45,6 +48,9 @@ class TrainingSettings:
 
     def check(self) -> None:
         """Raise ValueError for a value out of range, before anything is loaded."""
+        for f in dataclasses.fields(self):
+            if isinstance(value := getattr(self, f.name), float) and not math.isfinite(value):
+                raise ValueError(f"{f.name} must be a finite number, found {value}")
         for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -98,7 +104,8 @@ def run_recipe(main: Callable[[C], None], cls: type[C]) -> None:
         return
     try:
         main(parse_settings(cls, arguments))
-    except ValueError as error:
+        stop()
+    except (ValueError, OSError) as error:
         if os.environ.get("PEDGPT_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
@@ -66,6 +66,12 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, dtype: to
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Make `model.parameters()` the sharded ones again: a forward pass without a backward leaves the root's gathered."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def autocast(world: World, dtype: torch.dtype) -> AbstractContextManager:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import shutil
 import sys
 import time
@@ -25,7 +27,7 @@ from pedgpt.training.checkpoint import (
     save_checkpoint,
 )
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, autocast, barrier, sum_over_ranks
+from pedgpt.training.distributed import World, autocast, barrier, reshard, sum_over_ranks
 from pedgpt.training.metrics import MetricsLog
 from pedgpt.training.optim import build_optimizer, learning_rate
 
@@ -65,11 +67,12 @@ def train(
 
     Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks
     or of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
-    Writes a line per step to metrics.jsonl. Raises ValueError if the loss is not finite.
+    Writes a line per step to metrics.jsonl. Raises ValueError if the loss or the gradient is not finite.
     """
     dtype = getattr(torch, settings.dtype)
     run = describe_run(settings, plan, fingerprint)
     folder = Path(settings.output) / "checkpoints"
+    reshard(model)
     optimizer = build_optimizer(model, settings)
     checkpoint = latest_checkpoint(folder)
     first = 0 if checkpoint is None else load_checkpoint(checkpoint, model, optimizer, run, world)
@@ -103,6 +106,7 @@ def train(
         if evaluate is not None and (last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)):
             record |= {f"eval_{name}": value for name, value in evaluate().items()}
             model.train()
+            reshard(model)
         if log:
             log.write(record)
             bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {num_tokens / took:,.0f} tokens/s", refresh=False)
@@ -150,12 +154,14 @@ def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) 
     return {**chosen, "total_steps": plan.total_steps, "training_data": fingerprint}
 
 
-def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) -> bool:
-    """Whether `settings.output` holds this very run, complete; ValueError if it holds another one."""
+def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> bool:
+    """Whether `settings.output` holds this very run, complete, and say so; ValueError if it holds another one."""
     path = Path(settings.output) / "done.json"
     if not path.exists():
         return False
     refuse_changes(json.loads(path.read_text(encoding="utf-8")), describe_run(settings, plan, fingerprint), path.parent)
+    if world.is_main:
+        print(f"{settings.output}: finished already")
     return True
 
 
@@ -164,7 +170,9 @@ def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world:
     if world.is_main:
         output = Path(settings.output)
         run = describe_run(settings, plan, fingerprint)
-        (output / "done.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary = output / ".done.json.tmp"
+        temporary.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, output / "done.json")
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     barrier(world)
 
@@ -192,10 +200,12 @@ def _step(
             sums[name] = sums.get(name, 0.0) + value.detach()
     totals = sum_over_ranks([float(value) for value in sums.values()], world)
     means = {name: total / max(weight, 1) for name, total in zip(sums, totals, strict=True)}
-    if not torch.isfinite(torch.tensor(means["loss"])):
-        raise ValueError(f"the loss became {means['loss']}; lower learning_rate or max_grad_norm, or use float32")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    for name, value in (("loss", means["loss"]), ("gradient's norm", grad_norm)):
+        if not math.isfinite(value):
+            raise ValueError(f"the {name} became {value}; lower learning_rate or max_grad_norm, or use float32")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return means, int(num_tokens), float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return means, int(num_tokens), grad_norm

@@ -1,0 +1,173 @@
+"""A run that dies at any moment, and the same command again: as if it had not died."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+LONG = {"epochs": 20, "checkpoint_every": 3, "keep_checkpoints": 2}  # 68 steps
+TIMES = ("seconds", "tokens_per_second")
+
+# The recipe, but the second checkpoint kills the process when half of it is written.
+KILLED_WHILE_SAVING = """
+import os, runpy, signal, sys
+from pathlib import Path
+from pedgpt.training import checkpoint
+real, saves = checkpoint.dcp.save, []
+def save(tensors, checkpoint_id, **rest):
+    saves.append(checkpoint_id)
+    if len(saves) == 2:
+        (Path(checkpoint_id) / "__0_0.distcp").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(tensors, checkpoint_id=checkpoint_id, **rest)
+checkpoint.dcp.save = save
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def assert_as_if_nothing_happened(lab, output, expected):
+    """The same weights and metrics bit for bit, every step once, and no checkpoint left."""
+    found = lab.weights(output)
+    assert found.keys() == lab.weights(expected).keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in lab.weights(expected).items())
+    mine, theirs = ([{k: v for k, v in line.items() if k not in TIMES} for line in lab.metrics(o)] for o in (output, expected))
+    assert [line["step"] for line in mine] == list(range(1, len(theirs) + 1))
+    assert mine == theirs
+    seconds = [line["seconds"] for line in lab.metrics(output)]
+    assert seconds == sorted(seconds)
+    assert {path.name for path in output.iterdir()} == {path.name for path in expected.iterdir()}
+    assert not (output / "checkpoints").exists()
+
+
+def test_a_run_killed_at_any_step_goes_on_bit_for_bit(lab, tmp_path):
+    output, expected = tmp_path / "killed", tmp_path / "whole"
+    flags = lab.arguments("full_finetune", output, **LONG)
+    process = lab.start([lab.script("full_finetune"), *flags])
+    log, deadline = output / "metrics.jsonl", time.monotonic() + 60
+    while (not log.exists() or len(log.read_text().splitlines()) < 10) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (output / "done.json").exists()
+    reached = len(lab.metrics(output))
+    assert 10 <= reached < 68
+    # A death in the middle of a line, too.
+    with open(log, "a", encoding="utf-8") as file:
+        file.write('{"step": 99, "loss": 1.')
+
+    result = lab.call("full_finetune", flags)
+    assert result.code == 0, result.err
+    start = max(step for step in range(0, reached + 1, 3))
+    assert any(f"/step_{step:07d} at step {step} of 68" in result.err for step in (start, start - 3))
+    assert lab.run("full_finetune", expected, **LONG).code == 0
+    assert_as_if_nothing_happened(lab, output, expected)
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(lab, tmp_path):
+    output, expected = tmp_path / "killed", tmp_path / "whole"
+    settings = {"epochs": 3, "checkpoint_every": 3}
+    flags = lab.arguments("expert_finetune", output, **settings)
+    process = lab.start(["-c", KILLED_WHILE_SAVING, lab.script("expert_finetune"), *flags])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, err
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {"step_0000003", ".step_0000006.tmp"}
+    assert len(lab.metrics(output)) == 6
+
+    result = lab.call("expert_finetune", flags)
+    assert result.code == 0 and "step_0000003 at step 3 of 11" in result.err
+    assert lab.run("expert_finetune", expected, **settings).code == 0
+    assert_as_if_nothing_happened(lab, output, expected)
+
+
+@pytest.mark.parametrize("recipe", ["continued_pretrain", "full_finetune", "dfpo", "expert_finetune"])
+@pytest.mark.parametrize("step", [1, 4])
+def test_every_recipe_resumes_bit_for_bit(lab, recipe, step, tmp_path):
+    assert lab.run(recipe, tmp_path, checkpoint_every=1, die_after=step).code == -9
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{step:07d}"]
+    # What changes neither data nor weights may change on the way.
+    result = lab.run(recipe, tmp_path, checkpoint_every=0, keep_checkpoints=5, device="auto")
+    assert result.code == 0 and f"at step {step} of 5" in result.err
+    assert_as_if_nothing_happened(lab, tmp_path, lab.reference(recipe))
+
+
+def test_a_run_that_dies_before_it_is_marked_done_is_finished_by_the_next(lab, tmp_path, monkeypatch):
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pedgpt.training.finish", die)
+        with pytest.raises(KeyboardInterrupt):
+            lab.run("full_finetune", tmp_path, checkpoint_every=3)
+    assert (tmp_path / "model" / "model.safetensors").exists() and not (tmp_path / "done.json").exists()
+    shutil.rmtree(tmp_path / "model")
+    assert lab.run("full_finetune", tmp_path, checkpoint_every=3).code == 0
+    assert_as_if_nothing_happened(lab, tmp_path, lab.reference("full_finetune"))
+
+
+@pytest.mark.parametrize("recipe", ["continued_pretrain", "full_finetune", "dfpo", "expert_finetune"])
+def test_a_finished_run_does_nothing_and_says_so(lab, recipe, tmp_path):
+    shutil.copytree(lab.reference(recipe), tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    result = lab.run(recipe, lab.reference(recipe), micro_batch_size=4, evaluate_every=1)
+    assert result.code == 0 and result.out == f"{lab.reference(recipe)}: finished already\n" and result.err == ""
+    done = lab.reference(recipe)
+    assert {path.relative_to(done) for path in done.rglob("*")} == {p.relative_to(tmp_path / "run") for p in before}
+    (tmp_path / "run" / "done.json").write_text((done / "done.json").read_text().replace(str(done), str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["half", "finished"])
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"learning_rate": 1e-3, "seed": 8}, ["learning_rate was 0.003, is 0.001", "seed was 7, is 8"]),
+        ({"epochs": 2}, ["epochs was 1.25, is 2.0", "total_steps was 5, is 7"]),
+        ({"instructions": "heldout.jsonl", "max_steps": 5}, ["instructions was", "max_steps was 0, is 5", "training_data was"]),
+        ({"dtype": "bfloat16"}, ["dtype was 'float32', is 'bfloat16'"]),
+    ],
+)
+def test_other_settings_in_the_same_output_are_refused_by_name(lab, changed, named, finished, tmp_path):
+    end = {} if finished else {"die_after": 2}
+    lab.run("full_finetune", tmp_path, checkpoint_every=2, **end)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    result = lab.run("full_finetune", tmp_path, checkpoint_every=2, **changed)
+    assert result.code == 2 and len(result.err.splitlines()) == 1
+    for name in named:
+        assert name in result.err
+    assert result.err.count(" was ") == len(named)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_data_under_the_same_name_is_refused(lab, tmp_path):
+    data, output = tmp_path / "data.jsonl", tmp_path / "run"
+    rows = (lab.folder / "train.jsonl").read_text(encoding="utf-8")
+    data.write_text(rows, encoding="utf-8")
+    assert lab.run("full_finetune", output, instructions=data, checkpoint_every=2, die_after=2).code == -9
+    data.write_text(rows.replace("多喝水", "多饮水"), encoding="utf-8")
+    result = lab.run("full_finetune", output, instructions=data, checkpoint_every=2)
+    assert result.code == 2 and "training_data was" in result.err and result.err.count(" was ") == 1
+    data.write_text(rows, encoding="utf-8")
+    assert lab.run("full_finetune", output, instructions=data, checkpoint_every=2).code == 0
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(lab, tmp_path):
+    settings = {"checkpoint_every": 2, "keep_checkpoints": 2}
+    assert lab.run("full_finetune", tmp_path, die_after=4, **settings).code == -9
+    last = tmp_path / "checkpoints" / "step_0000004"
+    (file,) = last.glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:1000])
+    result = lab.run("full_finetune", tmp_path, **settings)
+    assert result.code == 2 and len(result.err.splitlines()) == 1
+    assert f"{last}: cannot be read, delete it to go on from the one before" in result.err
+    shutil.rmtree(last)
+    assert "at step 2 of 5" in lab.run("full_finetune", tmp_path, **settings).err
+    assert_as_if_nothing_happened(lab, tmp_path, lab.reference("full_finetune"))
+
+
+def test_done_is_a_readable_record_of_the_settings(lab):
+    done = json.loads((lab.reference("dfpo") / "done.json").read_text(encoding="utf-8"))
+    assert done["beta"] == 0.1 and done["preferences"] == [str(lab.folder / "pairs.jsonl")] and done["total_steps"] == 5

@@ -1,0 +1,215 @@
+"""Checkpoints: what was saved comes back, the last complete one is found, and nothing in one is run as code."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pedgpt.training import World
+from pedgpt.training import checkpoint as checkpoints
+from pedgpt.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    refuse_changes,
+    save_checkpoint,
+)
+
+WORLD = World(0, 1, torch.device("cpu"))
+RUN = {"seed": 1, "数据": "甲"}
+
+
+def make(seed, steps=3, width=5):
+    """A model with a frozen part, and its optimizer after some steps."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, width).requires_grad_(False), nn.Linear(width, 3, bias=seed != 99))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    for _ in range(steps):
+        model(torch.randn(2, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model, optimizer = make(0)
+    save_checkpoint(tmp_path, 3, model, optimizer, RUN, WORLD)
+    return tmp_path / "step_0000003"
+
+
+def test_weights_and_moments_come_back_bit_for_bit(saved):
+    model, optimizer = make(0)
+    other, other_optimizer = make(1, steps=0)
+    frozen = other[0].weight.clone()
+    assert load_checkpoint(saved, other, other_optimizer, RUN, WORLD) == 3
+    assert torch.equal(other[0].weight, frozen)  # what does not train is no part of a checkpoint
+    with torch.no_grad():
+        other[0].weight.copy_(model[0].weight)
+        other[0].bias.copy_(model[0].bias)
+    for _ in range(2):  # the same next steps need the same moments and the same count of steps
+        x = torch.randn(2, 4)
+        for one, its in ((model, optimizer), (other, other_optimizer)):
+            one(x).square().sum().backward()
+            its.step()
+            its.zero_grad()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_checkpoint_appears_only_when_complete(tmp_path, saved, monkeypatch):
+    def half(tensors, checkpoint_id, **rest):
+        (Path(checkpoint_id) / "__0_0.distcp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    model, optimizer = make(0)
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoints.dcp, "save", half)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 4, model, optimizer, RUN, WORLD)
+    assert latest_checkpoint(tmp_path) == saved and not (tmp_path / "step_0000004").exists()
+    # The next save takes over what is left of the broken one.
+    save_checkpoint(tmp_path, 4, model, optimizer, RUN, WORLD)
+    assert load_checkpoint(tmp_path / "step_0000004", *make(1, steps=0), RUN, WORLD) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0000003", "step_0000004"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path, saved):
+    model, optimizer = make(7)
+    save_checkpoint(tmp_path, 3, model, optimizer, RUN, WORLD)
+    other, other_optimizer = make(1, steps=0)
+    load_checkpoint(saved, other, other_optimizer, RUN, WORLD)
+    assert torch.equal(other[1].weight, model[1].weight)
+
+
+def folders(root, *names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "latest"),
+    [
+        ((), None),
+        (("step_0000009", "step_0000010", "step_0000002"), "step_0000010"),
+        ((".step_0000009.tmp", "step_0000008"), "step_0000008"),
+        ((".step_0000009.tmp",), None),
+        (("step_0000008", "step_0000009_copy", "step_9", "step_final", "steps"), "step_0000008"),
+    ],
+)
+def test_latest_is_the_complete_checkpoint_of_the_highest_step(tmp_path, names, latest):
+    folders(tmp_path, *names)
+    assert latest_checkpoint(tmp_path) == (tmp_path / latest if latest else None)
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [30]), (2, [20, 30]), (3, [5, 20, 30]), (9, [5, 20, 30])])
+def test_pruning_keeps_the_last_ones_and_what_is_no_checkpoint(tmp_path, keep, left):
+    folders(tmp_path, *(f"step_{step:07d}" for step in (20, 5, 30)), ".step_0000031.tmp/inner", "step_0000030_copy", "mine")
+    prune_checkpoints(tmp_path, keep)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(f"step_{step:07d}" for step in left), "step_0000030_copy", "mine",
+    }  # fmt: skip
+
+
+def test_changes_are_refused_by_name():
+    refuse_changes({"a": 1, "b": [1]}, {"b": [1], "a": 1}, Path("x"))
+    with pytest.raises(ValueError) as error:
+        refuse_changes({"rate": 0.1, "same": 1, "gone": 2}, {"rate": 0.2, "same": 1, "new": None, "more": "甲"}, Path("run"))
+    assert str(error.value) == (
+        "run belongs to a run with other settings: gone was 2, is None; more was None, is '甲'; rate was 0.1, is 0.2. "
+        "Go back to those, choose another --output, or delete the folder to start anew"
+    )
+
+
+def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(saved):
+    model, optimizer = make(1, steps=0)
+    before = model[1].weight.clone()
+    with pytest.raises(ValueError, match="seed was 1, is 2"):
+        load_checkpoint(saved, model, optimizer, {**RUN, "seed": 2}, WORLD)
+    assert torch.equal(model[1].weight, before)
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def stack_global(module, name):
+    """A pickle, protocol 4, of nothing but that object; this opcode takes dotted names."""
+    spelt = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name)]
+    return b"\x80\x04" + b"".join(spelt) + b"\x93."
+
+
+@pytest.mark.parametrize(
+    ("payload", "named"),
+    [
+        (lambda mark: pickle.dumps(Call(os.system, f"touch {mark}")), f"{os.system.__module__}.system"),
+        (lambda mark: pickle.dumps(Call(eval, f"open({str(mark)!r}, 'w')")), "builtins.eval"),
+        (lambda mark: pickle.dumps(Call(torch.load, str(mark))), "torch.serialization.load"),
+        (lambda mark: pickle.dumps(Call(Path.touch, mark)), "Path.touch"),
+        # What the module of DCP's records merely imports; `dataclass` makes code of the names it is given.
+        (lambda mark: stack_global("torch.distributed.checkpoint.metadata", "dataclass"), "metadata.dataclass"),
+        (lambda mark: stack_global("torch.distributed.checkpoint.metadata", "os.system"), "metadata.os.system"),
+        (lambda mark: stack_global("torch.distributed.checkpoint.metadata", "os"), "metadata.os"),
+        (lambda mark: stack_global("torch", "os.system"), "torch.os.system"),
+        (lambda mark: stack_global("torch.serialization", "load"), "torch.serialization.load"),
+    ],
+    ids=["system", "eval", "load", "method", "dataclass", "dotted", "module", "torch", "serialization"],
+)
+def test_an_index_that_names_code_is_refused_and_nothing_runs(saved, tmp_path, payload, named):
+    mark = tmp_path / "ran"
+    (saved / ".metadata").write_bytes(payload(mark))
+    with pytest.raises(ValueError, match="which is not allowed") as error:
+        load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
+    assert named in str(error.value) and not mark.exists()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "state.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [cut, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"\x80garbage" * 999), Path.unlink,
+     lambda path: path.write_bytes(pickle.dumps({"step": 3}))],
+    ids=["cut", "empty", "garbage", "missing", "other"],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_an_error_in_one_line_that_names_it(saved, file, damage, capfd):
+    damage(saved / file)
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
+    message = str(error.value)
+    assert message.startswith(str(saved)) and "cannot be read" in message and "\n" not in message
+    assert not message.endswith("()") and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("chosen", "named"), [({"width": 6}, "1.weight"), ({"seed": 99}, None)])
+def test_a_checkpoint_of_another_model_is_refused(saved, chosen, named):
+    other = make(**{"seed": 1, "steps": 0, **chosen})
+    if named is None:  # fewer tensors than saved: the rest is left alone
+        assert load_checkpoint(saved, *other, RUN, WORLD) == 3
+    else:
+        with pytest.raises(ValueError, match=named):
+            load_checkpoint(saved, *other, RUN, WORLD)
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", '{"step": 3}', '{"run": {}, "step": "three"}', '{"run": {}, "step": null}'])
+def test_a_state_without_its_fields_is_an_error(saved, state):
+    (saved / "state.json").write_text(state, encoding="utf-8")
+    with pytest.raises(ValueError, match="state.json: cannot be read"):
+        load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
+
+
+def test_the_state_is_readable(saved):
+    assert json.loads((saved / "state.json").read_text(encoding="utf-8")) == {"step": 3, "run": RUN}
