@@ -13,6 +13,7 @@ same bytes.
 import json
 import os
 import re
+import shutil
 import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,6 +67,9 @@ def main(config: Config) -> None:
     source, output = Path(config.source), Path(config.output)
     summary = ReadSummary()
     sources = read_sources(source, config.on_bad_row, summary)
+    if (output / "manifest.json").is_file():  # files of an earlier corpus must not stay among the new ones
+        for part in ("train", "heldout"):
+            shutil.rmtree(output / part, ignore_errors=True)
 
     graph = corpus.diseases(sources.graph)
     builders = {corpus.MEDKQA: corpus.medkqa, corpus.EVIDIAG: corpus.evidiag, corpus.TRERECOM: corpus.trerecom}

@@ -88,6 +88,9 @@ def main(config: Config) -> None:
             else:
                 summary.drop(pair.source, "over-long: more tokens than row_length")
 
+    if not (any(tasks.values()) or any(rows.values()) or pairs):
+        raise ValueError(f"--heldout {heldout}: nothing to evaluate on; expected tasks/, text/ or preferences.jsonl")
+
     # The reference first, so that two models are never in memory together.
     def load(folder):
         return load_model(folder, dtype=getattr(torch, config.dtype), device=device)

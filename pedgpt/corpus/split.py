@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 def question_key(text: str) -> str:
     """A question without spaces, punctuation, case and width, so that two spellings of it are equal."""
-    return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if unicodedata.category(c)[0] in "LN")
+    return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if unicodedata.category(c)[0] in "LNS")
 
 
 def split(

@@ -76,6 +76,8 @@ def save_model(model: Transformer, folder: str | Path, state_dict: Mapping[str, 
     extra = sorted(set(weights) - set(expected))
     if extra:
         raise ValueError(f"the model carries weights beside its own ({extra[0]}, …): use save_adapter for adapters")
+    if missing := sorted(set(expected) - set(weights)):
+        raise ValueError(f"{folder}: the weights to save lack {', '.join(missing[:5])} ({len(missing)} in all)")
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     folder.mkdir(parents=True, exist_ok=True)

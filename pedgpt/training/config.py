@@ -111,6 +111,12 @@ def run_recipe(main: Callable[[C], None], cls: type[C]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Other ranks may wait for this one in a collective: leave at once, torchrun ends them.
         os._exit(2)
+    if "RANK" in os.environ:
+        # Gloo's threads may still drop tensors while the interpreter shuts down, which aborts a run that has succeeded
+        # (pytorch/pytorch#179291): leave without that.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def describe_settings(cls: type) -> str:

@@ -69,7 +69,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, dtype: to
 
 
 def reshard(model: nn.Module) -> None:
-    """Make `model.parameters()` the sharded ones again: a forward pass without a backward leaves the root's gathered."""
+    """Make `model.parameters()` the sharded ones again: a forward without a backward leaves the root's gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
 

@@ -190,7 +190,7 @@ def _step(
     weight, num_tokens = sum_over_ranks(
         [sum(batch.weight for batch in batches), sum(batch.num_tokens for batch in batches)], world
     )
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Any] = {}
     for batch in batches:
         with autocast(world, dtype):
             loss, metrics = loss_function(model, batch.to(world.device))
@@ -203,9 +203,9 @@ def _step(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
     grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    for name, value in (("loss", means["loss"]), ("gradient's norm", grad_norm)):
-        if not math.isfinite(value):
-            raise ValueError(f"the {name} became {value}; lower learning_rate or max_grad_norm, or use float32")
+    for name, number in (("loss", means["loss"]), ("gradient's norm", grad_norm)):
+        if not math.isfinite(number):
+            raise ValueError(f"the {name} became {number}; lower learning_rate or max_grad_norm, or use float32")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return means, int(num_tokens), grad_norm

@@ -44,17 +44,17 @@ HAND_MADE = {
         [195, 12, 196, 13],
         [IGNORED, IGNORED, 13, 2],
     ),
-    "system and two turns": (  # the user token after an answer predicts eos: that is position 4
-        dialogue("热", "水", "咳", "药水", system="规"),
+    "system and two turns": (  # the user token after an answer predicts eos: that is position 5
+        dialogue("热", "水", "咳", "药水", system="规热"),
         False,
-        [11, 195, 12, 196, 13, 195, 14, 196, 15, 13],
-        [IGNORED, IGNORED, IGNORED, 13, 2, IGNORED, IGNORED, 15, 13, 2],
+        [11, 12, 195, 12, 196, 13, 195, 14, 196, 15, 13],
+        [IGNORED, IGNORED, IGNORED, IGNORED, 13, 2, IGNORED, IGNORED, 15, 13, 2],
     ),
     "last only": (
-        dialogue("热", "水", "咳", "药水", system="规"),
+        dialogue("热", "水", "咳", "药水", system="规热"),
         True,
-        [11, 195, 12, 196, 13, 195, 14, 196, 15, 13],
-        [IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, 15, 13, 2],
+        [11, 12, 195, 12, 196, 13, 195, 14, 196, 15, 13],
+        [IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, 15, 13, 2],
     ),
 }
 

@@ -102,21 +102,22 @@ def test_no_pairs(model):
 
 
 def test_preference_scores_by_hand():
-    # Supervised tokens (2, 4), (3, 1), (1, 1), (2, 2) of chosen and rejected.
+    # Supervised tokens (2, 4), (3, 1), (1, 1), (2, 2), (4, 1) of chosen and rejected.
     def answer(count):
         return Example([5] * (count + 1), [IGNORED] + [6] * count)
 
-    pairs = [EncodedPair(answer(c), answer(r)) for c, r in ((2, 4), (3, 1), (1, 1), (2, 2))]
-    logps = torch.tensor([[-4.0, -6.0], [-3.0, -2.0], [-5.0, -5.0], [-1.0, -8.0]])
-    # a token: (-2, -1.5) wrong although the sum is larger; (-1, -2) right; (-5, -5) a tie, so wrong; (-0.5, -4) right
-    reference = torch.tensor([[-5.0, -6.5], [-3.0, -3.0], [-6.0, -5.0], [-1.5, -8.5]])
-    # gains: (1, 0.5) right; (0, 1) wrong; (1, 0) right; (0.5, 0.5) a tie, so wrong
+    pairs = [EncodedPair(answer(c), answer(r)) for c, r in ((2, 4), (3, 1), (1, 1), (2, 2), (4, 1))]
+    logps = torch.tensor([[-4.0, -6.0], [-3.0, -2.0], [-5.0, -5.0], [-1.0, -8.0], [-4.0, -2.0]])
+    # a token: (-2, -1.5) wrong although the sum is larger; (-1, -2) right; (-5, -5) a tie, so wrong; (-0.5, -4) right;
+    # (-1, -2) right although the sum is smaller
+    reference = torch.tensor([[-5.0, -6.5], [-3.0, -3.0], [-6.0, -5.0], [-1.5, -8.5], [-3.0, -2.0]])
+    # gains: (1, 0.5) right; (0, 1) wrong; (1, 0) right; (0.5, 0.5) a tie, so wrong; (-1, 0) wrong
     scores = preference_scores(logps, pairs, reference)
-    assert scores.pairs == 4
-    assert scores.likelihood_accuracy == 0.5
-    assert scores.reward_accuracy == 0.5
-    assert scores.chosen_logp_per_token == pytest.approx((-2 - 1 - 5 - 0.5) / 4)
-    assert scores.rejected_logp_per_token == pytest.approx((-1.5 - 2 - 5 - 4) / 4)
+    assert scores.pairs == 5
+    assert scores.likelihood_accuracy == pytest.approx(3 / 5)
+    assert scores.reward_accuracy == pytest.approx(2 / 5)
+    assert scores.chosen_logp_per_token == pytest.approx((-2 - 1 - 5 - 0.5 - 1) / 5)
+    assert scores.rejected_logp_per_token == pytest.approx((-1.5 - 2 - 5 - 4 - 2) / 5)
     assert preference_scores(logps, pairs, None).reward_accuracy is None
-    better = preference_scores(logps[3:], pairs[3:], reference[:1])
+    better = preference_scores(logps[3:4], pairs[3:4], reference[:1])
     assert (better.likelihood_accuracy, better.reward_accuracy) == (1.0, 1.0)

@@ -101,9 +101,9 @@ def test_sharded_checkpoint_loads_here_and_in_transformers(make_model, random_to
     held = {key: shard.name for shard in shards for key in load_file(shard)}
     assert index["weight_map"] == held and held.keys() == dict(model.named_parameters()).keys()
     assert index["metadata"]["total_size"] == 4 * sum(parameter.numel() for parameter in model.parameters())
-    for shard in shards:  # the limit holds but for a tensor that is larger by itself
-        tensors = load_file(shard).values()
-        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors) <= 20_000
+    sizes = [[tensor.nbytes for tensor in load_file(shard).values()] for shard in shards]
+    assert all(sum(size) <= 20_000 or len(size) == 1 for size in sizes)  # one tensor may be larger by itself
+    assert all(sum(left + right) > 20_000 for left, right in zip(sizes, sizes[1:], strict=False))  # none in vain
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path)(tokens), model(tokens))
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -339,3 +339,12 @@ def test_failed_save_leaves_the_last_checkpoint(folder, make_model, random_token
     tokens = random_tokens(1, 9)
     with torch.no_grad():
         assert torch.equal(load_model(folder)(tokens), make_model("llama")(tokens))
+
+
+def test_a_state_dict_that_lacks_weights_is_not_saved(tmp_path):
+    model = Transformer(ModelConfig("llama", 11, 8, 12, 1, 2, 2, 4, 16))
+    weights = dict(model.state_dict())
+    del weights["model.norm.weight"]
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        save_model(model, tmp_path / "model", weights)
+    assert not (tmp_path / "model").exists()

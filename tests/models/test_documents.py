@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 KINDS = ["llama", "qwen3", "baichuan-rope", "baichuan-alibi"]
-LAYOUTS = [[5, 7, 3], [1, 1, 1, 1], [1, 10, 1], [2, 1, 6, 1, 5], [9, 1], [1, 130, 1, 3, 500, 40]]
+LAYOUTS = [[5, 7, 3], [1, 1, 1, 1], [1, 10, 1], [2, 1, 6, 1, 5], [9, 1], [1, 130, 1, 3, 370, 40]]
 
 
 def documents_of(layout, names=(4, 0, -1, 17, 3, 8)):

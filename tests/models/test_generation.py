@@ -21,17 +21,28 @@ def uncached(model, prompt, count, process=lambda tokens, logits: logits):
     return tokens[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 1, 5], [12], [3, 4, 5]], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_cached_logits_match_uncached(make_model, random_tokens, kind, chunks, dtype):
-    model, tokens = make_model(kind).to(dtype), random_tokens(2, 12)
+def test_cached_logits_match_uncached(make_model, random_tokens, kind, chunks):
+    model, tokens = make_model(kind), random_tokens(2, 12)
     cache = KVCache(model, 2, 13)
     with torch.no_grad():
         cached = torch.cat([model(part, cache=cache) for part in tokens.split(chunks, dim=1)], dim=1)
-        expected = model(tokens)
+        torch.testing.assert_close(cached, model(tokens), atol=1e-5, rtol=0)
     assert cache.length == 12
-    torch.testing.assert_close(cached, expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_bfloat16_is_as_near_the_truth_as_uncached(make_model, random_tokens, kind):
+    model, tokens = make_model(kind).bfloat16(), random_tokens(4, 40)
+    cache = KVCache(model, 4, 40)
+    with torch.no_grad():
+        cached = torch.cat([model(part, cache=cache) for part in tokens.split([9, *[1] * 31], dim=1)], dim=1)
+        uncached = model(tokens)
+        truth = model.float()(tokens)
+    assert cached.dtype == torch.bfloat16
+    error, budget = ((value.float() - truth).square().mean().sqrt() for value in (cached, uncached))
+    assert 0 < error <= 1.1 * budget  # other shapes of product round otherwise, not more
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,12 +117,19 @@ def test_ragged_logits_match_one_prompt_at_a_time(make_model, kind, monkeypatch)
 
 @pytest.mark.parametrize("penalty", [1.3, 3.0, 0.5])
 @pytest.mark.parametrize("kind", ["qwen3", "baichuan-rope"])
-def test_repetition_penalty_matches_transformers_processor(make_model, kind, penalty):
-    model = make_model(kind)
+def test_repetition_penalty_matches_transformers_processor(make_model, kind, penalty, monkeypatch):
+    """In the answers, and in the whole distribution: negative logits of tokens seen seldom decide an answer."""
+    model, drawn = make_model(kind), []
+    monkeypatch.setattr(
+        "pedgpt.models.generation._sample", lambda logits, *_: drawn.append(logits) or logits.argmax(-1)
+    )
     processor = RepetitionPenaltyLogitsProcessor(penalty)
     for prompt in PROMPTS:
-        expected = uncached(model, prompt, 20, processor)
+        truths = []
+        expected = uncached(model, prompt, 20, lambda ids, raw, to=truths: to.append(processor(ids, raw)) or to[-1])
+        drawn.clear()
         assert generate(model, [prompt], max_new_tokens=20, repetition_penalty=penalty) == [expected]
+        torch.testing.assert_close(torch.cat(drawn), torch.cat(truths), atol=3e-5, rtol=0)
     assert expected != uncached(model, prompt, 20)
 
 
@@ -203,18 +221,18 @@ def test_first_sampled_token_follows_the_models_distribution(make_model):
 def test_stop_tokens_end_one_answer_and_not_the_others(make_model):
     model = make_model("llama")
     free = generate(model, PROMPTS, max_new_tokens=30)
-    stops = {free[1][4], free[2][9]}
+    stops = {answer[3 + 4 * row] for row, answer in enumerate(free)}
     expected = []
     for answer in free:
         at = min([i for i, token in enumerate(answer) if token in stops], default=30)
         expected.append(answer[:at])
     lengths = [len(answer) for answer in expected]
-    assert len(set(lengths)) > 1 and min(lengths) < 30
+    assert len(set(lengths)) > 2 and max(lengths) < 29
     for given in (stops, list(stops), tuple(stops)):
         assert generate(model, PROMPTS, max_new_tokens=30, stop_tokens=given) == expected
 
     steps = list(generate_steps(model, PROMPTS, max_new_tokens=30, stop_tokens=stops))
-    assert len(steps) == min(30, max(lengths) + 1)  # no step after the last answer has ended
+    assert len(steps) == max(lengths) + 1  # no step after the last answer has ended
     for row, answer in enumerate(expected):
         column = [step[row] for step in steps]
         end = free[row][len(answer) : len(answer) + 1]  # the stop token itself, once

@@ -21,7 +21,7 @@ SIZES = {
     "max_position_embeddings": 32,
 }  # fmt: skip
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 2.0,
     "original_max_position_embeddings": 24,
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 3.0}

@@ -161,7 +161,7 @@ class Lab:
 
 
 JOBS = """
-import json, runpy, sys
+import json, os, runpy, sys
 from unittest.mock import patch
 from pedgpt import training
 from pedgpt.training import loop
@@ -181,6 +181,8 @@ for path, arguments, die_after in json.loads(sys.argv[1]):
     except Died:
         print("died as asked")
 training.stop()
+sys.stdout.flush()
+os._exit(0)  # as run_recipe does
 """
 
 
@@ -207,9 +209,10 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory) -> Lab:
-    """Tiny models ("model": Baichuan2's shape; "tied": Llama's with tied heads), data files, and a Lab to run recipes."""
+    """A Lab with tiny models ("model" of Baichuan2's shape, "tied" a Llama with tied heads) and data files."""
     folder = tmp_path_factory.mktemp("lab")
-    documents = [f"{d}常见于{['婴儿', '幼儿', '学龄儿童'][i % 3]}。{ANSWERS[i % 5]}" for i, d in enumerate(DISEASES * 4)]
+    ages = ("婴儿", "幼儿", "学龄儿童")
+    documents = [f"{d}常见于{ages[i % 3]}。{ANSWERS[i % 5]}" for i, d in enumerate(DISEASES * 4)]
     turns = [(f"孩子{d}怎么办？", ANSWERS[(i + i // 5) % 5]) for i, d in enumerate(DISEASES * 5)]
     conversations = []
     for i, (question, answer) in enumerate(turns):
@@ -234,8 +237,8 @@ def lab(tmp_path_factory) -> Lab:
         torch.manual_seed(0)
         # Weights large enough that the loss depends on the context from the start.
         config = ModelConfig(
-            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
-            max_position_embeddings=128, initializer_range=0.1, **family,
+            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            head_dim=16, max_position_embeddings=128, initializer_range=0.1, **family,
         )  # fmt: skip
         save_model(Transformer(config), folder / name)
         tokenizer.save(folder / name)

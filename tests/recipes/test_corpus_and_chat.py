@@ -476,7 +476,7 @@ def greedy(folder, history, max_new_tokens):
 
 
 FIRST, SECOND, SYSTEM = "孩子发烧怎么办？", "要吃药吗😀", "你是儿科医生。"
-TYPED = ["", FIRST, SECOND, "/reset", FIRST, f"/system {SYSTEM}", FIRST, "/system", FIRST]
+TYPED = ["", FIRST, SECOND, "/reset", FIRST, f"/system {SYSTEM}", FIRST, SECOND, "/system", FIRST]
 
 
 def transcript(folder, max_new_tokens):
@@ -500,7 +500,7 @@ def test_chat_matches_a_plain_loop_and_repeats_itself(model_folder):
     stdin = "".join(line + "\n" for line in TYPED).encode()
     expected = transcript(model_folder, 12)
     answers = [said for _, said in expected]
-    assert answers[0] == answers[2] == answers[4] != answers[3] and len(set(answers)) == 3
+    assert answers[0] == answers[2] == answers[5] and len(set(answers)) == 4
     runs = [
         command("chat", "--model", model_folder, "--max_new_tokens", 12, "--device", "cpu", stdin=stdin)
         for _ in range(2)

@@ -118,6 +118,7 @@ def test_bfloat16_on_two_ranks_stays_near_float32(lab, two_ranks, recipe):
 
 
 def test_a_mistake_ends_all_ranks(lab, tmp_path):
-    result = lab.torchrun(lab.script("full_finetune"), lab.arguments("full_finetune", tmp_path / "x", chat_format="chatml"))
+    arguments = lab.arguments("full_finetune", tmp_path / "x", chat_format="chatml")
+    result = lab.torchrun(lab.script("full_finetune"), arguments)
     assert result.code != 0
     assert "error: the tokenizer has no token '<|im_start|>'" in result.err and not (tmp_path / "x").exists()

@@ -26,7 +26,7 @@ def test_every_row_is_trained_on_once_an_epoch_over_all_ranks(num_rows, size, mi
     row_of = {}
     for step in range(plan.total_steps):
         ranks = [plan.micro_batches(step, rank, world) for rank in range(world)]
-        assert len({len(batches) for batches in ranks}) == 1  # ranks that gather weights together must do so equally often
+        assert len({len(batches) for batches in ranks}) == 1  # ranks gather weights together, so equally often
         batches = [batch for rank in ranks for batch in rank]
         assert all(len(rows) == len(ids) <= micro for rows, ids in batches)
         pairs = [pair for rows, ids in batches for pair in zip(ids, rows, strict=True)]

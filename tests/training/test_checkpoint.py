@@ -109,7 +109,8 @@ def test_latest_is_the_complete_checkpoint_of_the_highest_step(tmp_path, names, 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [30]), (2, [20, 30]), (3, [5, 20, 30]), (9, [5, 20, 30])])
 def test_pruning_keeps_the_last_ones_and_what_is_no_checkpoint(tmp_path, keep, left):
-    folders(tmp_path, *(f"step_{step:07d}" for step in (20, 5, 30)), ".step_0000031.tmp/inner", "step_0000030_copy", "mine")
+    folders(tmp_path, *(f"step_{step:07d}" for step in (20, 5, 30)))
+    folders(tmp_path, ".step_0000031.tmp/inner", "step_0000030_copy", "mine")
     prune_checkpoints(tmp_path, keep)
     assert {path.name for path in tmp_path.iterdir()} == {
         *(f"step_{step:07d}" for step in left), "step_0000030_copy", "mine",
@@ -119,7 +120,7 @@ def test_pruning_keeps_the_last_ones_and_what_is_no_checkpoint(tmp_path, keep, l
 def test_changes_are_refused_by_name():
     refuse_changes({"a": 1, "b": [1]}, {"b": [1], "a": 1}, Path("x"))
     with pytest.raises(ValueError) as error:
-        refuse_changes({"rate": 0.1, "same": 1, "gone": 2}, {"rate": 0.2, "same": 1, "new": None, "more": "甲"}, Path("run"))
+        refuse_changes({"rate": 0.1, "same": 1, "gone": 2}, {"rate": 0.2, "same": 1, "more": "甲"}, Path("run"))
     assert str(error.value) == (
         "run belongs to a run with other settings: gone was 2, is None; more was None, is '甲'; rate was 0.1, is 0.2. "
         "Go back to those, choose another --output, or delete the folder to start anew"
@@ -204,7 +205,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved, chosen, named):
             load_checkpoint(saved, *other, RUN, WORLD)
 
 
-@pytest.mark.parametrize("state", ["[]", "{}", '{"step": 3}', '{"run": {}, "step": "three"}', '{"run": {}, "step": null}'])
+@pytest.mark.parametrize("state", ["[]", "{}", '{"step": 3}', '{"run": {}, "step": "a"}', '{"run": {}, "step": null}'])
 def test_a_state_without_its_fields_is_an_error(saved, state):
     (saved / "state.json").write_text(state, encoding="utf-8")
     with pytest.raises(ValueError, match="state.json: cannot be read"):

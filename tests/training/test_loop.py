@@ -46,9 +46,8 @@ def model():
 
 
 def run(tmp_path, micro=2, made=None, loss=loss_function, **chosen):
-    settings = TrainingSettings(
-        str(tmp_path), **{"max_steps": 3, "global_batch_size": 3, "micro_batch_size": micro, "learning_rate": 0.1, **chosen}
-    )
+    sizes = {"max_steps": 3, "global_batch_size": 3, "micro_batch_size": micro}
+    settings = TrainingSettings(str(tmp_path), **{**sizes, "learning_rate": 0.1, **chosen})
     plan = BatchPlan.from_settings(len(X), settings)
     trained = made or model()
     training.train(trained, plan, lambda rows, ids: Batch(rows), loss, settings, WORLD)
@@ -144,7 +143,8 @@ def test_a_run_is_finished_only_under_its_own_settings(tmp_path):
     training.train(
         model(), plan, lambda rows, ids: Batch(rows), loss_function, settings, WORLD, fingerprint="data"
     )
-    assert not training.is_finished(settings, plan, "data", WORLD) and (tmp_path / "checkpoints" / "step_0000001").is_dir()
+    assert not training.is_finished(settings, plan, "data", WORLD)
+    assert (tmp_path / "checkpoints" / "step_0000001").is_dir()
     training.finish(settings, plan, "data", WORLD)
     assert training.is_finished(settings, plan, "data", WORLD)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done.json", "metrics.jsonl"]
