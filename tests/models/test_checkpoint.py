@@ -341,8 +341,8 @@ def test_failed_save_leaves_the_last_checkpoint(folder, make_model, random_token
         assert torch.equal(load_model(folder)(tokens), make_model("llama")(tokens))
 
 
-def test_a_state_dict_that_lacks_weights_is_not_saved(tmp_path):
-    model = Transformer(ModelConfig("llama", 11, 8, 12, 1, 2, 2, 4, 16))
+def test_a_state_dict_that_lacks_weights_is_not_saved(make_model, tmp_path):
+    model = make_model("llama")
     weights = dict(model.state_dict())
     del weights["model.norm.weight"]
     with pytest.raises(ValueError, match=r"model\.norm\.weight"):
