@@ -16,6 +16,9 @@ PYTHON=${PYTHON:-python}
 configs=recipes/configs/$CONFIG
 train=$RUN/corpus/train heldout=$RUN/corpus/heldout
 
+# Threads that wait leave their core to others: a busy machine slows the stages down, but not by a multiple.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 evaluate() { # evaluate STAGE MODEL [more settings]: unless done since the stage finished
   local finished=$RUN/$1/done.json

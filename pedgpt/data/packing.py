@@ -57,6 +57,8 @@ def encode_document(ids: Sequence[int], eos_id: int | None, row_length: int, sou
 
     A text longer than a row becomes several examples; each token but the first is predicted exactly once.
     """
+    if row_length < 1:
+        raise ValueError(f"row_length must be at least 1, found {row_length}")
     stream = [*ids, eos_id] if eos_id is not None else list(ids)
     pieces = []
     for start in range(0, len(stream) - 1, row_length):

@@ -32,7 +32,10 @@ from pedgpt.training.metrics import MetricsLog
 from pedgpt.training.optim import build_optimizer, learning_rate
 
 # Settings that change neither the data nor the weights, so a run may be resumed with others.
-_FREE = {"output", "micro_batch_size", "evaluate_every", "checkpoint_every", "keep_checkpoints", "device"}
+_FREE = {
+    "output", "micro_batch_size", "activation_checkpointing", "evaluate_every", "checkpoint_every", "keep_checkpoints",
+    "device", "heldout_text", "heldout_instructions", "heldout_preferences",
+}  # fmt: skip
 
 
 class TrainingBatch(Protocol):

@@ -127,11 +127,16 @@ def test_held_out_loss_is_the_weighted_mean_in_evaluation_mode(tmp_path):
 def test_evaluation_is_written_when_asked_and_at_the_end(tmp_path):
     settings = TrainingSettings(str(tmp_path), max_steps=5, global_batch_size=2, evaluate_every=2)
     plan = BatchPlan.from_settings(len(X), settings)
-    made = model()
+    made, modes = model(), []
+
+    def loss(m, batch):
+        modes.append(m.training)
+        return loss_function(m, batch)
+
     training.train(
-        made, plan, lambda rows, ids: Batch(rows), loss_function, settings, WORLD,
-        evaluate=lambda: made.eval() and {"loss": 7.0},
-    )  # fmt: skip
+        made, plan, lambda rows, ids: Batch(rows), loss, settings, WORLD, evaluate=lambda: made.eval() and {"loss": 7.0}
+    )
+    assert modes == [True] * 5 and not made.training
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics if line.get("eval_loss") == 7.0] == [2, 4, 5]
 
