@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	PATH="$(abspath $(bin)):$$PATH" CORPUS="$(CORPUS)" RUN="$(RUN)" bash recipes/pipeline.sh
 
 chat: $(VENV)/.demo
-	$(bin)/python recipes/chat.py --model "$(RUN)/dfpo/model" --adapter "$(RUN)/experts/adapter"
+	$(bin)/python recipes/chat.py --adapter "$(RUN)/experts/adapter"
 
 test: $(VENV)/.test
 	$(bin)/ruff check .

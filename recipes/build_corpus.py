@@ -2,8 +2,8 @@
 
     python recipes/build_corpus.py --source recipes/sample_corpus --output runs/demo/corpus
 
-Writes train/ and heldout/, each with text/ (stage 1), generalist/ (stage 2), preferences.jsonl (stage 3) and tasks/
-(stage 4), and manifest.json.
+Writes train/ and heldout/, each with text/ (stage 1), generalist/ and tasks_sample.jsonl (stage 2), preferences.jsonl
+(stage 3) and tasks/ (stage 4), and manifest.json.
 
 A folder with a corpus.toml says itself what each file is. In any other folder files are found by their content, and
 conversations are sorted into tasks by their words (pedgpt.corpus.classify). Deterministic: building twice gives the
@@ -90,7 +90,7 @@ def main(config: Config) -> None:
         counts[name] = write_split(output, name, train, heldout, repeated, conversation_row)
     tasks = [instructions[task] for task in corpus.TASKS if task in instructions]
     train, heldout = ([row for rows in tasks for row in thin(rows[side], config.pediatric_share)] for side in (0, 1))
-    counts["generalist/pediatric"] = write_split(output, "generalist/pediatric", train, heldout, 0, conversation_row)
+    counts["tasks_sample"] = write_split(output, "tasks_sample", train, heldout, 0, conversation_row)
     for domain in (PEDIATRIC, GENERAL_MEDICAL, GENERAL):
         train, heldout, repeated = divide(sources.text.get(domain, []), lambda document: document.text)
         if not train:  # a source without running text: the answers of its conversations are text too
@@ -116,6 +116,10 @@ def main(config: Config) -> None:
     for name, count in counts.items():
         print(f"{name:34}{count['train']:>8}{count['heldout']:>10}{count['repeated']:>10}")
     total = sum(len(train) for train, _ in tasks)
+    known = {answer for train, _ in tasks for row in train for answer in spoken(row)}
+    held = [answer for _, heldout in tasks for row in heldout for answer in spoken(row)]
+    repeats = sum(answer in known for answer in held)
+    print(f"{repeats:,} of {len(held):,} held-out task answers also answer some training question, word for word")
     print(f"{total:,} training instructions over {', '.join(corpus.TASKS)}; written to {output}")
     manifest = {
         "source": source.name,
@@ -180,12 +184,16 @@ def is_entry(entry) -> bool:
 
 def is_task_name(task: str) -> bool:
     """Whether rows of this task can have a file of their own; a row's task may be any text."""
-    return bool(re.fullmatch(r"[\w&-]{1,60}", task)) and task != PEDIATRIC
+    return bool(re.fullmatch(r"[\w&-]{1,60}", task))
 
 
 def thin(rows: list, share: float) -> list:
     """That share of the rows, evenly spread."""
     return [row for i, row in enumerate(rows) if int((i + 1) * share) > int(i * share)]
+
+
+def spoken(conversation: Conversation) -> list[str]:
+    return [message.content for message in conversation.messages if message.role == "assistant"]
 
 
 def first_question(conversation: Conversation) -> str:
@@ -196,8 +204,8 @@ def everything_asked(conversation: Conversation) -> str:
     return "".join(message.content for message in conversation.messages if message.role == "user")
 
 
-def answers(conversations: list[Conversation], at_least: int = 60) -> list[Document]:
-    """The longer answers as running text."""
+def answers(conversations: list[Conversation], at_least: int = 20) -> list[Document]:
+    """The answers of some length as running text."""
     return [
         Document(message.content, conversation.source)
         for conversation in conversations

@@ -1,6 +1,6 @@
 """Talk to a model, with an adapter if wanted: streaming, several turns.
 
-    python recipes/chat.py --model runs/demo/dfpo/model --adapter runs/demo/experts/adapter
+    python recipes/chat.py --adapter runs/demo/experts/adapter
 
 /reset forgets the conversation, /system TEXT sets the system text, /quit or Ctrl-D ends.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pedgpt.adapters import load_adapter
+from pedgpt.adapters import adapter_base, load_adapter
 from pedgpt.data import Message, StreamDecoder, chat_format, encode_prompt, load_tokenizer
 from pedgpt.models import generate_steps, load_model
 from pedgpt.training import run_recipe, start
@@ -20,7 +20,7 @@ DISCLAIMER = "仅供研究演示，不能代替医生。For research only; no su
 
 @dataclass
 class Config:
-    model: str  # folder of the model
+    model: str = ""  # folder of the model; empty: the one that the adapter was trained on
     adapter: str = ""  # folder of an adapter to attach
     system: str = ""  # system text
     temperature: float = 0.0  # 0 is greedy
@@ -37,6 +37,10 @@ class Config:
 def main(config: Config) -> None:
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f'dtype must be "float32" or "bfloat16", found {config.dtype!r}')
+    if not config.model:
+        if not config.adapter:
+            raise ValueError("give --model, or --adapter with the model that it names")
+        config.model = adapter_base(config.adapter)
     device = start(config.device).device
     tokenizer = load_tokenizer(config.model)
     chat = chat_format(tokenizer, config.chat_format)

@@ -1,7 +1,10 @@
 """Stage 1, continued pre-training on a hybrid of text and instructions rewritten as text (PediatricsGPT §3.2).
 
-    python recipes/continued_pretrain.py --config recipes/configs/demo/cpt.toml
-    torchrun --nproc-per-node 8 recipes/continued_pretrain.py --config recipes/configs/baichuan2_7b/cpt.toml
+    python recipes/continued_pretrain.py --config recipes/configs/demo/cpt.toml --model runs/demo/base \\
+        --output runs/demo/cpt --text runs/demo/corpus/train/text --instructions runs/demo/corpus/train/tasks
+    torchrun --nproc-per-node 8 recipes/continued_pretrain.py --config recipes/configs/baichuan2_7b/cpt.toml \\
+        --model checkpoints/Baichuan2-7B-Base --output runs/7b/cpt \\
+        --text path/to/text --instructions path/to/instructions
 
 Every token carries loss. Instructions become plain completions without chat role tokens, in several surface forms.
 """
@@ -26,7 +29,7 @@ from pedgpt.data import (
     utilization,
 )
 from pedgpt.losses import causal_lm_loss
-from pedgpt.models import load_model, save_model
+from pedgpt.models import ModelConfig, load_model, model_fingerprint, save_model
 
 
 @dataclass(kw_only=True)
@@ -51,6 +54,9 @@ def main(config: Config) -> None:
 
     # Data: each source tokenised, mixed by share, packed into rows.
     tokenizer = load_tokenizer(config.model)
+    sizes = ModelConfig.from_hf(config.model)
+    tokenizer.check_fits(sizes.vocab_size, config.model)
+    sizes.check_length(config.row_length)
     summary = ReadSummary()
     read = {"on_bad_row": config.on_bad_row, "summary": summary}
     completions = [as_completion(row, i) for i, row in enumerate(read_conversations(config.instructions, **read))]
@@ -60,7 +66,7 @@ def main(config: Config) -> None:
         "instructions": tokenizer.encode_batch(completions),
     }
     text_share = 1 - config.instruction_share
-    general = text_share / (1 + config.domain_to_general) if config.general_text else 0.0
+    general = text_share / (1 + config.domain_to_general) if sources["general text"] else 0.0
     shares = {"domain text": text_share - general, "general text": general, "instructions": config.instruction_share}
     once = sum(map(len, sources["domain text"])) / shares["domain text"]
     mixture = mix(sources, shares, total_tokens=config.total_tokens or round(once), seed=config.seed)
@@ -73,7 +79,7 @@ def main(config: Config) -> None:
     ]
     heldout_rows = pack(heldout, config.row_length)
     plan = training.BatchPlan.from_settings(len(rows), config)
-    data = fingerprint(rows)
+    data = f"{fingerprint(rows)} on {model_fingerprint(config.model)}"
     if training.is_finished(config, plan, data, world):
         return
     if world.is_main:
@@ -82,7 +88,6 @@ def main(config: Config) -> None:
 
     # Model
     model = load_model(config.model, dtype=torch.float32)
-    tokenizer.check_fits(model.config.vocab_size, config.model)
     model.activation_checkpointing = config.activation_checkpointing
     training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
 

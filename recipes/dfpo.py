@@ -1,7 +1,9 @@
 """Stage 3, direct following preference optimization (PediatricsGPT §3.3) on chosen and rejected answers.
 
-    python recipes/dfpo.py --config recipes/configs/demo/dfpo.toml
-    torchrun --nproc-per-node 8 recipes/dfpo.py --config recipes/configs/baichuan2_7b/dfpo.toml
+    python recipes/dfpo.py --config recipes/configs/demo/dfpo.toml --model runs/demo/sft/model \\
+        --output runs/demo/dfpo --preferences runs/demo/corpus/train/preferences.jsonl
+    torchrun --nproc-per-node 8 recipes/dfpo.py --config recipes/configs/baichuan2_7b/dfpo.toml \\
+        --model runs/7b/sft/model --output runs/7b/dfpo --preferences path/to/pairs.jsonl
 
 The reference is the model as it comes in. Its log-probabilities are computed once, before training, so no second model
 is kept. All parameters train, or with `lora_rank` an adapter.
@@ -26,7 +28,7 @@ from pedgpt.data import (
     read_preferences,
 )
 from pedgpt.losses import IGNORE_INDEX, dfpo_loss, sequence_logps
-from pedgpt.models import load_model, save_model
+from pedgpt.models import ModelConfig, load_model, model_fingerprint, save_model
 from pedgpt.training.distributed import autocast, gather_rows
 
 
@@ -54,6 +56,9 @@ def main(config: Config) -> None:
 
     # Data
     tokenizer = load_tokenizer(config.model)
+    sizes = ModelConfig.from_hf(config.model)
+    tokenizer.check_fits(sizes.vocab_size, config.model)
+    sizes.check_length(config.row_length)
     chat = chat_format(tokenizer, config.chat_format)
     summary = ReadSummary()
 
@@ -68,7 +73,8 @@ def main(config: Config) -> None:
 
     pairs, heldout_pairs = encoded(config.preferences), encoded(config.heldout_preferences)
     plan = training.BatchPlan.from_settings(len(pairs), config)
-    data = fingerprint([example for pair in pairs for example in (pair.chosen, pair.rejected)])
+    examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
+    data = f"{fingerprint(examples)} on {model_fingerprint(config.model)}"
     if training.is_finished(config, plan, data, world):
         return
     if world.is_main:
@@ -76,7 +82,6 @@ def main(config: Config) -> None:
 
     # Model
     model = load_model(config.model, dtype=dtype if config.lora_rank else torch.float32)
-    tokenizer.check_fits(model.config.vocab_size, config.model)
     if config.lora_rank:
         torch.manual_seed(config.seed)
         inject_lora(model, rank=config.lora_rank, alpha=config.lora_alpha)

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from pedgpt.adapters import load_adapter, record_gates
+from pedgpt.adapters import ExpertLoRALinear, load_adapter, record_gates
 from pedgpt.data import (
     ReadSummary,
     chat_format,
     encode_conversations,
     encode_document,
     encode_pair,
+    fits,
     load_tokenizer,
     pack,
     read_conversations,
@@ -31,7 +32,7 @@ from pedgpt.data import (
 from pedgpt.evaluation.generation_metrics import generation_scores, signature
 from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
 from pedgpt.evaluation.responses import answer, items, thin
-from pedgpt.models import load_model
+from pedgpt.models import ModelConfig, load_model
 from pedgpt.training import run_recipe, start
 
 TASKS = {"medkqa": "MedKQ&A", "evidiag": "EviDiag", "trerecom": "TreRecom"}
@@ -47,8 +48,9 @@ class Config:
     limit: int = 60  # answers to generate a task
     text_limit: int = 300  # documents of each text to measure perplexity on
     max_new_tokens: int = 96  # of each answer
-    row_length: int = 512  # tokens a row; longer conversations and pairs are skipped and counted
-    batch_size: int = 8  # rows per forward pass
+    row_length: int = 0  # tokens a row, longer rows are skipped and counted; 0: what the model takes, at most 1024
+    batch_size: int = 8  # rows per scoring pass
+    generation_batch_size: int = 32  # answers decoded together
     chat_format: str = "auto"  # auto, baichuan2 or chatml
     dtype: str = "float32"  # of the weights: float32 or bfloat16
     device: str = "auto"  # auto, cpu or cuda
@@ -57,23 +59,34 @@ class Config:
 def main(config: Config) -> None:
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f'dtype must be "float32" or "bfloat16", found {config.dtype!r}')
+    if min(config.batch_size, config.generation_batch_size, config.limit, config.text_limit) < 1:
+        raise ValueError("batch_size, generation_batch_size, limit and text_limit must be at least 1")
+    scored_with = signature()  # fails at once without the packages
     began = time.perf_counter()
     heldout = Path(config.heldout)
     if not heldout.is_dir():
         raise ValueError(f"--heldout {heldout}: no such folder")
     device = start(config.device).device
     tokenizer = load_tokenizer(config.model)
+    for folder in filter(None, (config.model, config.reference)):
+        sizes = ModelConfig.from_hf(folder)
+        tokenizer.check_fits(sizes.vocab_size, folder)
+        config.row_length = config.row_length or min(1024, sizes.max_position_embeddings)
+        sizes.check_length(config.row_length)
     chat = chat_format(tokenizer, config.chat_format)
     summary = ReadSummary()
     read = {"on_bad_row": "skip", "summary": summary}
 
     # Held-out data
     files = {name: heldout / "tasks" / f"{stem}.jsonl" for stem, name in TASKS.items()}
-    tasks = {name: read_conversations(path, **read) for name, path in files.items() if path.is_file()}
-    task_rows = {
-        name: pack(encode_conversations(rows, chat, config.row_length, "skip", summary), config.row_length)
-        for name, rows in tasks.items()
-    }
+    tasks, task_rows = {}, {}
+    for name, path in files.items():
+        if path.is_file():
+            conversations = read_conversations(path, **read)
+            examples = encode_conversations(conversations, chat, config.row_length, "skip", summary)
+            fitting = {example.source for example in examples}
+            tasks[name] = [conversation for conversation in conversations if conversation.source in fitting]
+            task_rows[name] = pack(examples, config.row_length)
     rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
     for path in sorted((heldout / "text").glob("*.jsonl")):
         texts = tokenizer.encode_batch([row.text for row in thin(read_documents(path, **read), config.text_limit)])
@@ -83,11 +96,9 @@ def main(config: Config) -> None:
     if (heldout / "preferences.jsonl").is_file():
         for pair in read_preferences(heldout / "preferences.jsonl", **read):
             both = encode_pair(pair, chat)
-            if max(len(both.chosen.tokens), len(both.rejected.tokens)) <= config.row_length:
+            longest = max(len(both.chosen.tokens), len(both.rejected.tokens))
+            if fits(longest, config.row_length, pair.source, "skip", summary):
                 pairs.append(both)
-            else:
-                summary.drop(pair.source, "over-long: more tokens than row_length")
-
     if not (any(tasks.values()) or any(rows.values()) or pairs):
         raise ValueError(f"--heldout {heldout}: nothing to evaluate on; expected tasks/, text/ or preferences.jsonl")
 
@@ -97,7 +108,6 @@ def main(config: Config) -> None:
 
     reference_logps = pair_logps(load(config.reference), pairs, config.batch_size) if config.reference else None
     model = load(config.model)
-    tokenizer.check_fits(model.config.vocab_size, config.model)
     if config.adapter:
         load_adapter(model, config.adapter)
     model.eval()
@@ -107,14 +117,16 @@ def main(config: Config) -> None:
         questions = items(conversations, config.limit)
         if not questions:
             continue
-        answers = answer(model, chat, questions, max_new_tokens=config.max_new_tokens)
+        answers = answer(
+            model, chat, questions, max_new_tokens=config.max_new_tokens, batch_size=config.generation_batch_size
+        )
         references = [question.reference for question in questions]
         scores[name] = {"rows": len(questions), **generation_scores(references, answers)}
         for question, text in list(zip(questions, answers, strict=True))[:: max(1, len(questions) // 3)][:3]:
             asked = question.history[-1].content
             samples.append({"task": name, "question": asked, "reference": question.reference, "answer": text})
     perplexities = {name: perplexity(model, packed, config.batch_size) for name, packed in rows.items() if packed}
-    if config.adapter and "experts" in describe_adapter(config.adapter):
+    if any(isinstance(layer, ExpertLoRALinear) for layer in model.modules()):
         for name, packed in task_rows.items():
             if not packed:
                 continue
@@ -131,10 +143,11 @@ def main(config: Config) -> None:
     results = {
         "model": config.model,
         "adapter": config.adapter or None,
-        "signature": signature(),
+        "signature": scored_with,
         "seconds": time.perf_counter() - began,
         "tasks": scores,
         "perplexity": perplexities,
+        "tokens": {name: sum(len(row.tokens) for row in packed) for name, packed in rows.items()},
         "preference": preference,
         "gates": gates or None,
         "skipped": len(summary.skipped),
@@ -147,10 +160,6 @@ def main(config: Config) -> None:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
-
-
-def describe_adapter(folder: str) -> str:
-    return json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"].lower()
 
 
 def print_table(results: dict) -> None:

@@ -1,7 +1,9 @@
 """Stage 4, parameter-efficient secondary fine-tuning with the mixture of universal-specific experts (§3.4).
 
-    python recipes/expert_finetune.py --config recipes/configs/demo/experts.toml
-    torchrun --nproc-per-node 8 recipes/expert_finetune.py --config recipes/configs/baichuan2_7b/experts.toml
+    python recipes/expert_finetune.py --config recipes/configs/demo/experts.toml --model runs/demo/dfpo/model \\
+        --output runs/demo/experts --instructions runs/demo/corpus/train/tasks
+    torchrun --nproc-per-node 8 recipes/expert_finetune.py --config recipes/configs/baichuan2_7b/experts.toml \\
+        --model runs/7b/dfpo/model --output runs/7b/experts --instructions path/to/tasks
 
 The model is frozen; each adapted layer gets one universal expert and several specific ones behind a noisy soft gate.
 Only the assistant's tokens carry loss.
@@ -26,7 +28,7 @@ from pedgpt.data import (
     utilization,
 )
 from pedgpt.losses import causal_lm_loss
-from pedgpt.models import load_model
+from pedgpt.models import ModelConfig, load_model, model_fingerprint
 
 
 @dataclass(kw_only=True)
@@ -50,6 +52,9 @@ def main(config: Config) -> None:
 
     # Data
     tokenizer = load_tokenizer(config.model)
+    sizes = ModelConfig.from_hf(config.model)
+    tokenizer.check_fits(sizes.vocab_size, config.model)
+    sizes.check_length(config.row_length)
     chat = chat_format(tokenizer, config.chat_format)
     summary = ReadSummary()
 
@@ -60,13 +65,12 @@ def main(config: Config) -> None:
 
     rows, heldout_rows = packed(config.instructions), packed(config.heldout_instructions)
     plan = training.BatchPlan.from_settings(len(rows), config)
-    data = fingerprint(rows)
+    data = f"{fingerprint(rows)} on {model_fingerprint(config.model)}"
     if training.is_finished(config, plan, data, world):
         return
 
     # Model and adapter: the frozen weights stay in the dtype of the computation, the experts train in float32.
     model = load_model(config.model, dtype=getattr(torch, config.dtype))
-    tokenizer.check_fits(model.config.vocab_size, config.model)
     torch.manual_seed(config.seed)
     names = inject_experts(
         model,

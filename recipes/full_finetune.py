@@ -1,7 +1,9 @@
 """Stage 2, full-parameter supervised fine-tuning on conversations.
 
-    python recipes/full_finetune.py --config recipes/configs/demo/sft.toml
-    torchrun --nproc-per-node 8 recipes/full_finetune.py --config recipes/configs/baichuan2_7b/sft.toml
+    python recipes/full_finetune.py --config recipes/configs/demo/sft.toml --model runs/demo/cpt/model \\
+        --output runs/demo/sft --instructions runs/demo/corpus/train/generalist
+    torchrun --nproc-per-node 8 recipes/full_finetune.py --config recipes/configs/baichuan2_7b/sft.toml \\
+        --model runs/7b/cpt/model --output runs/7b/sft --instructions path/to/instructions
 
 Only the assistant's tokens carry loss. Conversations are packed; attention never crosses from one to another.
 """
@@ -24,7 +26,7 @@ from pedgpt.data import (
     utilization,
 )
 from pedgpt.losses import causal_lm_loss
-from pedgpt.models import load_model, save_model
+from pedgpt.models import ModelConfig, load_model, model_fingerprint, save_model
 
 
 @dataclass(kw_only=True)
@@ -43,6 +45,9 @@ def main(config: Config) -> None:
 
     # Data
     tokenizer = load_tokenizer(config.model)
+    sizes = ModelConfig.from_hf(config.model)
+    tokenizer.check_fits(sizes.vocab_size, config.model)
+    sizes.check_length(config.row_length)
     chat = chat_format(tokenizer, config.chat_format)
     summary = ReadSummary()
 
@@ -53,7 +58,7 @@ def main(config: Config) -> None:
 
     rows, heldout_rows = packed(config.instructions), packed(config.heldout_instructions)
     plan = training.BatchPlan.from_settings(len(rows), config)
-    data = fingerprint(rows)
+    data = f"{fingerprint(rows)} on {model_fingerprint(config.model)}"
     if training.is_finished(config, plan, data, world):
         return
     if world.is_main:
@@ -62,7 +67,6 @@ def main(config: Config) -> None:
 
     # Model
     model = load_model(config.model, dtype=torch.float32)
-    tokenizer.check_fits(model.config.vocab_size, config.model)
     model.activation_checkpointing = config.activation_checkpointing
     training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
 

@@ -1,6 +1,7 @@
 """Make a model from scratch: train a tokenizer on a corpus and write random weights beside it.
 
-python recipes/init_model.py --config recipes/configs/demo/base.toml
+python recipes/init_model.py --config recipes/configs/demo/base.toml --output runs/demo/base \\
+    --text runs/demo/corpus/train/text --instructions runs/demo/corpus/train/tasks
 """
 
 from dataclasses import dataclass

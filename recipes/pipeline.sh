@@ -11,8 +11,8 @@ CONFIG=${CONFIG:-demo}                  # folder of recipes/configs
 CORPUS=${CORPUS:-recipes/sample_corpus} # folder of sources
 RUN=${RUN:-runs/demo}                   # everything is written here
 MODEL=${MODEL:-$RUN/base}               # base model; the default is made from scratch
-LAUNCH=${LAUNCH:-python}                # how a training recipe is started
 PYTHON=${PYTHON:-python}
+LAUNCH=${LAUNCH:-$PYTHON}               # how a training recipe is started
 configs=recipes/configs/$CONFIG
 train=$RUN/corpus/train heldout=$RUN/corpus/heldout
 
@@ -20,11 +20,23 @@ train=$RUN/corpus/train heldout=$RUN/corpus/heldout
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+filled() { # filled FILE...: those of the files that hold something, into the array `found`
+  found=()
+  for file; do if [ -s "$file" ]; then found+=("$file"); fi; done
+}
 evaluate() { # evaluate STAGE MODEL [more settings]: unless done since the stage finished
   local finished=$RUN/$1/done.json
   [ -f "$finished" ] || finished=$MODEL/config.json
-  [ "$RUN/evaluation/$1.json" -nt "$finished" ] || $PYTHON recipes/evaluate.py --model "$2" \
-    --heldout "$heldout" --output "$RUN/evaluation/$1.json" "${@:3}"
+  [ "$RUN/evaluation/$1.json" -nt "$finished" ] || $PYTHON recipes/evaluate.py --config "$configs/evaluate.toml" \
+    --model "$2" --heldout "$heldout" --output "$RUN/evaluation/$1.json" "${@:3}"
+}
+pretrain() { # pretrain STAGE [more settings]
+  filled "$train"/text/{pediatric,general_medical}.jsonl; local text=("${found[@]}")
+  filled "$train/text/general.jsonl"; local general=("${found[@]}")
+  filled "$heldout/text/pediatric.jsonl"
+  $LAUNCH recipes/continued_pretrain.py --config "$configs/cpt.toml" --model "$MODEL" --output "$RUN/$1" \
+    --text "${text[@]}" --general_text "${general[@]}" --heldout_text "${found[@]}" "${@:2}"
+  evaluate "$1" "$RUN/$1/model"
 }
 
 say "Corpus"
@@ -39,32 +51,34 @@ evaluate base "$MODEL"
 
 if [ "$CONFIG" = demo ]; then
   say "Stage 1: continued pre-training, text only, for comparison"
-  $LAUNCH recipes/continued_pretrain.py --config "$configs/cpt.toml" --model "$MODEL" --output "$RUN/cpt_text" \
-    --instruction_share 0 --text "$train/text/pediatric.jsonl" "$train/text/general_medical.jsonl" \
-    --general_text "$train/text/general.jsonl" --heldout_text "$heldout/text/pediatric.jsonl"
-  evaluate cpt_text "$RUN/cpt_text/model"
+  pretrain cpt_text --instruction_share 0
 fi
-
 say "Stage 1: continued pre-training, hybrid"
-$LAUNCH recipes/continued_pretrain.py --config "$configs/cpt.toml" --model "$MODEL" --output "$RUN/cpt" \
-  --text "$train/text/pediatric.jsonl" "$train/text/general_medical.jsonl" --general_text "$train/text/general.jsonl" \
-  --instructions "$train/generalist" "$train/tasks" --heldout_text "$heldout/text/pediatric.jsonl"
-evaluate cpt "$RUN/cpt/model"
+pretrain cpt --instructions "$train/generalist" "$train/tasks"
 
 say "Stage 2: full supervised fine-tuning"
+filled "$train/tasks_sample.jsonl"
 $LAUNCH recipes/full_finetune.py --config "$configs/sft.toml" --model "$RUN/cpt/model" --output "$RUN/sft" \
-  --instructions "$train/generalist" --heldout_instructions "$heldout/generalist"
+  --instructions "$train/generalist" "${found[@]}" --heldout_instructions "$heldout/generalist"
 evaluate sft "$RUN/sft/model"
+aligned=$RUN/sft/model
 
-say "Stage 3: direct following preference optimization"
-$LAUNCH recipes/dfpo.py --config "$configs/dfpo.toml" --model "$RUN/sft/model" --output "$RUN/dfpo" \
-  --preferences "$train/preferences.jsonl" --heldout_preferences "$heldout/preferences.jsonl"
-evaluate dfpo "$RUN/dfpo/model" --reference "$RUN/sft/model"
+if [ -s "$train/preferences.jsonl" ]; then
+  say "Stage 3: direct following preference optimization"
+  filled "$heldout/preferences.jsonl"
+  $LAUNCH recipes/dfpo.py --config "$configs/dfpo.toml" --model "$RUN/sft/model" --output "$RUN/dfpo" \
+    --preferences "$train/preferences.jsonl" --heldout_preferences "${found[@]}"
+  aligned=$RUN/dfpo/model
+  evaluate dfpo "$aligned" --reference "$RUN/sft/model"
+else
+  say "Stage 3 is left out: the corpus holds no preference pairs"
+fi
 
 say "Stage 4: mixture of universal-specific experts"
-$LAUNCH recipes/expert_finetune.py --config "$configs/experts.toml" --model "$RUN/dfpo/model" --output "$RUN/experts" \
-  --instructions "$train/tasks" "$train/generalist/general_medical.jsonl" --heldout_instructions "$heldout/tasks"
-evaluate experts "$RUN/dfpo/model" --adapter "$RUN/experts/adapter" --reference "$RUN/sft/model"
+filled "$train/generalist/general_medical.jsonl"
+$LAUNCH recipes/expert_finetune.py --config "$configs/experts.toml" --model "$aligned" --output "$RUN/experts" \
+  --instructions "$train/tasks" "${found[@]}" --heldout_instructions "$heldout/tasks"
+evaluate experts "$aligned" --adapter "$RUN/experts/adapter" --reference "$RUN/sft/model"
 
 say "Report"
 $PYTHON recipes/report.py --run "$RUN"

@@ -3,12 +3,13 @@
 from pedgpt.adapters.experts import ExpertLoRALinear, record_gates, set_noise_rows
 from pedgpt.adapters.inject import adapted_layers, adapters_disabled, inject_experts, inject_lora
 from pedgpt.adapters.lora import LoRALinear
-from pedgpt.adapters.storage import load_adapter, save_adapter
+from pedgpt.adapters.storage import adapter_base, load_adapter, save_adapter
 
 __all__ = [
     "ExpertLoRALinear",
     "LoRALinear",
     "adapted_layers",
+    "adapter_base",
     "adapters_disabled",
     "inject_experts",
     "inject_lora",

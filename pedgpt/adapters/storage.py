@@ -115,6 +115,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     return list(layers)
 
 
+def adapter_base(folder: str | Path) -> str:
+    """The base model that the adapter says it was trained on; ValueError if it names none."""
+    base = _read_config(Path(folder) / CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ValueError(f"{Path(folder) / CONFIG}: names no base_model_name_or_path")
+    return base
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -131,6 +139,17 @@ def _read_config(path: Path) -> dict[str, Any]:
     missing = [key for key in needed if config.get(key) is None]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")
+    for key, kinds in (
+        ("r", int),
+        ("num_specific_experts", int),
+        ("lora_alpha", int | float),
+        ("lora_dropout", int | float),
+    ):
+        if key in config and (not isinstance(config[key], kinds) or isinstance(config[key], bool)):
+            raise ValueError(f"{path}: {key} must be a number, found {config[key]!r}")
+    targets = config["target_modules"]
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+        raise ValueError(f"{path}: target_modules must be names, found {targets!r}")
     for key in _UNSUPPORTED:
         if config.get(key):
             raise ValueError(f"{path}: {key} is set; pedgpt cannot reproduce such an adapter")

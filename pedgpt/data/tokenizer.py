@@ -78,7 +78,8 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.folder is not None:
-            for name in _COMPANIONS:
+            # Code that auto_map names is copied, for tools that run it; pedgpt does not.
+            for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
                 if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                     shutil.copyfile(self.folder / name, folder / name)
             return

@@ -14,9 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pedgpt.evaluation.plots import PLOTS, draw
-from pedgpt.evaluation.run import PERPLEXITIES, STAGE_LABELS, TASKS, Run, load_run, ordered
+from pedgpt.evaluation.run import PERPLEXITIES, STAGE_LABELS, TASKS, Run, ordered
 
 SCORES = ("rows", *(f"rouge-{n}" for n in "12l"), *(f"bleu-{n}" for n in "1234"), "gleu", "distinct-1", "distinct-2")
+PRICES = {  # measure -> whether higher is better
+    "perplexity/pediatric_text": False,
+    "perplexity/general_text": False,
+    "preference/reward_accuracy": True,
+    "preference/chosen_logp_per_token": True,
+}
 SAMPLE_KEYS = ("task", "question", "reference", "answer")
 DISCLAIMER = "For research only: no medical advice, no substitute for a doctor. The sample corpus is synthetic."
 
@@ -101,12 +107,14 @@ def stage_table(run: Run) -> str:
     return "\n".join("  ".join(line).rstrip() for line in aligned)
 
 
-def write_report(folder: str | Path) -> Path:
-    """Write `report.md` and its plots into a run folder and return the page's path; ValueError as in `load_run`."""
-    run = load_run(folder)
+def write_report(run: Run) -> Path:
+    """Write `report.md` and its plots into the run's folder and return the page's path."""
     plots = draw(run)
     shown = {name: [f"![{alt}]({name})"] for name, (alt, _) in PLOTS.items() if plots and name in plots}
     checks = expectations(run)
+    counted: list[dict[str, int]] = [stage.evaluation.get("tokens", {}) for stage in run.stages.values()]
+    sizes = max(counted, key=len)
+    measured = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in sizes.items())
     tally = [sum(check.passed is outcome for check in checks) for outcome in (True, False, None)]
     page = [
         f"# Run report: {_escape(run.folder.resolve().name)}",
@@ -116,10 +124,12 @@ def write_report(folder: str | Path) -> Path:
         _markdown_table(_stage_rows(run)),
         "ROUGE-L × 100, higher is better; perplexity per token, lower is better; log-probability in nats. Preference: "
         "share of pairs the chosen answer wins, by *reward* against the reference model or by *likelihood* per token.",
+        *([f"Tokens that the perplexities were measured on: {measured}."] if measured else []),
         *shown.get("metrics_by_stage.png", []),
         "## What to expect, and what came out",
         f"{tally[0]} of {len(checks)} expectations met, {tally[1]} missed, {tally[2]} not measured.",
         "\n".join(f"- {_escape(str(check))}" for check in checks),
+        *_price_section(run),
         *_task_section(run),
         *_gate_section(run),
         *shown.get("expert_weights.png", []),
@@ -157,20 +167,34 @@ def _stage_rows(run: Run) -> list[list[str]]:
     tasks, texts = run.names("tasks", TASKS), run.names("perplexity", PERPLEXITIES)
     heads = ["stage", *(f"ROUGE-L\n{task}" for task in tasks)]
     heads += ["\n".join(["perplexity", *textwrap.wrap(name.replace("_", " "), 12)]) for name in texts]
-    rows = [heads + ["preference\naccuracy", "chosen\nlog-prob\nper token"]]
+    rows = [heads + ["preferred\nby reward", "preferred\nby likelihood", "chosen\nlog-prob\nper token"]]
     for stage in run.stages.values():
         reward, likelihood = (stage.number("preference", f"{kind}_accuracy") for kind in ("reward", "likelihood"))
-        preference = "–" if likelihood is None else f"{_percent(likelihood)} likelihood"
         rows.append(
             [
                 stage.label,
                 *(_show(stage.number("tasks", task, "rouge-l")) for task in tasks),
                 *(_show(stage.number("perplexity", name)) for name in texts),
-                preference if reward is None else f"{_percent(reward)} reward",
+                _percent(reward),
+                _percent(likelihood),
                 _show(stage.number("preference", "chosen_logp_per_token"), 3),
             ]
         )
     return rows
+
+
+def _price_section(run: Run) -> list[str]:
+    """Measures that no stage aims at: the best that any stage reached, and where the run ended."""
+    lines = []
+    for path, higher_is_better in PRICES.items():
+        keys = path.split("/")
+        values = {stage.label: stage.number(*keys) for stage in run.stages.values()}
+        known = {label: value for label, value in values.items() if value is not None}
+        if len(known) > 1:
+            best = (max if higher_is_better else min)(known, key=known.__getitem__)
+            last, name = list(known)[-1], keys[-1].replace("_", " ")
+            lines.append(f"- {name}: best {_show(known[best], 3)} after {best}, {_show(known[last], 3)} after {last}")
+    return ["What later stages took away again:", "\n".join(lines)] if lines else []
 
 
 def _task_section(run: Run) -> list[str]:

@@ -23,12 +23,15 @@ class Item:
 
 
 def items(conversations: Sequence[Conversation], limit: int) -> list[Item]:
-    """Every assistant turn of every conversation, thinned evenly to at most `limit`."""
+    """Every assistant turn of every conversation, thinned evenly to at most `limit`.
+
+    An answer without a letter or digit ("...") cannot be scored by words and is left out.
+    """
     found = [
         Item(conversation.messages[:i], message.content)
         for conversation in conversations
         for i, message in enumerate(conversation.messages)
-        if message.role == "assistant"
+        if message.role == "assistant" and any(map(str.isalnum, message.content))
     ]
     return thin(found, limit)
 

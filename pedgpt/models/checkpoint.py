@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import pickle
@@ -107,6 +108,20 @@ def save_model(model: Transformer, folder: str | Path, state_dict: Mapping[str, 
     for stale in {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / name for name in names}:
         if not (stale.name == INDEX and len(shards) > 1):
             stale.unlink(missing_ok=True)
+
+
+def model_fingerprint(folder: str | Path) -> str:
+    """A short name of exactly this model: of its config.json, and of each weight file's size, head and tail."""
+    folder = Path(folder)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in _weight_files(folder):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as handle:
+            digest.update(handle.read(2**20))
+            handle.seek(max(0, size - 2**20))
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]
 
 
 def _read_weights(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,10 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"config.json: {name} must be a positive integer, found {value!r}")
         _check_family(self.model_type)
+        for name in ("rms_norm_eps", "initializer_range", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"config.json: {name} must be a number of at least 0, found {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -106,7 +110,7 @@ class ModelConfig:
             intermediate_size=raw["intermediate_size"],
             num_hidden_layers=raw["num_hidden_layers"],
             num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            num_key_value_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
             head_dim=head_dim,
             max_position_embeddings=raw.get("max_position_embeddings") or raw.get("model_max_length") or 4096,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
@@ -152,9 +156,11 @@ class ModelConfig:
             raw[NORM_HEAD_KEY] = self.normalize_head
         return raw
 
-    def with_vocab_size(self, vocab_size: int) -> ModelConfig:
-        """The same network for another vocabulary."""
-        return replace(self, vocab_size=vocab_size)
+    def check_length(self, tokens: int) -> None:
+        """Raise ValueError if rows of so many tokens are longer than the model's positions reach."""
+        if tokens > self.max_position_embeddings:
+            reach = self.max_position_embeddings
+            raise ValueError(f"row_length {tokens} exceeds the model's max_position_embeddings, {reach}; lower it")
 
 
 _SHARED_KEYS = (
@@ -175,6 +181,9 @@ def _check_family(family: Any) -> str:
 
 def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling) from either spelling: `rope_theta` + `rope_scaling`, or the newer `rope_parameters`."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(key) or {}, Mapping):
+            raise ValueError(f"config.json: {key} must be an object, found {raw[key]!r}")
     parameters = raw.get("rope_parameters") or {}
     scaling = dict(raw.get("rope_scaling") or parameters)
     theta = scaling.pop("rope_theta", None) or parameters.get("rope_theta") or raw.get("rope_theta") or 10_000.0

@@ -120,7 +120,7 @@ def run_recipe(main: Callable[[C], None], cls: type[C]) -> None:
 
 
 def describe_settings(cls: type) -> str:
-    """Every setting with its type, default and comment, for --help."""
+    """Every setting with its comment and default, for --help."""
     comments: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), flags=re.MULTILINE))
@@ -177,6 +177,9 @@ def _single(name: str, given: list[str]) -> str:
     return given[0]
 
 
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+
 def _convert(name: str, value: Any, kind: Any) -> Any:
     """A TOML value, or the list of strings that followed a flag, as the type of the field."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
@@ -192,9 +195,9 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         try:
             return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            raise ValueError(f"--{name} must be a {kind.__name__}, found {text!r}") from None
+            raise ValueError(f"--{name} must be {_KINDS[kind]}, found {text!r}") from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{name} must be a {kind.__name__}, found {value!r}")
+        raise ValueError(f"{name} must be {_KINDS[kind]}, found {value!r}")
     return value

@@ -57,13 +57,12 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, dtype: to
 
     Gathered weights are in `dtype`; gradients are reduced in float32.
     """
-    model.to(world.device)
     if world.size == 1:
-        return model
+        return model.to(world.device)
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)  # moves the block to the device, and keeps this rank's part
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 

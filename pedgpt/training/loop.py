@@ -50,7 +50,7 @@ class TrainingBatch(Protocol):
 
 
 # From rows and their ids to a batch; empty lists give a batch of weight 0.
-MakeBatch = Callable[[list[int], list[int]], Any]
+MakeBatch = Callable[[list[int], list[int]], TrainingBatch]
 # From model and batch to the loss and the metrics, all *summed* over what `batch.weight` counts.
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 
@@ -154,7 +154,7 @@ def mean_loss(
 def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) -> dict[str, Any]:
     """What must be equal for a run to be resumed or counted as done."""
     chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
-    return {**chosen, "total_steps": plan.total_steps, "training_data": fingerprint}
+    return {**chosen, "total_steps": plan.total_steps, "rows_and_base_model": fingerprint}
 
 
 def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> bool:
@@ -183,7 +183,7 @@ def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world:
 def _step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: list[Any],
+    batches: list[TrainingBatch],
     loss_function: LossFunction,
     settings: TrainingSettings,
     world: World,

@@ -188,14 +188,6 @@ def test_config_is_read_from_folder_file_and_dictionary(tmp_path):
         assert ModelConfig.from_hf(source) == expected
 
 
-def test_with_vocab_size_changes_nothing_else():
-    config = ModelConfig.from_hf(BAICHUAN2_13B)
-    grown = config.with_vocab_size(125_760)
-    assert grown.vocab_size == 125_760 and config.vocab_size == 125_696
-    assert grown.normalize_head and grown.with_vocab_size(125_696) == config
-    assert ModelConfig.from_hf(grown.to_hf()).normalize_head  # no longer to be told by the vocabulary
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -41,7 +41,7 @@ def test_settings(lab, recipe, output, tmp_path, monkeypatch):
         ({"config": broken}, f"--config {broken}: not valid TOML (Invalid value (at line 1, column 10))"),
         ({"config": tmp_path / "no.toml"}, f"--config {tmp_path}/no.toml: cannot be read (No such file or directory)"),
         ({"config": tmp_path}, f"--config {tmp_path}: cannot be read (Is a directory)"),
-        ({"epochs": "many"}, "--epochs must be a float, found 'many'"),
+        ({"epochs": "many"}, "--epochs must be a number, found 'many'"),
         ({"epochs": 0}, "epochs must be positive, found 0.0"),
         ({"model": None}, "missing setting: model; give --model or set it in the --config file"),
         ({data: None}, f"missing setting: {data}; give --{data}"),

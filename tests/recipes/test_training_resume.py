@@ -137,7 +137,7 @@ def test_a_finished_run_does_nothing_and_says_so(lab, recipe):
     [
         ({"learning_rate": 1e-3, "seed": 8}, ["learning_rate was 0.003, is 0.001", "seed was 7, is 8"]),
         ({"epochs": 2}, ["epochs was 1.25, is 2.0", "total_steps was 5, is 7"]),
-        ({"instructions": "heldout.jsonl", "max_steps": 5}, ["instructions was", "max_steps was", "training_data was"]),
+        ({"instructions": "heldout.jsonl", "max_steps": 5}, ["instructions was", "max_steps was", "rows_and"]),
         ({"dtype": "bfloat16"}, ["dtype was 'float32', is 'bfloat16'"]),
     ],
 )
@@ -160,7 +160,7 @@ def test_other_data_under_the_same_name_is_refused(lab, tmp_path):
     assert lab.run("full_finetune", output, instructions=data, checkpoint_every=2, die_after=2).code == -9
     data.write_text(rows.replace("多喝水", "多饮水"), encoding="utf-8")
     result = lab.run("full_finetune", output, instructions=data, checkpoint_every=2)
-    assert result.code == 2 and "training_data was" in result.err and result.err.count(" was ") == 1
+    assert result.code == 2 and "rows_and_base_model was" in result.err and result.err.count(" was ") == 1
     data.write_text(rows, encoding="utf-8")
     assert lab.run("full_finetune", output, instructions=data, checkpoint_every=2).code == 0
 

@@ -158,7 +158,7 @@ def test_a_run_is_finished_only_under_its_own_settings(tmp_path):
         evaluate_every=1, device="cpu",
     )  # fmt: skip
     assert training.is_finished(free, plan, "data", WORLD)
-    with pytest.raises(ValueError, match="training_data was 'data', is 'other'"):
+    with pytest.raises(ValueError, match="rows_and_base_model was 'data', is 'other'"):
         training.is_finished(settings, plan, "other", WORLD)
     other = TrainingSettings(str(tmp_path), max_steps=2, global_batch_size=2, seed=5, learning_rate=0.5)
     with pytest.raises(ValueError, match="learning_rate was 1e-05, is 0.5; seed was 0, is 5"):
@@ -170,7 +170,7 @@ def test_what_a_run_is_names_all_that_changes_its_weights():
     described = describe_run(settings, BatchPlan.from_settings(7, settings), "data")
     assert set(described) == {
         "epochs", "max_steps", "global_batch_size", "learning_rate", "final_learning_rate_ratio", "warmup_ratio",
-        "weight_decay", "beta1", "beta2", "max_grad_norm", "dtype", "activation_checkpointing", "seed", "total_steps",
-        "training_data",
+        "weight_decay", "beta1", "beta2", "max_grad_norm", "dtype", "seed", "total_steps",
+        "rows_and_base_model",
     }  # fmt: skip
     json.dumps(described)
