@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pedgpt.models import checkpoint, load_model, save_model
+from pedgpt.models import checkpoint, load_model, model_fingerprint, save_model
 
 KINDS = ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"]
 
@@ -348,3 +349,13 @@ def test_a_state_dict_that_lacks_weights_is_not_saved(make_model, tmp_path):
     with pytest.raises(ValueError, match=r"model\.norm\.weight"):
         save_model(model, tmp_path / "model", weights)
     assert not (tmp_path / "model").exists()
+
+
+def test_a_fingerprint_follows_the_weights_and_the_config_but_not_the_place(folder, tmp_path):
+    name = model_fingerprint(folder)
+    assert model_fingerprint(shutil.copytree(folder, tmp_path / "elsewhere")) == name
+    rewrite(folder, lambda weights: weights["model.norm.weight"].add_(1))
+    changed = model_fingerprint(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}), encoding="utf-8")
+    assert len({name, changed, model_fingerprint(folder)}) == 3
