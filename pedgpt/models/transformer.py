@@ -219,7 +219,10 @@ class Transformer(nn.Module):
         all_documents: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor | None:
-        """What attention adds or forbids, [B or 1, H or 1, T, S]; None where plain causality suffices."""
+        """What attention adds or forbids, [B or 1, H or 1, T, S]; None where plain causality suffices.
+
+        ALiBi's bias is computed in float32 and then rounded to `dtype`, as the fused attention kernels require.
+        """
         queries, keys = positions.shape[1], all_positions.shape[1]
         alibi = self.config.positions == "alibi"
         if all_documents is None and not alibi and (queries == keys or queries == 1):

@@ -11,7 +11,8 @@ from pedgpt.training import parse_settings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
-COMMAND = re.compile(r"^\s*(?:python|torchrun --nproc-per-node \d+) recipes/(\w+)\.py ((?:[^\n]*\\\n)*[^\n]*)$", re.MULTILINE)
+START = r"^\s*(?:python|torchrun --nproc-per-node \d+) recipes/(\w+)\.py "
+COMMAND = re.compile(START + r"((?:[^\n]*\\\n)*[^\n]*)$", re.MULTILINE)
 
 
 def config_of(recipe):
