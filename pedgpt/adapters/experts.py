@@ -23,9 +23,9 @@ class ExpertLoRALinear(AdaptedLinear):
         y    = W x (+ b) + (α/r) ( E_u(x) + Σ_j G(x)_j E_j(x) ),  E(x) = B A x
 
     Computed as one LoRA of rank (N+1)·r whose hidden vector the gate scales: a single skinny product reads x for all A,
-    W_g and W_n, and no [tokens, experts, out] tensor exists. That product runs in the dtype of x, the rest of the gate
-    in float32. W_g (`router` [N, in]) and W_n (`router_noise` [N, in]) start at zero (Shazeer et al. 2017), so the gates
-    start equal, with noise of scale softplus(0).
+    W_g and W_n, and no [tokens, experts, out] tensor exists. That product runs in the dtype of x, the rest of the
+    gate in float32. W_g (`router` [N, in]) and W_n (`router_noise` [N, in]) start at zero (Shazeer et al. 2017), so
+    the gates start equal, with noise of scale softplus(0).
     """
 
     def __init__(
