@@ -75,30 +75,7 @@ def main(config: Config) -> None:
         sizes.check_length(config.row_length)
     chat = chat_format(tokenizer, config.chat_format)
     summary = ReadSummary()
-    read = {"on_bad_row": "skip", "summary": summary}
-
-    # Held-out data
-    files = {name: heldout / "tasks" / f"{stem}.jsonl" for stem, name in TASKS.items()}
-    tasks, task_rows = {}, {}
-    for name, path in files.items():
-        if path.is_file():
-            conversations = read_conversations(path, **read)
-            examples = encode_conversations(conversations, chat, config.row_length, "skip", summary)
-            fitting = {example.source for example in examples}
-            tasks[name] = [conversation for conversation in conversations if conversation.source in fitting]
-            task_rows[name] = pack(examples, config.row_length)
-    rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
-    for path in sorted((heldout / "text").glob("*.jsonl")):
-        texts = tokenizer.encode_batch([row.text for row in thin(read_documents(path, **read), config.text_limit)])
-        pieces = [piece for ids in texts for piece in encode_document(ids, tokenizer.eos_id, config.row_length)]
-        rows[f"{path.stem}_text"] = pack(pieces, config.row_length)
-    pairs = []
-    if (heldout / "preferences.jsonl").is_file():
-        for pair in read_preferences(heldout / "preferences.jsonl", **read):
-            both = encode_pair(pair, chat)
-            longest = max(len(both.chosen.tokens), len(both.rejected.tokens))
-            if fits(longest, config.row_length, pair.source, "skip", summary):
-                pairs.append(both)
+    tasks, task_rows, rows, pairs = read_heldout(heldout, config, tokenizer, chat, summary)
     if not (any(tasks.values()) or any(rows.values()) or pairs):
         raise ValueError(f"--heldout {heldout}: nothing to evaluate on; expected tasks/, text/ or preferences.jsonl")
 
@@ -127,13 +104,7 @@ def main(config: Config) -> None:
             samples.append({"task": name, "question": asked, "reference": question.reference, "answer": text})
     perplexities = {name: perplexity(model, packed, config.batch_size) for name, packed in rows.items() if packed}
     if any(isinstance(layer, ExpertLoRALinear) for layer in model.modules()):
-        for name, packed in task_rows.items():
-            if not packed:
-                continue
-            with record_gates(model) as records:  # one row at a time, so that no padding is counted
-                perplexity(model, packed, batch_size=1)
-            means = torch.tensor([record.mean() for record in records.values()])
-            gates[name] = means.mean(0).tolist()
+        gates = {name: expert_weights(model, packed) for name, packed in task_rows.items() if packed}
     preference = None
     if pairs:
         preference = dataclasses.asdict(
@@ -160,6 +131,43 @@ def main(config: Config) -> None:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
+
+
+def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSummary):
+    """Conversations by task, their packed rows, packed rows by perplexity, and pairs.
+
+    What is too long for a row is left out everywhere, and counted.
+    """
+    read = {"on_bad_row": "skip", "summary": summary}
+    files = {name: heldout / "tasks" / f"{stem}.jsonl" for stem, name in TASKS.items()}
+    tasks, task_rows = {}, {}
+    for name, path in files.items():
+        if path.is_file():
+            conversations = read_conversations(path, **read)
+            examples = encode_conversations(conversations, chat, config.row_length, "skip", summary)
+            fitting = {example.source for example in examples}
+            tasks[name] = [conversation for conversation in conversations if conversation.source in fitting]
+            task_rows[name] = pack(examples, config.row_length)
+    rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
+    for path in sorted((heldout / "text").glob("*.jsonl")):
+        texts = tokenizer.encode_batch([row.text for row in thin(read_documents(path, **read), config.text_limit)])
+        pieces = [piece for ids in texts for piece in encode_document(ids, tokenizer.eos_id, config.row_length)]
+        rows[f"{path.stem}_text"] = pack(pieces, config.row_length)
+    pairs = []
+    if (heldout / "preferences.jsonl").is_file():
+        for pair in read_preferences(heldout / "preferences.jsonl", **read):
+            both = encode_pair(pair, chat)
+            longest = max(len(both.chosen.tokens), len(both.rejected.tokens))
+            if fits(longest, config.row_length, pair.source, "skip", summary):
+                pairs.append(both)
+    return tasks, task_rows, rows, pairs
+
+
+def expert_weights(model, rows) -> list[float]:
+    """Mean gate weight of each specific expert over all layers; a row at a time, so that no padding is counted."""
+    with record_gates(model) as records:
+        perplexity(model, rows, batch_size=1)
+    return torch.tensor([record.mean() for record in records.values()]).mean(0).tolist()
 
 
 def print_table(results: dict) -> None:

@@ -16,7 +16,7 @@ LAUNCH=${LAUNCH:-$PYTHON}               # how a training recipe is started
 configs=recipes/configs/$CONFIG
 train=$RUN/corpus/train heldout=$RUN/corpus/heldout
 
-# Threads that wait leave their core to others: a busy machine slows the stages down, but not by a multiple.
+# Threads that wait leave their core to others: a little slower on an idle machine, much faster on a busy one.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }

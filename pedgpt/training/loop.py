@@ -31,10 +31,10 @@ from pedgpt.training.distributed import World, autocast, barrier, reshard, sum_o
 from pedgpt.training.metrics import MetricsLog
 from pedgpt.training.optim import build_optimizer, learning_rate
 
-# Settings that change neither the data nor the weights, so a run may be resumed with others.
+# Settings that change neither the data nor the weights, so a run may be resumed with others; held-out files too.
 _FREE = {
     "output", "micro_batch_size", "activation_checkpointing", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-    "device", "heldout_text", "heldout_instructions", "heldout_preferences",
+    "device",
 }  # fmt: skip
 
 
@@ -153,7 +153,8 @@ def mean_loss(
 
 def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) -> dict[str, Any]:
     """What must be equal for a run to be resumed or counted as done."""
-    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
+    values = dataclasses.asdict(settings).items()
+    chosen = {name: value for name, value in values if name not in _FREE and not name.startswith("heldout")}
     return {**chosen, "total_steps": plan.total_steps, "rows_and_base_model": fingerprint}
 
 

@@ -34,15 +34,6 @@ def _randomize(model, seed=0):
     return model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second thread and wait for it whenever the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def randomize():
     """randomize(model, seed): any torch model with random weights of a size at which every one matters."""

@@ -199,14 +199,6 @@ def dying_after(step: int | None):
         yield
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory) -> Lab:
     """A Lab with tiny models ("model" of Baichuan2's shape, "tied" a Llama with tied heads) and data files."""
