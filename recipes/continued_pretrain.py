@@ -29,7 +29,7 @@ from pedgpt.data import (
     utilization,
 )
 from pedgpt.losses import causal_lm_loss
-from pedgpt.models import ModelConfig, load_model, model_fingerprint, save_model
+from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, save_model
 
 
 @dataclass(kw_only=True)
@@ -87,9 +87,10 @@ def main(config: Config) -> None:
         print(f"{len(rows):,} rows of {config.row_length}, {utilization(rows, config.row_length):.1%} used")
 
     # Model
-    model = load_model(config.model, dtype=torch.float32)
+    model = load_model(config.model, dtype=torch.float32, device="meta")
     model.activation_checkpointing = config.activation_checkpointing
     training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+    load_weights(model, config.model, dtype=torch.float32, device=world.device)
 
     # Loss: next token at every position, summed; the loop divides by the tokens of the global batch.
     def loss_function(model, batch):
@@ -112,10 +113,13 @@ def main(config: Config) -> None:
         evaluate=evaluate if heldout_rows else None,
         fingerprint=data,
     )
-    weights = training.gather_state_dict(model, world, dtype=getattr(torch, config.dtype))
-    if world.is_main:
+
+
+    def save(weights):
         save_model(model, Path(config.output) / "model", weights)
         tokenizer.save(Path(config.output) / "model")
+
+    training.gather_weights(model, world, save, dtype=getattr(torch, config.dtype))
     training.finish(config, plan, data, world)
 
 

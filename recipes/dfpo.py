@@ -28,7 +28,7 @@ from pedgpt.data import (
     read_preferences,
 )
 from pedgpt.losses import IGNORE_INDEX, dfpo_loss, sequence_logps
-from pedgpt.models import ModelConfig, load_model, model_fingerprint, save_model
+from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, save_model
 from pedgpt.training.distributed import autocast, gather_rows
 
 
@@ -81,12 +81,14 @@ def main(config: Config) -> None:
         print(f"{summary.describe()}\n{len(pairs):,} pairs, {len(heldout_pairs):,} held out")
 
     # Model
-    model = load_model(config.model, dtype=dtype if config.lora_rank else torch.float32)
+    stored = dtype if config.lora_rank else torch.float32
+    model = load_model(config.model, dtype=stored, device="meta")
     if config.lora_rank:
         torch.manual_seed(config.seed)
         inject_lora(model, rank=config.lora_rank, alpha=config.lora_alpha)
     model.activation_checkpointing = config.activation_checkpointing
     training.shard(model, model.model.layers, world, dtype)
+    load_weights(model, config.model, dtype=stored, device=world.device)
 
     # Reference log-probabilities of every pair, [pairs, 2], before the first step: adapters are still the identity.
     def reference_logps(pairs):
@@ -142,13 +144,16 @@ def main(config: Config) -> None:
         fingerprint=data,
     )
     adapter = config.lora_rank > 0
-    weights = training.gather_state_dict(model, world, trainable_only=adapter, dtype=None if adapter else dtype)
-    if world.is_main:
+
+
+    def save(weights):
         if adapter:
-            save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=weights)
+            save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=dict(weights))
         else:
             save_model(model, Path(config.output) / "model", weights)
             tokenizer.save(Path(config.output) / "model")
+
+    training.gather_weights(model, world, save, trainable_only=adapter, dtype=None if adapter else dtype)
     training.finish(config, plan, data, world)
 
 

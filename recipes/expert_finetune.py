@@ -28,7 +28,7 @@ from pedgpt.data import (
     utilization,
 )
 from pedgpt.losses import causal_lm_loss
-from pedgpt.models import ModelConfig, load_model, model_fingerprint
+from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint
 
 
 @dataclass(kw_only=True)
@@ -70,7 +70,7 @@ def main(config: Config) -> None:
         return
 
     # Model and adapter: the frozen weights stay in the dtype of the computation, the experts train in float32.
-    model = load_model(config.model, dtype=getattr(torch, config.dtype))
+    model = load_model(config.model, dtype=getattr(torch, config.dtype), device="meta")
     torch.manual_seed(config.seed)
     names = inject_experts(
         model,
@@ -88,6 +88,7 @@ def main(config: Config) -> None:
         print(f"experts on {len(names)} layers, {trainable:,} trainable parameters ({share:.2%})")
     model.activation_checkpointing = config.activation_checkpointing
     training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+    load_weights(model, config.model, dtype=getattr(torch, config.dtype), device=world.device)
 
     # Loss: as in stage 2; the gate's noise follows the row, so it does not depend on ranks or accumulation.
     def loss_function(model, batch):
@@ -111,9 +112,12 @@ def main(config: Config) -> None:
         evaluate=evaluate if heldout_rows else None,
         fingerprint=data,
     )
-    weights = training.gather_state_dict(model, world, trainable_only=True)
-    if world.is_main:
-        save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=weights)
+
+
+    def save(weights):
+        save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=dict(weights))
+
+    training.gather_weights(model, world, save, trainable_only=True)
     training.finish(config, plan, data, world)
 
 

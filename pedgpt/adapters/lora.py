@@ -27,8 +27,10 @@ class AdaptedLinear(nn.Linear):
         self.enabled = True
         # Adapters train in float32 over a bf16 base: at bf16 a small update would round away.
         dtype = torch.float32 if base.weight.dtype in (torch.bfloat16, torch.float16) else base.weight.dtype
-        self.lora_A = nn.Parameter(base.weight.new_empty((hidden_size, base.in_features), dtype=dtype))
-        self.lora_B = nn.Parameter(base.weight.new_zeros((base.out_features, hidden_size), dtype=dtype))
+        # A base on the meta device is filled later; the adapter is made now, where torch makes new tensors.
+        device = None if base.weight.is_meta else base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(hidden_size, base.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, hidden_size, dtype=dtype, device=device))
         # Kaiming-uniform by the fan-in, with the slope that PEFT and nn.Linear use: bound 1/sqrt(in_features).
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(base.training)

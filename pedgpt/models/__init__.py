@@ -1,8 +1,18 @@
 """The decoder, its configuration, its checkpoints and its decoding."""
 
-from pedgpt.models.checkpoint import load_model, model_fingerprint, save_model
+from pedgpt.models.checkpoint import export_llama, load_model, load_weights, model_fingerprint, save_model
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.generation import generate, generate_steps
 from pedgpt.models.transformer import Transformer
 
-__all__ = ["ModelConfig", "Transformer", "generate", "generate_steps", "load_model", "model_fingerprint", "save_model"]
+__all__ = [
+    "ModelConfig",
+    "Transformer",
+    "export_llama",
+    "generate",
+    "generate_steps",
+    "load_model",
+    "load_weights",
+    "model_fingerprint",
+    "save_model",
+]

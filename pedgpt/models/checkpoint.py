@@ -1,28 +1,28 @@
-"""HF model folders: config.json and safetensors weights, read strictly and written atomically."""
+"""HF model folders: config.json and weights, read strictly and within their own size, written atomically."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
-import json
 import os
-import pickle
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.transformer import Transformer
+from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, sync, weight_files, write_json
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 2**30
-_DERIVED = re.compile(r"rotary_emb\.inv_freq$")  # stored by old checkpoints, computed here
+_DERIVED = "rotary_emb.inv_freq"  # stored by old checkpoints, computed here
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_model(
@@ -31,90 +31,81 @@ def load_model(
     """The model of an HF folder, in evaluation mode. No code of the checkpoint is run.
 
     `dtype` None keeps the stored one. Reads safetensors (one file, or shards with an index) and, where there are none,
-    `pytorch_model*.bin` with `weights_only=True`. Raises ValueError that names the file and the keys for a missing or
-    truncated file and for missing, unexpected or misshapen weights.
+    `pytorch_model*.bin` with `weights_only=True`. On the CPU in the stored dtype, weights stay mapped from their
+    files, so loading is lazy and processes share them; otherwise they are copied piece by piece. With `device="meta"`
+    only config.json is read, for `load_weights` to fill the model after adapters are attached or ranks share it.
+    Raises ValueError that names the file and the keys for a missing, truncated or hostile file, for weights that are
+    missing, unexpected or misshapen, and for links that leave the folder.
     """
-    folder = Path(folder)
     config = ModelConfig.from_hf(folder)
-    with torch.device("meta"):
-        model = Transformer(config)
-    expected = model.state_dict()
-    tied = config.tie_word_embeddings
-    weights: dict[str, Tensor] = {}
-    unexpected: list[str] = []
-    for file, key, tensor in _read_weights(folder):
-        if _DERIVED.search(key):
-            continue
-        if key not in expected:
-            unexpected.append(key)
-            continue
-        if tensor.shape != expected[key].shape:
-            found, needed = list(tensor.shape), list(expected[key].shape)
-            raise ValueError(f"{file}: {key} has the shape {found}, but config.json asks for {needed}")
-        weights[key] = tensor.to(device=device, dtype=dtype or tensor.dtype)
-    if tied:
-        weights.setdefault("lm_head.weight", weights.get("model.embed_tokens.weight", expected["lm_head.weight"]))
-    missing = [key for key in expected if key not in weights]
-    if missing or unexpected:
-        raise ValueError(f"{folder}: {_describe_mismatch(missing, unexpected)}")
-    model.load_state_dict(weights, assign=True)
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    if torch.device(device).type == "meta":
+        return _empty(config, dtype or config.dtype).eval()
+    files = _read_headers(Path(folder), config)
+    model = _empty(config)
+    _fill(model, Path(folder), files, dtype, device)
     return model.eval()
 
 
-def save_model(model: Transformer, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+def load_weights(
+    model: Transformer,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Fill a model, which may be on the meta device and carry adapters, as `load_model` would.
+
+    A model that `fully_shard` split over ranks gets only its own rows on each: no rank reads or holds the whole.
+    Adapters are left alone. Raises ValueError as `load_model`.
+    """
+    _fill(model, Path(folder), _read_headers(Path(folder), model.config), dtype, device)
+
+
+def save_model(
+    model: Transformer,
+    folder: str | Path,
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
     """Write config.json and the weights (shards of 5 GiB with an index) so that other tools load the folder.
 
-    `state_dict` replaces the model's own, for weights gathered from several ranks. Each file is written under a
-    temporary name, synced and renamed. Raises ValueError if adapters are attached: their weights are no part of the
-    base layout.
+    `weights` replaces the model's own, for weights that come name by name from several ranks: at most one shard of
+    them is held. Each file is written under a temporary name, synced, and renamed when all are there. Raises
+    ValueError if adapters are attached: their weights are no part of the base layout.
     """
-    folder = Path(folder)
-    weights = dict(state_dict if state_dict is not None else model.state_dict())
-    with torch.device("meta"):
-        expected = Transformer(model.config).state_dict()
-    extra = sorted(set(weights) - set(expected))
-    if extra:
-        raise ValueError(f"the model carries weights beside its own ({extra[0]}, …): use save_adapter for adapters")
-    if missing := sorted(set(expected) - set(weights)):
-        raise ValueError(f"{folder}: the weights to save lack {', '.join(missing[:5])} ({len(missing)} in all)")
-    if model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    folder.mkdir(parents=True, exist_ok=True)
+    weights = model.state_dict() if weights is None else weights
+    _write(model.config, Path(folder), weights.items() if isinstance(weights, Mapping) else weights)
 
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for key, tensor in weights.items():
-        if size and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][key] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-    names = [WEIGHTS] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
-    ]  # fmt: skip
-    for name, shard in zip(names, shards, strict=True):
-        temporary = folder / f".{name}.tmp"
-        save_file(shard, temporary, metadata={"format": "pt"})
-        _commit(temporary, folder / name)
-    if len(shards) > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = sum(tensor.nbytes for tensor in weights.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
-    dtype = sorted(dtypes)[0]  # transformers reads "dtype" before the older "torch_dtype": neither may be left stale
-    _write_json(folder / "config.json", {**model.config.to_hf(), "dtype": dtype, "torch_dtype": dtype})
-    for stale in {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / name for name in names}:
-        if not (stale.name == INDEX and len(shards) > 1):
-            stale.unlink(missing_ok=True)
+
+def export_llama(model: Transformer, folder: str | Path) -> None:
+    """Write a Baichuan 7B, which rotates, as the Llama it is: W_pack split into q, k and v, NormHead's rows normalised.
+
+    The folder needs no vendor code: transformers, vLLM or llama.cpp load it as a Llama with equal logits. Raises
+    ValueError for a model with ALiBi positions or of another family.
+    """
+    config = model.config
+    if config.model_type != "baichuan" or config.positions != "rope":
+        kind = f"{config.model_type} with {config.positions} positions"
+        raise ValueError(f"only a Baichuan with rotary positions (7B) is a Llama by another name; this is {kind}")
+    vendor = ("architectures", "auto_map", "tokenizer_class", "_name_or_path", "_from_model_config")
+    extra = {key: value for key, value in config.extra.items() if key not in vendor}
+    changes = {"model_type": "llama", "fused_qkv": False, "normalize_head": False, "extra": extra}
+
+    def split() -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in model.state_dict().items():
+            if ".W_pack." in key:
+                for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                    yield key.replace("W_pack", f"{letter}_proj"), part
+            else:
+                yield key, model.head_weight() if key == HEAD else tensor
+
+    _write(dataclasses.replace(config, **changes), Path(folder), split())
 
 
 def model_fingerprint(folder: str | Path) -> str:
     """A short name of exactly this model: of its config.json, and of each weight file's size, head and tail."""
     folder = Path(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as handle:
@@ -124,64 +115,151 @@ def model_fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_weights(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, key, tensor) of every stored weight, one file open at a time."""
-    for file in _weight_files(folder):
-        try:
-            if file.suffix == ".bin":
-                for key, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items():
-                    yield file, key, tensor
+def _empty(config: ModelConfig, dtype: torch.dtype | None = None) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config).to(dtype)
+
+
+def _read_headers(folder: Path, config: ModelConfig) -> list[WeightFile]:
+    """The weight files of a folder, once every key and shape in them is what config.json asks for."""
+    files = [WeightFile(file) for file in weight_files(folder)]
+    stored: dict[str, WeightFile] = {}
+    for file in files:
+        for key in file.tensors:
+            if key in stored:
+                raise ValueError(f"{file.file}: holds {key}, which {stored[key].file.name} holds too")
+            if not key.endswith(_DERIVED):
+                stored[key] = file
+    if config.num_hidden_layers > len(stored):
+        raise ValueError(f"{folder}: config.json asks for {config.num_hidden_layers} layers of {len(stored)} weights")
+    expected = _empty(config).state_dict()
+    needed = set(expected) - ({HEAD} if config.tie_word_embeddings else set())
+    missing = [key for key in expected if key in needed and key not in stored]
+    unexpected = [key for key in stored if key not in expected]
+    misshapen = [
+        f"{stored[key].file.name}: {key} has the shape {list(stored[key].tensors[key][0])}, not {list(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in stored and stored[key].tensors[key][0] != tensor.shape
+    ]
+    if missing or unexpected or misshapen:
+        raise ValueError(f"{folder}: {_describe_mismatch(missing, unexpected, misshapen)}")
+    return files
+
+
+def _fill(
+    model: Transformer, folder: Path, files: Sequence[WeightFile], dtype: torch.dtype | None, device: str | torch.device
+) -> None:
+    tied = model.config.tie_word_embeddings
+    targets = model.state_dict()
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        for key in file.tensors:
+            if not key.endswith(_DERIVED) and not (tied and key == HEAD):
+                weights[key] = _read(file, key, targets[key], dtype, torch.device(device))
+        file.close()
+    if tied:
+        weights[HEAD] = weights[EMBEDDING]
+    model.load_state_dict(weights, assign=True, strict=False)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def _read(file: WeightFile, key: str, target: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """A stored tensor, or this rank's rows of it, in its final dtype and place, never with a second whole copy."""
+    shape, stored = file.tensors[key]
+    dtype = dtype or stored
+    start, stop = _local_rows(target)
+    if not isinstance(target, DTensor) and dtype == stored and device.type == "cpu":
+        return file.whole(key)
+    local = torch.empty(stop - start, *shape[1:], dtype=dtype, device=device)
+    step = max(1, READ_BYTES // max(1, shape[1:].numel() * stored.itemsize))
+    for row in range(start, stop, step):
+        end = min(row + step, stop)
+        local[row - start : end - start].copy_(file.rows(key, row, end))
+    if not isinstance(target, DTensor):
+        return local
+    return DTensor.from_local(
+        local, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
+    )
+
+
+def _local_rows(target: Tensor) -> tuple[int, int]:
+    """Which rows of a tensor this rank keeps: FSDP2 splits the first dimension as `torch.chunk` does."""
+    if not isinstance(target, DTensor):
+        return 0, len(target)
+    mesh = target.device_mesh
+    if mesh.ndim != 1 or tuple(target.placements) != (Shard(0),):
+        raise ValueError(f"weights sharded as {target.placements} cannot be loaded; expected one mesh dimension, rows")
+    size = -(-len(target) // mesh.size())
+    start = min(mesh.get_local_rank() * size, len(target))
+    return start, min(start + size, len(target))
+
+
+def _write(config: ModelConfig, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    expected = set(_empty(config).state_dict())
+    parts: list[tuple[Path, list[str]]] = []  # temporary files with what they hold
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+    dtypes = set()
+
+    def flush() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{WEIGHTS}.{len(parts) + 1}.tmp"
+        parts.append((part, list(shard)))
+        save_file(shard, part, metadata={"format": "pt"})
+        shard.clear()
+
+    try:
+        for key, tensor in weights:
+            if key not in expected:
+                raise ValueError(f"the model carries weights beside its own ({key}, …): use save_adapter for adapters")
+            expected.discard(key)
+            if config.tie_word_embeddings and key == HEAD:
                 continue
-            with safe_open(file, framework="pt") as reader:
-                for key in reader.keys():  # noqa: SIM118  (a reader, not a dict)
-                    yield file, key, reader.get_tensor(key)
-        except pickle.UnpicklingError:
-            raise ValueError(f"{file}: holds more than weights, or is damaged; only safe files are read") from None
-        except (SafetensorError, OSError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{file}: cannot be read as weights, the file may be truncated ({error})") from None
+            if size and size + tensor.nbytes > SHARD_BYTES:
+                flush()
+                size = 0
+            shard[key] = tensor.detach().cpu().contiguous()
+            size, total = size + tensor.nbytes, total + tensor.nbytes
+            dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        if missing := sorted(expected - ({HEAD} if config.tie_word_embeddings else set())):
+            raise ValueError(f"{folder}: the weights to save lack {', '.join(missing[:5])} ({len(missing)} in all)")
+        flush()
+        for part, _ in parts:
+            sync(part)
+    except BaseException:
+        for part, _ in parts:
+            part.unlink(missing_ok=True)
+        raise
+    count = len(parts)
+    names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for (part, _), name in zip(parts, names, strict=True):
+        os.replace(part, folder / name)
+    if count > 1:
+        weight_map = {key: name for (_, keys), name in zip(parts, names, strict=True) for key in keys}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    dtype = sorted(dtypes)[0]  # transformers reads "dtype" before the older "torch_dtype": neither may be left stale
+    raw: dict[str, Any] = {**config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
+    write_json(folder / "config.json", raw)
+    if not (folder / GENERATION).exists():
+        ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
+        write_json(folder / GENERATION, {"_from_model_config": True, **ends})
+    for stale in {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / name for name in names}:
+        if not (stale.name == INDEX and count > 1):
+            stale.unlink(missing_ok=True)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    for index_name, single in ((INDEX, WEIGHTS), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
-        index = folder / index_name
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                names = sorted(set(weight_map.values()))
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{index}: not an index with a weight_map") from None
-            for name in names:
-                if not isinstance(name, str) or Path(name).name != name:
-                    raise ValueError(f"{index}: weight_map names {name!r}, which is not a file of this folder")
-                if not (folder / name).is_file():
-                    raise ValueError(f"{folder / name}: no such file, though {index.name} names it")
-            return [folder / name for name in names]
-        if (folder / single).is_file():
-            return [folder / single]
-    raise ValueError(f"{folder}: no weights; expected {WEIGHTS}, {INDEX} or pytorch_model.bin")
-
-
-def _describe_mismatch(missing: list[str], unexpected: list[str]) -> str:
+def _describe_mismatch(missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
     parts = []
     for label, keys, others in (("missing", missing, unexpected), ("unexpected", unexpected, missing)):
         if keys:
             named = []
             for key in keys[:5]:
-                near = difflib.get_close_matches(key, others, n=1)
+                near = difflib.get_close_matches(key[:200], others[:1000], n=1)
                 named.append(f"{key} (nearest: {near[0]})" if near else key)
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
             parts.append(f"{len(keys)} {label}: {', '.join(named)}{more}")
+    if misshapen:
+        more = f" and {len(misshapen) - 5} more" if len(misshapen) > 5 else ""
+        parts.append(f"{len(misshapen)} misshapen: {', '.join(misshapen[:5])}{more}")
     return "the weights do not fit config.json; " + "; ".join(parts)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _commit(temporary, path)
-
-
-def _commit(temporary: Path, path: Path) -> None:
-    """Sync a finished temporary file to disk and give it its name."""
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)

@@ -8,8 +8,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 FAMILIES = ("baichuan", "llama", "qwen2", "qwen3")
 BAICHUAN2_VOCAB_SIZE = 125_696
+
+# Beyond these no checkpoint is real, and the sizes of its tensors overflow.
+MAX_SIZE, MAX_LAYERS = 2**24, 1024
 
 # Our own keys in config.json. They override what the family and the sizes imply, which small models cannot show.
 POSITIONS_KEY = "pedgpt_positions"
@@ -57,11 +62,19 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"config.json: {name} must be a positive integer, found {value!r}")
+            if value > (limit := MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE):
+                raise ValueError(f"config.json: {name} is {value}, more than {limit}")
+        if self.num_attention_heads * self.head_dim > MAX_SIZE:
+            raise ValueError(f"config.json: {self.num_attention_heads} heads of {self.head_dim} exceed {MAX_SIZE}")
         _check_family(self.model_type)
         for name in ("rms_norm_eps", "initializer_range", "rope_theta"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"config.json: {name} must be a number of at least 0, found {value!r}")
+            _check_number(name, getattr(self, name))
+        if self.rope_scaling:
+            for key in _ROPE_SCALING[self.rope_scaling["rope_type"]]:
+                _check_number(f"rope_scaling {key}", self.rope_scaling[key], positive=True)
+            low, high = (self.rope_scaling.get(f"{name}_freq_factor", i) for i, name in enumerate(("low", "high")))
+            if high <= low:
+                raise ValueError(f"config.json: rope_scaling needs high_freq_factor above {low}, found {high}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -83,8 +96,14 @@ class ModelConfig:
         """
         raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
         family = _check_family(raw.get("model_type"))
-        if raw.get("use_sliding_window"):
-            raise ValueError("config.json: use_sliding_window is true; sliding-window attention is not supported")
+        layers = raw.get("layer_types") or []
+        if raw.get("use_sliding_window") or not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}:
+            raise ValueError(
+                "config.json: use_sliding_window or layer_types asks for other than full attention; not supported"
+            )
+        for key in ("quantization_config", "dual_chunk_attention_config"):
+            if raw.get(key):
+                raise ValueError(f"config.json: {key} is set; such a checkpoint is not supported")
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
         missing = [
@@ -96,7 +115,7 @@ class ModelConfig:
             raise ValueError(f"config.json: missing {', '.join(missing)} (found: {', '.join(sorted(raw))})")
 
         hidden, heads, vocab = raw["hidden_size"], raw["num_attention_heads"], raw["vocab_size"]
-        head_dim = raw.get("head_dim")
+        head_dim = raw.get("head_dim", 128 if family == "qwen3" else None)  # Qwen3's default is no quotient
         if head_dim is None:
             if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
                 raise ValueError(f"config.json: hidden_size {hidden!r} is no multiple of num_attention_heads {heads!r}")
@@ -156,6 +175,14 @@ class ModelConfig:
             raw[NORM_HEAD_KEY] = self.normalize_head
         return raw
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What config.json says the weights are stored in; float32 where it says nothing."""
+        name = str(self.extra.get("dtype") or self.extra.get("torch_dtype") or "float32").removeprefix("torch.")
+        if name not in ("float64", "float32", "float16", "bfloat16"):
+            raise ValueError(f"config.json: dtype {name!r} is not supported")
+        return getattr(torch, name)
+
     def check_length(self, tokens: int) -> None:
         """Raise ValueError if rows of so many tokens are longer than the model's positions reach."""
         if tokens > self.max_position_embeddings:
@@ -173,8 +200,22 @@ _READ_KEYS = {f.name for f in fields(ModelConfig)} | {
 }  # fmt: skip
 
 
+_ROPE_SCALING = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def _check_number(name: str, value: Any, positive: bool = False) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e30:  # NaN compares false
+        raise ValueError(f"config.json: {name} must be a number of at least 0, found {value!r}")
+    if positive and value == 0:
+        raise ValueError(f"config.json: {name} must be positive, found {value!r}")
+    return float(value)
+
+
 def _check_family(family: Any) -> str:
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"config.json: model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}")
     return family
 
@@ -190,27 +231,38 @@ def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None
     kind = scaling.pop("type", None)
     kind = scaling.setdefault("rope_type", kind or "default")
     if kind == "default":
-        return float(theta), None
-    needed = {
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if kind not in needed:
+        return _check_number("rope_theta", theta, positive=True), None
+    if not isinstance(kind, str) or kind not in _ROPE_SCALING:
         raise ValueError(f"config.json: rope_scaling type {kind!r} is not supported; one of default, linear, llama3")
-    missing = [key for key in needed[kind] if key not in scaling]
+    missing = [key for key in _ROPE_SCALING[kind] if key not in scaling]
     if missing:
         raise ValueError(f"config.json: rope_scaling of type {kind!r} lacks {', '.join(missing)}")
-    return float(theta), scaling
+    return _check_number("rope_theta", theta, positive=True), scaling
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    file = path / "config.json" if path.is_dir() else path
+def inside_folder(path: Path) -> Path:
+    """`path`, unless it is a link that leaves its folder: then ValueError. A hub cache keeps its files in `blobs`."""
+    folder = path.parent.resolve()
+    allowed = [folder] + ([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])
+    target = path.resolve()
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ValueError(f"{path}: a link that leaves its folder, to {target}; copy the file in if you trust it")
+    return path
+
+
+def parse_json(file: Path) -> dict[str, Any]:
+    """The JSON object of a file; ValueError that names it for anything else."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; expected a model folder with config.json") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of which JSONDecodeError and UnicodeDecodeError are kinds
         raise ValueError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")
     return raw
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; expected a model folder with config.json")
+    return parse_json(inside_folder(file))

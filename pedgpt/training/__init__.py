@@ -2,7 +2,7 @@
 
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.config import TrainingSettings, parse_settings, run_recipe
-from pedgpt.training.distributed import World, gather_rows, gather_state_dict, shard, start, stop
+from pedgpt.training.distributed import World, gather_rows, gather_weights, shard, start, stop
 from pedgpt.training.loop import finish, is_finished, mean_loss, train
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "World",
     "finish",
     "gather_rows",
-    "gather_state_dict",
+    "gather_weights",
     "is_finished",
     "mean_loss",
     "parse_settings",

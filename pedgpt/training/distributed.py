@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -55,10 +55,11 @@ def stop() -> None:
 def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, dtype: torch.dtype) -> nn.Module:
     """Put the model on this rank's device, split over all ranks with FSDP2: each block, then the root with the rest.
 
-    Gathered weights are in `dtype`; gradients are reduced in float32.
+    Weights on the meta device stay there, to be filled once they are split. Gathered weights are in `dtype`; gradients
+    are reduced in float32.
     """
     if world.size == 1:
-        return model.to(world.device)
+        return model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(world.device))
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
@@ -104,16 +105,26 @@ def barrier(world: World) -> None:
         dist.barrier()
 
 
-def gather_state_dict(
-    model: nn.Module, world: World, *, trainable_only: bool = False, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """Whole tensors by name on the main rank's CPU (an empty dictionary elsewhere); called on all ranks."""
+def gather_weights(
+    model: nn.Module,
+    world: World,
+    write: Callable[[Iterator[tuple[str, Tensor]]], object],
+    *,
+    trainable_only: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Call `write` on the main rank with (name, whole tensor on the CPU), one at a time; called on all ranks."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    gathered = {}
-    for name, tensor in model.state_dict().items():
-        if trainable_only and name not in trainable:
-            continue
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if world.is_main:
-            gathered[name] = whole.detach().to(device="cpu", dtype=dtype or whole.dtype)
-    return gathered
+
+    def gathered() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in model.state_dict().items():
+            if trainable_only and name not in trainable:
+                continue
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield name, whole.detach().to(device="cpu", dtype=dtype or whole.dtype)
+
+    if world.is_main:
+        write(gathered())
+    else:
+        for _ in gathered():
+            pass

@@ -169,9 +169,9 @@ def test_rank_8_on_all_of_baichuan2_7b_trains_about_0_95_percent():
     )
     with torch.device("meta"):
         model = Transformer(config)
-    base = sum(p.numel() for p in model.parameters())
-    assert base == 7_505_973_248  # the published size
-    assert len(inject_experts(model, rank=8, num_specific_experts=3)) == 32 * 5
+        base = sum(p.numel() for p in model.parameters())
+        assert base == 7_505_973_248  # the published size
+        assert len(inject_experts(model, rank=8, num_specific_experts=3)) == 32 * 5
     assert all(p.is_meta for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # The five layers of a block, by the sums of their widths; W_g and W_n have 3 rows each.

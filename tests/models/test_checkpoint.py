@@ -61,7 +61,9 @@ def test_save_then_load_gives_the_logits_bit_for_bit(make_model, random_tokens, 
 def test_written_folder_has_the_published_layout(make_model, tmp_path):
     save_model(make_model("qwen2"), tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
     with safe_open(folder / "model.safetensors", framework="pt") as reader:
         assert reader.metadata() == {"format": "pt"}
         assert "lm_head.weight" not in reader.keys()  # tied
@@ -120,7 +122,7 @@ def test_saving_again_leaves_no_stale_shards(make_model, random_tokens, tmp_path
         with torch.no_grad():
             assert torch.equal(load_model(tmp_path)(tokens), first(tokens))
         save_model(second, tmp_path)
-        names = ["config.json", "model.safetensors", "tokenizer.json"]
+        names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
         assert sorted(file.name for file in tmp_path.iterdir()) == names
         with torch.no_grad():
             assert torch.equal(load_model(tmp_path)(tokens), second(tokens))
@@ -142,7 +144,7 @@ def test_model_may_be_saved_over_the_folder_it_came_from(folder, random_tokens):
 
 def test_gathered_state_dict_replaces_the_models_own(make_model, random_tokens, tmp_path):
     model, other, tokens = make_model("qwen2"), make_model("qwen2", seed=3), random_tokens(1, 9)
-    save_model(model, tmp_path, state_dict=other.state_dict())
+    save_model(model, tmp_path, other.state_dict())
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path)(tokens), other(tokens))
 
@@ -301,16 +303,25 @@ def test_index_that_leaves_the_folder_is_refused(folder, make_model, monkeypatch
         load_model(folder)
 
 
-def test_shards_may_be_links_as_in_the_hub_cache(folder, make_model, random_tokens, monkeypatch):
+def test_shards_may_be_links_as_in_the_hub_cache(tmp_path, make_model, random_tokens, monkeypatch):
     """huggingface_hub's cache holds a snapshot as links into a folder of blobs."""
     model, tokens = make_model("llama"), random_tokens(1, 9)
-    as_shards(monkeypatch, model, folder)
-    (folder.parent / "blobs").mkdir()
-    for i, file in enumerate(sorted(folder.iterdir())):
-        blob = file.rename(folder.parent / "blobs" / str(i))
-        file.symlink_to(blob)
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "4f3e", tmp_path / "models--a--b" / "blobs"
+    as_shards(monkeypatch, model, snapshot)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blobs / str(i))
+        file.symlink_to(f"../../blobs/{i}")
     with torch.no_grad():
-        assert torch.equal(load_model(folder)(tokens), model(tokens))
+        assert torch.equal(load_model(snapshot)(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_links_that_leave_the_folder_are_refused(folder, tmp_path, name):
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: a link that leaves its folder"):
+        load_model(folder)
 
 
 def test_absent_shard_is_named(folder, make_model, monkeypatch):
