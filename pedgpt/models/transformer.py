@@ -5,6 +5,7 @@ Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,7 +116,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn here but in reset_parameters: on the meta device that alone would cost more than all else.
+        empty = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -140,7 +143,7 @@ class Transformer(nn.Module):
     def reset_parameters(self) -> None:
         """Normal(0, initializer_range) for matrices, zeros for biases, ones for norms."""
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -157,6 +160,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits [B, T, V] in the model's dtype; arguments as in `hidden_states`."""
         hidden = self.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
+        if self.config.normalize_head and not torch.is_grad_enabled():
+            return torch.cat([F.linear(hidden, rows) for rows in self._normalized_rows()], dim=-1)
         return F.linear(hidden, self.head_weight())
 
     def hidden_states(
@@ -206,10 +211,14 @@ class Transformer(nn.Module):
 
     def head_weight(self) -> Tensor:
         """The output matrix [V, D] as it multiplies: for NormHead, rows of unit length (normalised in float32)."""
-        weight = self.lm_head.weight
         if not self.config.normalize_head:
-            return weight
-        return F.normalize(weight.float(), dim=-1).to(weight.dtype)
+            return self.lm_head.weight
+        return torch.cat(list(self._normalized_rows()))
+
+    def _normalized_rows(self) -> Iterator[Tensor]:
+        """NormHead's matrix in slices: the float32 copy of Baichuan2's whole head would be 2 GB."""
+        for rows in self.lm_head.weight.split(8192):
+            yield F.normalize(rows.float(), dim=-1).to(rows.dtype)
 
     def _attention_mask(
         self,
