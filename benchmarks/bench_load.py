@@ -111,7 +111,8 @@ def main() -> None:
         peak = max(row["peak"] for row in found)
         note = f"  forward of 16 tokens {found[-1]['forward']:.1f} s" if found[-1]["forward"] else ""
         print(f"{kind:28}{seconds:>10.2f}{ratio:>16}{peak / found[0]['bytes']:>20.3f}{note}")
-    print(f"weights {results[kinds[0]][0]['bytes'] / 2**30:.2f} GiB, median of {arguments.repeats}, {torch.__version__}")
+    size = results[kinds[0]][0]["bytes"] / 2**30
+    print(f"weights {size:.2f} GiB, median of {arguments.repeats}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -215,7 +215,10 @@ def answers(conversations: list[Conversation], at_least: int = 20) -> list[Docum
 
 
 def conversation_row(row: Conversation) -> dict:
-    messages = [{"role": message.role, "content": message.content} for message in row.messages]
+    messages = [
+        {"role": message.role, "content": message.content} | ({} if message.loss else {"loss": False})
+        for message in row.messages
+    ]
     return {"messages": messages, "task": row.task} if row.task else {"messages": messages}
 
 

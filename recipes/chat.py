@@ -29,7 +29,7 @@ class Config:
     repetition_penalty: float = 1.0  # above 1 makes repeated tokens less likely
     max_new_tokens: int = 256  # of each answer
     seed: int = 0  # of the sampling
-    chat_format: str = "auto"  # auto, baichuan2 or chatml
+    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
     dtype: str = "float32"  # of the weights: float32 or bfloat16
     device: str = "auto"  # auto, cpu or cuda
 

@@ -70,12 +70,13 @@ def main(config: Config) -> None:
     shares = {"domain text": text_share - general, "general text": general, "instructions": config.instruction_share}
     once = sum(map(len, sources["domain text"])) / shares["domain text"]
     mixture = mix(sources, shares, total_tokens=config.total_tokens or round(once), seed=config.seed)
-    examples = [piece for text in mixture.texts for piece in encode_document(text, tokenizer.eos_id, config.row_length)]
+    ends = {"eos_id": tokenizer.eos_id, "row_length": config.row_length, "prefix": tokenizer.document_prefix}
+    examples = [piece for text in mixture.texts for piece in encode_document(text, **ends)]
     rows = pack(examples, config.row_length)
     heldout = [
         piece
         for row in read_documents(config.heldout_text, **read)
-        for piece in encode_document(tokenizer.encode(row.text), tokenizer.eos_id, config.row_length, row.source)
+        for piece in encode_document(tokenizer.encode(row.text), source=row.source, **ends)
     ]
     heldout_rows = pack(heldout, config.row_length)
     plan = training.BatchPlan.from_settings(len(rows), config)
@@ -113,7 +114,6 @@ def main(config: Config) -> None:
         evaluate=evaluate if heldout_rows else None,
         fingerprint=data,
     )
-
 
     def save(weights):
         save_model(model, Path(config.output) / "model", weights)

@@ -21,9 +21,8 @@ from pedgpt.data import (
     ReadSummary,
     chat_format,
     collate_pairs,
-    encode_pair,
+    encode_pairs,
     fingerprint,
-    fits,
     load_tokenizer,
     read_preferences,
 )
@@ -42,7 +41,7 @@ class Config(training.TrainingSettings):
     label_smoothing: float = 0.0  # assumed share of pairs labelled the wrong way round
     lora_rank: int = 0  # rank of a LoRA on all linear layers; 0 trains all parameters
     lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
-    chat_format: str = "auto"  # auto, baichuan2 or chatml
+    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
     row_length: int = 4096  # most tokens of prompt and answer
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
 
@@ -63,13 +62,8 @@ def main(config: Config) -> None:
     summary = ReadSummary()
 
     def encoded(paths):
-        pairs = []
-        for pair in read_preferences(paths, on_bad_row=config.on_bad_row, summary=summary):
-            both = encode_pair(pair, chat)
-            longest = max(len(both.chosen.tokens), len(both.rejected.tokens))
-            if fits(longest, config.row_length, pair.source, config.on_bad_row, summary):
-                pairs.append(both)
-        return pairs
+        pairs = read_preferences(paths, on_bad_row=config.on_bad_row, summary=summary)
+        return encode_pairs(pairs, chat, config.row_length, config.on_bad_row, summary)
 
     pairs, heldout_pairs = encoded(config.preferences), encoded(config.heldout_preferences)
     plan = training.BatchPlan.from_settings(len(pairs), config)
@@ -144,7 +138,6 @@ def main(config: Config) -> None:
         fingerprint=data,
     )
     adapter = config.lora_rank > 0
-
 
     def save(weights):
         if adapter:

@@ -21,8 +21,7 @@ from pedgpt.data import (
     chat_format,
     encode_conversations,
     encode_document,
-    encode_pair,
-    fits,
+    encode_pairs,
     load_tokenizer,
     pack,
     read_conversations,
@@ -51,7 +50,7 @@ class Config:
     row_length: int = 0  # tokens a row, longer rows are skipped and counted; 0: what the model takes, at most 1024
     batch_size: int = 8  # rows per scoring pass
     generation_batch_size: int = 32  # answers decoded together
-    chat_format: str = "auto"  # auto, baichuan2 or chatml
+    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
     dtype: str = "float32"  # of the weights: float32 or bfloat16
     device: str = "auto"  # auto, cpu or cuda
 
@@ -151,15 +150,13 @@ def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSu
     rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
     for path in sorted((heldout / "text").glob("*.jsonl")):
         texts = tokenizer.encode_batch([row.text for row in thin(read_documents(path, **read), config.text_limit)])
-        pieces = [piece for ids in texts for piece in encode_document(ids, tokenizer.eos_id, config.row_length)]
+        ends = {"eos_id": tokenizer.eos_id, "row_length": config.row_length, "prefix": tokenizer.document_prefix}
+        pieces = [piece for ids in texts for piece in encode_document(ids, **ends)]
         rows[f"{path.stem}_text"] = pack(pieces, config.row_length)
     pairs = []
     if (heldout / "preferences.jsonl").is_file():
-        for pair in read_preferences(heldout / "preferences.jsonl", **read):
-            both = encode_pair(pair, chat)
-            longest = max(len(both.chosen.tokens), len(both.rejected.tokens))
-            if fits(longest, config.row_length, pair.source, "skip", summary):
-                pairs.append(both)
+        found = read_preferences(heldout / "preferences.jsonl", **read)
+        pairs = encode_pairs(found, chat, config.row_length, "skip", summary)
     return tasks, task_rows, rows, pairs
 
 

@@ -41,7 +41,7 @@ class Config(training.TrainingSettings):
     num_specific_experts: int = 3  # behind the gate, beside the universal one
     dropout: float = 0.0  # on the experts' input
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # names or patterns of linear layers
-    chat_format: str = "auto"  # auto, baichuan2 or chatml
+    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
     row_length: int = 4096  # tokens a packed row
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
 
@@ -112,7 +112,6 @@ def main(config: Config) -> None:
         evaluate=evaluate if heldout_rows else None,
         fingerprint=data,
     )
-
 
     def save(weights):
         save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=dict(weights))

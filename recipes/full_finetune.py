@@ -34,7 +34,7 @@ class Config(training.TrainingSettings):
     model: str  # folder of the model of stage 1
     instructions: list[str]  # conversations to train on: files or folders
     heldout_instructions: list[str] = field(default_factory=list)  # for the evaluation during training
-    chat_format: str = "auto"  # auto, baichuan2 or chatml
+    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
     row_length: int = 4096  # tokens a packed row
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
 
@@ -92,7 +92,6 @@ def main(config: Config) -> None:
         evaluate=evaluate if heldout_rows else None,
         fingerprint=data,
     )
-
 
     def save(weights):
         save_model(model, Path(config.output) / "model", weights)

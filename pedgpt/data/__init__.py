@@ -8,11 +8,10 @@ from pedgpt.data.packing import (
     encode_conversations,
     encode_document,
     fingerprint,
-    fits,
     pack,
     utilization,
 )
-from pedgpt.data.preference import PreferenceBatch, collate_pairs, encode_pair
+from pedgpt.data.preference import PreferenceBatch, collate_pairs, encode_pair, encode_pairs
 from pedgpt.data.records import (
     Conversation,
     Document,
@@ -48,9 +47,9 @@ __all__ = [
     "encode_conversations",
     "encode_document",
     "encode_pair",
+    "encode_pairs",
     "encode_prompt",
     "fingerprint",
-    "fits",
     "load_tokenizer",
     "mix",
     "pack",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+from pedgpt.data.chat_template import ChatTemplate, read_template
 from pedgpt.data.records import Message
 from pedgpt.data.tokenizer import Tokenizer
 
@@ -33,8 +36,14 @@ class Segment:
     targets: list[int]
 
 
+# A special token's id, or text; and the index of the answer that it is part of, None outside answers.
+Piece = tuple[int | str, int | None]
+
+
 class ChatFormat:
     """How a family writes roles. `render` gives segments, `stop_tokens` what ends an answer."""
+
+    role_tokens: tuple[str, ...] = ()  # a tokenizer that has them was made for this format
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -52,9 +61,11 @@ class Baichuan2Chat(ChatFormat):
     although no eos stands between turns in the input.
     """
 
+    role_tokens = ("<reserved_106>", "<reserved_107>")
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
-        self.user, self.assistant = tokenizer.token_id("<reserved_106>"), tokenizer.token_id("<reserved_107>")
+        self.user, self.assistant = map(tokenizer.token_id, self.role_tokens)
         if tokenizer.eos_id is None:
             raise ValueError("Baichuan2's chat format needs an eos_token in tokenizer_config.json")
         self.eos = tokenizer.eos_id
@@ -81,45 +92,198 @@ class Baichuan2Chat(ChatFormat):
         return segments
 
 
-class ChatML(ChatFormat):
-    """`<|im_start|>role\\n…<|im_end|>\\n`; the `<|im_end|>` after an answer carries loss, the line break does not."""
+class PiecewiseChat(ChatFormat):
+    """A format whose pieces become tokens as the tokenizer would encode the whole text.
+
+    Neighbouring text is encoded in one run, cut only at special tokens and where an answer begins or ends, whether or
+    not it carries loss: tokens do not depend on what is supervised, and a prompt's are those that training saw.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
-        self.start, self.end = tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")
-        others = {tokenizer.eos_id} - {None, self.end}
-        self.stop_tokens = (self.end, *(t for t in others if t is not None))
+        added = tokenizer.backend.get_added_tokens_decoder()
+        special = {i: token for i, token in added.items() if token.special}
+        # Some tokens (Phi's) swallow the whitespace beside them.
+        self.strips_before = {i for i, token in special.items() if token.lstrip}
+        self.strips_after = {i for i, token in special.items() if token.rstrip}
+        # SentencePiece puts a space before a text; inside one it must not, and after a special token it depends.
+        self.newline = tokenizer.encode("\n")
+        self.prefixes = tokenizer.encode("a") != self._inside("a")
+        self.prefixes_after_special = self.prefixes and _prefixes_after_special(tokenizer, set(special))
+
+    def pieces(self, messages: Sequence[Message], generation_prompt: bool) -> list[Piece]:
+        """What the format writes, in order."""
+        raise NotImplementedError
+
+    def check(self, pieces: list[Piece], supervised: set[int]) -> None:
+        """Raise ValueError if these pieces cannot teach the answers in `supervised`."""
 
     def render(self, messages: Sequence[Message], supervised: set[int], generation_prompt: bool) -> list[Segment]:
-        newline = self.tokenizer.encode("\n")
+        """Segments of `messages`; loss falls on the assistant messages whose indices are in `supervised`."""
+        pieces = self.pieces(messages, generation_prompt)
+        self.check(pieces, supervised)
+        runs: list[Piece] = []
+        for piece, answer in pieces:
+            if isinstance(piece, str) and runs and isinstance(runs[-1][0], str) and runs[-1][1] == answer:
+                runs[-1] = (runs[-1][0] + piece, answer)
+            elif piece != "":
+                runs.append((piece, answer))
         segments = []
-        for i, message in enumerate(messages):
-            segments.append(_silent([self.start, *self.tokenizer.encode(f"{message.role}\n")]))
-            body = [*self.tokenizer.encode(message.content), self.end]
-            segments.append(_spoken(body) if i in supervised else _silent(body))
-            segments.append(_silent(newline))
-        if generation_prompt:
-            segments.append(_silent([self.start, *self.tokenizer.encode("assistant\n")]))
+        for at, (piece, answer) in enumerate(runs):
+            before, after = (runs[i][0] if 0 <= i < len(runs) else None for i in (at - 1, at + 1))
+            if isinstance(piece, str):
+                piece = piece.lstrip() if before in self.strips_after else piece
+                piece = piece.rstrip() if after in self.strips_before else piece
+                begins = before is None or (isinstance(before, int) and self.prefixes_after_special)
+                ids = self.tokenizer.encode(piece) if begins or not self.prefixes else self._inside(piece)
+            else:
+                ids = [piece]
+            segments.append(_spoken(ids) if answer in supervised else _silent(ids))
         return segments
+
+    def _inside(self, text: str) -> list[int]:
+        """Ids of a text that does not begin the whole: encoded after a line break, whose ids are dropped again."""
+        ids, size = self.tokenizer.encode("\n" + text), len(self.newline)
+        return ids[size:] if ids[:size] == self.newline else self.tokenizer.encode(text)
+
+
+class ChatML(PiecewiseChat):
+    """`<|im_start|>role\\n…<|im_end|>\\n`; the `<|im_end|>` after an answer carries loss, the line break does not."""
+
+    role_tokens = ("<|im_start|>", "<|im_end|>")
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self.start, self.end = map(tokenizer.token_id, self.role_tokens)
+        self.stop_tokens = _stops(tokenizer, [self.end])
+
+    def pieces(self, messages: Sequence[Message], generation_prompt: bool) -> list[Piece]:
+        """What the format writes, in order."""
+        pieces: list[Piece] = []
+        for i, message in enumerate(messages):
+            answer = i if message.role == "assistant" else None
+            pieces += [(self.start, None), (f"{message.role}\n", None)]
+            pieces += [(message.content, answer), (self.end, answer), ("\n", None)]
+        return pieces + ([(self.start, None), ("assistant\n", None)] if generation_prompt else [])
+
+
+class Llama3Chat(PiecewiseChat):
+    """`<|start_header_id|>role<|end_header_id|>\\n\\n…<|eot_id|>`, bos first; an answer's `<|eot_id|>` carries loss.
+
+    As in the published template, messages lose the whitespace at their ends.
+    """
+
+    role_tokens = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self.start, self.header_end, self.end = map(tokenizer.token_id, self.role_tokens)
+        if tokenizer.bos_id is None:
+            raise ValueError("Llama 3's chat format needs a bos_token in tokenizer_config.json")
+        self.bos = tokenizer.bos_id
+        others = [tokenizer.token_id(name) for name in ("<|end_of_text|>", "<|eom_id|>") if tokenizer.has(name)]
+        self.stop_tokens = _stops(tokenizer, [self.end, *others])
+
+    def pieces(self, messages: Sequence[Message], generation_prompt: bool) -> list[Piece]:
+        """What the format writes, in order."""
+        pieces: list[Piece] = [(self.bos, None)]
+        for i, message in enumerate(messages):
+            answer = i if message.role == "assistant" else None
+            pieces += [(self.start, None), (message.role, None), (self.header_end, None), ("\n\n", None)]
+            pieces += [(message.content.strip(), answer), (self.end, answer)]
+        opening: list[Piece] = [(self.start, None), ("assistant", None), (self.header_end, None), ("\n\n", None)]
+        return pieces + (opening if generation_prompt else [])
+
+
+class TemplateChat(PiecewiseChat):
+    """The checkpoint's own Jinja template, rendered in a sandbox; see `ChatTemplate` for what carries loss."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        found = read_template(tokenizer.config, tokenizer.folder)
+        if found is None:
+            raise ValueError(f"{tokenizer.folder}: it has no chat_template; set chat_format to a format by its name")
+        added = tokenizer.backend.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in added.items() if token.special and token.content}
+        longest_first = sorted(self.special, key=len, reverse=True)
+        pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self.template = ChatTemplate(*found, _special_names(tokenizer), pattern)
+        ends = []
+        with suppress(ValueError):  # a template for another kind of conversation: whoever renders one will be told
+            pieces = self.pieces(_PROBES[0], False)
+            for (piece, answer), (after, follower) in zip(pieces, [*pieces[1:], ("", None)], strict=True):
+                if answer is not None and answer != follower:
+                    ends.append(piece if isinstance(piece, int) else after)
+        self.stop_tokens = _stops(tokenizer, [end for end in ends if isinstance(end, int)])
+
+    def pieces(self, messages: Sequence[Message], generation_prompt: bool) -> list[Piece]:
+        """What the template writes, in order; special tokens only where it writes them itself."""
+        pieces: list[Piece] = []
+        for part in self.template.parts(messages, generation_prompt):
+            texts = [part.text] if part.message is not None else self.template.special.split(part.text)
+            # Splitting at a group leaves the special tokens at the odd places.
+            pieces += [(self.special[t] if i % 2 else t, part.speaker) for i, t in enumerate(texts) if t]
+        return pieces
+
+    def check(self, pieces: list[Piece], supervised: set[int]) -> None:
+        """Raise ValueError if an answer has no place in the template, or no end that a model could learn."""
+        ends = {answer: piece for piece, answer in pieces}
+        for i in supervised:
+            if i not in ends:
+                raise ValueError(f"the chat template writes no answer for message {i + 1}: {self.template.file}")
+            if not self.template.marks_answers and isinstance(ends[i], str):
+                raise ValueError(
+                    "the chat template writes no special token after an answer, so a model would never learn to stop: "
+                    f"{self.template.file}; add eos_token there, or set chat_format to another format"
+                )
+
+
+BUILT_IN = {"baichuan2": Baichuan2Chat, "chatml": ChatML, "llama3": Llama3Chat}
+# Whitespace at the ends of a text shows whether a template trims it.
+_PROBES = [
+    [Message(role, f" {role} 1\n") for role in roles]
+    for roles in (["user", "assistant"] * 2, ["system", *["user", "assistant"] * 2])
+]
 
 
 def chat_format(tokenizer: Tokenizer, name: str = "auto") -> ChatFormat:
-    """The format called "baichuan2" or "chatml", or with "auto" the one whose role tokens the tokenizer has."""
-    if name == "baichuan2" or (name == "auto" and tokenizer.has("<reserved_106>", "<reserved_107>")):
-        return Baichuan2Chat(tokenizer)
-    if name == "chatml" or (name == "auto" and tokenizer.has("<|im_start|>", "<|im_end|>")):
-        return ChatML(tokenizer)
-    if name == "auto":
-        raise ValueError("the tokenizer has neither <reserved_106> nor <|im_start|>: its chat format is not supported")
-    raise ValueError(f'chat_format {name!r} is unknown; expected "auto", "baichuan2" or "chatml"')
+    """The format called "baichuan2", "chatml" or "llama3", or "template" for the checkpoint's own Jinja template.
+
+    "auto" is the built-in format whose role tokens the tokenizer has, unless the checkpoint's own template gives other
+    ids; then, and where no format fits, that template.
+    """
+    if name == "template":
+        return TemplateChat(tokenizer)
+    if name in BUILT_IN:
+        return BUILT_IN[name](tokenizer)
+    if name != "auto":
+        names = ", ".join(f'"{known}"' for known in ("auto", *BUILT_IN))
+        raise ValueError(f'chat_format {name!r} is unknown; expected {names} or "template"')
+    fitting = next((kind for kind in BUILT_IN.values() if tokenizer.has(*kind.role_tokens)), None)
+    if read_template(tokenizer.config, tokenizer.folder) is None:
+        if fitting is None:
+            known = ", ".join(kind.role_tokens[0] for kind in BUILT_IN.values())
+            raise ValueError(f"the tokenizer has none of {known} and no chat_template: its chat format is unknown")
+        return fitting(tokenizer)
+    own = TemplateChat(tokenizer)
+    built_in = fitting(tokenizer) if fitting else own
+    return built_in if _agree(built_in, own) else own
 
 
 def encode_conversation(
     messages: Sequence[Message], chat: ChatFormat, *, last_only: bool = False, source: str = ""
 ) -> Example:
-    """Tokens and aligned labels of a conversation, with loss on every assistant message, or on the last one only."""
+    """Tokens and aligned labels of a conversation, with loss on every assistant message, or on the last one only.
+
+    A message whose `loss` is false carries none either way. Raises ValueError naming `source` if the format cannot
+    write the conversation.
+    """
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    segments = chat.render(messages, set(answers[-1:] if last_only else answers), generation_prompt=False)
+    supervised = {i for i in (answers[-1:] if last_only else answers) if messages[i].loss}
+    try:
+        segments = chat.render(messages, supervised, generation_prompt=False)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source else str(error)) from None
     tokens = [token for segment in segments for token in segment.tokens]
     targets = [target for segment in segments for target in segment.targets]
     return Example(tokens[:-1], targets[1:], source)
@@ -137,3 +301,43 @@ def _silent(ids: list[int]) -> Segment:
 
 def _spoken(ids: list[int]) -> Segment:
     return Segment(ids, ids)
+
+
+def _stops(tokenizer: Tokenizer, ends: list[int]) -> tuple[int, ...]:
+    """`ends` and the end of a text, each once."""
+    return tuple(dict.fromkeys(ends if tokenizer.eos_id is None else [*ends, tokenizer.eos_id]))
+
+
+def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
+    """The variables that templates know: bos_token, eos_token and their like, where the checkpoint names them."""
+    keys = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    values = {key: tokenizer.config.get(key) for key in keys}
+    names = {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: name for key, name in names.items() if isinstance(name, str)}
+
+
+def _prefixes_after_special(tokenizer: Tokenizer, special: set[int]) -> bool:
+    """Whether a text gets SentencePiece's space also after a special token, as the tokenizer itself parses both."""
+    backend = tokenizer.backend
+    name = next((token for i in special if (token := backend.id_to_token(i))), None)
+    if name is None:
+        return True
+    backend.encode_special_tokens = False
+    try:
+        return backend.encode(f"{name}a", add_special_tokens=False).ids[1:] == tokenizer.encode("a")
+    finally:
+        backend.encode_special_tokens = True
+
+
+def _agree(built_in: ChatFormat, own: ChatFormat) -> bool:
+    """Whether two formats give the same ids, but for what may follow the last answer."""
+    for probe in _PROBES:
+        for messages, generation_prompt in ((probe, False), (probe[:-1], True)):
+            try:
+                one, two = (chat.render(messages, set(), generation_prompt) for chat in (built_in, own))
+            except ValueError:  # a template without a system text, say, is not the built-in format
+                return False
+            pairs = zip(*([t for segment in segments for t in segment.tokens] for segments in (one, two)), strict=False)
+            if any(left != right for left, right in pairs):
+                return False
+    return True

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,13 +17,25 @@ from pedgpt.data.records import Conversation, ReadSummary
 PADDING_DOCUMENT = -1
 
 
+class Record(Protocol):
+    """What was read from a file, and where."""
+
+    @property
+    def source(self) -> str: ...
+
+
+R = TypeVar("R", bound=Record)
+E = TypeVar("E")
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Several documents end to end; `documents[t]` numbers the one that token t belongs to."""
+    """Several documents end to end; `documents[t]` numbers the one that token t belongs to, `sources` names them."""
 
     tokens: list[int]
     labels: list[int]
     documents: list[int]
+    sources: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -52,14 +64,19 @@ class Batch:
         return replace(self, **moved)
 
 
-def encode_document(ids: Sequence[int], eos_id: int | None, row_length: int, source: str = "") -> list[Example]:
+def encode_document(
+    ids: Sequence[int], eos_id: int | None, row_length: int, source: str = "", prefix: Sequence[int] = ()
+) -> list[Example]:
     """A running text as examples in which every token carries loss, the end of the text included.
 
-    A text longer than a row becomes several examples; each token but the first is predicted exactly once.
+    A text longer than a row becomes several examples; each token but the first is predicted exactly once. `prefix`
+    (a tokenizer's `document_prefix`) goes before a text that is not empty and does not begin with it already.
     """
     if row_length < 1:
         raise ValueError(f"row_length must be at least 1, found {row_length}")
     stream = [*ids, eos_id] if eos_id is not None else list(ids)
+    if ids and stream[: len(prefix)] != list(prefix):
+        stream = [*prefix, *stream]
     pieces = []
     for start in range(0, len(stream) - 1, row_length):
         piece = stream[start : start + row_length + 1]
@@ -93,24 +110,45 @@ def pack(examples: Sequence[Example], row_length: int) -> list[Row]:
 def encode_conversations(
     conversations: Sequence[Conversation], chat: ChatFormat, row_length: int, on_bad_row: str, summary: ReadSummary
 ) -> list[Example]:
-    """Chat-formatted examples; one longer than a row is a bad row: an error, or left out and counted in `summary`."""
-    examples = []
-    for conversation in conversations:
-        example = encode_conversation(conversation.messages, chat, source=conversation.source)
-        if fits(len(example.tokens), row_length, conversation.source, on_bad_row, summary):
-            examples.append(example)
-    return examples
+    """Chat-formatted examples; bad rows as in `encode_fitting`."""
+    return encode_fitting(
+        conversations,
+        lambda row: encode_conversation(row.messages, chat, source=row.source),
+        lambda example: len(example.tokens),
+        row_length,
+        on_bad_row,
+        summary,
+    )
 
 
-def fits(size: int, row_length: int, source: str, on_bad_row: str, summary: ReadSummary) -> bool:
-    """Whether `size` tokens fit a row; if not, ValueError or, under "skip", an entry in `summary`."""
-    if size <= row_length:
-        return True
-    reason = f"over-long: {size} tokens do not fit a row of {row_length}"
-    if on_bad_row == "error":
-        raise ValueError(f'{source}: {reason}; raise row_length, shorten it, or set on_bad_row = "skip"')
-    summary.drop(source, reason)
-    return False
+def encode_fitting(
+    rows: Sequence[R],
+    encode: Callable[[R], E],
+    size: Callable[[E], int],
+    row_length: int,
+    on_bad_row: str,
+    summary: ReadSummary,
+) -> list[E]:
+    """Records encoded one by one.
+
+    One longer than a row, or one that the chat format cannot write, is a bad row: an error, or left out and counted
+    in `summary`.
+    """
+    kept = []
+    for row in rows:
+        try:
+            example = encode(row)
+            if size(example) > row_length:
+                raise ValueError(f"{row.source}: over-long: {size(example)} tokens do not fit a row of {row_length}")
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{row.source}: ")
+            if on_bad_row == "error":
+                hint = 'raise row_length, shorten it, or set on_bad_row = "skip"'
+                raise ValueError(f"{row.source}: {reason}; {hint}") from None
+            summary.drop(row.source, reason)
+        else:
+            kept.append(example)
+    return kept
 
 
 def collate(rows: Sequence[Row], row_ids: Sequence[int], pad_id: int = 0) -> Batch:
@@ -148,7 +186,7 @@ def _join(examples: list[Example]) -> Row:
     tokens = [token for example in examples for token in example.tokens]
     labels = [label for example in examples for label in example.labels]
     documents = [number for number, example in enumerate(examples) for _ in example.tokens]
-    return Row(tokens, labels, documents)
+    return Row(tokens, labels, documents, [example.source for example in examples])
 
 
 def _padded(values: list[list[int]], width: int, filler: int) -> Tensor:

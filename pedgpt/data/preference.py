@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pedgpt.data.chat import ChatFormat, Example, encode_conversation
-from pedgpt.data.packing import Batch, Row, collate
-from pedgpt.data.records import Message, PreferencePair
+from pedgpt.data.packing import Batch, Row, collate, encode_fitting
+from pedgpt.data.records import Message, PreferencePair, ReadSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,20 @@ def encode_pair(pair: PreferencePair, chat: ChatFormat) -> EncodedPair:
         for answer in (pair.chosen, pair.rejected)
     )
     return EncodedPair(chosen, rejected)
+
+
+def encode_pairs(
+    pairs: Sequence[PreferencePair], chat: ChatFormat, row_length: int, on_bad_row: str, summary: ReadSummary
+) -> list[EncodedPair]:
+    """`encode_pair` of each; bad rows, those with an answer too long among them, as in `encode_fitting`."""
+    return encode_fitting(
+        pairs,
+        lambda pair: encode_pair(pair, chat),
+        lambda both: max(len(both.chosen.tokens), len(both.rejected.tokens)),
+        row_length,
+        on_bad_row,
+        summary,
+    )
 
 
 def collate_pairs(

@@ -19,7 +19,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,10 +43,14 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn; `role` is "system", "user" or "assistant"."""
+    """One turn; `role` is "system", "user" or "assistant".
+
+    `loss` says whether an assistant's message is learnt from; on other roles, which never carry loss, it means nothing.
+    """
 
     role: str
     content: str
+    loss: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +159,8 @@ def read_conversations(
     Alpaca (`instruction`, `input`, `output`, `history`), ShareGPT (`conversations`), OpenAI (`messages`),
     `conversation` of patient and doctor, `question` and `answer`. A CSV's headers are those names, or the names that
     `columns` gives: {"question": "ask", "answer": "reply"}. A `title` is not part of the question.
+    An assistant's message with `"loss": false`, or `"weight": 0` as OpenAI writes it, carries no loss; if none carries
+    any, the row is bad.
     """
     if unknown := set(columns or ()) - {"question", "answer", "system", "task"}:
         raise ValueError(f"columns has {', '.join(unknown)}, expected some of question, answer, system, task")
@@ -389,8 +395,24 @@ def _messages(row: Row, name: str) -> list[Message]:
             raise _Unfit("unknown role", repr(written), ", ".join(ROLES))
         # Many exports write an empty system message in every row: it says as much as none.
         content = _text(fields, _field(fields, ("value", "content"), "content or value"), optional=role == "system")
-        messages += [Message(role, content)] if content else []
+        loss = _loss(fields, role)
+        messages += [Message(role, content, loss)] if content else []
     return messages
+
+
+def _loss(fields: Row, role: str) -> bool:
+    flags = {}
+    for key, kind, expected in (("loss", bool, "true or false"), ("weight", int, "0 or 1")):
+        if key in fields:
+            value = fields[key]
+            if type(value) is not kind or value not in (0, 1):  # True is an int too, and 1.0 is in (0, 1)
+                raise _Unfit(f"{key} of a message is unusable", json.dumps(value)[:40], expected)
+            flags[key] = bool(value)
+    if len(set(flags.values())) > 1:
+        raise _Unfit("loss and weight disagree", str(flags), "one of the two")
+    if role != "assistant" and any(flags.values()):
+        raise _Unfit(f"{next(iter(flags))} asks for loss on another's words", role, "assistant", "remove the flag")
+    return role != "assistant" or all(flags.values())
 
 
 def _alternating(row: Row, messages: list[Message], last: str) -> tuple[Message, ...]:
@@ -416,6 +438,8 @@ def _document(row: Row, source: str, limit: int | None) -> Document:
 def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
     turns = next((name for name in TURNS if name in row), None)
     messages = _alternating(row, _messages(row, turns) if turns else _question_and_answer(row), "assistant")
+    if not any(message.loss for message in messages if message.role == "assistant"):
+        raise _Unfit("nothing carries loss", "loss false on every assistant message", "one that is learnt from")
     _check_length(limit, *(message.content for message in messages))
     task = row.get("task")
     return Conversation(messages, source, task if isinstance(task, str) else "")
@@ -439,7 +463,8 @@ def _preference(row: Row, source: str, limit: int | None) -> PreferencePair:
     expected = "prompt (or conversations), chosen and rejected"
     name = _field(row, ("prompt", *TURNS), expected)
     written = [Message("user", _text(row, name))] if isinstance(row[name], str) else _messages(row, name)
-    prompt = _alternating(row, written, "user")
+    # Of a pair only the replies carry loss: what the prompt's own flags say is true either way.
+    prompt = tuple(replace(message, loss=True) for message in _alternating(row, written, "user"))
     chosen, rejected = (_reply(row, _field(row, [reply], expected), prompt) for reply in ("chosen", "rejected"))
     if chosen.strip() == rejected.strip():
         raise _Unfit("chosen equals rejected", repr(chosen[:40]), "two different replies", "delete the row")
@@ -454,7 +479,10 @@ def _reply(row: Row, name: str, prompt: tuple[Message, ...]) -> str:
     last = messages[-1] if messages else Message("no message", "")
     if last.role != "assistant":
         raise _Unfit(f"{name} does not end with a reply", last.role, "assistant")
-    if tuple(messages[:-1]) not in ((), prompt, prompt[prompt[0].role == "system" :]):
+    if not last.loss:
+        raise _Unfit(f"{name} carries no loss", "loss false", "a reply that is learnt from")
+    repeated = tuple(replace(message, loss=True) for message in messages[:-1])
+    if repeated not in ((), prompt, prompt[prompt[0].role == "system" :]):
         raise _Unfit(f"{name} repeats another prompt", f"{len(messages) - 1} other messages", "those of the prompt")
     return last.content
 

@@ -4,9 +4,12 @@ Format: google/sentencepiece's `sentencepiece_model.proto`. Behaviour: its `norm
 `sentencepiece_processor.cc`. What `tokenizers` cannot reproduce is refused, so equal text gives equal ids.
 """
 
+import contextlib
+import hashlib
 import math
 import re
 import struct
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BPE_MODEL = 2  # of 1 unigram, 2 BPE, 3 word, 4 char
 SPACE = "▁"
 MAX_FILE_BYTES = 256 << 20  # published models hold some 10 MB
+CONVERSION = 1  # part of the cache's file names: raise it whenever the conversion changes
+MAX_RULE_BYTES = 512  # what one character may become; NFKC's longest takes 33
 MAX_PIECE_LENGTH = 512  # the trainer's own limit; it keeps the search for merges linear in the file's size
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
@@ -58,16 +63,10 @@ def read_sentencepiece(path: str | Path) -> SentencePieceModel:
     Format: `sentencepiece_model.proto`, ModelProto {1 pieces, 2 trainer, 3 normalizer, 5 denormalizer}.
     Raises ValueError naming the file and what is wrong with it, OSError when it cannot be read.
     """
-    path = Path(path)
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so not a SentencePiece model")
-    try:
-        return _parse_model(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a SentencePiece model, or a damaged one: {error}") from None
+    return _parse(Path(path), _read(Path(path)))
 
 
-def convert_sentencepiece(path: str | Path) -> Tokenizer:
+def convert_sentencepiece(path: str | Path, cache: Path | None = None) -> Tokenizer:
     """Convert a SentencePiece BPE model to a tokenizer with the same ids, the pieces' positions in the file.
 
     Merges: every split of a normal piece into two pieces, by the whole's score (descending), then the halves' ids.
@@ -75,13 +74,60 @@ def convert_sentencepiece(path: str | Path) -> Tokenizer:
     it); user-defined pieces become added tokens. No bos or eos is added. With a character map the normalizer is
     Python code, and the tokenizer cannot be saved or pickled. Byte pieces that spell no valid text decode to U+FFFD
     for their whole run, where sentencepiece saves the characters before.
+    With `cache`, a folder, the conversion is kept there for the next time, unless the model has a character map.
     Raises ValueError naming the file if it is damaged, not BPE, or not reproducible; OSError if it cannot be read.
     """
-    model = read_sentencepiece(path)
+    path = Path(path)
+    data = _read(path)
+    kept = cache and cache / f"sentencepiece-{CONVERSION}-{hashlib.sha256(data).hexdigest()}.json"
+    if kept and (known := _load_cached(kept)):
+        return known
+    model = _parse(path, data)
     try:
-        return _convert(model)
+        tokenizer = _convert(model)
     except ValueError as error:
         raise ValueError(f"{path}: cannot be converted: {error}") from None
+    if kept and not model.charsmap:
+        _save_cached(tokenizer, kept)
+    return tokenizer
+
+
+def _read(path: Path) -> bytes:
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so not a SentencePiece model")
+    return path.read_bytes()
+
+
+def _parse(path: Path, data: bytes) -> SentencePieceModel:
+    try:
+        return _parse_model(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a SentencePiece model, or a damaged one: {error}") from None
+
+
+def _checksum(file: Path, text: bytes) -> bytes:
+    """Of the content and the name, so that a file under another's name is not believed either."""
+    return hashlib.sha256(file.name.encode() + text).hexdigest().encode()
+
+
+def _load_cached(file: Path) -> Tokenizer | None:
+    try:
+        checksum, _, text = file.read_bytes().partition(b"\n")
+        tokenizer = Tokenizer.from_buffer(text) if checksum == _checksum(file, text) else None
+    except Exception:  # absent, unreadable, or of another release of the library, which raises bare Exception
+        return None
+    if tokenizer:
+        tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _save_cached(tokenizer: Tokenizer, file: Path) -> None:
+    text = tokenizer.to_str().encode()
+    with contextlib.suppress(OSError):  # a cache that cannot be written is no loss
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # several ranks may write at once
+            (Path(folder) / file.name).write_bytes(_checksum(file, text) + b"\n" + text)
+            (Path(folder) / file.name).replace(file)
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -149,6 +195,7 @@ def _parse_model(data: bytes) -> SentencePieceModel:
         "treat_whitespace_as_suffix": numbers.get("treat_whitespace_as_suffix"),
         "escape_whitespaces = false": not numbers["escape_whitespaces"],
         "a denormalizer": "charsmap" in back,
+        "a long unk_surface": len(texts["unk_surface"]) > MAX_RULE_BYTES,
         "unused pieces": any(kind == UNUSED for _, _, kind in pieces),
     }
     return SentencePieceModel(
@@ -256,7 +303,8 @@ class _Charsmap:
         self.texts: dict[int, bytes] = {}  # what a rule writes, by its place behind the array
         place = 0
         for text in blob[4 + size :].split(b"\0"):
-            self.texts[place] = text
+            if len(text) <= MAX_RULE_BYTES:
+                self.texts[place] = text
             place += len(text) + 1
         for at, unit in enumerate(self.units):
             node = at ^ self._offset(unit)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import math
+import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +19,62 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from pedgpt.data.sentencepiece import convert_sentencepiece
 
 JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+ADDED_FILE, NAMES_FILE = "added_tokens.json", "special_tokens_map.json"
 # What a checkpoint folder keeps of its tokenizer, so that other tools still load the folder that we write.
 _COMPANIONS = (
-    JSON_FILE, MODEL_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "generation_config.json",
+    JSON_FILE, MODEL_FILE, CONFIG_FILE, ADDED_FILE, NAMES_FILE, "vocab.json", "merges.txt", "chat_template.jinja",
+    "generation_config.json",
 )  # fmt: skip
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+_LISTED = ("additional_special_tokens", "extra_special_tokens")
+_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _CONTROL = re.compile(r"<[^<>\s]+>$")
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>$")
+_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")  # add a bos unless their config says otherwise
 
 
 class Tokenizer:
     """Token ids of plain text; special tokens enter only by id, never from text that spells them.
 
-    `bos_id`, `eos_id`, `pad_id` are None where the checkpoint names none.
+    `bos_id`, `eos_id`, `pad_id` are None where the checkpoint names none. `document_prefix` holds the ids that the
+    checkpoint puts before a document: its bos, or nothing.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path | None = None) -> None:
-        self.backend = _protect_control_tokens(backend)
-        self.backend.encode_special_tokens = True
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.config, self.folder = config, folder
-        self.bos_id, self.eos_id, self.pad_id = (self._named(key) for key in ("bos_token", "eos_token", "pad_token"))
+        self.backend, self.config, self.folder = backend, config, folder
+        self.file = (folder or Path()) / (MODEL_FILE if folder and not (folder / JSON_FILE).is_file() else JSON_FILE)
+        with _blame((folder or Path()) / CONFIG_FILE):
+            self.bos_id, self.eos_id, self.pad_id = (self._named(key) for key in _NAMED[:3])
+            lists = [config[key] for key in _LISTED if isinstance(config.get(key), list)]
+            special = [_content(token) for tokens in lists for token in tokens]
+            ids = [self.bos_id, self.eos_id, self.pad_id, *map(backend.token_to_id, filter(None, special))]
+        with _blame(self.file):
+            _protect_special_tokens(backend, {i for i in ids if i is not None})
+            backend.encode_special_tokens = True
+            backend.no_truncation()
+            backend.no_padding()
+            self.document_prefix = self._document_prefix()
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id: the rows that a model's embedding needs at least."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with nothing added before or after."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with _blame(self.file):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, in parallel."""
-        return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        with _blame(self.file):
+            return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        with _blame(self.file):
+            return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def token_id(self, token: str) -> int:
         """The id of a token given by its exact name; ValueError if the vocabulary lacks it."""
@@ -67,84 +89,132 @@ class Tokenizer:
 
     def check_fits(self, vocab_size: int, folder: str) -> None:
         """Raise ValueError if the tokenizer has ids beyond the model's vocabulary (which may well be larger)."""
-        if self.vocab_size > vocab_size:
+        special = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
+        beyond = [f"{name} is {i}" for name, i in special.items() if i is not None and i >= vocab_size]
+        if self.vocab_size > vocab_size or beyond:
             raise ValueError(
-                f"{folder}: the model has a vocabulary of {vocab_size} tokens, its tokenizer needs {self.vocab_size}; "
-                "they do not belong together"
+                f"{folder}: the model has a vocabulary of {vocab_size} tokens, its tokenizer needs {self.vocab_size}"
+                f"{''.join(f', its {text}' for text in beyond)}; they do not belong together"
             )
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, or copy the files that the tokenizer came with."""
+        """Write tokenizer.json and tokenizer_config.json, or copy the files that the tokenizer came with.
+
+        Raises ValueError naming a file to copy that is a link out of its folder.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.folder is not None:
             # Code that auto_map names is copied, for tools that run it; pedgpt does not.
             for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
-                if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
-                    shutil.copyfile(self.folder / name, folder / name)
+                source = own_file(self.folder, name)
+                if source and self.folder.resolve() != folder.resolve():
+                    shutil.copyfile(source, folder / name)
             return
         self.backend.save(str(folder / JSON_FILE))
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
     def _named(self, key: str) -> int | None:
-        value = self.config.get(key)
-        name = value.get("content") if isinstance(value, dict) else value
-        if name is not None and not (isinstance(name, str) and self.has(name)):
-            raise ValueError(f"{(self.folder or Path()) / CONFIG_FILE}: {key} is {name!r}, which the tokenizer lacks")
-        return None if name is None else self.token_id(name)
+        if (value := self.config.get(key)) is None:
+            return None
+        name = _content(value)
+        if name is None or not self.has(name):
+            place = f"{(self.folder or Path()) / CONFIG_FILE} or {NAMES_FILE}"
+            raise ValueError(f"{place}: {key} is {name or value!r}, which the tokenizer lacks")
+        return self.token_id(name)
+
+    def _document_prefix(self) -> list[int]:
+        if self.file.name == JSON_FILE:
+            found = self.backend.encode("a", add_special_tokens=True)
+            marked = zip(found.ids, found.special_tokens_mask, strict=True)
+            return [i for i, _ in itertools.takewhile(lambda pair: pair[1], marked)]
+        adds_bos = self.config.get("add_bos_token")
+        if adds_bos is None:
+            adds_bos = self.config.get("tokenizer_class") in _LLAMA
+        return [self.bos_id] if adds_bos and self.bos_id is not None else []
 
 
 class StreamDecoder:
-    """Turns ids that arrive one by one into text, holding back a character until all its bytes are there."""
+    """Turns ids that arrive one by one into the text of `Tokenizer.decode`, holding back what is not yet certain.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.context: list[int] = []  # already printed; decoded again so that spacing between tokens is right
+    That is a character until all its bytes are there, and what may begin one of `stop_strings`. `stopped` becomes
+    True when one is complete: the text before it has been given, and the rest is dropped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
+        if isinstance(stop_strings, str) or not all(stop_strings):
+            raise ValueError(f"stop_strings is {stop_strings!r}; expected a list of texts that are not empty")
+        self.tokenizer, self.stop_strings, self.stopped = tokenizer, tuple(stop_strings), False
+        self.special = {i for i, t in tokenizer.backend.get_added_tokens_decoder().items() if t.special}
+        self.context: list[int] = []  # already given; decoded again so that spacing between tokens is right
         self.pending: list[int] = []
+        self.held = ""
 
     def push(self, token: int) -> str:
         """The text that this id completes, perhaps empty."""
+        name = self.tokenizer.backend.id_to_token(token)
+        if self.stopped or name is None or token in self.special:
+            return ""
         self.pending.append(token)
-        text = self._new_text()
+        if _BYTE.match(name):  # one wrong byte spoils the whole run
+            return ""
+        before, text = self._new_text()
         if text.endswith("\ufffd"):
             return ""
-        self.context, self.pending = self.pending, []
-        return text
+        if not before:  # a space that begins the text may be dropped, so the context needs some text in it
+            self.context += self.pending
+        elif self.tokenizer.decode(self.pending):
+            self.context = self.pending
+        self.pending = []
+        return self._release(text)
 
     def finish(self) -> str:
         """What is left at the end, broken characters included."""
-        text = self._new_text() if self.pending else ""
+        text = self._release(self._new_text()[1]) if not self.stopped else ""
+        text, self.held = text + self.held, ""
         self.context, self.pending = [], []
         return text
 
-    def _new_text(self) -> str:
-        return self.tokenizer.decode(self.context + self.pending)[len(self.tokenizer.decode(self.context)) :]
+    def _new_text(self) -> tuple[str, str]:
+        before = self.tokenizer.decode(self.context)
+        return before, self.tokenizer.decode(self.context + self.pending)[len(before) :]
+
+    def _release(self, text: str) -> str:
+        text = self.held + text
+        found = [(at + len(stop), at) for stop in self.stop_strings if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)[1]]
+        begun = (n for stop in self.stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        safe = len(text) - max(begun, default=0)
+        self.held = text[safe:]
+        return text[:safe]
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder: tokenizer.json, or else tokenizer.model (SentencePiece BPE, converted).
 
-    Raises ValueError naming the file if there is neither or one is broken.
+    added_tokens.json and tokenizer_config.json's added_tokens_decoder complete it; special_tokens_map.json names what
+    tokenizer_config.json does not. Conversions are kept in $PEDGPT_CACHE, else $XDG_CACHE_HOME/pedgpt, else
+    ~/.cache/pedgpt. Raises ValueError naming the file if there is no tokenizer, or a file is broken, contradicts
+    another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
     """
     folder = Path(folder)
-    config: dict[str, Any] = {}
-    if (folder / CONFIG_FILE).is_file():
-        try:
-            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder / CONFIG_FILE}: not valid JSON ({error})") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{folder / CONFIG_FILE}: expected a JSON object, found {type(config).__name__}")
-    if (folder / JSON_FILE).is_file():
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(folder / JSON_FILE))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{folder / JSON_FILE}: not a tokenizer ({error})") from None
-    elif (folder / MODEL_FILE).is_file():
-        backend = convert_sentencepiece(folder / MODEL_FILE)
+    config, names = _read_object(folder, CONFIG_FILE), _read_object(folder, NAMES_FILE)
+    config |= {key: names[key] for key in (*_NAMED, *_LISTED) if key in names and key not in config}
+    if path := own_file(folder, JSON_FILE):
+        with _blame(path):
+            backend = _load_json(path)
+    elif path := own_file(folder, MODEL_FILE):
+        with _blame(path):
+            backend = convert_sentencepiece(path, _cache_folder())
     else:
         raise ValueError(f"{folder}: no tokenizer; expected {JSON_FILE} or {MODEL_FILE}")
+    with _blame(folder / CONFIG_FILE):
+        if not isinstance(config.get("add_bos_token"), bool | None):
+            raise ValueError(f"add_bos_token is {config['add_bos_token']!r}, expected true or false")
+        _add_tokens(backend, path, config, _read_object(folder, ADDED_FILE))
     return Tokenizer(backend, config, folder)
 
 
@@ -169,16 +239,141 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Se
     return Tokenizer(backend, config)
 
 
-def _protect_control_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Mark every added token of the form <…> special, so that text that spells one is encoded as plain text.
+def _content(token: object) -> str | None:
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
+
+
+def _protect_special_tokens(backend: tokenizers.Tokenizer, named: set[int]) -> None:
+    """Mark the tokens in `named` and every added token of the form <…> special, so that text never yields them.
 
     Checkpoints forget the mark on some of them (Baichuan2's reserved tokens, Qwen's tool tags).
     """
-    unmarked = [t for t in backend.get_added_tokens_decoder().values() if not t.special and _CONTROL.match(t.content)]
-    if not unmarked:
-        return backend
-    state = json.loads(backend.to_str())
-    names = {token.content for token in unmarked}
-    for token in state["added_tokens"]:
-        token["special"] = token["special"] or token["content"] in names
-    return tokenizers.Tokenizer.from_str(json.dumps(state))
+    added = backend.get_added_tokens_decoder()
+    tokens = {i: added.get(i) or AddedToken(backend.id_to_token(i), normalized=False) for i in {*added, *named}}
+    unmarked = [t for i, t in tokens.items() if not t.special and (i in named or _CONTROL.match(t.content))]
+    for token in unmarked:
+        token.special = True
+    backend.add_tokens(unmarked)
+
+
+def _load_json(path: Path) -> tokenizers.Tokenizer:
+    text = path.read_bytes()
+    state = json.loads(text, object_pairs_hook=_unique)
+    model = state.get("model") if isinstance(state, dict) else None
+    if isinstance(model, dict) and model.get("merges") and model.get("continuing_subword_prefix"):
+        # The library cuts it off every merge unchecked, which aborts the process where it is not there.
+        raise ValueError("a BPE with a continuing_subword_prefix is not supported")
+    steps = list(_objects([state.get(key) for key in _STEPS])) if isinstance(state, dict) else []
+    growth = math.prod(max(1, len(str(step["content"]))) for step in steps if "pattern" in step and "content" in step)
+    if growth > 1000 or any(isinstance(step.get("ids"), list) and len(step["ids"]) > 16 for step in steps):
+        raise ValueError(f"its {', '.join(_STEPS)} make a text more than 1,000 times as long")
+    backend = tokenizers.Tokenizer.from_buffer(text)
+    for token in state.get("added_tokens") or []:
+        _check_id(backend, path, token["content"], token["id"])  # the library does not mind another id
+    return backend
+
+
+def _objects(value: object) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _objects(part)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice in an object")
+    return found
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, source: Path, config: dict[str, Any], others: dict[str, Any]) -> None:
+    """Add the tokens of added_tokens_decoder {"id": {"content": …, flags}} and of added_tokens.json {"token": id}.
+
+    They go by their ids. Tokens that are there already take the flags of the former.
+    """
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(f"added_tokens_decoder is a {type(decoder).__name__}, expected an object")
+    declared: list[tuple[int, str, dict[str, bool], str]] = []
+    for key, value in decoder.items():
+        name = _content(value)
+        flags = {flag: value[flag] for flag in _FLAGS if flag in value} if isinstance(value, dict) else {}
+        if name is None or not key.isdecimal() or not all(isinstance(flag, bool) for flag in flags.values()):
+            raise ValueError(f"added_tokens_decoder's entry {key!r} is not an id with a token and its flags")
+        declared.append((int(key), name, flags, CONFIG_FILE))
+    for name, i in others.items():
+        if type(i) is not int:
+            raise ValueError(f"{source.with_name(ADDED_FILE)}: the id of {name!r} is {i!r}, expected a whole number")
+        declared.append((i, name, {}, ADDED_FILE))
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    fresh = []
+    for _, name, flags, _ in sorted(declared, key=lambda token: token[0]):
+        old = known.get(name)
+        if old and not flags:
+            continue
+        if source.name == MODEL_FILE or not flags:  # its normalizer is for pieces: it may put a prefix before a token
+            flags = flags | {"normalized": old is not None and old.normalized}
+        flags["special"] = flags.get("special") or old is not None and old.special
+        known[name] = AddedToken(name, **flags)
+        fresh.append(known[name])
+    backend.add_tokens(fresh)
+    for i, name, _, file in declared:
+        _check_id(backend, source.with_name(file), name, i)
+
+
+def _check_id(backend: tokenizers.Tokenizer, path: Path, token: str, declared: int) -> None:
+    found = backend.token_to_id(token)
+    if found != declared:
+        raise ValueError(
+            f"{path}: token {token!r} is declared with id {declared}, but becomes {found}: added tokens must follow"
+            " the vocabulary without holes, each with an id and a name of its own"
+        )
+
+
+def _read_object(folder: Path, name: str) -> dict[str, Any]:
+    path = own_file(folder, name)
+    if path is None:
+        return {}
+    with _blame(path, "not valid JSON"):
+        found = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def own_file(folder: Path, name: str) -> Path | None:
+    """The file of this name, None if there is none; ValueError if it is a link that leaves the folder.
+
+    In a hub's cache, `snapshots/<revision>/` links to `blobs/` beside `snapshots/`.
+    """
+    target, root = Path(os.path.realpath(folder / name)), folder.resolve()
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(home) for home in homes):
+        raise ValueError(f"{folder / name}: a link out of its folder, to {target}; copy the file instead")
+    return folder / name if target.is_file() else None
+
+
+def _cache_folder() -> Path | None:
+    if chosen := os.environ.get("PEDGPT_CACHE"):
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pedgpt"
+    except RuntimeError:  # no home
+        return None
+
+
+@contextlib.contextmanager
+def _blame(path: Path, what: str = "not a usable tokenizer") -> Iterator[None]:
+    """Turn what `tokenizers` and `json` raise over a broken file into a ValueError that names it."""
+    try:
+        yield
+    except BaseException as error:
+        # The library raises bare Exception, and panics derive from BaseException.
+        foreign = type(error) is Exception or type(error).__name__ == "PanicException"
+        if foreign or isinstance(error, ValueError | RecursionError) and str(path) not in str(error):
+            raise ValueError(f"{path}: {what} ({error})") from None
+        raise

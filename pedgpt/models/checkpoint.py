@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from pedgpt.models.config import ModelConfig
@@ -88,7 +88,7 @@ def export_llama(model: Transformer, folder: str | Path) -> None:
         raise ValueError(f"only a Baichuan with rotary positions (7B) is a Llama by another name; this is {kind}")
     vendor = ("architectures", "auto_map", "tokenizer_class", "_name_or_path", "_from_model_config")
     extra = {key: value for key, value in config.extra.items() if key not in vendor}
-    changes = {"model_type": "llama", "fused_qkv": False, "normalize_head": False, "extra": extra}
+    changes: dict[str, Any] = {"model_type": "llama", "fused_qkv": False, "normalize_head": False, "extra": extra}
 
     def split() -> Iterator[tuple[str, Tensor]]:
         for key, tensor in model.state_dict().items():

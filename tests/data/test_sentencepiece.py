@@ -5,6 +5,7 @@ import random
 import struct
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,7 @@ MALFORMED = {
     "a very long piece": (HEAD + LETTERS + piece("ab" * 5000) + TAIL, "10000 characters"),
     "user-defined after a prefix": (HEAD + piece("<a>", kind=4) + field(2, field(3, 2)), "user-defined piece '<a>'"),
     "user-defined with a space": (HEAD + piece("a b", kind=4) + TAIL, "user-defined piece 'a b'"),
+    "long unk_surface": (HEAD + field(2, field(3, 2) + field(44, b"?" * 600)), "a long unk_surface"),
     "charsmap cut": (HEAD + TAIL + field(3, field(2, b"\x00\x04\x00\x00abc")), "character map claims 1024"),
     "charsmap astray": (HEAD + TAIL + field(3, field(2, b"\x00\x04\x00\x00" + b"\x7f" * 1024)), "leads nowhere"),
 }
@@ -250,11 +252,75 @@ def test_a_vocabulary_of_baichuan2_size_converts_in_seconds(tmp_path: Path) -> N
     scored = b"".join(piece(word, float(-i)) for i, word in enumerate([*words, *letters]))
     path.write_bytes(HEAD + scored + TAIL)
     start = time.perf_counter()
-    tokenizer = convert_sentencepiece(path)
-    seconds = time.perf_counter() - start
-    print(f"125,696 pieces converted in {seconds:.2f} s")
-    assert tokenizer.get_vocab_size() == 125_696 and seconds < 10
+    tokenizer = convert_sentencepiece(path, tmp_path / "cache")
+    converted = time.perf_counter()
+    cached = convert_sentencepiece(path, tmp_path / "cache")
+    seconds, again = converted - start, time.perf_counter() - converted
+    print(f"125,696 pieces converted in {seconds:.2f} s, loaded from the cache in {again:.2f} s")
+    assert tokenizer.get_vocab_size() == 125_696 and again < seconds < 10
+    assert cached.to_str() == tokenizer.to_str()
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(path))
     for _ in range(200):
         text = "".join(rng.choices([*words], k=10))
         assert tokenizer.encode(text).ids == oracle.encode(text)
+
+
+def test_a_kept_conversion_equals_a_fresh_one(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [name for name in SETTINGS if name not in ("default", "llama2_nmt_nfkc", "nfkc_cf")]
+    fresh = {name: convert_sentencepiece(train(name), tmp_path / "new" / "cache") for name in names}
+    assert len([*(tmp_path / "new" / "cache").iterdir()]) == len(names)  # nothing temporary is left
+    monkeypatch.setattr("pedgpt.data.sentencepiece._parse_model", lambda data: pytest.fail("parsed again"))
+    for name in names:
+        kept = convert_sentencepiece(train(name), tmp_path / "new" / "cache")
+        assert kept.to_str() == fresh[name].to_str()
+        for text in some_texts(100):
+            ids = kept.encode(text).ids
+            assert ids == fresh[name].encode(text).ids and kept.decode(ids) == fresh[name].decode(ids)
+
+
+def test_a_model_with_a_character_map_is_not_kept(train: Callable[..., Path], tmp_path: Path) -> None:
+    for _ in range(2):
+        tokenizer = convert_sentencepiece(train("default"), tmp_path / "cache")
+        assert not (tmp_path / "cache").exists() and tokenizer.encode("ｅ").ids == tokenizer.encode("e").ids
+
+
+def test_a_bad_cache_is_ignored_and_mended(train: Callable[..., Path], tmp_path: Path) -> None:
+    path, cache = train("baichuan2"), tmp_path / "cache"
+    right = convert_sentencepiece(path, cache).to_str()
+    (kept,) = cache.iterdir()
+    content = kept.read_bytes()
+    convert_sentencepiece(train("llama2"), cache)
+    (other,) = (file for file in cache.iterdir() if file != kept)
+    digit = content.rindex(b"<0x41>") + 3
+    flipped = content[:digit] + b"5" + content[digit + 1 :]  # valid JSON of another tokenizer
+    for bad in (b"", content[:-1], content[: len(content) // 2], flipped, other.read_bytes(), b"{}", b"\xff" * 99):
+        kept.write_bytes(bad)
+        assert convert_sentencepiece(path, cache).to_str() == right
+        assert kept.read_bytes() == content
+    kept.unlink()
+    kept.mkdir()
+    assert convert_sentencepiece(path, cache).to_str() == right
+    for unusable in (path, path / "cache", Path("/proc/none")):  # a file where the folder should be, none allowed
+        assert convert_sentencepiece(path, unusable).to_str() == right
+
+
+def test_another_model_or_conversion_has_its_own_cache(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tokenizer.model"
+    for count, name in enumerate(("baichuan2", "llama2"), start=1):
+        path.write_bytes(train(name).read_bytes())
+        assert convert_sentencepiece(path, tmp_path / "cache").to_str() == convert_sentencepiece(path).to_str()
+        assert len([*(tmp_path / "cache").iterdir()]) == count
+    monkeypatch.setattr("pedgpt.data.sentencepiece.CONVERSION", 999)
+    convert_sentencepiece(path, tmp_path / "cache")
+    assert len([*(tmp_path / "cache").iterdir()]) == 3
+
+
+def test_ranks_may_convert_at_once(train: Callable[..., Path], tmp_path: Path) -> None:
+    path = train("llama2")
+    with ThreadPoolExecutor(8) as pool:
+        made = {t.to_str() for t in pool.map(lambda _: convert_sentencepiece(path, tmp_path / "cache"), range(24))}
+    assert made == {convert_sentencepiece(path).to_str()} and len([*(tmp_path / "cache").iterdir()]) == 1

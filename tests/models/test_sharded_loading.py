@@ -1,6 +1,7 @@
 """Two gloo processes fill a split model from a folder: each reads its own rows, and together they hold the whole."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def worker(rank, folder, results):
     whole = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
     torch.save({"read": read, "held": held, "logits": logits, "after": whole}, f"{results}/{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # torch's own threads now and then abort while a spawned process winds down
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)

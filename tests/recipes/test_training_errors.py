@@ -139,7 +139,7 @@ def without(file, name):
 
 WEIGHTS = "model.safetensors"
 DAMAGE = {
-    "other_shape": (lambda m: edit(m / "config.json", intermediate_size=64), "has the shape [32, 48], but config.json"),
+    "other_shape": (lambda m: edit(m / "config.json", intermediate_size=64), "has the shape [32, 48], not [32, 64]"),
     "fewer_layers": (lambda m: edit(m / "config.json", num_hidden_layers=1), "unexpected: model.layers.1."),
     "truncated": (lambda m: cut(m / WEIGHTS), f"{WEIGHTS}: cannot be read as weights, the file may be truncated"),
     "no_weights": (lambda m: (m / WEIGHTS).unlink(), "no weights; expected model.safetensors"),
@@ -148,7 +148,7 @@ DAMAGE = {
     "other_family": (lambda m: edit(m / "config.json", model_type="gpt2"), "model_type 'gpt2' is not supported"),
     "missing_tensor": (lambda m: without(m / WEIGHTS, "model.norm.weight"), "1 missing: model.norm.weight"),
     "no_tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "no tokenizer; expected tokenizer.json"),
-    "broken_tokenizer": (lambda m: (m / "tokenizer.json").write_text("[]"), "tokenizer.json: not a tokenizer"),
+    "broken_tokenizer": (lambda m: (m / "tokenizer.json").write_text("[]"), "tokenizer.json: not a usable tokenizer"),
 }
 
 
