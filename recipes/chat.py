@@ -2,17 +2,18 @@
 
     python recipes/chat.py --adapter runs/demo/experts/adapter
 
-/reset forgets the conversation, /system TEXT sets the system text, /quit or Ctrl-D ends.
+/reset forgets the conversation, /system TEXT sets the system text, Ctrl-C stops an answer, /quit or Ctrl-D ends.
+How to sample is read from the model's generation_config.json where no setting says otherwise.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from pedgpt.adapters import adapter_base, load_adapter
 from pedgpt.data import Message, StreamDecoder, chat_format, encode_prompt, load_tokenizer
-from pedgpt.models import generate_steps, load_model
+from pedgpt.models import generate_steps, generation_defaults, load_model
 from pedgpt.training import run_recipe, start
 
 DISCLAIMER = "仅供研究演示，不能代替医生。For research only; no substitute for a doctor."
@@ -23,11 +24,12 @@ class Config:
     model: str = ""  # folder of the model; empty: the one that the adapter was trained on
     adapter: str = ""  # folder of an adapter to attach
     system: str = ""  # system text
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # sample among so many tokens; 0: all
-    top_p: float = 1.0  # sample among the most probable tokens of this total
-    repetition_penalty: float = 1.0  # above 1 makes repeated tokens less likely
-    max_new_tokens: int = 256  # of each answer
+    temperature: float | None = None  # 0 is greedy
+    top_k: int | None = None  # sample among so many tokens; 0: all
+    top_p: float | None = None  # sample among the most probable tokens of this total
+    repetition_penalty: float | None = None  # above 1 makes repeated tokens less likely
+    max_new_tokens: int | None = None  # of each answer; without it or the model's own word, 256
+    stop_strings: list[str] = field(default_factory=list)  # texts that end an answer, beside the format's own tokens
     seed: int = 0  # of the sampling
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
     dtype: str = "float32"  # of the weights: float32 or bfloat16
@@ -41,6 +43,11 @@ def main(config: Config) -> None:
         if not config.adapter:
             raise ValueError("give --model, or --adapter with the model that it names")
         config.model = adapter_base(config.adapter)
+    sampling = {"max_new_tokens": 256, **generation_defaults(config.model)}
+    for name in ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens"):
+        if (value := getattr(config, name)) is not None:
+            sampling[name] = value
+    sampling["top_k"] = sampling.get("top_k") or None
     device = start(config.device).device
     tokenizer = load_tokenizer(config.model)
     chat = chat_format(tokenizer, config.chat_format)
@@ -49,6 +56,8 @@ def main(config: Config) -> None:
     if config.adapter:
         load_adapter(model, config.adapter)
     model.eval()
+    sampling["stop_tokens"] = {*chat.stop_tokens, *sampling.get("stop_tokens", ())}
+    limit = sampling["max_new_tokens"]
 
     for file in (sys.stdin, sys.stdout):
         file.reconfigure(errors="replace")  # a terminal's backspace may leave half a character behind
@@ -78,29 +87,22 @@ def main(config: Config) -> None:
             print(f"(the conversation has reached the model's {model.config.max_position_embeddings} tokens; /reset)")
             continue
         print("助手> ", end="", flush=True)
-        history.append(Message("assistant", stream(model, prompt, tokenizer, chat, config, room)))
+        sampling["max_new_tokens"] = min(limit, room)
+        steps = generate_steps(model, [prompt], seed=config.seed, **sampling)
+        answer = stream(steps, StreamDecoder(tokenizer, config.stop_strings), sampling["stop_tokens"])
+        history.append(Message("assistant", answer))
 
 
-def stream(model, prompt, tokenizer, chat, config, room) -> str:
+def stream(steps, decoder, stop_tokens) -> str:
     """Print the answer as it is written; Ctrl-C stops the answer."""
-    decoder = StreamDecoder(tokenizer)
     pieces = []
-    steps = generate_steps(
-        model,
-        [prompt],
-        max_new_tokens=min(config.max_new_tokens, room),
-        temperature=config.temperature,
-        top_k=config.top_k or None,
-        top_p=config.top_p,
-        repetition_penalty=config.repetition_penalty,
-        stop_tokens=chat.stop_tokens,
-        seed=config.seed,
-    )
     try:
         for (token,) in steps:
-            if token not in chat.stop_tokens:
+            if token not in stop_tokens:
                 pieces.append(decoder.push(token))
                 print(pieces[-1], end="", flush=True)
+            if decoder.stopped:
+                break
     except KeyboardInterrupt:
         pass
     pieces.append(decoder.finish())

@@ -2,7 +2,7 @@
 
 from pedgpt.models.checkpoint import export_llama, load_model, load_weights, model_fingerprint, save_model
 from pedgpt.models.config import ModelConfig
-from pedgpt.models.generation import generate, generate_steps
+from pedgpt.models.generation import generate, generate_steps, generation_defaults
 from pedgpt.models.transformer import Transformer
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "export_llama",
     "generate",
     "generate_steps",
+    "generation_defaults",
     "load_model",
     "load_weights",
     "model_fingerprint",

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.models.config import inside_folder, parse_json
+from pedgpt.models.decoding import decoder_for
+
 if TYPE_CHECKING:
     from pedgpt.models.transformer import Transformer
+
+PACK_AFTER = 4  # tokens: laying out the weights costs as much as decoding a few, and short answers shall not pay
 
 
 class KVCache:
@@ -74,10 +81,13 @@ def generate_steps(
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
     stop_tokens: Collection[int] = (),
+    stop_strings: Sequence[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
     seed: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the next id of every prompt; None for one that has stopped. Arguments as `generate`."""
     _check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    stop = _StopStrings(stop_strings, decode, len(prompts))
     if not prompts or max_new_tokens == 0:
         return
     device = model.model.embed_tokens.weight.device
@@ -98,11 +108,15 @@ def generate_steps(
             seen[row, list(prompt)] = True
 
     cache = KVCache(model, len(prompts), width + max_new_tokens)
+    hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
     head = model.head_weight()
+    logits = F.linear(hidden[:, -1], head)
+    documents = real[:, -1:].long() if ragged else None
+    positions = positions[:, -1:]
     running = [True] * len(prompts)
-    for _ in range(max_new_tokens):
-        hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
-        logits = F.linear(hidden[:, -1], head).float()
+    decoder = None
+    for count in range(1, max_new_tokens + 1):
+        logits = logits.float()
         if repetition_penalty != 1.0:
             penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
             logits = torch.where(seen, penalised, logits)
@@ -112,12 +126,18 @@ def generate_steps(
         step: list[int | None] = []
         for row, token in enumerate(chosen.tolist()):
             step.append(token if running[row] else None)
-            running[row] = running[row] and token not in stop_tokens
+            running[row] = running[row] and token not in stop_tokens and not stop.completed_by(row, token)
         yield step
-        if not any(running):
+        if not any(running) or count == max_new_tokens:
             return
-        tokens, positions = chosen[:, None], positions[:, -1:] + 1
-        documents = torch.ones_like(tokens) if ragged else None
+        tokens, positions = chosen[:, None], positions + 1
+        if count == PACK_AFTER:
+            decoder = decoder_for(model, len(prompts))
+        if decoder is not None:
+            logits = decoder(tokens, positions, documents, cache)
+        else:
+            hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
+            logits = F.linear(hidden[:, -1], head)
 
 
 def generate(
@@ -130,25 +150,86 @@ def generate(
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
     stop_tokens: Collection[int] = (),
+    stop_strings: Sequence[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
     seed: int | None = None,
 ) -> list[list[int]]:
     """The continuation of each prompt (a list of token ids), without the prompt and without the stop token.
 
     `temperature` 0 is greedy; `top_k` and `top_p` restrict sampling; `repetition_penalty` > 1 divides (or multiplies,
-    if negative) the logits of tokens already seen (Keskar et al. 2019); `seed` makes sampling repeatable. Prompts may
-    differ in length. Call with the model in evaluation mode. Raises ValueError for an empty prompt, an id outside the
-    vocabulary, or a setting out of range.
+    if negative) the logits of tokens already seen (Keskar et al. 2019); `seed` makes sampling repeatable. A row also
+    ends once the text that `decode` (a tokenizer's) makes of its ids holds one of `stop_strings`, whose ids are kept:
+    the caller cuts the text. Prompts may differ in length. Call with the model in evaluation mode. On the CPU a few
+    tokens are decoded as in training, then the weights are copied into a layout that halves the time of the rest, if
+    memory allows. Raises ValueError for an empty prompt, an id outside the vocabulary, or a setting out of range.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     steps = generate_steps(
         model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        repetition_penalty=repetition_penalty, stop_tokens=stop_tokens, seed=seed,
+        repetition_penalty=repetition_penalty, stop_tokens=stop_tokens, stop_strings=stop_strings, decode=decode,
+        seed=seed,
     )  # fmt: skip
     for step in steps:
         for answer, token in zip(answers, step, strict=True):
             if token is not None and token not in stop_tokens:
                 answer.append(token)
     return answers
+
+
+def generation_defaults(folder: str | Path) -> dict[str, Any]:
+    """What generation_config.json asks for, as arguments of `generate`; empty if there is no such file.
+
+    `do_sample` false or absent is temperature 0; with it, HF's own defaults (temperature 1, top_k 50) stand for what the
+    file leaves out. `eos_token_id` becomes `stop_tokens`. Raises ValueError that names the file and the key for a value
+    of the wrong kind, or for another way of decoding than sampling and greedy.
+    """
+    file = Path(folder) / "generation_config.json"
+    if not file.is_file():
+        return {}
+    raw = parse_json(inside_folder(file))
+
+    def read(key: str, default: Any, kinds: type | tuple[type, ...]) -> Any:
+        value = default if raw.get(key) is None else raw[key]
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool)):
+            raise ValueError(f"{file}: {key} is {value!r}, which is of the wrong kind")
+        return value
+
+    for key, plain in (("num_beams", 1), ("penalty_alpha", 0), ("typical_p", 1.0), ("min_p", 0)):
+        if read(key, plain, (int, float)) != plain:
+            raise ValueError(f"{file}: {key} is {raw[key]!r}; only greedy decoding and plain sampling are supported")
+    ends = raw.get("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(type(end) is int for end in ends):
+        raise ValueError(f"{file}: eos_token_id is {raw['eos_token_id']!r}; expected an id or a list of ids")
+    found: dict[str, Any] = {"stop_tokens": tuple(ends), "temperature": 0.0}
+    if read("do_sample", False, bool):
+        found["temperature"] = float(read("temperature", 1.0, (int, float)))
+        found["top_k"] = read("top_k", 50, int) or None
+        found["top_p"] = float(read("top_p", 1.0, (int, float)))
+    found["repetition_penalty"] = float(read("repetition_penalty", 1.0, (int, float)))
+    if (limit := read("max_new_tokens", None, int)) is not None:
+        found["max_new_tokens"] = limit
+    return found
+
+
+class _StopStrings:
+    """Whether the newest token of a row completes one of the strings; only the end of the row's text is decoded."""
+
+    def __init__(self, strings: Sequence[str], decode: Callable[[list[int]], str] | None, rows: int) -> None:
+        if isinstance(strings, str) or not all(strings):
+            raise ValueError(f"stop_strings is {strings!r}; expected a list of texts that are not empty")
+        if strings and decode is None:
+            raise ValueError("stop_strings needs decode, the function that makes text of ids: a tokenizer's decode")
+        self.strings, self.decode = strings, decode
+        self.reach = max((len(text.encode()) for text in strings), default=0) + 8  # a token may be a single byte
+        self.ids: list[list[int]] = [[] for _ in range(rows)]
+
+    def completed_by(self, row: int, token: int) -> bool:
+        if self.decode is None or not self.strings:
+            return False
+        self.ids[row] = [*self.ids[row][-self.reach :], token]
+        text = self.decode(self.ids[row])
+        return any(stop in text for stop in self.strings)
 
 
 def _sample(
@@ -189,6 +270,8 @@ def _check_sampling(
         raise ValueError(f"temperature must be at least 0, found {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1 or None, found {top_k}")
+    if not math.isfinite(temperature) or not math.isfinite(repetition_penalty):
+        raise ValueError(f"temperature {temperature} and repetition_penalty {repetition_penalty} must be finite")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1] or None, found {top_p}")
     if repetition_penalty <= 0:

@@ -1,0 +1,156 @@
+"""One-token forward passes on the CPU over weights laid out for them; the whole cost of decoding is reading weights.
+
+Letters: B batch, D hidden, H heads, G key-value heads, K head_dim, S keys held, N specific experts, R rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pedgpt.models.positions import apply_rope, rope_frequencies, rope_tables
+
+if TYPE_CHECKING:
+    from pedgpt.models.generation import KVCache
+    from pedgpt.models.transformer import Transformer
+
+
+class Product:
+    """x ↦ x Wᵀ (+ b) for few rows x, in oneDNN's blocked layout, which reads W two to three times as fast.
+
+    A small product of one float32 row is left to F.linear: there oneDNN's call costs more than it saves.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        self.weight, self.bias = weight.detach().contiguous(), None if bias is None else bias.detach()
+        self.packed = weight.dtype != torch.float32 or rows > 1 or weight.nbytes > 2**19
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.packed:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
+
+
+class SharedInput:
+    """Linear layers that read the same x, with what adapters add, as at most two products.
+
+    One skinny product gives s = x [A_u, A_1 … A_N, W_g]ᵀ of all adapted layers. What the gate leaves of s stands behind
+    x, and (α/r) B behind W, so the second product is base and adapters at once: [x, h] [W, (α/r) B]ᵀ.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
+        weight = torch.cat([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        assert len(biases) in (0, len(layers))
+        adapted: list[Any] = [layer for layer in layers if getattr(layer, "enabled", False)]
+        self.down: Product | None = None
+        if adapted:
+            rank = adapted[0].rank
+            self.specific = getattr(adapted[0], "num_specific_experts", 0)
+            # The universal experts (or plain LoRAs) of all layers first, then the specific ones, then the routers.
+            down = [layer.lora_A[:rank] for layer in adapted] + [layer.lora_A[rank:] for layer in adapted]
+            routers = [layer.router for layer in adapted] if self.specific else []
+            self.down = Product(torch.cat(down + routers).to(weight.dtype), None, rows)
+            self.universal, self.hidden = len(adapted) * rank, sum(len(rows) for rows in down)
+            ups = [_placed(layers, adapted, columns) for columns in (slice(None, rank), slice(rank, None))]
+            weight = torch.cat([weight, *(up.to(weight.dtype) for up in ups)], dim=1)
+        self.product = Product(weight, torch.cat(biases) if biases else None, rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.down is None:
+            return self.product(x)
+        s = self.down(x)
+        if self.specific:
+            routes = s[:, self.hidden :].view(len(x), -1, self.specific)
+            gates = routes.float().softmax(-1).to(s.dtype).view(len(x), -1, 1)
+            s = s[:, : self.hidden]
+            s[:, self.universal :].view(len(x), gates.shape[1], -1).mul_(gates)
+        return self.product(torch.cat((x, s), dim=-1))
+
+
+def _placed(layers: Sequence[nn.Linear], adapted: Sequence[Any], columns: slice) -> Tensor:
+    """(α/r) B of the adapted layers, each in its own rows and columns, [all outputs, their hidden sizes]."""
+    ups = iter([layer.scaling * layer.lora_B[:, columns] for layer in adapted])
+    return torch.block_diag(
+        *(next(ups) if layer in adapted else layer.weight.new_zeros(layer.out_features, 0) for layer in layers)
+    )
+
+
+class Decoder:
+    """A model's forward pass for one new token a row, over a cache; equal to the model's own up to rounding."""
+
+    def __init__(self, model: Transformer, rows: int) -> None:
+        self.model, config = model, model.config
+        self.layers = []
+        for block in model.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            inputs = ["W_pack"] if config.fused_qkv else ["q_proj", "k_proj", "v_proj"]
+            groups = (
+                [getattr(attention, name) for name in inputs], [attention.o_proj], [mlp.gate_proj, mlp.up_proj],
+                [mlp.down_proj],
+            )  # fmt: skip
+            self.layers.append((block, *(SharedInput(group, rows) for group in groups)))
+        self.head = Product(model.head_weight(), None, rows)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, documents: Tensor | None, cache: KVCache) -> Tensor:
+        """Logits [B, V] of the next token, for tokens, positions and documents [B, 1]."""
+        config, rows = self.model.config, len(tokens)
+        cache.check_room(rows, 1)
+        x = self.model.model.embed_tokens(tokens[:, 0])
+        all_positions, all_documents = cache.extend(positions, documents)
+        if config.positions == "rope":
+            frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, x.device)
+            cos, sin = rope_tables(positions, frequencies, x.dtype)
+        mask = self.model._attention_mask(positions, all_positions, documents, all_documents, x.dtype)
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        for i, (block, qkv, out, gate_up, down) in enumerate(self.layers):
+            packed = qkv(block.input_layernorm(x)).view(rows, -1, 1, config.head_dim)
+            qk, v = packed.split((heads + groups, groups), dim=1)
+            if config.qk_norm:
+                qk = torch.cat((block.self_attn.q_norm(qk[:, :heads]), block.self_attn.k_norm(qk[:, heads:])), dim=1)
+            if config.positions == "rope":
+                qk = apply_rope(qk, cos, sin)
+            q, k = qk.split((heads, groups), dim=1)
+            keys, values = cache.append(i, k, v)
+            # With one query a row, the heads that share keys are queries beside each other.
+            q = q.reshape(rows, groups, heads // groups, config.head_dim)
+            if mask is not None and mask.shape[1] > 1:
+                mask = mask.reshape(len(mask), groups, heads // groups, -1)
+            mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            x = x + out(mixed.reshape(rows, -1))
+            gate, up = gate_up(block.post_attention_layernorm(x)).chunk(2, dim=-1)
+            x = x + down(F.silu(gate) * up)
+        return self.head(self.model.model.norm(x))
+
+
+def decoder_for(model: Transformer, rows: int) -> Decoder | None:
+    """A Decoder where one can be had and pays: on the CPU, in evaluation, with memory to spare for its copy."""
+    parameters = list(model.parameters())
+    if model.training or not torch.backends.mkldnn.is_available() or rows > 64:
+        return None
+    if any(type(p.data) is not Tensor or p.device.type != "cpu" for p in parameters):
+        return None
+    if {p.dtype for p in model.model.layers.parameters()} - {torch.float32, torch.bfloat16}:
+        return None
+    if any(getattr(module, "gate_record", None) is not None for module in model.modules()):
+        return None
+    if 2 * sum(p.nbytes for p in parameters) > _available_memory():
+        return None
+    return Decoder(model, rows)
+
+
+def _available_memory() -> int:
+    """Bytes that this host can still give; 0 where it does not say."""
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 if hasattr(os, "sysconf") else 0
+    (kibibytes,) = (line.split()[1] for line in file.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return 1024 * int(kibibytes)
