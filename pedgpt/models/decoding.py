@@ -48,7 +48,7 @@ class SharedInput:
 
     def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
         weight = torch.cat([layer.weight for layer in layers])
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         assert len(biases) in (0, len(layers))
         adapted: list[Any] = [layer for layer in layers if getattr(layer, "enabled", False)]
         self.down: Product | None = None
@@ -88,16 +88,17 @@ class Decoder:
     """A model's forward pass for one new token a row, over a cache; equal to the model's own up to rounding."""
 
     def __init__(self, model: Transformer, rows: int) -> None:
-        self.model, config = model, model.config
-        self.layers = []
+        self.model = model
+        self.layers: list[tuple[Any, list[SharedInput]]] = []
+        block: Any
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
-            inputs = ["W_pack"] if config.fused_qkv else ["q_proj", "k_proj", "v_proj"]
+            inputs = ["W_pack"] if model.config.fused_qkv else ["q_proj", "k_proj", "v_proj"]
             groups = (
                 [getattr(attention, name) for name in inputs], [attention.o_proj], [mlp.gate_proj, mlp.up_proj],
                 [mlp.down_proj],
             )  # fmt: skip
-            self.layers.append((block, *(SharedInput(group, rows) for group in groups)))
+            self.layers.append((block, [SharedInput(group, rows) for group in groups]))
         self.head = Product(model.head_weight(), None, rows)
 
     def __call__(self, tokens: Tensor, positions: Tensor, documents: Tensor | None, cache: KVCache) -> Tensor:
@@ -111,7 +112,7 @@ class Decoder:
             cos, sin = rope_tables(positions, frequencies, x.dtype)
         mask = self.model._attention_mask(positions, all_positions, documents, all_documents, x.dtype)
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        for i, (block, qkv, out, gate_up, down) in enumerate(self.layers):
+        for i, (block, (qkv, out, gate_up, down)) in enumerate(self.layers):
             packed = qkv(block.input_layernorm(x)).view(rows, -1, 1, config.head_dim)
             qk, v = packed.split((heads + groups, groups), dim=1)
             if config.qk_norm:

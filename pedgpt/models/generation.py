@@ -179,9 +179,9 @@ def generate(
 def generation_defaults(folder: str | Path) -> dict[str, Any]:
     """What generation_config.json asks for, as arguments of `generate`; empty if there is no such file.
 
-    `do_sample` false or absent is temperature 0; with it, HF's own defaults (temperature 1, top_k 50) stand for what the
-    file leaves out. `eos_token_id` becomes `stop_tokens`. Raises ValueError that names the file and the key for a value
-    of the wrong kind, or for another way of decoding than sampling and greedy.
+    `do_sample` false or absent is temperature 0; with it, HF's own defaults (temperature 1, top_k 50) stand for what
+    the file leaves out. `eos_token_id` becomes `stop_tokens`. Raises ValueError that names the file and the key for a
+    value of the wrong kind, or for another way of decoding than sampling and greedy.
     """
     file = Path(folder) / "generation_config.json"
     if not file.is_file():

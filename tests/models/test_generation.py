@@ -1,10 +1,12 @@
 """Decoding against the uncached model, transformers' generate and hand-made distributions."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
-from pedgpt.models import generate, generate_steps, save_model
+from pedgpt.models import generate, generate_steps, generation_defaults, save_model
 from pedgpt.models.generation import KVCache, _sample
 
 KINDS = ["llama", "qwen3", "baichuan-rope", "baichuan-alibi"]
@@ -314,3 +316,64 @@ def test_cache_that_holds_documents_asks_for_them_and_stays_usable(make_model, r
             model(tokens[:, 4:], cache=cache)
         rest = model(tokens[:, 4:], documents=documents[:, 4:], cache=cache)
         torch.testing.assert_close(rest, model(tokens, documents=documents)[:, 4:], atol=1e-5, rtol=0)
+
+
+def spell(ids):
+    """A made-up tokenizer: ids are letters, every seventh id is silent."""
+    return "".join("" if i % 7 == 0 else chr(ord("a") + i % 26) for i in ids)
+
+
+def test_stop_strings_end_one_answer_and_not_the_others(make_model):
+    model = make_model("llama")
+    free = generate(model, PROMPTS, max_new_tokens=40)
+    texts = [spell(answer) for answer in free]
+    stop = texts[1][5:8]  # spans tokens
+    answers = generate(model, PROMPTS, max_new_tokens=40, stop_strings=[stop, "?!"], decode=spell)
+    for answer, whole, text in zip(answers, free, texts, strict=True):
+        cut = next((n for n in range(1, 41) if stop in spell(whole[:n])), 40)
+        assert answer == whole[:cut]
+        assert (len(answer) < 40) == (stop in text)
+    assert len(answers[1]) < 40
+
+
+@pytest.mark.parametrize("strings", ["。", [""], ["a"]], ids=str)
+def test_unusable_stop_strings_are_errors(make_model, strings):
+    with pytest.raises(ValueError, match="stop_strings"):
+        generate(make_model("llama"), [[1]], max_new_tokens=2, stop_strings=strings)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({}, {"temperature": 0.0, "stop_tokens": (), "repetition_penalty": 1.0}),
+        # Baichuan2's own file.
+        (
+            {"do_sample": True, "temperature": 0.3, "top_k": 5, "top_p": 0.85, "repetition_penalty": 1.05,
+             "max_new_tokens": 2048, "eos_token_id": 2, "user_token_id": 195},
+            {"temperature": 0.3, "top_k": 5, "top_p": 0.85, "repetition_penalty": 1.05, "max_new_tokens": 2048,
+             "stop_tokens": (2,)},
+        ),
+        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50, "top_p": 1.0}),
+        ({"do_sample": True, "top_k": 0, "eos_token_id": [5, 6]}, {"top_k": None, "stop_tokens": (5, 6)}),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}),
+    ],
+)  # fmt: skip
+def test_generation_config_gives_the_arguments_of_generate(tmp_path, make_model, content, expected):
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    found = generation_defaults(tmp_path)
+    assert {key: found[key] for key in expected} == expected
+    assert "top_k" in found or not content.get("do_sample")
+    generate(make_model("llama"), [[1, 2]], **{"max_new_tokens": 3, **found} | {"max_new_tokens": 3})
+
+
+def test_no_generation_config_asks_for_nothing(tmp_path):
+    assert generation_defaults(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "content", [{"do_sample": 1}, {"do_sample": True, "top_p": "x"}, {"eos_token_id": ["2"]}, {"num_beams": 4}, []]
+)
+def test_unusable_generation_config_is_an_error(tmp_path, content):
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        generation_defaults(tmp_path)

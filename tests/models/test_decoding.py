@@ -1,0 +1,155 @@
+"""One token at a time over weights laid out for it, against the model's own whole forward pass."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from pedgpt.adapters import adapters_disabled, inject_experts, inject_lora, record_gates
+from pedgpt.models import decoding, generate, generation
+from pedgpt.models.decoding import Decoder, SharedInput, decoder_for
+from pedgpt.models.generation import KVCache
+
+KINDS = ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"]
+ADAPTERS = {
+    "none": lambda model: None,
+    "experts": lambda model: inject_experts(model, rank=3, num_specific_experts=2, alpha=5),
+    "lora": lambda model: inject_lora(model, rank=4, alpha=6),
+    # The second of three layers that share an input, and one that has its input for itself.
+    "lora-some": lambda model: inject_lora(model, rank=2, target_modules=["up_proj", "o_proj"]),
+    "experts-some": lambda model: inject_experts(model, rank=2, target_modules=["gate_proj", "down_proj"]),
+}
+
+
+@pytest.fixture
+def adapted(make_model):
+    """adapted(kind, adapter, **changes): a tiny model with adapters that matter, in evaluation mode."""
+
+    def make(kind, adapter, **changes):
+        model = make_model(kind, **changes)
+        ADAPTERS[adapter](model)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name or "router" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+        return model.eval()
+
+    return make
+
+
+@torch.no_grad()
+def stepwise(model, tokens, prompt, documents=None):
+    """Logits [B, T - prompt, V]: the prompt as the model reads it, then token by token."""
+    decoder, cache = Decoder(model, len(tokens)), KVCache(model, *tokens.shape)
+    model.hidden_states(tokens[:, :prompt], documents=documents, cache=cache)
+    steps = []
+    for t in range(prompt, tokens.shape[1]):
+        last = None if documents is None else documents[:, -1:]
+        steps.append(decoder(tokens[:, t : t + 1], cache.next_positions(1), last, cache))
+    return torch.stack(steps, dim=1)
+
+
+def rms(value):
+    return value.double().square().mean().sqrt()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_match_float64_as_the_whole_forward_pass_does(adapted, random_tokens, kind, adapter, rows):
+    model, tokens = adapted(kind, adapter), random_tokens(rows, 15)
+    precise = copy.deepcopy(model).double()
+    for disabled in [False] if adapter == "none" else [False, True]:
+        with torch.no_grad(), adapters_disabled(model), adapters_disabled(precise):
+            base = precise(tokens)[:, 6:]
+        switched = (adapters_disabled(m) if disabled else nullcontext() for m in (model, precise))
+        with torch.no_grad(), next(switched), next(switched):
+            truth, whole, found = precise(tokens)[:, 6:], model(tokens)[:, 6:], stepwise(model, tokens, 6)
+        assert rms(found - truth) <= 1.5 * rms(whole - truth) + 1e-7
+        assert (rms(truth - base) > 0.1) == (adapter != "none" and not disabled)
+
+
+@pytest.mark.parametrize("adapter", ["none", "experts"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_as_near_the_truth_as_the_whole_forward_pass(adapted, random_tokens, kind, adapter):
+    model, tokens = adapted(kind, adapter).bfloat16(), random_tokens(3, 15)
+    with torch.no_grad():
+        found, whole = stepwise(model, tokens, 6), model(tokens)[:, 6:]
+        truth = model.float()(tokens)[:, 6:]
+    assert found.dtype == torch.bfloat16
+    assert 0 < rms(found - truth) <= 1.1 * rms(whole - truth)
+
+
+def test_biases_of_every_layer_are_added(adapted, random_tokens):
+    model, tokens = adapted("llama", "experts", attention_bias=True, mlp_bias=True), random_tokens(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(stepwise(model, tokens, 3), model(tokens)[:, 3:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("adapter", ["none", "experts"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("after", [1, 7, 10**9])
+def test_generation_is_the_same_whenever_the_weights_are_laid_out(adapted, monkeypatch, kind, adapter, after):
+    """A ragged batch against one prompt at a time, all of it decoded by the model itself."""
+    model, prompts = adapted(kind, adapter), [[5], [17, 3, 99, 4, 61], [130, 0, 0, 7, 12, 55, 8, 9, 101]]
+    monkeypatch.setattr(generation, "PACK_AFTER", 10**9)
+    expected = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in prompts]
+    monkeypatch.setattr(generation, "PACK_AFTER", after)
+    made = []
+    monkeypatch.setattr(generation, "decoder_for", lambda *given: made.append(decoder_for(*given)) or made[-1])
+    assert generate(model, prompts, max_new_tokens=20) == expected
+    assert [type(decoder) for decoder in made] == ([Decoder] if after < 20 else [])
+
+
+def test_short_answers_do_not_pay_for_the_layout(make_model, monkeypatch):
+    monkeypatch.setattr(generation, "decoder_for", None)
+    model = make_model("llama")
+    assert len(generate(model, [[5]], max_new_tokens=generation.PACK_AFTER)[0]) == generation.PACK_AFTER
+
+
+def test_weights_are_read_anew_by_every_call(make_model):
+    """No copy outlives a call, so a model that has changed is not decoded with what it was."""
+    model = make_model("llama")
+    before = generate(model, [[5, 6]], max_new_tokens=20)
+    for parameter in model.parameters():
+        parameter.data.mul_(torch.linspace(0.5, 1.5, parameter.shape[-1]))
+    after = generate(model, [[5, 6]], max_new_tokens=20)
+    assert after != before
+    tokens = torch.tensor([[5, 6, *after[0]]])
+    with torch.no_grad():
+        assert model(tokens)[0, 1:-1].argmax(-1).tolist() == after[0]
+
+
+def test_where_a_copy_would_not_do_there_is_none(adapted, monkeypatch):
+    model = adapted("llama", "experts")
+    assert isinstance(decoder_for(model, 4), Decoder)
+    assert decoder_for(model, 65) is None
+    assert decoder_for(model.train(), 4) is None  # the gates are noisy
+    with record_gates(model.eval()):
+        assert decoder_for(model, 4) is None  # the records would miss what it decodes
+    assert decoder_for(model.double(), 4) is None
+    model.float()
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr(decoding, "_available_memory", lambda: 2 * size - 1)
+    assert decoder_for(model, 4) is None
+    monkeypatch.setattr(decoding, "_available_memory", lambda: 2 * size)
+    assert decoder_for(model, 4) is not None
+
+
+def test_available_memory_is_what_the_system_says():
+    lines = dict(line.split(":") for line in open("/proc/meminfo"))
+    total = 1024 * int(lines["MemTotal"].split()[0])
+    assert 0 < decoding._available_memory() < total
+
+
+def test_layers_that_share_an_input_are_two_products_at_most(adapted):
+    model = adapted("llama", "experts")
+    attention = model.model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    x = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = torch.cat([layer(x) for layer in layers], dim=-1)
+        found = SharedInput(layers, 2)(x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
