@@ -97,22 +97,29 @@ class Tokenizer:
                 f"{''.join(f', its {text}' for text in beyond)}; they do not belong together"
             )
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, or copy the files that the tokenizer came with.
+    def save(self, folder: str | Path, *, convert: bool = False, chat_template: str | None = None) -> None:
+        """Copy the files that the tokenizer came with; without such, write tokenizer.json and tokenizer_config.json.
 
+        `convert` writes these two in any case, for tools that need no vendor code, with `chat_template` if given.
         Raises ValueError naming a file to copy that is a link out of its folder.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.folder is not None:
+        if self.folder is not None and not convert:
             # Code that auto_map names is copied, for tools that run it; pedgpt does not.
             for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
                 source = own_file(self.folder, name)
                 if source and self.folder.resolve() != folder.resolve():
                     shutil.copyfile(source, folder / name)
             return
-        self.backend.save(str(folder / JSON_FILE))
-        text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
+        with _blame(self.file):
+            self.backend.save(str(folder / JSON_FILE))
+        config = self.config
+        if convert:
+            config = {key: config[key] for key in _NAMED if key in config}
+            config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+            config |= {"chat_template": chat_template} if chat_template else {}
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
     def _named(self, key: str) -> int | None:

@@ -22,58 +22,64 @@ if TYPE_CHECKING:
 
 
 class Product:
-    """x ↦ x Wᵀ (+ b) for few rows x, in oneDNN's blocked layout, which reads W two to three times as fast.
-
-    A small product of one float32 row is left to F.linear: there oneDNN's call costs more than it saves.
-    """
+    """x ↦ x Wᵀ (+ b) for few rows x, in oneDNN's blocked layout, which reads W two to three times as fast."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
-        self.weight, self.bias = weight.detach().contiguous(), None if bias is None else bias.detach()
-        self.packed = weight.dtype != torch.float32 or rows > 1 or weight.nbytes > 2**19
-        if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+        self.bias = None if bias is None else bias.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.packed:
-            return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
 
 
 class SharedInput:
     """Linear layers that read the same x, with what adapters add, as at most two products.
 
-    One skinny product gives s = x [A_u, A_1 … A_N, W_g]ᵀ of all adapted layers. What the gate leaves of s stands behind
-    x, and (α/r) B behind W, so the second product is base and adapters at once: [x, h] [W, (α/r) B]ᵀ.
+    One skinny product, in float32, gives s = x [A_u, A_1 … A_N, W_g]ᵀ of all adapted layers. What the gate leaves of s
+    stands behind x, and (α/r) B behind W, so the second product is base and adapters at once: [x, h] [W, (α/r) B]ᵀ.
+    Everything between them is written into buffers made once: at this size a new tensor costs more than its numbers.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
-        weight = torch.cat([layer.weight for layer in layers])
+        weight = torch.cat([layer.weight.detach() for layer in layers])
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         assert len(biases) in (0, len(layers))
         adapted: list[Any] = [layer for layer in layers if getattr(layer, "enabled", False)]
-        self.down: Product | None = None
+        self.down: Tensor | None = None
+        self.specific = 0
         if adapted:
-            rank = adapted[0].rank
+            rank, width = adapted[0].rank, weight.shape[1]
             self.specific = getattr(adapted[0], "num_specific_experts", 0)
             # The universal experts (or plain LoRAs) of all layers first, then the specific ones, then the routers.
             down = [layer.lora_A[:rank] for layer in adapted] + [layer.lora_A[rank:] for layer in adapted]
-            routers = [layer.router for layer in adapted] if self.specific else []
-            self.down = Product(torch.cat(down + routers).to(weight.dtype), None, rows)
-            self.universal, self.hidden = len(adapted) * rank, sum(len(rows) for rows in down)
+            universal, hidden = len(adapted) * rank, sum(map(len, down))
+            down += [layer.router for layer in adapted] if self.specific else []
+            self.down = torch.cat(down).detach().float().t().contiguous()
+            self.s = torch.empty(rows, self.down.shape[1])
+            self.input = torch.empty(rows, width + hidden, dtype=weight.dtype)
+            self.x, h = self.input.split((width, hidden), dim=1)
+            self.always = self.s[:, :universal], h[:, :universal]
+            if self.specific:
+                self.routes = self.s[:, hidden:].view(rows, -1, self.specific)
+                self.gates = torch.empty_like(self.routes)
+                each = (rows, len(adapted) * self.specific, -1)
+                self.gated = self.s[:, universal:hidden].view(each), self.gates.view(each), h[:, universal:].view(each)
             ups = [_placed(layers, adapted, columns) for columns in (slice(None, rank), slice(rank, None))]
-            weight = torch.cat([weight, *(up.to(weight.dtype) for up in ups)], dim=1)
+            weight = torch.cat([weight, *(up.detach().to(weight.dtype) for up in ups)], dim=1)
         self.product = Product(weight, torch.cat(biases) if biases else None, rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.down is None:
             return self.product(x)
-        s = self.down(x)
+        self.x.copy_(x)
+        torch.mm(x.float(), self.down, out=self.s)
+        s, h = self.always
+        h.copy_(s)
         if self.specific:
-            routes = s[:, self.hidden :].view(len(x), -1, self.specific)
-            gates = routes.float().softmax(-1).to(s.dtype).view(len(x), -1, 1)
-            s = s[:, : self.hidden]
-            s[:, self.universal :].view(len(x), gates.shape[1], -1).mul_(gates)
-        return self.product(torch.cat((x, s), dim=-1))
+            torch.softmax(self.routes, -1, out=self.gates)
+            s, gates, h = self.gated
+            torch.mul(s, gates, out=h)
+        return self.product(self.input)
 
 
 def _placed(layers: Sequence[nn.Linear], adapted: Sequence[Any], columns: slice) -> Tensor:

@@ -67,7 +67,7 @@ def test_logits_match_float64_as_the_whole_forward_pass_does(adapted, random_tok
         switched = (adapters_disabled(m) if disabled else nullcontext() for m in (model, precise))
         with torch.no_grad(), next(switched), next(switched):
             truth, whole, found = precise(tokens)[:, 6:], model(tokens)[:, 6:], stepwise(model, tokens, 6)
-        assert rms(found - truth) <= 1.5 * rms(whole - truth) + 1e-7
+        assert rms(found - truth) <= 2 * rms(whole - truth) + 1e-7
         assert (rms(truth - base) > 0.1) == (adapter != "none" and not disabled)
 
 

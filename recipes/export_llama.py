@@ -1,0 +1,41 @@
+"""Write a Baichuan2-7B model as the Llama it is, for tools without the vendor's code: vLLM, llama.cpp, transformers.
+
+    python recipes/export_llama.py --model runs/7b/sft/model --output runs/7b/llama
+
+W_pack becomes q, k and v, the head's rows get their unit length, and the tokenizer becomes a tokenizer.json with the
+chat format as its template. Logits and ids stay what they were. The 13B has ALiBi positions, which no Llama has.
+"""
+
+from dataclasses import dataclass
+
+from pedgpt.data import load_tokenizer
+from pedgpt.models import export_llama, load_model
+from pedgpt.training import run_recipe
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ {'system': '', 'user': '<reserved_106>', 'assistant': '<reserved_107>'}[message['role']] + message['content'] }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<reserved_107>' }}"
+    "{% elif messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+)
+
+
+@dataclass(kw_only=True)
+class Config:
+    model: str  # folder of a Baichuan model with rotary positions
+    output: str  # folder to write
+
+
+def main(config: Config) -> None:
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model)
+    tokenizer.check_fits(model.config.vocab_size, config.model)
+    export_llama(model, config.output)
+    baichuan2 = tokenizer.has("<reserved_106>", "<reserved_107>")
+    tokenizer.save(config.output, convert=True, chat_template=TEMPLATE if baichuan2 else None)
+    print(f"{config.output}: a Llama of {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)
