@@ -15,10 +15,11 @@ def press_slopes(heads):
     return slopes if whole == heads else np.concatenate([slopes, press_slopes(2 * whole)[::2][: heads - whole]])
 
 
-def alibi_oracle(model, tokens):
+def oracle(model, tokens):
     """Logits [T, V] of one row, in float64, one query and one head at a time."""
     weights = {name: value.double().numpy() for name, value in model.state_dict().items()}
     heads, eps = model.config.num_attention_heads, model.config.rms_norm_eps
+    alibi = model.config.positions == "alibi"
 
     def norm(x, name):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weights[name]
@@ -26,7 +27,15 @@ def alibi_oracle(model, tokens):
     x = weights["model.embed_tokens.weight"][tokens]
     T, D = x.shape
     K = D // heads
-    slopes = press_slopes(heads)
+    slopes = press_slopes(heads) if alibi else np.zeros(heads)
+
+    def turn(x, position):
+        """Su et al. 2021 with complex numbers: the pair (x_i, x_(i + K/2)) turns by position · 10000^(-2i/K)."""
+        if alibi:
+            return x
+        pairs = (x[: K // 2] + 1j * x[K // 2 :]) * np.exp(1j * position * 10_000.0 ** (-2 * np.arange(K // 2) / K))
+        return np.concatenate([pairs.real, pairs.imag])
+
     for layer in range(model.config.num_hidden_layers):
         at = f"model.layers.{layer}."
         h = norm(x, at + "input_layernorm.weight")
@@ -36,7 +45,9 @@ def alibi_oracle(model, tokens):
         for head in range(heads):
             part = slice(head * K, (head + 1) * K)
             for i in range(T):
-                scores = [q[i, part] @ k[j, part] / K**0.5 - slopes[head] * (i - j) for j in range(i + 1)]
+                query = turn(q[i, part], i)
+                keys = [turn(k[j, part], j) for j in range(i + 1)]
+                scores = [query @ key / K**0.5 - slopes[head] * (i - j) for j, key in enumerate(keys)]
                 p = np.exp(np.array(scores) - max(scores))
                 mixed[i, part] = p / p.sum() @ v[: i + 1, part]
         x = x + mixed @ weights[at + "self_attn.o_proj.weight"].T
@@ -134,9 +145,21 @@ def test_alibi_model_matches_float64(make_model, random_tokens, heads):
     """Numbers of heads that are no power of two, and an odd head_dim, which no rotation would allow."""
     model = make_model("baichuan-alibi", seed=heads, hidden_size=heads * 7, num_attention_heads=heads)
     tokens = random_tokens(2, 33, seed=heads)
-    expected = np.stack([alibi_oracle(model, row) for row in tokens.numpy()])
+    expected = np.stack([oracle(model, row) for row in tokens.numpy()])
     with torch.no_grad():
         error = np.abs(model(tokens).double().numpy() - expected).max()
+    assert error <= 1e-5 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("heads", [1, 3, 4])
+def test_rotary_model_matches_float64(make_model, random_tokens, heads, normalized):
+    """45 tokens, beyond the 32 of max_position_embeddings; Baichuan2's head and Baichuan-1's."""
+    sizes = {"hidden_size": heads * 8, "num_attention_heads": heads, "pedgpt_norm_head": normalized}
+    model, tokens = make_model("baichuan-rope", seed=heads, **sizes), random_tokens(1, 45, seed=heads)
+    expected = oracle(model, tokens[0].numpy())
+    with torch.no_grad():
+        error = np.abs(model(tokens)[0].double().numpy() - expected).max()
     assert error <= 1e-5 * max(1, np.abs(expected).max())
 
 

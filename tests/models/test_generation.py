@@ -77,19 +77,25 @@ def test_greedy_matches_uncached_token_by_token(make_model, kind):
     assert len({token for answer in answers for token in answer}) > 3
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_greedy_matches_transformers_generate(make_model, tmp_path, kind):
+def test_greedy_matches_transformers_generate_for_200_tokens(make_model, tmp_path, kind, penalty):
+    """One prompt at a time, and all of them padded on the left in one batch."""
     model = make_model(kind)
     save_model(model, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    for prompt, penalty in ((PROMPTS[1], 1.0), (PROMPTS[2], 1.7)):
+    # transformers would penalise the padding's id too, so a batch goes without.
+    for batch in ([PROMPTS[1]], [PROMPTS[2]]) if penalty != 1 else ([PROMPTS[1]], PROMPTS):
+        width = max(map(len, batch))
+        padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
         expected = theirs.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=80, do_sample=False, eos_token_id=None, pad_token_id=0, repetition_penalty=penalty,
+            padded, attention_mask=mask, max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0,
+            repetition_penalty=penalty,
         )  # fmt: skip
-        got = generate(model, [prompt], max_new_tokens=80, repetition_penalty=penalty)
-        assert got == [expected[0, len(prompt) :].tolist()]
-        assert len(got[0]) == 80
+        got = generate(model, batch, max_new_tokens=200, repetition_penalty=penalty)
+        assert got == expected[:, width:].tolist()
+        assert {len(answer) for answer in got} == {200}
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4, 0.8])
