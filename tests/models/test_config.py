@@ -74,7 +74,7 @@ PUBLISHED = {
         {"positions": "alibi", "normalize_head": True, "fused_qkv": True, "max_position_embeddings": 4096},
     ),
     "Baichuan-7B": (
-        {**BAICHUAN2_7B, "vocab_size": 64000}, 7_000_559_616,
+        {**BAICHUAN2_7B, "vocab_size": 64000, "architectures": ["BaiChuanForCausalLM"]}, 7_000_559_616,
         {"positions": "rope", "normalize_head": False, "fused_qkv": True},
     ),
     "Baichuan-13B": (

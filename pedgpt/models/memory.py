@@ -1,0 +1,188 @@
+"""How many bytes a decoder needs, from its sizes alone: parameters, activations, head and cache.
+
+The formulas follow transformer.py operation by operation; the tests count what autograd really keeps.
+Letters: N tokens of a micro-batch, B its rows, T their length, D hidden, I intermediate, H heads, G key-value heads,
+K head_dim, L layers, V vocabulary; s bytes of a number in the residual stream, c in a matrix product. Activations are
+lists of tensors, each by its bytes, since allocators treat large ones and small ones differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from pedgpt.models.config import ModelConfig
+
+QKV = ("W_pack", "q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward and backward pass over `rows` rows of `length` tokens.
+
+    `stream` is the dtype of the weights as the forward sees them, and so of the residual stream; `compute` that of
+    matrix products, which autocast may lower. `trains`: all weights train; otherwise only adapters, which keep the
+    inputs of the linear layers named in `adapted`. `documents`: attention is told which document a token is of.
+    """
+
+    rows: int
+    length: int
+    stream: torch.dtype = torch.float32
+    compute: torch.dtype = torch.float32
+    trains: bool = True
+    adapted: Collection[str] = ()
+    documents: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """N = B·T."""
+        return self.rows * self.length
+
+    def keeps(self, *linears: str) -> bool:
+        """Whether the input of one of these linear layers is kept for the backward pass."""
+        return self.trains or any(name in self.adapted for name in linears)
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of the linear layers of one block, by name."""
+    d, i = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    qkv = {"W_pack": (d, 3 * queries)} if config.fused_qkv else dict(q_proj=(d, queries), k_proj=(d, keys))
+    if not config.fused_qkv:
+        qkv["v_proj"] = (d, keys)
+    return {**qkv, "o_proj": (queries, d), "gate_proj": (d, i), "up_proj": (d, i), "down_proj": (i, d)}
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part; a tied head counts with the embedding."""
+    d, size, layers = config.hidden_size, config.head_dim, config.num_hidden_layers
+    shapes = linear_shapes(config)
+    biased = {
+        **dict.fromkeys(QKV, config.attention_bias), "o_proj": config.attention_output_bias,
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), config.mlp_bias),
+    }  # fmt: skip
+    count = {name: (rows + biased[name]) * out for name, (rows, out) in shapes.items()}
+    attention = sum(count[name] for name in shapes if name in (*QKV, "o_proj"))
+    return {
+        "embedding": config.vocab_size * d,
+        "attention": layers * (attention + 2 * size * config.qk_norm),
+        "mlp": layers * (count["gate_proj"] + count["up_proj"] + count["down_proj"]),
+        "norms": (2 * layers + 1) * d,
+        "head": 0 if config.tie_word_embeddings else config.vocab_size * d,
+    }
+
+
+def saved_by_block(config: ModelConfig, run: Pass) -> list[int]:
+    """The tensors that one block keeps for the backward pass, in bytes."""
+    n, d, i = run.tokens, config.hidden_size, config.intermediate_size
+    c = run.compute.itemsize
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    q, k = heads * config.head_dim, groups * config.head_dim
+    shapes = linear_shapes(config)
+
+    kept = 2 * _norm(n, d, run)
+    for names in (QKV, ("gate_proj", "up_proj")):
+        readers = sum(name in shapes and run.keeps(name) for name in names)
+        # The input is one tensor for all that read it, unless autocast makes each its own copy.
+        kept += [c * n * d] * (min(readers, 1) if run.stream == run.compute else readers)
+    if config.qk_norm:
+        kept += _norm(n * heads, config.head_dim, run, c) + _norm(n * groups, config.head_dim, run, c)
+    # Rotated q and k are new; v is a view, and of W_pack's output it keeps the whole.
+    if config.positions == "rope" or config.qk_norm:
+        kept += [c * n * q, c * n * k, c * n * (3 * q if config.fused_qkv else k)]
+    else:
+        kept += [c * n * (q + 2 * k)]
+    kept += [c * n * q, 4 * n * heads]  # attention's output and its log-sum-exp
+    # A boolean mask becomes an additive one in every block anew; ALiBi's bias is shared unless autocast casts it.
+    if config.positions == "alibi" and run.stream != run.compute:
+        kept += [c * run.rows * heads * run.length**2]
+    elif config.positions == "rope" and run.documents:
+        kept += [c * run.rows * run.length**2]
+    return kept + [c * n * i] * (4 if run.keeps("down_proj") else 3)
+
+
+def saved_once(config: ModelConfig, run: Pass) -> list[int]:
+    """What all blocks share and the ends keep: token ids, rotation tables or ALiBi's bias, the last norm."""
+    s, n = run.stream.itemsize, run.tokens
+    kept = [8 * n] * run.trains + _norm(n, config.hidden_size, run)
+    if config.positions == "rope":
+        return kept + 2 * [s * n * config.head_dim]
+    return kept + [s * run.rows * config.num_attention_heads * run.length**2] * (run.stream == run.compute)
+
+
+def saved(config: ModelConfig, run: Pass) -> list[int]:
+    """The tensors that `hidden_states` keeps for the backward pass without activation checkpointing, in bytes."""
+    kept = saved_once(config, run) + config.num_hidden_layers * saved_by_block(config, run)
+    if not run.trains:  # nothing before the first adapter needs a gradient, so the first norm keeps nothing
+        for size in _norm(run.tokens, config.hidden_size, run):
+            kept.remove(size)
+    return kept
+
+
+def saved_by_checkpointing(config: ModelConfig, run: Pass) -> list[int]:
+    """What activation checkpointing keeps: the input of every block, the mask, and what all blocks share."""
+    inputs = config.num_hidden_layers * [run.stream.itemsize * run.tokens * config.hidden_size]
+    mask = [run.rows * run.length**2] * (run.documents and config.positions == "rope")
+    if config.positions == "alibi" and run.stream != run.compute:
+        mask = [run.stream.itemsize * run.rows * config.num_attention_heads * run.length**2]
+    return inputs + mask + saved_once(config, run)
+
+
+def backward_peak(config: ModelConfig, run: Pass) -> list[int]:
+    """What the backward pass of a norm, or of a block's MLP, needs at most beside what is saved."""
+    n, d, i = run.tokens, config.hidden_size, config.intermediate_size
+    return max([4 * n * d] * 4, [run.compute.itemsize * n * i] * 2 + [6 * n * d], key=sum)
+
+
+def head_peaks(config: ModelConfig, run: Pass) -> tuple[list[int], list[int]]:
+    """What head and loss hold at most (in the forward pass, in the backward pass).
+
+    Logits c·N·V, their float32 copy if c < 4, log-probabilities 4·N·V; backward 12·N·V, as log-probabilities, their
+    gradient and that of the logits stand side by side. NormHead adds its normalised V·D matrix, made from slices that
+    together are as large, and its gradient takes as much again.
+    """
+    n, v, w = run.tokens, config.vocab_size, config.vocab_size * config.hidden_size
+    s, c, cast = run.stream.itemsize, run.compute.itemsize, run.stream != run.compute
+    normed = config.normalize_head
+    rows = [4 * w] if normed and run.trains and s < 4 else []  # the float32 rows, kept to differentiate the norm
+    kept = rows + ([c * w] if cast else [s * w] * normed)
+    forward = [
+        rows + [s * w, s * w] * normed,
+        rows + [s * w] * normed + [c * w] * cast + [c * n * v],
+        kept + [c * n * v, 4 * n * v] + [4 * n * v] * (c < 4),
+    ]
+    backward = [kept + [4 * n * v] * 3]
+    if run.trains:
+        whole, rest = divmod(v, 8192)  # slices: gradients of those done, and four tensors for the one at work
+        slices = 4 * config.hidden_size * (8192 * whole + max(3 * 8192 * (whole > 0), 4 * rest))
+        backward += [kept + [c * n * v, c * w], (rows + [4 * w, slices]) if normed else []]
+    return max(forward, key=sum), max(backward, key=sum)
+
+
+def mask_peak(config: ModelConfig, run: Pass) -> list[int]:
+    """What is held at once while the mask is made and, without ALiBi, made additive."""
+    area, s, heads = run.rows * run.length**2, run.stream.itemsize, config.num_attention_heads
+    if config.positions == "alibi":  # distances, the float32 bias, its masked copy, and that in the stream's dtype
+        return [5 * area, 4 * heads * area, 4 * heads * area] + [s * heads * area] * (s < 4)
+    return [area, area, s * area] if run.documents else []
+
+
+def forward_peak(config: ModelConfig, run: Pass) -> list[int]:
+    """What a block's forward pass holds at most without gradients, masks left out."""
+    n, c = run.tokens, run.compute.itemsize
+    q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = [c * n * (q + 2 * k), c * n * q] + 4 * [c * n * k]
+    return [c * n * config.hidden_size] * 2 + max(attention, 3 * [c * n * config.intermediate_size], key=sum)
+
+
+def cache_bytes(config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype) -> int:
+    """A KVCache: 2·L·B·G·capacity·K numbers in `dtype`, and a position and a document id a token (int64)."""
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize + 16
+    return batch_size * capacity * token
+
+
+def _norm(n: int, size: int, run: Pass, output: int = 0) -> list[int]:
+    """RMSNorm keeps its input and 1/rms in float32, and the normed input if its weight trains."""
+    return [4 * n * size, 4 * n] + [(output or run.stream.itemsize) * n * size] * run.trains
