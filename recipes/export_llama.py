@@ -14,7 +14,8 @@ from pedgpt.training import run_recipe
 
 TEMPLATE = (
     "{% for message in messages %}"
-    "{{ {'system': '', 'user': '<reserved_106>', 'assistant': '<reserved_107>'}[message['role']] + message['content'] }}"
+    "{{ {'system': '', 'user': '<reserved_106>', 'assistant': '<reserved_107>'}[message['role']] }}"
+    "{{ message['content'] }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<reserved_107>' }}"
     "{% elif messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"

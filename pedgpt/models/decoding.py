@@ -118,6 +118,8 @@ class Decoder:
             cos, sin = rope_tables(positions, frequencies, x.dtype)
         mask = self.model._attention_mask(positions, all_positions, documents, all_documents, x.dtype)
         heads, groups = config.num_attention_heads, config.num_key_value_heads
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.reshape(len(mask), groups, heads // groups, -1)
         for i, (block, (qkv, out, gate_up, down)) in enumerate(self.layers):
             packed = qkv(block.input_layernorm(x)).view(rows, -1, 1, config.head_dim)
             qk, v = packed.split((heads + groups, groups), dim=1)
@@ -129,8 +131,6 @@ class Decoder:
             keys, values = cache.append(i, k, v)
             # With one query a row, the heads that share keys are queries beside each other.
             q = q.reshape(rows, groups, heads // groups, config.head_dim)
-            if mask is not None and mask.shape[1] > 1:
-                mask = mask.reshape(len(mask), groups, heads // groups, -1)
             mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             x = x + out(mixed.reshape(rows, -1))
             gate, up = gate_up(block.post_attention_layernorm(x)).chunk(2, dim=-1)

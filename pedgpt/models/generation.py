@@ -17,7 +17,7 @@ from pedgpt.models.decoding import decoder_for
 if TYPE_CHECKING:
     from pedgpt.models.transformer import Transformer
 
-PACK_AFTER = 4  # tokens: laying out the weights costs as much as decoding a few, and short answers shall not pay
+PACK_AFTER = 1  # tokens: laying out the weights takes as long as decoding several, so one alone shall not pay
 
 
 class KVCache:
@@ -109,7 +109,7 @@ def generate_steps(
 
     cache = KVCache(model, len(prompts), width + max_new_tokens)
     hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
-    head = model.head_weight()
+    head: Tensor | None = model.head_weight()
     logits = F.linear(hidden[:, -1], head)
     documents = real[:, -1:].long() if ragged else None
     positions = positions[:, -1:]
@@ -133,10 +133,12 @@ def generate_steps(
         tokens, positions = chosen[:, None], positions + 1
         if count == PACK_AFTER:
             decoder = decoder_for(model, len(prompts))
+            head = head if decoder is None else None  # the decoder has its own
         if decoder is not None:
             logits = decoder(tokens, positions, documents, cache)
         else:
             hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
+            assert head is not None
             logits = F.linear(hidden[:, -1], head)
 
 
@@ -159,9 +161,8 @@ def generate(
     `temperature` 0 is greedy; `top_k` and `top_p` restrict sampling; `repetition_penalty` > 1 divides (or multiplies,
     if negative) the logits of tokens already seen (Keskar et al. 2019); `seed` makes sampling repeatable. A row also
     ends once the text that `decode` (a tokenizer's) makes of its ids holds one of `stop_strings`, whose ids are kept:
-    the caller cuts the text. Prompts may differ in length. Call with the model in evaluation mode. On the CPU a few
-    tokens are decoded as in training, then the weights are copied into a layout that halves the time of the rest, if
-    memory allows. Raises ValueError for an empty prompt, an id outside the vocabulary, or a setting out of range.
+    the caller cuts the text. Prompts may differ in length. Call with the model in evaluation mode. On the CPU, if memory
+    allows, the weights are copied for the call into a layout that halves the time of a token. Raises ValueError for an empty prompt, an id outside the vocabulary, or a setting out of range.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     steps = generate_steps(

@@ -10,9 +10,12 @@ from pedgpt.data import Message, chat_format, encode_conversation, encode_prompt
 from pedgpt.models import ModelConfig, Transformer, load_model, save_model
 
 TALK = [
-    Message("system", "你是儿科医生。"), Message("user", "宝宝发热 38.5℃ 怎么办？\n\n"), Message("assistant", " 多喝水。"),
-    Message("user", "谢谢"), Message("assistant", "不客气"),
-]  # fmt: skip
+    Message("system", "你是儿科医生。"),
+    Message("user", "宝宝发热 38.5℃ 怎么办？\n\n"),
+    Message("assistant", " 多喝水。"),
+    Message("user", "谢谢"),
+    Message("assistant", "不客气"),
+]
 
 
 @pytest.fixture
