@@ -207,8 +207,8 @@ _ROPE_SCALING = {
 
 
 def _check_number(name: str, value: Any, positive: bool = False) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e30:  # NaN compares false
-        raise ValueError(f"config.json: {name} must be a number of at least 0, found {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 2**53:  # NaN compares false
+        raise ValueError(f"config.json: {name} must be a number of at least 0 and below 2**53, found {value!r}")
     if positive and value == 0:
         raise ValueError(f"config.json: {name} must be positive, found {value!r}")
     return float(value)

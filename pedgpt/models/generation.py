@@ -109,7 +109,7 @@ def generate_steps(
 
     cache = KVCache(model, len(prompts), width + max_new_tokens)
     hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
-    head: Tensor | None = model.head_weight()
+    head = model.head_weight()
     logits = F.linear(hidden[:, -1], head)
     documents = real[:, -1:].long() if ragged else None
     positions = positions[:, -1:]
@@ -133,12 +133,10 @@ def generate_steps(
         tokens, positions = chosen[:, None], positions + 1
         if count == PACK_AFTER:
             decoder = decoder_for(model, len(prompts))
-            head = head if decoder is None else None  # the decoder has its own
         if decoder is not None:
             logits = decoder(tokens, positions, documents, cache)
         else:
             hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
-            assert head is not None
             logits = F.linear(hidden[:, -1], head)
 
 
@@ -161,8 +159,9 @@ def generate(
     `temperature` 0 is greedy; `top_k` and `top_p` restrict sampling; `repetition_penalty` > 1 divides (or multiplies,
     if negative) the logits of tokens already seen (Keskar et al. 2019); `seed` makes sampling repeatable. A row also
     ends once the text that `decode` (a tokenizer's) makes of its ids holds one of `stop_strings`, whose ids are kept:
-    the caller cuts the text. Prompts may differ in length. Call with the model in evaluation mode. On the CPU, if memory
-    allows, the weights are copied for the call into a layout that halves the time of a token. Raises ValueError for an empty prompt, an id outside the vocabulary, or a setting out of range.
+    the caller cuts the text. Prompts may differ in length. Call with the model in evaluation mode. On the CPU, if
+    memory allows, the weights are copied for the call into a layout that halves the time of a token. Raises ValueError
+    for an empty prompt, an id outside the vocabulary, or a setting out of range.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     steps = generate_steps(
@@ -193,6 +192,8 @@ def generation_defaults(folder: str | Path) -> dict[str, Any]:
         value = default if raw.get(key) is None else raw[key]
         if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool)):
             raise ValueError(f"{file}: {key} is {value!r}, which is of the wrong kind")
+        if isinstance(value, int | float) and not abs(value) < 2**53:
+            raise ValueError(f"{file}: {key} is out of range")
         return value
 
     for key, plain in (("num_beams", 1), ("penalty_alpha", 0), ("typical_p", 1.0), ("min_p", 0)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import pickletools
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from pedgpt.models.config import inside_folder, parse_json
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 READ_BYTES = 64 * 2**20  # how much of a file stays mapped while parts of it are copied
+
+_PLAIN_GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 
 
 class WeightFile:
@@ -76,16 +80,26 @@ class _BinReader:
     """A torch.save file with the methods of `safe_open`."""
 
     def __init__(self, file: Path) -> None:
-        if not zipfile.is_zipfile(file):
-            raise OSError("no zip archive, as torch has written since 1.6")
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            if not zipfile.is_zipfile(file):
+                raise OSError("no zip archive, as torch has written since 1.6")
+            _check_archive(file)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, OSError):
+            raise
+        except Exception as error:  # a damaged instruction raises what the one it now spells does: KeyError, TypeError
+            raise OSError(f"{type(error).__name__}: {error}") from None
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
             raise ValueError(f"{file}: expected a dictionary of tensors, found {type(state).__name__}")
+        claimed = 0
         for key, tensor in state.items():
             if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
                 raise ValueError(f"{file}: {key} is no dense tensor but {type(tensor).__name__}")
             if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():  # strides of 0 make much of little
                 raise ValueError(f"{file}: {key} claims the shape {list(tensor.shape)}, more than the file holds")
+            claimed += tensor.numel() * tensor.itemsize
+        if claimed > 2 * file.stat().st_size:  # a tied head is stored once; no more than that is shared
+            raise ValueError(f"{file}: its tensors share their bytes; {claimed} are claimed, more than the file holds")
         self.state: Mapping[str, Tensor] = state
 
     def offset_keys(self) -> list[str]:
@@ -95,6 +109,31 @@ class _BinReader:
         return self.state[key].detach()
 
     get_slice = get_tensor
+
+
+def _check_archive(file: Path) -> None:
+    """Refuse what torch's weights_only unpickler allows and no state dict needs.
+
+    It runs no code, yet would call `bytearray(10**12)`, inflate whatever is compressed, and hash or print any nesting.
+    """
+    size = file.stat().st_size
+    with zipfile.ZipFile(file) as archive:
+        if any(info.compress_type or info.file_size > size for info in archive.infolist()):
+            raise OSError("its parts are compressed, or larger than the file")
+    content = torch._C.PyTorchFileReader(str(file)).get_record("data.pkl")  # zipfile might find another of that name
+    source: dict[str, str] = {}  # slot of the memo -> the instruction whose result it holds
+    previous, tuples, reused = "", 0, 0
+    for opcode, argument, _ in pickletools.genops(content):
+        name, value = opcode.name, str(argument)
+        if name == "GLOBAL" and not _PLAIN_GLOBALS.fullmatch(value):
+            raise pickle.UnpicklingError(value)
+        if name in ("BINPUT", "LONG_BINPUT"):
+            source[value] = previous
+        tuples += name.startswith("TUPLE")
+        reused += name in ("BINGET", "LONG_BINGET") and source.get(value) not in ("GLOBAL", "BINUNICODE")
+        previous = name
+    if tuples > 2**15 or reused > 2**4:  # a tensor takes five, a tie one; deep nesting takes as many as it has levels
+        raise pickle.UnpicklingError("deeply nested")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -112,7 +151,7 @@ def weight_files(folder: Path) -> list[Path]:
             for name in names:
                 if Path(name).suffix != Path(single).suffix:
                     raise ValueError(f"{index}: weight_map names {name!r}; expected {Path(single).suffix} files")
-                if not (folder / name).is_file():
+                if not os.path.isfile(folder / name):  # Path.is_file raises OSError for a name that is too long
                     raise ValueError(f"{folder / name}: no such file, though {index.name} names it")
             return [inside_folder(folder / name) for name in names]
         if (folder / single).is_file():
