@@ -80,7 +80,12 @@ def main(config: Config) -> None:
         if not sys.stdin.isatty():
             print(f"\n家长> {text}")
         history.append(Message("user", text))
-        prompt = encode_prompt([Message("system", system), *history] if system else history, chat)
+        try:
+            prompt = encode_prompt([Message("system", system), *history] if system else history, chat)
+        except ValueError as error:  # a template that has no place for a system text, say
+            history.pop()
+            print(f"({error})")
+            continue
         room = model.config.max_position_embeddings - len(prompt)
         if room < 1:
             history.pop()

@@ -29,6 +29,7 @@ from pedgpt.adapters import ExpertLoRALinear, adapted_layers, inject_experts, in
 from pedgpt.losses import causal_lm_loss
 from pedgpt.models import ModelConfig, Transformer, generate, memory
 from pedgpt.models.config import NORM_HEAD_KEY, POSITIONS_KEY
+from pedgpt.models.decoding import copy_fits
 
 STAGES = {
     "cpt": "continued_pretrain", "sft": "full_finetune", "dfpo": "dfpo", "experts": "expert_finetune",
@@ -215,13 +216,9 @@ def free_memory(on_cuda: bool) -> int:
         if not torch.cuda.is_available():
             raise ValueError("torch sees no CUDA device; give --memory_gib, what one of yours has")
         return torch.cuda.mem_get_info()[0]
-    try:
-        available = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-    except (OSError, TypeError):
-        raise ValueError("cannot tell how much memory is free here; give --memory_gib") from None
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return available if text == "max" else min(available, int(text))
+    if (free := memory.available_memory()) is None:
+        raise ValueError("cannot tell how much memory is free here; give --memory_gib")
+    return free
 
 
 def estimate(stage: str, config: Any, sizes: ModelConfig, host: Host) -> tuple[Moments, dict[str, int]]:
@@ -258,7 +255,7 @@ def estimate(stage: str, config: Any, sizes: ModelConfig, host: Host) -> tuple[M
 
 
 def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host: Host) -> Moments:
-    """Scoring whole rows; making the head; reading the longest prompts, with the cache at its full length."""
+    """Scoring whole rows; making the head; reading the longest prompts; answering; the cache at its full length."""
     dtype = getattr(torch, config.dtype)
     length, batch, size = length_of(config, sizes), config.generation_batch_size, dtype.itemsize
     scored = memory.Pass(config.batch_size, length, dtype, dtype, trains=False)
@@ -270,11 +267,14 @@ def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host
     reading = memory.forward_peak(sizes, read) + memory.mask_peak(sizes, read)
     cache = [memory.cache_bytes(sizes, batch, length + config.max_new_tokens, dtype)]
     always = {"weights": [p.nbytes for p in model.parameters()]}
+    laid_out = [] if host.on_cuda or not copy_fits(sum(always["weights"])) else always["weights"]
     return {
         "scoring": {**always, "activations": [size * scored.tokens * sizes.hidden_size], "head": scoring},
         # On a CPU the pages of the cache come when they are written, which is later.
         "head": {**always, "cache": cache * host.on_cuda, "head": 2 * matrix},
-        "generating": {**always, "cache": cache, "head": matrix + sampled, "activations": reading},
+        "reading": {**always, "cache": cache, "head": matrix + sampled, "activations": reading},
+        # The decoder's own copy of the weights, where it makes one.
+        "generating": {**always, "copies": laid_out, "cache": cache, "head": matrix + sampled},
     }
 
 

@@ -330,14 +330,15 @@ def _prefixes_after_special(tokenizer: Tokenizer, special: set[int]) -> bool:
 
 
 def _agree(built_in: ChatFormat, own: ChatFormat) -> bool:
-    """Whether two formats give the same ids, but for what may follow the last answer."""
+    """Whether two formats give the same ids, but for what may follow the last answer of a whole conversation."""
     for probe in _PROBES:
         for messages, generation_prompt in ((probe, False), (probe[:-1], True)):
             try:
                 one, two = (chat.render(messages, set(), generation_prompt) for chat in (built_in, own))
             except ValueError:  # a template without a system text, say, is not the built-in format
                 return False
-            pairs = zip(*([t for segment in segments for t in segment.tokens] for segments in (one, two)), strict=False)
-            if any(left != right for left, right in pairs):
+            left, right = ([t for segment in segments for t in segment.tokens] for segments in (one, two))
+            common = max(len(left), len(right)) if generation_prompt else min(len(left), len(right))
+            if left[:common] != right[:common]:
                 return False
     return True

@@ -110,7 +110,8 @@ class Tokenizer:
             for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
                 source = own_file(self.folder, name)
                 if source and self.folder.resolve() != folder.resolve():
-                    shutil.copyfile(source, folder / name)
+                    shutil.copyfile(source, folder / f".{name}.tmp")
+                    os.replace(folder / f".{name}.tmp", folder / name)  # a link there is replaced, not followed
             return
         with _blame(self.file):
             self.backend.save(str(folder / JSON_FILE))
@@ -254,11 +255,15 @@ def _content(token: object) -> str | None:
 def _protect_special_tokens(backend: tokenizers.Tokenizer, named: set[int]) -> None:
     """Mark the tokens in `named` and every added token of the form <…> special, so that text never yields them.
 
-    Checkpoints forget the mark on some of them (Baichuan2's reserved tokens, Qwen's tool tags).
+    Checkpoints forget the mark on some of them (Baichuan2's reserved tokens, Qwen's <|fim_prefix|>). Tags that come in
+    pairs and are not marked, <think> and </think>, stay what they are: tokens that text may hold.
     """
     added = backend.get_added_tokens_decoder()
     tokens = {i: added.get(i) or AddedToken(backend.id_to_token(i), normalized=False) for i in {*added, *named}}
-    unmarked = [t for i, t in tokens.items() if not t.special and (i in named or _CONTROL.match(t.content))]
+    names = {token.content for token in added.values()}
+    tags = {name for name in names if {f"<{name.strip('</>')}>", f"</{name.strip('</>')}>"} <= names}
+    control = {name for name in names - tags if _CONTROL.match(name)}
+    unmarked = [t for i, t in tokens.items() if not t.special and (i in named or t.content in control)]
     for token in unmarked:
         token.special = True
     backend.add_tokens(unmarked)

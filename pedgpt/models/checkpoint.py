@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def export_llama(model: Transformer, folder: str | Path) -> None:
         raise ValueError(f"only a Baichuan with rotary positions (7B) is a Llama by another name; this is {kind}")
     vendor = ("architectures", "auto_map", "tokenizer_class", "_name_or_path", "_from_model_config")
     extra = {key: value for key, value in config.extra.items() if key not in vendor}
-    changes: dict[str, Any] = {"model_type": "llama", "fused_qkv": False, "normalize_head": False, "extra": extra}
+    changes: dict[str, Any] = {"model_type": "llama", "fused_qkv": False, "normalize_head": False}
+    changes |= {"tie_word_embeddings": config.tie_word_embeddings and not config.normalize_head, "extra": extra}
 
     def split() -> Iterator[tuple[str, Tensor]]:
         for key, tensor in model.state_dict().items():
@@ -102,16 +104,17 @@ def export_llama(model: Transformer, folder: str | Path) -> None:
 
 
 def model_fingerprint(folder: str | Path) -> str:
-    """A short name of exactly this model: of its config.json, and of each weight file's size, head and tail."""
+    """A short name of this model: of its config.json and its weight files, of large ones 4 KiB of each MiB."""
     folder = Path(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in weight_files(folder):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as handle:
-            digest.update(handle.read(2**20))
-            handle.seek(max(0, size - 2**20))
-            digest.update(handle.read())
+            digest.update(handle.read(64 * 2**20))
+            for place in range(64 * 2**20, size, 2**20):
+                handle.seek(place)
+                digest.update(handle.read(4096))
     return digest.hexdigest()[:16]
 
 
@@ -152,10 +155,14 @@ def _fill(
     tied = model.config.tie_word_embeddings
     targets = model.state_dict()
     weights: dict[str, Tensor] = {}
+    places: set[int] = set()
     for file in files:
         for key in file.tensors:
             if not key.endswith(_DERIVED) and not (tied and key == HEAD):
-                weights[key] = _read(file, key, targets[key], dtype, torch.device(device))
+                tensor = _read(file, key, targets[key], dtype, torch.device(device))
+                # A .bin may hold one tensor under two names; unless tied, they are two parameters.
+                weights[key] = tensor.clone() if tensor.nbytes and tensor.data_ptr() in places else tensor
+                places.add(tensor.data_ptr())
         file.close()
     if tied:
         weights[HEAD] = weights[EMBEDDING]
@@ -231,22 +238,33 @@ def _write(config: ModelConfig, folder: Path, weights: Iterable[tuple[str, Tenso
         for part, _ in parts:
             part.unlink(missing_ok=True)
         raise
-    count = len(parts)
-    names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    count, live = len(parts), _live_shards(folder)
+    tag = "-b" if any(not name.endswith("-b.safetensors") for name in live) else ""  # never over a live shard
+    names = [f"model-{i + 1:05d}-of-{count:05d}{tag}.safetensors" for i in range(count)] if count > 1 else [WEIGHTS]
     for (part, _), name in zip(parts, names, strict=True):
         os.replace(part, folder / name)
+    # What counts is the index where there is one: with its change, or its end, the new weights take over at once.
     if count > 1:
         weight_map = {key: name for (_, keys), name in zip(parts, names, strict=True) for key in keys}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
     dtype = sorted(dtypes)[0]  # transformers reads "dtype" before the older "torch_dtype": neither may be left stale
     raw: dict[str, Any] = {**config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
     write_json(folder / "config.json", raw)
     if not (folder / GENERATION).exists():
         ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
         write_json(folder / GENERATION, {"_from_model_config": True, **ends})
-    for stale in {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / name for name in names}:
-        if not (stale.name == INDEX and count > 1):
-            stale.unlink(missing_ok=True)
+    ours = re.compile(r"model(-\d{5}-of-\d{5}(-b)?)?\.safetensors")
+    for stale in {path.name for path in folder.iterdir() if ours.fullmatch(path.name)} - set(names):
+        (folder / stale).unlink()
+
+
+def _live_shards(folder: Path) -> set[str]:
+    """The shards that the folder's index names."""
+    if not (folder / INDEX).is_file():
+        return set()
+    return {file.name for file in weight_files(folder)}
 
 
 def _describe_mismatch(missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:

@@ -72,9 +72,10 @@ class ModelConfig:
         if self.rope_scaling:
             for key in _ROPE_SCALING[self.rope_scaling["rope_type"]]:
                 _check_number(f"rope_scaling {key}", self.rope_scaling[key], positive=True)
-            low, high = (self.rope_scaling.get(f"{name}_freq_factor", i) for i, name in enumerate(("low", "high")))
-            if high <= low:
-                raise ValueError(f"config.json: rope_scaling needs high_freq_factor above {low}, found {high}")
+            if self.rope_scaling["rope_type"] == "llama3":
+                low, high = self.rope_scaling["low_freq_factor"], self.rope_scaling["high_freq_factor"]
+                if high <= low:
+                    raise ValueError(f"config.json: rope_scaling needs high_freq_factor above {low}, found {high}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "

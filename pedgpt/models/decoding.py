@@ -5,15 +5,14 @@ Letters: B batch, D hidden, H heads, G key-value heads, K head_dim, S keys held,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pedgpt.models.memory import available_memory
 from pedgpt.models.positions import apply_rope, rope_frequencies, rope_tables
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ class SharedInput:
     def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
         weight = torch.cat([layer.weight.detach() for layer in layers])
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-        assert len(biases) in (0, len(layers))
         adapted: list[Any] = [layer for layer in layers if getattr(layer, "enabled", False)]
         self.down: Tensor | None = None
         self.specific = 0
@@ -96,15 +94,8 @@ class Decoder:
     def __init__(self, model: Transformer, rows: int) -> None:
         self.model = model
         self.layers: list[tuple[Any, list[SharedInput]]] = []
-        block: Any
         for block in model.model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            inputs = ["W_pack"] if model.config.fused_qkv else ["q_proj", "k_proj", "v_proj"]
-            groups = (
-                [getattr(attention, name) for name in inputs], [attention.o_proj], [mlp.gate_proj, mlp.up_proj],
-                [mlp.down_proj],
-            )  # fmt: skip
-            self.layers.append((block, [SharedInput(group, rows) for group in groups]))
+            self.layers.append((block, [SharedInput(group, rows) for group in _groups(block)]))
         self.head = Product(model.head_weight(), None, rows)
 
     def __call__(self, tokens: Tensor, positions: Tensor, documents: Tensor | None, cache: KVCache) -> Tensor:
@@ -139,25 +130,56 @@ class Decoder:
 
 
 def decoder_for(model: Transformer, rows: int) -> Decoder | None:
-    """A Decoder where one can be had and pays: on the CPU, in evaluation, with memory to spare for its copy."""
+    """A Decoder where one can be had and pays: on the CPU, in evaluation, with memory to spare for its copy.
+
+    None for a model with layers that it does not know, or with hooks, which it would pass by.
+    """
     parameters = list(model.parameters())
-    if model.training or not torch.backends.mkldnn.is_available() or rows > 64:
+    if model.training or rows > 64 or any(type(p.data) is not Tensor or p.device.type != "cpu" for p in parameters):
         return None
-    if any(type(p.data) is not Tensor or p.device.type != "cpu" for p in parameters):
+    dtypes = {p.dtype for p in model.model.layers.parameters()}
+    if not dtypes <= {torch.float32, torch.bfloat16} or not torch.backends.mkldnn.is_available():
         return None
-    if {p.dtype for p in model.model.layers.parameters()} - {torch.float32, torch.bfloat16}:
+    if torch.bfloat16 in dtypes and not _supports_bfloat16():
         return None
-    if any(getattr(module, "gate_record", None) is not None for module in model.modules()):
+    if not copy_fits(sum(p.nbytes for p in parameters)):
         return None
-    if 2 * sum(p.nbytes for p in parameters) > _available_memory():
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or getattr(module, "gate_record", None) is not None:
+            return None
+        if (
+            type(module) is not nn.Linear
+            and isinstance(module, nn.Linear)
+            and not hasattr(module, "adapter_parameters")
+        ):
+            return None
+    if any(not _uniform(group) for block in model.model.layers for group in _groups(block)):
         return None
     return Decoder(model, rows)
 
 
-def _available_memory() -> int:
-    """Bytes that this host can still give; 0 where it does not say."""
-    file = Path("/proc/meminfo")
-    if not file.exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 if hasattr(os, "sysconf") else 0
-    (kibibytes,) = (line.split()[1] for line in file.read_text().splitlines() if line.startswith("MemAvailable:"))
-    return 1024 * int(kibibytes)
+def _supports_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def copy_fits(weights: int) -> bool:
+    """Whether a second copy of so many bytes of weights leaves half of the free memory alone."""
+    return 2 * weights <= (available_memory() or 0)
+
+
+def _groups(block: Any) -> list[list[Any]]:
+    """The linear layers of a block that share an input."""
+    attention, mlp = block.self_attn, block.mlp
+    inputs = ["W_pack"] if attention.fused_qkv else ["q_proj", "k_proj", "v_proj"]
+    return [
+        [getattr(attention, name) for name in inputs], [attention.o_proj], [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    ]  # fmt: skip
+
+
+def _uniform(layers: Sequence[Any]) -> bool:
+    """Whether the adapters among these layers are of one kind and size, and all or none have biases."""
+    plain = all(type(layer) is nn.Linear or hasattr(layer, "adapter_parameters") for layer in layers)
+    adapted = [layer for layer in layers if getattr(layer, "enabled", False)]
+    kinds = {(type(layer), layer.rank, layer.lora_A.shape) for layer in adapted}
+    return plain and len(kinds) <= 1 and len({layer.bias is None for layer in layers}) == 1

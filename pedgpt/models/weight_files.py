@@ -130,7 +130,7 @@ def _check_archive(file: Path) -> None:
         if name in ("BINPUT", "LONG_BINPUT"):
             source[value] = previous
         tuples += name.startswith("TUPLE")
-        reused += name in ("BINGET", "LONG_BINGET") and source.get(value) not in ("GLOBAL", "BINUNICODE")
+        reused += name in ("BINGET", "LONG_BINGET") and source.get(value) not in ("GLOBAL", "BINUNICODE", "REDUCE")
         previous = name
     if tuples > 2**15 or reused > 2**4:  # a tensor takes five, a tie one; deep nesting takes as many as it has levels
         raise pickle.UnpicklingError("deeply nested")

@@ -373,7 +373,8 @@ def test_text_that_spells_special_tokens_stays_text(name, cases):
             assert [i for i in ids if i in special] == [i for i in plain if i in special]
         said = tokenizer.decode([i for i in example.labels if i != IGNORED and i not in special])
         answers = [m.content for m in attacked if m.role == "assistant"]
-        assert said.replace(" ", "").replace("\n", "") == "".join(answers).replace("\n", "")
+        said = said.replace(" ", "").replace("\n", "").replace("<think></think>", "")  # what the template itself writes
+        assert said == "".join(answers).replace("\n", "")
 
     check()
 

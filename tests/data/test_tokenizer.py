@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, processors
+from tokenizers import AddedToken, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -640,3 +640,28 @@ def test_steps_that_blow_up_a_text_are_refused(folder):
     write(folder, "tokenizer.json", {**state, "post_processor": processor})
     with pytest.raises(ValueError, match=r"tokenizer\.json.*times as long"):
         load_tokenizer(folder)
+
+
+def test_tags_in_pairs_stay_text_and_lone_control_tokens_do_not(tmp_path):
+    """Qwen3's <think> is a token that text may hold, as transformers has it; <|fim_prefix|>, unmarked too, is none."""
+    tokenizer = train_tokenizer(["a b"], vocab_size=260, special_tokens=["<unk>", "<s>", "</s>"])
+    names = ["<think>", "</think>", "<|fim_prefix|>", "<reserved_7>"]
+    tokenizer.backend.add_tokens([AddedToken(name, normalized=False) for name in names])
+    tokenizer.save(tmp_path)
+    loaded, theirs = load_tokenizer(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    think, end, fim, reserved = map(loaded.token_id, names)
+    text = "<think>\na</think>b"
+    assert loaded.encode(text) == theirs(text, add_special_tokens=False).input_ids
+    assert think in loaded.encode(text) and end in loaded.encode(text)
+    assert loaded.decode(loaded.encode(text)) == text
+    assert not {fim, reserved} & set(loaded.encode("<|fim_prefix|><reserved_7><s></s>"))
+
+
+def test_saving_replaces_a_link_and_does_not_write_through_it(tmp_path, folders):
+    (tmp_path / "other.json").write_text("kept")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").symlink_to(tmp_path / "other.json")
+    source = next(folder for folder in folders.values() if (folder / "tokenizer.json").is_file())
+    load_tokenizer(source).save(tmp_path / "out")
+    assert (tmp_path / "other.json").read_text() == "kept"
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()

@@ -1,6 +1,8 @@
 """HF folders: exact round trips, and errors that name the file and the key."""
 
 import json
+import os
+import pathlib
 import pickle
 import shutil
 
@@ -370,3 +372,84 @@ def test_a_fingerprint_follows_the_weights_and_the_config_but_not_the_place(fold
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}), encoding="utf-8")
     assert len({name, changed, model_fingerprint(folder)}) == 3
+
+
+@pytest.mark.parametrize("dies_at", range(8))
+@pytest.mark.parametrize("change", ["shards-over-shards", "shards-over-single", "single-over-shards"])
+def test_a_save_that_dies_leaves_the_old_model_or_the_new_one(
+    make_model, random_tokens, tmp_path, monkeypatch, change, dies_at
+):
+    """Killed before any of its renames, writes or deletions: never half of each."""
+    old, new, tokens = make_model("llama"), make_model("llama", seed=5), random_tokens(1, 9)
+    before, after = change.split("-over-")[::-1]
+    as_shards(monkeypatch, old, tmp_path / "model") if before == "shards" else save_model(old, tmp_path / "model")
+    calls = 0
+
+    def dying(function):
+        def call(*arguments, **settings):
+            nonlocal calls
+            calls += 1
+            if calls > 3 * dies_at:
+                raise KeyboardInterrupt
+            return function(*arguments, **settings)
+
+        return call
+
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000 if after == "shards" else 2**40)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying(os.replace))
+        patch.setattr(pathlib.Path, "unlink", dying(pathlib.Path.unlink))
+        try:
+            save_model(new, tmp_path / "model")
+            died = False
+        except KeyboardInterrupt:
+            died = True
+    with torch.no_grad():
+        found = load_model(tmp_path / "model")(tokens)
+        assert torch.equal(found, old(tokens)) or torch.equal(found, new(tokens))
+        assert died or torch.equal(found, new(tokens))
+    save_model(new, tmp_path / "model")  # and the next save puts all in order
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "model")(tokens), new(tokens))
+    kept = {file.name for file in (tmp_path / "model").glob("*.safetensors")}
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    assert kept == named
+
+
+def test_saving_deletes_nobody_elses_files(folder, make_model, monkeypatch):
+    others = ["model_backup.safetensors", "model-my-ema.safetensors", "model.safetensors.bak"]
+    for name in others:
+        (folder / name).write_text("kept")
+    as_shards(monkeypatch, make_model("llama"), folder)
+    save_model(make_model("llama"), folder)
+    assert all((folder / name).read_text() == "kept" for name in others)
+
+
+def test_one_stored_tensor_under_two_names_becomes_two_parameters(folder, make_model, random_tokens):
+    file = as_bin(folder)
+    weights = torch.load(file)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    norm = weights["model.norm.weight"]
+    weights |= {key: norm for key in weights if "norm" in key}
+    torch.save(weights, file)
+    model = load_model(folder)
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    save_model(model, folder.parent / "again")
+    tokens = random_tokens(1, 9)
+    with torch.no_grad():
+        assert torch.equal(load_model(folder.parent / "again")(tokens), model(tokens))
+
+
+def test_a_fingerprint_notices_a_change_in_the_middle_of_a_large_file(folder, tmp_path):
+    """A LoRA merged into one layer changes neither the head nor the tail of a file."""
+    size = 72 * 2**20
+    for change in (None, 5 * 2**20, 70 * 2**20 + 100):
+        with open(folder / "model.safetensors", "wb") as handle:
+            handle.truncate(size)
+            if change:
+                handle.seek(change)
+                handle.write(b"x")
+        (tmp_path / str(change)).write_text(model_fingerprint(folder))
+    assert len({(tmp_path / name).read_text() for name in ("None", "5242880", str(70 * 2**20 + 100))}) == 3

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from pedgpt.adapters import adapters_disabled, inject_experts, inject_lora, record_gates
+from pedgpt.adapters import ExpertLoRALinear, LoRALinear, adapters_disabled, inject_experts, inject_lora, record_gates
 from pedgpt.models import decoding, generate, generation
 from pedgpt.models.decoding import Decoder, SharedInput, decoder_for
 from pedgpt.models.generation import KVCache
@@ -90,23 +90,23 @@ def test_biases_of_every_layer_are_added(adapted, random_tokens):
 
 @pytest.mark.parametrize("adapter", ["none", "experts"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("after", [1, 7, 10**9])
-def test_generation_is_the_same_whenever_the_weights_are_laid_out(adapted, monkeypatch, kind, adapter, after):
+@pytest.mark.parametrize("laid_out_from", [1, 20, 21])
+def test_generation_is_the_same_whether_or_not_weights_are_laid_out(adapted, monkeypatch, kind, adapter, laid_out_from):
     """A ragged batch against one prompt at a time, all of it decoded by the model itself."""
     model, prompts = adapted(kind, adapter), [[5], [17, 3, 99, 4, 61], [130, 0, 0, 7, 12, 55, 8, 9, 101]]
-    monkeypatch.setattr(generation, "PACK_AFTER", 10**9)
+    monkeypatch.setattr(generation, "LAY_OUT_FROM", 10**9)
     expected = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in prompts]
-    monkeypatch.setattr(generation, "PACK_AFTER", after)
+    monkeypatch.setattr(generation, "LAY_OUT_FROM", laid_out_from)
     made = []
     monkeypatch.setattr(generation, "decoder_for", lambda *given: made.append(decoder_for(*given)) or made[-1])
     assert generate(model, prompts, max_new_tokens=20) == expected
-    assert [type(decoder) for decoder in made] == ([Decoder] if after < 20 else [])
+    assert [type(decoder) for decoder in made] == ([Decoder] if laid_out_from <= 20 else [])
 
 
 def test_short_answers_do_not_pay_for_the_layout(make_model, monkeypatch):
     monkeypatch.setattr(generation, "decoder_for", None)
     model = make_model("llama")
-    assert len(generate(model, [[5]], max_new_tokens=generation.PACK_AFTER)[0]) == generation.PACK_AFTER
+    assert len(generate(model, [[5]], max_new_tokens=generation.LAY_OUT_FROM - 1)[0]) == generation.LAY_OUT_FROM - 1
 
 
 def test_weights_are_read_anew_by_every_call(make_model):
@@ -132,16 +132,16 @@ def test_where_a_copy_would_not_do_there_is_none(adapted, monkeypatch):
     assert decoder_for(model.double(), 4) is None
     model.float()
     size = sum(parameter.nbytes for parameter in model.parameters())
-    monkeypatch.setattr(decoding, "_available_memory", lambda: 2 * size - 1)
+    monkeypatch.setattr(decoding, "available_memory", lambda: 2 * size - 1)
     assert decoder_for(model, 4) is None
-    monkeypatch.setattr(decoding, "_available_memory", lambda: 2 * size)
+    monkeypatch.setattr(decoding, "available_memory", lambda: 2 * size)
     assert decoder_for(model, 4) is not None
 
 
 def test_available_memory_is_what_the_system_says():
     lines = dict(line.split(":") for line in open("/proc/meminfo"))
     total = 1024 * int(lines["MemTotal"].split()[0])
-    assert 0 < decoding._available_memory() < total
+    assert 0 < decoding.available_memory() < total
 
 
 def test_layers_that_share_an_input_are_two_products_at_most(adapted):
@@ -153,3 +153,43 @@ def test_layers_that_share_an_input_are_two_products_at_most(adapted):
         expected = torch.cat([layer(x) for layer in layers], dim=-1)
         found = SharedInput(layers, 2)(x)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_models_that_the_decoder_does_not_know_are_left_alone(adapted, monkeypatch):
+    mixed = adapted("llama", "none")
+    attention = mixed.model.layers[1].self_attn
+    attention.q_proj, attention.v_proj = LoRALinear(attention.q_proj, rank=2), LoRALinear(attention.v_proj, rank=4)
+    assert decoder_for(mixed.eval(), 2) is None  # two ranks in one product
+    attention.v_proj = ExpertLoRALinear(attention.k_proj, rank=2)
+    assert decoder_for(mixed.eval(), 2) is None  # two kinds
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    other = adapted("llama", "none")
+    assert isinstance(decoder_for(other, 2), Decoder)
+    other.model.layers[0].mlp.down_proj = Doubled(50, 48, bias=False).eval()
+    assert decoder_for(other, 2) is None
+
+    hooked = adapted("llama", "none")
+    handle = hooked.model.layers[0].register_forward_hook(lambda *_: None)
+    assert decoder_for(hooked, 2) is None
+    handle.remove()
+    assert isinstance(decoder_for(hooked, 2), Decoder)
+
+    half = adapted("llama", "none").bfloat16()
+    monkeypatch.setattr(decoding, "_supports_bfloat16", lambda: False)  # most processors without AVX512
+    assert decoder_for(half, 2) is None
+    assert len(generate(half, [[5]], max_new_tokens=12)[0]) == 12
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", 5000 * 1024), ("3000000", 2_000_000), ("900000", 0)])
+def test_available_memory_respects_the_control_group(monkeypatch, limit, expected):
+    files = {
+        "/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n", "/sys/fs/cgroup/memory.max": f"{limit}\n",
+        "/sys/fs/cgroup/memory.current": "1000000\n",
+    }  # fmt: skip
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: str(path) in files)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: files[str(path)])
+    assert decoding.available_memory() == expected

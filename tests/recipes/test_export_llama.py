@@ -66,6 +66,19 @@ def test_transformers_gives_equal_logits_and_ids(lab, folder, tmp_path, dtype):
     assert chat_format(load_tokenizer(tmp_path / "llama")).stop_tokens == chat.stop_tokens
 
 
+def test_a_tied_normalised_head_is_written_out(lab, folder, tmp_path):
+    """The embedding keeps its lengths, the head does not: a Llama needs both."""
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    tied = Transformer(ModelConfig.from_hf(config))
+    tied.load_state_dict(load_model(folder).state_dict())
+    save_model(tied, folder)
+    assert lab.call("export_llama", ["--model", str(folder), "--output", str(tmp_path / "llama")]).code == 0
+    tokens = torch.arange(20)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, load_model(folder)(tokens), atol=1e-5, rtol=0)
+
+
 def test_what_is_no_llama_is_refused(lab, folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "pedgpt_positions": "alibi"}))
