@@ -39,14 +39,13 @@ class SharedInput:
     Everything between them is written into buffers made once: at this size a new tensor costs more than its numbers.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    def __init__(self, layers: Sequence[Any], rows: int) -> None:
         adapted: list[Any] = [layer for layer in layers if getattr(layer, "enabled", False)]
+        width, dtype = layers[0].in_features, layers[0].weight.dtype
         self.down: Tensor | None = None
-        self.specific = 0
+        self.specific = hidden = 0
         if adapted:
-            rank, width = adapted[0].rank, weight.shape[1]
+            rank = adapted[0].rank
             self.specific = getattr(adapted[0], "num_specific_experts", 0)
             # The universal experts (or plain LoRAs) of all layers first, then the specific ones, then the routers.
             down = [layer.lora_A[:rank] for layer in adapted] + [layer.lora_A[rank:] for layer in adapted]
@@ -54,7 +53,7 @@ class SharedInput:
             down += [layer.router for layer in adapted] if self.specific else []
             self.down = torch.cat(down).detach().float().t().contiguous()
             self.s = torch.empty(rows, self.down.shape[1])
-            self.input = torch.empty(rows, width + hidden, dtype=weight.dtype)
+            self.input = torch.empty(rows, width + hidden, dtype=dtype)
             self.x, h = self.input.split((width, hidden), dim=1)
             self.always = self.s[:, :universal], h[:, :universal]
             if self.specific:
@@ -62,8 +61,15 @@ class SharedInput:
                 self.gates = torch.empty_like(self.routes)
                 each = (rows, len(adapted) * self.specific, -1)
                 self.gated = self.s[:, universal:hidden].view(each), self.gates.view(each), h[:, universal:].view(each)
-            ups = [_placed(layers, adapted, columns) for columns in (slice(None, rank), slice(rank, None))]
-            weight = torch.cat([weight, *(up.detach().to(weight.dtype) for up in ups)], dim=1)
+        weight = torch.zeros(sum(layer.out_features for layer in layers), width + hidden, dtype=dtype)
+        for layer, block in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
+            block[:, :width] = layer.weight.detach()
+            if layer in adapted:
+                number, up = adapted.index(layer), layer.scaling * layer.lora_B.detach()
+                columns = block[:, width:].split((universal, hidden - universal), dim=1)
+                columns[0].view(len(block), len(adapted), -1)[:, number] = up[:, :rank]
+                columns[1].view(len(block), len(adapted), -1)[:, number] = up[:, rank:]
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         self.product = Product(weight, torch.cat(biases) if biases else None, rows)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -78,14 +84,6 @@ class SharedInput:
             s, gates, h = self.gated
             torch.mul(s, gates, out=h)
         return self.product(self.input)
-
-
-def _placed(layers: Sequence[nn.Linear], adapted: Sequence[Any], columns: slice) -> Tensor:
-    """(α/r) B of the adapted layers, each in its own rows and columns, [all outputs, their hidden sizes]."""
-    ups = iter([layer.scaling * layer.lora_B[:, columns] for layer in adapted])
-    return torch.block_diag(
-        *(next(ups) if layer in adapted else layer.weight.new_zeros(layer.out_features, 0) for layer in layers)
-    )
 
 
 class Decoder:
