@@ -59,7 +59,7 @@ FLEETING = ("copies", "gradients", "activations", "head")  # what comes and goes
 LABELS = {
     "weights": "weights", "copies": "gathered or cast copies", "gradients": "gradients", "optimizer": "AdamW's state",
     "activations": "activations", "head": "logits and head", "cache": "key-value cache",
-    "malloc": "freed, kept by malloc", "libraries": "Python and libraries",
+    "layout": "weights laid out anew", "malloc": "freed, kept by malloc", "libraries": "Python and libraries",
 }  # fmt: skip
 Moments = dict[str, dict[str, list[int]]]  # tensors by part, in bytes, at each moment that may be the peak
 
@@ -274,7 +274,7 @@ def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host
         "head": {**always, "cache": cache * host.on_cuda, "head": 2 * matrix},
         "reading": {**always, "cache": cache, "head": matrix + sampled, "activations": reading},
         # The decoder's own copy of the weights, where it makes one.
-        "generating": {**always, "copies": laid_out, "cache": cache, "head": matrix + sampled},
+        "generating": {**always, "layout": laid_out, "cache": cache, "head": matrix + sampled},
     }
 
 

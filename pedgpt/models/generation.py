@@ -17,7 +17,7 @@ from pedgpt.models.decoding import decoder_for
 if TYPE_CHECKING:
     from pedgpt.models.transformer import Transformer
 
-LAY_OUT_FROM = 8  # new tokens: laying out the weights takes as long as decoding a few
+LAY_OUT_FROM = 16  # new tokens: laying out the weights takes as long as decoding five or so, and halves the rest
 
 
 class KVCache:
