@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from pedgpt.models.config import ModelConfig
+from pedgpt.models.config import ModelConfig, parse_json
 from pedgpt.models.transformer import Transformer
 from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, sync, weight_files, write_json
 
@@ -161,8 +162,9 @@ def _fill(
             if not key.endswith(_DERIVED) and not (tied and key == HEAD):
                 tensor = _read(file, key, targets[key], dtype, torch.device(device))
                 # A .bin may hold one tensor under two names; unless tied, they are two parameters.
-                weights[key] = tensor.clone() if tensor.nbytes and tensor.data_ptr() in places else tensor
-                places.add(tensor.data_ptr())
+                place = 0 if isinstance(tensor, DTensor) else tensor.data_ptr()
+                weights[key] = tensor.clone() if place and place in places else tensor
+                places.add(place)
         file.close()
     if tied:
         weights[HEAD] = weights[EMBEDDING]
@@ -261,10 +263,11 @@ def _write(config: ModelConfig, folder: Path, weights: Iterable[tuple[str, Tenso
 
 
 def _live_shards(folder: Path) -> set[str]:
-    """The shards that the folder's index names."""
-    if not (folder / INDEX).is_file():
-        return set()
-    return {file.name for file in weight_files(folder)}
+    """The files that the folder's index names; none if it is broken."""
+    with suppress(ValueError):
+        if (folder / INDEX).is_file() and isinstance(named := parse_json(folder / INDEX).get("weight_map"), dict):
+            return set(map(str, named.values()))
+    return set()
 
 
 def _describe_mismatch(missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:

@@ -453,3 +453,13 @@ def test_a_fingerprint_notices_a_change_in_the_middle_of_a_large_file(folder, tm
                 handle.write(b"x")
         (tmp_path / str(change)).write_text(model_fingerprint(folder))
     assert len({(tmp_path / name).read_text() for name in ("None", "5242880", str(70 * 2**20 + 100))}) == 3
+
+
+@pytest.mark.parametrize("content", ["{", '{"weight_map": {"a": "gone.safetensors"}}', '{"weight_map": 3}'])
+def test_a_broken_folder_can_be_saved_over(folder, make_model, random_tokens, monkeypatch, content):
+    model, tokens = make_model("llama", seed=5), random_tokens(1, 9)
+    for save in (save_model, lambda *given: as_shards(monkeypatch, *given)):
+        (folder / "model.safetensors.index.json").write_text(content)
+        save(model, folder)
+        with torch.no_grad():
+            assert torch.equal(load_model(folder)(tokens), model(tokens))
