@@ -116,9 +116,11 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # Not drawn here but in reset_parameters: on the meta device that alone would cost more than all else.
-        empty = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
+        shape = config.vocab_size, config.hidden_size
+        if torch.get_default_device().type == "meta":  # to draw there would cost more than all else of loading
+            self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(shape), freeze=False)
+        else:
+            self.embed_tokens = nn.Embedding(*shape)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
