@@ -1,0 +1,113 @@
+"""chat.py as its user meets it: Ctrl-C, stop strings, the model's own defaults, templates that refuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pedgpt.data import Message, chat_format, encode_prompt, load_tokenizer, train_tokenizer
+from pedgpt.models import ModelConfig, Transformer, generate, load_model, save_model
+
+CHAT = Path(__file__).resolve().parents[2] / "recipes" / "chat.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Baichuan2 that talks without end."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    special = ["<unk>", "<s>", "</s>", "<reserved_106>", "<reserved_107>"]
+    texts = ["宝宝发热三天。怎么办？多喝水，及时就医。"] * 3
+    tokenizer = train_tokenizer(texts, vocab_size=300, special_tokens=special)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {"model_type": "baichuan", "vocab_size": 300, "max_position_embeddings": 100_000, **sizes}
+    torch.manual_seed(2)
+    model = Transformer(ModelConfig.from_hf({**config, "pedgpt_positions": "rope", "pedgpt_norm_head": True}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)
+        model.lm_head.weight[:5] = -model.lm_head.weight[5:].mean(0)  # no special token ever wins
+    save_model(model, folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def start(folder, *flags):
+    environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-u", str(CHAT), "--model", str(folder), *map(str, flags)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def talk(folder, text, *flags):
+    out, err = start(folder, *flags).communicate(text.encode(), timeout=120)
+    return out.decode(), err.decode()
+
+
+def expected(folder, text, **settings):
+    tokenizer = load_tokenizer(folder)
+    chat = chat_format(tokenizer)
+    prompt = encode_prompt([Message("user", text)], chat)
+    return tokenizer.decode(generate(load_model(folder), [prompt], stop_tokens=chat.stop_tokens, **settings)[0])
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
+    process = start(folder, "--max_new_tokens", 90_000)
+    process.stdin.write("发热\n".encode())
+    process.stdin.flush()
+    said = b""
+    while len(said.partition("助手> ".encode())[2]) < 20:
+        said += os.read(process.stdout.fileno(), 4096)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.stdin.write(b"/quit\n")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and not err
+    answer = (said + out).decode().partition("助手> ")[2].rstrip("\n")
+    whole = expected(folder, "发热", max_new_tokens=len(answer) + 200)
+    assert "Traceback" not in answer and 20 < len(answer) and whole.startswith(answer[:20])
+
+
+def test_a_stop_string_ends_the_answer_before_it(folder):
+    whole = expected(folder, "发热", max_new_tokens=60)
+    stop = whole[10:13]
+    out, err = talk(folder, "发热\n", "--max_new_tokens", 60, "--stop_strings", stop)
+    assert not err
+    assert out.partition("助手> ")[2].strip() == whole[: whole.index(stop)].strip()
+
+
+def test_the_models_own_defaults_hold_unless_a_setting_says_otherwise(folder, tmp_path):
+    model = tmp_path / "model"
+    subprocess.run(["cp", "-r", str(folder), str(model)], check=True)
+    own = {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "max_new_tokens": 25}
+    (model / "generation_config.json").write_text(json.dumps(own))
+    sampling = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "seed": 0}
+    out, _ = talk(model, "发热\n")
+    assert out.partition("助手> ")[2].strip() == expected(folder, "发热", max_new_tokens=25, **sampling).strip()
+    out, _ = talk(model, "发热\n", "--temperature", 0, "--max_new_tokens", 12)
+    assert out.partition("助手> ")[2].strip() == expected(folder, "发热", max_new_tokens=12).strip()
+    (model / "generation_config.json").write_text('{"do_sample": true, "top_p": 3}')
+    out, err = talk(model, "发热\n")
+    assert "助手" not in out and "generation_config.json: top_p is 3" in err
+
+
+def test_a_template_that_refuses_does_not_end_the_chat(folder, tmp_path):
+    model = tmp_path / "model"
+    subprocess.run(["cp", "-r", str(folder), str(model)], check=True)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system text here') }}{% endif %}"
+        "{{ '<reserved_106>' if m.role == 'user' else '<reserved_107>' }}{{ m.content }}"
+        "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<reserved_107>{% endif %}"
+    )
+    flags = ["--chat_format", "template", "--max_new_tokens", 9]
+    out, err = talk(model, "/system 你是医生\n发热\n/system\n发热\n", *flags)
+    assert not err
+    first, second = out.split("家长> 发热\n")[1:]
+    assert "no system text here" in first and "助手" not in first
+    assert second.partition("助手> ")[2].strip()
