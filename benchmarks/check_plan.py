@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+LAYOUT = "--batch_size 1 --generation_batch_size 1 --row_length 32 --max_new_tokens 16"
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = [
     ("sft", ""),
@@ -158,6 +159,9 @@ def main() -> None:
         demo = ModelConfig.from_hf({**kind, **base})
         save_model(Transformer(demo), Path(scratch) / "demo")
         runs = [("demo", Path(scratch) / "demo", *run) for run in DEMO]
+        wide = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 8}
+        save_model(Transformer(ModelConfig.from_hf({**kind, **base, **wide})), Path(scratch) / "wide")
+        runs += [("demo", Path(scratch) / "wide", "generate", LAYOUT)]  # whose second copy of the weights counts
         runs += [("baichuan2_7b", arguments.folder, *run) for run in LARGE if arguments.folder]
         print(f"{'peak resident memory, MiB':106}{'plan':>10}{'measured':>10}{'ratio':>8}")
         for i, (shape, folder, stage, changed) in enumerate(runs):

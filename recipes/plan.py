@@ -29,7 +29,8 @@ from pedgpt.adapters import ExpertLoRALinear, adapted_layers, inject_experts, in
 from pedgpt.losses import causal_lm_loss
 from pedgpt.models import ModelConfig, Transformer, generate, memory
 from pedgpt.models.config import NORM_HEAD_KEY, POSITIONS_KEY
-from pedgpt.models.decoding import copy_fits
+from pedgpt.models.decoding import MAX_ROWS, copy_fits
+from pedgpt.models.generation import LAY_OUT_FROM
 
 STAGES = {
     "cpt": "continued_pretrain", "sft": "full_finetune", "dfpo": "dfpo", "experts": "expert_finetune",
@@ -267,13 +268,14 @@ def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host
     reading = memory.forward_peak(sizes, read) + memory.mask_peak(sizes, read)
     cache = [memory.cache_bytes(sizes, batch, length + config.max_new_tokens, dtype)]
     always = {"weights": [p.nbytes for p in model.parameters()]}
-    laid_out = [] if host.on_cuda or not copy_fits(sum(always["weights"])) else always["weights"]
+    lays_out = batch <= MAX_ROWS and config.max_new_tokens >= LAY_OUT_FROM and not host.on_cuda
+    laid_out = always["weights"] if lays_out and copy_fits(sum(always["weights"])) else []
     return {
         "scoring": {**always, "activations": [size * scored.tokens * sizes.hidden_size], "head": scoring},
         # On a CPU the pages of the cache come when they are written, which is later.
         "head": {**always, "cache": cache * host.on_cuda, "head": 2 * matrix},
         "reading": {**always, "cache": cache, "head": matrix + sampled, "activations": reading},
-        # The decoder's own copy of the weights, where it makes one.
+        # Decoding's own copy of the weights, where it makes one.
         "generating": {**always, "layout": laid_out, "cache": cache, "head": matrix + sampled},
     }
 

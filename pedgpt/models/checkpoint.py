@@ -44,7 +44,7 @@ def load_model(
         return _empty(config, dtype or config.dtype).eval()
     files = _read_headers(Path(folder), config)
     model = _empty(config)
-    _fill(model, Path(folder), files, dtype, device)
+    _fill(model, files, dtype, device)
     return model.eval()
 
 
@@ -60,7 +60,7 @@ def load_weights(
     A model that `fully_shard` split over ranks gets only its own rows on each: no rank reads or holds the whole.
     Adapters are left alone. Raises ValueError as `load_model`.
     """
-    _fill(model, Path(folder), _read_headers(Path(folder), model.config), dtype, device)
+    _fill(model, _read_headers(Path(folder), model.config), dtype, device)
 
 
 def save_model(
@@ -137,8 +137,7 @@ def _read_headers(folder: Path, config: ModelConfig) -> list[WeightFile]:
     if config.num_hidden_layers > len(stored):
         raise ValueError(f"{folder}: config.json asks for {config.num_hidden_layers} layers of {len(stored)} weights")
     expected = _empty(config).state_dict()
-    needed = set(expected) - ({HEAD} if config.tie_word_embeddings else set())
-    missing = [key for key in expected if key in needed and key not in stored]
+    missing = [key for key in expected if key not in stored and not (config.tie_word_embeddings and key == HEAD)]
     unexpected = [key for key in stored if key not in expected]
     misshapen = [
         f"{stored[key].file.name}: {key} has the shape {list(stored[key].tensors[key][0])}, not {list(tensor.shape)}"
@@ -151,7 +150,7 @@ def _read_headers(folder: Path, config: ModelConfig) -> list[WeightFile]:
 
 
 def _fill(
-    model: Transformer, folder: Path, files: Sequence[WeightFile], dtype: torch.dtype | None, device: str | torch.device
+    model: Transformer, files: Sequence[WeightFile], dtype: torch.dtype | None, device: str | torch.device
 ) -> None:
     tied = model.config.tie_word_embeddings
     targets = model.state_dict()

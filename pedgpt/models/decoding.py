@@ -1,6 +1,6 @@
 """One-token forward passes on the CPU over weights laid out for them; the whole cost of decoding is reading weights.
 
-Letters: B batch, D hidden, H heads, G key-value heads, K head_dim, S keys held, N specific experts, R rank.
+Letters: B batch, V vocabulary, N specific experts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from pedgpt.models.positions import apply_rope, rope_frequencies, rope_tables
 if TYPE_CHECKING:
     from pedgpt.models.generation import KVCache
     from pedgpt.models.transformer import Transformer
+
+
+MAX_ROWS = 64  # beyond, products are bound by arithmetic and the layout gains little
 
 
 class Product:
@@ -61,14 +64,16 @@ class SharedInput:
                 self.gates = torch.empty_like(self.routes)
                 each = (rows, len(adapted) * self.specific, -1)
                 self.gated = self.s[:, universal:hidden].view(each), self.gates.view(each), h[:, universal:].view(each)
-        weight = torch.zeros(sum(layer.out_features for layer in layers), width + hidden, dtype=dtype)
-        for layer, block in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
-            block[:, :width] = layer.weight.detach()
-            if layer in adapted:
-                number, up = adapted.index(layer), layer.scaling * layer.lora_B.detach()
-                columns = block[:, width:].split((universal, hidden - universal), dim=1)
-                columns[0].view(len(block), len(adapted), -1)[:, number] = up[:, :rank]
-                columns[1].view(len(block), len(adapted), -1)[:, number] = up[:, rank:]
+        weight = layers[0].weight
+        if adapted or len(layers) > 1:
+            weight = torch.zeros(sum(layer.out_features for layer in layers), width + hidden, dtype=dtype)
+            for layer, block in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
+                block[:, :width] = layer.weight.detach()
+                if layer in adapted:
+                    number, up = adapted.index(layer), layer.scaling * layer.lora_B.detach()
+                    columns = block[:, width:].split((universal, hidden - universal), dim=1)
+                    columns[0].view(len(block), len(adapted), -1)[:, number] = up[:, :rank]
+                    columns[1].view(len(block), len(adapted), -1)[:, number] = up[:, rank:]
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         self.product = Product(weight, torch.cat(biases) if biases else None, rows)
 
@@ -86,7 +91,7 @@ class SharedInput:
         return self.product(self.input)
 
 
-class Decoder:
+class DecodeStep:
     """A model's forward pass for one new token a row, over a cache; equal to the model's own up to rounding."""
 
     def __init__(self, model: Transformer, rows: int) -> None:
@@ -127,13 +132,15 @@ class Decoder:
         return self.head(self.model.model.norm(x))
 
 
-def decoder_for(model: Transformer, rows: int) -> Decoder | None:
-    """A Decoder where one can be had and pays: on the CPU, in evaluation, with memory to spare for its copy.
+def decode_step_for(model: Transformer, rows: int) -> DecodeStep | None:
+    """A DecodeStep where one can be had and pays: on the CPU, in evaluation, with memory to spare for its copy.
 
     None for a model with layers that it does not know, or with hooks, which it would pass by.
     """
     parameters = list(model.parameters())
-    if model.training or rows > 64 or any(type(p.data) is not Tensor or p.device.type != "cpu" for p in parameters):
+    if model.training or rows > MAX_ROWS:
+        return None
+    if any(type(p.data) is not Tensor or p.device.type != "cpu" for p in parameters):
         return None
     dtypes = {p.dtype for p in model.model.layers.parameters()}
     if not dtypes <= {torch.float32, torch.bfloat16} or not torch.backends.mkldnn.is_available():
@@ -145,15 +152,9 @@ def decoder_for(model: Transformer, rows: int) -> Decoder | None:
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks or getattr(module, "gate_record", None) is not None:
             return None
-        if (
-            type(module) is not nn.Linear
-            and isinstance(module, nn.Linear)
-            and not hasattr(module, "adapter_parameters")
-        ):
-            return None
     if any(not _uniform(group) for block in model.model.layers for group in _groups(block)):
         return None
-    return Decoder(model, rows)
+    return DecodeStep(model, rows)
 
 
 def _supports_bfloat16() -> bool:

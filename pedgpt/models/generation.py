@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.models.config import inside_folder, parse_json
-from pedgpt.models.decoding import decoder_for
+from pedgpt.models.decoding import decode_step_for
 
 if TYPE_CHECKING:
     from pedgpt.models.transformer import Transformer
@@ -132,7 +132,7 @@ def generate_steps(
             return
         tokens, positions = chosen[:, None], positions + 1
         if count == 1 and max_new_tokens >= LAY_OUT_FROM:
-            decoder = decoder_for(model, len(prompts))
+            decoder = decode_step_for(model, len(prompts))
         if decoder is not None:
             logits = decoder(tokens, positions, documents, cache)
         else:

@@ -8,7 +8,7 @@ import torch
 
 from pedgpt.adapters import ExpertLoRALinear, LoRALinear, adapters_disabled, inject_experts, inject_lora, record_gates
 from pedgpt.models import decoding, generate, generation
-from pedgpt.models.decoding import Decoder, SharedInput, decoder_for
+from pedgpt.models.decoding import DecodeStep, SharedInput, decode_step_for
 from pedgpt.models.generation import KVCache
 
 KINDS = ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"]
@@ -42,7 +42,7 @@ def adapted(make_model):
 @torch.no_grad()
 def stepwise(model, tokens, prompt, documents=None):
     """Logits [B, T - prompt, V]: the prompt as the model reads it, then token by token."""
-    decoder, cache = Decoder(model, len(tokens)), KVCache(model, *tokens.shape)
+    decoder, cache = DecodeStep(model, len(tokens)), KVCache(model, *tokens.shape)
     model.hidden_states(tokens[:, :prompt], documents=documents, cache=cache)
     steps = []
     for t in range(prompt, tokens.shape[1]):
@@ -98,13 +98,13 @@ def test_generation_is_the_same_whether_or_not_weights_are_laid_out(adapted, mon
     expected = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in prompts]
     monkeypatch.setattr(generation, "LAY_OUT_FROM", laid_out_from)
     made = []
-    monkeypatch.setattr(generation, "decoder_for", lambda *given: made.append(decoder_for(*given)) or made[-1])
+    monkeypatch.setattr(generation, "decode_step_for", lambda *given: made.append(decode_step_for(*given)) or made[-1])
     assert generate(model, prompts, max_new_tokens=20) == expected
-    assert [type(decoder) for decoder in made] == ([Decoder] if laid_out_from <= 20 else [])
+    assert [type(decoder) for decoder in made] == ([DecodeStep] if laid_out_from <= 20 else [])
 
 
 def test_short_answers_do_not_pay_for_the_layout(make_model, monkeypatch):
-    monkeypatch.setattr(generation, "decoder_for", None)
+    monkeypatch.setattr(generation, "decode_step_for", None)
     model = make_model("llama")
     assert len(generate(model, [[5]], max_new_tokens=generation.LAY_OUT_FROM - 1)[0]) == generation.LAY_OUT_FROM - 1
 
@@ -124,18 +124,18 @@ def test_weights_are_read_anew_by_every_call(make_model):
 
 def test_where_a_copy_would_not_do_there_is_none(adapted, monkeypatch):
     model = adapted("llama", "experts")
-    assert isinstance(decoder_for(model, 4), Decoder)
-    assert decoder_for(model, 65) is None
-    assert decoder_for(model.train(), 4) is None  # the gates are noisy
+    assert isinstance(decode_step_for(model, 4), DecodeStep)
+    assert decode_step_for(model, 65) is None
+    assert decode_step_for(model.train(), 4) is None  # the gates are noisy
     with record_gates(model.eval()):
-        assert decoder_for(model, 4) is None  # the records would miss what it decodes
-    assert decoder_for(model.double(), 4) is None
+        assert decode_step_for(model, 4) is None  # the records would miss what it decodes
+    assert decode_step_for(model.double(), 4) is None
     model.float()
     size = sum(parameter.nbytes for parameter in model.parameters())
     monkeypatch.setattr(decoding, "available_memory", lambda: 2 * size - 1)
-    assert decoder_for(model, 4) is None
+    assert decode_step_for(model, 4) is None
     monkeypatch.setattr(decoding, "available_memory", lambda: 2 * size)
-    assert decoder_for(model, 4) is not None
+    assert decode_step_for(model, 4) is not None
 
 
 def test_available_memory_is_what_the_system_says():
@@ -159,28 +159,28 @@ def test_models_that_the_decoder_does_not_know_are_left_alone(adapted, monkeypat
     mixed = adapted("llama", "none")
     attention = mixed.model.layers[1].self_attn
     attention.q_proj, attention.v_proj = LoRALinear(attention.q_proj, rank=2), LoRALinear(attention.v_proj, rank=4)
-    assert decoder_for(mixed.eval(), 2) is None  # two ranks in one product
+    assert decode_step_for(mixed.eval(), 2) is None  # two ranks in one product
     attention.v_proj = ExpertLoRALinear(attention.k_proj, rank=2)
-    assert decoder_for(mixed.eval(), 2) is None  # two kinds
+    assert decode_step_for(mixed.eval(), 2) is None  # two kinds
 
     class Doubled(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
     other = adapted("llama", "none")
-    assert isinstance(decoder_for(other, 2), Decoder)
+    assert isinstance(decode_step_for(other, 2), DecodeStep)
     other.model.layers[0].mlp.down_proj = Doubled(50, 48, bias=False).eval()
-    assert decoder_for(other, 2) is None
+    assert decode_step_for(other, 2) is None
 
     hooked = adapted("llama", "none")
     handle = hooked.model.layers[0].register_forward_hook(lambda *_: None)
-    assert decoder_for(hooked, 2) is None
+    assert decode_step_for(hooked, 2) is None
     handle.remove()
-    assert isinstance(decoder_for(hooked, 2), Decoder)
+    assert isinstance(decode_step_for(hooked, 2), DecodeStep)
 
     half = adapted("llama", "none").bfloat16()
     monkeypatch.setattr(decoding, "_supports_bfloat16", lambda: False)  # most processors without AVX512
-    assert decoder_for(half, 2) is None
+    assert decode_step_for(half, 2) is None
     assert len(generate(half, [[5]], max_new_tokens=20)[0]) == 20
 
 

@@ -203,6 +203,14 @@ def test_generation_counts_the_cache():
     assert re.search(r"^key-value cache +0\.00 +0\.00 +2\.00 +2\.00$", out, re.M)
 
 
+@pytest.mark.parametrize(("new", "rows", "copied"), [(16, 8, True), (15, 8, False), (16, 65, False)])
+def test_decodings_copy_of_the_weights_counts_where_there_is_one(new, rows, copied):
+    flags = ["--generation_batch_size", rows, "--max_new_tokens", new, "--device", "cpu", "--memory_gib", 80]
+    _, out, _ = called("--config", CONFIGS / "demo/evaluate.toml", *flags)
+    weights, copies = (re.search(rf"^{part} .* ([\d.]+)$", out, re.M) for part in ("weights", "weights laid out anew"))
+    assert bool(copies) == copied and (not copied or copies[1] == weights[1] != "0.0")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
