@@ -6,7 +6,7 @@ Letters: N specific experts, R rank, one universal expert first: (N+1)·R rows o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pedgpt.adapters.lora import AdaptedLinear
+from pedgpt.kernels import lora_linear
 
 
 class ExpertLoRALinear(AdaptedLinear):
@@ -22,10 +23,10 @@ class ExpertLoRALinear(AdaptedLinear):
         G(x) = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ)),  ε ~ N(0,1) while training, 0 in evaluation
         y    = W x (+ b) + (α/r) ( E_u(x) + Σ_j G(x)_j E_j(x) ),  E(x) = B A x
 
-    Computed as one LoRA of rank (N+1)·r whose hidden vector the gate scales: a single skinny product reads x for all A,
-    W_g and W_n, and no [tokens, experts, out] tensor exists. That product runs in the dtype of x, the rest of the
-    gate in float32. W_g (`router` [N, in]) and W_n (`router_noise` [N, in]) start at zero (Shazeer et al. 2017), so
-    the gates start equal, with noise of scale softplus(0).
+    Computed as one LoRA of rank (N+1)·r whose hidden vector the gate scales, by `pedgpt.kernels.lora_linear`: no
+    [tokens, experts, out] tensor exists. Products run in the dtype of x, the gate in float32. Dropout reaches the
+    experts, not the router; `rslora` scales by α/√r. W_g (`router` [N, in]) and W_n (`router_noise` [N, in]) start at
+    zero (Shazeer et al. 2017), so the gates start equal, with noise of scale softplus(0).
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class ExpertLoRALinear(AdaptedLinear):
         alpha: float = 16,
         num_specific_experts: int = 3,
         dropout: float = 0.0,
+        *,
+        rslora: bool = False,
     ) -> None:
         if num_specific_experts < 1:
             raise ValueError(f"num_specific_experts must be at least 1, found {num_specific_experts}")
-        super().__init__(base, rank, alpha, dropout, hidden_size=(num_specific_experts + 1) * rank)
+        super().__init__(base, rank, alpha, dropout, rslora, hidden_size=(num_specific_experts + 1) * rank)
         self.num_specific_experts = num_specific_experts
         self.router = nn.Parameter(self.lora_A.new_zeros(num_specific_experts, base.in_features))
         self.router_noise = nn.Parameter(torch.zeros_like(self.router))
@@ -60,57 +63,72 @@ class ExpertLoRALinear(AdaptedLinear):
         return [(self.lora_A[rows], self.lora_B[:, rows]) for rows in slices]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
-            return y
-        if self.dropout and self.training:
-            # The experts see the dropped input, the router the whole one, so these are two products.
-            s = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
-            routes = F.linear(x, torch.cat((self.router, self.router_noise)).to(x.dtype))
-        else:
-            packed = F.linear(x, torch.cat((self.lora_A, self.router, self.router_noise)).to(x.dtype))
-            s, routes = packed.split((len(self.lora_A), 2 * self.num_specific_experts), dim=-1)
-        gates = self.gates(routes)
+            return F.linear(x, self.weight, self.bias)
+        y, gates = lora_linear(
+            x, self.weight, self.bias, self.lora_A, self.lora_B,
+            scaling=self.scaling, router=self.router, router_noise=self.router_noise, noise=self.noise(x),
+            dropped=self.dropped(x),
+        )  # fmt: skip
         if self.gate_record is not None:
+            assert gates is not None
             self.gate_record.add(gates)
-        weights = F.pad(gates, (1, 0), value=1.0) * self.scaling  # [..., N+1], the universal expert's is α/r
-        h = s * weights.repeat_interleave(self.rank, dim=-1).to(s.dtype)
-        return y + F.linear(h, self.lora_B.to(x.dtype))
+        return y
 
-    def gates(self, routes: Tensor) -> Tensor:
-        """G [..., N] in float32 (or float64) from x W_g and x W_n side by side [..., 2N]; noisy while training."""
-        clean, noise_scale = routes.to(torch.promote_types(routes.dtype, torch.float32)).chunk(2, dim=-1)
-        if self.training:
-            noise = torch.randn_like(clean) if self.noise_stream is None else self.noise_stream.normal(clean)
-            clean = clean + noise * F.softplus(noise_scale)
-        return clean.softmax(-1)
+    def noise(self, x: Tensor) -> Tensor | None:
+        """ε [..., N] for x [..., in] while training, in float32 or float64; None in evaluation."""
+        if not self.training:
+            return None
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        like = torch.empty(*x.shape[:-1], self.num_specific_experts, dtype=dtype, device=x.device)
+        return torch.randn_like(like) if self.noise_stream is None else self.noise_stream.normal(like)
 
 
 class GateRecord:
-    """Running mean of one layer's gates, float64 on the layer's own device."""
+    """Sums over tokens of one layer's gates and of their entropy, on the layer's device until they are read."""
 
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.count = 0
+    def __init__(self, where: Tensor | None = None) -> None:
+        self.where = where
+        self.totals: Tensor | None = None  # [N + 2] float64: gates, entropy, number of tokens
 
     def add(self, gates: Tensor) -> None:
-        total = gates.detach().reshape(-1, gates.shape[-1]).sum(0, dtype=torch.float64)
-        self.total = total if self.total is None else self.total + total
-        self.count += gates[..., 0].numel()
+        """Count the tokens of gates [..., N], or those of them where `where` [...] is true."""
+        gates = gates.detach()
+        values = torch.cat(
+            (gates, torch.special.entr(gates).sum(-1, keepdim=True), torch.ones_like(gates[..., :1])), dim=-1
+        )
+        if self.where is not None:
+            values = values * self.where[..., None]
+        totals = values.reshape(-1, values.shape[-1]).sum(0, dtype=torch.float64)
+        self.totals = totals if self.totals is None else self.totals + totals
+
+    @property
+    def count(self) -> int:
+        """How many tokens were seen."""
+        return 0 if self.totals is None else int(self.totals[-1])
 
     def mean(self) -> list[float]:
         """Mean weight of each specific expert over the tokens seen; sums to 1."""
-        assert self.total is not None
-        return (self.total / self.count).tolist()
+        assert self.totals is not None
+        return (self.totals[:-2] / self.totals[-1]).tolist()
+
+    def entropy(self) -> float:
+        """Mean entropy of the gates over the tokens seen, in nats: 0 where one expert has all, log N where equal."""
+        assert self.totals is not None
+        return (self.totals[-2] / self.totals[-1]).item()
 
 
 @contextmanager
-def record_gates(model: nn.Module) -> Iterator[dict[str, GateRecord]]:
-    """Within the context, collect every expert layer's gates by module name."""
+def record_gates(model: nn.Module, where: Tensor | None = None) -> Iterator[dict[str, GateRecord]]:
+    """Within the context, collect every expert layer's gates by module name, without waiting for the device.
+
+    `where` [B, T] (bool) chooses the tokens that count. What activation checkpointing computes again is not counted
+    again if the backward pass runs outside of the context.
+    """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, ExpertLoRALinear)}
     if not layers:
         raise ValueError("the model has no expert layers; inject_experts or load_adapter first")
-    records = {name: GateRecord() for name in layers}
+    records = {name: GateRecord(where) for name in layers}
     for name, layer in layers.items():
         layer.gate_record = records[name]
     try:
@@ -118,6 +136,16 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, GateRecord]]:
     finally:
         for layer in layers.values():
             layer.gate_record = None
+
+
+def gate_metrics(records: Mapping[str, GateRecord]) -> dict[str, Tensor]:
+    """Each specific expert's weight and the gates' entropy, averaged over layers and *summed* over the tokens.
+
+    Scalars on the device, by the names `gates/expert_1` … and `gates/entropy`.
+    """
+    totals = torch.stack([record.totals for record in records.values() if record.totals is not None]).mean(0)
+    names = [f"gates/expert_{j + 1}" for j in range(len(totals) - 2)] + ["gates/entropy"]
+    return dict(zip(names, totals[:-1].unbind(), strict=True))
 
 
 class NoiseStream:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pedgpt.kernels import lora_linear
+
 
 class AdaptedLinear(nn.Linear):
     """A frozen or trainable `nn.Linear` with a low-rank addition that can be switched off.
@@ -15,14 +17,17 @@ class AdaptedLinear(nn.Linear):
     It takes over `base`'s own weight and bias, so the base layer's names in the state dict stay what they were.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, hidden_size: int) -> None:
+    def __init__(
+        self, base: nn.Linear, rank: int, alpha: float, dropout: float, rslora: bool, hidden_size: int
+    ) -> None:
         if rank < 1:
             raise ValueError(f"rank must be at least 1, found {rank}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), found {dropout}")
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = dropout
         self.enabled = True
         # Adapters train in float32 over a bf16 base: at bf16 a small update would round away.
@@ -39,17 +44,26 @@ class AdaptedLinear(nn.Linear):
         """The adapter's own tensors by name, everything that training changes."""
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
+    def dropped(self, x: Tensor) -> Tensor | None:
+        """dropout(x) for A to read while training with dropout; None where it reads x."""
+        return F.dropout(x, self.dropout) if self.dropout and self.training else None
+
 
 class LoRALinear(AdaptedLinear):
-    """y = W x (+ b) + (α/r) B A dropout(x), with A [r, in] Kaiming-uniform and B [out, r] zero."""
+    """y = W x (+ b) + (α/r) B A dropout(x), with A [r, in] Kaiming-uniform and B [out, r] zero.
 
-    def __init__(self, base: nn.Linear, rank: int = 8, alpha: float = 16, dropout: float = 0.0) -> None:
-        super().__init__(base, rank, alpha, dropout, hidden_size=rank)
+    `rslora` scales by α/√r instead (Kalajdzievski 2023), which keeps the update's size independent of the rank.
+    """
+
+    def __init__(
+        self, base: nn.Linear, rank: int = 8, alpha: float = 16, dropout: float = 0.0, *, rslora: bool = False
+    ) -> None:
+        super().__init__(base, rank, alpha, dropout, rslora, hidden_size=rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
-            return y
-        dropped = F.dropout(x, self.dropout, self.training)
-        s = F.linear(dropped, self.lora_A.to(x.dtype))
-        return y + F.linear(s * self.scaling, self.lora_B.to(x.dtype))
+            return F.linear(x, self.weight, self.bias)
+        y, _ = lora_linear(
+            x, self.weight, self.bias, self.lora_A, self.lora_B, scaling=self.scaling, dropped=self.dropped(x)
+        )
+        return y

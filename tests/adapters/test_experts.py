@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pedgpt.adapters import ExpertLoRALinear, inject_experts, record_gates, set_noise_rows
+from pedgpt.kernels.expert_gate import expert_gate
 
 # in, out, rank, alpha, experts, bias, shape of the input before the width
 CASES = [
@@ -178,11 +179,10 @@ def _cast(value, dtype):
 
 
 def test_gates_of_bf16_routes_match_a_float64_softmax():
-    layer = ExpertLoRALinear(nn.Linear(8, 8, dtype=torch.bfloat16)).eval()
-    routes = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
-    gates = layer.gates(routes)
+    routes = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    gates, _ = expert_gate(routes, None)
     assert gates.dtype == torch.float32
-    torch.testing.assert_close(gates.double(), routes[:, :3].double().softmax(-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gates.double(), routes.double().softmax(-1), rtol=1e-6, atol=0)
 
 
 def test_autocast_runs_and_stays_near_float32():
@@ -290,13 +290,14 @@ def test_initial_weights():
 def test_a_new_gate_is_equal_in_evaluation_and_has_noise_of_scale_softplus_of_zero_in_training():
     layer = ExpertLoRALinear(nn.Linear(4, 4), num_specific_experts=3)
     torch.manual_seed(0)
-    gates = layer.train().gates(torch.zeros(100_000, 6))
+    gates, _ = expert_gate(torch.zeros(100_000, 6), layer.train().noise(torch.zeros(100_000, 4)))
     assert torch.allclose(gates.sum(-1), torch.ones(()))
     # log G_i − log G_j = softplus(0) (ε_i − ε_j) is normal with the standard deviation √2 ln 2.
     differences = (gates[:, 0] / gates[:, 1]).log().double()
     assert abs(differences.std() / (math.sqrt(2) * math.log(2)) - 1) < 5 / math.sqrt(2 * 100_000)
     assert abs(differences.mean()) < 5 * math.sqrt(2) * math.log(2) / math.sqrt(100_000)
-    assert torch.equal(layer.eval().gates(torch.zeros(7, 6)), torch.full((7, 3), 1 / 3))
+    assert layer.eval().noise(torch.zeros(7, 4)) is None
+    assert torch.equal(expert_gate(torch.zeros(7, 3), None)[0], torch.full((7, 3), 1 / 3))
 
 
 def test_noise_only_while_training():
