@@ -1,20 +1,37 @@
 """Adapters: LoRA, the mixture of universal-specific experts, and their storage."""
 
-from pedgpt.adapters.experts import ExpertLoRALinear, record_gates, set_noise_rows
-from pedgpt.adapters.inject import adapted_layers, adapters_disabled, inject_experts, inject_lora
+from pedgpt.adapters.experts import ExpertLoRALinear, GateRecord, gate_metrics, record_gates, set_noise_rows
+from pedgpt.adapters.inject import (
+    active_adapter,
+    adapted_layers,
+    adapter_names,
+    adapters_disabled,
+    inject_experts,
+    inject_lora,
+    merge_lora,
+    set_adapter,
+    unmerge_lora,
+)
 from pedgpt.adapters.lora import LoRALinear
 from pedgpt.adapters.storage import adapter_base, load_adapter, save_adapter
 
 __all__ = [
     "ExpertLoRALinear",
+    "GateRecord",
     "LoRALinear",
+    "active_adapter",
     "adapted_layers",
     "adapter_base",
+    "adapter_names",
     "adapters_disabled",
+    "gate_metrics",
     "inject_experts",
     "inject_lora",
     "load_adapter",
+    "merge_lora",
     "record_gates",
     "save_adapter",
+    "set_adapter",
     "set_noise_rows",
+    "unmerge_lora",
 ]

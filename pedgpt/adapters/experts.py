@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pedgpt.adapters.lora import AdaptedLinear
@@ -64,7 +63,7 @@ class ExpertLoRALinear(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
-            return F.linear(x, self.weight, self.bias)
+            return self.base_type.forward(self, x)
         y, gates = lora_linear(
             x, self.weight, self.bias, self.lora_A, self.lora_B,
             scaling=self.scaling, router=self.router, router_noise=self.router_noise, noise=self.noise(x),

@@ -1,17 +1,33 @@
-"""Put adapters into a model, by module name, and switch them off again."""
+"""Put adapters into a model, by module name; switch between several, switch them off, merge them into the weights."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pedgpt.adapters.experts import ExpertLoRALinear
 from pedgpt.adapters.lora import AdaptedLinear, LoRALinear
 
 ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class _Adapters:
+    """A model's adapters. It is no module, so what is not active is neither in the state dict nor a parameter."""
+
+    layers: dict[str, dict[str, AdaptedLinear]] = field(default_factory=dict)  # adapter -> module name -> layer
+    active: str | None = None
+    merged: dict[str, AdaptedLinear] = field(default_factory=dict)  # what merged layers stand for, untouched
+
+    def of(self, adapter: str | None) -> dict[str, AdaptedLinear]:
+        return {} if adapter is None else self.layers[adapter]
 
 
 def inject_lora(
@@ -20,14 +36,18 @@ def inject_lora(
     rank: int = 8,
     alpha: float = 16,
     dropout: float = 0.0,
+    rslora: bool = False,
     target_modules: str | Sequence[str] = ALL_LINEAR,
+    name: str = "default",
 ) -> list[str]:
     """Freeze the model and give every matching linear layer a LoRA; returns the names that matched.
 
     `target_modules` holds names or patterns (`"q_proj"`, `"*.mlp.*"`), or is "all-linear": every linear layer but the
-    head. Raises ValueError if one matches nothing or the model has adapters already.
+    head. `rslora` scales by α/√r instead of α/r. The adapter gets `name` and is active from now on; others that the
+    model has wait for `set_adapter`. Raises ValueError if a pattern matches nothing, the name is taken, an adapter is
+    merged, or FSDP2 has split the model.
     """
-    return _inject(model, target_modules, lambda base: LoRALinear(base, rank, alpha, dropout))
+    return _inject(model, target_modules, name, lambda base: LoRALinear(base, rank, alpha, dropout, rslora=rslora))
 
 
 def inject_experts(
@@ -37,18 +57,55 @@ def inject_experts(
     alpha: float = 16,
     num_specific_experts: int = 3,
     dropout: float = 0.0,
+    rslora: bool = False,
     target_modules: str | Sequence[str] = ALL_LINEAR,
+    name: str = "default",
 ) -> list[str]:
     """Freeze the model and give every matching linear layer a mixture of experts; otherwise as `inject_lora`."""
-    return _inject(
-        model, target_modules, lambda base: ExpertLoRALinear(base, rank, alpha, num_specific_experts, dropout)
-    )
+
+    def wrap(base: nn.Linear) -> AdaptedLinear:
+        return ExpertLoRALinear(base, rank, alpha, num_specific_experts, dropout, rslora=rslora)
+
+    return _inject(model, target_modules, name, wrap)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Every layer that carries the active adapter, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the model's adapters, in the order in which they came."""
+    return list(_record(model).layers)
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """The name of the adapter that the model computes with, merged or not; None where it is its base."""
+    return _record(model).active
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Compute and train with the adapter `name` from now on; None: with the base alone, of which nothing trains.
+
+    Base weights stay the parameters that they are, under their names; the adapter's tensors move to their device, and
+    to float64 where the base is. An optimizer keeps what it was given, also what is inactive now. Raises ValueError
+    for an unknown name, while an adapter is merged, and for a model that FSDP2 has split.
+    """
+    record = _record(model)
+    _check_can_change(model)
+    if name is not None and name not in record.layers:
+        there = ", ".join(map(repr, record.layers)) or "none; inject_lora, inject_experts or load_adapter first"
+        raise ValueError(f"there is no adapter {name!r}; the model has {there}")
+    _activate(model, name)
 
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the context the model computes exactly what its base does."""
-    layers = list(adapted_layers(model).values())
+    """Within the context the model computes exactly what its base does; ValueError while an adapter is merged."""
+    record = _record(model)
+    if record.merged:
+        raise ValueError("an adapter is merged into the weights and cannot be switched off; unmerge_lora first")
+    layers = [*adapted_layers(model).values(), *(layer for group in record.layers.values() for layer in group.values())]
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False
@@ -59,16 +116,79 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """Every layer that carries an adapter, by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only: bool = False) -> float:
+    """Add the active LoRA to the weights; returns the largest change of a logit that this caused on `probe`.
+
+        W := round(W + (α/r) B A)
+
+    in float32 (float64 stays float64), rounded once to W's dtype, layer by layer. The layers become plain ones again,
+    so `save_model` writes the model; the adapted ones wait for `unmerge_lora`. `probe` holds token ids [B, T]; None:
+    128 fixed random ones. The change is measured in evaluation mode.
+
+    Routed experts depend on the input, so no one matrix equals them. `universal_only` merges the expert that is always
+    on and leaves the others in place, its columns of B zero; `save_adapter` then writes an adapter of the merged base.
+
+    Raises ValueError for experts without `universal_only` and the reverse, without adapters, with adapters merged
+    already or switched off, for weights on the meta device or split by FSDP2, and without both probe and embedding.
+    """
+    _check_can_change(model)
+    record, layers = _record(model), adapted_layers(model)
+    if not layers:
+        raise ValueError("the model has no active adapter to merge; inject_lora, load_adapter or set_adapter first")
+    experts = any(isinstance(layer, ExpertLoRALinear) for layer in layers.values())
+    if experts and not universal_only:
+        raise ValueError(
+            "experts cannot be merged: which of them speak depends on the input, so no one matrix equals them; keep "
+            "the adapter, or merge the expert that is always on with universal_only=True"
+        )
+    if universal_only and not experts:
+        raise ValueError("universal_only is for experts, and the active adapter is a LoRA; leave it out to merge all")
+    if not all(layer.enabled for layer in layers.values()):
+        raise ValueError("adapters are switched off; merge outside of adapters_disabled")
+    if any(layer.weight.is_meta or layer.lora_A.is_meta for layer in layers.values()):
+        raise ValueError("the weights are on the meta device; load_weights first")
+    probe = _default_probe(model) if probe is None else probe
+    before = _logits(model, probe)
+    try:
+        for name, layer in layers.items():
+            record.merged[name] = layer
+            _replace(model, name, _merged(layer))
+        return (_logits(model, probe).double() - before.double()).abs().max().item()
+    except BaseException:  # out of memory, most of all: half a merge helps nobody
+        unmerge_lora(model)
+        raise
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Undo `merge_lora`: the layers' weights and adapters are bit for bit what they were, whatever trained since.
+
+    Raises ValueError if nothing is merged, or for a model that FSDP2 has split.
+    """
+    record = _record(model)
+    if not record.merged:
+        raise ValueError("nothing is merged; merge_lora first")
+    _check_whole(model)
+    for name, layer in record.merged.items():
+        current = _linear(model, name).weight
+        # The model may have moved since. Its dtype is the adapter's only where the user changed it.
+        layer.to(current.device, None if current.dtype == layer.weight.dtype else current.dtype)
+        layer.train(_linear(model, name).training)
+        _replace(model, name, layer)
+    record.merged.clear()
 
 
 def _inject(
-    model: nn.Module, target_modules: str | Sequence[str], wrap: Callable[[nn.Linear], AdaptedLinear]
+    model: nn.Module, target_modules: str | Sequence[str], adapter: str, wrap: Callable[[nn.Linear], AdaptedLinear]
 ) -> list[str]:
-    if adapted_layers(model):
-        raise ValueError("the model has adapters already; load the base model again to attach others")
+    record = _record(model)
+    _check_can_change(model)
+    if adapter in record.layers:
+        raise ValueError(
+            f"the model has adapters already under the name {adapter!r}; give another name=, or use these with "
+            f"set_adapter(model, {adapter!r})"
+        )
+    if foreign := [name for name in adapted_layers(model) if name not in record.of(record.active)]:
+        raise ValueError(f"the model has adapters already that it does not know, as {foreign[0]}; load the base again")
     linears = {
         name: module
         for name, module in model.named_modules()
@@ -84,16 +204,124 @@ def _inject(
         names |= found
     if not names:
         raise ValueError('target_modules is empty; name layers or give "all-linear"')
-    wrapped = {name: wrap(linear) for name, linear in linears.items() if name in names}
+    layers = {name: wrap(_plain(linear, linear.weight)) for name, linear in linears.items() if name in names}
+    _activate(model, None)  # only the base is frozen: a former adapter may train again later
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name, layer in wrapped.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    return list(wrapped)
+    record.layers[adapter] = layers
+    _activate(model, adapter)
+    return list(layers)
 
 
 def _matches(name: str, pattern: str) -> bool:
     if pattern == ALL_LINEAR:
         return True
     return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
+
+
+def _record(model: nn.Module) -> _Adapters:
+    return model.__dict__.setdefault("_adapters", _Adapters())
+
+
+def _check_can_change(model: nn.Module) -> None:
+    if _record(model).merged:
+        raise ValueError("an adapter is merged into the weights; unmerge_lora first")
+    _check_whole(model)
+
+
+def _check_whole(model: nn.Module) -> None:
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError("FSDP2 has split the model, its layers cannot be changed now; do it before fully_shard")
+
+
+def _activate(model: nn.Module, adapter: str | None) -> None:
+    """Put an adapter's layers where the active one's are; where it has none, plain ones."""
+    record = _record(model)
+    if adapter == record.active:
+        return
+    leaving, coming = record.of(record.active), record.of(adapter)
+    for name in {**leaving, **coming}:
+        current = _linear(model, name)
+        layer = coming.get(name)
+        if layer is None:
+            _replace(model, name, _plain(current, current.weight))
+        else:
+            _attach(layer, current)
+            _replace(model, name, layer)
+    for layer in leaving.values():
+        _detach(layer)
+    record.active = adapter
+
+
+def _attach(layer: AdaptedLinear, current: nn.Linear) -> None:
+    """Make a layer ready to stand in for `current`: over its weights as they are now, in its mode and place."""
+    _detach(layer)
+    weight = current.weight
+    # As AdaptedLinear begins: over half precision in a dtype of its own, over the meta device where it is.
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    layer.to(None if weight.is_meta else weight.device, None if half else weight.dtype)
+    layer.weight, layer.bias = weight, current.bias
+    layer.train(current.training)
+
+
+def _detach(layer: AdaptedLinear) -> None:
+    """Let go of the base: its parameters may be replaced while the layer is away, and nobody else should keep them."""
+    layer.register_parameter("weight", None)
+    layer.register_parameter("bias", None)
+
+
+def _plain(current: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A layer without adapter in the place of `current`, of the type that it had at first, over `weight`."""
+    kind = current.base_type if isinstance(current, AdaptedLinear) else type(current)
+    plain = kind(current.in_features, current.out_features, bias=current.bias is not None, device="meta")
+    plain.weight, plain.bias = weight, current.bias
+    return plain.train(current.training)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+@torch.no_grad()
+def _merged(layer: AdaptedLinear) -> nn.Linear:
+    """A layer over W + (α/r) B A, or for experts, over W + (α/r) B_u A_u with the other experts left."""
+    a, b = layer.universal_expert if isinstance(layer, ExpertLoRALinear) else (layer.lora_A, layer.lora_B)
+    total = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32), copy=True)
+    total.addmm_(b.to(total.dtype), a.to(total.dtype), alpha=layer.scaling)
+    weight = nn.Parameter(total.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
+    if not isinstance(layer, ExpertLoRALinear):
+        return _plain(layer, weight)
+    rest = copy.copy(layer)
+    rest._parameters = {**layer._parameters, "weight": weight}
+    for name, parameter in layer.adapter_parameters().items():  # its own, so that training leaves the original alone
+        rest._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    rest.lora_B[:, : layer.rank] = 0
+    return rest
+
+
+def _default_probe(model: nn.Module) -> Tensor:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(module.num_embeddings, (1, 128), generator=generator, device="cpu")
+            return ids.to(module.weight.device)
+    raise ValueError("the model has no nn.Embedding to draw token ids for; give probe, an input of the model")
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, probe: Tensor) -> Tensor:
+    """What the model computes in evaluation; every module keeps its mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return model(probe)
+    finally:
+        for module, training in modes:
+            module.training = training

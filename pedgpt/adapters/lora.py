@@ -25,7 +25,7 @@ class AdaptedLinear(nn.Linear):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), found {dropout}")
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
+        self.weight, self.bias, self.base_type = base.weight, base.bias, type(base)
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = dropout
@@ -62,7 +62,7 @@ class LoRALinear(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
-            return F.linear(x, self.weight, self.bias)
+            return self.base_type.forward(self, x)
         y, _ = lora_linear(
             x, self.weight, self.bias, self.lora_A, self.lora_B, scaling=self.scaling, dropped=self.dropped(x)
         )

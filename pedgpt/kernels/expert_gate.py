@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.kernels.linear import product
+
 try:
     import triton
     import triton.language as tl
@@ -62,9 +64,9 @@ def _down_gate(
 ) -> Gated:
     columns = (experts + 1) * rank
     if dropped is None:
-        s, routes = (x @ packed.t()).split((columns, len(packed) - columns), dim=-1)
+        s, routes = product(x, packed).split((columns, len(packed) - columns), dim=-1)
     else:
-        s, routes = dropped @ packed[:columns].t(), x @ packed[columns:].t()
+        s, routes = product(dropped, packed[:columns]), product(x, packed[columns:])
     if experts == 0:
         return Gated(s * scaling, s, None, None)
     gates, slope = expert_gate(routes, noise)
@@ -74,7 +76,7 @@ def _down_gate(
 def _down_gate_backward(
     dy: Tensor, lora_B: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    dh = dy @ lora_B
+    dh = product(dy, lora_B.t())
     if gates is None:
         return dh * scaling, s * scaling
     experts = gates.shape[-1]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pedgpt.kernels.expert_gate import down_gate, down_gate_backward, implementation
+from pedgpt.kernels.linear import product, product_onto
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -41,9 +42,7 @@ class _LoRALinear(torch.autograd.Function):
             x, packed, noise,
             experts=experts, rank=len(lora_A) // (experts + 1), scaling=scaling, dropped=dropped, impl=impl,
         )  # fmt: skip
-        up = lora_B.to(x.dtype).t()
-        y = h @ up if bias is None else torch.addmm(bias, h, up)
-        y.addmm_(x, weight.t())
+        y = product_onto(product(h, lora_B.to(x.dtype), bias), x, weight)
         ctx.save_for_backward(
             x, weight, lora_A, lora_B, router, router_noise, s if s.element_size() == 2 else None, gates, slope, dropped
         )
@@ -59,26 +58,26 @@ class _LoRALinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router, needs_noise, _, needs_dropped = (
             ctx.needs_input_grad[:9]
         )
-        packed = _pack(lora_A, router, router_noise, x.dtype)
+        packed, dy = _pack(lora_A, router, router_noise, x.dtype), dy.contiguous()
         if s is None:
-            s = (x if dropped is None else dropped) @ packed[: len(lora_A)].t()
+            s = product(x if dropped is None else dropped, packed[: len(lora_A)])
         ds, h = down_gate_backward(dy, lora_B.to(x.dtype), s, gates, slope, scaling=ctx.scaling, impl=ctx.impl)
         dx = dweight = dbias = dA = dB = drouter = dnoise = ddropped = None
         columns = slice(len(lora_A) if dropped is not None else 0, None)  # of ds that x itself gave
         if needs_x:
-            dx = (ds[:, columns] @ packed[columns]).addmm_(dy, weight)
+            dx = product_onto(product(ds[:, columns], packed[columns].t()), dy, weight.t())
         if needs_dropped:
-            ddropped = ds[:, : len(lora_A)] @ packed[: len(lora_A)]
+            ddropped = product(ds[:, : len(lora_A)], packed[: len(lora_A)].t())
         if needs_weight:
-            dweight = dy.t() @ x
+            dweight = product(dy.t(), x.t())
         if needs_bias:
             dbias = dy.sum(0)
         if needs_B:
             dB = (dy.t() @ h).to(lora_B.dtype)
         if needs_A or needs_router or needs_noise:
-            dpacked = (ds[:, columns].t() @ x).to(lora_A.dtype)
+            dpacked = product(ds[:, columns].t(), x.t()).to(lora_A.dtype)
             if dropped is not None:
-                dpacked = torch.cat(((ds[:, : len(lora_A)].t() @ dropped).to(lora_A.dtype), dpacked))
+                dpacked = torch.cat((product(ds[:, : len(lora_A)].t(), dropped.t()).to(lora_A.dtype), dpacked))
             dA = dpacked[: len(lora_A)]
             if router is not None:
                 drouter = dpacked[len(lora_A) :][: len(router)]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pedgpt.kernels import Linear
 from pedgpt.models.memory import available_memory
 from pedgpt.models.positions import apply_rope, rope_frequencies, rope_tables
 
@@ -178,7 +179,7 @@ def _groups(block: Any) -> list[list[Any]]:
 
 def _uniform(layers: Sequence[Any]) -> bool:
     """Whether the adapters among these layers are of one kind and size, and all or none have biases."""
-    plain = all(type(layer) is nn.Linear or hasattr(layer, "adapter_parameters") for layer in layers)
+    plain = all(type(layer) in (nn.Linear, Linear) or hasattr(layer, "adapter_parameters") for layer in layers)
     adapted = [layer for layer in layers if getattr(layer, "enabled", False)]
     kinds = {(type(layer), layer.rank, layer.lora_A.shape) for layer in adapted}
     return plain and len(kinds) <= 1 and len({layer.bias is None for layer in layers}) == 1

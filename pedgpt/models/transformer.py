@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pedgpt.kernels import Linear, linear
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.positions import alibi_slopes, apply_rope, rope_frequencies, rope_tables
 
@@ -44,12 +45,12 @@ class Attention(nn.Module):
         self.head_dim = size
         self.fused_qkv = config.fused_qkv
         if self.fused_qkv:
-            self.W_pack = nn.Linear(config.hidden_size, 3 * heads * size, bias=config.attention_bias)
+            self.W_pack = Linear(config.hidden_size, 3 * heads * size, bias=config.attention_bias)
         else:
-            self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=config.attention_bias)
-            self.k_proj = nn.Linear(config.hidden_size, groups * size, bias=config.attention_bias)
-            self.v_proj = nn.Linear(config.hidden_size, groups * size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=config.attention_output_bias)
+            self.q_proj = Linear(config.hidden_size, heads * size, bias=config.attention_bias)
+            self.k_proj = Linear(config.hidden_size, groups * size, bias=config.attention_bias)
+            self.v_proj = Linear(config.hidden_size, groups * size, bias=config.attention_bias)
+        self.o_proj = Linear(heads * size, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.grouped = groups != heads
@@ -81,9 +82,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -163,8 +164,8 @@ class Transformer(nn.Module):
         """Logits [B, T, V] in the model's dtype; arguments as in `hidden_states`."""
         hidden = self.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
         if self.config.normalize_head and not torch.is_grad_enabled():
-            return torch.cat([F.linear(hidden, rows) for rows in self._normalized_rows()], dim=-1)
-        return F.linear(hidden, self.head_weight())
+            return torch.cat([linear(hidden, rows) for rows in self._normalized_rows()], dim=-1)
+        return linear(hidden, self.head_weight())
 
     def hidden_states(
         self,

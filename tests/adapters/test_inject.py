@@ -93,9 +93,19 @@ def test_bad_settings_leave_the_model_alone(make_model, inject, settings):
 def test_a_second_injection_is_refused(make_model, first, second):
     model = make_model()
     matched = first(model, target_modules="q_proj")
-    with pytest.raises(ValueError, match="has adapters already"):
+    with pytest.raises(ValueError, match="has adapters already.*give another name="):
         second(model, target_modules="v_proj")
     assert list(adapted_layers(model)) == matched
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("inject", INJECT)
+def test_settings_reach_every_layer(make_model, inject, rslora):
+    model = make_model()
+    inject(model, rank=4, alpha=6, dropout=0.1, rslora=rslora)
+    found = {(layer.rank, layer.alpha, layer.dropout, layer.rslora, layer.scaling)
+             for layer in adapted_layers(model).values()}  # fmt: skip
+    assert found == {(4, 6, 0.1, rslora, 3 if rslora else 1.5)}
 
 
 @pytest.mark.parametrize("inject", INJECT)

@@ -1,0 +1,103 @@
+"""A whole stage-4 step beside transformers + PEFT LoRA of the same total rank, on the same weights, in one run.
+
+    python benchmarks/bench_expert_step.py
+
+A Llama of 33M parameters (hidden 512, 8 layers, vocabulary 8,000) with adapters on gate, up and down: three specific
+experts and a universal one of rank 16 here, LoRA of rank 64 there. 4 rows of 512 tokens, every one supervised; a step
+is forward, backward and AdamW. The first losses must be equal before anything is timed; the two alternate, and medians
+are compared. bfloat16 means frozen weights in bfloat16, adapters in float32 and autocast, on both sides. Peak memory is
+that of tensors, weights included, as torch's profiler counts allocations.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+
+import torch
+from peft import LoraConfig, get_peft_model
+from profiled_memory import peak_bytes
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pedgpt.adapters import inject_experts
+from pedgpt.losses import causal_lm_loss
+from pedgpt.models import load_model
+
+ROWS, LENGTH, TARGETS = 4, 512, ["gate_proj", "up_proj", "down_proj"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(shape).save_pretrained(folder)
+        print(f"{'':10}{'tokens/s: PEFT':>15}{'pedgpt':>8}{'ratio':>7}{'peak MiB: PEFT':>16}{'pedgpt':>8}{'ratio':>7}")
+        for dtype in (torch.float32, torch.bfloat16):
+            compare(folder, dtype, arguments.repeats)
+
+
+def compare(folder: str, dtype: torch.dtype, repeats: int) -> None:
+    tokens = torch.randint(5, 8000, (ROWS, LENGTH + 1))
+    steps = [peft_step(folder, dtype, tokens), our_step(folder, dtype, tokens)]
+    theirs, ours = (step() for step in steps)
+    if abs(theirs - ours) > (1e-5 if dtype == torch.float32 else 1e-2) * theirs:
+        raise SystemExit(f"the first losses differ: {theirs:.6f} and {ours:.6f}")
+    seconds: list[list[float]] = [[], []]
+    for _ in range(repeats + 1):  # the first round warms up
+        for step, found in zip(steps, seconds, strict=True):
+            began = time.perf_counter()
+            step()
+            found.append(time.perf_counter() - began)
+    theirs_s, ours_s = (statistics.median(values[1:]) for values in seconds)
+    ratios = sorted(a / b for a, b in zip(seconds[0][1:], seconds[1][1:], strict=True))
+    theirs_peak, ours_peak = (peak_bytes(step) / 2**20 for step in steps)
+    count = ROWS * LENGTH
+    print(
+        f"{str(dtype).removeprefix('torch.'):10}{count / theirs_s:>15,.0f}{count / ours_s:>8,.0f}"
+        f"{theirs_s / ours_s:>6.2f}x{theirs_peak:>16,.0f}{ours_peak:>8,.0f}{ours_peak / theirs_peak:>6.2f}x"
+        f"  (ratios of the rounds {ratios[0]:.2f} to {ratios[-1]:.2f})",
+        flush=True,
+    )
+
+
+def make_step(model, forward_loss, dtype):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+    def step() -> float:
+        with torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext():
+            loss = forward_loss()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    step.weights = sum(p.nbytes for p in model.parameters())
+    return step
+
+
+def peft_step(folder: str, dtype: torch.dtype, tokens: torch.Tensor):
+    base = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = get_peft_model(base, LoraConfig(r=64, lora_alpha=128, target_modules=TARGETS)).train()
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return make_step(
+        model, lambda: model(input_ids=inputs, labels=labels, shift_labels=labels, use_cache=False).loss, dtype
+    )
+
+
+def our_step(folder: str, dtype: torch.dtype, tokens: torch.Tensor):
+    model = load_model(folder, dtype=dtype)
+    inject_experts(model, rank=16, alpha=32, num_specific_experts=3, target_modules=TARGETS)
+    model.train()
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return make_step(model, lambda: causal_lm_loss(model(inputs), labels), dtype)
+
+
+if __name__ == "__main__":
+    main()

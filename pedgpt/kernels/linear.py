@@ -1,0 +1,80 @@
+"""Linear layers whose float32 products on the CPU are oneDNN's.
+
+torch calls MKL for them, which on processors not of its maker takes about twice as long (`python
+benchmarks/bench_linear.py`). oneDNN is part of torch; elsewhere, and where it is absent, these are torch's own products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ (+ b) [..., O] for x [..., D], weight [O, D], bias [O]; `F.linear`, up to rounding, and once differentiable."""
+    if not _by_onednn(x, weight) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    if bias is not None and bias.dtype != torch.float32:
+        return F.linear(x, weight, bias)  # which says what is wrong
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ (+ b) [T, O] for x [T, D] and W [O, D], either of which may be transposed in memory; without autograd."""
+    if _by_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise.default(_dense(x), _dense(weight), bias, "none", [], "")
+    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def product_onto(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y + x Wᵀ, rounded once, in the memory of y or another; without autograd. y is given away."""
+    if _by_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise.binary(_dense(x), y, _dense(weight), None, "add")
+    return y.addmm_(x, weight.t())
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            product(dy, weight.t()) if needs_x else None,
+            product(dy.t(), x.t()) if needs_weight else None,
+            dy.sum(0) if needs_bias else None,
+        )
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and x.numel() > 0
+        and weight.numel() > 0
+        and x.shape[-1] == weight.shape[-1]
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """The matrix, copied unless its rows or its columns lie one after another."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()

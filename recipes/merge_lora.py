@@ -1,0 +1,49 @@
+"""Add a LoRA to its base model's weights: one folder that any tool loads, with no adapter to carry along.
+
+    python recipes/merge_lora.py --model runs/7b/sft/model --adapter runs/7b/dfpo/adapter --output runs/7b/dfpo/model
+
+Each weight is summed in float32 and rounded once. Printed is by how much this rounding changed a logit at most, on 128
+random tokens. Experts are refused: what they add depends on the input.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pedgpt.adapters import load_adapter, merge_lora
+from pedgpt.data import load_tokenizer
+from pedgpt.models import load_model, save_model
+from pedgpt.training import run_recipe
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(kw_only=True)
+class Config:
+    model: str  # folder of the base model that the adapter was trained on
+    adapter: str  # folder of a LoRA, ours or PEFT's
+    output: str  # folder to write
+    dtype: str = ""  # of the weights, before the merge and after: float32, bfloat16 or float16; empty: as stored
+
+
+def main(config: Config) -> None:
+    if config.dtype and config.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {config.dtype!r}")
+    if Path(config.output).resolve() in (Path(config.model).resolve(), Path(config.adapter).resolve()):
+        raise ValueError(f"output: {config.output} would replace what is merged; give another folder")
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, dtype=getattr(torch, config.dtype) if config.dtype else None)
+    tokenizer.check_fits(model.config.vocab_size, config.model)
+    names = load_adapter(model, config.adapter)
+    change = merge_lora(model)
+    if not math.isfinite(change):
+        raise ValueError("the merged model computes infinities; give --dtype float32 or bfloat16, which reach further")
+    save_model(model, config.output)
+    tokenizer.save(config.output)
+    print(f"{config.output}: merged into {len(names)} layers; the largest change of a logit is {change:.3g}")
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)

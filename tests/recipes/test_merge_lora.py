@@ -1,0 +1,90 @@
+"""A LoRA merged by command: the folder stands alone, and computes what PEFT's merge computes."""
+
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from pedgpt.adapters import adapted_layers, inject_experts, inject_lora, load_adapter, save_adapter
+from pedgpt.data import load_tokenizer, train_tokenizer
+from pedgpt.models import ModelConfig, Transformer, load_model, save_model
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A small Llama with its tokenizer, and a random LoRA and experts for it."""
+    tokenizer = train_tokenizer(["宝宝发热怎么办？"], vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"])
+    tokenizer.save(tmp_path / "base")
+    config = {
+        "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    save_model(Transformer(ModelConfig.from_hf(config)), tmp_path / "base")
+    for name, inject in (("lora", inject_lora), ("experts", inject_experts)):
+        model = load_model(tmp_path / "base")
+        inject(model, rank=3, alpha=5, target_modules=["q_proj", "*.mlp.*"])
+        for layer in adapted_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.3)
+        save_adapter(model, tmp_path / name)
+    return tmp_path
+
+
+def arguments(folder, adapter="lora", output="merged", model="base"):
+    return ["--model", str(folder / model), "--adapter", str(folder / adapter), "--output", str(folder / output)]
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_the_folder_matches_peft(lab, folders, dtype):
+    result = lab.call("merge_lora", arguments(folders) + (["--dtype", dtype] if dtype else []))
+    assert result.code == 0, result.err
+    assert f"{folders / 'merged'}: merged into 8 layers; the largest change of a logit is " in result.out
+    stored = getattr(torch, dtype or "float32")
+    merged, base = load_model(folders / "merged"), load_model(folders / "base", dtype=stored)
+    assert {p.dtype for p in merged.parameters()} == {stored}
+
+    theirs = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=stored).eval()
+    theirs = PeftModel.from_pretrained(theirs, folders / "lora").merge_and_unload()
+    tight = {"rtol": 1e-6, "atol": 1e-6} if stored == torch.float32 else {"rtol": 2**-7, "atol": 0}
+    state = theirs.state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], **tight)
+
+    load_adapter(base, folders / "lora")
+    probe = torch.randint(300, (1, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        change = (merged(probe).double() - base(probe).double()).abs().max().item()
+    assert float(result.out.split()[-1]) == pytest.approx(change, rel=0.01)
+    assert 0 < change < (1e-4 if stored == torch.float32 else 1)
+    text = "宝宝发热 38.5℃"
+    assert load_tokenizer(folders / "merged").encode(text) == load_tokenizer(folders / "base").encode(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({"adapter": "experts"}, [], "experts cannot be merged.*depends on the input"),
+        ({"adapter": "missing"}, [], "missing.*no such file"),
+        ({"output": "base"}, [], "output: .*base would replace what is merged"),
+        ({"output": "lora/../lora"}, [], "output: .*lora would replace what is merged"),
+        ({}, ["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, found 'int8'"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(lab, folders, changes, settings, message):
+    before = {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()}
+    result = lab.call("merge_lora", arguments(folders, **changes) + settings)
+    assert result.code == 2 and re.search(message, result.err), result.err
+    assert {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()} == before
+
+
+def test_infinite_weights_are_not_written(lab, folders):
+    model = load_model(folders / "base")
+    load_adapter(model, folders / "lora")
+    for layer in adapted_layers(model).values():
+        layer.lora_B.data.mul_(1e6)
+    save_adapter(model, folders / "lora")
+    result = lab.call("merge_lora", [*arguments(folders), "--dtype", "float16"])
+    assert result.code == 2 and "give --dtype float32 or bfloat16" in result.err
+    assert not (folders / "merged").exists()
