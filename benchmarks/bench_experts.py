@@ -5,16 +5,16 @@
     python benchmarks/bench_experts.py --device cuda      # 8,192 tokens in bfloat16, under 8 minutes
 
 Forms: `base` is the frozen nn.Linear alone and what all times are multiples of; `published` PediatricsGPT's layer,
-written here from its definition (SPEC: every expert's output is materialised, noise in every forward, softmax in
-float16); `loop` one expert after another; `PEFT LoRA` ungated, of the same total rank; `torch` and `triton` are
-pedgpt's two forms (Triton on CUDA only). `base, oneDNN` is the base as pedgpt's own models compute it in float32 on the CPU.
-All but PEFT LoRA are first compared with float64 on 64 tokens, output and every gradient.
+written here from its definition (every expert's output is materialised, noise in every forward, softmax in float16);
+`loop` one expert after another; `PEFT LoRA` ungated, of the same total rank; `torch` and `triton` are pedgpt's two
+forms (Triton on CUDA only). `base, oneDNN` is the base as pedgpt's own models compute it in float32 on the CPU. All but
+PEFT LoRA are first compared with float64 on 64 tokens, output and every gradient.
 
 Four experts (one universal) of rank r, training noise on, weights of the base frozen, x with gradient. In bfloat16 the
-peers' adapters are bfloat16, their fastest setting; pedgpt's are float32. Rounds alternate between the forms; a figure is
-the median over rounds of the ratio to the base of the same round. `floor` is 1 + 1.5·E·r·(1/in + 1/out), the arithmetic
-that the experts need at least. Memory is the peak of tensors in forward and backward beside x, dy and the parameters;
-`kept` what stays for the backward pass beside x and the parameters, in bytes a token.
+peers' adapters are bfloat16, their fastest setting; pedgpt's are float32. Rounds alternate between the forms; a figure
+is the median over rounds of the ratio to the base of the same round. `floor` is 1 + 1.5·E·r·(1/in + 1/out), the
+arithmetic that experts need at least. Memory is the peak of tensors in forward and backward beside x, dy and the
+parameters; `kept` what stays for the backward pass beside x and the parameters, in bytes a token.
 """
 
 import argparse
@@ -144,7 +144,8 @@ def compare(arguments, dtype: torch.dtype, tokens: int, size_in: int, size_out: 
     own_tensors = [x, dy, *vars(plain).values(), *own, *peft.parameters()]
     rows = []
     print(f"\n{device}, {dtype_name(dtype)}, {tokens:,} tokens, {size_in} -> {size_out}, 4 experts of rank {rank}")
-    print(f"  {'':14}{'forward':>9}{'backward':>10}{'both':>7}{'floor':>7}{'ms':>9}{'peak MiB':>10}{'kept B/token':>14}")
+    heads = {"forward": 9, "backward": 10, "both": 7, "floor": 7, "ms": 9, "peak MiB": 10, "kept B/token": 14}
+    print(" " * 16 + "".join(f"{head:>{width}}" for head, width in heads.items()))
     floor = 1 + 1.5 * EXPERTS * rank * (1 / size_in + 1 / size_out)
     for name, form in forms.items():
         mine, base = seconds[name][1:], seconds["base"][1:]

@@ -1,4 +1,4 @@
-"""Memory of tensors: the peak during a call (CUDA's own count, or torch's profiler on the CPU), and what autograd keeps."""
+"""Memory of tensors: the peak during a call, and what autograd keeps for the backward pass."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
-    """What `call` holds at most beside what is held before it."""
+    """What `call` holds at most beside what is held before it: CUDA's own count, or torch's profiler on the CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

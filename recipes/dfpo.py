@@ -41,6 +41,7 @@ class Config(training.TrainingSettings):
     label_smoothing: float = 0.0  # assumed share of pairs labelled the wrong way round
     lora_rank: int = 0  # rank of a LoRA on all linear layers; 0 trains all parameters
     lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
+    lora_rslora: bool = False  # by alpha / sqrt(rank) instead
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
     row_length: int = 4096  # most tokens of prompt and answer
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
@@ -79,7 +80,7 @@ def main(config: Config) -> None:
     model = load_model(config.model, dtype=stored, device="meta")
     if config.lora_rank:
         torch.manual_seed(config.seed)
-        inject_lora(model, rank=config.lora_rank, alpha=config.lora_alpha)
+        inject_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, rslora=config.lora_rslora)
     model.activation_checkpointing = config.activation_checkpointing
     training.shard(model, model.model.layers, world, dtype)
     load_weights(model, config.model, dtype=stored, device=world.device)

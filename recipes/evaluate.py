@@ -8,6 +8,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def main(config: Config) -> None:
         load_adapter(model, config.adapter)
     model.eval()
 
-    scores, samples, gates = {}, [], {}
+    scores, samples, gates, entropy = {}, [], {}, {}
     for name, conversations in tasks.items():
         questions = items(conversations, config.limit)
         if not questions:
@@ -103,7 +104,9 @@ def main(config: Config) -> None:
             samples.append({"task": name, "question": asked, "reference": question.reference, "answer": text})
     perplexities = {name: perplexity(model, packed, config.batch_size) for name, packed in rows.items() if packed}
     if any(isinstance(layer, ExpertLoRALinear) for layer in model.modules()):
-        gates = {name: expert_weights(model, packed) for name, packed in task_rows.items() if packed}
+        for name, packed in task_rows.items():
+            if packed:
+                gates[name], entropy[name] = expert_weights(model, packed)
     preference = None
     if pairs:
         preference = dataclasses.asdict(
@@ -120,6 +123,7 @@ def main(config: Config) -> None:
         "tokens": {name: sum(len(row.tokens) for row in packed) for name, packed in rows.items()},
         "preference": preference,
         "gates": gates or None,
+        "gate_entropy": entropy or None,
         "skipped": len(summary.skipped),
         "samples": samples,
     }
@@ -160,11 +164,15 @@ def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSu
     return tasks, task_rows, rows, pairs
 
 
-def expert_weights(model, rows) -> list[float]:
-    """Mean gate weight of each specific expert over all layers; a row at a time, so that no padding is counted."""
+def expert_weights(model, rows) -> tuple[list[float], float]:
+    """Mean gate weight of each specific expert and mean entropy of the gates [nats] over all layers.
+
+    A row at a time, so that no padding is counted.
+    """
     with record_gates(model) as records:
         perplexity(model, rows, batch_size=1)
-    return torch.tensor([record.mean() for record in records.values()]).mean(0).tolist()
+    weights = torch.tensor([record.mean() for record in records.values()]).mean(0).tolist()
+    return weights, sum(record.entropy() for record in records.values()) / len(records)
 
 
 def print_table(results: dict) -> None:
@@ -185,7 +193,9 @@ def print_table(results: dict) -> None:
             )
         )
     for name, weights in (results["gates"] or {}).items():
-        print(f"  expert weights on {name}: " + " ".join(f"{weight:.3f}" for weight in weights))
+        shown = " ".join(f"{weight:.3f}" for weight in weights)
+        most = math.log(len(weights))
+        print(f"  expert weights on {name}: {shown}, entropy {results['gate_entropy'][name]:.3f} of at most {most:.3f}")
     if results["skipped"]:
         print(f"  {results['skipped']} held-out rows skipped as bad or over-long")
 

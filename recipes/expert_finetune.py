@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from pedgpt import training
-from pedgpt.adapters import inject_experts, save_adapter, set_noise_rows
+from pedgpt.adapters import gate_metrics, inject_experts, record_gates, save_adapter, set_noise_rows
 from pedgpt.data import (
     ReadSummary,
     chat_format,
@@ -27,7 +27,7 @@ from pedgpt.data import (
     read_conversations,
     utilization,
 )
-from pedgpt.losses import causal_lm_loss
+from pedgpt.losses import IGNORE_INDEX, causal_lm_loss
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint
 
 
@@ -38,6 +38,7 @@ class Config(training.TrainingSettings):
     heldout_instructions: list[str] = field(default_factory=list)  # for the evaluation during training
     rank: int = 8  # of each expert
     alpha: float = 16.0  # experts are scaled by alpha / rank
+    rslora: bool = False  # by alpha / sqrt(rank) instead
     num_specific_experts: int = 3  # behind the gate, beside the universal one
     dropout: float = 0.0  # on the experts' input
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # names or patterns of linear layers
@@ -76,6 +77,7 @@ def main(config: Config) -> None:
         model,
         rank=config.rank,
         alpha=config.alpha,
+        rslora=config.rslora,
         num_specific_experts=config.num_specific_experts,
         dropout=config.dropout,
         target_modules=config.target_modules,
@@ -93,8 +95,9 @@ def main(config: Config) -> None:
     # Loss: as in stage 2; the gate's noise follows the row, so it does not depend on ranks or accumulation.
     def loss_function(model, batch):
         set_noise_rows(model, config.seed, batch.row_ids)
-        logits = model(batch.tokens, documents=batch.documents)
-        return causal_lm_loss(logits, batch.labels, num_tokens=1), {}
+        with record_gates(model, where=batch.labels != IGNORE_INDEX) as gates:
+            logits = model(batch.tokens, documents=batch.documents)
+        return causal_lm_loss(logits, batch.labels, num_tokens=1), gate_metrics(gates)
 
     def evaluate():
         def make(indices, ids):

@@ -186,6 +186,23 @@ def _paint_gates(run: Run, figure: Figure) -> bool:
     return True
 
 
+def _paint_routing(run: Run, figure: Figure) -> bool:
+    stage = next((stage for stage in run.stages.values() if stage.series("gates/entropy")[0]), None)
+    if stage is None:
+        return False
+    figure.set_size_inches(9, 3.2)
+    weights, entropy = figure.subplots(1, 2)
+    experts = sorted({key for row in stage.metrics for key in row if key.startswith("gates/expert_")})
+    for color, key in zip(itertools.cycle(PALETTE), experts, strict=False):
+        _curve(weights, stage, key, color, key.removeprefix("gates/").replace("_", " "))
+    weights.set(title="Mean gate weight while training", xlabel="step")
+    weights.legend(loc="best")
+    _curve(entropy, stage, "gates/entropy", VIOLET)
+    entropy.axhline(math.log(len(experts)), color=FAINT, linewidth=1)
+    entropy.set(title="Entropy of a token's gates", xlabel="step", ylabel="nats")
+    return True
+
+
 def _paint_dfpo(run: Run, figure: Figure) -> bool:
     stage = next((stage for stage in run.stages.values() if stage.series("logps/chosen")[0]), None)
     if stage is None:
@@ -214,5 +231,6 @@ PLOTS: dict[str, tuple[str, Callable[[Run, Figure], bool]]] = {
     "loss_by_stage.png": ("Training loss of each stage", _paint_losses),
     "metrics_by_stage.png": ("ROUGE-L and perplexity after each stage", _paint_metrics),
     "expert_weights.png": ("Mean gate weight of each expert by task", _paint_gates),
+    "routing.png": ("Gate weights and entropy while the experts train", _paint_routing),
     "dfpo.png": ("DFPO: log-probabilities, reward margin, accuracy and loss", _paint_dfpo),
 }

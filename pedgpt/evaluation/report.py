@@ -5,6 +5,7 @@ Writes report.md and its plots into the folder; without matplotlib (extra `plot`
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import statistics
@@ -226,9 +227,14 @@ def _gate_section(run: Run) -> list[str]:
     for stage in run.stages.values():
         if gates := stage.evaluation["gates"]:
             experts = len(next(iter(gates.values())))
-            rows = [["task", *(f"expert {number}" for number in range(1, experts + 1))]]
-            rows += [[task, *(_show(weight, 3) for weight in gates[task])] for task in ordered(gates, TASKS)]
-            page += [f"Mean weight of each specific expert; {1 / max(experts, 1):.3f} is an equal share."]
+            rows = [["task", *(f"expert {number}" for number in range(1, experts + 1)), "entropy"]]
+            for task in ordered(gates, TASKS):
+                entropy = stage.number("gate_entropy", task)
+                rows.append([task, *(_show(weight, 3) for weight in gates[task]), _show(entropy, 3)])
+            page += [
+                f"Mean weight of each specific expert, {1 / max(experts, 1):.3f} is an equal share; mean entropy of a "
+                f"token's gates in nats, {math.log(max(experts, 1)):.3f} where it asks all experts alike."
+            ]
             page += [_markdown_table(rows)]
     return ["## Which expert answers what", *page] if page else []
 

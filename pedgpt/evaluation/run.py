@@ -1,7 +1,7 @@
 """What a run folder recorded: training metrics and evaluations by stage.
 
 <run>/<stage>/metrics.jsonl      training, one JSON object per logged step
-<run>/evaluation/<stage>.json    "tasks", "perplexity", "preference", "gates", "samples", "signature", "seconds"
+<run>/evaluation/<stage>.json    "tasks", "perplexity", "preference", "gates", "gate_entropy", "samples", "seconds", …
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ SHAPES: dict[str, tuple[type, Any]] = {
     "perplexity": (dict, float | int | None),
     "preference": (dict, float | int | None),
     "gates": (dict, list),
+    "gate_entropy": (dict, float | int | None),
     "samples": (list, dict),
 }
 

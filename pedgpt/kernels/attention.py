@@ -1,13 +1,14 @@
 """Causal attention: torch's fused kernels, and for bfloat16 on the CPU matrix products over blocks of queries.
 
-torch's own CPU kernel converts bfloat16 on the way and multiplies in small pieces; whole products by oneDNN take half
-of its time (`python benchmarks/bench_attention.py`) and keep nothing but q, k, v for the backward pass.
+torch's own CPU kernel multiplies bfloat16 in small pieces; whole products by oneDNN take about half of its time, and
+nothing but q, k, v is kept for the backward pass.
 
 Letters: B batch, H heads, G key-value heads, T tokens, S keys, K head_dim.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+# Queries of a block, and numbers that the scores of a block may have: 2 MiB in float32 stay in a processor's cache.
+BLOCK, SCORES = 128, 2**19
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -24,7 +28,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     lies ahead. Without it a query sees the keys up to its own, if T = S, or all of them, if T = 1.
     """
     tokens = q.shape[2]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and tokens == k.shape[2] >= 64:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and tokens == k.shape[2] >= BLOCK:
         return _BlockedAttention.apply(q, k, v, mask)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and tokens > 1, enable_gqa=q.shape[1] != k.shape[1]
@@ -35,11 +39,15 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, k, v, mask)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for row, (q_row, k_row, v_row) in enumerate(zip(q, k, v, strict=True)):
-            for block, q_block, p in _probabilities(q_row, k_row, None if mask is None else mask[row % len(mask)]):
-                out_block = torch.bmm(p.to(q.dtype), v_row[:, : block.stop])
-                out[row, :, block] = out_block.view(len(q_row), -1, q.shape[-1])
+        out = torch.empty_like(q)
+        scratch = _Scratch(q, k)
+        for row, heads, groups in scratch.parts:
+            keys, values = k[row, groups].contiguous(), v[row, groups].contiguous()
+            for block in scratch.blocks:
+                seen = keys[:, : block.stop].contiguous()
+                _, p = _probabilities(scratch, q[row, heads, block], seen, mask, row, heads, block)
+                found = torch.bmm(scratch.half(p), values[:, : block.stop])
+                out[row, heads, block] = found.view(out[row, heads, block].shape)
         return out
 
     @staticmethod
@@ -47,42 +55,71 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        scale = q.shape[-1] ** -0.5
-        for row, (q_row, k_row, v_row) in enumerate(zip(q, k, v, strict=True)):
-            dk_row = torch.zeros(k_row.shape, dtype=torch.float32)
-            dv_row = torch.zeros_like(dk_row)
-            for block, q_block, p in _probabilities(q_row, k_row, None if mask is None else mask[row % len(mask)]):
-                keys, values = k_row[:, : block.stop], v_row[:, : block.stop]
-                dout_block = dout[row, :, block].reshape(q_block.shape)
-                dv_row[:, : block.stop] += torch.bmm(p.to(q.dtype).transpose(1, 2), dout_block)
-                dp = torch.bmm(dout_block, values.transpose(1, 2)).float()
-                ds = torch._softmax_backward_data(dp, p, -1, torch.float32).mul_(scale).to(q.dtype)
-                dq[row, :, block] = torch.bmm(ds, keys).view(len(q_row), -1, q.shape[-1])
-                dk_row[:, : block.stop] += torch.bmm(ds.transpose(1, 2), q_block)
-            dk[row], dv[row] = dk_row, dv_row
+        scratch = _Scratch(q, k)
+        for row, heads, groups in scratch.parts:
+            keys, values = k[row, groups].contiguous(), v[row, groups].contiguous()
+            dkeys = torch.zeros(keys.shape, dtype=torch.float32)
+            dvalues = torch.zeros_like(dkeys)
+            for block in scratch.blocks:
+                seen = keys[:, : block.stop].contiguous()  # oneDNN would copy a slice for each product
+                q_block, p = _probabilities(scratch, q[row, heads, block], seen, mask, row, heads, block)
+                dout_block = dout[row, heads, block].reshape(q_block.shape)
+                dvalues[:, : block.stop] += torch.bmm(scratch.half(p).transpose(1, 2), dout_block)
+                dp = torch.bmm(dout_block, values[:, : block.stop].transpose(1, 2), out=scratch.get("half", p.shape))
+                dp = scratch.get("scores", p.shape).copy_(dp)
+                # ds = p ⊙ (dp − Σ p ⊙ dp) / √K
+                ds = torch._softmax_backward_data(dp, p, -1, torch.float32, grad_input=dp)
+                ds = scratch.half(ds.mul_(q.shape[-1] ** -0.5))
+                dq[row, heads, block] = torch.bmm(ds, seen).view(q[row, heads, block].shape)
+                dkeys[:, : block.stop] += torch.bmm(ds.transpose(1, 2), q_block)
+            dk[row, groups], dv[row, groups] = dkeys, dvalues
         return dq, dk, dv, None
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Of one batch row, (block of queries, its q [G, H/G · t, K], probabilities [G, H/G · t, block.stop] in float32)."""
-    heads, tokens, size = q.shape
-    groups = len(k)
-    width = max(32, min(128, 2**20 // (heads * tokens)))
-    ahead = None
+class _Scratch:
+    """The order of work, and memory for one block, taken once: fresh pages cost more than the arithmetic on them."""
+
+    def __init__(self, q: Tensor, k: Tensor) -> None:
+        (rows, heads, tokens, _), groups = q.shape, k.shape[1]
+        shared = heads // groups  # queries' heads over one key-value head
+        at_once = max(1, SCORES // (BLOCK * tokens * shared))
+        self.parts = [
+            (row, slice(group * shared, min(group + at_once, groups) * shared), slice(group, group + at_once))
+            for row in range(rows)
+            for group in range(0, groups, at_once)
+        ]
+        self.blocks = [slice(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
+        self.size = min(at_once, groups) * shared * BLOCK * tokens
+        self.ahead = torch.full((BLOCK, BLOCK), -torch.inf).triu_(1)
+        self.buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: torch.Size) -> Tensor:
+        """A buffer of this shape; bfloat16 for "half" and "low", float32 for "scores" and "p"."""
+        if name not in self.buffers:
+            dtype = torch.bfloat16 if name in ("half", "low") else torch.float32
+            self.buffers[name] = torch.empty(self.size, dtype=dtype)
+        return self.buffers[name][: math.prod(shape)].view(shape)
+
+    def half(self, values: Tensor) -> Tensor:
+        return self.get("half", values.shape).copy_(values)
+
+
+def _probabilities(
+    scratch: _Scratch, q: Tensor, keys: Tensor, mask: Tensor | None, row: int, heads: slice, block: slice
+) -> tuple[Tensor, Tensor]:
+    """q [H, T, K] of one block as [G, H/G · T, K], and its probabilities [G, H/G · T, S] in float32, keys [G, S, K]."""
+    (count, tokens, size), seen = q.shape, block.stop
+    q = q.reshape(len(keys), -1, size)
+    shape = torch.Size((*q.shape[:2], seen))
+    transposed = keys.transpose(1, 2)
+    # The scores as a sum of two bfloat16 numbers: rounded once, they would be too coarse for the exponential.
+    high = torch.bmm(q, transposed, out=scratch.get("half", shape))
+    low = torch.baddbmm(high, q, transposed, beta=-1, out=scratch.get("low", shape))
+    scores = scratch.get("scores", shape).copy_(high).add_(low).mul_(size**-0.5)
+    by_head = scores.view(count, tokens, seen)
     if mask is None:
-        ahead = torch.full((width, width), -torch.inf).triu_(1)
-    for start in range(0, tokens, width):
-        block = slice(start, min(start + width, tokens))
-        q_block = q[:, block].reshape(groups, -1, size)
-        keys = k[:, : block.stop].transpose(1, 2)
-        # The scores in two bfloat16 parts, as precise as float32 products of bfloat16 need to be.
-        high = torch.bmm(q_block, keys)
-        scores = high.float().add_(torch.baddbmm(high, q_block, keys, beta=-1)).mul_(size**-0.5)
-        by_head = scores.view(heads, block.stop - start, block.stop)
-        if ahead is not None:
-            by_head[..., start:] += ahead[: block.stop - start, : block.stop - start]
-        elif mask is not None and mask.dtype == torch.bool:
-            by_head.masked_fill_(~mask[:, block, : block.stop], -torch.inf)
-        elif mask is not None:
-            by_head += mask[:, block, : block.stop]
-        yield block, q_block, torch.softmax(scores, dim=-1)
+        by_head[..., block] += scratch.ahead[:tokens, :tokens]
+    else:
+        mask = mask[row % len(mask), heads if mask.shape[1] > 1 else slice(None), block, :seen]
+        by_head.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else by_head.add_(mask)
+    return q, torch.softmax(scores, dim=-1, out=scratch.get("p", shape))

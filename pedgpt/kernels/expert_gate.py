@@ -2,8 +2,8 @@
 
     s = x Aᵀ,  G = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ)),  h = c · s ⊙ [1, G_1 … G_N]
 
-`down_gate` goes from x to h, `down_gate_backward` from dy back to d(x Pᵀ), where P stacks A, W_g and W_n. In Triton each
-is one kernel: a matrix product that reads its large operand once and ends in the gate.
+`down_gate` goes from x to h, `down_gate_backward` from dy back to d(x Pᵀ), where P stacks A, W_g and W_n. In Triton
+each is one kernel: a matrix product that reads its large operand once and ends in the gate.
 
 Letters: T tokens, D width of x, O width of y, N specific experts, r rank, R = (N+1)·r columns of s and h (universal
 expert first), C = R + 2N rows of P while there is noise and R + N without. N = 0 is plain LoRA, which has no gate.
@@ -25,8 +25,9 @@ try:
 except ImportError:  # it exists for Linux alone; the torch form works everywhere
     triton = None
 
-# Beyond so many columns a tile no longer fits beside its operands, and cuBLAS is the better product anyway.
-MAX_COLUMNS = 256
+# Beyond so many columns a tile no longer fits beside its operands, and cuBLAS is the better product anyway; the loops
+# over experts are unrolled, so many of them take long to compile.
+MAX_COLUMNS, MAX_EXPERTS = 256, 64
 
 
 class Gated(NamedTuple):
@@ -50,6 +51,7 @@ def expert_gate(routes: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | 
     if noise is None:
         return routes.softmax(-1), None
     clean, spread = routes.chunk(2, dim=-1)
+    noise = noise.to(routes.dtype)
     return torch.addcmul(clean, noise, F.softplus(spread)).softmax(-1), noise * spread.sigmoid()
 
 
@@ -209,10 +211,11 @@ if triton is not None:
 
 
 def _blocks(x: Tensor, experts: int, columns: int) -> dict[str, Any]:
-    """Tile sizes: 32 tokens fill a GPU at the usual 8,192 and leave the columns' accumulator room."""
+    """Tile sizes: 64 tokens are the least that an H100's tensor cores take whole; a wide accumulator needs more warps."""
     interpreted = type(down_gate_fwd_kernel).__name__ == "InterpretedFunction"
     return {
-        "BLOCK_T": 32 if columns > 128 else 64,
+        "num_warps": 8 if columns > 128 else 4,
+        "BLOCK_T": 64,
         "BLOCK_D": 64 if x.element_size() == 2 else 32,
         "COLUMN_BLOCK": max(16, triton.next_power_of_2(columns)),
         "EXPERT_BLOCK": max(16, triton.next_power_of_2(experts)),
@@ -227,7 +230,7 @@ def _down_gate_triton(
     (tokens, width), columns = x.shape, (experts + 1) * rank
     h, s = x.new_empty(tokens, columns), x.new_empty(tokens, columns)
     gates = x.new_empty(tokens, experts, dtype=torch.float32) if experts else None
-    slope = torch.empty_like(gates) if noise is not None else None
+    slope = None if gates is None or noise is None else torch.empty_like(gates)
     blocks = _blocks(x, experts, columns)
     if tokens:
         down_gate_fwd_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
@@ -268,7 +271,8 @@ def down_gate(
 ) -> Gated:
     """From x [T, D] and P = `packed` [C, D] to h. `noise`: ε [T, N] float32; `dropped` [T, D]: what A reads for x."""
     if impl == "triton" and dropped is None:
-        return _down_gate_triton(x.contiguous(), packed, noise, experts, rank, scaling)
+        noise = None if noise is None else noise.float().contiguous()
+        return _down_gate_triton(x.contiguous(), packed.contiguous(), noise, experts, rank, scaling)
     return _down_gate(x, packed, noise, experts, rank, scaling, dropped)
 
 
@@ -288,7 +292,7 @@ def down_gate_backward(
     return _down_gate_backward(dy, lora_B, s, gates, slope, scaling)
 
 
-def implementation(impl: str | None, x: Tensor, columns: int) -> str:
+def implementation(impl: str | None, x: Tensor, columns: int, experts: int) -> str:
     """ "triton" or "torch": as asked, else Triton on CUDA where it is installed and the sizes and dtype suit it.
 
     Raises ValueError for another name, and where Triton is asked for and cannot be had.
@@ -296,10 +300,11 @@ def implementation(impl: str | None, x: Tensor, columns: int) -> str:
     if impl not in (None, "torch", "triton"):
         raise ValueError(f'impl must be "torch", "triton" or None, found {impl!r}')
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    suits = triton is not None and x.dtype in dtypes and columns <= MAX_COLUMNS
+    suits = triton is not None and x.dtype in dtypes and columns <= MAX_COLUMNS and experts <= MAX_EXPERTS
     if impl == "triton" and not suits:
         raise ValueError(
-            f'impl="triton" needs Triton, float32, bfloat16 or float16, and at most {MAX_COLUMNS} columns '
-            f"(rank × experts); found {x.dtype}, {columns} columns, Triton {'present' if triton else 'absent'}"
+            f'impl="triton" needs Triton, float32, bfloat16 or float16, at most {MAX_COLUMNS} columns (rank × experts) '
+            f"and {MAX_EXPERTS} specific experts; found Triton {'present' if triton else 'absent'}, {x.dtype}, "
+            f"{columns} columns and {experts} experts"
         )
     return impl or ("triton" if suits and x.is_cuda else "torch")

@@ -1,7 +1,7 @@
 """Linear layers whose float32 products on the CPU are oneDNN's.
 
 torch calls MKL for them, which on processors not of its maker takes about twice as long (`python
-benchmarks/bench_linear.py`). oneDNN is part of torch; elsewhere, and where it is absent, these are torch's own products.
+benchmarks/bench_experts.py`). oneDNN is part of torch; elsewhere, and where it is absent, torch's own products stay.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ (+ b) [..., O] for x [..., D], weight [O, D], bias [O]; `F.linear`, up to rounding, and once differentiable."""
+    """x Wᵀ (+ b) [..., O] for x [..., D], weight [O, D], bias [O]: `F.linear` up to rounding, differentiable once."""
     if not _by_onednn(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     if bias is not None and bias.dtype != torch.float32:
@@ -33,6 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b) [T, O] for x [T, D] and W [O, D], either of which may be transposed in memory; without autograd."""
     if _by_onednn(x, weight):
+        bias = None if bias is None else bias.contiguous()
         return torch.ops.mkldnn._linear_pointwise.default(_dense(x), _dense(weight), bias, "none", [], "")
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
@@ -64,15 +65,13 @@ class _Linear(torch.autograd.Function):
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and x.numel() > 0
-        and weight.numel() > 0
-        and x.shape[-1] == weight.shape[-1]
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-    )
+    if torch.compiler.is_compiling():  # which chooses products itself, and cannot trace the operators below
+        return False
+    if torch.float32 != x.dtype or x.dtype != weight.dtype or x.device.type != "cpu" or weight.device.type != "cpu":
+        return False
+    if not x.numel() or not weight.numel() or x.shape[-1] != weight.shape[-1]:
+        return False
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _dense(matrix: Tensor) -> Tensor:

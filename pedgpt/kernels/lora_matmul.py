@@ -118,7 +118,7 @@ def lora_linear(
     gates carry no gradient. `impl`: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
     Raises ValueError for shapes that do not fit.
     """
-    _check(x, weight, lora_A, lora_B, router, router_noise, noise, dropped)
+    _check(x, weight, bias, lora_A, lora_B, router, router_noise, noise, dropped)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -126,10 +126,12 @@ def lora_linear(
     def rows(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])
 
+    bias = None if bias is None else bias.to(dtype)
+    dropped = None if dropped is None else dropped.to(dtype)
     y, gates = _LoRALinear.apply(
-        rows(x.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype), lora_A, lora_B,
-        router, None if noise is None else router_noise, rows(noise), rows(None if dropped is None else dropped.to(dtype)),
-        scaling, implementation(impl, x, len(lora_A)),
+        rows(x.to(dtype)), weight.to(dtype), bias, lora_A, lora_B, router, None if noise is None else router_noise,
+        rows(noise), rows(dropped), scaling,
+        implementation(impl, x, len(lora_A), 0 if router is None else len(router)),
     )  # fmt: skip
     leading = x.shape[:-1]
     return y.view(*leading, len(weight)), None if gates is None else gates.view(*leading, gates.shape[-1])
@@ -138,6 +140,7 @@ def lora_linear(
 def _check(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     router: Tensor | None,
@@ -145,10 +148,13 @@ def _check(
     noise: Tensor | None,
     dropped: Tensor | None,
 ) -> None:
+    if weight.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"weight must be [out, in] and x floating, found {list(weight.shape)} and {x.dtype}")
     size_out, size_in = weight.shape
     experts = 0 if router is None else len(router)
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "x": (x, (*x.shape[:-1], size_in)),
+        "bias": (bias, (size_out,)),
         "lora_A": (lora_A, (len(lora_A), size_in)),
         "lora_B": (lora_B, (size_out, len(lora_A))),
         "router": (router, (experts, size_in)),
@@ -161,5 +167,7 @@ def _check(
             raise ValueError(f"{name} must have the shape {list(shape)}, found {list(tensor.shape)}")
     if len(lora_A) % (experts + 1) or not len(lora_A):
         raise ValueError(f"lora_A has {len(lora_A)} rows, which {experts + 1} experts cannot share")
+    if router is not None and not experts:
+        raise ValueError("router has no rows; leave it out for plain LoRA")
     if noise is not None and router_noise is None:
         raise ValueError("noise needs router_noise, which scales it")

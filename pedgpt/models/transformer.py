@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pedgpt.kernels import Linear, linear
+from pedgpt.kernels import Linear, attention, linear
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.positions import alibi_slopes, apply_rope, rope_frequencies, rope_tables
 
@@ -53,7 +53,6 @@ class Attention(nn.Module):
         self.o_proj = Linear(heads * size, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.grouped = groups != heads
 
     def forward(
         self,
@@ -70,10 +69,7 @@ class Attention(nn.Module):
             q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        # Without a mask, T > 1 means a prompt that starts at the first key; one query sees every key.
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=self.grouped
-        )
+        out = attention(q, k, v, mask)
         return self.o_proj(rearrange(out, "B H T K -> B T (H K)"))
 
 

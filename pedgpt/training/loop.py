@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -133,7 +133,7 @@ def mean_loss(
     """The loss and its metrics over all held-out rows, in evaluation mode, without gradients."""
     training = model.training
     model.eval()
-    sums: dict[str, float] = {}
+    sums: dict[str, Any] = {}
     weight = 0.0
     with torch.no_grad():
         # Every rank makes the same number of forward passes, perhaps empty ones: sharded weights are gathered together.
@@ -144,10 +144,10 @@ def mean_loss(
             with autocast(world, getattr(torch, settings.dtype)):
                 loss, metrics = loss_function(model, batch.to(world.device))
             for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+                sums[name] = sums.get(name, 0.0) + value
             weight += batch.weight
     model.train(training)
-    *totals, weight = sum_over_ranks([*sums.values(), weight], world)
+    *totals, weight = sum_over_ranks([*_numbers(sums.values()), weight], world)
     return {name: total / max(weight, 1) for name, total in zip(sums, totals, strict=True)}
 
 
@@ -202,7 +202,7 @@ def _step(
         (loss * (world.size / max(weight, 1))).backward()
         for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
-    totals = sum_over_ranks([float(value) for value in sums.values()], world)
+    totals = sum_over_ranks(_numbers(sums.values()), world)
     means = {name: total / max(weight, 1) for name, total in zip(sums, totals, strict=True)}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
@@ -213,3 +213,9 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return means, int(num_tokens), grad_norm
+
+
+def _numbers(values: Iterable[Tensor]) -> list[float]:
+    """Scalars on one device or several, in one transfer: each would wait for the device."""
+    scalars = [value.detach().double() for value in values]
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pedgpt.adapters import ExpertLoRALinear, inject_experts, record_gates, set_noise_rows
+from pedgpt.kernels import Linear
 from pedgpt.kernels.expert_gate import expert_gate
 
 # in, out, rank, alpha, experts, bias, shape of the input before the width
@@ -252,7 +253,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_new_adapter_is_the_identity_bit_for_bit(dtype, training):
-    base = nn.Linear(17, 9, dtype=dtype)
+    base = Linear(17, 9, dtype=dtype)
     x = torch.randn(4, 17, dtype=dtype)
     assert torch.equal(ExpertLoRALinear(base).train(training)(x), base(x))
 

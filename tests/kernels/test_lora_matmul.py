@@ -309,6 +309,7 @@ def test_equal_gates_give_the_mean_of_the_experts(experts, bias, impl):
     assert error(y, expected) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # from switching oneDNN
 @both_impls
 @pytest.mark.parametrize("onednn", [False, True], ids=["torch's products", "oneDNN's products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
