@@ -23,6 +23,7 @@ DISCLAIMER = "仅供研究演示，不能代替医生。For research only; no su
 class Config:
     model: str = ""  # folder of the model; empty: the one that the adapter was trained on
     adapter: str = ""  # folder of an adapter to attach
+    uniform_routing: bool = False  # equal gates where an adapter of the published code lacks its routers
     system: str = ""  # system text
     temperature: float | None = None  # 0 is greedy
     top_k: int | None = None  # sample among so many tokens; 0: all
@@ -54,7 +55,7 @@ def main(config: Config) -> None:
     model = load_model(config.model, dtype=getattr(torch, config.dtype), device=device)
     tokenizer.check_fits(model.config.vocab_size, config.model)
     if config.adapter:
-        load_adapter(model, config.adapter)
+        load_adapter(model, config.adapter, uniform_routing=config.uniform_routing)
     model.eval()
     sampling["stop_tokens"] = {*chat.stop_tokens, *sampling.get("stop_tokens", ())}
     limit = sampling["max_new_tokens"]

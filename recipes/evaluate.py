@@ -44,6 +44,7 @@ class Config:
     heldout: str  # folder of held-out data
     output: str = ""  # JSON file for the results; empty: print only
     adapter: str = ""  # folder of an adapter to attach
+    uniform_routing: bool = False  # equal gates where an adapter of the published code lacks its routers
     reference: str = ""  # folder of the model that DFPO started from, for reward accuracy
     limit: int = 60  # answers to generate a task
     text_limit: int = 300  # documents of each text to measure perplexity on
@@ -86,7 +87,7 @@ def main(config: Config) -> None:
     reference_logps = pair_logps(load(config.reference), pairs, config.batch_size) if config.reference else None
     model = load(config.model)
     if config.adapter:
-        load_adapter(model, config.adapter)
+        load_adapter(model, config.adapter, uniform_routing=config.uniform_routing)
     model.eval()
 
     scores, samples, gates, entropy = {}, [], {}, {}

@@ -62,7 +62,7 @@ def save_adapter(
     """
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError("the model has no adapters to save; inject_lora or inject_experts first")
+        raise ValueError("the model has no active adapter to save; inject one or set_adapter, or unmerge_lora, first")
     first = next(iter(layers.values()))
     for name, layer in layers.items():
         if _settings(layer) != _settings(first):

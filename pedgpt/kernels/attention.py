@@ -9,7 +9,6 @@ Letters: B batch, H heads, G key-value heads, T tokens, S keys, K head_dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch

@@ -211,7 +211,7 @@ if triton is not None:
 
 
 def _blocks(x: Tensor, experts: int, columns: int) -> dict[str, Any]:
-    """Tile sizes: 64 tokens are the least that an H100's tensor cores take whole; a wide accumulator needs more warps."""
+    """Launch settings: 64 tokens are the least that an H100's tensor cores take whole; wide tiles need more warps."""
     interpreted = type(down_gate_fwd_kernel).__name__ == "InterpretedFunction"
     return {
         "num_warps": 8 if columns > 128 else 4,
