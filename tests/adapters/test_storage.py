@@ -325,7 +325,7 @@ def test_a_save_that_dies_leaves_the_last_adapter(make_model, randomize, tokens,
 
 
 def test_saving_a_model_without_adapters_is_refused(make_model, tmp_path):
-    with pytest.raises(ValueError, match="no adapters to save"):
+    with pytest.raises(ValueError, match="no active adapter to save"):
         save_adapter(make_model(), tmp_path)
     assert not any(tmp_path.iterdir())
 
