@@ -51,6 +51,8 @@ def main(config: Config) -> None:
     config.check()
     if config.beta < 0 or config.mu < 0 or not 0 <= config.label_smoothing < 0.5:
         raise ValueError("beta and mu must not be negative and label_smoothing must be in [0, 0.5)")
+    if config.lora_rslora and not config.lora_rank:
+        raise ValueError("lora_rslora is set without lora_rank, so there is no LoRA to scale; give lora_rank too")
     world = training.start(config.device)
     dtype = getattr(torch, config.dtype)
 
@@ -80,7 +82,10 @@ def main(config: Config) -> None:
     model = load_model(config.model, dtype=stored, device="meta")
     if config.lora_rank:
         torch.manual_seed(config.seed)
-        inject_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, rslora=config.lora_rslora)
+        names = inject_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, rslora=config.lora_rslora)
+        if world.is_main:
+            kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            print(f"LoRA on {len(names)} layers ({kinds})")
     model.activation_checkpointing = config.activation_checkpointing
     training.shard(model, model.model.layers, world, dtype)
     load_weights(model, config.model, dtype=stored, device=world.device)

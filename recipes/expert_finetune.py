@@ -87,7 +87,8 @@ def main(config: Config) -> None:
         share = trainable / sum(parameter.numel() for parameter in model.parameters())
         print(summary.describe())
         print(f"{len(rows):,} rows of {config.row_length}, {utilization(rows, config.row_length):.1%} used")
-        print(f"experts on {len(names)} layers, {trainable:,} trainable parameters ({share:.2%})")
+        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        print(f"experts on {len(names)} layers ({kinds}), {trainable:,} trainable parameters ({share:.2%})")
     model.activation_checkpointing = config.activation_checkpointing
     training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
     load_weights(model, config.model, dtype=getattr(torch, config.dtype), device=world.device)

@@ -26,6 +26,7 @@ import torch
 
 from pedgpt import training
 from pedgpt.adapters import ExpertLoRALinear, adapted_layers, inject_experts, inject_lora
+from pedgpt.kernels.expert_gate import MAX_COLUMNS
 from pedgpt.losses import causal_lm_loss
 from pedgpt.models import ModelConfig, Transformer, generate, memory
 from pedgpt.models.config import NORM_HEAD_KEY, POSITIONS_KEY
@@ -189,14 +190,17 @@ def length_of(config: Any, sizes: ModelConfig) -> int:
 
 def rehearse(stage: str, dtype: str) -> int:
     """Bytes that Python and the libraries hold in this process, once a toy model has made a step."""
-    toy = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    # Large enough for the products, and long enough for the attention, that the stage will load.
+    toy = dict(vocab_size=64, hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=2)
     model = Transformer(ModelConfig.from_hf({"model_type": "llama", **toy}))
     if stage == "generate":
         generate(model.to(getattr(torch, dtype)), [[1, 2], [3]], max_new_tokens=2)
         return resident()
+    if stage == "experts":
+        inject_experts(model.to(getattr(torch, dtype)))
     model.activation_checkpointing = True
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    tokens = torch.zeros(1, 16, dtype=torch.long)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    tokens = torch.zeros(1, 256, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         causal_lm_loss(model(tokens, documents=tokens), tokens).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -239,7 +243,7 @@ def estimate(stage: str, config: Any, sizes: ModelConfig, host: Host) -> tuple[M
     if stage == "generate":
         moments = generation_moments(config, sizes, model, host)
     else:
-        moments = training_moments(stage, config, sizes, model)
+        moments = training_moments(stage, config, sizes, model, host)
         counts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if host.heap:
         small = {
@@ -259,7 +263,7 @@ def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host
     """Scoring whole rows; making the head; reading the longest prompts; answering; the cache at its full length."""
     dtype = getattr(torch, config.dtype)
     length, batch, size = length_of(config, sizes), config.generation_batch_size, dtype.itemsize
-    scored = memory.Pass(config.batch_size, length, dtype, dtype, trains=False)
+    scored = memory.Pass(config.batch_size, length, dtype, dtype, trains=False, on_cuda=host.on_cuda)
     read = dataclasses.replace(scored, rows=batch)
     logits = scored.tokens * sizes.vocab_size
     scoring = max([size * logits] * 2, [size * logits, 4 * logits] + [4 * logits] * (size < 4), key=sum)
@@ -280,7 +284,7 @@ def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host
     }
 
 
-def training_moments(stage: str, config: Any, sizes: ModelConfig, model: Transformer) -> Moments:
+def training_moments(stage: str, config: Any, sizes: ModelConfig, model: Transformer, host: Host) -> Moments:
     """The loss, its gradient, the backward pass from the last block to the embedding, and the update."""
     ranks, blocks, layers = config.ranks, sizes.num_hidden_layers, adapted_layers(model)
     dtype, stored = getattr(torch, config.dtype), model.model.embed_tokens.weight.dtype
@@ -291,17 +295,22 @@ def training_moments(stage: str, config: Any, sizes: ModelConfig, model: Transfo
         compute=dtype,
         trains=not layers,
         adapted={name.rpartition(".")[2] for name in layers},
+        on_cuda=host.on_cuda,
     )
-    adapters = [size for name, layer in layers.items() for size in adapter_tensors(name, layer, run)]
+    kept_by = {name: adapter_tensors(name, layer, run) for name, layer in layers.items()}
+    adapters = [size for kept in kept_by.values() for size in kept]
+    in_mlps = sum(sum(kept) for name, kept in kept_by.items() if ".mlp." in name)
+    transient = memory.backward_peak(sizes, run, in_mlps // blocks)
     block = memory.saved_by_block(sizes, run) + adapters[len(adapters) - len(adapters) // blocks :]
     ends_kept = memory.saved_once(sizes, run)
-    last = ends_kept + block + memory.backward_peak(sizes, run)
+    last = ends_kept + block + transient
     if config.activation_checkpointing:
         kept = memory.saved_by_checkpointing(sizes, run)
-        recomputed = kept + block + memory.backward_peak(sizes, run)
+        # The block's input is kept already, where its first norm keeps it as it is.
+        recomputed = kept + block[run.stream == torch.float32 :] + transient
     else:
         kept = memory.saved(sizes, run) + adapters
-        recomputed = kept + memory.backward_peak(sizes, run)
+        recomputed = kept + transient
     forward, backward = memory.head_peaks(sizes, run)
 
     # Weights as the matrix products see them: gathered by FSDP2, or cast by autocast, which keeps its copies.
@@ -348,25 +357,24 @@ def training_moments(stage: str, config: Any, sizes: ModelConfig, model: Transfo
 
 
 def adapter_tensors(name: str, layer: Any, run: memory.Pass) -> list[int]:
-    """What an adapter keeps for the backward pass beside its input, in bytes.
+    """What an adapter keeps for the backward pass beside its input and the weights, in bytes.
 
-    LoRA its hidden vector; the experts that and their gate; and the weights that were cast or packed for them.
+    In half precision its hidden vector, and with it the routes that one product gave; the experts' gates and their
+    slope; with dropout what A read instead of the input, and what of the input was dropped.
     """
-    n, c, hidden = run.tokens, run.compute.itemsize, len(layer.lora_A)
-    cast = c < layer.lora_A.itemsize
-    # The first block's input needs no gradient, so what multiplies it is not kept.
-    inner = not (name.startswith("model.layers.0.") and name.rpartition(".")[2] in memory.QKV)
-    kept, packed = [c * n * hidden], hidden * cast
+    n, c, columns = run.tokens, run.compute.itemsize, len(layer.lora_A)
+    kept = []
     if isinstance(layer, ExpertLoRALinear):
         experts = layer.num_specific_experts
-        kept += [c * n * hidden, 4 * n * experts, 4 * n * experts] + [8 * n * experts] * (cast or layer.dropout > 0)
-        if layer.dropout:  # A and the gates read the input apart: what is left of it, and where it was dropped
-            kept += [c * n * hidden] + [c * n * layer.in_features] * (1 + inner)
-            packed += 2 * experts
-        else:
-            packed = hidden + 2 * experts
-            kept += [c * n * packed]
-    return kept + [c * packed * layer.in_features] * inner + [c * hidden * layer.out_features] * cast
+        kept += [4 * n * experts] * 2
+        apart = layer.dropout > 0 or (run.on_cuda and columns <= MAX_COLUMNS)  # of the routes
+        columns += 0 if apart else 2 * experts
+    if layer.dropout:
+        leaf, size = name.rpartition(".")[2], n * layer.in_features
+        inner = not (name.startswith("model.layers.0.") and leaf in memory.QKV)  # its input needs a gradient
+        came_in = run.compute if leaf in ("o_proj", "down_proj") else run.stream
+        kept += [c * size] + [size * (1 if run.on_cuda else came_in.itemsize)] * inner
+    return kept + [c * n * columns] * (c == 2)
 
 
 def changes(stage: str, config: Any, sizes: ModelConfig) -> Iterable[tuple[str, str, Any]]:

@@ -92,6 +92,8 @@ class GateRecord:
 
     def add(self, gates: Tensor) -> None:
         """Count the tokens of gates [..., N], or those of them where `where` [...] is true."""
+        if self.where is not None and self.where.shape != gates.shape[:-1]:
+            raise ValueError(f"where has the shape {list(self.where.shape)}, the tokens {list(gates.shape[:-1])}")
         gates = gates.detach()
         values = torch.cat(
             (gates, torch.special.entr(gates).sum(-1, keepdim=True), torch.ones_like(gates[..., :1])), dim=-1
@@ -108,13 +110,16 @@ class GateRecord:
 
     def mean(self) -> list[float]:
         """Mean weight of each specific expert over the tokens seen; sums to 1."""
-        assert self.totals is not None
-        return (self.totals[:-2] / self.totals[-1]).tolist()
+        return (self._seen()[:-2] / self._seen()[-1]).tolist()
 
     def entropy(self) -> float:
         """Mean entropy of the gates over the tokens seen, in nats: 0 where one expert has all, log N where equal."""
-        assert self.totals is not None
-        return (self.totals[-2] / self.totals[-1]).item()
+        return (self._seen()[-2] / self._seen()[-1]).item()
+
+    def _seen(self) -> Tensor:
+        if self.totals is None or not self.count:
+            raise ValueError("no gates were recorded: no token came by, or adapters were switched off")
+        return self.totals
 
 
 @contextmanager
@@ -128,13 +133,14 @@ def record_gates(model: nn.Module, where: Tensor | None = None) -> Iterator[dict
     if not layers:
         raise ValueError("the model has no expert layers; inject_experts or load_adapter first")
     records = {name: GateRecord(where) for name in layers}
+    before = [layer.gate_record for layer in layers.values()]
     for name, layer in layers.items():
         layer.gate_record = records[name]
     try:
         yield records
     finally:
-        for layer in layers.values():
-            layer.gate_record = None
+        for layer, record in zip(layers.values(), before, strict=True):
+            layer.gate_record = record
 
 
 def gate_metrics(records: Mapping[str, GateRecord]) -> dict[str, Tensor]:
@@ -142,7 +148,10 @@ def gate_metrics(records: Mapping[str, GateRecord]) -> dict[str, Tensor]:
 
     Scalars on the device, by the names `gates/expert_1` … and `gates/entropy`.
     """
-    totals = torch.stack([record.totals for record in records.values() if record.totals is not None]).mean(0)
+    found = [record.totals for record in records.values() if record.totals is not None]
+    if not found:
+        raise ValueError("no gates were recorded: adapters were switched off")
+    totals = torch.stack(found).mean(0)
     names = [f"gates/expert_{j + 1}" for j in range(len(totals) - 2)] + ["gates/entropy"]
     return dict(zip(names, totals[:-1].unbind(), strict=True))
 

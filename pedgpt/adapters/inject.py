@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from pedgpt.adapters.experts import ExpertLoRALinear
 from pedgpt.adapters.lora import AdaptedLinear, LoRALinear
+from pedgpt.kernels import Linear
 
 ALL_LINEAR = "all-linear"
 
@@ -69,9 +70,26 @@ def inject_experts(
     return _inject(model, target_modules, name, wrap)
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """What can be adapted, by module name: every linear layer but the head.
+
+    Layers that are more than a linear layer, or that others use without calling them, are left out: an adapter would
+    change or miss what they do.
+    """
+    return {
+        name: module
+        for name, module in _whole(model).named_modules()
+        if name
+        and name.rpartition(".")[2] != "lm_head"
+        and isinstance(module, nn.Linear)
+        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        and (isinstance(module, AdaptedLinear) or type(module).forward in (nn.Linear.forward, Linear.forward))
+    }
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Every layer that carries the active adapter, by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    return {name: module for name, module in _whole(model).named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -101,7 +119,10 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the context the model computes exactly what its base does; ValueError while an adapter is merged."""
+    """Within the context the model computes exactly what its base does; ValueError while an adapter is merged.
+
+    With activation checkpointing the backward pass belongs in the context too: it computes the layers again.
+    """
     record = _record(model)
     if record.merged:
         raise ValueError("an adapter is merged into the weights and cannot be switched off; unmerge_lora first")
@@ -148,6 +169,8 @@ def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only:
     if any(layer.weight.is_meta or layer.lora_A.is_meta for layer in layers.values()):
         raise ValueError("the weights are on the meta device; load_weights first")
     probe = _default_probe(model) if probe is None else probe
+    if not probe.numel():
+        raise ValueError("probe is empty; give token ids [B, T]")
     before = _logits(model, probe)
     try:
         for name, layer in layers.items():
@@ -167,13 +190,15 @@ def unmerge_lora(model: nn.Module) -> None:
     record = _record(model)
     if not record.merged:
         raise ValueError("nothing is merged; merge_lora first")
-    _check_whole(model)
+    _check_not_split(model)
     for name, layer in record.merged.items():
         current = _linear(model, name).weight
         # The model may have moved since. Its dtype is the adapter's only where the user changed it.
         layer.to(current.device, None if current.dtype == layer.weight.dtype else current.dtype)
         layer.train(_linear(model, name).training)
         _replace(model, name, layer)
+        if isinstance(layer, ExpertLoRALinear):
+            layer.noise_stream = None
     record.merged.clear()
 
 
@@ -189,15 +214,11 @@ def _inject(
         )
     if foreign := [name for name in adapted_layers(model) if name not in record.of(record.active)]:
         raise ValueError(f"the model has adapters already that it does not know, as {foreign[0]}; load the base again")
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "lm_head"
-    }
+    linears = linear_layers(model)
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     names: set[str] = set()
     for pattern in patterns:
-        found = {name for name in linears if _matches(name, pattern)}
+        found = {pattern} if pattern in linears else {name for name in linears if _matches(name, pattern)}
         if not found:
             kinds = sorted({name.rpartition(".")[2] for name in linears})
             raise ValueError(f"target_modules: {pattern!r} matches no linear layer; the model has {', '.join(kinds)}")
@@ -219,17 +240,22 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
 
 
+def _whole(model: nn.Module) -> nn.Module:
+    """The model itself behind torch.compile's wrapper, which renames all modules."""
+    return getattr(model, "_orig_mod", model)
+
+
 def _record(model: nn.Module) -> _Adapters:
-    return model.__dict__.setdefault("_adapters", _Adapters())
+    return _whole(model).__dict__.setdefault("_adapters", _Adapters())
 
 
 def _check_can_change(model: nn.Module) -> None:
     if _record(model).merged:
         raise ValueError("an adapter is merged into the weights; unmerge_lora first")
-    _check_whole(model)
+    _check_not_split(model)
 
 
-def _check_whole(model: nn.Module) -> None:
+def _check_not_split(model: nn.Module) -> None:
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("FSDP2 has split the model, its layers cannot be changed now; do it before fully_shard")
 
@@ -268,6 +294,8 @@ def _detach(layer: AdaptedLinear) -> None:
     """Let go of the base: its parameters may be replaced while the layer is away, and nobody else should keep them."""
     layer.register_parameter("weight", None)
     layer.register_parameter("bias", None)
+    if isinstance(layer, ExpertLoRALinear):
+        layer.noise_stream = None  # of a batch that is long gone when the layer returns
 
 
 def _plain(current: nn.Linear, weight: Tensor) -> nn.Linear:
@@ -279,14 +307,17 @@ def _plain(current: nn.Linear, weight: Tensor) -> nn.Linear:
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
+    module = _whole(model).get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another, whose hooks it takes over."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    here = _whole(model).get_submodule(parent)
+    module.__dict__.update({key: value for key, value in vars(getattr(here, child)).items() if "_hooks" in key})
+    setattr(here, child, module)
 
 
 @torch.no_grad()
@@ -321,7 +352,8 @@ def _logits(model: nn.Module, probe: Tensor) -> Tensor:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return model(probe)
+        found = model(probe)
+        return found if isinstance(found, Tensor) else found.logits  # as transformers' models give them
     finally:
         for module, training in modes:
             module.training = training

@@ -20,8 +20,12 @@ class AdaptedLinear(nn.Linear):
     def __init__(
         self, base: nn.Linear, rank: int, alpha: float, dropout: float, rslora: bool, hidden_size: int
     ) -> None:
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, found {rank}")
+        if not isinstance(base, nn.Linear) or isinstance(base, AdaptedLinear):
+            raise ValueError(f"adapters go around a plain nn.Linear, found {type(base).__name__}")
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, found {rank}")
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha must be a finite number, found {alpha}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), found {dropout}")
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")

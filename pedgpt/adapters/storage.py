@@ -4,7 +4,6 @@ published MoE-Adapter, which is read only."""
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
 import re
@@ -25,6 +24,7 @@ from pedgpt.adapters.inject import (
     adapter_names,
     inject_experts,
     inject_lora,
+    linear_layers,
     set_adapter,
 )
 from pedgpt.adapters.lora import AdaptedLinear
@@ -132,14 +132,14 @@ def load_adapter(
     if kind == LORA and any(_KEYS[PUBLISHED].fullmatch(key) for key in weights):
         kind = PUBLISHED
     experts = _number_of_experts(kind, config, file, weights)
-    layers = _linear_layers(model)
+    layers = linear_layers(model)
     tensors = _by_layer(file, weights, kind, layers)
     for path in _targets(config, layers):
         tensors.setdefault(path, {})
     names = [path for path in layers if path in tensors]
     shapes = {path: _shapes(kind, layers[path], config["r"], experts) for path in names}
     _check_tensors(file, kind, tensors, shapes, uniform_routing)
-    _activate(model, name, names, experts, config, folder / CONFIG)
+    _attach_or_select(model, name, names, experts, config, folder / CONFIG)
     adapted = adapted_layers(model)
     with torch.no_grad():
         for path in names:
@@ -155,15 +155,6 @@ def adapter_base(folder: str | Path) -> str:
     if not isinstance(base, str):
         raise ValueError(f"{Path(folder) / CONFIG}: names no base_model_name_or_path")
     return base
-
-
-def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """What can be adapted, by module name: every linear layer but the head."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path.rpartition(".")[2] != "lm_head"
-    }
 
 
 def _by_layer(
@@ -222,7 +213,7 @@ def _check_tensors(
         tensors[path][part] = torch.zeros(shapes[path][part])
 
 
-def _activate(
+def _attach_or_select(
     model: nn.Module, name: str, names: Sequence[str], experts: int, config: Mapping[str, Any], path: Path
 ) -> None:
     """Activate the adapter `name` of these layers and settings, and add it if the model has none of that name."""
@@ -319,7 +310,7 @@ def _targets(config: Mapping[str, Any], layers: Mapping[str, nn.Linear]) -> set[
     partly = any(config.get(key) is not None for key in ("exclude_modules", "layers_to_transform"))
     if partly or not isinstance(targets, list):
         return set()  # the keys alone say which
-    return {path for path in layers if any(path == t or path.endswith(f".{t}") for t in targets)}
+    return {path for path in layers if any(path == t or (t not in layers and path.endswith(f".{t}")) for t in targets)}
 
 
 def _listed(keys: Collection[str]) -> str:
@@ -368,12 +359,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         ("r", int, 1),
         ("num_specific_experts", int, 1),
         ("lora_nums", int, 2),
-        ("lora_alpha", int | float, -math.inf),
+        ("lora_alpha", int | float, -(2**53)),
         ("lora_dropout", int | float, 0),
     ):
         value = config.get(key, 2)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value) or value < least:
-            bound = f" of at least {least}" if math.isfinite(least) else ""
+        if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < 2**53:
+            bound = f" of at least {least}" if least >= 0 else ""
             raise ValueError(f"{path}: {key} must be a number{bound}, found {value!r}")
     if config.get("lora_dropout", 0) >= 1:
         raise ValueError(f"{path}: lora_dropout must be below 1, found {config['lora_dropout']}")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels.linear import product
+from pedgpt.kernels.onednn import product
 
 try:
     import triton

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pedgpt.kernels.expert_gate import down_gate, down_gate_backward, implementation
-from pedgpt.kernels.linear import product, product_onto
+from pedgpt.kernels.onednn import product, product_onto, refuse_create_graph
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -47,13 +46,16 @@ class _LoRALinear(torch.autograd.Function):
             x, weight, lora_A, lora_B, router, router_noise, s if s.element_size() == 2 else None, gates, slope, dropped
         )
         ctx.scaling, ctx.impl = scaling, impl
+        ctx.set_materialize_grads(False)  # gates never have one
         if gates is not None:
             ctx.mark_non_differentiable(gates)
         return y, gates
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_create_graph("lora_linear")
+        if dy is None:
+            return (None,) * 11
         x, weight, lora_A, lora_B, router, router_noise, s, gates, slope, dropped = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router, needs_noise, _, needs_dropped = (
             ctx.needs_input_grad[:9]
@@ -120,7 +122,7 @@ def lora_linear(
     """
     _check(x, weight, bias, lora_A, lora_B, router, router_noise, noise, dropped)
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
 
     def rows(tensor: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from pedgpt.kernels.blocked_attention import BLOCK, SCORES
 from pedgpt.models.config import ModelConfig
 
 QKV = ("W_pack", "q_proj", "k_proj", "v_proj")
@@ -27,6 +28,7 @@ class Pass:
     `stream` is the dtype of the weights as the forward sees them, and so of the residual stream; `compute` that of
     matrix products, which autocast may lower. `trains`: all weights train; otherwise only adapters, which keep the
     inputs of the linear layers named in `adapted`. `documents`: attention is told which document a token is of.
+    `on_cuda`: on a GPU, whose kernels differ from the CPU's.
     """
 
     rows: int
@@ -36,6 +38,7 @@ class Pass:
     trains: bool = True
     adapted: Collection[str] = ()
     documents: bool = True
+    on_cuda: bool = False
 
     @property
     def tokens(self) -> int:
@@ -78,17 +81,11 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 def saved_by_block(config: ModelConfig, run: Pass) -> list[int]:
     """The tensors that one block keeps for the backward pass, in bytes."""
-    n, d, i = run.tokens, config.hidden_size, config.intermediate_size
-    c = run.compute.itemsize
+    n, c = run.tokens, run.compute.itemsize
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     q, k = heads * config.head_dim, groups * config.head_dim
-    shapes = linear_shapes(config)
 
-    kept = 2 * _norm(n, d, run)
-    for names in (QKV, ("gate_proj", "up_proj")):
-        readers = sum(name in shapes and run.keeps(name) for name in names)
-        # The input is one tensor for all that read it, unless autocast makes each its own copy.
-        kept += [c * n * d] * (min(readers, 1) if run.stream == run.compute else readers)
+    kept = _normed(config, run, QKV)
     if config.qk_norm:
         kept += _norm(n * heads, config.head_dim, run, c) + _norm(n * groups, config.head_dim, run, c)
     # Rotated q and k are new; v is a view, and of W_pack's output it keeps the whole.
@@ -96,22 +93,57 @@ def saved_by_block(config: ModelConfig, run: Pass) -> list[int]:
         kept += [c * n * q, c * n * k, c * n * (3 * q if config.fused_qkv else k)]
     else:
         kept += [c * n * (q + 2 * k)]
-    kept += [c * n * q, 4 * n * heads]  # attention's output and its log-sum-exp
-    # A boolean mask becomes an additive one in every block anew; ALiBi's bias is shared unless autocast casts it.
-    if config.positions == "alibi" and run.stream != run.compute:
-        kept += [c * run.rows * heads * run.length**2]
-    elif config.positions == "rope" and run.documents:
-        kept += [c * run.rows * run.length**2]
-    return kept + [c * n * i] * (4 if run.keeps("down_proj") else 3)
+    if by_blocks(run):
+        kept += [c * n * q] * run.keeps("o_proj")  # attention's output; the mask is shared as it is
+    else:
+        kept += [c * n * q, 4 * n * heads]  # its output and its log-sum-exp
+        # A boolean mask becomes an additive one in every block anew; ALiBi's bias is shared unless autocast casts it.
+        if config.positions == "alibi" and run.stream != run.compute:
+            kept += [c * run.rows * heads * run.length**2]
+        elif config.positions == "rope" and run.documents:
+            kept += [c * run.rows * run.length**2]
+    return kept + _saved_by_mlp(config, run)
+
+
+def _saved_by_mlp(config: ModelConfig, run: Pass) -> list[int]:
+    inner = [run.compute.itemsize * run.tokens * config.intermediate_size]
+    return _normed(config, run, ("gate_proj", "up_proj")) + inner * (4 if run.keeps("down_proj") else 3)
+
+
+def _normed(config: ModelConfig, run: Pass, readers: Collection[str]) -> list[int]:
+    """What a norm keeps, and the linear layers that read its output."""
+    shapes, size = linear_shapes(config), run.compute.itemsize * run.tokens * config.hidden_size
+    keeping = sum(name in shapes and run.keeps(name) for name in readers)
+    # The output is one tensor for all that read it, unless autocast makes each its own copy.
+    copies = min(keeping, 1) if run.stream == run.compute else keeping
+    return _norm(run.tokens, config.hidden_size, run) + [size] * copies
+
+
+def by_blocks(run: Pass) -> bool:
+    """Whether attention keeps only q, k and v: `kernels.attention` on the CPU, in bfloat16 and over rows not short."""
+    return not run.on_cuda and run.compute == torch.bfloat16 and run.length >= BLOCK
+
+
+def _scratch(config: ModelConfig, run: Pass, *, backward: bool) -> list[int]:
+    """What attention by blocks takes at work: scores and probabilities, in float32 and bfloat16; keys and values."""
+    if not by_blocks(run):
+        return []
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    scores = BLOCK * run.length * (heads // groups)
+    at_once = min(groups, max(1, SCORES // scores))
+    keys = at_once * run.length * config.head_dim
+    gradients = [4 * keys, 4 * keys, 2 * keys] if backward else []
+    return [size * at_once * scores for size in (4, 4, 2, 2)] + [2 * keys] * 3 + gradients
 
 
 def saved_once(config: ModelConfig, run: Pass) -> list[int]:
-    """What all blocks share and the ends keep: token ids, rotation tables or ALiBi's bias, the last norm."""
-    s, n = run.stream.itemsize, run.tokens
+    """What all blocks share and the ends keep: token ids, rotation tables, a mask kept as it is, the last norm."""
+    s, n, blocked = run.stream.itemsize, run.tokens, by_blocks(run)
     kept = [8 * n] * run.trains + _norm(n, config.hidden_size, run)
     if config.positions == "rope":
-        return kept + 2 * [s * n * config.head_dim]
-    return kept + [s * run.rows * config.num_attention_heads * run.length**2] * (run.stream == run.compute)
+        return kept + 2 * [s * n * config.head_dim] + [run.rows * run.length**2] * (run.documents and blocked)
+    bias = [s * run.rows * config.num_attention_heads * run.length**2]
+    return kept + bias * (run.stream == run.compute or blocked)
 
 
 def saved(config: ModelConfig, run: Pass) -> list[int]:
@@ -126,16 +158,27 @@ def saved(config: ModelConfig, run: Pass) -> list[int]:
 def saved_by_checkpointing(config: ModelConfig, run: Pass) -> list[int]:
     """What activation checkpointing keeps: the input of every block, the mask, and what all blocks share."""
     inputs = config.num_hidden_layers * [run.stream.itemsize * run.tokens * config.hidden_size]
+    if by_blocks(run):  # the mask is shared then
+        return inputs + saved_once(config, run)
     mask = [run.rows * run.length**2] * (run.documents and config.positions == "rope")
     if config.positions == "alibi" and run.stream != run.compute:
         mask = [run.stream.itemsize * run.rows * config.num_attention_heads * run.length**2]
     return inputs + mask + saved_once(config, run)
 
 
-def backward_peak(config: ModelConfig, run: Pass) -> list[int]:
-    """What the backward pass of a norm, or of a block's MLP, needs at most beside what is saved."""
-    n, d, i = run.tokens, config.hidden_size, config.intermediate_size
-    return max([4 * n * d] * 4, [run.compute.itemsize * n * i] * 2 + [6 * n * d], key=sum)
+def backward_peak(config: ModelConfig, run: Pass, mlp_adapters: int = 0) -> list[int]:
+    """What the backward pass of a norm, or of a block's MLP or attention, needs at most beside what is saved.
+
+    `mlp_adapters`: bytes that the adapters of one MLP have saved, which attention finds free.
+    """
+    n, d, c = run.tokens, config.hidden_size, run.compute.itemsize
+    mlp = [c * n * config.intermediate_size] * 2 + [6 * n * d]
+    attention = []
+    if scratch := _scratch(config, run, backward=True):  # what the MLP kept is free by then, and o_proj's input
+        q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        gradients = [run.stream.itemsize * n * d, c * n * (q + 2 * k)] + [c * n * q] * (not run.keeps("o_proj"))
+        attention = [max(0, sum(scratch + gradients) - sum(_saved_by_mlp(config, run)) - mlp_adapters)]
+    return max([4 * n * d] * 4, mlp, attention, key=sum)
 
 
 def head_peaks(config: ModelConfig, run: Pass) -> tuple[list[int], list[int]]:
@@ -164,11 +207,11 @@ def head_peaks(config: ModelConfig, run: Pass) -> tuple[list[int], list[int]]:
 
 
 def mask_peak(config: ModelConfig, run: Pass) -> list[int]:
-    """What is held at once while the mask is made and, without ALiBi, made additive."""
+    """What is held at once while the mask is made and, without ALiBi, made additive if attention needs that."""
     area, s, heads = run.rows * run.length**2, run.stream.itemsize, config.num_attention_heads
     if config.positions == "alibi":  # distances, the float32 bias, its masked copy, and that in the stream's dtype
         return [5 * area, 4 * heads * area, 4 * heads * area] + [s * heads * area] * (s < 4)
-    return [area, area, s * area] if run.documents else []
+    return ([area, area] + [s * area] * (not by_blocks(run))) * run.documents
 
 
 def forward_peak(config: ModelConfig, run: Pass) -> list[int]:
@@ -176,6 +219,7 @@ def forward_peak(config: ModelConfig, run: Pass) -> list[int]:
     n, c = run.tokens, run.compute.itemsize
     q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention = [c * n * (q + 2 * k), c * n * q] + 4 * [c * n * k]
+    attention += _scratch(config, run, backward=False)
     return [c * n * config.hidden_size] * 2 + max(attention, 3 * [c * n * config.intermediate_size], key=sum)
 
 

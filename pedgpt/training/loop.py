@@ -144,7 +144,7 @@ def mean_loss(
             with autocast(world, getattr(torch, settings.dtype)):
                 loss, metrics = loss_function(model, batch.to(world.device))
             for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value
+                sums[name] = sums.get(name, 0.0) + value.double()
             weight += batch.weight
     model.train(training)
     *totals, weight = sum_over_ranks([*_numbers(sums.values()), weight], world)

@@ -1,5 +1,7 @@
 """The memory formulas against what autograd keeps, tensor by tensor, and what modules and caches really hold."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -9,7 +11,7 @@ from pedgpt.models.generation import KVCache
 
 BASE = {
     "vocab_size": 131, "hidden_size": 48, "intermediate_size": 50, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 6, "head_dim": 8, "max_position_embeddings": 64,
+    "num_key_value_heads": 6, "head_dim": 8, "max_position_embeddings": 256,
 }  # fmt: skip
 CONFIGS = {
     "baichuan2 7b": {"model_type": "baichuan", "fused_qkv": True, "normalize_head": True},
@@ -30,7 +32,7 @@ def config(request) -> ModelConfig:
     return ModelConfig(**{**BASE, **request.param})
 
 
-def kept_by_autograd(model: Transformer, compute: torch.dtype, documents: bool) -> int:
+def kept_by_autograd(model: Transformer, compute: torch.dtype, documents: bool, length: int) -> int:
     """Bytes of the unique storages that the graph of `hidden_states` keeps, the model's own left out."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, torch.UntypedStorage] = {}
@@ -41,9 +43,10 @@ def kept_by_autograd(model: Transformer, compute: torch.dtype, documents: bool) 
             found[storage.data_ptr()] = storage  # held, so that its address stays its own
         return tensor
 
-    tokens = torch.arange(32).view(2, 16)
+    tokens = torch.arange(2 * length).view(2, length) % 131
+    apart = torch.arange(2 * length).view(2, length) // 24
     with saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", BFLOAT, enabled=compute == BFLOAT):
-        hidden = model.hidden_states(tokens, documents=tokens // 24 if documents else None)
+        hidden = model.hidden_states(tokens, documents=apart if documents else None)
     assert hidden.requires_grad
     return sum(storage.nbytes() for storage in found.values())
 
@@ -66,15 +69,23 @@ def test_parameters_of_the_published_models():
     assert sum(memory.parameter_counts(seven).values()) == 7_505_973_248  # as its model card says
 
 
+@pytest.mark.parametrize("length", [16, 127, 150])  # bfloat16 on the CPU has attention of its own from 128 on
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize(("stream", "compute"), [(FLOAT, FLOAT), (FLOAT, BFLOAT), (BFLOAT, BFLOAT)])
-def test_saved_activations_are_what_autograd_keeps(config, stream, compute, documents):
+def test_saved_activations_are_what_autograd_keeps(config, stream, compute, documents, length):
     model = Transformer(config).to(stream)
-    run = memory.Pass(2, 16, stream, compute, documents=documents)
+    run = memory.Pass(2, length, stream, compute, documents=documents)
     expected = sum(memory.saved(config, run))
     if stream != compute:  # autocast's copies of weights and biases, which the plan counts apart
         expected += sum(2 * p.numel() for name, p in model.named_parameters() if "proj.w" in name or "W_pack.w" in name)
-    assert kept_by_autograd(model, compute, documents) == expected
+    assert kept_by_autograd(model, compute, documents, length) == expected
+
+
+def test_a_gpu_keeps_attentions_own_output():
+    config = ModelConfig(**{**BASE, **CONFIGS["llama"]})
+    run = memory.Pass(2, 150, BFLOAT, BFLOAT, trains=False, adapted=["q_proj"])
+    more = sum(memory.saved_by_block(config, replace(run, on_cuda=True))) - sum(memory.saved_by_block(config, run))
+    assert more == 2 * 300 * 48 + 4 * 300 * 6 + 2 * 2 * 150**2  # output, log-sum-exp, additive mask
 
 
 def test_checkpointing_keeps_the_input_of_every_block(config):

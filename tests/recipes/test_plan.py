@@ -86,6 +86,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
+ROW = {"micro_batch_size": 1, "global_batch_size": 1}
 CASES = [
     ("sft", {}, {}),
     ("sft", {"tie_word_embeddings": True, "pedgpt_norm_head": False, "model_type": "llama"}, {}),
@@ -99,7 +100,18 @@ CASES = [
     ("dfpo", {}, {"lora_rank": 4, "dtype": "bfloat16"}),
     ("experts", {}, {}),
     ("experts", {}, {"dtype": "bfloat16", "activation_checkpointing": True}),
-]
+    # Few words, so that the blocks are the peak and not the head.
+    ("cpt", {"vocab_size": 40, "pedgpt_positions": "alibi", "num_attention_heads": 16}, {"dtype": "bfloat16"}),
+    *(
+        ("experts", {"vocab_size": 40, "num_attention_heads": heads}, {
+            "dtype": dtype, "activation_checkpointing": checkpointing, "row_length": 256, **ROW,
+        })
+        for dtype in ("float32", "bfloat16") for checkpointing in (False, True) for heads in (4, 16)
+    ),
+    ("experts", {"vocab_size": 40, "pedgpt_positions": "alibi"}, {"dtype": "bfloat16", "row_length": 256, **ROW}),
+    ("experts", {"vocab_size": 40}, {"dropout": 0.1}),
+    ("experts", {"vocab_size": 40}, {"dtype": "bfloat16", "dropout": 0.1}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("stage", "shape", "changed"), CASES)
@@ -112,7 +124,7 @@ def test_peak_is_that_of_a_step(plan, stage, shape, changed):
     adapted = stage == "experts" or (stage == "dfpo" and config.lora_rank)
     model = Transformer(sizes).to(dtype if adapted else torch.float32)
     if stage == "experts":
-        inject_experts(model, rank=config.rank)
+        inject_experts(model, rank=config.rank, dropout=config.dropout)
     elif adapted:
         inject_lora(model, rank=config.lora_rank)
     model.activation_checkpointing = config.activation_checkpointing
@@ -135,18 +147,31 @@ def test_peak_is_that_of_a_step(plan, stage, shape, changed):
     assert plan.peak(moments) == pytest.approx(live.peak, rel=0.04)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+FLOAT, BFLOAT = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("length", [16, 150])  # bfloat16 on the CPU has attention of its own from 128 on
+@pytest.mark.parametrize(("stored", "compute"), [(FLOAT, FLOAT), (FLOAT, BFLOAT), (BFLOAT, BFLOAT)])
 @pytest.mark.parametrize(
-    ("inject", "settings"), [(inject_lora, {}), (inject_experts, {}), (inject_experts, {"dropout": 0.1})]
-)
-def test_adapters_keep_what_autograd_keeps(plan, inject, settings, dtype):
-    sizes = ModelConfig.from_hf(SHAPE)
-    model = Transformer(sizes).to(dtype)
+    ("inject", "settings"),
+    [
+        (inject_lora, {}), (inject_lora, {"dropout": 0.1}), (inject_experts, {}), (inject_experts, {"dropout": 0.1}),
+        (inject_experts, {"target_modules": ["W_pack", "up_proj"]}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+def test_adapters_keep_what_autograd_keeps(plan, positions, inject, settings, stored, compute, length):
+    sizes = ModelConfig.from_hf({**SHAPE, "pedgpt_positions": positions})
+    model = Transformer(sizes).to(stored)
     names = inject(model, rank=4, **settings)
-    run = memory.Pass(2, 16, dtype, dtype, trains=False, adapted={name.rpartition(".")[2] for name in names})
+    adapted = {name.rpartition(".")[2] for name in names}
+    run = memory.Pass(2, length, stored, compute, trains=False, adapted=adapted)
     expected = memory.saved(sizes, run)
     for name in names:
         expected += plan.adapter_tensors(name, model.get_submodule(name), run)
+    if stored != compute:  # autocast's copies of the weights, which the plan counts apart
+        weights = {n: m.weight for n, m in model.model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
+        expected += [2 * weight.numel() for weight in weights.values()]
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found = {}
@@ -157,11 +182,29 @@ def test_adapters_keep_what_autograd_keeps(plan, inject, settings, dtype):
             found[storage.data_ptr()] = storage
         return tensor
 
-    tokens = torch.arange(32).view(2, 16)
+    tokens = torch.arange(2 * length).view(2, length)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            model.train().hidden_states(tokens, documents=tokens)
+        with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
+            model.train().hidden_states(tokens, documents=tokens // 50)
     assert sum(storage.nbytes() for storage in found.values()) == sum(expected)
+
+
+@pytest.mark.parametrize(("stored", "compute"), [(FLOAT, FLOAT), (FLOAT, BFLOAT), (BFLOAT, BFLOAT)])
+@pytest.mark.parametrize("length", [16, 150])
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+def test_checkpointing_holds_what_is_said(positions, documents, length, stored, compute):
+    sizes = ModelConfig.from_hf({**SHAPE, "pedgpt_positions": positions})
+    model = Transformer(sizes).to(stored)
+    model.activation_checkpointing = True
+    tokens = torch.arange(2 * length).view(2, length)
+    with LiveBytes(model) as live:
+        before = live.now
+        with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
+            hidden = model.hidden_states(tokens + 0, documents=tokens // 50 if documents else None)
+        held = live.now - before - hidden.nbytes
+    run = memory.Pass(2, length, stored, compute, documents=documents)
+    assert held == sum(memory.saved_by_checkpointing(sizes, run))
 
 
 CONFIGS = RECIPES / "configs"

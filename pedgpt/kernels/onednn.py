@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 class Linear(nn.Linear):
@@ -22,11 +21,10 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ (+ b) [..., O] for x [..., D], weight [O, D], bias [O]: `F.linear` up to rounding, differentiable once."""
-    if not _by_onednn(x, weight) or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    if bias is not None and bias.dtype != torch.float32:
-        return F.linear(x, weight, bias)  # which says what is wrong
+    """x Wᵀ (+ b) [..., O] for x [..., D], weight [O, D], bias [O]: `F.linear` up to rounding."""
+    fits = weight.ndim == 2 and x.ndim and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
+    if not fits or not _by_onednn(x, weight) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)  # which says what is wrong, if anything is
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
 
@@ -39,7 +37,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product_onto(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """y + x Wᵀ, rounded once, in the memory of y or another; without autograd. y is given away."""
+    """y + x Wᵀ, the sum rounded once, in the memory of y or another; without autograd. y is given away."""
     if _by_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise.binary(_dense(x), y, _dense(weight), None, "add")
     return y.addmm_(x, weight.t())
@@ -53,19 +51,28 @@ class _Linear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        times = linear if torch.is_grad_enabled() else product  # under create_graph=True, to be differentiated again
         return (
-            product(dy, weight.t()) if needs_x else None,
-            product(dy.t(), x.t()) if needs_weight else None,
+            times(dy, weight.t()) if needs_x else None,
+            times(dy.t(), x.t()) if needs_weight else None,
             dy.sum(0) if needs_bias else None,
         )
 
 
+def refuse_create_graph(operator: str) -> None:
+    """For backward passes that are no derivatives of anything: RuntimeError where they would be differentiated."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{operator} is differentiable once: no create_graph=True")
+
+
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # which chooses products itself, and cannot trace the operators below
+    # A compiler chooses products itself and cannot follow the operators below; torch.func and subclasses lack them.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if not {type(x), type(weight)} <= {Tensor, nn.Parameter} or torch.strided != x.layout or x.layout != weight.layout:
         return False
     if torch.float32 != x.dtype or x.dtype != weight.dtype or x.device.type != "cpu" or weight.device.type != "cpu":
         return False

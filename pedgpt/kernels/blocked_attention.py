@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from pedgpt.kernels.onednn import refuse_create_graph
 
 # Queries of a block, and numbers that the scores of a block may have: 2 MiB in float32 stay in a processor's cache.
 BLOCK, SCORES = 128, 2**19
@@ -24,14 +25,35 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """softmax(q kᵀ / √K + mask) v [B, H, T, K] for q [B, H, T, K] and k, v [B, G, S, K].
 
     `mask` [B or 1, H or 1, T, S] forbids where it is False, or is added in the dtype of q; either way it forbids what
-    lies ahead. Without it a query sees the keys up to its own, if T = S, or all of them, if T = 1.
+    lies ahead, and leaves each query a key. Without it a query sees the keys up to its own, if T = S, or all of them,
+    if T = 1. In bfloat16 on the CPU differentiable once.
     """
     tokens = q.shape[2]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and tokens == k.shape[2] >= BLOCK:
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
+    if _by_blocks(q, k, v, mask):
         return _BlockedAttention.apply(q, k, v, mask)
+    assert mask is not None or tokens in (1, k.shape[2])
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and tokens > 1, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if any(type(t) is not Tensor or t.device.type != "cpu" or t.dtype != torch.bfloat16 for t in (q, k, v)):
+        return False
+    (rows, heads, tokens, size), groups = q.shape, k.shape[1]
+    if tokens < BLOCK or not q.numel() or not groups or heads % groups:
+        return False
+    if k.shape != (rows, groups, tokens, size) or v.shape != k.shape:
+        return False
+    if mask is None:
+        return True
+    if mask.requires_grad or mask.device != q.device or mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        return False
+    return mask.shape in [(b, h, tokens, tokens) for b in (1, rows) for h in (1, heads)]
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -50,8 +72,8 @@ class _BlockedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_create_graph("attention in bfloat16 on the CPU")
         q, k, v, mask = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         scratch = _Scratch(q, k)
