@@ -1,7 +1,8 @@
 """Fused operators with hand-written backward passes, in torch and in Triton; they import nothing of ours."""
 
 from pedgpt.kernels.blocked_attention import attention
+from pedgpt.kernels.cross_entropy import token_logps
 from pedgpt.kernels.lora_matmul import lora_linear
 from pedgpt.kernels.onednn import Linear, linear
 
-__all__ = ["Linear", "attention", "linear", "lora_linear"]
+__all__ = ["Linear", "attention", "linear", "lora_linear", "token_logps"]

@@ -6,8 +6,9 @@ Letters: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from pedgpt.kernels import token_logps
 
 IGNORE_INDEX = -100
 
@@ -20,15 +21,14 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_tokens: int | Tensor | No
     loss is 0. Raises ValueError for labels of another shape.
     """
     _check_shapes(logits, labels)
-    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    total = -token_logps(logits.flatten(0, 1), labels.flatten(), IGNORE_INDEX).sum().float()
     return total / ((labels != IGNORE_INDEX).sum().clamp(min=1) if num_tokens is None else num_tokens)
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Σ log p(label) of each row, float32 [B], from logits [B, T, V]; −100 is left out, an empty row sums to 0."""
     _check_shapes(logits, labels)
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    return -nll.view(labels.shape).sum(-1)
+    return token_logps(logits.flatten(0, 1), labels.flatten(), IGNORE_INDEX).view(labels.shape).sum(-1).float()
 
 
 def _check_shapes(logits: Tensor, labels: Tensor) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from pedgpt.kernels.blocked_attention import BLOCK, SCORES
+from pedgpt.kernels.cross_entropy import BLOCK as LOSS_BLOCK
 from pedgpt.models.config import ModelConfig
 
 QKV = ("W_pack", "q_proj", "k_proj", "v_proj")
@@ -184,9 +185,10 @@ def backward_peak(config: ModelConfig, run: Pass, mlp_adapters: int = 0) -> list
 def head_peaks(config: ModelConfig, run: Pass) -> tuple[list[int], list[int]]:
     """What head and loss hold at most (in the forward pass, in the backward pass).
 
-    Logits c·N·V, their float32 copy if c < 4, log-probabilities 4·N·V; backward 12·N·V, as log-probabilities, their
-    gradient and that of the logits stand side by side. NormHead adds its normalised V·D matrix, made from slices that
-    together are as large, and its gradient takes as much again.
+    On the CPU logits c·N·V, a block of them in float32, and backward their gradient c·N·V. On CUDA logits, their
+    float32 copy if c < 4, log-probabilities 4·N·V; backward 12·N·V, as log-probabilities, their gradient and that of
+    the logits stand side by side. NormHead adds its normalised V·D matrix, made from slices that together are as large,
+    and its gradient takes as much again.
     """
     n, v, w = run.tokens, config.vocab_size, config.vocab_size * config.hidden_size
     s, c, cast = run.stream.itemsize, run.compute.itemsize, run.stream != run.compute
@@ -196,9 +198,14 @@ def head_peaks(config: ModelConfig, run: Pass) -> tuple[list[int], list[int]]:
     forward = [
         rows + [s * w, s * w] * normed,
         rows + [s * w] * normed + [c * w] * cast + [c * n * v],
-        kept + [c * n * v, 4 * n * v] + [4 * n * v] * (c < 4),
     ]
-    backward = [kept + [4 * n * v] * 3]
+    if run.on_cuda:
+        forward += [kept + [c * n * v, 4 * n * v] + [4 * n * v] * (c < 4)]
+        backward = [kept + [4 * n * v] * 3]
+    else:
+        block = 4 * v * min(n, max(1, LOSS_BLOCK // v))
+        forward += [kept + [c * n * v, block, block]]  # and its exponentials
+        backward = [kept + [c * n * v] * 2 + [block] + [block * c // 4] * (c < 4)]
     if run.trains:
         whole, rest = divmod(v, 8192)  # slices: gradients of those done, and four tensors for the one at work
         slices = 4 * config.hidden_size * (8192 * whole + max(3 * 8192 * (whole > 0), 4 * rest))

@@ -8,9 +8,13 @@ from pedgpt.adapters import (
     ExpertLoRALinear,
     LoRALinear,
     adapted_layers,
+    adapter_names,
     adapters_disabled,
     inject_experts,
     inject_lora,
+    load_adapter,
+    save_adapter,
+    set_adapter,
 )
 from pedgpt.models import ModelConfig, Transformer
 
@@ -188,3 +192,70 @@ def test_rank_8_on_all_of_baichuan2_7b_trains_about_0_95_percent():
     inputs, outputs = 4 * 4096 + 11_008, 5 * 4096 + 2 * 11_008
     assert trainable == 32 * (4 * 8 * (inputs + outputs) + 2 * 3 * inputs)
     assert 0.0095 < trainable / (base + trainable) < 0.0105
+
+
+class Tripled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize("inject", INJECT)
+def test_layers_that_are_more_than_linear_are_left_alone(inject):
+    model = nn.Sequential(nn.Linear(8, 8), Tripled(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    x = torch.randn(2, 5, 8)
+    before = model.eval()(x)
+    assert inject(model) == ["0", "2.linear1", "2.linear2"]  # not out_proj, whose weight attention reads itself
+    torch.testing.assert_close(model(x), before)
+    with pytest.raises(ValueError, match="'1' matches no linear layer"):
+        inject(nn.Sequential(nn.Linear(8, 8), Tripled(8, 8)), target_modules="1")
+
+
+@pytest.mark.parametrize("inject", INJECT)
+def test_a_lone_layer_cannot_be_adapted_in_place(inject):
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        inject(nn.Linear(4, 4))
+
+
+def test_a_full_name_means_that_layer_alone():
+    model = nn.ModuleDict({"q": nn.Linear(3, 3), "copy": nn.ModuleDict({"q": nn.Linear(3, 3)})})
+    assert inject_lora(model, target_modules=["q"]) == ["q"]
+
+
+@pytest.mark.parametrize("inject", INJECT)
+def test_hooks_stay_where_they_were(make_model, tokens, inject):
+    model, calls = make_model(), []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append("after"))
+    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda *_: calls.append("before"))
+    inject(model)
+    model(tokens)
+    assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"rank": 2.0}, "rank must be a"), ({"rank": True}, "rank must be a"), ({"alpha": float("nan")}, "alpha must")],
+)
+@pytest.mark.parametrize("inject", INJECT)
+def test_settings_that_are_no_numbers_of_their_kind_are_refused(make_model, inject, settings, message):
+    with pytest.raises(ValueError, match=message):
+        inject(make_model(), **settings)
+
+
+@pytest.mark.parametrize("base", [nn.Embedding(3, 3), LoRALinear(nn.Linear(3, 3))])
+@pytest.mark.parametrize("layer", INJECT.values())
+def test_only_plain_linear_layers_are_wrapped(layer, base):
+    with pytest.raises(ValueError, match=f"plain nn.Linear, found {type(base).__name__}"):
+        layer(base)
+
+
+def test_a_compiled_model_is_the_model_itself(make_model, tmp_path):
+    model = make_model()
+    compiled = torch.compile(model)
+    names = inject_lora(compiled, target_modules="q_proj")
+    assert names == list(adapted_layers(model)) == list(adapted_layers(compiled))
+    assert adapter_names(compiled) == ["default"] == adapter_names(model)
+    save_adapter(compiled, tmp_path)
+    fresh = make_model()
+    assert load_adapter(fresh, tmp_path) == names
+    set_adapter(compiled, None)
+    assert not adapted_layers(model)

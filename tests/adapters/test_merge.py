@@ -363,3 +363,24 @@ def test_a_merge_that_fails_half_way_is_undone(adapted, tokens, monkeypatch, fai
     assert all(model.get_submodule(name) is layer for name, layer in layers.items())
     assert torch.equal(model(tokens), logits)
     assert merge_lora(model) < 1e-4
+
+
+def test_models_whose_output_is_no_tensor_merge_by_their_logits(tokens):
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=44, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    inject_lora(model, target_modules="q_proj")
+    torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.lora_B)
+    before = model(tokens).logits
+    change = merge_lora(model, probe=tokens)
+    assert change == (model(tokens).logits - before).abs().max().item() < 1e-4
+
+
+def test_an_empty_probe_is_refused(make_model):
+    model = make_model()
+    inject_lora(model)
+    with pytest.raises(ValueError, match="probe is empty"):
+        merge_lora(model, probe=torch.zeros(0, 3, dtype=torch.long))

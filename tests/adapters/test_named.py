@@ -17,6 +17,7 @@ from pedgpt.adapters import (
     inject_lora,
     merge_lora,
     set_adapter,
+    set_noise_rows,
     unmerge_lora,
 )
 from pedgpt.models import load_model, load_weights, save_model
@@ -301,3 +302,14 @@ def test_a_model_that_fsdp_split_is_refused(make_all, make_model):
         assert active_adapter(model) == "experts"
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_waiting_adapter_forgets_the_noise_of_its_batch(make_model, tokens, randomize):
+    model = make_model()
+    inject_experts(model, name="a", target_modules="q_proj")
+    randomize(model).train()
+    set_noise_rows(model, 0, torch.arange(len(tokens)))
+    inject_lora(model, name="b", target_modules="q_proj")
+    set_noise_rows(model, 0, None)
+    set_adapter(model, "a")
+    assert not torch.equal(model(tokens), model(tokens))

@@ -119,6 +119,9 @@ def test_pruning_keeps_the_last_ones_and_what_is_no_checkpoint(tmp_path, keep, l
 
 def test_changes_are_refused_by_name():
     refuse_changes({"a": 1, "b": [1]}, {"b": [1], "a": 1}, Path("x"))
+    refuse_changes({"a": 1}, {"a": 1, "a_later_switch": False}, Path("x"))
+    with pytest.raises(ValueError, match="a_later_switch was None, is True"):
+        refuse_changes({"a": 1}, {"a": 1, "a_later_switch": True}, Path("x"))
     with pytest.raises(ValueError) as error:
         refuse_changes({"rate": 0.1, "same": 1, "gone": 2}, {"rate": 0.2, "same": 1, "more": "甲"}, Path("run"))
     assert str(error.value) == (

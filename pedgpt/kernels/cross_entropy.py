@@ -1,0 +1,68 @@
+"""log p(label) of every token from its logits, over blocks of tokens on the CPU.
+
+Beside the logits there is their gradient and one block in float32, where log-softmax keeps two or three tensors of
+[tokens, vocabulary] in float32. Positions without a label are skipped.
+
+Letters: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 2**19  # numbers of a block: 2 MiB in float32 stay in a processor's cache
+
+
+def token_logps(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """log softmax(logits)[label] [T], in float32 at least, for logits [T, V] and labels [T]; 0 for `ignore_index`.
+
+    The gradient has the dtype of the logits: d logits = d logp · (one-hot − softmax). Raises IndexError for a label
+    outside of the vocabulary (on the CPU).
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if logits.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return -F.cross_entropy(logits.to(dtype), labels, ignore_index=ignore_index, reduction="none")
+    if (wrong := labels[(labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[1]))]).numel():
+        raise IndexError(f"label {wrong[0].item()} is outside of the vocabulary of {logits.shape[1]}")
+    return _TokenLogps.apply(logits, labels, (labels != ignore_index).nonzero().squeeze(1), dtype)
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        logps = torch.zeros(len(logits), dtype=dtype)
+        normalizer = torch.empty(len(rows), dtype=dtype)
+        for part, block, values in _blocks(logits, rows, dtype):
+            normalizer[part] = values.logsumexp(-1)
+            logps[block] = values.gather(1, labels[block, None]).squeeze(1) - normalizer[part]
+        ctx.save_for_backward(logits, labels, rows, normalizer)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, dlogps: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels, rows, normalizer = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: in a form that autograd can differentiate again
+            one_hot = F.one_hot(labels[rows], logits.shape[1])
+            values = dlogps[rows, None] * (one_hot - logits[rows].to(dlogps.dtype).softmax(-1))
+            return torch.zeros_like(logits).index_copy(0, rows, values.to(logits.dtype)), None, None, None
+        dlogits = torch.empty_like(logits) if len(rows) == len(logits) else torch.zeros_like(logits)
+        for part, block, values in _blocks(logits, rows, dlogps.dtype):
+            values.sub_(normalizer[part, None]).exp_()
+            values.scatter_add_(1, labels[block, None], torch.full_like(values[:, :1], -1))
+            dlogits[block] = values.mul_(-dlogps[block, None]).to(logits.dtype)
+        return dlogits, None, None, None
+
+
+def _blocks(logits: Tensor, rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice | Tensor, Tensor]]:
+    """(which of `rows`, these rows, their logits in `dtype`), the last in memory that the next block takes over."""
+    height = max(1, BLOCK // logits.shape[1])
+    memory = torch.empty(min(height, len(rows)), logits.shape[1], dtype=dtype)
+    for start in range(0, len(rows), height):
+        part = slice(start, min(start + height, len(rows)))
+        block = part if len(rows) == len(logits) else rows[part]
+        yield part, block, memory[: part.stop - start].copy_(logits[block])
