@@ -196,9 +196,10 @@ def _paint_routing(run: Run, figure: Figure) -> bool:
     for color, key in zip(itertools.cycle(PALETTE), experts, strict=False):
         _curve(weights, stage, key, color, key.removeprefix("gates/").replace("_", " "))
     weights.set(title="Mean gate weight while training", xlabel="step")
-    weights.legend(loc="best")
+    weights.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=4)
     _curve(entropy, stage, "gates/entropy", VIOLET)
-    entropy.axhline(math.log(len(experts)), color=FAINT, linewidth=1)
+    entropy.axhline(math.log(len(experts)), color=FAINT, linewidth=1, label="all experts alike")
+    entropy.legend(loc="upper left", bbox_to_anchor=(0, -0.2))
     entropy.set(title="Entropy of a token's gates", xlabel="step", ylabel="nats")
     return True
 

@@ -134,6 +134,7 @@ def write_report(run: Run) -> Path:
         *_task_section(run),
         *_gate_section(run),
         *shown.get("expert_weights.png", []),
+        *shown.get("routing.png", []),
         *_training_section(run),
         *shown.get("loss_by_stage.png", []),
         *shown.get("dfpo.png", []),

@@ -14,7 +14,7 @@ from pedgpt.evaluation.run import load_run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "report.py"
 TASKS = ("MedKQ&A", "EviDiag", "TreRecom")
-PLOTS = ("metrics_by_stage.png", "loss_by_stage.png", "expert_weights.png", "dfpo.png")
+PLOTS = ("metrics_by_stage.png", "loss_by_stage.png", "expert_weights.png", "routing.png", "dfpo.png")
 
 ROUGE = {"base": 1.0, "cpt_text": 8.0, "cpt": 10.0, "sft": 30.25, "dfpo": 31.0, "experts": 38.5}
 PEDIATRIC = {"base": 9000.0, "cpt_text": 20.0, "cpt": 22.0, "sft": 24.0, "dfpo": 24.5, "experts": 21.0}
@@ -43,6 +43,7 @@ def evaluation(stage: str) -> dict:
             "rejected_logp_per_token": -1.6,
         },
         "gates": {t: [0.5, 0.3, 0.2] for t in TASKS} if stage == "experts" else None,
+        "gate_entropy": dict.fromkeys(TASKS, 0.75) if stage == "experts" else None,
         "samples": [
             {"task": t, "question": f"第{n}问\n*发热*?", "reference": "多喝水", "answer": f"{stage} <b> & 答{n}"}
             for t in TASKS for n in range(4)
@@ -60,6 +61,8 @@ def training(stage: str, steps: int = 30) -> list[dict]:
         if stage == "dfpo":
             row |= {"logps/chosen": -90.0, "logps/rejected": -95.0 - step, "rewards/margins": step / 10}
             row |= {"rewards/accuracies": 0.9, "loss/preference": 0.6, "loss/regularization": 1.2}
+        if stage == "experts":
+            row |= {"gates/expert_1": 0.5, "gates/expert_2": 0.3, "gates/expert_3": 0.2, "gates/entropy": 1 / step}
         rows.append(row)
     return rows
 
@@ -161,7 +164,7 @@ def test_report_shows_scores_gates_throughput_and_samples(run_folder):
     assert "7 of 7 expectations met" in page
     assert "`words:jieba-0.42.1|bleu:nltk-3.10.4`" in page and "different signatures" not in page
     assert "| full SFT | 40 | 30.25 | 50.00 |" in page
-    assert "| TreRecom | 0.500 | 0.300 | 0.200 |" in page and "0.333 is an equal share" in page
+    assert "| TreRecom | 0.500 | 0.300 | 0.200 | 0.750 |" in page and "0.333 is an equal share" in page
     assert "| DFPO | 30 | 245,760 | 1,016 | 60.0 | 12.5 |" in page  # median of 1001..1030 is 1015.5
     assert page.count("> 第0问") == page.count("> 第2问") == 3 and "第3问" not in page
     assert r"> \*发热\*?" in page

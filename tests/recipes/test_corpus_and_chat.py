@@ -447,6 +447,7 @@ def test_new_expert_adapter_changes_nothing_and_weighs_its_experts_equally(evalu
     )  # fmt: skip
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert result["gates"] == {"MedKQ&A": pytest.approx([0.2] * 5), "EviDiag": pytest.approx([0.2] * 5)}
+    assert result["gate_entropy"] == dict.fromkeys(result["gates"], pytest.approx(math.log(5)))
     for task in ("MedKQ&A", "EviDiag"):
         assert result["tasks"][task] == evaluated[0]["tasks"][task]
     for name, value in evaluated[0]["perplexity"].items():

@@ -44,6 +44,7 @@ def test_two_processes_match_one(lab, recipe, tmp_path):
     expected = lab.metrics(lab.reference(recipe))
     assert len(expected) == 5
     found = lab.metrics(tmp_path)
+    assert ("gates/expert_3" in expected[0]) == ("gates/entropy" in found[0]) == (recipe == "expert_finetune")
     assert [line["step"] for line in found if "eval_loss" in line] == [2, 4, 5]
     assert_same_metrics(found, expected, 1e-4)
     assert_close_weights(lab.weights(tmp_path), lab.weights(lab.reference(recipe)))
