@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 class Linear(nn.Linear):
     """`nn.Linear` by `linear`."""
@@ -78,7 +80,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     if not x.numel() or not weight.numel() or x.shape[-1] != weight.shape[-1]:
         return False
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return AVAILABLE and bool(torch.backends.mkldnn.enabled)
 
 
 def _dense(matrix: Tensor) -> Tensor:
