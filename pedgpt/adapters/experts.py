@@ -67,7 +67,7 @@ class ExpertLoRALinear(AdaptedLinear):
         y, gates = lora_linear(
             x, self.weight, self.bias, self.lora_A, self.lora_B,
             scaling=self.scaling, router=self.router, router_noise=self.router_noise, noise=self.noise(x),
-            dropped=self.dropped(x),
+            dropped=self.dropped(x), impl=self.impl,
         )  # fmt: skip
         if self.gate_record is not None:
             assert gates is not None

@@ -225,6 +225,10 @@ def _inject(
         names |= found
     if not names:
         raise ValueError('target_modules is empty; name layers or give "all-linear"')
+    chosen = {id(linears[name]): name for name in names}
+    for other, module in _whole(model).named_modules(remove_duplicate=False):
+        if (name := chosen.get(id(module), other)) != other:
+            raise ValueError(f"{name} and {other} are one layer, of which one place would be adapted; leave it out")
     layers = {name: wrap(_plain(linear, linear.weight)) for name, linear in linears.items() if name in names}
     _activate(model, None)  # only the base is frozen: a former adapter may train again later
     for parameter in model.parameters():

@@ -17,6 +17,8 @@ class AdaptedLinear(nn.Linear):
     It takes over `base`'s own weight and bias, so the base layer's names in the state dict stay what they were.
     """
 
+    impl: str | None = None  # of `lora_linear`: "torch", "triton", or None for what suits the device
+
     def __init__(
         self, base: nn.Linear, rank: int, alpha: float, dropout: float, rslora: bool, hidden_size: int
     ) -> None:
@@ -68,6 +70,7 @@ class LoRALinear(AdaptedLinear):
         if not self.enabled:
             return self.base_type.forward(self, x)
         y, _ = lora_linear(
-            x, self.weight, self.bias, self.lora_A, self.lora_B, scaling=self.scaling, dropped=self.dropped(x)
-        )
+            x, self.weight, self.bias, self.lora_A, self.lora_B,
+            scaling=self.scaling, dropped=self.dropped(x), impl=self.impl,
+        )  # fmt: skip
         return y

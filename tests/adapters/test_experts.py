@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pedgpt.adapters import ExpertLoRALinear, inject_experts, record_gates, set_noise_rows
+from pedgpt.adapters import ExpertLoRALinear, LoRALinear, inject_experts, record_gates, set_noise_rows
 from pedgpt.kernels import Linear
 from pedgpt.kernels.expert_gate import expert_gate
 
@@ -397,3 +397,17 @@ def test_on_cuda_in_bf16_it_matches_the_experts_one_by_one():
     x = random_input(2, 9, 64, dtype=torch.bfloat16)
     truth = spec(x.double(), weights)
     assert (layer(x.cuda()).cpu().double() - truth).norm() / truth.norm() < 5 * 2**-9
+
+
+@pytest.mark.parametrize("kind", [ExpertLoRALinear, LoRALinear])
+def test_a_layer_computes_with_the_implementation_it_is_told(kind):
+    pytest.importorskip("triton")
+    layer = kind(Linear(20, 12)).eval()
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 20)
+    expected = layer(x)
+    layer.impl = "triton"  # its interpreter, without a GPU
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    layer.impl = "cuda"
+    with pytest.raises(ValueError, match='impl must be "torch", "triton" or None'):
+        layer(x)

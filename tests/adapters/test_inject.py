@@ -259,3 +259,12 @@ def test_a_compiled_model_is_the_model_itself(make_model, tmp_path):
     assert load_adapter(fresh, tmp_path) == names
     set_adapter(compiled, None)
     assert not adapted_layers(model)
+
+
+@pytest.mark.parametrize("inject", INJECT)
+def test_a_layer_under_two_names_is_refused(inject):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model.append(model[0])
+    with pytest.raises(ValueError, match="0 and 2 are one layer"):
+        inject(model)
+    assert inject(model, target_modules="1") == ["1"]
