@@ -4,10 +4,10 @@
 
 A Llama of 33M parameters (hidden 512, 8 layers, vocabulary 8,000) with adapters on gate, up and down: three specific
 experts and a universal one of rank 16 here, LoRA of rank 64 there. 4 rows of 512 tokens, every one supervised; a step
-is forward, backward and AdamW. The first losses must be equal before anything is timed; the two alternate, and medians
-are compared. bfloat16 means frozen weights in bfloat16, adapters in float32 and autocast, on both sides. Each dtype has
-a process of its own, as a training run has: what another left of the heap decides how often memory is fetched anew.
-Peak memory is that of tensors beside weights and optimizer, as torch's profiler counts allocations.
+is forward, backward and AdamW, and here the statistics of the gates. The first losses must be equal before anything is
+timed; the two alternate, and medians are compared. bfloat16 means frozen weights in bfloat16, adapters in float32 and
+autocast, on both sides. Each dtype has a process of its own, as a training run has: what another left of the heap
+decides how often memory is fetched anew. Peak memory is that of tensors beside weights and optimizer, as torch's profiler counts allocations.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from profiled_memory import peak_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pedgpt.adapters import inject_experts
+from pedgpt.adapters import gate_metrics, inject_experts, record_gates
 from pedgpt.losses import causal_lm_loss
 from pedgpt.models import load_model
 
@@ -103,7 +103,14 @@ def our_step(folder: str, dtype: torch.dtype, tokens: torch.Tensor):
     inject_experts(model, rank=16, alpha=32, num_specific_experts=3, target_modules=TARGETS)
     model.train()
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return make_step(model, lambda: causal_lm_loss(model(inputs), labels), dtype)
+
+    def forward_loss():
+        with record_gates(model, where=labels >= 0) as gates:  # as the recipe does
+            logits = model(inputs)
+        gate_metrics(gates)
+        return causal_lm_loss(logits, labels)
+
+    return make_step(model, forward_loss, dtype)
 
 
 if __name__ == "__main__":

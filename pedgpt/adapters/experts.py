@@ -110,16 +110,19 @@ class GateRecord:
 
     def mean(self) -> list[float]:
         """Mean weight of each specific expert over the tokens seen; sums to 1."""
-        return (self._seen()[:-2] / self._seen()[-1]).tolist()
+        *sums, _, count = self._seen()
+        return [total / count for total in sums]
 
     def entropy(self) -> float:
         """Mean entropy of the gates over the tokens seen, in nats: 0 where one expert has all, log N where equal."""
-        return (self._seen()[-2] / self._seen()[-1]).item()
+        *_, total, count = self._seen()
+        return total / count
 
-    def _seen(self) -> Tensor:
-        if self.totals is None or not self.count:
+    def _seen(self) -> list[float]:
+        totals = [] if self.totals is None else self.totals.tolist()
+        if not totals or not totals[-1]:
             raise ValueError("no gates were recorded: no token came by, or adapters were switched off")
-        return self.totals
+        return totals
 
 
 @contextmanager
