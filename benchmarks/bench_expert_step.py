@@ -7,7 +7,8 @@ experts and a universal one of rank 16 here, LoRA of rank 64 there. 4 rows of 51
 is forward, backward and AdamW, and here the statistics of the gates. The first losses must be equal before anything is
 timed; the two alternate, and medians are compared. bfloat16 means frozen weights in bfloat16, adapters in float32 and
 autocast, on both sides. Each dtype has a process of its own, as a training run has: what another left of the heap
-decides how often memory is fetched anew. Peak memory is that of tensors beside weights and optimizer, as torch's profiler counts allocations.
+decides how often memory is fetched anew. Peak memory is that of tensors beside weights and optimizer, as torch's
+profiler counts allocations.
 """
 
 import argparse
