@@ -11,7 +11,7 @@ from pedgpt.data.packing import (
     pack,
     utilization,
 )
-from pedgpt.data.preference import PreferenceBatch, collate_pairs, encode_pair, encode_pairs
+from pedgpt.data.preference import EncodedPair, PreferenceBatch, collate_pairs, encode_pair, encode_pairs
 from pedgpt.data.records import (
     Conversation,
     Document,
@@ -31,6 +31,7 @@ __all__ = [
     "ChatFormat",
     "Conversation",
     "Document",
+    "EncodedPair",
     "Example",
     "Message",
     "PreferenceBatch",

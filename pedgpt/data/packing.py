@@ -90,12 +90,20 @@ def pack(examples: Sequence[Example], row_length: int) -> list[Row]:
     Raises ValueError naming the source of an example longer than a row. Order within equal lengths is kept, so the
     result depends on the input alone.
     """
+    longest = max(examples, key=lambda example: len(example.tokens), default=None)
+    if longest is not None and len(longest.tokens) > row_length:
+        size = len(longest.tokens)
+        raise ValueError(f"{longest.source}: {size} tokens do not fit a row of {row_length}; raise row_length")
+    rows = best_fit([len(example.tokens) for example in examples], row_length)
+    return [_join([examples[i] for i in members]) for members in rows]
+
+
+def best_fit(sizes: Sequence[int], row_length: int) -> list[list[int]]:
+    """The members of each row by `pack`'s rule, as indices into `sizes`, none above `row_length`; 0 is left out."""
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens)):
-        size = len(examples[i].tokens)
-        if size > row_length:
-            raise ValueError(f"{examples[i].source}: {size} tokens do not fit a row of {row_length}; raise row_length")
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        size = sizes[i]
         if size == 0:
             continue
         at = bisect.bisect_left(room, (size, -1))
@@ -104,7 +112,7 @@ def pack(examples: Sequence[Example], row_length: int) -> list[Row]:
             rows.append([])
         rows[row].append(i)
         bisect.insort(room, (free - size, row))
-    return [_join([examples[i] for i in members]) for members in rows]
+    return rows
 
 
 def encode_conversations(
@@ -159,11 +167,11 @@ def collate(rows: Sequence[Row], row_ids: Sequence[int], pad_id: int = 0) -> Bat
     if not rows:
         rows, row_ids = [Row([pad_id], [IGNORE_INDEX], [PADDING_DOCUMENT])], [0]
     width = max(len(row.tokens) for row in rows)
-    labels = _padded([row.labels for row in rows], width, IGNORE_INDEX)
+    labels = padded([row.labels for row in rows], width, IGNORE_INDEX)
     return Batch(
-        tokens=_padded([row.tokens for row in rows], width, pad_id),
+        tokens=padded([row.tokens for row in rows], width, pad_id),
         labels=labels,
-        documents=_padded([row.documents for row in rows], width, PADDING_DOCUMENT),
+        documents=padded([row.documents for row in rows], width, PADDING_DOCUMENT),
         row_ids=torch.tensor(row_ids),
         weight=int((labels != IGNORE_INDEX).sum()),
     )
@@ -182,12 +190,13 @@ def fingerprint(rows: Sequence[Row | Example]) -> str:
     return digest.hexdigest()[:16]
 
 
+def padded(values: Sequence[list[int]], width: int, filler: int) -> Tensor:
+    """Lists as one tensor [B, width], filled up on the right."""
+    return torch.tensor([row + [filler] * (width - len(row)) for row in values])
+
+
 def _join(examples: list[Example]) -> Row:
     tokens = [token for example in examples for token in example.tokens]
     labels = [label for example in examples for label in example.labels]
     documents = [number for number, example in enumerate(examples) for _ in example.tokens]
     return Row(tokens, labels, documents, [example.source for example in examples])
-
-
-def _padded(values: list[list[int]], width: int, filler: int) -> Tensor:
-    return torch.tensor([row + [filler] * (width - len(row)) for row in values])

@@ -1,15 +1,16 @@
-"""Preference pairs as batches: chosen and rejected answers to the same prompt."""
+"""Preference pairs as batches: chosen and rejected answers to the same prompt, which is computed once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from pedgpt.data.chat import ChatFormat, Example, encode_conversation
-from pedgpt.data.packing import Batch, Row, collate, encode_fitting
+from pedgpt.data.chat import IGNORE_INDEX, ChatFormat, Example, encode_conversation
+from pedgpt.data.packing import Batch, Row, best_fit, collate, encode_fitting, padded
 from pedgpt.data.records import Message, PreferencePair, ReadSummary
 
 
@@ -20,14 +21,27 @@ class EncodedPair:
     chosen: Example
     rejected: Example
 
+    @property
+    def shared(self) -> int:
+        """Tokens that both begin with and that carry no loss: the prompt without its last, which predicts."""
+        chosen, rejected = self.chosen, self.rejected
+        columns = zip(chosen.tokens, rejected.tokens, chosen.labels, rejected.labels, strict=False)
+        return sum(1 for _ in takewhile(lambda at: at[0] == at[1] and at[2] == at[3] == IGNORE_INDEX, columns))
+
 
 @dataclass(frozen=True)
 class PreferenceBatch(Batch):
-    """P pairs as 2P rows, all chosen first, then all rejected; `weight` counts pairs.
+    """P pairs; `weight` counts them. Answer i is pair i's chosen one, answer P + i its rejected one.
 
-    `reference_logps` [2P] float32: the frozen reference's summed log-probability of each answer.
+    `branches` [B, T] int64: 0 in what both answers of a pair share, 1 in the chosen one, 2 in the rejected one; all 0
+    where each answer has a row of its own. `sequences` [B, T] int64: the answer that a label belongs to, 0 where there
+    is no label. `counts` [2P] int64: labels of each answer. `reference_logps` [2P] float32: the frozen reference's
+    summed log-probability of each answer. Without pairs the last two are two zeros, as for one pair.
     """
 
+    branches: Tensor
+    sequences: Tensor
+    counts: Tensor
     reference_logps: Tensor
 
 
@@ -43,7 +57,10 @@ def encode_pair(pair: PreferencePair, chat: ChatFormat) -> EncodedPair:
 def encode_pairs(
     pairs: Sequence[PreferencePair], chat: ChatFormat, row_length: int, on_bad_row: str, summary: ReadSummary
 ) -> list[EncodedPair]:
-    """`encode_pair` of each; bad rows, those with an answer too long among them, as in `encode_fitting`."""
+    """`encode_pair` of each; bad rows, those with an answer too long among them, as in `encode_fitting`.
+
+    `row_length` bounds prompt and answer together, for each answer; a pair that shares its prompt may take more.
+    """
     return encode_fitting(
         pairs,
         lambda pair: encode_pair(pair, chat),
@@ -59,15 +76,60 @@ def collate_pairs(
     row_ids: Sequence[int],
     reference_logps: Tensor | None = None,
     pad_id: int = 0,
+    *,
+    shared_prompt: bool = True,
 ) -> PreferenceBatch:
-    """Pairs as one batch; `reference_logps` [P, 2] (chosen, rejected), or None for zeros. No pairs: weight 0."""
-    examples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    rows = [Row(example.tokens, example.labels, [0] * len(example.tokens)) for example in examples]
-    batch = collate(rows, [2 * i for i in row_ids] + [2 * i + 1 for i in row_ids], pad_id)
-    if reference_logps is None or not pairs:
-        reference_logps = torch.zeros(len(batch.tokens), dtype=torch.float32)
+    """Pairs as one batch; `row_ids` [P] number them, `reference_logps` [P, 2] (chosen, rejected), or None for zeros.
+
+    With `shared_prompt` a pair is one document: what its answers share, then the rest of each as a branch; pairs are
+    packed into rows as in `pack`, no wider than the longest of them, and a row's id is that of its first pair.
+    Otherwise 2P rows, all chosen first, then all rejected, with ids 2i and 2i + 1. No pairs: one row of padding,
+    weight 0.
+    """
+    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    if shared_prompt:
+        trees = [_tree(pair, i, len(pairs) + i) for i, pair in enumerate(pairs)]
+        members = best_fit([len(tree) for tree in trees], max(map(len, trees), default=0))
+        ids = [row_ids[row[0]] for row in members]
     else:
-        reference_logps = reference_logps.T.reshape(-1)
+        trees = [_part(answer, slice(None), 0, i) for i, answer in enumerate(answers)]
+        members = [[i] for i in range(len(trees))]
+        ids = [2 * i for i in row_ids] + [2 * i + 1 for i in row_ids]
+
+    rows, branches, sequences = [], [], []
+    for row in members:
+        joined = [token for i in row for token in trees[i]]
+        documents = [number for number, i in enumerate(row) for _ in trees[i]]
+        rows.append(Row([token for token, *_ in joined], [label for _, label, *_ in joined], documents))
+        branches.append([branch for *_, branch, _ in joined])
+        sequences.append([answer if label != IGNORE_INDEX else 0 for _, label, _, answer in joined])
+    batch = collate(rows, ids, pad_id)
+    width = batch.tokens.shape[1]
+    if reference_logps is None or not pairs:
+        reference_logps = torch.zeros(max(1, len(pairs)), 2)
     return PreferenceBatch(
-        batch.tokens, batch.labels, batch.documents, batch.row_ids, len(pairs), reference_logps=reference_logps
+        batch.tokens,
+        batch.labels,
+        batch.documents,
+        batch.row_ids,
+        len(pairs),
+        branches=padded(branches or [[]], width, 0),
+        sequences=padded(sequences or [[]], width, 0),
+        counts=torch.tensor([answer.supervised for answer in answers] or [0, 0]),
+        reference_logps=reference_logps.T.reshape(-1),
     )
+
+
+def _tree(pair: EncodedPair, chosen: int, rejected: int) -> list[tuple[int, int, int, int]]:
+    """What both answers share, then the rest of each, as in `_part`; `chosen` and `rejected` number the answers."""
+    trunk, rest = slice(pair.shared), slice(pair.shared, None)
+    return [
+        *_part(pair.chosen, trunk, 0, 0),
+        *_part(pair.chosen, rest, 1, chosen),
+        *_part(pair.rejected, rest, 2, rejected),
+    ]
+
+
+def _part(example: Example, where: slice, branch: int, answer: int) -> list[tuple[int, int, int, int]]:
+    """(token, label, branch, answer) at each of these places of an example."""
+    return [(*pair, branch, answer) for pair in zip(example.tokens[where], example.labels[where], strict=True)]

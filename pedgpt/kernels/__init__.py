@@ -2,7 +2,8 @@
 
 from pedgpt.kernels.blocked_attention import attention
 from pedgpt.kernels.cross_entropy import token_logps
+from pedgpt.kernels.linear_logps import linear_nll, linear_token_logps
 from pedgpt.kernels.lora_matmul import lora_linear
 from pedgpt.kernels.onednn import Linear, linear
 
-__all__ = ["Linear", "attention", "linear", "lora_linear", "token_logps"]
+__all__ = ["Linear", "attention", "linear", "linear_token_logps", "linear_nll", "lora_linear", "token_logps"]

@@ -1,14 +1,16 @@
-"""Next-token loss and sequence log-probabilities from logits.
+"""Next-token loss and sequence log-probabilities, from logits or from hidden states and the head.
 
-Labels are aligned everywhere: `labels[b, t]` is the token that position t predicts.
-Letters: B batch, T tokens, V vocabulary.
+Labels are aligned everywhere: `labels[b, t]` is the token that position t predicts, −100 is ignored.
+Letters: B batch, T tokens, D hidden, V vocabulary, S sequences.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
-from pedgpt.kernels import token_logps
+from pedgpt.kernels import linear_nll, linear_token_logps, token_logps
 
 IGNORE_INDEX = -100
 
@@ -20,18 +22,94 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_tokens: int | Tensor | No
     that the update does not depend on how the batch is split; None counts this batch alone. With nothing supervised the
     loss is 0. Raises ValueError for labels of another shape.
     """
-    _check_shapes(logits, labels)
-    total = -token_logps(logits.flatten(0, 1), labels.flatten(), IGNORE_INDEX).sum().float()
-    return total / ((labels != IGNORE_INDEX).sum().clamp(min=1) if num_tokens is None else num_tokens)
+    _check_shapes("logits", "V", logits, labels)
+    return -token_logps(logits.flatten(0, 1), labels.flatten(), IGNORE_INDEX).sum().float() / _count(labels, num_tokens)
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Σ log p(label) of each row, float32 [B], from logits [B, T, V]; −100 is left out, an empty row sums to 0."""
-    _check_shapes(logits, labels)
+    _check_shapes("logits", "V", logits, labels)
     return token_logps(logits.flatten(0, 1), labels.flatten(), IGNORE_INDEX).view(labels.shape).sum(-1).float()
 
 
-def _check_shapes(logits: Tensor, labels: Tensor) -> None:
-    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
-        shapes = f"{list(logits.shape)} and {list(labels.shape)}"
-        raise ValueError(f"expected logits [B, T, V] and labels [B, T], found {shapes}")
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    num_tokens: int | Tensor | None = None,
+    *,
+    normalize: bool = False,
+    metrics: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """`causal_lm_loss(hidden Wᵀ, labels)` without the logits: chunk by chunk, gradients in the same pass.
+
+    hidden [B, T, D], weight [V, D], labels [B, T]; positions without a label cost nothing. `normalize` divides the rows
+    of W by their lengths first (NormHead), without a copy of W. Products are in the dtype of the operands, or
+    autocast's; the rest is in float32, or float64 for float64. The backward pass runs once.
+
+    `metrics` is filled, at no further pass, with "entropy" of the predicted distributions in nats and with
+    "mean_token_accuracy", the share of labels that no token was more probable than; divided as the loss is. Raises
+    ValueError for shapes, dtypes or labels that do not fit.
+    """
+    _check_shapes("hidden", "D", hidden, labels)
+    nll, entropy, correct = linear_nll(hidden.flatten(0, 1), _whole(weight), labels.flatten(), normalize=normalize)
+    count = _count(labels, num_tokens)
+    if metrics is not None:
+        metrics.update({"entropy": entropy / count, "mean_token_accuracy": correct / count})
+    return nll / count
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sequences: Tensor | None = None,
+    num_sequences: int | None = None,
+    normalize: bool = False,
+    metrics: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(Σ log p(label) float32 [S], number of labels int64 [S]) of each sequence, without the logits.
+
+    A row is a sequence, unless `sequences` [B, T] says which of `num_sequences` a label belongs to: then a row may hold
+    several, or parts of them. A frozen head takes two matrix products in all, and the backward pass may run again.
+    Everything else as in `linear_cross_entropy`; `metrics` are means over this batch's labels.
+    """
+    _check_shapes("hidden", "D", hidden, labels)
+    supervised = labels != IGNORE_INDEX
+    if sequences is None:
+        sequences, num_sequences = torch.arange(len(labels), device=labels.device)[:, None], len(labels)
+    elif num_sequences is None or sequences.shape != labels.shape:
+        shape = list(sequences.shape)
+        raise ValueError(f"sequences {shape} needs num_sequences and the shape of labels, {list(labels.shape)}")
+    elif (((sequences < 0) | (sequences >= num_sequences)) & supervised).any():
+        raise ValueError(f"sequences must be in [0, {num_sequences}) wherever there is a label")
+    places = sequences.expand(labels.shape).where(supervised, 0).flatten()
+    found = linear_token_logps(hidden.flatten(0, 1), _whole(weight), labels.flatten(), normalize=normalize)
+    sums = found.logps.new_zeros(num_sequences).index_add(0, places, found.logps)
+    counts = supervised.new_zeros(num_sequences, dtype=torch.int64).index_add(0, places, supervised.flatten().long())
+    if metrics is not None:
+        total = _count(labels, None)
+        metrics.update({"entropy": found.entropy.sum() / total, "mean_token_accuracy": found.correct.sum() / total})
+    return sums, counts
+
+
+def _check_shapes(name: str, last: str, values: Tensor, labels: Tensor) -> None:
+    if values.ndim != 3 or values.shape[:2] != labels.shape:
+        shapes = f"{list(values.shape)} and {list(labels.shape)}"
+        raise ValueError(f"expected {name} [B, T, {last}] and labels [B, T], found {shapes}")
+
+
+def _count(labels: Tensor, num_tokens: int | Tensor | None) -> int | Tensor:
+    return (labels != IGNORE_INDEX).sum().clamp(min=1) if num_tokens is None else num_tokens
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The weight itself, or all of one that FSDP2 has split; its gradient is averaged over ranks, as FSDP2's are."""
+    if not isinstance(weight, DTensor):
+        return weight
+    ranks = weight.device_mesh.size()
+    whole = weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / ranks)
+    return whole

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pedgpt.losses.causal_lm import linear_sequence_logps
 
 
 class DFPOLoss(NamedTuple):
@@ -18,6 +22,8 @@ class DFPOLoss(NamedTuple):
     rejected_rewards: Tensor
     margins: Tensor
     accuracies: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
 
 
 def dfpo_loss(
@@ -38,8 +44,10 @@ def dfpo_loss(
 
     All inputs are [B]: log-probabilities summed over response tokens, and |y_w| in tokens. Computed in float32.
     `label_smoothing` ε mixes in the flipped preference: −(1−ε) log σ(z) − ε log σ(−z). μ = 0 is DPO (Rafailov et al.
-    2023). Raises ValueError for shapes that differ or settings out of range.
+    2023), β = 0 leaves log 2 + μ Φ. Finite for log-ratios of any size. Raises ValueError for shapes that differ, values
+    that are not finite, a chosen response without tokens, or settings out of range.
     """
+    check_dfpo_settings(beta, mu, label_smoothing)
     inputs = {
         "policy_chosen_logps": policy_chosen_logps,
         "policy_rejected_logps": policy_rejected_logps,
@@ -51,10 +59,8 @@ def dfpo_loss(
         if value.ndim != 1 or value.shape != policy_chosen_logps.shape:
             shape, expected = list(value.shape), list(policy_chosen_logps.shape)
             raise ValueError(f"{name} has the shape {shape}; expected one value a pair, {expected}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), found {label_smoothing}")
-    if beta < 0 or mu < 0:
-        raise ValueError(f"beta and mu must not be negative, found beta={beta}, mu={mu}")
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        _check_values(inputs)
 
     chosen_logratios = policy_chosen_logps.float() - reference_chosen_logps.float()
     rejected_logratios = policy_rejected_logps.float() - reference_rejected_logps.float()
@@ -72,4 +78,67 @@ def dfpo_loss(
         rejected_rewards=rejected_rewards,
         margins=margins,
         accuracies=(margins > 0).float(),
+        chosen_logps=policy_chosen_logps.detach().float(),
+        rejected_logps=policy_rejected_logps.detach().float(),
     )
+
+
+def linear_dfpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    sequences: Tensor | None = None,
+    normalize: bool = False,
+    beta: float = 0.1,
+    mu: float = 1.0,
+    label_smoothing: float = 0.0,
+    metrics: dict[str, Tensor] | None = None,
+) -> DFPOLoss:
+    """`dfpo_loss` of P pairs from hidden states [B, T, D], the head [V, D] and labels [B, T], without the logits.
+
+    The reference's log-probabilities are [P]. Rows are the P chosen responses, then the P rejected ones; or `sequences`
+    [B, T] numbers the response of each label in that order, wherever it stands, so that a pair can share its prompt.
+    `normalize` and `metrics` as in `linear_cross_entropy`. Raises ValueError as `dfpo_loss` does, and for shapes
+    that do not fit.
+    """
+    pairs = len(reference_chosen_logps)
+    if sequences is None and len(labels) != 2 * pairs:
+        raise ValueError(f"{pairs} pairs are {2 * pairs} rows, chosen first, found {len(labels)}; or give sequences")
+    logps, counts = linear_sequence_logps(
+        hidden, weight, labels, sequences=sequences, num_sequences=None if sequences is None else 2 * pairs,
+        normalize=normalize, metrics=metrics,
+    )  # fmt: skip
+    return dfpo_loss(
+        logps[:pairs],
+        logps[pairs:],
+        reference_chosen_logps,
+        reference_rejected_logps,
+        chosen_token_counts=counts[:pairs],
+        beta=beta,
+        mu=mu,
+        label_smoothing=label_smoothing,
+    )
+
+
+def check_dfpo_settings(beta: float, mu: float, label_smoothing: float) -> None:
+    """ValueError, with what is expected, for settings that `dfpo_loss` would refuse."""
+    if not (0 <= beta < math.inf and 0 <= mu < math.inf):
+        raise ValueError(f"beta and mu must not be negative, found beta={beta}, mu={mu}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), found {label_smoothing}")
+
+
+def _check_values(inputs: dict[str, Tensor]) -> None:
+    """One look at all values, since each would wait for the device; the second look says which."""
+    wrong = torch.stack([~value.isfinite() for value in inputs.values()])
+    empty = inputs["chosen_token_counts"] <= 0
+    if not (wrong.any() | empty.any()):
+        return
+    for name, values in inputs.items():
+        if places := (~values.isfinite()).nonzero().flatten().tolist():
+            raise ValueError(f"{name}[{places[0]}] is {values[places[0]].item()}; expected a finite log-probability")
+    place = empty.nonzero().flatten().tolist()[0]
+    raise ValueError(f"chosen_token_counts[{place}] is 0: a chosen response needs a token for its mean log-probability")

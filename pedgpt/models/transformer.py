@@ -155,10 +155,11 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        branches: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits [B, T, V] in the model's dtype; arguments as in `hidden_states`."""
-        hidden = self.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
+        hidden = self.hidden_states(tokens, positions=positions, documents=documents, branches=branches, cache=cache)
         if self.config.normalize_head and not torch.is_grad_enabled():
             return torch.cat([linear(hidden, rows) for rows in self._normalized_rows()], dim=-1)
         return linear(hidden, self.head_weight())
@@ -169,26 +170,33 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        branches: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Final normalised states [B, T, D] for token ids [B, T] (int64).
 
         `documents` [B, T]: tokens attend only within equal integers, and positions restart where the integer changes.
+        `branches` [B, T] makes each document (without `documents`, each row) a tree: its trunk, marked 0, comes first
+        and is seen by all that follows it; then any number of branches, each one run of its own integer, which see the
+        trunk and themselves. The positions of each go on from the trunk's.
         `positions` [B, T] overrides the positions so derived. With `cache`, `tokens` continue what the cache holds.
-        Raises ValueError for a shape that is not [B, T], or a batch that differs from the cache's.
+        Raises ValueError for a shape that is not [B, T], a batch that differs from the cache's, or `branches` with a
+        `cache`.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have the shape [batch, tokens], found {list(tokens.shape)}")
-        for name, value in (("positions", positions), ("documents", documents)):
+        for name, value in (("positions", positions), ("documents", documents), ("branches", branches)):
             if value is not None and value.shape != tokens.shape:
                 raise ValueError(f"{name} has the shape {list(value.shape)}, tokens have {list(tokens.shape)}")
         if cache is not None:
+            if branches is not None:
+                raise ValueError("a cache holds no branches; continue each branch as a row of its own")
             cache.check_room(*tokens.shape)
         if positions is None:
             if cache is not None:
                 positions = cache.next_positions(tokens.shape[1])
             else:
-                positions = document_positions(tokens, documents)
+                positions = document_positions(tokens, documents, branches)
         all_positions, all_documents = positions, documents
         if cache is not None:
             all_positions, all_documents = cache.extend(positions, documents)
@@ -200,7 +208,7 @@ class Transformer(nn.Module):
                 self.config.head_dim, self.config.rope_theta, self.config.rope_scaling, tokens.device
             )
             rotary = rope_tables(positions, frequencies, hidden.dtype)
-        mask = self._attention_mask(positions, all_positions, documents, all_documents, hidden.dtype)
+        mask = self._attention_mask(positions, all_positions, documents, all_documents, hidden.dtype, branches)
         for i, block in enumerate(self.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 hidden = checkpoint(block, hidden, rotary, mask, use_reentrant=False)
@@ -226,6 +234,7 @@ class Transformer(nn.Module):
         documents: Tensor | None,
         all_documents: Tensor | None,
         dtype: torch.dtype,
+        branches: Tensor | None = None,
     ) -> Tensor | None:
         """What attention adds or forbids, [B or 1, H or 1, T, S]; None where plain causality suffices.
 
@@ -233,13 +242,17 @@ class Transformer(nn.Module):
         """
         queries, keys = positions.shape[1], all_positions.shape[1]
         alibi = self.config.positions == "alibi"
-        if all_documents is None and not alibi and (queries == keys or queries == 1):
+        if all_documents is None and branches is None and not alibi and (queries == keys or queries == 1):
             return None
         index = torch.arange(keys, device=positions.device)
         allowed = (index <= index[keys - queries :, None])[None]
         if all_documents is not None:
             assert documents is not None
             allowed = allowed & (documents[:, :, None] == all_documents[:, None, :])
+        if branches is not None:
+            seen = branches[:, :, None] == branches[:, None, :]
+            seen |= branches[:, None, :] == 0
+            allowed = seen.logical_and_(allowed)  # in place: [B, T, T] is large
         if not alibi:
             return allowed[:, None]
         slopes = alibi_slopes(self.config.num_attention_heads, positions.device)
@@ -248,11 +261,20 @@ class Transformer(nn.Module):
         return bias.masked_fill(~allowed[:, None], -torch.inf).to(dtype)
 
 
-def document_positions(tokens: Tensor, documents: Tensor | None) -> Tensor:
-    """Positions [B, T] that count from 0 and restart wherever `documents` changes."""
+def document_positions(tokens: Tensor, documents: Tensor | None, branches: Tensor | None = None) -> Tensor:
+    """Positions [B, T] that count from 0 and restart wherever `documents` changes, in each branch after the trunk."""
     index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-    if documents is None:
+    if documents is None and branches is None:
         return index
     starts = torch.zeros_like(index)
-    starts[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], index[:, 1:], 0)
-    return index - starts.cummax(dim=1).values
+    if documents is not None:
+        starts[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], index[:, 1:], 0)
+        starts = starts.cummax(dim=1).values
+    if branches is None:
+        return index - starts
+    forks = starts.clone()  # where the run that a token belongs to begins
+    forks[:, 1:] = torch.where(branches[:, 1:] != branches[:, :-1], index[:, 1:], starts[:, 1:])
+    # Where its document's trunk ends: at its own start if it has none, for an earlier document's lies before that.
+    ends = torch.where(branches == 0, index + 1, starts).cummax(dim=1).values
+    trunk = torch.where(branches == 0, 0, ends - starts)
+    return index - forks.cummax(dim=1).values + trunk

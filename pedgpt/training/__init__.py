@@ -4,9 +4,11 @@ from pedgpt.training.batches import BatchPlan
 from pedgpt.training.config import TrainingSettings, parse_settings, run_recipe
 from pedgpt.training.distributed import World, gather_rows, gather_weights, shard, start, stop
 from pedgpt.training.loop import finish, is_finished, mean_loss, train
+from pedgpt.training.metrics import ChosenLikelihoodWatch
 
 __all__ = [
     "BatchPlan",
+    "ChosenLikelihoodWatch",
     "TrainingSettings",
     "World",
     "finish",

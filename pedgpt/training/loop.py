@@ -65,12 +65,14 @@ def train(
     *,
     evaluate: Callable[[], dict[str, float]] | None = None,
     fingerprint: str = "",
+    watch: Callable[[dict[str, float]], str | None] | None = None,
 ) -> None:
     """Train what is not frozen, from the last checkpoint in `settings.output` if there is one.
 
     Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks
     or of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
-    Writes a line per step to metrics.jsonl. Raises ValueError if the loss or the gradient is not finite.
+    Writes a line per step to metrics.jsonl; on the main rank `watch` is then given it, and what text it returns is
+    shown as a warning. Raises ValueError if the loss or the gradient is not finite.
     """
     dtype = getattr(torch, settings.dtype)
     run = describe_run(settings, plan, fingerprint)
@@ -114,6 +116,8 @@ def train(
             log.write(record)
             bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {num_tokens / took:,.0f} tokens/s", refresh=False)
             bar.update()
+            if watch and (warning := watch(record)):
+                tqdm.write(f"warning: {warning}", file=sys.stderr)  # above the bar
         if settings.checkpoint_every and not last and (step + 1) % settings.checkpoint_every == 0:
             save_checkpoint(folder, step + 1, model, optimizer, run, world)
             if world.is_main:

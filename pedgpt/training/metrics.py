@@ -1,10 +1,13 @@
-"""metrics.jsonl: one JSON object per optimizer step."""
+"""metrics.jsonl: one JSON object per optimizer step; and a watch on those of preference optimization."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 
@@ -37,3 +40,47 @@ class MetricsLog:
     def totals(self) -> tuple[int, float]:
         """(tokens, seconds) spent so far."""
         return (self.last["tokens"], self.last["seconds"]) if self.last else (0, 0.0)
+
+
+class ChosenLikelihoodWatch:
+    """Called with each step's record, warns once if chosen answers become less likely while the margin grows.
+
+    That is the known failure of DPO: the rejected answers fall faster, so the loss looks well. Rewards are
+    beta (log π − log reference), so both start at 0. The warning comes when in two windows of steps in a row the mean
+    `rewards/chosen` is the lowest so far and the mean `rewards/margins` the highest so far, and the former lies below
+    0 by more than 1 nat per answer and by more than two standard errors: single steps and rounding are noise. The
+    longer the window, the slower a fall is still seen. Raises ValueError for a window of less than 2 steps.
+    """
+
+    def __init__(self, *, beta: float, mu: float, window: int = 10) -> None:
+        if window < 2:
+            raise ValueError(f"window must be at least 2 steps, found {window}")
+        self.beta, self.mu, self.window = float(beta), float(mu), window
+        self.done = self.beta == 0  # then rewards are 0, whatever happens
+        self.steps: list[tuple[float, float]] = []  # (chosen, margin) of the window that is not full yet
+        self.lowest = self.highest = 0.0  # mean of chosen, of margin, over all windows
+        self.before: tuple[float, float] | None = None  # means of the window before, if it was a bad one
+
+    def __call__(self, record: Mapping[str, float]) -> str | None:
+        """The warning, at the step at which it is due."""
+        if self.done:
+            return None
+        self.steps.append((record["rewards/chosen"], record["rewards/margins"]))
+        if len(self.steps) < self.window:
+            return None
+        chosen, margin = (fmean(values) for values in zip(*self.steps, strict=True))
+        error = math.sqrt(fmean((value - chosen) ** 2 for value, _ in self.steps) / (self.window - 1))
+        bad = -chosen > max(self.beta, 2 * error) and chosen < self.lowest and margin > self.highest
+        self.lowest, self.highest = min(self.lowest, chosen), max(self.highest, margin)
+        self.steps.clear()
+        before, self.before = self.before, (chosen, margin) if bad else None
+        if before is None or not bad:
+            return None
+        self.done = True
+        was, now = ([reward / self.beta for reward in means] for means in (before, (chosen, margin)))
+        remedy = f"raise mu (now {self.mu})" + (f" or beta (now {self.beta})" if self.mu >= 1 else "")
+        return (
+            f"the chosen answers become less likely while the margin grows: over the last {self.window} steps they "
+            f"were {-now[0]:.2f} nats per answer less likely than under the reference ({-was[0]:.2f} over the "
+            f"{self.window} before), the margin was {now[1]:.2f} nats ({was[1]:.2f} before); {remedy}"
+        )

@@ -89,9 +89,7 @@ def test_gradient_and_metrics_match_float64_calculation(tmp_path, gradients, mic
 
 
 def test_a_batch_without_weight_changes_nothing_but_the_step(tmp_path):
-    trained, _, metrics = run(
-        tmp_path, loss=lambda m, b: (m(X[:1]).sum() * 0, {}), max_steps=2, weight_decay=0.0
-    )
+    trained, _, metrics = run(tmp_path, loss=lambda m, b: (m(X[:1]).sum() * 0, {}), max_steps=2, weight_decay=0.0)
     assert [line["loss"] for line in metrics] == [0.0, 0.0] and torch.equal(trained.weight, model().weight)
 
 
@@ -141,13 +139,58 @@ def test_evaluation_is_written_when_asked_and_at_the_end(tmp_path):
     assert [line["step"] for line in metrics if line.get("eval_loss") == 7.0] == [2, 4, 5]
 
 
+def watched(tmp_path, world, watch, **chosen):
+    settings = TrainingSettings(str(tmp_path), **{"max_steps": 4, "global_batch_size": 2, **chosen})
+    plan = BatchPlan.from_settings(len(X), settings)
+    training.train(
+        model(), plan, lambda rows, ids: Batch(rows), loss_function, settings, world,
+        evaluate=lambda: {"loss": 7.0}, watch=watch,
+    )  # fmt: skip
+
+
+def test_watch_is_given_each_steps_record_and_its_text_is_shown(tmp_path, capsys):
+    seen = []
+
+    def watch(record):
+        seen.append(dict(record))
+        record.clear()  # the line on disk is written already
+        return {2: "二 is odd", 3: "", 4: "so is four"}.get(len(seen))
+
+    watched(tmp_path, WORLD, watch)
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert seen == [json.loads(line) for line in lines] and [record["step"] for record in seen] == [1, 2, 3, 4]
+    assert seen[-1]["eval_loss"] == 7.0 and seen[0]["twice"] == pytest.approx(2 * seen[0]["loss"])
+    shown = capsys.readouterr()
+    # Lines of their own: where the bar stood is wiped before, and it is drawn again below.
+    warned = [line.rpartition("\r")[2] for line in shown.err.split("\n") if "warning" in line]
+    assert warned == ["warning: 二 is odd", "warning: so is four"] and shown.out == ""
+    assert "4/4" in shown.err.rpartition("warning: so is four\n")[2]
+
+
+def test_watch_goes_on_from_a_checkpoint(tmp_path):
+    seen = []
+
+    def watch(record):
+        seen.append(record["step"])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        watched(tmp_path, WORLD, watch, checkpoint_every=2)
+    watched(tmp_path, WORLD, watch, checkpoint_every=2)
+    assert seen == [1, 2, 3, 3, 4]
+
+
+def test_watch_is_called_on_the_main_rank_alone(tmp_path, capsys):
+    watched(tmp_path, World(1, 1, torch.device("cpu")), lambda record: pytest.fail("not the main rank"))
+    assert capsys.readouterr().err == "" and not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_run_is_finished_only_under_its_own_settings(tmp_path):
     settings = TrainingSettings(str(tmp_path), max_steps=2, global_batch_size=2, checkpoint_every=1)
     plan = BatchPlan.from_settings(len(X), settings)
     assert not training.is_finished(settings, plan, "data", WORLD)
-    training.train(
-        model(), plan, lambda rows, ids: Batch(rows), loss_function, settings, WORLD, fingerprint="data"
-    )
+    training.train(model(), plan, lambda rows, ids: Batch(rows), loss_function, settings, WORLD, fingerprint="data")
     assert not training.is_finished(settings, plan, "data", WORLD)
     assert (tmp_path / "checkpoints" / "step_0000001").is_dir()
     training.finish(settings, plan, "data", WORLD)

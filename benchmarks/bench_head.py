@@ -1,0 +1,147 @@
+"""Head and loss, forward and backward, without the logits tensor, beside the forms that others use.
+
+    python benchmarks/bench_head.py                                 # V = 125,696, D = 1,024, 2,048 tokens
+    python benchmarks/bench_head.py --device cuda --hidden_size 5120 --tokens 8192
+
+Rows: full logits with cross-entropy in float32; chunks of 256 tokens recomputed by activation checkpointing; torch's own
+linear_cross_entropy, plain and chunked; Liger's, where it is installed and there is a GPU; and ours. Of the tokens half
+or none are prompt, without a label. "frozen": only the hidden states need a gradient, as with LoRA. Ratios are the time
+of full logits over that of a row, from rounds in which all rows take turns. Memory is the peak of all tensors made on
+the way, less the gradients that stay. Each dtype has a process of its own.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+from profiled_memory import peak_bytes
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pedgpt.losses import linear_cross_entropy, linear_sequence_logps
+
+
+def full(hidden, weight, labels):
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
+
+
+def checkpointed(hidden, weight, labels):
+    parts = zip(hidden.split(256), labels.split(256), strict=True)
+    return sum(checkpoint(full, part, weight, label, use_reentrant=False) for part, label in parts)
+
+
+def torchs(hidden, weight, labels):
+    return F.linear_cross_entropy(hidden, weight, labels, reduction="sum")
+
+
+def torchs_chunked(hidden, weight, labels):
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method="auto")
+    return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
+
+
+def ours(hidden, weight, labels):
+    return linear_cross_entropy(hidden[None], weight, labels[None], num_tokens=1)
+
+
+def our_sequences(hidden, weight, labels):
+    """As DFPO asks: four responses, each with a factor of its own."""
+    logps, _ = linear_sequence_logps(hidden.unflatten(0, (4, -1)), weight, labels.unflatten(0, (4, -1)))
+    return -logps.sum()
+
+
+def ligers(hidden, weight, labels):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden, weight, labels, reduction="sum")
+
+
+FORMS = {
+    "full logits": full, "checkpointed chunks": checkpointed, "torch linear_cross_entropy": torchs,
+    "torch, options=auto": torchs_chunked, "Liger": ligers, "pedgpt": ours, "pedgpt, a factor a sequence": our_sequences,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, default=125_696)
+    parser.add_argument("--hidden_size", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    arguments = parser.parse_args()
+    if arguments.dtype is None:
+        for dtype in ("float32", "bfloat16"):  # the heap that one leaves would slow the other
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--dtype", dtype], check=True)
+        return
+    dtype = getattr(torch, arguments.dtype)
+    print(f"{arguments}\n{'':45}error{'ms':>10}{'ratio':>8}{'MiB':>8}", flush=True)
+    for masked in (True, False):
+        for frozen in (True, False):
+            compare(arguments, dtype, masked, frozen)
+
+
+def compare(arguments: argparse.Namespace, dtype: torch.dtype, masked: bool, frozen: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    size = arguments.hidden_size
+    hidden = torch.randn(arguments.tokens, size, generator=generator)
+    weight = torch.randn(arguments.vocabulary, size, generator=generator) * size**-0.5
+    labels = torch.randint(arguments.vocabulary, (arguments.tokens,), generator=generator)
+    if masked:  # four rows, the first half of each a prompt
+        labels.unflatten(0, (4, -1))[:, : arguments.tokens // 8] = -100
+    hidden, weight = (tensor.to(arguments.device, dtype) for tensor in (hidden, weight))
+    labels = labels.to(arguments.device)
+    hidden.requires_grad_()
+    weight.requires_grad_(not frozen)
+    leaves = [hidden] if frozen else [hidden, weight]
+
+    def step(form):
+        loss = form(hidden, weight, labels) / 1000
+        return loss.detach(), torch.autograd.grad(loss, leaves)
+
+    def timed(form) -> float:
+        began = time.perf_counter()
+        step(form)
+        if arguments.device == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - began)
+
+    rows, skipped = dict(FORMS), []
+    if arguments.device != "cuda":
+        del rows["Liger"]
+    expected, gradients = step(full)
+    errors, memory = {}, {}
+    for name, form in list(rows.items()):
+        try:
+            loss, found = step(form)
+        except ImportError as error:
+            skipped.append(f"{name}: {error}")
+            del rows[name]
+            continue
+        pairs = [(loss, expected), *zip(found, gradients, strict=True)]
+        errors[name] = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
+        if not errors[name] < (5e-5 if dtype == torch.float32 else 2e-2):
+            raise SystemExit(f"{name} differs from full logits by {errors[name]:.1e}")
+        del found
+    del gradients
+    kept = sum(leaf.nbytes for leaf in leaves)
+    for name, form in rows.items():
+        memory[name] = (peak_bytes(lambda form=form: step(form), arguments.device) - kept) / 2**20
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(arguments.rounds + 1):  # the first round warms up
+        for name, form in rows.items():
+            seconds[name].append(timed(form))
+    base = statistics.median(seconds["full logits"][1:])
+    case = f"{'half' if masked else 'none'} masked, {'frozen' if frozen else 'trains'}"
+    for name in rows:
+        took = statistics.median(seconds[name][1:])
+        print(f"{case:21}{name:22}{errors[name]:>7.0e}{took:>10,.0f}{base / took:>7.2f}x{memory[name]:>8,.0f}", flush=True)
+    print(*skipped, sep="\n", end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The frozen reference's log-probabilities of preference pairs, kept in a file from one run to the next."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from pedgpt.data.chat import ChatFormat, TemplateChat
+from pedgpt.data.chat_template import read_template
+from pedgpt.data.packing import fingerprint
+from pedgpt.data.preference import EncodedPair
+from pedgpt.data.tokenizer import Tokenizer
+
+_NAME = "logps"
+
+
+def reference_key(*, model: str, chat: ChatFormat, pairs: Sequence[EncodedPair], dtype: str) -> dict[str, str]:
+    """All that the log-probabilities of `pairs` depend on, as short texts.
+
+    `model` is the reference's fingerprint, `dtype` that of the computation; the tokenizer is `chat`'s.
+    """
+    return {
+        "model": model,
+        "tokenizer": tokenizer_fingerprint(chat.tokenizer),
+        "chat_format": chat_fingerprint(chat),
+        "data": fingerprint([example for pair in pairs for example in (pair.chosen, pair.rejected)]),
+        "dtype": dtype,
+    }
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """A short name of the vocabulary, the merges, the added tokens and every step before and after them."""
+    return _short(tokenizer.backend.to_str())
+
+
+def chat_fingerprint(chat: ChatFormat) -> str:
+    """The format's name; of a Jinja template, its text and the special tokens' names that it is given as well."""
+    name = type(chat).__name__
+    if not isinstance(chat, TemplateChat):
+        return name
+    found = read_template(chat.tokenizer.config, chat.tokenizer.folder)
+    return f"{name} {_short(json.dumps([found and found[0], chat.template.variables], sort_keys=True))}"
+
+
+def save_reference(path: str | Path, logps: Tensor, key: Mapping[str, str]) -> None:
+    """Write `logps` [pairs, 2] (chosen, rejected) float32 with its key, at once: the file is whole or not there.
+
+    Raises ValueError, before anything is written, for another shape or dtype and for values that are not finite.
+    """
+    assert "format" not in key, "safetensors' own entry"
+    path = Path(path)
+    if fault := _fault(logps, len(logps)):
+        raise ValueError(f"{path}: not written: {fault}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Runs that differ in beta alone may share the file and write it at the same time.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as handle:  # safetensors' save_file may leave a file that only its owner can read
+            handle.write(save({_NAME: logps.detach().cpu().contiguous()}, metadata={"format": "pt", **key}))
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_reference(path: str | Path, key: Mapping[str, str], num_pairs: int) -> Tensor | None:
+    """The log-probabilities [num_pairs, 2] float32 that were saved under `key`; None if there is no such file.
+
+    Raises ValueError naming the file and the remedy if it was written under another key, with every entry that
+    differs, if it cannot be read, and if it holds anything but finite float32 numbers of that shape.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as handle:
+            found = dict(handle.metadata() or {})
+            names = sorted(handle.keys())
+            tensor = handle.get_tensor(_NAME).clone() if names == [_NAME] else None  # not mapped from the file
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, RuntimeError, MemoryError, OverflowError) as error:
+        raise _unusable(path, f"cannot be read as safetensors, it may be truncated ({error})") from None
+    found.pop("format", None)
+    differing = [
+        f"{name[:40]!r} is {_quoted(found.get(name))}, expected {_quoted(key.get(name))}"
+        for name in sorted({*found, *key})
+        if found.get(name) != key.get(name)
+    ]
+    if differing:
+        raise _unusable(path, f"holds another run's reference log-probabilities: {'; '.join(differing)}")
+    if tensor is None:
+        raise _unusable(path, f"must hold one tensor, {_NAME!r}, found {', '.join(map(_quoted, names[:5])) or 'none'}")
+    if fault := _fault(tensor, num_pairs):
+        raise _unusable(path, fault)
+    return tensor
+
+
+def _fault(logps: Tensor, num_pairs: int) -> str | None:
+    """What is wrong with these log-probabilities."""
+    if logps.dtype != torch.float32 or logps.shape != (num_pairs, 2):
+        kind = str(logps.dtype).removeprefix("torch.")
+        return f"{_NAME} is {kind} of shape {list(logps.shape)}, expected float32 of shape [{num_pairs}, 2]"
+    if len(bad := (~logps.isfinite()).any(dim=1).nonzero()):
+        first = int(bad[0]) + 1
+        return f"{len(bad)} of {num_pairs} pairs have a log-probability that is not finite, first pair {first}"
+    return None
+
+
+def _unusable(path: Path, fault: str) -> ValueError:
+    return ValueError(f"{path}: {fault}; delete the file, or give another path via --reference_logps")
+
+
+def _quoted(text: str | None) -> str:
+    return "missing" if text is None else repr(text[:80])
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,358 @@
+"""Hidden states × head → log p(label) of every token, over chunks of tokens: never a [tokens, vocabulary] tensor.
+
+    z = h Wᵀ,  log p = z[label] − log Σ exp z,  d log p / dz = onehot(label) − softmax z
+
+The gradient of log p needs nothing from above but a factor, so it is formed from a chunk's logits while they are there
+and scaled in the backward pass (SPEC §3). A frozen head takes two matrix products that way, for any factor a token. A
+head that trains takes three if one factor holds for all tokens, as in a mean (`linear_nll`); with a factor a token
+(`linear_token_logps`) logits are computed again, all but the last chunk's. With `normalize` the head's rows count as of
+unit length (Baichuan2's NormHead) without being copied: z = (h Wᵀ) / ‖w‖.
+
+Letters: N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pedgpt.kernels.onednn import product, refuse_create_graph
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it exists for Linux alone; the torch form works everywhere
+    triton = None
+
+# Logits of a chunk: 128 MiB in float32 on the CPU; 256 MiB in bfloat16 on a GPU, which needs more tokens at once.
+CHUNK, CHUNK_CUDA = 2**25, 2**27
+# Numbers at a time of a chunk's softmax, and of its product for the head's gradient: they stay in a processor's cache.
+BLOCK, SLICE = 2**19, 2**21
+
+
+class TokenLogps(NamedTuple):
+    """Of each token [N], in float32 at least; 0 where there is no label. Only `logps` is differentiable.
+
+    `entropy` of the predicted distribution, in nats; `correct` is 1 where no token is more probable than the label.
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    correct: Tensor
+
+
+# Softmax of a chunk: the torch form
+
+
+def _softmax(logits: Tensor, labels: Tensor, inverse: Tensor | None, factors: Tensor | None, stats: Tensor) -> None:
+    """log p, entropy and correctness of logits [N, V] into stats [3, N].
+
+    `inverse` [V] scales the logits first. With `factors` [N] the logits turn into factor · d log p / d logits.
+    """
+    height = max(1, BLOCK // logits.shape[1])
+    memory = torch.empty(2, min(height, len(logits)), logits.shape[1], dtype=stats.dtype, device=logits.device)
+    for start in range(0, len(logits), height):
+        rows = slice(start, start + height)
+        label = labels[rows, None]
+        z, p = memory[:, : len(label)]
+        z.copy_(logits[rows])
+        if inverse is not None:
+            z.mul_(inverse)
+        z.sub_(z.amax(-1, keepdim=True))
+        chosen = z.gather(1, label).squeeze(1)
+        total = torch.exp(z, out=p).sum(-1)
+        stats[0, rows] = chosen - total.log()
+        stats[1, rows] = total.log() - z.mul_(p).sum(-1) / total
+        stats[2, rows] = chosen >= 0
+        if factors is not None:
+            p.mul_((-factors[rows] / total)[:, None]).scatter_add_(1, label, factors[rows, None])
+            if inverse is not None:
+                p.mul_(inverse)
+            logits[rows] = p
+
+
+# The Triton form
+
+if triton is not None:
+
+    @triton.jit
+    def linear_logps_fwd_kernel(
+        logits, labels, inverse, factors, stats, tokens, vocabulary,
+        NORMALIZED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
+    ):  # fmt: skip
+        """One row [V] of the logits: read once for its maximum, sum and entropy, once more to become the gradient."""
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * vocabulary
+        label = tl.load(labels + row)
+        chosen = tl.load(logits + label).to(tl.float32)
+        if NORMALIZED:
+            chosen *= tl.load(inverse + label)
+        high, total, weighted = -float("inf"), 0.0, 0.0  # max z, Σ exp(z − high), Σ (z − high) exp(z − high)
+        for start in range(0, vocabulary, BLOCK_V):
+            column = start + tl.arange(0, BLOCK_V)
+            z = tl.load(logits + column, mask=column < vocabulary, other=-float("inf")).to(tl.float32)
+            if NORMALIZED:
+                z *= tl.load(inverse + column, mask=column < vocabulary, other=1.0)
+            above = tl.maximum(high, tl.max(z, axis=0))
+            e = tl.exp(z - above)
+            weighted += total * tl.where(total > 0, high - above, 0.0)
+            weighted = weighted * tl.exp(high - above) + tl.sum(e * tl.where(e > 0, z - above, 0.0), axis=0)
+            total = total * tl.exp(high - above) + tl.sum(e, axis=0)
+            high = above
+        tl.store(stats + row, chosen - high - tl.log(total))
+        tl.store(stats + tokens + row, tl.log(total) - weighted / total)
+        tl.store(stats + 2 * tokens + row, (chosen >= high).to(tl.float32))
+        if GRADIENT:
+            factor = tl.load(factors + row)
+            for start in range(0, vocabulary, BLOCK_V):
+                column = start + tl.arange(0, BLOCK_V)
+                z = tl.load(logits + column, mask=column < vocabulary, other=-float("inf")).to(tl.float32)
+                if NORMALIZED:
+                    scale = tl.load(inverse + column, mask=column < vocabulary, other=1.0)
+                    gradient = factor * scale * ((column == label) - tl.exp(z * scale - high) / total)
+                else:
+                    gradient = factor * ((column == label) - tl.exp(z - high) / total)
+                tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < vocabulary)
+
+
+def _softmax_triton(
+    logits: Tensor, labels: Tensor, inverse: Tensor | None, factors: Tensor | None, stats: Tensor
+) -> None:
+    found = torch.empty(stats.shape, dtype=torch.float32, device=stats.device)
+    block = min(4096, triton.next_power_of_2(logits.shape[1]))
+    if len(logits):
+        linear_logps_fwd_kernel[(len(logits),)](
+            logits, labels, inverse, factors, found, *logits.shape,
+            NORMALIZED=inverse is not None, GRADIENT=factors is not None, BLOCK_V=block, num_warps=8,
+        )  # fmt: skip
+    stats.copy_(found)
+
+
+# Chunks of tokens, each multiplied by the head, differentiated and forgotten
+
+
+class _Head:
+    """The output matrix [V, D] as the products see it."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, normalize: bool, impl: str | None) -> None:
+        self.weight = weight.detach().to(dtype)
+        self.gradient_dtype = weight.dtype
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.softmax = _softmax_triton if impl == "triton" else _softmax
+        self.chunk = max(1, (CHUNK_CUDA if weight.is_cuda else CHUNK) // len(weight))
+        height = max(1, SLICE // weight.shape[1])
+        self.slices = [slice(start, start + height) for start in range(0, len(weight), height)]
+        self.inverse: Tensor | None = None  # 1/‖w‖ [V]
+        if normalize:
+            norms = [torch.linalg.vector_norm(weight.detach()[rows].to(self.wide), dim=-1) for rows in self.slices]
+            self.inverse = torch.cat(norms).clamp(min=1e-12).reciprocal()
+
+    def chunks(self, tokens: int) -> list[slice]:
+        """Parts as equal as they can be; one, empty, of no tokens."""
+        count = max(1, math.ceil(tokens / self.chunk))
+        return [slice(i * tokens // count, (i + 1) * tokens // count) for i in range(count)]
+
+    def logps(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """log p, entropy and correctness [3, N], and the logits of the last chunk."""
+        stats = hidden.new_empty(3, len(labels), dtype=self.wide)
+        logits: Any = None
+        for rows in self.chunks(len(labels)):
+            del logits  # before the next chunk's are made
+            logits = product(hidden[rows], self.weight)
+            self.softmax(logits, labels[rows], self.inverse, None, stats[:, rows])
+        return stats, logits
+
+    def gradients(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        factors: Tensor,
+        last: Tensor | None = None,
+        *,
+        of_hidden: bool,
+        of_weight: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `logps`, and the gradients of Σ factors · log p; `last`: logits of the last chunk, given away."""
+        stats, factors = hidden.new_empty(3, len(labels), dtype=self.wide), factors.to(self.wide)
+        dhidden = torch.empty_like(hidden) if of_hidden else None
+        dweight = None
+        chunks = self.chunks(len(labels))
+        if of_weight:
+            # Sums over chunks are in float32, and so is what waits for its factor in a range as short as float16's.
+            short = len(chunks) == 1 and self.gradient_dtype != torch.float16
+            dweight = torch.empty(
+                self.weight.shape, dtype=self.gradient_dtype if short else self.wide, device=hidden.device
+            )
+        for rows in reversed(chunks):
+            logits = product(hidden[rows], self.weight) if last is None else last
+            last = None
+            wanted = factors[rows] if of_hidden or of_weight else None
+            self.softmax(logits, labels[rows], self.inverse, wanted, stats[:, rows])
+            if dhidden is not None:
+                dhidden[rows] = product(logits, self.weight.t())
+            if dweight is not None:
+                self._add_product(dweight, logits, hidden[rows], first=rows is chunks[-1])
+            del logits
+        if dweight is not None and self.inverse is not None:
+            self._project(dweight, self.inverse)
+        return stats, dhidden, dweight
+
+    def _add_product(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
+        for rows in self.slices:
+            part = product(dlogits[:, rows].t(), hidden.t())
+            dweight[rows] = part if first else dweight[rows].add_(part)
+
+    def _project(self, dweight: Tensor, inverse: Tensor) -> None:
+        """From the gradient of ŵ = w/‖w‖, divided by ‖w‖, to that of w: what is along w goes."""
+        for rows in self.slices:
+            unit = self.weight[rows] * inverse[rows, None]
+            dweight[rows] -= unit * (unit * dweight[rows]).sum(-1, keepdim=True)
+
+
+class _LinearLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, grad: bool, *head: Any) -> tuple[Tensor, ...]:
+        ctx.head, ctx.dhidden, ctx.last = head, None, None
+        of_hidden, of_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
+        if of_weight:
+            stats, ctx.last = _Head(weight, *head).logps(hidden, labels)
+            ctx.save_for_backward(hidden, weight, labels)
+        else:
+            ones = torch.ones(len(labels), device=hidden.device)
+            stats, ctx.dhidden, _ = _Head(weight, *head).gradients(
+                hidden, labels, ones, of_hidden=of_hidden, of_weight=False
+            )
+        logps, entropy, correct = stats[0], stats[1], stats[2]
+        ctx.mark_non_differentiable(entropy, correct)
+        return logps, entropy, correct
+
+    @staticmethod
+    def backward(ctx: Any, dlogps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_create_graph("linear_token_logps")
+        if ctx.dhidden is not None:
+            return ctx.dhidden * dlogps.to(ctx.dhidden.dtype)[:, None], *[None] * 6
+        hidden, weight, labels = ctx.saved_tensors
+        last, ctx.last = ctx.last, None
+        dhidden, dweight = _Head(weight, *ctx.head).gradients(
+            hidden, labels, dlogps, last, of_hidden=ctx.needs_input_grad[0], of_weight=True
+        )[1:]
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), *[None] * 5
+
+
+class _LinearNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, grad: bool, *head: Any) -> tuple[Tensor, ...]:
+        of_hidden, of_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
+        factors = torch.full(labels.shape, -1.0, device=hidden.device)
+        stats, *ctx.gradients = _Head(weight, *head).gradients(
+            hidden, labels, factors, of_hidden=of_hidden, of_weight=of_weight
+        )
+        ctx.weight_dtype = weight.dtype
+        logp, entropy, correct = stats.sum(-1)
+        ctx.mark_non_differentiable(entropy, correct)
+        return -logp, entropy, correct
+
+    @staticmethod
+    def backward(ctx: Any, dnll: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_create_graph("linear_nll")
+        if ctx.gradients is None:
+            raise RuntimeError("linear_nll runs backward once: its gradients were scaled in place and given away")
+        dhidden, dweight = (None if gradient is None else gradient.mul_(dnll) for gradient in ctx.gradients)
+        ctx.gradients = None
+        return dhidden, None if dweight is None else dweight.to(ctx.weight_dtype), *[None] * 5
+
+
+# What the library calls
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    normalize: bool = False,
+    ignore_index: int = -100,
+    impl: str | None = None,
+) -> TokenLogps:
+    """log softmax(hidden Wᵀ)[label] of hidden [N, D], weight [V, D] and labels [N]; differentiable once.
+
+    Tokens labelled `ignore_index` are left out of every product. Products are in the dtype of `hidden` and `weight`,
+    or autocast's, the softmax in float32 at least. `impl` "torch" or "triton" chooses the softmax's form; None takes
+    Triton on CUDA. Raises ValueError for shapes, dtypes or labels that do not fit.
+    """
+    if _compiled():
+        return _plain(hidden, weight, labels, normalize, ignore_index)
+    kept, rows, *head = _prepare(hidden, weight, labels, normalize, ignore_index, impl)
+    found = _LinearLogps.apply(kept, weight, labels[rows], torch.is_grad_enabled(), *head)
+    if isinstance(rows, slice):
+        return TokenLogps(*found)
+    return TokenLogps(*(value.new_zeros(len(labels)).index_copy(0, rows, value) for value in found))
+
+
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    normalize: bool = False,
+    ignore_index: int = -100,
+    impl: str | None = None,
+) -> TokenLogps:
+    """Sums of `linear_token_logps` over its tokens, scalars, the first with the opposite sign: − Σ log p(label).
+
+    Its gradient comes with it, in one pass over the head even if that trains; so the backward pass runs once.
+    """
+    if _compiled():
+        logps, entropy, correct = _plain(hidden, weight, labels, normalize, ignore_index)
+        return TokenLogps(-logps.sum(), entropy.sum(), correct.sum())
+    kept, rows, *head = _prepare(hidden, weight, labels, normalize, ignore_index, impl)
+    return TokenLogps(*_LinearNLL.apply(kept, weight, labels[rows], torch.is_grad_enabled(), *head))
+
+
+def _compiled() -> bool:
+    # A compiler fuses in its own way, and torch.func cannot follow the functions above.
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _plain(hidden: Tensor, weight: Tensor, labels: Tensor, normalize: bool, ignore_index: int) -> TokenLogps:
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if normalize:
+        logits = logits / torch.linalg.vector_norm(weight.to(logits.dtype), dim=-1).clamp(min=1e-12)
+    log_p = logits.log_softmax(-1)
+    supervised = labels != ignore_index
+    logps = log_p.gather(-1, labels.where(supervised, 0)[:, None]).squeeze(-1)
+    entropy, correct = -(log_p.exp() * log_p).sum(-1), (logps >= log_p.amax(-1)).to(logps.dtype)
+    return TokenLogps(*(torch.where(supervised, value, 0.0) for value in (logps, entropy.detach(), correct.detach())))
+
+
+def _prepare(
+    hidden: Tensor, weight: Tensor, labels: Tensor, normalize: bool, ignore_index: int, impl: str | None
+) -> tuple[Any, ...]:
+    """The supervised tokens' hidden states in the products' dtype, which tokens these are, and `_Head`'s arguments."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (hidden, weight, labels))
+        raise ValueError(f"expected hidden [N, D], weight [V, D] and labels [N], found {shapes}")
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    elif dtype != weight.dtype:
+        raise ValueError(f"hidden is {dtype} and weight {weight.dtype}: convert one of them, or use autocast")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are token ids in int64, found {labels.dtype}")
+    supervised = labels != ignore_index
+    if (wrong := labels[supervised & ((labels < 0) | (labels >= len(weight)))]).numel():
+        raise ValueError(f"label {wrong[0].item()} is outside of the vocabulary of {len(weight)}")
+    if impl not in (None, "torch", "triton"):
+        raise ValueError(f'impl must be "torch", "triton" or None, found {impl!r}')
+    if impl == "triton" and (triton is None or dtype == torch.float64):
+        raise ValueError(f'impl="triton" needs Triton and no float64, found {"no Triton" if triton is None else dtype}')
+    if impl is None:
+        impl = "triton" if hidden.is_cuda and triton is not None and dtype != torch.float64 else "torch"
+    found = supervised.nonzero().squeeze(1)
+    rows = slice(None) if len(found) == len(labels) else found
+    return hidden[rows].to(dtype), rows, dtype, normalize, impl
