@@ -43,10 +43,10 @@ def main() -> None:
                 for _ in range(arguments.pairs)
             ]
             sides = ((trl_side, folder, pairs, arguments.compact), (our_side, folder, pairs))
-            (theirs, their_peak), (ours, our_peak) = compare(sides, arguments)
+            (theirs, their_peak), (ours, our_peak), spread = compare(sides, arguments)
             print(
                 f"{f'{prompt} + {arguments.response}':17}{theirs:>15.2f}{ours:>8.2f}{theirs / ours:>6.2f}x"
-                f"{their_peak:>16,.0f}{our_peak:>8,.0f}{our_peak / their_peak:>6.2f}x",
+                f"{their_peak:>16,.0f}{our_peak:>8,.0f}{our_peak / their_peak:>6.2f}x  {spread}",
                 flush=True,
             )
 
@@ -189,8 +189,8 @@ def serve(connection, steps: int, dtype: torch.dtype, side, *arguments) -> None:
     connection.send(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
-def compare(sides, arguments: argparse.Namespace) -> list[tuple[float, float]]:
-    """Median seconds of a step and peak MiB of each side, (function, arguments); one computes at a time."""
+def compare(sides, arguments: argparse.Namespace) -> tuple[tuple[float, float], tuple[float, float], str]:
+    """Median seconds of a step and peak MiB of either side, and the ratios' spread; one computes at a time."""
     context = multiprocessing.get_context("spawn")
     steps, dtype = arguments.steps + 1, getattr(torch, arguments.dtype)
     connections, peaks = [], [0.0] * len(sides)
@@ -210,11 +210,14 @@ def compare(sides, arguments: argparse.Namespace) -> list[tuple[float, float]]:
             seconds[i].append(took)
             peaks[i] = connection.recv()  # after the last step; "ready" until then
         # Later losses also compare gradients; AdamW's first steps turn rounding into signs.
-        theirs, ours = losses[0][-1], losses[1][-1]
+        first, second = losses[0][-1], losses[1][-1]
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-3 if step else 1e-5
-        if not abs(theirs - ours) <= tolerance * abs(theirs):
-            raise SystemExit(f"the losses of step {step + 1} differ: {theirs:.6f} and {ours:.6f}")
-    return [(statistics.median(took[1:]), peak) for took, peak in zip(seconds, peaks, strict=True)]
+        if not abs(first - second) <= tolerance * abs(first):
+            raise SystemExit(f"the losses of step {step + 1} differ: {first:.6f} and {second:.6f}")
+    theirs, ours = (took[1:] for took in seconds)
+    ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
+    spread = f"(ratios of the rounds {ratios[0]:.2f} to {ratios[-1]:.2f})"
+    return (statistics.median(theirs), peaks[0]), (statistics.median(ours), peaks[1]), spread
 
 
 if __name__ == "__main__":

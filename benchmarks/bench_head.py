@@ -16,10 +16,9 @@ import subprocess
 import sys
 import time
 
-from profiled_memory import peak_bytes
-
 import torch
 import torch.nn.functional as F
+from profiled_memory import peak_bytes
 from torch.utils.checkpoint import checkpoint
 
 from pedgpt.losses import linear_cross_entropy, linear_sequence_logps

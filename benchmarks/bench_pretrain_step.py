@@ -31,10 +31,10 @@ def main() -> None:
         for name, targets in (("all", labels), ("half masked", masked)):
             theirs_first = (transformers_side, folder, inputs, targets, arguments.chunked)
             sides = (theirs_first, (our_side, folder, inputs, targets))
-            (theirs, their_peak), (ours, our_peak) = compare(sides, arguments)
+            (theirs, their_peak), (ours, our_peak), spread = compare(sides, arguments)
             print(
                 f"{name:11}{inputs.numel() / theirs:>24,.0f}{inputs.numel() / ours:>8,.0f}{theirs / ours:>6.2f}x"
-                f"{their_peak:>25,.0f}{our_peak:>8,.0f}{our_peak / their_peak:>6.2f}x",
+                f"{their_peak:>25,.0f}{our_peak:>8,.0f}{our_peak / their_peak:>6.2f}x  {spread}",
                 flush=True,
             )
 

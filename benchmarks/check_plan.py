@@ -52,9 +52,10 @@ def child(plan, arguments: list[str]) -> None:
     """One run; prints the peak resident size in bytes."""
     from pedgpt import training
     from pedgpt.adapters import inject_experts, inject_lora, set_noise_rows
-    from pedgpt.data import collate
+    from pedgpt.data import EncodedPair, collate, collate_pairs
+    from pedgpt.data.chat import Example
     from pedgpt.data.packing import Row
-    from pedgpt.losses import causal_lm_loss, dfpo_loss, sequence_logps
+    from pedgpt.losses import linear_cross_entropy, linear_dfpo_loss, linear_sequence_logps
     from pedgpt.models import generation, load_model, load_weights
     from pedgpt.training.distributed import autocast
 
@@ -99,23 +100,36 @@ def child(plan, arguments: list[str]) -> None:
         def next_token(model, batch):
             if stage == "experts":
                 set_noise_rows(model, 0, batch.row_ids)
-            return causal_lm_loss(model(batch.tokens, documents=batch.documents), batch.labels, num_tokens=1), {}
+            hidden = model.hidden_states(batch.tokens, documents=batch.documents)
+            normalize = model.config.normalize_head
+            loss = linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, num_tokens=1, normalize=normalize)
+            return loss, {}
+
+        def head(model, batch):
+            hidden = model.hidden_states(batch.tokens, documents=batch.documents, branches=batch.branches)
+            normalized = {"sequences": batch.sequences, "normalize": model.config.normalize_head}
+            return (hidden, model.lm_head.weight, batch.labels), normalized
 
         def preference(model, batch):
-            chosen, rejected = sequence_logps(model(batch.tokens, documents=batch.documents), batch.labels).chunk(2)
-            counts = torch.full_like(chosen, config.row_length)
-            return dfpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), chosen_token_counts=counts).loss, {}
+            operands, options = head(model, batch)
+            return linear_dfpo_loss(*operands, *batch.reference_logps.chunk(2), **options).loss, {}
 
-        size = 2 if stage == "dfpo" else 1
-        held = rows(2 * config.global_batch_size * size)
+        def pair() -> EncodedPair:  # with nothing in common
+            return EncodedPair(*(Example(tokens(config.row_length), tokens(config.row_length), "") for _ in range(2)))
+
+        held = [pair() if stage == "dfpo" else rows(1)[0] for _ in range(2 * config.global_batch_size)]
 
         def make(indices, ids):
-            return collate([held[size * i + j] for i in indices for j in range(size)], [*ids] * size)
+            chosen = [held[i] for i in indices]
+            if stage == "dfpo":
+                return collate_pairs(chosen, ids, shared_prompt=config.shared_prompt)
+            return collate(chosen, ids)
 
         if stage == "dfpo":  # the reference
             with torch.no_grad(), autocast(world, dtype):
                 batch = make(range(config.micro_batch_size), range(config.micro_batch_size))
-                sequence_logps(model(batch.tokens, documents=batch.documents), batch.labels)
+                operands, options = head(model, batch)
+                linear_sequence_logps(*operands, num_sequences=len(batch.counts), **options)
         config.max_steps = 2
         batches = training.BatchPlan.from_settings(2 * config.global_batch_size, config)
         training.train(model, batches, make, preference if stage == "dfpo" else next_token, config, world)

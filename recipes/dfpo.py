@@ -5,30 +5,34 @@
     torchrun --nproc-per-node 8 recipes/dfpo.py --config recipes/configs/baichuan2_7b/dfpo.toml \\
         --model runs/7b/sft/model --output runs/7b/dfpo --preferences path/to/pairs.jsonl
 
-The reference is the model as it comes in. Its log-probabilities are computed once, before training, so no second model
-is kept. All parameters train, or with `lora_rank` an adapter.
+The reference is the model as it comes in. Its log-probabilities are computed once, before training, and kept in a file
+that other runs on the same pairs can share (`reference_logps`), so there is never a second model. The prompt of a pair
+is computed once for both answers. All parameters train, or with `lora_rank` an adapter.
 """
 
-import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from pedgpt import training
-from pedgpt.adapters import inject_lora, save_adapter
+from pedgpt.adapters import adapters_disabled, inject_lora, save_adapter
 from pedgpt.data import (
     ReadSummary,
     chat_format,
     collate_pairs,
     encode_pairs,
     fingerprint,
+    load_reference,
     load_tokenizer,
     read_preferences,
+    reference_key,
+    save_reference,
 )
-from pedgpt.losses import IGNORE_INDEX, dfpo_loss, sequence_logps
+from pedgpt.losses import check_dfpo_settings, dfpo_loss, linear_sequence_logps
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, save_model
-from pedgpt.training.distributed import autocast, gather_rows
+from pedgpt.training.distributed import autocast, gather_rows, sum_over_ranks
 
 
 @dataclass(kw_only=True)
@@ -39,6 +43,8 @@ class Config(training.TrainingSettings):
     beta: float = 0.1  # how strongly the policy is held to the reference
     mu: float = 1.0  # weight of the likelihood of the chosen answer; 0 is DPO
     label_smoothing: float = 0.0  # assumed share of pairs labelled the wrong way round
+    shared_prompt: bool = True  # compute the prompt of a pair once, for both answers
+    reference_logps: str = ""  # file that keeps the reference's log-probabilities for further runs; empty: in output
     lora_rank: int = 0  # rank of a LoRA on all linear layers; 0 trains all parameters
     lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
     lora_rslora: bool = False  # by alpha / sqrt(rank) instead
@@ -49,8 +55,7 @@ class Config(training.TrainingSettings):
 
 def main(config: Config) -> None:
     config.check()
-    if config.beta < 0 or config.mu < 0 or not 0 <= config.label_smoothing < 0.5:
-        raise ValueError("beta and mu must not be negative and label_smoothing must be in [0, 0.5)")
+    check_dfpo_settings(config.beta, config.mu, config.label_smoothing)
     if config.lora_rslora and not config.lora_rank:
         raise ValueError("lora_rslora is set without lora_rank, so there is no LoRA to scale; give lora_rank too")
     world = training.start(config.device)
@@ -69,6 +74,7 @@ def main(config: Config) -> None:
         return encode_pairs(pairs, chat, config.row_length, config.on_bad_row, summary)
 
     pairs, heldout_pairs = encoded(config.preferences), encoded(config.heldout_preferences)
+    make_batch = partial(collate_pairs, shared_prompt=config.shared_prompt)
     plan = training.BatchPlan.from_settings(len(pairs), config)
     examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
     data = f"{fingerprint(examples)} on {model_fingerprint(config.model)}"
@@ -90,58 +96,76 @@ def main(config: Config) -> None:
     training.shard(model, model.model.layers, world, dtype)
     load_weights(model, config.model, dtype=stored, device=world.device)
 
-    # Reference log-probabilities of every pair, [pairs, 2], before the first step: adapters are still the identity.
+    def response_logps(batch, metrics=None):
+        """Summed log-probabilities and token counts, [2P]: chosen responses, then rejected ones."""
+        hidden = model.hidden_states(batch.tokens, documents=batch.documents, branches=batch.branches)
+        return linear_sequence_logps(
+            hidden, model.lm_head.weight, batch.labels, sequences=batch.sequences, num_sequences=len(batch.counts),
+            normalize=sizes.normalize_head, metrics=metrics,
+        )  # fmt: skip
+
+    # Reference log-probabilities, [pairs, 2]: the model as it comes in, without its adapter.
     def reference_logps(pairs):
         parts = []
-        with torch.no_grad(), autocast(world, dtype):
-            for i in range(math.ceil(len(pairs) / (world.size * config.micro_batch_size))):
-                width = world.size * config.micro_batch_size
-                mine = pairs[i * width : (i + 1) * width][world.rank :: world.size]
-                batch = collate_pairs(mine, range(len(mine))).to(world.device)
-                logps = sequence_logps(model(batch.tokens, documents=batch.documents), batch.labels)
+        width = world.size * config.micro_batch_size
+        with torch.no_grad(), autocast(world, dtype), adapters_disabled(model):
+            for start in range(0, len(pairs), width):
+                mine = pairs[start : start + width][world.rank :: world.size]
+                logps, _ = response_logps(make_batch(mine, range(len(mine))).to(world.device))
                 part = logps.new_zeros(config.micro_batch_size, 2)
                 part[: len(mine)] = logps[: 2 * len(mine)].view(2, len(mine)).T
                 parts.append(gather_rows(part, world))
         return torch.cat(parts).cpu()[: len(pairs)] if parts else torch.zeros(0, 2)
 
-    reference, heldout_reference = reference_logps(pairs), reference_logps(heldout_pairs)
+    cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
+    key = reference_key(
+        model=model_fingerprint(config.model), chat=chat, pairs=pairs, dtype=f"{config.dtype}, weights {stored}"
+    )
+    reference = load_reference(cache, key, len(pairs))
+    if sum_over_ranks([reference is None], world)[0]:  # all compute, if one of them came before the file did
+        reference = reference_logps(pairs)
+        if world.is_main:
+            save_reference(cache, reference, key)
+    elif world.is_main:
+        print(f"reference log-probabilities from {cache}")
+    heldout_reference = reference_logps(heldout_pairs)
 
-    # Loss: chosen and rejected in one forward pass; everything summed over pairs, the loop divides by their number.
+    # Loss: everything summed over pairs, the loop divides by their number.
     def loss_function(model, batch):
-        logps = sequence_logps(model(batch.tokens, documents=batch.documents), batch.labels)
+        head = {}
+        logps, counts = response_logps(batch, head)
         if batch.weight == 0:
             return logps.sum(), dict.fromkeys(METRICS, torch.zeros(()))
-        counts = (batch.labels != IGNORE_INDEX).sum(-1)
         chosen, rejected = logps.chunk(2)
-        reference_chosen, reference_rejected = batch.reference_logps.chunk(2)
-        chosen_counts, rejected_counts = counts.chunk(2)
         result = dfpo_loss(
-            chosen, rejected, reference_chosen, reference_rejected,
-            chosen_token_counts=chosen_counts, beta=config.beta, mu=config.mu, label_smoothing=config.label_smoothing,
+            chosen, rejected, *batch.reference_logps.chunk(2), chosen_token_counts=counts.chunk(2)[0],
+            beta=config.beta, mu=config.mu, label_smoothing=config.label_smoothing,
         )  # fmt: skip
+        per_token = logps.detach() / counts.clamp(min=1)
         values = (
             result.preference * batch.weight, result.regularization * batch.weight,
             result.chosen_rewards.sum(), result.rejected_rewards.sum(), result.margins.sum(), result.accuracies.sum(),
-            chosen.detach().sum(), rejected.detach().sum(),
-            (chosen.detach() / chosen_counts).sum(), (rejected.detach() / rejected_counts).sum(),
+            *logps.detach().view(2, -1).sum(-1), *per_token.view(2, -1).sum(-1),
+            *(value.sum() / 2 for value in head.values()),
         )  # fmt: skip
         return result.loss * batch.weight, dict(zip(METRICS, values, strict=True))
 
     def evaluate():
         def make(indices, ids):
-            return collate_pairs([heldout_pairs[i] for i in indices], ids, heldout_reference[list(indices)])
+            return make_batch([heldout_pairs[i] for i in indices], ids, heldout_reference[list(indices)])
 
         return training.mean_loss(model, len(heldout_pairs), make, loss_function, config, world)
 
     training.train(
         model,
         plan,
-        lambda indices, ids: collate_pairs([pairs[i] for i in indices], ids, reference[indices]),
+        lambda indices, ids: make_batch([pairs[i] for i in indices], ids, reference[indices]),
         loss_function,
         config,
         world,
         evaluate=evaluate if heldout_pairs else None,
         fingerprint=data,
+        watch=training.ChosenLikelihoodWatch(beta=config.beta, mu=config.mu, window=max(10, plan.total_steps // 20)),
     )
     adapter = config.lora_rank > 0
 
@@ -160,6 +184,7 @@ METRICS = (
     "loss/preference", "loss/regularization",
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected", "logps_per_token/chosen", "logps_per_token/rejected",
+    "entropy", "mean_token_accuracy",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pedgpt.data import (
     read_conversations,
     utilization,
 )
-from pedgpt.losses import IGNORE_INDEX, causal_lm_loss
+from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint
 
 
@@ -97,8 +97,12 @@ def main(config: Config) -> None:
     def loss_function(model, batch):
         set_noise_rows(model, config.seed, batch.row_ids)
         with record_gates(model, where=batch.labels != IGNORE_INDEX) as gates:
-            logits = model(batch.tokens, documents=batch.documents)
-        return causal_lm_loss(logits, batch.labels, num_tokens=1), gate_metrics(gates)
+            hidden = model.hidden_states(batch.tokens, documents=batch.documents)
+        metrics = gate_metrics(gates)
+        loss = linear_cross_entropy(
+            hidden, model.lm_head.weight, batch.labels, num_tokens=1, normalize=sizes.normalize_head, metrics=metrics
+        )
+        return loss, metrics
 
     def evaluate():
         def make(indices, ids):

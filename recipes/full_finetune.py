@@ -25,7 +25,7 @@ from pedgpt.data import (
     read_conversations,
     utilization,
 )
-from pedgpt.losses import causal_lm_loss
+from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, save_model
 
 
@@ -73,8 +73,12 @@ def main(config: Config) -> None:
 
     # Loss: next token at the assistant's positions, summed; the loop divides by the tokens of the global batch.
     def loss_function(model, batch):
-        logits = model(batch.tokens, documents=batch.documents)
-        return causal_lm_loss(logits, batch.labels, num_tokens=1), {}
+        metrics = {}
+        hidden = model.hidden_states(batch.tokens, documents=batch.documents)
+        loss = linear_cross_entropy(
+            hidden, model.lm_head.weight, batch.labels, num_tokens=1, normalize=sizes.normalize_head, metrics=metrics
+        )
+        return loss, metrics
 
     def evaluate():
         def make(indices, ids):

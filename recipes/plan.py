@@ -27,7 +27,7 @@ import torch
 from pedgpt import training
 from pedgpt.adapters import ExpertLoRALinear, adapted_layers, inject_experts, inject_lora
 from pedgpt.kernels.expert_gate import MAX_COLUMNS
-from pedgpt.losses import causal_lm_loss
+from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import ModelConfig, Transformer, generate, memory
 from pedgpt.models.config import NORM_HEAD_KEY, POSITIONS_KEY
 from pedgpt.models.decoding import MAX_ROWS, copy_fits
@@ -202,7 +202,7 @@ def rehearse(stage: str, dtype: str) -> int:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     tokens = torch.zeros(1, 256, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        causal_lm_loss(model(tokens, documents=tokens), tokens).backward()
+        linear_cross_entropy(model.hidden_states(tokens, documents=tokens), model.lm_head.weight, tokens).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return resident()
@@ -265,8 +265,9 @@ def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host
     length, batch, size = length_of(config, sizes), config.generation_batch_size, dtype.itemsize
     scored = memory.Pass(config.batch_size, length, dtype, dtype, trains=False, on_cuda=host.on_cuda)
     read = dataclasses.replace(scored, rows=batch)
-    logits = scored.tokens * sizes.vocab_size
-    scoring = max([size * logits] * 2, [size * logits, 4 * logits] + [4 * logits] * (size < 4), key=sum)
+    blocks = memory.forward_peak(sizes, scored) + memory.mask_peak(sizes, scored)
+    head = [size * scored.tokens * sizes.hidden_size, *memory.logits_at_once(sizes, scored)]
+    scoring = max(blocks, head, key=sum)
     matrix = [size * sizes.vocab_size * sizes.hidden_size] * sizes.normalize_head
     sampled = [batch * sizes.vocab_size * (size + 4 + 1)]  # logits, in float32 too, and which ids were seen
     reading = memory.forward_peak(sizes, read) + memory.mask_peak(sizes, read)
@@ -275,7 +276,7 @@ def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host
     lays_out = batch <= MAX_ROWS and config.max_new_tokens >= LAY_OUT_FROM and not host.on_cuda
     laid_out = always["weights"] if lays_out and copy_fits(sum(always["weights"])) else []
     return {
-        "scoring": {**always, "activations": [size * scored.tokens * sizes.hidden_size], "head": scoring},
+        "scoring": {**always, "activations": scoring},
         # On a CPU the pages of the cache come when they are written, which is later.
         "head": {**always, "cache": cache * host.on_cuda, "head": 2 * matrix},
         "reading": {**always, "cache": cache, "head": matrix + sampled, "activations": reading},
@@ -288,9 +289,12 @@ def training_moments(stage: str, config: Any, sizes: ModelConfig, model: Transfo
     """The loss, its gradient, the backward pass from the last block to the embedding, and the update."""
     ranks, blocks, layers = config.ranks, sizes.num_hidden_layers, adapted_layers(model)
     dtype, stored = getattr(torch, config.dtype), model.model.embed_tokens.weight.dtype
+    rows, length = min(config.micro_batch_size, -(-config.global_batch_size // ranks)), length_of(config, sizes)
+    if stage == "dfpo":  # at worst a pair has nothing in common
+        rows, length = (rows, 2 * length) if config.shared_prompt else (2 * rows, length)
     run = memory.Pass(
-        rows=min(config.micro_batch_size, -(-config.global_batch_size // ranks)) * (2 if stage == "dfpo" else 1),
-        length=length_of(config, sizes),
+        rows=rows,
+        length=length,
         stream=dtype if ranks > 1 else stored,
         compute=dtype,
         trains=not layers,
@@ -311,7 +315,7 @@ def training_moments(stage: str, config: Any, sizes: ModelConfig, model: Transfo
     else:
         kept = memory.saved(sizes, run) + adapters
         recomputed = kept + transient
-    forward, backward = memory.head_peaks(sizes, run)
+    forward, backward = memory.head_peaks(sizes, run, by_sequence=stage == "dfpo")
 
     # Weights as the matrix products see them: gathered by FSDP2, or cast by autocast, which keeps its copies.
     size = dtype.itemsize

@@ -5,7 +5,8 @@
         --preferences runs/demo/corpus/train/preferences.jsonl --rows 1 --row_length 1024 --color never
 
 Rows are made as the training recipes make them: instructions as in full_finetune.py and expert_finetune.py, text as in
-continued_pretrain.py (without its mixing), preferences as in dfpo.py. Of the model only the tokenizer's files are read.
+continued_pretrain.py (without its mixing), preferences as in dfpo.py (but the prompt before each answer). Of the model
+only the tokenizer's files are read.
 """
 
 import itertools
@@ -102,7 +103,7 @@ def main(config: Config) -> None:
         pairs = encode_pairs(read_preferences(config.preferences, **read), chat, length, config.on_bad_row, summary)
         chosen = spread(len(pairs), config.rows)
         names = [[f"{pairs[i].chosen.source} {side}"] for side in ("chosen", "rejected") for i in chosen]
-        batch = collate_pairs([pairs[i] for i in chosen], chosen)
+        batch = collate_pairs([pairs[i] for i in chosen], chosen, shared_prompt=False)  # easier to read
         shown.append((f"preferences: {len(pairs):,} pairs, chosen before rejected", batch, names))
 
     print(f"{summary.describe()}\n\n{legend(paint)}")

@@ -15,7 +15,7 @@ ALLOWED = {
     "losses": {"kernels"},
     "corpus": {"data"},
     "training": set(),
-    "evaluation": {"models", "data"},
+    "evaluation": {"models", "data", "kernels"},
     "__init__": set(),
 }
 # Oracles and baselines of the tests and benchmarks, never dependencies.

@@ -24,6 +24,7 @@ from pedgpt.data.records import (
     read_preferences,
     read_triples,
 )
+from pedgpt.data.reference import load_reference, reference_key, save_reference
 from pedgpt.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "encode_pairs",
     "encode_prompt",
     "fingerprint",
+    "load_reference",
     "load_tokenizer",
     "mix",
     "pack",
@@ -58,6 +60,8 @@ __all__ = [
     "read_documents",
     "read_preferences",
     "read_triples",
+    "reference_key",
+    "save_reference",
     "train_tokenizer",
     "utilization",
 ]

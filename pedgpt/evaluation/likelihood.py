@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.data.packing import Batch, Row, collate
-from pedgpt.data.preference import EncodedPair, collate_pairs
+from pedgpt.data.preference import EncodedPair, PreferenceBatch, collate_pairs
+from pedgpt.kernels import linear_token_logps
 from pedgpt.models.transformer import Transformer
 
 
@@ -33,8 +33,10 @@ def pair_logps(model: Transformer, pairs: Sequence[EncodedPair], batch_size: int
     parts = []
     for start in range(0, len(pairs), batch_size):
         chunk = pairs[start : start + batch_size]
-        logps = _token_logps(model, collate_pairs(chunk, range(len(chunk)))).sum(-1)
-        parts.append(logps.view(2, len(chunk)).T.cpu())
+        batch = collate_pairs(chunk, range(len(chunk)))
+        tokens = _token_logps(model, batch).cpu()
+        logps = tokens.new_zeros(2 * len(chunk)).index_add(0, batch.sequences.flatten(), tokens.flatten())
+        parts.append(logps.view(2, len(chunk)).T)
     return torch.cat(parts) if parts else torch.zeros(0, 2)
 
 
@@ -71,7 +73,10 @@ def preference_scores(logps: Tensor, pairs: Sequence[EncodedPair], reference_log
 @torch.no_grad()
 def _token_logps(model: Transformer, batch: Batch) -> Tensor:
     """log p(label) [B, T], 0 where there is no label, on the model's device."""
-    batch = batch.to(model.lm_head.weight.device)
-    logits = model(batch.tokens, documents=batch.documents)
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="none")
-    return -nll.view(batch.labels.shape)
+    head = model.lm_head.weight
+    batch = batch.to(head.device)
+    branches = batch.branches if isinstance(batch, PreferenceBatch) else None
+    hidden = model.hidden_states(batch.tokens, documents=batch.documents, branches=branches)
+    normalize = model.config.normalize_head
+    logps = linear_token_logps(hidden.flatten(0, 1), head, batch.labels.flatten(), normalize=normalize).logps
+    return logps.view(batch.labels.shape)

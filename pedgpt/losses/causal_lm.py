@@ -73,7 +73,7 @@ def linear_sequence_logps(
 
     A row is a sequence, unless `sequences` [B, T] says which of `num_sequences` a label belongs to: then a row may hold
     several, or parts of them. A frozen head takes two matrix products in all, and the backward pass may run again.
-    Everything else as in `linear_cross_entropy`; `metrics` are means over this batch's labels.
+    Everything else as in `linear_cross_entropy`; `metrics` are means over the labels of each sequence, [S].
     """
     _check_shapes("hidden", "D", hidden, labels)
     supervised = labels != IGNORE_INDEX
@@ -86,12 +86,12 @@ def linear_sequence_logps(
         raise ValueError(f"sequences must be in [0, {num_sequences}) wherever there is a label")
     places = sequences.expand(labels.shape).where(supervised, 0).flatten()
     found = linear_token_logps(hidden.flatten(0, 1), _whole(weight), labels.flatten(), normalize=normalize)
-    sums = found.logps.new_zeros(num_sequences).index_add(0, places, found.logps)
+    logps, entropy, correct = (value.new_zeros(num_sequences).index_add(0, places, value) for value in found)
     counts = supervised.new_zeros(num_sequences, dtype=torch.int64).index_add(0, places, supervised.flatten().long())
     if metrics is not None:
-        total = _count(labels, None)
-        metrics.update({"entropy": found.entropy.sum() / total, "mean_token_accuracy": found.correct.sum() / total})
-    return sums, counts
+        tokens = counts.clamp(min=1)
+        metrics.update({"entropy": entropy / tokens, "mean_token_accuracy": correct / tokens})
+    return logps, counts
 
 
 def _check_shapes(name: str, last: str, values: Tensor, labels: Tensor) -> None:

@@ -8,6 +8,7 @@ lists of tensors, each by its bytes, since allocators treat large ones and small
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from pedgpt.kernels import linear_logps as head
 from pedgpt.kernels.blocked_attention import BLOCK, SCORES
-from pedgpt.kernels.cross_entropy import BLOCK as LOSS_BLOCK
 from pedgpt.models.config import ModelConfig
 
 QKV = ("W_pack", "q_proj", "k_proj", "v_proj")
@@ -182,35 +183,39 @@ def backward_peak(config: ModelConfig, run: Pass, mlp_adapters: int = 0) -> list
     return max([4 * n * d] * 4, mlp, attention, key=sum)
 
 
-def head_peaks(config: ModelConfig, run: Pass) -> tuple[list[int], list[int]]:
-    """What head and loss hold at most (in the forward pass, in the backward pass).
+def chunks_of_head(config: ModelConfig, tokens: int, on_cuda: bool) -> tuple[int, int]:
+    """How many chunks `kernels.linear_logps` makes of so many tokens, and how many are in one."""
+    count = max(1, math.ceil(tokens / max(1, (head.CHUNK_CUDA if on_cuda else head.CHUNK) // config.vocab_size)))
+    return count, math.ceil(tokens / count)
 
-    On the CPU logits c·N·V, a block of them in float32, and backward their gradient c·N·V. On CUDA logits, their
-    float32 copy if c < 4, log-probabilities 4·N·V; backward 12·N·V, as log-probabilities, their gradient and that of
-    the logits stand side by side. NormHead adds its normalised V·D matrix, made from slices that together are as large,
-    and its gradient takes as much again.
+
+def logits_at_once(config: ModelConfig, run: Pass) -> list[int]:
+    """The logits that head and loss have at a time, and on the CPU two blocks of them in float32."""
+    height = chunks_of_head(config, run.tokens, run.on_cuda)[1]
+    blocks = 2 * min(height, max(1, head.BLOCK // config.vocab_size)) * (not run.on_cuda)
+    return [run.compute.itemsize * height * config.vocab_size, 4 * blocks * config.vocab_size]
+
+
+def head_peaks(config: ModelConfig, run: Pass, *, by_sequence: bool = False) -> tuple[list[int], list[int]]:
+    """What head and loss hold at most, every token labelled (in the forward pass, in the backward pass).
+
+    One walk over the chunks makes the gradients: c·N·D of the states, and V·D of the head, summed in float32. Autocast
+    copies head and states first. A mean takes that walk in the forward pass; with a factor a sequence a head that
+    trains takes it in the backward pass.
     """
-    n, v, w = run.tokens, config.vocab_size, config.vocab_size * config.hidden_size
+    states, weights = run.tokens * config.hidden_size, config.vocab_size * config.hidden_size
     s, c, cast = run.stream.itemsize, run.compute.itemsize, run.stream != run.compute
-    normed = config.normalize_head
-    rows = [4 * w] if normed and run.trains and s < 4 else []  # the float32 rows, kept to differentiate the norm
-    kept = rows + ([c * w] if cast else [s * w] * normed)
-    forward = [
-        rows + [s * w, s * w] * normed,
-        rows + [s * w] * normed + [c * w] * cast + [c * n * v],
-    ]
-    if run.on_cuda:
-        forward += [kept + [c * n * v, 4 * n * v] + [4 * n * v] * (c < 4)]
-        backward = [kept + [4 * n * v] * 3]
-    else:
-        block = 4 * v * min(n, max(1, LOSS_BLOCK // v))
-        forward += [kept + [c * n * v, block, block]]  # and its exponentials
-        backward = [kept + [c * n * v] * 2 + [block] + [block * c // 4] * (c < 4)]
-    if run.trains:
-        whole, rest = divmod(v, 8192)  # slices: gradients of those done, and four tensors for the one at work
-        slices = 4 * config.hidden_size * (8192 * whole + max(3 * 8192 * (whole > 0), 4 * rest))
-        backward += [kept + [c * n * v, c * w], (rows + [4 * w, slices]) if normed else []]
-    return max(forward, key=sum), max(backward, key=sum)
+    sums = s if chunks_of_head(config, run.tokens, run.on_cuda)[0] == 1 else 4
+    made = [c * states] + [sums * weights] * run.trains
+    rounded = [s * states] * cast + [s * weights] * (run.trains and sums != s)
+    first = [c * weights, c * states] * cast + logits_at_once(config, run)
+    part = min(weights, head.SLICE)  # of the head's gradient at a time
+    walk = first + made + [c * part] * run.trains
+    if run.trains and config.normalize_head:
+        walk = max(walk, first[:-2] + made + [4 * part] * 2, key=sum)
+    if by_sequence and run.trains:
+        return first, max(walk, made + rounded, key=sum)
+    return walk, made + rounded + [c * states] * by_sequence
 
 
 def mask_peak(config: ModelConfig, run: Pass) -> list[int]:

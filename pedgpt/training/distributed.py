@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 
@@ -56,7 +56,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, dtype: to
     """Put the model on this rank's device, split over all ranks with FSDP2: each block, then the root with the rest.
 
     Weights on the meta device stay there, to be filled once they are split. Gathered weights are in `dtype`; gradients
-    are reduced in float32.
+    are reduced in float32. `model.hidden_states`, if there is one, gathers the root's weights as `model.forward` does:
+    a loss may use the head's after it.
     """
     if world.size == 1:
         return model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(world.device))
@@ -65,6 +66,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, dtype: to
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)  # moves the block to the device, and keeps this rank's part
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    if hasattr(model, "hidden_states"):
+        register_fsdp_forward_method(model, "hidden_states")
     return model
 
 

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pedgpt.adapters import inject_experts, inject_lora, set_noise_rows
-from pedgpt.losses import causal_lm_loss
+from pedgpt.kernels import linear_logps
+from pedgpt.losses import linear_cross_entropy, linear_sequence_logps
 from pedgpt.models import ModelConfig, Transformer, memory
 from pedgpt.training import parse_settings
 
@@ -97,7 +98,12 @@ CASES = [
     }),
     ("sft", {}, {"dtype": "bfloat16", "global_batch_size": 4}),
     ("sft", {"vocab_size": 20_000}, {"row_length": 16}),
+    ("cpt", {"vocab_size": 20_000}, {"row_length": 16, "dtype": "bfloat16"}),
+    ("dfpo", {"vocab_size": 20_000}, {"row_length": 16}),
+    ("dfpo", {"vocab_size": 20_000}, {"row_length": 16, "dtype": "bfloat16"}),
+    ("dfpo", {}, {"shared_prompt": False}),
     ("dfpo", {}, {"lora_rank": 4, "dtype": "bfloat16"}),
+    ("dfpo", {"vocab_size": 20_000}, {"row_length": 16, "lora_rank": 4}),
     ("experts", {}, {}),
     ("experts", {}, {"dtype": "bfloat16", "activation_checkpointing": True}),
     # Few words, so that the blocks are the peak and not the head.
@@ -115,7 +121,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("stage", "shape", "changed"), CASES)
-def test_peak_is_that_of_a_step(plan, stage, shape, changed):
+def test_peak_is_that_of_a_step(plan, stage, shape, changed, monkeypatch):
+    monkeypatch.setattr(linear_logps, "CHUNK", 2**17)  # where the vocabulary is large, several
     sizes = ModelConfig.from_hf({**SHAPE, **shape})
     config = settings(plan, stage, **changed)
     moments, counts = plan.estimate(stage, config, sizes, plan.Host())
@@ -131,15 +138,24 @@ def test_peak_is_that_of_a_step(plan, stage, shape, changed):
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert counts == {"all": sum(p.numel() for p in model.parameters()), "trainable": sum(p.numel() for p in trainable)}
 
-    rows = config.micro_batch_size * (2 if stage == "dfpo" else 1)
-    tokens = torch.arange(rows * config.row_length).view(rows, -1) % sizes.vocab_size
+    rows, length, answers = config.micro_batch_size, config.row_length, 2 * config.micro_batch_size
+    if stage == "dfpo":  # pairs with nothing in common: both answers in a row, or a row each
+        rows, length = (rows, 2 * length) if config.shared_prompt else (2 * rows, length)
+    tokens = torch.arange(rows * length).view(rows, -1) % sizes.vocab_size
+    answer = (torch.arange(rows * length) // config.row_length).view(rows, -1)
     set_noise_rows(model, 0, torch.arange(rows))
     optimizer = torch.optim.AdamW(trainable, fused=True)
     with LiveBytes(model) as live:
         for _ in range(2):
             for _ in range(config.global_batch_size // config.micro_batch_size):
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                    loss = causal_lm_loss(model(tokens, documents=tokens // 50), tokens, num_tokens=1)
+                    head = (model.hidden_states(tokens, documents=tokens // 50), model.lm_head.weight, tokens)
+                    if stage == "dfpo":
+                        options = {"sequences": answer, "num_sequences": answers}
+                        loss = linear_sequence_logps(*head, **options, normalize=sizes.normalize_head)[0].sum()
+                    else:
+                        loss = linear_cross_entropy(*head, num_tokens=1, normalize=sizes.normalize_head)
+                    del head
                 loss.backward()
                 del loss
             optimizer.step()

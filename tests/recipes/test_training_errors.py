@@ -64,7 +64,7 @@ def test_settings(lab, recipe, output, tmp_path, monkeypatch):
         ("full_finetune", {"chat_format": "alpaca"}, "chat_format 'alpaca' is unknown; expected \"auto\", \"bai"),
         ("dfpo", {"chat_format": "chatml"}, "the tokenizer has no token '<|im_start|>'"),
         ("dfpo", {"beta": -0.1}, "beta and mu must not be negative"),
-        ("dfpo", {"label_smoothing": 0.5}, "beta and mu must not be negative and label_smoothing must be in [0, 0.5)"),
+        ("dfpo", {"label_smoothing": 0.5}, "label_smoothing must be in [0, 0.5), found 0.5"),
         ("dfpo", {"row_length": 10}, "{folder}/pairs.jsonl:1: over-long: "),
         ("full_finetune", {"row_length": 10}, "{folder}/train.jsonl:1: over-long: "),
         ("continued_pretrain", {"row_length": 0}, "row_length must be at least 1, found 0"),

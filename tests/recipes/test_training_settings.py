@@ -108,7 +108,9 @@ def test_dfpo_with_lora_starts_from_the_reference_and_trains_the_adapter_alone(l
     assert result.code == 0, result.err
     metrics = lab.metrics(tmp_path)
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and metrics[-1]["loss"] < metrics[0]["loss"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "done.json", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter", "done.json", "metrics.jsonl", "reference_logps.safetensors"
+    ]  # fmt: skip
     assert all(".lora_" in name for name in lab.weights(tmp_path))
 
 
