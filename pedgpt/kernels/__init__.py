@@ -5,5 +5,16 @@ from pedgpt.kernels.cross_entropy import token_logps
 from pedgpt.kernels.linear_logps import linear_nll, linear_token_logps
 from pedgpt.kernels.lora_matmul import lora_linear
 from pedgpt.kernels.onednn import Linear, linear
+from pedgpt.kernels.pointwise import rms_norm, swiglu
 
-__all__ = ["Linear", "attention", "linear", "linear_token_logps", "linear_nll", "lora_linear", "token_logps"]
+__all__ = [
+    "Linear",
+    "attention",
+    "linear",
+    "linear_nll",
+    "linear_token_logps",
+    "lora_linear",
+    "rms_norm",
+    "swiglu",
+    "token_logps",
+]

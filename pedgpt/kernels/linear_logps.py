@@ -28,8 +28,8 @@ try:
 except ImportError:  # it exists for Linux alone; the torch form works everywhere
     triton = None
 
-# Logits of a chunk: 128 MiB in float32 on the CPU; 256 MiB in bfloat16 on a GPU, which needs more tokens at once.
-CHUNK, CHUNK_CUDA = 2**25, 2**27
+# Logits of a chunk: 64 MiB in float32 on the CPU; 256 MiB in bfloat16 on a GPU, which needs more tokens at once.
+CHUNK, CHUNK_CUDA = 2**24, 2**27
 # Numbers at a time of a chunk's softmax, and of its product for the head's gradient: they stay in a processor's cache.
 BLOCK, SLICE = 2**19, 2**21
 

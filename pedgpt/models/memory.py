@@ -89,7 +89,7 @@ def saved_by_block(config: ModelConfig, run: Pass) -> list[int]:
 
     kept = _normed(config, run, QKV)
     if config.qk_norm:
-        kept += _norm(n * heads, config.head_dim, run, c) + _norm(n * groups, config.head_dim, run, c)
+        kept += _norm(n * heads, config.head_dim, c) + _norm(n * groups, config.head_dim, c)
     # Rotated q and k are new; v is a view, and of W_pack's output it keeps the whole.
     if config.positions == "rope" or config.qk_norm:
         kept += [c * n * q, c * n * k, c * n * (3 * q if config.fused_qkv else k)]
@@ -109,7 +109,7 @@ def saved_by_block(config: ModelConfig, run: Pass) -> list[int]:
 
 def _saved_by_mlp(config: ModelConfig, run: Pass) -> list[int]:
     inner = [run.compute.itemsize * run.tokens * config.intermediate_size]
-    return _normed(config, run, ("gate_proj", "up_proj")) + inner * (4 if run.keeps("down_proj") else 3)
+    return _normed(config, run, ("gate_proj", "up_proj")) + inner * (3 if run.keeps("down_proj") else 2)
 
 
 def _normed(config: ModelConfig, run: Pass, readers: Collection[str]) -> list[int]:
@@ -118,7 +118,7 @@ def _normed(config: ModelConfig, run: Pass, readers: Collection[str]) -> list[in
     keeping = sum(name in shapes and run.keeps(name) for name in readers)
     # The output is one tensor for all that read it, unless autocast makes each its own copy.
     copies = min(keeping, 1) if run.stream == run.compute else keeping
-    return _norm(run.tokens, config.hidden_size, run) + [size] * copies
+    return _norm(run.tokens, config.hidden_size, run.stream.itemsize) + [size] * copies
 
 
 def by_blocks(run: Pass) -> bool:
@@ -141,7 +141,7 @@ def _scratch(config: ModelConfig, run: Pass, *, backward: bool) -> list[int]:
 def saved_once(config: ModelConfig, run: Pass) -> list[int]:
     """What all blocks share and the ends keep: token ids, rotation tables, a mask kept as it is, the last norm."""
     s, n, blocked = run.stream.itemsize, run.tokens, by_blocks(run)
-    kept = [8 * n] * run.trains + _norm(n, config.hidden_size, run)
+    kept = [8 * n] * run.trains + _norm(n, config.hidden_size, s)
     if config.positions == "rope":
         return kept + 2 * [s * n * config.head_dim] + [run.rows * run.length**2] * (run.documents and blocked)
     bias = [s * run.rows * config.num_attention_heads * run.length**2]
@@ -152,7 +152,7 @@ def saved(config: ModelConfig, run: Pass) -> list[int]:
     """The tensors that `hidden_states` keeps for the backward pass without activation checkpointing, in bytes."""
     kept = saved_once(config, run) + config.num_hidden_layers * saved_by_block(config, run)
     if not run.trains:  # nothing before the first adapter needs a gradient, so the first norm keeps nothing
-        for size in _norm(run.tokens, config.hidden_size, run):
+        for size in _norm(run.tokens, config.hidden_size, run.stream.itemsize):
             kept.remove(size)
     return kept
 
@@ -254,6 +254,6 @@ def available_memory() -> int | None:
     return free
 
 
-def _norm(n: int, size: int, run: Pass, output: int = 0) -> list[int]:
-    """RMSNorm keeps its input and 1/rms in float32, and the normed input if its weight trains."""
-    return [4 * n * size, 4 * n] + [(output or run.stream.itemsize) * n * size] * run.trains
+def _norm(n: int, size: int, itemsize: int) -> list[int]:
+    """RMSNorm keeps its input, and 1/rms in float32."""
+    return [itemsize * n * size, 4 * n]

@@ -168,7 +168,22 @@ def test_extreme_logits_stay_exact(operator, impl, chunks):
         assert found.isfinite().all() and error(found, truth) <= 1e-6, name
 
 
+@both_operators
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_normalised_heads_gradient_has_nothing_along_its_rows(autocast, operator, chunks):
+    """Only their direction counts. A part along them would let their lengths drift, step after step."""
+    hidden, weight, labels, _ = draw(40, 16, 29)
+    weight.requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        loss = operator(hidden, weight, labels, normalize=True).logps.sum()
+    loss.backward()
+    along = (F.normalize(weight, dim=-1) * weight.grad).sum(-1)
+    assert (along.abs() <= 1e-6 * weight.grad.norm(dim=-1).clamp(min=1)).all()
+
+
 # Half precision
+
+BUDGET = 1.05  # times the error of torch's own path, summed over many draws
 
 
 def squares(totals, name, found, truth):
@@ -225,7 +240,7 @@ def test_half_precision_is_as_close_to_float64_as_torchs_cross_entropy(
 ):
     small(monkeypatch, chunk, block=500, slice_=1000)
     for name, ours, plain, norm in compare(operator, dtype, normalize, frozen):
-        assert ours <= 1.05 * plain + 1e-7 * norm, name
+        assert ours <= BUDGET * plain + 1e-7 * norm, name
 
 
 @both_heads
@@ -235,7 +250,7 @@ def test_autocast_multiplies_in_bfloat16_and_gives_float32_gradients(chunk, oper
     small(monkeypatch, chunk, block=500, slice_=1000)
     seen = Products(monkeypatch)
     for name, ours, plain, norm in compare(operator, torch.bfloat16, normalize, False, master=torch.float32):
-        assert ours <= 1.05 * plain + 1e-7 * norm, name
+        assert ours <= BUDGET * plain + 1e-7 * norm, name
     assert seen.dtypes == {torch.bfloat16}
 
 
@@ -244,7 +259,7 @@ def test_autocast_multiplies_in_bfloat16_and_gives_float32_gradients(chunk, oper
 @both_operators
 def test_triton_in_float16_is_as_close_to_float64_as_torchs_cross_entropy(operator, normalize):
     for name, ours, plain, norm in compare(operator, torch.float16, normalize, True, impl="triton"):
-        assert ours <= 1.05 * plain + 1e-7 * norm, name
+        assert ours <= BUDGET * plain + 1e-7 * norm, name
 
 
 @both_operators
@@ -450,7 +465,6 @@ def test_what_needs_nothing_of_the_head_any_more_lets_it_change(frozen):
     hidden, weight, labels, factors = draw(9, 8, 13)
     operator = linear_token_logps if frozen else linear_nll
     leaf = hidden.clone().requires_grad_()
-    logps = operator(leaf, weight.clone().requires_grad_(not frozen), labels).logps
     head = weight.clone().requires_grad_(not frozen)
     logps = operator(leaf, head, labels).logps
     with torch.no_grad():
@@ -488,14 +502,15 @@ def test_compiled_and_under_torch_func_it_gives_the_same(operator, normalize):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_leaves_gradients_as_they_are(reentrant, operator, chunks):
     hidden, weight, labels, factors = draw(9, 8, 13)
-    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    hidden.requires_grad_()
+    weight.requires_grad_()
     loss = torch.utils.checkpoint.checkpoint(
         lambda h: operator(h, weight, labels).logps.sum(), hidden, use_reentrant=reentrant
     )
     loss.backward()
     factors = torch.full_like(factors, 1.0 if operator is linear_token_logps else -1.0)
     truth = definition(hidden, weight, labels, factors, False)
-    assert all(error(leaf.grad, truth[f"d{name}"]) <= 2e-6 for leaf, name in zip(leaves, ("hidden", "weight"), strict=True))
+    assert error(hidden.grad, truth["dhidden"]) <= 2e-6 and error(weight.grad, truth["dweight"]) <= 2e-6
 
 
 # What is refused

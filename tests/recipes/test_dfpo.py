@@ -19,7 +19,8 @@ def assert_same_training(lab, found, expected):
     mine, theirs = lab.metrics(found), lab.metrics(expected)
     assert len(mine) == len(theirs) == 5
     for line, other in zip(mine, theirs, strict=True):
-        for name in other.keys() - TIMES:
+        tied = {"rewards/accuracies"} if abs(other["rewards/margins"]) < 1e-5 else set()  # rounding decides, at first
+        for name in other.keys() - TIMES - tied:
             assert line[name] == pytest.approx(other[name], abs=1e-4 * max(1, abs(other[name]) / 10)), name
     weights = lab.weights(expected)
     for name, tensor in lab.weights(found).items():

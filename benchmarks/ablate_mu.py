@@ -1,0 +1,89 @@
+"""What μ does in DFPO: μ = 0 (DPO), 0.1 and 1 on the sample corpus, with five seeds of stages 2 and 3.
+
+    make demo && python benchmarks/ablate_mu.py --run runs/demo
+
+Per seed stage 2 is trained anew from the demo's stage 1, then stage 3 with each μ from that model; the runs of a seed
+share the file of reference log-probabilities. Everything is measured on held-out rows: which answer of a pair the policy
+prefers, how far the chosen and the rejected answers' log-probabilities drift from the reference, and the answers that
+are generated. Prints a Markdown table of means and 95 % intervals (Student's t over seeds). Finished runs are kept.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %
+MUS = (0.0, 0.1, 1.0)
+COLUMNS = (
+    "preferred by reward, %", "preferred by likelihood, %", "chosen drift, nats/token", "rejected drift, nats/token",
+    "ROUGE-L", "GLEU", "Distinct-2",
+)  # fmt: skip
+
+
+def call(recipe: str, *arguments: object) -> None:
+    done = subprocess.run([sys.executable, ROOT / "recipes" / f"{recipe}.py", *map(str, arguments)], capture_output=True)
+    if done.returncode:
+        sys.exit(done.stderr.decode())
+
+
+def evaluated(folder: Path, model: Path, run: Path, *arguments: object) -> dict:
+    output = folder / "evaluation.json"
+    if not output.exists():
+        settings = ["--config", ROOT / "recipes/configs/demo/evaluate.toml", "--heldout", run / "corpus/heldout"]
+        call("evaluate", *settings, "--model", model, "--output", output, *arguments)
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+def scores(before: dict, after: dict) -> list[float]:
+    preference, reference, tasks = after["preference"], before["preference"], after["tasks"].values()
+    drifts = [preference[name] - reference[name] for name in ("chosen_logp_per_token", "rejected_logp_per_token")]
+    answers = [statistics.mean(task[name] for task in tasks) for name in ("rouge-l", "gleu", "distinct-2")]
+    accuracies = [preference["reward_accuracy"], preference["likelihood_accuracy"]]
+    return [*(100 * (value or 0) for value in accuracies), *drifts, *answers]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a finished demo")
+    parser.add_argument("--output", type=Path, default=Path("runs/ablate_mu"))
+    parser.add_argument("--seeds", type=int, default=5)
+    arguments = parser.parse_args()
+    if arguments.seeds not in STUDENT:
+        sys.exit(f"--seeds must be in 2 to 10, found {arguments.seeds}")
+    train, configs = arguments.run / "corpus/train", ROOT / "recipes/configs/demo"
+    found: dict[str, list[list[float]]] = {"after stage 2": [], **{f"μ = {mu:g}": [] for mu in MUS}}
+    for seed in range(arguments.seeds):
+        sft = arguments.output / f"sft_{seed}"
+        call(
+            "full_finetune", "--config", configs / "sft.toml", "--model", arguments.run / "cpt/model", "--output", sft,
+            "--instructions", train / "generalist", train / "tasks_sample.jsonl", "--seed", seed,
+        )  # fmt: skip
+        before = evaluated(sft, sft / "model", arguments.run)
+        found["after stage 2"].append(scores(before, before))
+        for mu in MUS:
+            dfpo = arguments.output / f"dfpo_{seed}_{mu:g}"
+            call(
+                "dfpo", "--config", configs / "dfpo.toml", "--model", sft / "model", "--output", dfpo, "--mu", mu,
+                "--preferences", train / "preferences.jsonl", "--seed", seed, "--reference_logps",
+                arguments.output / f"reference_{seed}.safetensors",
+            )  # fmt: skip
+            after = evaluated(dfpo, dfpo / "model", arguments.run, "--reference", sft / "model")
+            found[f"μ = {mu:g}"].append(scores(before, after))
+        print(f"seed {seed} done", file=sys.stderr, flush=True)
+    print(f"| | {' | '.join(COLUMNS)} |\n|{':--|' + '--:|' * len(COLUMNS)}")
+    for name, rows in found.items():
+        cells = []
+        for column in zip(*rows, strict=True):
+            half = STUDENT[len(rows)] * statistics.stdev(column) / len(rows) ** 0.5
+            cells.append(f"{statistics.mean(column):.2f} ± {half:.2f}")
+        if name == "after stage 2":
+            cells[0], cells[2:4] = "–", ["–", "–"]  # it is the reference
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
