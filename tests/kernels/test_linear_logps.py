@@ -198,7 +198,7 @@ def compare(operator, dtype, normalize, frozen, impl=None, master=None):
     With `master`, parameters are of that dtype and `dtype` is autocast's. linear_nll is scaled to a mean, as in a loss.
     """
     ours, plain = {}, {}
-    for seed in range(16):
+    for seed in range(16 if impl is None else 4):  # the interpreter is slow
         tokens, vocabulary = 50 + seed, 140 + seed
         hidden, weight, labels, factors = draw(tokens, 48, vocabulary, 0.2, master or dtype, seed)
         mean = (labels != -100) / -(labels != -100).sum()
@@ -227,6 +227,9 @@ def compare(operator, dtype, normalize, frozen, impl=None, master=None):
         gradients = [leaf.grad for leaf in leaves if leaf.requires_grad]
         for name, found in zip(("logps", "dhidden", "dweight"), (logps.detach(), *gradients), strict=False):
             squares(plain, name, found, truth[name])
+    if operator is linear_nll:
+        assert (ours["logps"][0] / ours["logps"][1]).sqrt() <= torch.finfo(dtype).eps
+        del ours["logps"]  # a number a draw: too few to tell whose error is larger
     return [(name, *(t[name][0].sqrt().item() for t in (ours, plain)), ours[name][1].sqrt().item()) for name in ours]
 
 

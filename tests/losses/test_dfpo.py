@@ -274,3 +274,30 @@ def test_settings_out_of_range_are_refused(settings, message):
     values, counts = logps()
     with pytest.raises(ValueError, match=message):
         dfpo_loss(*values, chosen_token_counts=counts, **settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_named(name, value):
+    values, counts = logps()
+    arguments = dict(zip(NAMES, values, strict=True))
+    arguments[name][3:] = value
+    with pytest.raises(ValueError, match=rf"^{name}\[3\] is {value}; expected a finite log-probability"):
+        dfpo_loss(**arguments, chosen_token_counts=counts)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_chosen_answer_without_tokens_is_refused(count):
+    values, counts = logps()
+    counts[4] = count
+    with pytest.raises(ValueError, match=rf"chosen_token_counts\[4\] is {count}: a chosen response needs a token"):
+        dfpo_loss(*values, chosen_token_counts=counts)
+
+
+def test_compiled_and_under_torch_func_it_gives_the_same():
+    values, counts = logps()
+    loss = lambda *values: dfpo_loss(*values, chosen_token_counts=counts).loss  # noqa: E731
+    expected, *gradients = truth(values, counts, 0.1, 1.0, 0.0)
+    assert torch.compile(loss, backend="aot_eager", fullgraph=True)(*values).item() == pytest.approx(expected, rel=3e-6)
+    for ours, theirs in zip(torch.func.grad(loss, argnums=(0, 1))(*values), gradients, strict=True):
+        assert ours.tolist() == pytest.approx(theirs, rel=1e-4, abs=1e-7)

@@ -330,7 +330,7 @@ def test_dfpo_matches_trls_sigmoid_and_sft(lengths, mu):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "sequences"])
 def test_dfpo_of_long_answers_keeps_its_gradient(packed):
-    """Log-probabilities of −7,000, of which z takes a tenth of a difference of 5: relative error ≤ 5e-5 (SPEC §3)."""
+    """Log-probabilities of −9,500, of which z takes a tenth of a difference of 5: relative error ≤ 5e-5 (SPEC §3)."""
     hidden, weight, labels = draw(8, 4000, 4, 5, 0.2, torch.float32)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
