@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from pedgpt.adapters.experts import ExpertLoRALinear
 from pedgpt.adapters.lora import AdaptedLinear, LoRALinear
@@ -260,7 +259,7 @@ def _check_can_change(model: nn.Module) -> None:
 
 
 def _check_not_split(model: nn.Module) -> None:
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise ValueError("FSDP2 has split the model, its layers cannot be changed now; do it before fully_shard")
 
 

@@ -15,7 +15,6 @@ import torch
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from pedgpt.adapters.experts import ExpertLoRALinear
 from pedgpt.adapters.inject import (
@@ -80,8 +79,8 @@ def save_adapter(
             tensor = parameter if state_dict is None else state_dict[key]
             weight = f"{part}.weight"
             shape = _shapes(_kind(layer), layer, layer.rank, _experts(layer))[weight]
-            if isinstance(tensor, DTensor) or tensor.is_meta or list(tensor.shape) != shape:
-                found = list((tensor.to_local() if isinstance(tensor, DTensor) else tensor).shape)
+            if hasattr(tensor, "to_local") or tensor.is_meta or list(tensor.shape) != shape:
+                found = list((tensor.to_local() if hasattr(tensor, "to_local") else tensor).shape)
                 where = " on the meta device" if tensor.is_meta else ""
                 raise ValueError(
                     f"{key}: found a part or placeholder of the shape {found}{where}, expected the whole {shape}; "

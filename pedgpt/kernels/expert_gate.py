@@ -17,13 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.kernels._triton import tl, triton
 from pedgpt.kernels.onednn import product
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # it exists for Linux alone; the torch form works everywhere
-    triton = None
 
 # Beyond so many columns a tile no longer fits beside its operands, and cuBLAS is the better product anyway; the loops
 # over experts are unrolled, so many of them take long to compile.
@@ -303,8 +298,8 @@ def implementation(impl: str | None, x: Tensor, columns: int, experts: int) -> s
     suits = triton is not None and x.dtype in dtypes and columns <= MAX_COLUMNS and experts <= MAX_EXPERTS
     if impl == "triton" and not suits:
         raise ValueError(
-            f'impl="triton" needs Triton, float32, bfloat16 or float16, at most {MAX_COLUMNS} columns (rank × experts) '
-            f"and {MAX_EXPERTS} specific experts; found Triton {'present' if triton else 'absent'}, {x.dtype}, "
-            f"{columns} columns and {experts} experts"
+            'impl="triton" needs Triton with a GPU, float32, bfloat16 or float16, at most '
+            f"{MAX_COLUMNS} columns (rank × experts) and {MAX_EXPERTS} specific experts; found "
+            f"{'both' if triton else 'one of the two missing'}, {x.dtype}, {columns} columns and {experts} experts"
         )
     return impl or ("triton" if suits and x.is_cuda else "torch")

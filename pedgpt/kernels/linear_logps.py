@@ -20,13 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.kernels._triton import tl, triton
 from pedgpt.kernels.onednn import product, refuse_create_graph
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # it exists for Linux alone; the torch form works everywhere
-    triton = None
 
 # Logits of a chunk: 64 MiB in float32 on the CPU; 256 MiB in bfloat16 on a GPU, which needs more tokens at once.
 CHUNK, CHUNK_CUDA = 2**24, 2**27
@@ -122,6 +117,7 @@ if triton is not None:
 def _softmax_triton(
     logits: Tensor, labels: Tensor, inverse: Tensor | None, factors: Tensor | None, stats: Tensor
 ) -> None:
+    labels, factors = labels.contiguous(), None if factors is None else factors.contiguous()
     found = torch.empty(stats.shape, dtype=torch.float32, device=stats.device)
     block = min(4096, triton.next_power_of_2(logits.shape[1]))
     if len(logits):
@@ -138,18 +134,20 @@ def _softmax_triton(
 class _Head:
     """The output matrix [V, D] as the products see it."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, normalize: bool, impl: str | None) -> None:
-        self.weight = weight.detach().to(dtype)
-        self.gradient_dtype = weight.dtype
+    def __init__(self, weight: Tensor, dtype: torch.dtype, normalize: bool, impl: str) -> None:
+        self.given = weight.detach()
+        self.weight = self.given.to(dtype)
         self.wide = torch.promote_types(dtype, torch.float32)
         self.softmax = _softmax_triton if impl == "triton" else _softmax
-        self.chunk = max(1, (CHUNK_CUDA if weight.is_cuda else CHUNK) // len(weight))
-        height = max(1, SLICE // weight.shape[1])
+        self.chunk = max(1, (CHUNK_CUDA if weight.is_cuda else CHUNK) // max(1, len(weight)))
+        height = max(1, SLICE // max(1, weight.shape[1]))
         self.slices = [slice(start, start + height) for start in range(0, len(weight), height)]
         self.inverse: Tensor | None = None  # 1/‖w‖ [V]
         if normalize:
-            norms = [torch.linalg.vector_norm(weight.detach()[rows].to(self.wide), dim=-1) for rows in self.slices]
-            self.inverse = torch.cat(norms).clamp(min=1e-12).reciprocal()
+            norms = [torch.linalg.vector_norm(self.given[rows].to(self.wide), dim=-1) for rows in self.slices]
+            # The gradient of the logits is multiplied by it, in the products' dtype: it must not overflow there.
+            shortest = 2**-14 if dtype == torch.float16 else 1e-12
+            self.inverse = torch.cat(norms).clamp(min=shortest).reciprocal()
 
     def chunks(self, tokens: int) -> list[slice]:
         """Parts as equal as they can be; one, empty, of no tokens."""
@@ -158,6 +156,7 @@ class _Head:
 
     def logps(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """log p, entropy and correctness [3, N], and the logits of the last chunk."""
+        hidden = hidden.to(self.weight.dtype)
         stats = hidden.new_empty(3, len(labels), dtype=self.wide)
         logits: Any = None
         for rows in self.chunks(len(labels)):
@@ -177,16 +176,16 @@ class _Head:
         of_weight: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """As `logps`, and the gradients of Σ factors · log p; `last`: logits of the last chunk, given away."""
-        stats, factors = hidden.new_empty(3, len(labels), dtype=self.wide), factors.to(self.wide)
         dhidden = torch.empty_like(hidden) if of_hidden else None
-        dweight = None
+        hidden, factors = hidden.to(self.weight.dtype), factors.to(self.wide)
+        stats = hidden.new_empty(3, len(labels), dtype=self.wide)
         chunks = self.chunks(len(labels))
+        dweight = None
         if of_weight:
-            # Sums over chunks are in float32, and so is what waits for its factor in a range as short as float16's.
-            short = len(chunks) == 1 and self.gradient_dtype != torch.float16
-            dweight = torch.empty(
-                self.weight.shape, dtype=self.gradient_dtype if short else self.wide, device=hidden.device
-            )
+            # In float32 while it is a sum over chunks, to be projected, or waits for a factor in float16's short range.
+            done = len(chunks) == 1 and self.inverse is None and self.given.dtype != torch.float16
+            dtype = self.given.dtype if done else self.wide
+            dweight = torch.empty(self.given.shape, dtype=dtype, device=hidden.device)
         for rows in reversed(chunks):
             logits = product(hidden[rows], self.weight) if last is None else last
             last = None
@@ -203,13 +202,21 @@ class _Head:
 
     def _add_product(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
         for rows in self.slices:
-            part = product(dlogits[:, rows].t(), hidden.t())
+            left, right = dlogits[:, rows].t(), hidden.t()
+            if dweight.dtype == left.dtype:
+                part = product(left, right)
+            elif left.is_cuda:
+                part = torch.mm(left, right.t(), out_dtype=dweight.dtype)
+            elif self.given.dtype == dweight.dtype:  # autocast: rounded as its own products are
+                part = product(left, right)
+            else:
+                part = product(left.to(dweight.dtype), right.to(dweight.dtype))
             dweight[rows] = part if first else dweight[rows].add_(part)
 
     def _project(self, dweight: Tensor, inverse: Tensor) -> None:
         """From the gradient of ŵ = w/‖w‖, divided by ‖w‖, to that of w: what is along w goes."""
         for rows in self.slices:
-            unit = self.weight[rows] * inverse[rows, None]
+            unit = self.given[rows] * inverse[rows, None]
             dweight[rows] -= unit * (unit * dweight[rows]).sum(-1, keepdim=True)
 
 
@@ -234,7 +241,7 @@ class _LinearLogps(torch.autograd.Function):
     def backward(ctx: Any, dlogps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_create_graph("linear_token_logps")
         if ctx.dhidden is not None:
-            return ctx.dhidden * dlogps.to(ctx.dhidden.dtype)[:, None], *[None] * 6
+            return (ctx.dhidden * dlogps[:, None]).to(ctx.dhidden.dtype), *[None] * 6
         hidden, weight, labels = ctx.saved_tensors
         last, ctx.last = ctx.last, None
         dhidden, dweight = _Head(weight, *ctx.head).gradients(
@@ -245,14 +252,16 @@ class _LinearLogps(torch.autograd.Function):
 
 class _LinearNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, grad: bool, *head: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, count: int | Tensor, grad: bool, *head: Any
+    ) -> tuple[Tensor, ...]:
         of_hidden, of_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
-        factors = torch.full(labels.shape, -1.0, device=hidden.device)
+        factors = torch.full(labels.shape, -1.0, dtype=torch.float64, device=hidden.device) / count
         stats, *ctx.gradients = _Head(weight, *head).gradients(
             hidden, labels, factors, of_hidden=of_hidden, of_weight=of_weight
         )
         ctx.weight_dtype = weight.dtype
-        logp, entropy, correct = stats.sum(-1)
+        logp, entropy, correct = stats.sum(-1) / count
         ctx.mark_non_differentiable(entropy, correct)
         return -logp, entropy, correct
 
@@ -263,7 +272,7 @@ class _LinearNLL(torch.autograd.Function):
             raise RuntimeError("linear_nll runs backward once: its gradients were scaled in place and given away")
         dhidden, dweight = (None if gradient is None else gradient.mul_(dnll) for gradient in ctx.gradients)
         ctx.gradients = None
-        return dhidden, None if dweight is None else dweight.to(ctx.weight_dtype), *[None] * 5
+        return dhidden, None if dweight is None else dweight.to(ctx.weight_dtype), *[None] * 6
 
 
 # What the library calls
@@ -297,20 +306,21 @@ def linear_nll(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    count: int | Tensor = 1,
     *,
     normalize: bool = False,
     ignore_index: int = -100,
     impl: str | None = None,
 ) -> TokenLogps:
-    """Sums of `linear_token_logps` over its tokens, scalars, the first with the opposite sign: − Σ log p(label).
+    """Sums of `linear_token_logps` over its tokens, divided by `count`, the first with its sign changed; scalars.
 
     Its gradient comes with it, in one pass over the head even if that trains; so the backward pass runs once.
     """
     if _compiled():
         logps, entropy, correct = _plain(hidden, weight, labels, normalize, ignore_index)
-        return TokenLogps(-logps.sum(), entropy.sum(), correct.sum())
+        return TokenLogps(-logps.sum() / count, entropy.sum() / count, correct.sum() / count)
     kept, rows, *head = _prepare(hidden, weight, labels, normalize, ignore_index, impl)
-    return TokenLogps(*_LinearNLL.apply(kept, weight, labels[rows], torch.is_grad_enabled(), *head))
+    return TokenLogps(*_LinearNLL.apply(kept, weight, labels[rows], count, torch.is_grad_enabled(), *head))
 
 
 def _compiled() -> bool:
@@ -333,7 +343,7 @@ def _plain(hidden: Tensor, weight: Tensor, labels: Tensor, normalize: bool, igno
 def _prepare(
     hidden: Tensor, weight: Tensor, labels: Tensor, normalize: bool, ignore_index: int, impl: str | None
 ) -> tuple[Any, ...]:
-    """The supervised tokens' hidden states in the products' dtype, which tokens these are, and `_Head`'s arguments."""
+    """The supervised tokens' hidden states, which tokens these are, and `_Head`'s arguments."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (hidden, weight, labels))
         raise ValueError(f"expected hidden [N, D], weight [V, D] and labels [N], found {shapes}")
@@ -350,9 +360,9 @@ def _prepare(
     if impl not in (None, "torch", "triton"):
         raise ValueError(f'impl must be "torch", "triton" or None, found {impl!r}')
     if impl == "triton" and (triton is None or dtype == torch.float64):
-        raise ValueError(f'impl="triton" needs Triton and no float64, found {"no Triton" if triton is None else dtype}')
+        raise ValueError(f'impl="triton" needs Triton, a GPU and no float64, found {dtype if triton else "no such"}')
     if impl is None:
         impl = "triton" if hidden.is_cuda and triton is not None and dtype != torch.float64 else "torch"
     found = supervised.nonzero().squeeze(1)
     rows = slice(None) if len(found) == len(labels) else found
-    return hidden[rows].to(dtype), rows, dtype, normalize, impl
+    return hidden[rows], rows, dtype, normalize, impl

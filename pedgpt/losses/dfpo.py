@@ -59,6 +59,8 @@ def dfpo_loss(
         if value.ndim != 1 or value.shape != policy_chosen_logps.shape:
             shape, expected = list(value.shape), list(policy_chosen_logps.shape)
             raise ValueError(f"{name} has the shape {shape}; expected one value a pair, {expected}")
+    if not len(policy_chosen_logps):
+        raise ValueError("no pairs: their mean is not defined")
     if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         _check_values(inputs)
 
@@ -104,6 +106,8 @@ def linear_dfpo_loss(
     `normalize` and `metrics` as in `linear_cross_entropy`. Raises ValueError as `dfpo_loss` does, and for shapes
     that do not fit.
     """
+    if reference_chosen_logps.ndim != 1:
+        raise ValueError(f"reference_chosen_logps must be [pairs], found {list(reference_chosen_logps.shape)}")
     pairs = len(reference_chosen_logps)
     if sequences is None and len(labels) != 2 * pairs:
         raise ValueError(f"{pairs} pairs are {2 * pairs} rows, chosen first, found {len(labels)}; or give sequences")
@@ -141,4 +145,5 @@ def _check_values(inputs: dict[str, Tensor]) -> None:
         if places := (~values.isfinite()).nonzero().flatten().tolist():
             raise ValueError(f"{name}[{places[0]}] is {values[places[0]].item()}; expected a finite log-probability")
     place = empty.nonzero().flatten().tolist()[0]
-    raise ValueError(f"chosen_token_counts[{place}] is 0: a chosen response needs a token for its mean log-probability")
+    found = inputs["chosen_token_counts"][int(place)].item()
+    raise ValueError(f"chosen_token_counts[{place}] is {found}: a chosen response needs a token for its mean")

@@ -184,6 +184,7 @@ def test_a_normalised_heads_gradient_has_nothing_along_its_rows(autocast, operat
 # Half precision
 
 BUDGET = 1.05  # times the error of torch's own path, summed over many draws
+LATE = 1.1  # the same, where the gradient is ready before its factor comes: it is rounded once more then
 
 
 def squares(totals, name, found, truth):
@@ -207,10 +208,11 @@ def compare(operator, dtype, normalize, frozen, impl=None, master=None):
 
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
         with torch.autocast(DEVICE, dtype, enabled=master is not None):
-            logps = operator(*leaves, labels, normalize=normalize, impl=impl).logps
+            count = [(labels != -100).sum()] if operator is linear_nll else []
+            logps = operator(*leaves, labels, *count, normalize=normalize, impl=impl).logps
             assert logps.dtype == torch.float32
             if operator is linear_nll:
-                logps, truth["logps"] = logps * -mean.min(), (factors * truth["logps"]).sum()
+                truth["logps"] = (factors * truth["logps"]).sum()
         logps.backward(factors if operator is linear_token_logps else None)
         gradients = [leaf.grad for leaf in leaves if leaf.requires_grad]
         assert {gradient.dtype for gradient in gradients} == {master or dtype}
@@ -242,8 +244,9 @@ def test_half_precision_is_as_close_to_float64_as_torchs_cross_entropy(
     chunk, dtype, operator, frozen, normalize, monkeypatch
 ):
     small(monkeypatch, chunk, block=500, slice_=1000)
+    budget = LATE if operator is linear_token_logps and frozen else BUDGET
     for name, ours, plain, norm in compare(operator, dtype, normalize, frozen):
-        assert ours <= BUDGET * plain + 1e-7 * norm, name
+        assert ours <= budget * plain + 1e-7 * norm, name
 
 
 @both_heads
@@ -261,8 +264,9 @@ def test_autocast_multiplies_in_bfloat16_and_gives_float32_gradients(chunk, oper
 @both_heads
 @both_operators
 def test_triton_in_float16_is_as_close_to_float64_as_torchs_cross_entropy(operator, normalize):
+    budget = LATE if operator is linear_token_logps else BUDGET
     for name, ours, plain, norm in compare(operator, torch.float16, normalize, True, impl="triton"):
-        assert ours <= BUDGET * plain + 1e-7 * norm, name
+        assert ours <= budget * plain + 1e-7 * norm, name
 
 
 @both_operators
