@@ -72,8 +72,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        dsilu = dout * up
         if torch.is_grad_enabled():  # create_graph=True: the operator below has no derivative
             slope = gate.sigmoid() * (1 + gate * (1 - gate.sigmoid()))
-            return dsilu * slope, dout * F.silu(gate)
-        return torch.ops.aten.silu_backward(dsilu, gate), dout * F.silu(gate)
+            return dout * up * slope, dout * F.silu(gate)
+        dup, dsilu = F.silu(gate).mul_(dout), dout * up
+        return torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dsilu), dup

@@ -199,15 +199,15 @@ def logits_at_once(config: ModelConfig, run: Pass) -> list[int]:
 def head_peaks(config: ModelConfig, run: Pass, *, by_sequence: bool = False) -> tuple[list[int], list[int]]:
     """What head and loss hold at most, every token labelled (in the forward pass, in the backward pass).
 
-    One walk over the chunks makes the gradients: c·N·D of the states, and V·D of the head, summed in float32. Autocast
-    copies head and states first. A mean takes that walk in the forward pass; with a factor a sequence a head that
-    trains takes it in the backward pass.
+    One walk over the chunks makes the gradients: N·D of the states, and V·D of the head, in float32 while they are sums
+    or to be projected. Autocast copies head and states first. A mean takes that walk in the forward pass; with a factor
+    a sequence a head that trains takes it in the backward pass.
     """
     states, weights = run.tokens * config.hidden_size, config.vocab_size * config.hidden_size
     s, c, cast = run.stream.itemsize, run.compute.itemsize, run.stream != run.compute
-    sums = s if chunks_of_head(config, run.tokens, run.on_cuda)[0] == 1 else 4
-    made = [c * states] + [sums * weights] * run.trains
-    rounded = [s * states] * cast + [s * weights] * (run.trains and sums != s)
+    sums = 4 if config.normalize_head or chunks_of_head(config, run.tokens, run.on_cuda)[0] > 1 else s
+    made = [s * states] + [sums * weights] * run.trains
+    rounded = [s * weights] * (run.trains and sums != s)
     first = [c * weights, c * states] * cast + logits_at_once(config, run)
     part = min(weights, head.SLICE)  # of the head's gradient at a time
     walk = first + made + [c * part] * run.trains
@@ -215,7 +215,7 @@ def head_peaks(config: ModelConfig, run: Pass, *, by_sequence: bool = False) -> 
         walk = max(walk, first[:-2] + made + [4 * part] * 2, key=sum)
     if by_sequence and run.trains:
         return first, max(walk, made + rounded, key=sum)
-    return walk, made + rounded + [c * states] * by_sequence
+    return walk, made + rounded + [4 * states, s * states] * by_sequence
 
 
 def mask_peak(config: ModelConfig, run: Pass) -> list[int]:
