@@ -180,6 +180,7 @@ class Turns:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self.end(loss)
+            del loss
 
 
 def serve(connection, steps: int, dtype: torch.dtype, side, *arguments) -> None:
