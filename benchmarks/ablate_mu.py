@@ -3,9 +3,9 @@
     make demo && python benchmarks/ablate_mu.py --run runs/demo
 
 Per seed stage 2 is trained anew from the demo's stage 1, then stage 3 with each μ from that model; the runs of a seed
-share the file of reference log-probabilities. Everything is measured on held-out rows: which answer of a pair the policy
-prefers, how far the chosen and the rejected answers' log-probabilities drift from the reference, and the answers that
-are generated. Prints a Markdown table of means and 95 % intervals (Student's t over seeds). Finished runs are kept.
+share the file of reference log-probabilities. All is measured on held-out rows: which answer of a pair the policy
+prefers, how far the log-probabilities of both answers drift from the reference, and the answers that are generated.
+Prints a Markdown table of means and 95 % intervals (Student's t over seeds). Finished runs are kept.
 """
 
 import argparse
@@ -25,7 +25,8 @@ COLUMNS = (
 
 
 def call(recipe: str, *arguments: object) -> None:
-    done = subprocess.run([sys.executable, ROOT / "recipes" / f"{recipe}.py", *map(str, arguments)], capture_output=True)
+    command = [sys.executable, ROOT / "recipes" / f"{recipe}.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True)
     if done.returncode:
         sys.exit(done.stderr.decode())
 

@@ -1,6 +1,6 @@
 """Fused operators with hand-written backward passes, in torch and in Triton; they import nothing of ours."""
 
-from pedgpt.kernels.blocked_attention import attention
+from pedgpt.kernels.blocked_attention import attention, layers_mask
 from pedgpt.kernels.cross_entropy import token_logps
 from pedgpt.kernels.linear_logps import linear_nll, linear_token_logps
 from pedgpt.kernels.lora_matmul import lora_linear
@@ -10,6 +10,7 @@ from pedgpt.kernels.pointwise import rms_norm, swiglu
 __all__ = [
     "Linear",
     "attention",
+    "layers_mask",
     "linear",
     "linear_nll",
     "linear_token_logps",

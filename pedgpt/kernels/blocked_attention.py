@@ -39,8 +39,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     )
 
 
+def layers_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask in the form in which every layer's `attention` of q, k, v in `dtype` takes it as it is.
+
+    Products over blocks take it boolean; torch's kernels would each make it additive, and keep that a layer.
+    """
+    device = allowed.device.type
+    if not allowed.is_meta and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    queries, keys = allowed.shape[-2:]
+    if device == "cpu" and dtype == torch.bfloat16 and BLOCK <= queries == keys and not _compiled():
+        return allowed
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
+
+
+def _compiled() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if _compiled():
         return False
     if any(type(t) is not Tensor or t.device.type != "cpu" or t.dtype != torch.bfloat16 for t in (q, k, v)):
         return False

@@ -99,11 +99,8 @@ def saved_by_block(config: ModelConfig, run: Pass) -> list[int]:
         kept += [c * n * q] * run.keeps("o_proj")  # attention's output; the mask is shared as it is
     else:
         kept += [c * n * q, 4 * n * heads]  # its output and its log-sum-exp
-        # A boolean mask becomes an additive one in every block anew; ALiBi's bias is shared unless autocast casts it.
-        if config.positions == "alibi" and run.stream != run.compute:
+        if config.positions == "alibi" and run.stream != run.compute:  # autocast casts the bias in every block anew
             kept += [c * run.rows * heads * run.length**2]
-        elif config.positions == "rope" and run.documents:
-            kept += [c * run.rows * run.length**2]
     return kept + _saved_by_mlp(config, run)
 
 
@@ -143,7 +140,8 @@ def saved_once(config: ModelConfig, run: Pass) -> list[int]:
     s, n, blocked = run.stream.itemsize, run.tokens, by_blocks(run)
     kept = [8 * n] * run.trains + _norm(n, config.hidden_size, s)
     if config.positions == "rope":
-        return kept + 2 * [s * n * config.head_dim] + [run.rows * run.length**2] * (run.documents and blocked)
+        mask = run.rows * run.length**2 * (1 if blocked else run.compute.itemsize)
+        return kept + 2 * [s * n * config.head_dim] + [mask] * run.documents
     bias = [s * run.rows * config.num_attention_heads * run.length**2]
     return kept + bias * (run.stream == run.compute or blocked)
 
@@ -160,12 +158,11 @@ def saved(config: ModelConfig, run: Pass) -> list[int]:
 def saved_by_checkpointing(config: ModelConfig, run: Pass) -> list[int]:
     """What activation checkpointing keeps: the input of every block, the mask, and what all blocks share."""
     inputs = config.num_hidden_layers * [run.stream.itemsize * run.tokens * config.hidden_size]
-    if by_blocks(run):  # the mask is shared then
-        return inputs + saved_once(config, run)
-    mask = [run.rows * run.length**2] * (run.documents and config.positions == "rope")
-    if config.positions == "alibi" and run.stream != run.compute:
-        mask = [run.stream.itemsize * run.rows * config.num_attention_heads * run.length**2]
-    return inputs + mask + saved_once(config, run)
+    apart = (
+        config.positions == "alibi" and run.stream != run.compute and not by_blocks(run)
+    )
+    bias = [run.stream.itemsize * run.rows * config.num_attention_heads * run.length**2] * apart
+    return inputs + bias + saved_once(config, run)
 
 
 def backward_peak(config: ModelConfig, run: Pass, mlp_adapters: int = 0) -> list[int]:
@@ -219,11 +216,11 @@ def head_peaks(config: ModelConfig, run: Pass, *, by_sequence: bool = False) -> 
 
 
 def mask_peak(config: ModelConfig, run: Pass) -> list[int]:
-    """What is held at once while the mask is made and, without ALiBi, made additive if attention needs that."""
+    """What is held at once while the mask is made, and made additive if attention needs that."""
     area, s, heads = run.rows * run.length**2, run.stream.itemsize, config.num_attention_heads
     if config.positions == "alibi":  # distances, the float32 bias, its masked copy, and that in the stream's dtype
         return [5 * area, 4 * heads * area, 4 * heads * area] + [s * heads * area] * (s < 4)
-    return ([area, area] + [s * area] * (not by_blocks(run))) * run.documents
+    return ([area, area] + [run.compute.itemsize * area] * (not by_blocks(run))) * run.documents
 
 
 def forward_peak(config: ModelConfig, run: Pass) -> list[int]:

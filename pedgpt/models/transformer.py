@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pedgpt.kernels import Linear, attention, linear, rms_norm, swiglu
+from pedgpt.kernels import Linear, attention, layers_mask, linear, rms_norm, swiglu
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.positions import alibi_slopes, apply_rope, rope_frequencies, rope_tables
 
@@ -252,7 +252,7 @@ class Transformer(nn.Module):
             seen |= branches[:, None, :] == 0
             allowed = seen.logical_and_(allowed)  # in place: [B, T, T] is large
         if not alibi:
-            return allowed[:, None]
+            return layers_mask(allowed[:, None], dtype)
         slopes = alibi_slopes(self.config.num_attention_heads, positions.device)
         distance = (all_positions[:, None, :] - positions[:, :, None]).float()
         bias = slopes[:, None, None] * distance[:, None]
