@@ -6,7 +6,7 @@
 Rows: full logits with cross-entropy in float32; chunks of 256 tokens recomputed by activation checkpointing, of all
 tokens or of those with a label; torch's own linear_cross_entropy, plain and chunked; Liger's, where it is installed and
 there is a GPU; and ours. Of the tokens half or none are prompt, without a label. "frozen": only the hidden states need
-a gradient, as with LoRA. Ratios are the time of full logits over that of a row, from rounds in which all rows take
+a gradient, as with LoRA; "autocast": float32 weights that train under bfloat16, as in the recipes. Ratios are the time of full logits over that of a row, from rounds in which all rows take
 turns. Memory is the peak of all tensors made on the way, less the gradients that stay. Errors are relative to full
 logits. Each dtype has a process of its own.
 """
@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--without", nargs="*", default=[], help="rows to leave out")
     arguments = parser.parse_args()
     if arguments.dtype is None:
         for dtype in ("float32", "bfloat16"):  # the heap that one leaves would slow the other
@@ -86,12 +88,14 @@ def main() -> None:
         return
     dtype = getattr(torch, arguments.dtype)
     print(f"{arguments}\n{'':43}{'error':>9}{'ms':>9}{'ratio':>8}{'MiB':>8}", flush=True)
-    for masked in (True, False):
-        for frozen in (True, False):
-            compare(arguments, dtype, masked, frozen)
+    for masked in ("half", "none"):
+        for kind in ("frozen", "trains", *(["autocast"] if dtype == torch.bfloat16 else [])):
+            case = f"{masked} masked, {kind}"
+            if arguments.only in case:
+                compare(case, arguments, dtype, masked == "half", kind)
 
 
-def compare(arguments: argparse.Namespace, dtype: torch.dtype, masked: bool, frozen: bool) -> None:
+def compare(case: str, arguments: argparse.Namespace, dtype: torch.dtype, masked: bool, kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     size = arguments.hidden_size
     hidden = torch.randn(arguments.tokens, size, generator=generator)
@@ -99,14 +103,16 @@ def compare(arguments: argparse.Namespace, dtype: torch.dtype, masked: bool, fro
     labels = torch.randint(arguments.vocabulary, (arguments.tokens,), generator=generator)
     if masked:  # four rows, the first half of each a prompt
         labels.unflatten(0, (4, -1))[:, : arguments.tokens // 8] = -100
-    hidden, weight = (tensor.to(arguments.device, dtype) for tensor in (hidden, weight))
+    stored = torch.float32 if kind == "autocast" else dtype
+    hidden, weight = (tensor.to(arguments.device, stored) for tensor in (hidden, weight))
     labels = labels.to(arguments.device)
     hidden.requires_grad_()
-    weight.requires_grad_(not frozen)
-    leaves = [hidden] if frozen else [hidden, weight]
+    weight.requires_grad_(kind != "frozen")
+    leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
 
     def step(form):
-        loss = form(hidden, weight, labels) / 1000
+        with torch.autocast(arguments.device, dtype, enabled=kind == "autocast"):
+            loss = form(hidden, weight, labels) / 1000
         return loss.detach(), torch.autograd.grad(loss, leaves)
 
     def timed(form) -> float:
@@ -116,11 +122,8 @@ def compare(arguments: argparse.Namespace, dtype: torch.dtype, masked: bool, fro
             torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - began)
 
-    rows, skipped = dict(FORMS), []
-    if arguments.device != "cuda":
-        del rows["Liger"]
-    if not masked:
-        del rows["of responses alone"]
+    absent = {*arguments.without, *(["Liger"] * (arguments.device != "cuda")), *(["of responses alone"] * (not masked))}
+    rows, skipped = {name: form for name, form in FORMS.items() if name not in absent}, []
     expected, gradients = step(full)
     kept = sum(leaf.nbytes for leaf in leaves)
     errors, memory = {}, {}
@@ -145,11 +148,10 @@ def compare(arguments: argparse.Namespace, dtype: torch.dtype, masked: bool, fro
         for name, form in rows.items():
             seconds[name].append(timed(form))
     base = statistics.median(seconds["full logits"][1:])
-    case = f"{'half' if masked else 'none'} masked, {'frozen' if frozen else 'trains'}"
     for name in rows:
         took = statistics.median(seconds[name][1:])
         figures = f"{errors[name]:>9.0e}{took:>9,.0f}{base / took:>7.2f}x{memory[name]:>8,.0f}"
-        print(f"{case:22}{name:21}{figures}", flush=True)
+        print(f"{case:23}{name:20}{figures}", flush=True)
     print(*skipped, sep="\n", end="" if not skipped else "\n")
 
 

@@ -23,8 +23,9 @@ from torch import Tensor
 from pedgpt.kernels._triton import tl, triton
 from pedgpt.kernels.onednn import product, refuse_create_graph
 
-# Logits of a chunk: 64 MiB in float32 on the CPU; 256 MiB in bfloat16 on a GPU, which needs more tokens at once.
-CHUNK, CHUNK_CUDA = 2**24, 2**27
+# Logits of a chunk in float32, and twice as many in half precision: 64 MiB on the CPU, 256 MiB on a GPU, which needs
+# more tokens at once.
+CHUNK, CHUNK_CUDA = 2**24, 2**26
 # Numbers at a time of a chunk's softmax, and of its product for the head's gradient: they stay in a processor's cache.
 BLOCK, SLICE = 2**19, 2**21
 
@@ -139,7 +140,8 @@ class _Head:
         self.weight = self.given.to(dtype)
         self.wide = torch.promote_types(dtype, torch.float32)
         self.softmax = _softmax_triton if impl == "triton" else _softmax
-        self.chunk = max(1, (CHUNK_CUDA if weight.is_cuda else CHUNK) // max(1, len(weight)))
+        logits = (CHUNK_CUDA if weight.is_cuda else CHUNK) * 4 // self.weight.element_size()
+        self.chunk = max(1, logits // max(1, len(weight)))
         height = max(1, SLICE // max(1, weight.shape[1]))
         self.slices = [slice(start, start + height) for start in range(0, len(weight), height)]
         self.inverse: Tensor | None = None  # 1/‖w‖ [V]

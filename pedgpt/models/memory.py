@@ -158,9 +158,7 @@ def saved(config: ModelConfig, run: Pass) -> list[int]:
 def saved_by_checkpointing(config: ModelConfig, run: Pass) -> list[int]:
     """What activation checkpointing keeps: the input of every block, the mask, and what all blocks share."""
     inputs = config.num_hidden_layers * [run.stream.itemsize * run.tokens * config.hidden_size]
-    apart = (
-        config.positions == "alibi" and run.stream != run.compute and not by_blocks(run)
-    )
+    apart = config.positions == "alibi" and run.stream != run.compute and not by_blocks(run)
     bias = [run.stream.itemsize * run.rows * config.num_attention_heads * run.length**2] * apart
     return inputs + bias + saved_once(config, run)
 
@@ -180,15 +178,16 @@ def backward_peak(config: ModelConfig, run: Pass, mlp_adapters: int = 0) -> list
     return max([4 * n * d] * 4, mlp, attention, key=sum)
 
 
-def chunks_of_head(config: ModelConfig, tokens: int, on_cuda: bool) -> tuple[int, int]:
-    """How many chunks `kernels.linear_logps` makes of so many tokens, and how many are in one."""
-    count = max(1, math.ceil(tokens / max(1, (head.CHUNK_CUDA if on_cuda else head.CHUNK) // config.vocab_size)))
-    return count, math.ceil(tokens / count)
+def chunks_of_head(config: ModelConfig, run: Pass) -> tuple[int, int]:
+    """How many chunks `kernels.linear_logps` makes of a pass's tokens, and how many are in one."""
+    logits = (head.CHUNK_CUDA if run.on_cuda else head.CHUNK) * 4 // run.compute.itemsize
+    count = max(1, math.ceil(run.tokens / max(1, logits // config.vocab_size)))
+    return count, math.ceil(run.tokens / count)
 
 
 def logits_at_once(config: ModelConfig, run: Pass) -> list[int]:
     """The logits that head and loss have at a time, and on the CPU two blocks of them in float32."""
-    height = chunks_of_head(config, run.tokens, run.on_cuda)[1]
+    height = chunks_of_head(config, run)[1]
     blocks = 2 * min(height, max(1, head.BLOCK // config.vocab_size)) * (not run.on_cuda)
     return [run.compute.itemsize * height * config.vocab_size, 4 * blocks * config.vocab_size]
 
@@ -202,7 +201,7 @@ def head_peaks(config: ModelConfig, run: Pass, *, by_sequence: bool = False) -> 
     """
     states, weights = run.tokens * config.hidden_size, config.vocab_size * config.hidden_size
     s, c, cast = run.stream.itemsize, run.compute.itemsize, run.stream != run.compute
-    sums = 4 if config.normalize_head or chunks_of_head(config, run.tokens, run.on_cuda)[0] > 1 else s
+    sums = 4 if config.normalize_head or chunks_of_head(config, run)[0] > 1 else s
     made = [s * states] + [sums * weights] * run.trains
     rounded = [s * weights] * (run.trains and sums != s)
     first = [c * weights, c * states] * cast + logits_at_once(config, run)
