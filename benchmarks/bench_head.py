@@ -6,9 +6,9 @@
 Rows: full logits with cross-entropy in float32; chunks of 256 tokens recomputed by activation checkpointing, of all
 tokens or of those with a label; torch's own linear_cross_entropy, plain and chunked; Liger's, where it is installed and
 there is a GPU; and ours. Of the tokens half or none are prompt, without a label. "frozen": only the hidden states need
-a gradient, as with LoRA; "autocast": float32 weights that train under bfloat16, as in the recipes. Ratios are the time of full logits over that of a row, from rounds in which all rows take
-turns. Memory is the peak of all tensors made on the way, less the gradients that stay. Errors are relative to full
-logits. Each dtype has a process of its own.
+a gradient, as with LoRA; "autocast": float32 weights that train under bfloat16, as in the recipes. Ratios are the time
+of full logits over that of a row, from rounds in which all rows take turns. Memory is the peak of all tensors made on
+the way, less the gradients that stay. Errors are relative to full logits. Each dtype has a process of its own.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def compare(case: str, arguments: argparse.Namespace, dtype: torch.dtype, masked
         results = []
         try:
             peak = peak_bytes(lambda form=form, results=results: results.extend(step(form)), arguments.device)
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:  # of older torches
             skipped.append(f"{name}: {error}")
             del rows[name]
             continue

@@ -30,7 +30,7 @@ from pedgpt.data import (
     reference_key,
     save_reference,
 )
-from pedgpt.losses import check_dfpo_settings, dfpo_loss, linear_sequence_logps
+from pedgpt.losses import check_dfpo_settings, linear_dfpo_loss, linear_sequence_logps
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, save_model
 from pedgpt.training.distributed import autocast, gather_rows, sum_over_ranks
 
@@ -96,13 +96,15 @@ def main(config: Config) -> None:
     training.shard(model, model.model.layers, world, dtype)
     load_weights(model, config.model, dtype=stored, device=world.device)
 
-    def response_logps(batch, metrics=None):
-        """Summed log-probabilities and token counts, [2P]: chosen responses, then rejected ones."""
+    def states_and_head(batch):
         hidden = model.hidden_states(batch.tokens, documents=batch.documents, branches=batch.branches)
-        return linear_sequence_logps(
-            hidden, model.lm_head.weight, batch.labels, sequences=batch.sequences, num_sequences=len(batch.counts),
-            normalize=sizes.normalize_head, metrics=metrics,
-        )  # fmt: skip
+        settings = {"sequences": batch.sequences, "normalize": sizes.normalize_head}
+        return (hidden, model.lm_head.weight, batch.labels), settings
+
+    def response_logps(batch):
+        """Summed log-probabilities, [2P]: chosen responses, then rejected ones."""
+        operands, settings = states_and_head(batch)
+        return linear_sequence_logps(*operands, num_sequences=len(batch.counts), **settings)[0]
 
     # Reference log-probabilities, [pairs, 2]: the model as it comes in, without its adapter.
     def reference_logps(pairs):
@@ -111,16 +113,16 @@ def main(config: Config) -> None:
         with torch.no_grad(), autocast(world, dtype), adapters_disabled(model):
             for start in range(0, len(pairs), width):
                 mine = pairs[start : start + width][world.rank :: world.size]
-                logps, _ = response_logps(make_batch(mine, range(len(mine))).to(world.device))
+                logps = response_logps(make_batch(mine, range(len(mine))).to(world.device))
                 part = logps.new_zeros(config.micro_batch_size, 2)
                 part[: len(mine)] = logps[: 2 * len(mine)].view(2, len(mine)).T
                 parts.append(gather_rows(part, world))
         return torch.cat(parts).cpu()[: len(pairs)] if parts else torch.zeros(0, 2)
 
     cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
-    key = reference_key(
-        model=model_fingerprint(config.model), chat=chat, pairs=pairs, dtype=f"{config.dtype}, weights {stored}"
-    )
+    stream = dtype if world.size > 1 else stored  # of the residual stream: FSDP2 gathers weights in the former
+    dtypes = f"products {dtype}, weights {stored}, residual stream {stream}"
+    key = reference_key(model=model_fingerprint(config.model), chat=chat, pairs=pairs, dtype=dtypes)
     reference = load_reference(cache, key, len(pairs))
     if sum_over_ranks([reference is None], world)[0]:  # all compute, if one of them came before the file did
         reference = reference_logps(pairs)
@@ -132,21 +134,20 @@ def main(config: Config) -> None:
 
     # Loss: everything summed over pairs, the loop divides by their number.
     def loss_function(model, batch):
-        head = {}
-        logps, counts = response_logps(batch, head)
         if batch.weight == 0:
-            return logps.sum(), dict.fromkeys(METRICS, torch.zeros(()))
-        chosen, rejected = logps.chunk(2)
-        result = dfpo_loss(
-            chosen, rejected, *batch.reference_logps.chunk(2), chosen_token_counts=counts.chunk(2)[0],
-            beta=config.beta, mu=config.mu, label_smoothing=config.label_smoothing,
+            return response_logps(batch).sum(), dict.fromkeys(METRICS, torch.zeros(()))
+        head = {}
+        operands, settings = states_and_head(batch)
+        result = linear_dfpo_loss(
+            *operands, *batch.reference_logps.chunk(2), **settings,
+            beta=config.beta, mu=config.mu, label_smoothing=config.label_smoothing, metrics=head,
         )  # fmt: skip
-        per_token = logps.detach() / counts.clamp(min=1)
+        logps = torch.stack((result.chosen_logps, result.rejected_logps))
+        per_token = logps / batch.counts.view(2, -1).clamp(min=1)
         values = (
             result.preference * batch.weight, result.regularization * batch.weight,
             result.chosen_rewards.sum(), result.rejected_rewards.sum(), result.margins.sum(), result.accuracies.sum(),
-            *logps.detach().view(2, -1).sum(-1), *per_token.view(2, -1).sum(-1),
-            *(value.sum() / 2 for value in head.values()),
+            *logps.sum(-1), *per_token.sum(-1), *(value.sum() / 2 for value in head.values()),
         )  # fmt: skip
         return result.loss * batch.weight, dict(zip(METRICS, values, strict=True))
 
@@ -180,7 +181,7 @@ def main(config: Config) -> None:
     training.finish(config, plan, data, world)
 
 
-METRICS = (
+METRICS = (  # means over pairs; the last two over both responses of a pair, each the mean of its tokens
     "loss/preference", "loss/regularization",
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected", "logps_per_token/chosen", "logps_per_token/rejected",

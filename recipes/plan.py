@@ -265,9 +265,11 @@ def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host
     length, batch, size = length_of(config, sizes), config.generation_batch_size, dtype.itemsize
     scored = memory.Pass(config.batch_size, length, dtype, dtype, trains=False, on_cuda=host.on_cuda)
     read = dataclasses.replace(scored, rows=batch)
-    blocks = memory.forward_peak(sizes, scored) + memory.mask_peak(sizes, scored)
-    head = [size * scored.tokens * sizes.hidden_size, *memory.logits_at_once(sizes, scored)]
-    scoring = max(blocks, head, key=sum)
+    # Rows, or half as many pairs, which are twice as long where they have nothing in common.
+    pairs = dataclasses.replace(scored, rows=max(1, config.batch_size // 2), length=2 * length)
+    blocks = [memory.forward_peak(sizes, each) + memory.mask_peak(sizes, each) for each in (scored, pairs)]
+    head = [size * pairs.tokens * sizes.hidden_size, *memory.logits_at_once(sizes, pairs)]
+    scoring = max(*blocks, head, key=sum)
     matrix = [size * sizes.vocab_size * sizes.hidden_size] * sizes.normalize_head
     sampled = [batch * sizes.vocab_size * (size + 4 + 1)]  # logits, in float32 too, and which ids were seen
     reading = memory.forward_peak(sizes, read) + memory.mask_peak(sizes, read)
@@ -392,6 +394,7 @@ def changes(stage: str, config: Any, sizes: ModelConfig) -> Iterable[tuple[str, 
         options += [{"micro_batch_size": 1}, {"activation_checkpointing": True}]
         options += [{"ranks": config.ranks * factor} for factor in (2, 4, 8)]
     options += [{"row_length": max(1, length // 2)}, {"dtype": "bfloat16"}]
+    options += [{"shared_prompt": False}] * (stage == "dfpo")
     for option in options:
         ((name, value),) = option.items()
         if getattr(config, name) != value:

@@ -122,7 +122,8 @@ def collate_pairs(
 
 def _tree(pair: EncodedPair, chosen: int, rejected: int) -> list[tuple[int, int, int, int]]:
     """What both answers share, then the rest of each, as in `_part`; `chosen` and `rejected` number the answers."""
-    trunk, rest = slice(pair.shared), slice(pair.shared, None)
+    shared = pair.shared
+    trunk, rest = slice(shared), slice(shared, None)
     return [
         *_part(pair.chosen, trunk, 0, 0),
         *_part(pair.chosen, rest, 1, chosen),

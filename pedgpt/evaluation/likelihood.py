@@ -31,12 +31,14 @@ def perplexity(model: Transformer, rows: Sequence[Row], batch_size: int = 8) -> 
 def pair_logps(model: Transformer, pairs: Sequence[EncodedPair], batch_size: int = 8) -> Tensor:
     """Summed log-probability of each answer, [pairs, 2] (chosen, rejected), float32 on the CPU."""
     parts = []
-    for start in range(0, len(pairs), batch_size):
-        chunk = pairs[start : start + batch_size]
+    at_once = max(1, batch_size // 2)  # a pair is about as long as two rows
+    for start in range(0, len(pairs), at_once):
+        chunk = pairs[start : start + at_once]
         batch = collate_pairs(chunk, range(len(chunk)))
         tokens = _token_logps(model, batch).cpu()
-        logps = tokens.new_zeros(2 * len(chunk)).index_add(0, batch.sequences.flatten(), tokens.flatten())
-        parts.append(logps.view(2, len(chunk)).T)
+        logps = torch.zeros(2 * len(chunk), dtype=torch.float64)
+        logps.index_add_(0, batch.sequences.flatten(), tokens.flatten().double())
+        parts.append(logps.float().view(2, len(chunk)).T)
     return torch.cat(parts) if parts else torch.zeros(0, 2)
 
 

@@ -1,5 +1,6 @@
 """Fused operators with hand-written backward passes, in torch and in Triton; they import nothing of ours."""
 
+from pedgpt.kernels._transforms import transformed
 from pedgpt.kernels.blocked_attention import attention, layers_mask
 from pedgpt.kernels.cross_entropy import token_logps
 from pedgpt.kernels.linear_logps import linear_nll, linear_token_logps
@@ -18,4 +19,5 @@ __all__ = [
     "rms_norm",
     "swiglu",
     "token_logps",
+    "transformed",
 ]

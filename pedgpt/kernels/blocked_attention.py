@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.kernels._transforms import transformed
 from pedgpt.kernels.onednn import refuse_create_graph
 
 # Queries of a block, and numbers that the scores of a block may have: 2 MiB in float32 stay in a processor's cache.
@@ -48,17 +49,16 @@ def layers_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     if not allowed.is_meta and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     queries, keys = allowed.shape[-2:]
-    if device == "cpu" and dtype == torch.bfloat16 and BLOCK <= queries == keys and not _compiled():
+    if device == "cpu" and dtype == torch.bfloat16 and BLOCK <= queries == keys and not transformed():
         return allowed
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
-
-
-def _compiled() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    # CUDA's kernels would copy rows that do not begin at multiples of 16 bytes.
+    width = -(-keys // 8) * 8 if device == "cuda" else keys
+    mask = torch.zeros(*allowed.shape[:-1], width, dtype=dtype, device=allowed.device)[..., :keys]
+    return mask.masked_fill_(~allowed, -torch.inf)
 
 
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    if _compiled():
+    if transformed():
         return False
     if any(type(t) is not Tensor or t.device.type != "cpu" or t.dtype != torch.bfloat16 for t in (q, k, v)):
         return False

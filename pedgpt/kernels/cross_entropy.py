@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.kernels._transforms import transformed
+
 BLOCK = 2**19  # numbers of a block: 2 MiB in float32 stay in a processor's cache
 
 
@@ -25,7 +27,7 @@ def token_logps(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Ten
     outside of the vocabulary (on the CPU).
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    if logits.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if logits.device.type != "cpu" or transformed():
         return -F.cross_entropy(logits.to(dtype), labels, ignore_index=ignore_index, reduction="none")
     if (wrong := labels[(labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[1]))]).numel():
         raise IndexError(f"label {wrong[0].item()} is outside of the vocabulary of {logits.shape[1]}")

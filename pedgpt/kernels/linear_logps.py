@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.kernels._transforms import transformed
 from pedgpt.kernels._triton import tl, triton
 from pedgpt.kernels.onednn import product, refuse_create_graph
 
@@ -225,16 +226,18 @@ class _Head:
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, grad: bool, *head: Any) -> tuple[Tensor, ...]:
-        ctx.head, ctx.dhidden, ctx.last = head, None, None
+        ctx.head, ctx.last, ctx.frozen = head, None, False
         of_hidden, of_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
         if of_weight:
             stats, ctx.last = _Head(weight, *head).logps(hidden, labels)
             ctx.save_for_backward(hidden, weight, labels)
         else:
             ones = torch.ones(len(labels), device=hidden.device)
-            stats, ctx.dhidden, _ = _Head(weight, *head).gradients(
+            stats, dhidden, _ = _Head(weight, *head).gradients(
                 hidden, labels, ones, of_hidden=of_hidden, of_weight=False
             )
+            ctx.frozen = True
+            ctx.save_for_backward(dhidden)
         logps, entropy, correct = stats[0], stats[1], stats[2]
         ctx.mark_non_differentiable(entropy, correct)
         return logps, entropy, correct
@@ -242,8 +245,9 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlogps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_create_graph("linear_token_logps")
-        if ctx.dhidden is not None:
-            return (ctx.dhidden * dlogps[:, None]).to(ctx.dhidden.dtype), *[None] * 6
+        if ctx.frozen:
+            (dhidden,) = ctx.saved_tensors
+            return (dhidden * dlogps[:, None]).to(dhidden.dtype), *[None] * 6
         hidden, weight, labels = ctx.saved_tensors
         last, ctx.last = ctx.last, None
         dhidden, dweight = _Head(weight, *ctx.head).gradients(
@@ -258,7 +262,9 @@ class _LinearNLL(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, count: int | Tensor, grad: bool, *head: Any
     ) -> tuple[Tensor, ...]:
         of_hidden, of_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
-        factors = torch.full(labels.shape, -1.0, dtype=torch.float64, device=hidden.device) / count
+        # In float16's short range 1/count has to wait for the factor of a loss scaler.
+        ctx.late, early = (count, 1) if head[0] == torch.float16 else (1, count)
+        factors = torch.full(labels.shape, -1.0, dtype=torch.float64, device=hidden.device) / early
         stats, *ctx.gradients = _Head(weight, *head).gradients(
             hidden, labels, factors, of_hidden=of_hidden, of_weight=of_weight
         )
@@ -272,7 +278,7 @@ class _LinearNLL(torch.autograd.Function):
         refuse_create_graph("linear_nll")
         if ctx.gradients is None:
             raise RuntimeError("linear_nll runs backward once: its gradients were scaled in place and given away")
-        dhidden, dweight = (None if gradient is None else gradient.mul_(dnll) for gradient in ctx.gradients)
+        dhidden, dweight = (None if gradient is None else gradient.mul_(dnll / ctx.late) for gradient in ctx.gradients)
         ctx.gradients = None
         return dhidden, None if dweight is None else dweight.to(ctx.weight_dtype), *[None] * 6
 
@@ -293,9 +299,10 @@ def linear_token_logps(
 
     Tokens labelled `ignore_index` are left out of every product. Products are in the dtype of `hidden` and `weight`,
     or autocast's, the softmax in float32 at least. `impl` "torch" or "triton" chooses the softmax's form; None takes
-    Triton on CUDA. Raises ValueError for shapes, dtypes or labels that do not fit.
+    Triton on CUDA. Under a compiler or torch.func the logits are made as a whole. Raises ValueError for shapes, dtypes
+    or labels that do not fit.
     """
-    if _compiled():
+    if transformed():
         return _plain(hidden, weight, labels, normalize, ignore_index)
     kept, rows, *head = _prepare(hidden, weight, labels, normalize, ignore_index, impl)
     found = _LinearLogps.apply(kept, weight, labels[rows], torch.is_grad_enabled(), *head)
@@ -318,16 +325,11 @@ def linear_nll(
 
     Its gradient comes with it, in one pass over the head even if that trains; so the backward pass runs once.
     """
-    if _compiled():
+    if transformed():
         logps, entropy, correct = _plain(hidden, weight, labels, normalize, ignore_index)
         return TokenLogps(-logps.sum() / count, entropy.sum() / count, correct.sum() / count)
     kept, rows, *head = _prepare(hidden, weight, labels, normalize, ignore_index, impl)
     return TokenLogps(*_LinearNLL.apply(kept, weight, labels[rows], count, torch.is_grad_enabled(), *head))
-
-
-def _compiled() -> bool:
-    # A compiler fuses in its own way, and torch.func cannot follow the functions above.
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _plain(hidden: Tensor, weight: Tensor, labels: Tensor, normalize: bool, ignore_index: int) -> TokenLogps:
@@ -362,7 +364,7 @@ def _prepare(
     if impl not in (None, "torch", "triton"):
         raise ValueError(f'impl must be "torch", "triton" or None, found {impl!r}')
     if impl == "triton" and (triton is None or dtype == torch.float64):
-        raise ValueError(f'impl="triton" needs Triton, a GPU and no float64, found {dtype if triton else "no such"}')
+        raise ValueError(f'impl="triton" needs Triton, a GPU and no float64, found {dtype if triton else "no Triton"}')
     if impl is None:
         impl = "triton" if hidden.is_cuda and triton is not None and dtype != torch.float64 else "torch"
     found = supervised.nonzero().squeeze(1)

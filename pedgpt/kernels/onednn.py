@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pedgpt.kernels._transforms import transformed
+
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -72,7 +74,7 @@ def refuse_create_graph(operator: str) -> None:
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     # A compiler chooses products itself and cannot follow the operators below; torch.func and subclasses lack them.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if transformed() or torch.jit.is_tracing():
         return False
     if not {type(x), type(weight)} <= {Tensor, nn.Parameter} or torch.strided != x.layout or x.layout != weight.layout:
         return False

@@ -11,17 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.kernels._transforms import transformed
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """w · x / √(mean(x²) + ε) over the last axis [..., D] (Zhang & Sennrich 2019), in float32 up to the weight."""
-    if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, eps)[0]
+    if torch.is_grad_enabled() and not transformed():
+        return _RMSNorm.apply(x, weight, eps)
     return weight * _normed(x, eps)[0].to(x.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up (Shazeer 2020), of one shape and dtype."""
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
+    if torch.is_grad_enabled() and not transformed():
+        return _SwiGLU.apply(gate, up)
+    return F.silu(gate) * up
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -31,26 +35,22 @@ def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class _RMSNorm(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed, scale = _normed(x, eps)
-        return weight * normed.to(x.dtype), scale
+        ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
+        return weight * normed.to(x.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:2], output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.eps = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the scale depends on x
             scale = _normed(x, ctx.eps)[1]
         normed = x * scale
-        dweight = (dy * normed.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = (dy * normed.to(x.dtype)).reshape(-1, len(weight)).sum(0)
         if not ctx.needs_input_grad[0]:
             return None, dweight, None
         dnormed = (dy * weight).to(scale.dtype)
@@ -59,20 +59,15 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
         return F.silu(gate) * up
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the operator below has no derivative
+        if torch.is_grad_enabled() or transformed():  # create_graph=True, many gradients at once: nothing in place
             slope = gate.sigmoid() * (1 + gate * (1 - gate.sigmoid()))
             return dout * up * slope, dout * F.silu(gate)
         dup, dsilu = F.silu(gate).mul_(dout), dout * up

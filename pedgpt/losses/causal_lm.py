@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pedgpt.kernels import linear_nll, linear_token_logps, token_logps
+from pedgpt.kernels import linear_nll, linear_token_logps, token_logps, transformed
 
 IGNORE_INDEX = -100
 
@@ -46,7 +46,8 @@ def linear_cross_entropy(
 
     hidden [B, T, D], weight [V, D], labels [B, T]; positions without a label cost nothing. `normalize` divides the rows
     of W by their lengths first (NormHead), without a copy of W. Products are in the dtype of the operands, or
-    autocast's; the rest is in float32, or float64 for float64. The backward pass runs once.
+    autocast's; the rest is in float32, or float64 for float64. The backward pass runs once. Under a compiler or
+    torch.func the logits are made as a whole.
 
     `metrics` is filled, at no further pass, with "entropy" of the predicted distributions in nats and with
     "mean_token_accuracy", the share of labels that no token was more probable than; divided as the loss is. Raises
@@ -87,7 +88,7 @@ def linear_sequence_logps(
         raise ValueError(f"sequences {shape} needs num_sequences and the shape of labels, {list(labels.shape)}")
     elif sequences.is_floating_point():
         raise ValueError(f"sequences number the sequences, expected integers, found {sequences.dtype}")
-    elif not _compiled() and (((sequences < 0) | (sequences >= num_sequences)) & supervised).any():
+    elif not transformed() and (((sequences < 0) | (sequences >= num_sequences)) & supervised).any():
         raise ValueError(f"sequences must be in [0, {num_sequences}) wherever there is a label")
     places = sequences.long().expand(labels.shape).where(supervised, 0).flatten()
     tokens = linear_token_logps(hidden.flatten(0, 1), _whole(weight), labels.flatten(), normalize=normalize)
@@ -125,8 +126,3 @@ def _whole(weight: Any) -> Tensor:
     if whole.requires_grad:
         whole.register_hook(lambda gradient: gradient / mesh.size())
     return whole
-
-
-def _compiled() -> bool:
-    # Where values cannot be looked at.
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

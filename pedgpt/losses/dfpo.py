@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.kernels import transformed
 from pedgpt.losses.causal_lm import linear_sequence_logps
 
 
@@ -61,7 +62,7 @@ def dfpo_loss(
             raise ValueError(f"{name} has the shape {shape}; expected one value a pair, {expected}")
     if not len(policy_chosen_logps):
         raise ValueError("no pairs: their mean is not defined")
-    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+    if not transformed():  # whose values cannot be looked at
         _check_values(inputs)
 
     chosen_logratios = policy_chosen_logps.float() - reference_chosen_logps.float()
@@ -130,7 +131,7 @@ def linear_dfpo_loss(
 def check_dfpo_settings(beta: float, mu: float, label_smoothing: float) -> None:
     """ValueError, with what is expected, for settings that `dfpo_loss` would refuse."""
     if not (0 <= beta < math.inf and 0 <= mu < math.inf):
-        raise ValueError(f"beta and mu must not be negative, found beta={beta}, mu={mu}")
+        raise ValueError(f"beta and mu must be finite and not negative, found beta={beta}, mu={mu}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), found {label_smoothing}")
 
@@ -143,7 +144,9 @@ def _check_values(inputs: dict[str, Tensor]) -> None:
         return
     for name, values in inputs.items():
         if places := (~values.isfinite()).nonzero().flatten().tolist():
-            raise ValueError(f"{name}[{places[0]}] is {values[places[0]].item()}; expected a finite log-probability")
+            hint = "; lower learning_rate or max_grad_norm, or use float32" if name.startswith("policy") else ""
+            found = f"{name}[{places[0]}] is {values[places[0]].item()}"
+            raise ValueError(f"{found}; expected a finite log-probability{hint}")
     place = empty.nonzero().flatten().tolist()[0]
-    found = inputs["chosen_token_counts"][int(place)].item()
-    raise ValueError(f"chosen_token_counts[{place}] is {found}: a chosen response needs a token for its mean")
+    count = inputs["chosen_token_counts"][int(place)].item()
+    raise ValueError(f"chosen_token_counts[{place}] is {count}: a chosen response needs a token for its mean")

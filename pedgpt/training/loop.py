@@ -34,7 +34,7 @@ from pedgpt.training.optim import build_optimizer, learning_rate
 # Settings that change neither the data nor the weights, so a run may be resumed with others; held-out files too.
 _FREE = {
     "output", "micro_batch_size", "activation_checkpointing", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-    "device", "reference_logps",
+    "device", "reference_logps", "shared_prompt",
 }  # fmt: skip
 
 
@@ -206,6 +206,7 @@ def _step(
         (loss * (world.size / max(weight, 1))).backward()
         for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
+        del loss  # and its graph, before the next one is made
     totals = sum_over_ranks(_numbers(sums.values()), world)
     means = {name: total / max(weight, 1) for name, total in zip(sums, totals, strict=True)}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
