@@ -123,7 +123,12 @@ def main(config: Config) -> None:
     stream = dtype if world.size > 1 else stored  # of the residual stream: FSDP2 gathers weights in the former
     dtypes = f"products {dtype}, weights {stored}, residual stream {stream}"
     key = reference_key(model=model_fingerprint(config.model), chat=chat, pairs=pairs, dtype=dtypes)
-    reference = load_reference(cache, key, len(pairs))
+    try:
+        reference = load_reference(cache, key, len(pairs))
+    except ValueError:  # a file that was asked for must fit; that of this output alone is made anew
+        if config.reference_logps:
+            raise
+        reference = None
     if sum_over_ranks([reference is None], world)[0]:  # all compute, if one of them came before the file did
         reference = reference_logps(pairs)
         if world.is_main:

@@ -49,7 +49,8 @@ class ChosenLikelihoodWatch:
     beta (log π − log reference), so both start at 0. The warning comes when in two windows of steps in a row the mean
     `rewards/chosen` is the lowest so far and the mean `rewards/margins` the highest so far, and the former lies below
     0 by more than 1 nat per answer and by more than two standard errors: single steps and rounding are noise. The
-    longer the window, the slower a fall is still seen. Raises ValueError for a window of less than 2 steps.
+    longer the window, the slower a fall is still seen. A resumed run watches anew. Raises ValueError for a window of
+    less than 2 steps.
     """
 
     def __init__(self, *, beta: float, mu: float, window: int = 10) -> None:

@@ -73,6 +73,14 @@ def test_the_references_file_of_another_run_is_refused(lab, tmp_path, settings, 
     assert file.read_bytes() == before and not (tmp_path / "run").exists()
 
 
+def test_the_outputs_own_file_is_made_anew_if_it_does_not_fit(lab, tmp_path):
+    file = tmp_path / "reference_logps.safetensors"
+    file.write_bytes((lab.reference("dfpo") / file.name).read_bytes()[:-8])
+    result = lab.run("dfpo", tmp_path, max_steps=1)
+    assert result.code == 0 and "reference log-probabilities from" not in result.out
+    assert file.read_bytes() == (lab.reference("dfpo") / file.name).read_bytes()
+
+
 def test_two_ranks_compute_the_same_reference(lab, tmp_path):
     result = lab.torchrun(lab.script("dfpo"), lab.arguments("dfpo", tmp_path, max_steps=1))
     assert result.code == 0, result.err
