@@ -44,19 +44,21 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`causal_lm_loss(hidden Wᵀ, labels)` without the logits: chunk by chunk, gradients in the same pass.
 
-    hidden [B, T, D], weight [V, D], labels [B, T]; positions without a label cost nothing. `normalize` divides the rows
-    of W by their lengths first (NormHead), without a copy of W. Products are in the dtype of the operands, or
-    autocast's; the rest is in float32, or float64 for float64. The backward pass runs once. Under a compiler or
-    torch.func the logits are made as a whole.
+    hidden [B, T, D], or of any shape before D, weight [V, D], labels [B, T]; positions without a label cost nothing.
+    `normalize` divides the rows of W by their lengths first (NormHead), without a copy of W. Products are in the dtype
+    of the operands, or autocast's; the rest is in float32, or float64 for float64. The backward pass runs once. Under a
+    compiler or torch.func the logits are made as a whole.
 
     `metrics` is filled, at no further pass, with "entropy" of the predicted distributions in nats and with
     "mean_token_accuracy", the share of labels that no token was more probable than; divided as the loss is. Raises
     ValueError for shapes, dtypes or labels that do not fit.
     """
-    _check_shapes("hidden", "D", hidden, labels)
+    if hidden.ndim < 2 or hidden.shape[:-1] != labels.shape:
+        shapes = f"{list(hidden.shape)} and {list(labels.shape)}"
+        raise ValueError(f"expected hidden [B, T, D] and labels [B, T], found {shapes}; any shape before D will do")
     count = _count(labels, num_tokens)
     loss, entropy, correct = linear_nll(
-        hidden.flatten(0, 1), _whole(weight), labels.flatten(), count, normalize=normalize
+        hidden.flatten(0, -2), _whole(weight), labels.flatten(), count, normalize=normalize
     )
     if metrics is not None:
         metrics.update({"entropy": entropy, "mean_token_accuracy": correct})

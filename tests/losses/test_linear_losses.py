@@ -428,3 +428,12 @@ def test_compiled_and_under_torch_func_they_give_the_same(loss):
     torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
     assert_same(gradients(compiled, *leaves), expected, 2e-6)
     assert_same(torch.func.grad(loss, argnums=(0, 1))(*(x.detach() for x in leaves), labels), expected, 2e-6)
+
+
+def test_cross_entropy_takes_any_shape_before_the_width():
+    hidden, weight = torch.randn(2, 3, 8), torch.randn(11, 8)
+    labels = torch.tensor([[1, -100, 3], [4, 5, 10]])
+    expected = F.cross_entropy((hidden @ weight.t()).flatten(0, 1), labels.flatten())
+    for shape in ((2, 3), (6,), (1, 2, 3)):
+        loss = linear_cross_entropy(hidden.view(*shape, 8), weight, labels.view(shape))
+        torch.testing.assert_close(loss, expected)
