@@ -56,7 +56,7 @@ CUDA_LIBRARIES = 600 * 2**20  # a context with cuBLAS and its workspaces; assume
 # their peak, and how much more where what stays (gradients when recomputing or accumulating, a cache) comes to stand
 # between. MALLOC_MMAP_THRESHOLD_=262144 in the environment avoids it; steps then take up to 1.5 times as long.
 MAPPED = 32 * 2**20
-SLACK, SLACK_PINNED = 0.3, 0.5
+SLACK, SLACK_PINNED = 0.5, 0.5
 FLEETING = ("copies", "gradients", "activations", "head")  # what comes and goes in a step
 LABELS = {
     "weights": "weights", "copies": "gathered or cast copies", "gradients": "gradients", "optimizer": "AdamW's state",

@@ -48,13 +48,12 @@ class _RMSNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the scale depends on x
             scale = _normed(x, ctx.eps)[1]
         normed = x * scale
-        dweight = None
-        if ctx.needs_input_grad[1]:
-            dweight = (dy * normed.to(x.dtype)).reshape(-1, len(weight)).sum(0)
+        along = dy * normed
+        dweight = along.reshape(-1, len(weight)).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, dweight, None
-        dnormed = (dy * weight).to(scale.dtype)
-        dx = scale * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
+        inner = (along * weight).mean(-1, keepdim=True)
+        dx = (dy * weight).to(scale.dtype).addcmul_(normed, inner, value=-1).mul_(scale)
         return dx.to(x.dtype), dweight, None
 
 
