@@ -77,7 +77,8 @@ def main(config: Config) -> None:
     make_batch = partial(collate_pairs, shared_prompt=config.shared_prompt)
     plan = training.BatchPlan.from_settings(len(pairs), config)
     examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
-    data = f"{fingerprint(examples)} on {model_fingerprint(config.model)}"
+    base = model_fingerprint(config.model)
+    data = f"{fingerprint(examples)} on {base}"
     if training.is_finished(config, plan, data, world):
         return
     if world.is_main:
@@ -122,7 +123,7 @@ def main(config: Config) -> None:
     cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
     stream = dtype if world.size > 1 else stored  # of the residual stream: FSDP2 gathers weights in the former
     dtypes = f"products {dtype}, weights {stored}, residual stream {stream}"
-    key = reference_key(model=model_fingerprint(config.model), chat=chat, pairs=pairs, dtype=dtypes)
+    key = reference_key(model=base, chat=chat, pairs=pairs, dtype=dtypes)
     try:
         reference = load_reference(cache, key, len(pairs))
     except ValueError:  # a file that was asked for must fit; that of this output alone is made anew

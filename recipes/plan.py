@@ -267,9 +267,11 @@ def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host
     read = dataclasses.replace(scored, rows=batch)
     # Rows, or half as many pairs, which are twice as long where they have nothing in common.
     pairs = dataclasses.replace(scored, rows=max(1, config.batch_size // 2), length=2 * length)
-    blocks = [memory.forward_peak(sizes, each) + memory.mask_peak(sizes, each) for each in (scored, pairs)]
-    head = [size * pairs.tokens * sizes.hidden_size, *memory.logits_at_once(sizes, pairs)]
-    scoring = max(*blocks, head, key=sum)
+    scoring: list[int] = []
+    for each in (scored, pairs):
+        blocks = memory.forward_peak(sizes, each) + memory.mask_peak(sizes, each)
+        head = [size * each.tokens * sizes.hidden_size, *memory.logits_at_once(sizes, each)]
+        scoring = max(scoring, blocks, head, key=sum)
     matrix = [size * sizes.vocab_size * sizes.hidden_size] * sizes.normalize_head
     sampled = [batch * sizes.vocab_size * (size + 4 + 1)]  # logits, in float32 too, and which ids were seen
     reading = memory.forward_peak(sizes, read) + memory.mask_peak(sizes, read)
