@@ -34,6 +34,7 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv")
 # Of several names, the first that a row has is used. raw_anwser is how the CMD cases spell it.
 QUESTIONS = ("question", "ask", "instruction", "prompt", "query")
 ANSWERS = ("answer", "output", "response", "raw_anwser")
+DEPARTMENTS = ("department", "cate1")
 TURNS = ("conversations", "conversation", "messages")
 USERS, ASSISTANTS = ("user", "human", "patient"), ("assistant", "gpt", "doctor")
 ROLES = {"system": "system"} | dict.fromkeys(USERS, "user") | dict.fromkeys(ASSISTANTS, "assistant")
@@ -60,6 +61,8 @@ class Document:
     text: str
     source: str
     title: str = ""
+    disease: str = ""
+    department: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class Conversation:
     messages: tuple[Message, ...]
     source: str
     task: str = ""
+    disease: str = ""
+    department: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,11 @@ class PreferencePair:
     chosen: str
     rejected: str
     source: str
+    disease: str = ""
+    department: str = ""
+
+
+Record = Document | Conversation | PreferencePair
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +194,24 @@ def read_triples(
     return _read(paths, "triples", _triple, on_bad_row, max_characters, summary)
 
 
+def iter_records(
+    paths: Paths,
+    kind: str,
+    *,
+    on_bad_row: str = "error",
+    max_characters: int | None = None,
+    summary: ReadSummary | None = None,
+) -> Iterator[Any]:
+    """What the reader of that kind returns, one by one, so that a file of any size takes the memory of a row.
+
+    `kind` is "documents", "conversations", "preferences" or "triples". Without a summary, skipped rows are not told.
+    """
+    if kind not in PARSERS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PARSERS)}")
+    tally = ReadSummary() if summary is None else summary
+    return _iterate(paths, kind, PARSERS[kind], on_bad_row, max_characters, tally)
+
+
 def detect_kind(path: PathLike) -> str:
     """Tell "documents", "conversations", "preferences" or "triples" by a file's first rows; ValueError if none fits."""
     if Path(path).is_dir():
@@ -210,27 +238,40 @@ def _read(
     summary: ReadSummary | None,
     columns: Mapping[str, str] | None = None,
 ) -> list[T]:
+    tally = ReadSummary() if summary is None else summary
+    records = list(_iterate(paths, kind, parse, on_bad_row, max_characters, tally, columns))
+    if summary is None and tally.skipped:
+        warnings.warn(f"some rows were skipped\n{tally.describe()}", stacklevel=3)
+    return records
+
+
+def _iterate(
+    paths: Paths,
+    kind: str,
+    parse: Parser[T],
+    on_bad_row: str,
+    max_characters: int | None,
+    tally: ReadSummary,
+    columns: Mapping[str, str] | None = None,
+) -> Iterator[T]:
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row is {on_bad_row!r}, expected "error" or "skip"')
     if max_characters is not None and max_characters < 1:
         raise ValueError(f"max_characters is {max_characters}, expected 1 or more, or None for no bound")
-    tally = ReadSummary() if summary is None else summary
-    records: list[T] = []
     for path in _files(paths):
         tally.rows.setdefault(str(path), 0)
         for line, row in _rows(path, kind, columns):
             place = f"{path}:{line}"
             source = str(path) if path.suffix.lower() in (".txt", ".md") else place
             try:
-                records.append(parse(_fields(row), source, max_characters))
-                tally.rows[str(path)] += 1
+                record = parse(_fields(row), source, max_characters)
             except _Unfit as unfit:
                 if on_bad_row == "error":
                     raise BadRow(f"{place}: {unfit}") from None
                 tally.skip(place, str(unfit))
-    if summary is None and tally.skipped:
-        warnings.warn(f"some rows were skipped\n{tally.describe()}", stacklevel=3)
-    return records
+            else:
+                tally.rows[str(path)] += 1
+                yield record
 
 
 def _files(paths: Paths) -> list[Path]:
@@ -432,7 +473,7 @@ def _alternating(row: Row, messages: list[Message], last: str) -> tuple[Message,
 def _document(row: Row, source: str, limit: int | None) -> Document:
     text = _text(row, "text")
     _check_length(limit, text)
-    return Document(text, source, _text(row, "title", optional=True))
+    return Document(text, source, _text(row, "title", optional=True), *_topic(row))
 
 
 def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
@@ -442,7 +483,13 @@ def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
         raise _Unfit("nothing carries loss", "loss false on every assistant message", "one that is learnt from")
     _check_length(limit, *(message.content for message in messages))
     task = row.get("task")
-    return Conversation(messages, source, task if isinstance(task, str) else "")
+    return Conversation(messages, source, task if isinstance(task, str) else "", *_topic(row))
+
+
+def _topic(row: Row) -> tuple[str, str]:
+    """(disease, department) where a row names them; what is no text says nothing."""
+    disease, department = row.get("disease"), next((row[name] for name in DEPARTMENTS if row.get(name)), "")
+    return disease if isinstance(disease, str) else "", department if isinstance(department, str) else ""
 
 
 def _question_and_answer(row: Row) -> list[Message]:
@@ -469,7 +516,7 @@ def _preference(row: Row, source: str, limit: int | None) -> PreferencePair:
     if chosen.strip() == rejected.strip():
         raise _Unfit("chosen equals rejected", repr(chosen[:40]), "two different replies", "delete the row")
     _check_length(limit, *(message.content for message in prompt), max(chosen, rejected, key=len))
-    return PreferencePair(prompt, chosen, rejected, source)
+    return PreferencePair(prompt, chosen, rejected, source, *_topic(row))
 
 
 def _reply(row: Row, name: str, prompt: tuple[Message, ...]) -> str:
@@ -491,3 +538,11 @@ def _triple(row: Row, source: str, limit: int | None) -> Triple:
     head, relation, tail = (_text(row, name).strip() for name in ("head", "relation", "tail"))
     _check_length(limit, head, relation, tail)
     return Triple(head, relation, tail, source)
+
+
+PARSERS: dict[str, Parser[Any]] = {
+    "documents": _document,
+    "conversations": _conversation,
+    "preferences": _preference,
+    "triples": _triple,
+}

@@ -232,7 +232,8 @@ def test_several_paths_are_read_in_the_order_given(tmp_path):
 def test_a_csv_is_recognised_by_its_header(tmp_path, question, answer):
     path = tmp_path / "a.csv"
     path.write_text(f"department,title,{question},{answer},system,task\n儿科,标题,问,答,令,qa\n", encoding="utf-8")
-    assert read_conversations(path) == [Conversation((system("令"), user("问"), assistant("答")), f"{path}:2", "qa")]
+    talk = (system("令"), user("问"), assistant("答"))
+    assert read_conversations(path) == [Conversation(talk, f"{path}:2", "qa", department="儿科")]
 
 
 def test_columns_name_the_headers_of_a_csv(tmp_path):

@@ -1,0 +1,67 @@
+"""What a builder gives: rows, and rows that it left out with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from pedgpt.data.records import Conversation, Document, PreferencePair, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A row for the corpus; `record.source` says where it came from, `details` what a reader may want to know of it.
+
+    `details` is JSON: how well a passage supports the answer, the versions that came before.
+    """
+
+    record: Record
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row left out. `reason` is a fixed phrase, by which such rows are counted; `detail` what was found."""
+
+    source: str
+    reason: str
+    detail: str = ""
+
+
+class Ask(Protocol):
+    """A teacher: chat messages in, the wanted fields of its JSON answer out; raises Unusable if none is usable."""
+
+    def __call__(self, system: str, user: str, fields: Mapping[str, type]) -> dict[str, Any]: ...
+
+
+class Unusable(ValueError):
+    """A teacher answered, but never what was asked for."""
+
+
+def texts(record: Record) -> list[str]:
+    """All texts of a record, in order: a title is none."""
+    if isinstance(record, Document):
+        return [record.text]
+    if isinstance(record, Conversation):
+        return [message.content for message in record.messages]
+    return [*(message.content for message in record.prompt), record.chosen, record.rejected]
+
+
+def map_texts(record: Record, change: Callable[[str], str]) -> Record:
+    """The record with each of its texts changed, the title included."""
+    if isinstance(record, Document):
+        return replace(record, text=change(record.text), title=change(record.title))
+    if isinstance(record, Conversation):
+        return replace(record, messages=tuple(replace(m, content=change(m.content)) for m in record.messages))
+    prompt = tuple(replace(message, content=change(message.content)) for message in record.prompt)
+    return replace(record, prompt=prompt, chosen=change(record.chosen), rejected=change(record.rejected))
+
+
+def question(record: Record) -> str:
+    """What a record is asked: a conversation's first user message, a pair's last; a document's title or text."""
+    if isinstance(record, Document):
+        return record.title or record.text
+    if isinstance(record, PreferencePair):
+        return record.prompt[-1].content
+    return next(message.content for message in record.messages if message.role == "user")
