@@ -61,7 +61,7 @@ def main() -> None:
         sft = arguments.output / f"sft_{seed}"
         call(
             "full_finetune", "--config", configs / "sft.toml", "--model", arguments.run / "cpt/model", "--output", sft,
-            "--instructions", train / "generalist", train / "tasks_sample.jsonl", "--seed", seed,
+            "--instructions", train / "generalist", train / "tasks_sample", "--seed", seed,
         )  # fmt: skip
         before = evaluated(sft, sft / "model", arguments.run)
         found["after stage 2"].append(scores(before, before))
@@ -69,7 +69,7 @@ def main() -> None:
             dfpo = arguments.output / f"dfpo_{seed}_{mu:g}"
             call(
                 "dfpo", "--config", configs / "dfpo.toml", "--model", sft / "model", "--output", dfpo, "--mu", mu,
-                "--preferences", train / "preferences.jsonl", "--seed", seed, "--reference_logps",
+                "--preferences", train / "preferences", "--seed", seed, "--reference_logps",
                 arguments.output / f"reference_{seed}.safetensors",
             )  # fmt: skip
             after = evaluated(dfpo, dfpo / "model", arguments.run, "--reference", sft / "model")

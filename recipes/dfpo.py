@@ -1,7 +1,7 @@
 """Stage 3, direct following preference optimization (PediatricsGPT §3.3) on chosen and rejected answers.
 
     python recipes/dfpo.py --config recipes/configs/demo/dfpo.toml --model runs/demo/sft/model \\
-        --output runs/demo/dfpo --preferences runs/demo/corpus/train/preferences.jsonl
+        --output runs/demo/dfpo --preferences runs/demo/corpus/train/preferences
     torchrun --nproc-per-node 8 recipes/dfpo.py --config recipes/configs/baichuan2_7b/dfpo.toml \\
         --model runs/7b/sft/model --output runs/7b/dfpo --preferences path/to/pairs.jsonl
 

@@ -3,7 +3,8 @@
     python recipes/evaluate.py --model runs/demo/dfpo/model --adapter runs/demo/experts/adapter \\
         --heldout runs/demo/corpus/heldout --output runs/demo/evaluation/experts.json
 
-`heldout` is a folder as build_corpus.py writes it: tasks/, text/ and preferences.jsonl; what is absent is left out.
+`heldout` is a folder as build_corpus.py writes it, with tasks/, text/ and preferences/; what is absent is left out. Each
+of tasks/medkqa, text/pediatric and so on may be a folder of JSONL files or one such file.
 """
 
 import dataclasses
@@ -78,7 +79,7 @@ def main(config: Config) -> None:
     summary = ReadSummary()
     tasks, task_rows, rows, pairs = read_heldout(heldout, config, tokenizer, chat, summary)
     if not (any(tasks.values()) or any(rows.values()) or pairs):
-        raise ValueError(f"--heldout {heldout}: nothing to evaluate on; expected tasks/, text/ or preferences.jsonl")
+        raise ValueError(f"--heldout {heldout}: nothing to evaluate on; expected tasks/, text/ or preferences/")
 
     # The reference first, so that two models are never in memory together.
     def load(folder):
@@ -143,26 +144,30 @@ def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSu
     What is too long for a row is left out everywhere, and counted.
     """
     read = {"on_bad_row": "skip", "summary": summary}
-    files = {name: heldout / "tasks" / f"{stem}.jsonl" for stem, name in TASKS.items()}
     tasks, task_rows = {}, {}
-    for name, path in files.items():
-        if path.is_file():
+    for stem, name in TASKS.items():
+        for path in table(heldout / "tasks" / stem):
             conversations = read_conversations(path, **read)
             examples = encode_conversations(conversations, chat, config.row_length, "skip", summary)
             fitting = {example.source for example in examples}
             tasks[name] = [conversation for conversation in conversations if conversation.source in fitting]
             task_rows[name] = pack(examples, config.row_length)
     rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
-    for path in sorted((heldout / "text").glob("*.jsonl")):
+    for path in sorted((heldout / "text").glob("*")):
         texts = tokenizer.encode_batch([row.text for row in thin(read_documents(path, **read), config.text_limit)])
         ends = {"eos_id": tokenizer.eos_id, "row_length": config.row_length, "prefix": tokenizer.document_prefix}
         pieces = [piece for ids in texts for piece in encode_document(ids, **ends)]
         rows[f"{path.stem}_text"] = pack(pieces, config.row_length)
     pairs = []
-    if (heldout / "preferences.jsonl").is_file():
-        found = read_preferences(heldout / "preferences.jsonl", **read)
+    for path in table(heldout / "preferences"):
+        found = read_preferences(path, **read)
         pairs = encode_pairs(found, chat, config.row_length, "skip", summary)
     return tasks, task_rows, rows, pairs
+
+
+def table(path: Path) -> list[Path]:
+    """The folder of a table's files, or its one file; nothing if it is absent."""
+    return [found for found in (path, path.with_suffix(".jsonl")) if found.exists()][:1]
 
 
 def expert_weights(model, rows) -> tuple[list[float], float]:

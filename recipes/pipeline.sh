@@ -20,9 +20,9 @@ train=$RUN/corpus/train heldout=$RUN/corpus/heldout
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
-filled() { # filled FILE...: those of the files that hold something, into the array `found`
+present() { # present FOLDER...: those that the corpus has, into the array `found`
   found=()
-  for file; do if [ -s "$file" ]; then found+=("$file"); fi; done
+  for folder; do if [ -d "$folder" ]; then found+=("$folder"); fi; done
 }
 evaluate() { # evaluate STAGE MODEL [more settings]: unless done since the stage finished
   local finished=$RUN/$1/done.json
@@ -31,11 +31,8 @@ evaluate() { # evaluate STAGE MODEL [more settings]: unless done since the stage
     --model "$2" --heldout "$heldout" --output "$RUN/evaluation/$1.json" "${@:3}"
 }
 pretrain() { # pretrain STAGE [more settings]
-  filled "$train"/text/{pediatric,general_medical}.jsonl; local text=("${found[@]}")
-  filled "$train/text/general.jsonl"; local general=("${found[@]}")
-  filled "$heldout/text/pediatric.jsonl"
   $LAUNCH recipes/continued_pretrain.py --config "$configs/cpt.toml" --model "$MODEL" --output "$RUN/$1" \
-    --text "${text[@]}" --general_text "${general[@]}" --heldout_text "${found[@]}" "${@:2}"
+    --corpus "$RUN/corpus" "${@:2}"
   evaluate "$1" "$RUN/$1/model"
 }
 
@@ -44,8 +41,9 @@ $PYTHON recipes/build_corpus.py --source "$CORPUS" --output "$RUN/corpus"
 
 if [ "$MODEL" = "$RUN/base" ]; then
   say "Tokenizer and untrained model"
+  present "$train/generalist" "$train/tasks"
   [ -f "$MODEL/tokenizer.json" ] || $PYTHON recipes/init_model.py --config "$configs/base.toml" --output "$MODEL" \
-    --text "$train/text" --instructions "$train/generalist" "$train/tasks"
+    --text "$train/text" --instructions "${found[@]}"
 fi
 evaluate base "$MODEL"
 
@@ -54,20 +52,21 @@ if [ "$CONFIG" = demo ]; then
   pretrain cpt_text --instruction_share 0
 fi
 say "Stage 1: continued pre-training, hybrid"
-pretrain cpt --instructions "$train/generalist" "$train/tasks"
+pretrain cpt
 
 say "Stage 2: full supervised fine-tuning"
-filled "$train/tasks_sample.jsonl"
+present "$train/generalist" "$train/tasks_sample"; instructions=("${found[@]}")
+present "$heldout/generalist"
 $LAUNCH recipes/full_finetune.py --config "$configs/sft.toml" --model "$RUN/cpt/model" --output "$RUN/sft" \
-  --instructions "$train/generalist" "${found[@]}" --heldout_instructions "$heldout/generalist"
+  --instructions "${instructions[@]}" --heldout_instructions "${found[@]}"
 evaluate sft "$RUN/sft/model"
 aligned=$RUN/sft/model
 
-if [ -s "$train/preferences.jsonl" ]; then
+if [ -d "$train/preferences" ]; then
   say "Stage 3: direct following preference optimization"
-  filled "$heldout/preferences.jsonl"
+  present "$heldout/preferences"
   $LAUNCH recipes/dfpo.py --config "$configs/dfpo.toml" --model "$RUN/sft/model" --output "$RUN/dfpo" \
-    --preferences "$train/preferences.jsonl" --heldout_preferences "${found[@]}"
+    --preferences "$train/preferences" --heldout_preferences "${found[@]}"
   aligned=$RUN/dfpo/model
   evaluate dfpo "$aligned" --reference "$RUN/sft/model"
 else
@@ -75,7 +74,7 @@ else
 fi
 
 say "Stage 4: mixture of universal-specific experts"
-filled "$train/generalist/general_medical.jsonl"
+present "$train/generalist/general_medical"
 $LAUNCH recipes/expert_finetune.py --config "$configs/experts.toml" --model "$aligned" --output "$RUN/experts" \
   --instructions "$train/tasks" "${found[@]}" --heldout_instructions "$heldout/tasks"
 evaluate experts "$aligned" --adapter "$RUN/experts/adapter" --reference "$RUN/sft/model"

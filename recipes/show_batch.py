@@ -2,7 +2,7 @@
 
     python recipes/show_batch.py --model runs/demo/base --instructions runs/demo/corpus/train/generalist
     python recipes/show_batch.py --model runs/demo/base --text runs/demo/corpus/train/text \\
-        --preferences runs/demo/corpus/train/preferences.jsonl --rows 1 --row_length 1024 --color never
+        --preferences runs/demo/corpus/train/preferences --rows 1 --row_length 1024 --color never
 
 Rows are made as the training recipes make them: instructions as in full_finetune.py and expert_finetune.py, text as in
 continued_pretrain.py (without its mixing), preferences as in dfpo.py (but the prompt before each answer). Of the model

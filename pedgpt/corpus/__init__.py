@@ -12,7 +12,7 @@ from pedgpt.corpus.knowledge_graph import (
     trerecom,
     verbalize,
 )
-from pedgpt.corpus.split import question_key, split
+from pedgpt.corpus.split import question_key
 
 __all__ = [
     "EVIDIAG",
@@ -26,7 +26,6 @@ __all__ = [
     "evidiag",
     "medkqa",
     "question_key",
-    "split",
     "trerecom",
     "verbalize",
 ]

@@ -229,6 +229,46 @@ def detect_kind(path: PathLike) -> str:
     raise ValueError(f"{file}: found no row of {', '.join(parsers)} at its start; compare the formats of the readers")
 
 
+def field_mapping(path: PathLike, kind: str) -> str:
+    """Which fields of a file its reader takes for what, and which it ignores, by the first good row; for people.
+
+    E.g. "question → user, raw_anwser → assistant, department; ignored: id".
+    """
+    (file,) = _files(path)
+    if file.suffix.lower() in (".txt", ".md"):
+        return "the whole file → text"
+    for _, row in islice(_rows(file, kind), 20):
+        with suppress(_Unfit):
+            fields = _fields(row)
+            PARSERS[kind](fields, "", None)
+            return _mapped(fields, kind)
+    return "no good row at its start"
+
+
+def _mapped(row: Row, kind: str) -> str:
+    used: dict[str, str] = {}
+    if kind == "triples":
+        used = dict.fromkeys(("head", "relation", "tail"), "")
+    elif kind == "documents":
+        used = {"text": "", "title": ""}
+    else:
+        turns = next((name for name in (TURNS if kind == "conversations" else ("prompt", *TURNS)) if name in row), None)
+        if turns:
+            used = {turns: "turns"}
+        else:
+            asked, answered = (next(name for name in names if name in row) for names in (QUESTIONS, ANSWERS))
+            used = {"history": "earlier turns", asked: "user", "input": "user, below it", answered: "assistant"}
+        used |= {"chosen": "", "rejected": ""} if kind == "preferences" else {"task": ""}
+        used |= {"system": ""}
+    if kind != "triples":
+        used |= {"disease": "", next((name for name in DEPARTMENTS if row.get(name)), DEPARTMENTS[0]): "department"}
+    found = [
+        f"{name} → {meaning}" if meaning not in ("", name) else name for name, meaning in used.items() if name in row
+    ]
+    ignored = [name for name in row if name not in used]
+    return ", ".join(found) + (f"; ignored: {', '.join(ignored)}" if ignored else "")
+
+
 def _read(
     paths: Paths,
     kind: str,

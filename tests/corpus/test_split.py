@@ -1,10 +1,9 @@
-"""Held-out rows share no question with training rows, whatever else is in the data."""
+"""Held-out rows share no disease and no question with training rows, whatever else is in the data."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pedgpt.corpus import question_key, split
+from pedgpt.corpus.split import Groups, question_key, side
+from pedgpt.data import Conversation, Document, Message, PreferencePair
 
 
 @pytest.mark.parametrize(
@@ -22,45 +21,39 @@ def test_question_key_ignores_how_a_question_is_written(one, other, equal):
     assert (question_key(one) == question_key(other)) == equal
 
 
-def plain(text):
-    """Letters and digits only, in lower case; for texts without full-width forms."""
-    return "".join(c for c in text.lower() if c.isalnum())
+def talk(asked, disease=""):
+    return Conversation((Message("user", asked), Message("assistant", "多喝水。")), "f:1", disease=disease)
 
 
-QUESTIONS = st.lists(st.text(alphabet="甲乙ab1 ?，", min_size=1, max_size=4), max_size=40)
+@pytest.mark.parametrize("seed", range(3))
+def test_share_of_groups_is_held_out_and_depends_on_name_and_seed_alone(seed):
+    names = [f"disease/第{i}种病" for i in range(4000)]
+    heldout = {name for name in names if side(name, 0.1, seed) == "heldout"}
+    assert 0.085 < len(heldout) / len(names) < 0.115  # three standard deviations
+    assert heldout < {name for name in names if side(name, 0.3, seed) == "heldout"}
+    assert {side(name, 0.0, seed) for name in names} == {"train"}
+    other = {name for name in names if side(name, 0.1, seed + 1) == "heldout"}
+    assert len(heldout & other) < len(heldout) / 2
 
 
-@given(QUESTIONS, st.integers(0, 5), st.sampled_from([0.0, 0.3, 0.7, 1.0]))
-@settings(max_examples=150, deadline=None)
-def test_no_question_is_on_both_sides_and_no_row_is_lost(questions, seed, share):
-    training, heldout, repeated = split(questions, lambda q: q, heldout_share=share, seed=seed)
-    assert not {plain(q) for q in training} & {plain(q) for q in heldout}
-    assert len(training) + len(heldout) + repeated == len(questions)
-    assert {plain(q) for q in training + heldout} == {plain(q) for q in questions}
-    assert repeated == len(questions) - len({plain(q) for q in questions})
-    for side in (training, heldout):
-        assert side == [q for q in dict.fromkeys(questions) if q in side]  # order is kept
-    assert not (heldout if share == 0.0 else training if share == 1.0 else [])
+def test_rows_on_a_disease_are_one_group_however_they_name_it():
+    groups = Groups(["肺炎", "支原体肺炎", "感冒"])
+    same = {
+        groups.group(talk("支原体肺炎怎么治？")),
+        groups.group(talk("孩子咳嗽怎么办？", disease="支原体肺炎")),
+        groups.group(Document("支原体肺炎多见于学龄儿童。", "b:1", "支原体肺炎诊疗建议")),
+        groups.group(Document("支原体肺炎的孩子咳嗽。", "b:2")),
+        groups.group(PreferencePair((Message("user", "得了支原体肺炎要住院吗？"),), "别急。", "不必。", "p:1")),
+    }
+    assert same == {"disease/支原体肺炎"}  # the longest name counts, not 肺炎
+    assert groups.group(talk("肺炎会传染吗？")) == "disease/肺炎"
+    assert groups.group(talk("不知名的病", disease="川崎病")) == "disease/川崎病"  # a row's own disease needs no graph
 
 
-def test_rows_of_one_question_stay_together_and_are_told_apart_by_identity():
-    rows = [("问甲", "1"), ("问 甲？", "2"), ("问乙", "1"), ("问甲", "1。"), ("问乙", "3")]
-    for seed in range(20):
-        training, heldout, repeated = split(
-            rows, lambda row: row[0], identity=lambda row: row[0] + row[1], heldout_share=0.5, seed=seed
-        )
-        assert repeated == 1 and rows[3] not in training + heldout
-        for side in (training, heldout):
-            assert (rows[0] in side) == (rows[1] in side) and (rows[2] in side) == (rows[4] in side)
-
-
-def test_side_of_a_question_depends_on_itself_and_the_seed_alone():
-    questions = [f"第{i}个问题" for i in range(3000)]
-    heldout = split(questions, lambda q: q, heldout_share=0.1, seed=0)[1]
-    assert 0.08 < len(heldout) / len(questions) < 0.12
-    alone = split(questions[::-7], lambda q: q, heldout_share=0.1, seed=0)[1]
-    assert set(alone) == set(heldout) & set(questions[::-7])
-    other = split(questions, lambda q: q, heldout_share=0.1, seed=1)[1]
-    assert len(set(other) & set(heldout)) < len(heldout) / 2
-    wider = split(questions, lambda q: q, heldout_share=0.3, seed=0)[1]
-    assert set(heldout) < set(wider)
+def test_rows_without_a_known_disease_go_by_their_question():
+    groups = Groups(["感冒"])
+    one, two = groups.group(talk("孩子 发烧，怎么办")), groups.group(talk("孩子发烧怎么办？"))
+    assert one == two != groups.group(talk("孩子发热怎么办？"))
+    asked_twice = Conversation((*talk("孩子发烧怎么办").messages, *talk("要吃药吗").messages), "f:2")
+    assert groups.group(asked_twice) == one  # a dialogue goes by its first question
+    assert Groups().group(talk("感冒了")).startswith("question/")

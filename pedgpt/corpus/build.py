@@ -1,0 +1,158 @@
+"""From one input, as it was read, to the rows that its source's builders make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from pedgpt.corpus.classify import PEDIATRIC, classify
+from pedgpt.corpus.dialogues import evidiag_dialogue
+from pedgpt.corpus.knowledge_graph import (
+    EVIDIAG,
+    MEDKQA,
+    TRERECOM,
+    Disease,
+    evidiag,
+    medkqa,
+    negative,
+    trerecom,
+    two_hop,
+    verbalize_with,
+)
+from pedgpt.corpus.preferences import humane_pair
+from pedgpt.corpus.reconstruct import reconstruct
+from pedgpt.corpus.role_play import role_play
+from pedgpt.corpus.rows import Ask, Built, Dropped
+from pedgpt.corpus.safety import safety, self_cognition
+from pedgpt.corpus.sections import passages
+from pedgpt.corpus.sources import Source, is_name
+from pedgpt.data.records import Conversation, Document, PreferencePair
+
+TABLES = {MEDKQA: "tasks/medkqa", EVIDIAG: "tasks/evidiag", TRERECOM: "tasks/trerecom"}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a builder gave; `parent` is the place in the list of the row that it was built from, or -1."""
+
+    builder: str  # "" for a row as it was read
+    row: Built | Dropped
+    parent: int = -1
+
+
+def build(
+    record: Document | Conversation | PreferencePair, source: Source, ask: Ask | None = None, plain: Ask | None = None
+) -> list[Step]:
+    """The rows of one document, conversation or pair. `plain` is the model whose plain answers become rejected ones."""
+    if isinstance(record, PreferencePair):
+        return [Step("", Built(record))]
+    if isinstance(record, Document):
+        return list(_of_document(record, source, ask, plain))
+    return list(_of_conversation(record, source, ask, plain))
+
+
+def build_graph(diseases: Sequence[Disease], source: Source) -> Iterator[Step]:
+    """The instructions of a graph's diseases; all of them on one side of the split, see `two_hop`."""
+    rows: dict[str, Iterable[Conversation]] = {
+        "medkqa": (row for disease in diseases for row in medkqa(disease)),
+        "evidiag": (row for disease in diseases for row in evidiag(disease)),
+        "trerecom": (row for disease in diseases for row in trerecom(disease)),
+        "two_hop": two_hop(diseases),
+        "negative": negative(diseases),
+    }
+    for builder, built in rows.items():
+        if builder in source.build:
+            yield from (Step(f"graph/{builder}", Built(row)) for row in built)
+
+
+def build_disease(disease: Disease, source: Source, ask: Ask | None = None, plain: Ask | None = None) -> list[Step]:
+    """What a teacher is asked about a disease of a graph: its facts as running text, and pairs."""
+    steps = [Step("graph/text", row) for row in verbalize_with(disease, ask)] if "text" in source.build else []
+    for row in trerecom(disease) if "preferences" in source.build else ():
+        steps += [Step("graph/preferences", pair) for pair in humane_pair(row, ask, plain)]
+    return steps
+
+
+def build_templates(source: Source) -> list[Step]:
+    """The rows of a source that has no files."""
+    rows = safety([]) if source.kind == "safety" else self_cognition(source.assistant, source.developer)
+    return [Step(source.kind, row) for row in rows]
+
+
+def table_of(record: Document | Conversation | PreferencePair, source: Source) -> str:
+    """The table of the corpus that a row belongs to, such as "text/pediatric", "tasks/medkqa" or "preferences"."""
+    if isinstance(record, Document):
+        return f"text/{source.domain or PEDIATRIC}"
+    if isinstance(record, PreferencePair):
+        return "preferences"
+    return TABLES.get(record.task) or f"generalist/{record.task}"
+
+
+def stages(name: str) -> list[int]:
+    """The stages that train on a table (SPEC of the paper's §3: text and completions, generalist, pairs, tasks)."""
+    if name.startswith("text/"):
+        return [1]
+    if name.startswith("tasks/"):
+        return [1, 4]
+    if name.startswith("generalist/"):
+        return [1, 2, 4] if name == "generalist/general_medical" else [1, 2]
+    return {"tasks_sample": [2], "preferences": [3]}[name]
+
+
+def _of_document(document: Document, source: Source, ask: Ask | None, plain: Ask | None) -> Iterator[Step]:
+    count = 0
+    for passage in passages(document) if source.kind in ("textbook", "guideline") else [document]:
+        parent = count
+        yield Step("", Built(passage))
+        count += 1
+        for row in role_play(passage, ask) if "role_play" in source.build else ():
+            at = count
+            yield Step("role_play", _of_domain(row, source), parent)
+            count += 1
+            if "preferences" in source.build and isinstance(row, Built) and isinstance(row.record, Conversation):
+                for pair in humane_pair(row.record, ask, plain):
+                    yield Step("preferences", pair, at)
+                    count += 1
+
+
+def _of_domain(row: Built | Dropped, source: Source) -> Built | Dropped:
+    """The three tasks are pediatric: what was built from another domain's text is that domain's conversation."""
+    if isinstance(row, Built) and isinstance(row.record, Conversation) and source.domain not in ("", PEDIATRIC):
+        return replace(row, record=replace(row.record, task=source.domain))
+    return row
+
+
+def _of_conversation(record: Conversation, source: Source, ask: Ask | None, plain: Ask | None) -> Iterator[Step]:
+    task = source.task or (record.task if is_name(record.task) else "") or _task_by_domain(record, source)
+    builder, rows = "", iter([Built(record)])
+    turns = sum(message.role == "user" for message in record.messages)
+    if "evidiag" in source.build and turns > 1:
+        builder, rows = "evidiag", evidiag_dialogue(record, ask)
+    elif "reconstruct" in source.build:
+        builder, rows = "reconstruct", reconstruct(record, ask)
+    count = 0
+    for row in rows:
+        if not (isinstance(row, Built) and isinstance(row.record, Conversation)):
+            yield Step(builder, row)
+            count += 1
+            continue
+        left = sum(message.role == "user" for message in row.record.messages)
+        named = task
+        if task == EVIDIAG and left < 2 and not source.task:  # what is left of it is a question and its answer
+            named = classify(row.record, pediatric=bool(source.domain))
+        kept = replace(row.record, task=named)
+        at = count
+        yield Step(builder, replace(row, record=kept))
+        count += 1
+        for pair in humane_pair(kept, ask, plain) if "preferences" in source.build else ():
+            yield Step("preferences", pair, at)
+            count += 1
+
+
+def _task_by_domain(record: Conversation, source: Source) -> str:
+    """By the domain that the listing states, and where it leaves a choice by the row's words."""
+    if source.domain not in ("", PEDIATRIC):
+        return source.domain
+    if source.domain == PEDIATRIC and source.kind == "dialogues":
+        return EVIDIAG
+    return classify(record, pediatric=bool(source.domain))

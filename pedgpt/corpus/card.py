@@ -1,0 +1,174 @@
+"""The manifest and the corpus card: what the corpus holds, where it came from, and what was left out."""
+
+from __future__ import annotations
+
+import json
+import platform
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pedgpt import __version__
+from pedgpt.corpus.assemble import Assembly, Corpus
+from pedgpt.corpus.sources import Source
+from pedgpt.data.records import ReadSummary
+
+STAGES = {1: "continued pre-training", 2: "full fine-tuning", 3: "DFPO", 4: "experts"}
+
+
+def write_manifest(
+    corpus: Corpus,
+    assembly: Assembly,
+    sources: Sequence[Source],
+    settings: Mapping[str, Any],
+    summaries: Mapping[str, ReadSummary],
+) -> dict[str, Any]:
+    """Write manifest.json and return it. `summaries` say of each source what was read and what could not be.
+
+    Deterministic: it holds no date and no path outside the corpus.
+    """
+    rows: dict[str, dict[str, int]] = {}
+    for file in corpus.files:
+        counts = rows.setdefault(file["table"], {"train": 0, "heldout": 0})
+        counts[file["side"]] += file["rows"]
+    left_out: dict[str, dict[str, int]] = {}
+    for (source, reason), count in sorted(assembly.dropped.items()):
+        left_out.setdefault(source, {})[reason] = count
+    manifest = {
+        "version": 1,
+        "made_by": {
+            "pedgpt": __version__, "python": platform.python_version(), "numpy": np.__version__,
+            "unicode": unicodedata.unidata_version,
+        },
+        "settings": dict(settings),
+        "sources": {
+            source.name: {
+                "kind": source.kind, "domain": source.domain or "by each row's words", "licence": source.licence,
+                "weight": source.weight, "epochs": source.epochs, "build": list(source.build),
+                "read": sum(summaries[source.name].rows.values()), "skipped": len(summaries[source.name].skipped),
+                "built": assembly.built[source.name],
+            }
+            for source in sources
+        },
+        "rows": dict(sorted(rows.items())),
+        "dropped": left_out,
+        "personal_data_replaced": dict(sorted(assembly.replaced.items())),
+        "contradictory_questions": corpus.contradictions,
+        "files": corpus.files,
+    }  # fmt: skip
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (corpus.folder / "manifest.json").write_text(text, encoding="utf-8")
+    return manifest
+
+
+def write_card(corpus: Corpus, manifest: Mapping[str, Any]) -> None:
+    """Write README.md, with plots if matplotlib is there."""
+    plots = _plots(corpus)
+    stage_rows: Counter[int] = Counter()
+    for file in corpus.files:
+        for stage in file["stages"] if file["side"] == "train" else ():
+            stage_rows[stage] += file["rows"]
+    total = {side: sum(f["rows"] for f in corpus.files if f["side"] == side and f["table"] != "tasks_sample")
+             for side in ("train", "heldout")}  # fmt: skip
+    parts = [
+        "# Corpus card",
+        f"{total['train']:,} rows for training and {total['heldout']:,} held out, built by pedgpt {__version__} from"
+        f" {len(manifest['sources'])} sources. For research; nothing here was reviewed by clinicians unless its source"
+        " says so, and it is no basis for advising anyone.",
+        "## Rows by source and table",
+        "Lengths are means in characters: of questions and answers in conversations and pairs (the preferred answer),"
+        " of the whole text in running text. `tasks_sample` repeats rows of `tasks` for stage 2.",
+        statistics_table(corpus),
+        "## Rows by stage",
+        _table(["stage", "training rows"], [[f"{n} {STAGES[n]}", f"{stage_rows[n]:,}"] for n in STAGES]),
+        "## Sources",
+        _table(
+            ["source", "kind", "licence", "rows read", "unusable", "rows built", "weight in stage 1"],
+            [
+                [name, s["kind"], s["licence"], f"{s['read']:,}", f"{s['skipped']:,}", f"{s['built']:,}",
+                 f"{s['epochs']:g} epochs" if s["epochs"] else f"{s['weight']:g}"]
+                for name, s in manifest["sources"].items()
+            ],
+        ),
+        "## Left out",
+        "Each row is listed in reports/dropped.jsonl with its place and reason.",
+        _table(
+            ["source", "reason", "rows"],
+            [[name, reason, f"{count:,}"] for name, reasons in manifest["dropped"].items()
+             for reason, count in reasons.items()],
+        )
+        if manifest["dropped"]
+        else "Nothing.",
+        "## Checks",
+        "- Personal data replaced: "
+        + (", ".join(f"{kind} {count:,}" for kind, count in manifest["personal_data_replaced"].items()) or "none found")
+        + "\n- Questions that were answered in different ways: "
+        + f"{manifest['contradictory_questions']:,} (reports/contradictions.jsonl)\n"
+        + "- Rows on one disease, or with one question, all lie on one side of the split.",
+        *plots,
+    ]  # fmt: skip
+    (corpus.folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def statistics_table(corpus: Corpus) -> str:
+    """Source × table × rows × mean lengths, as Markdown."""
+    rows = []
+    for (table, source), counted in sorted(corpus.statistics.items()):
+        turns = f"{counted.turns / counted.rows:.1f}" if counted.turns else "–"
+        asked = f"{counted.asked / counted.rows:,.0f}" if counted.turns else "–"
+        train, heldout = counted.rows - counted.heldout, counted.heldout
+        rows.append(
+            [table, source, f"{train:,}", f"{heldout:,}", turns, asked, f"{counted.answered / counted.rows:,.0f}"]
+        )
+    return _table(["table", "source", "train", "held out", "turns", "question", "answer or text"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    numbers = [all(row[i][:1].isdigit() or row[i] == "–" for row in rows) for i in range(len(header))]
+    lines = [header, ["--:" if number else ":--" for number in numbers], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _plots(corpus: Corpus) -> list[str]:
+    """Topics and lengths as SVG: text stays text in it, so that Chinese names need no font here."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        return ['No plots: matplotlib is missing (pip install -e ".[plot]").']
+    topics = sum(corpus.topics.values(), Counter())
+    named = [(name, count) for name, count in topics.items() if name]
+    shown = sorted(named, key=lambda item: (-item[1], item[0]))[:30]
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "pedgpt", "font.size": 9}
+    (corpus.folder / "reports").mkdir(exist_ok=True)
+    with warnings.catch_warnings(), rc_context(settings):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        if shown:
+            figure = Figure(figsize=(8, 0.6 + 0.2 * len(shown)), layout="constrained")
+            axes = figure.subplots()
+            axes.barh([name for name, _ in shown][::-1], [count for _, count in shown][::-1], color="#4C72B0")
+            axes.set_xlabel(
+                f"rows; {topics['']:,} more name no topic, {max(0, len(named) - len(shown))} topics not shown"
+            )
+            axes.spines[["top", "right"]].set_visible(False)
+            figure.savefig(corpus.folder / "reports" / "topics.svg", metadata={"Date": None})
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        for table, counts in sorted(corpus.lengths.items()):
+            bits = range(min(counts), max(counts) + 1)
+            total = sum(counts.values())
+            shares = [100 * counts[b] / total for b in bits]
+            axes.plot([0.75 * 2**b for b in bits], shares, marker="o", markersize=3, label=table)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axes.set(xlabel="characters a row", ylabel="rows of the table, %", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+        if corpus.lengths:
+            axes.legend(frameon=False, fontsize=8)
+        figure.savefig(corpus.folder / "reports" / "lengths.svg", metadata={"Date": None})
+    parts = ["## Topics", "![rows by disease or department](reports/topics.svg)"] if shown else []
+    return [*parts, "## Lengths", "![lengths of rows by table](reports/lengths.svg)"]
