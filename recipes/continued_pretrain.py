@@ -1,97 +1,101 @@
 """Stage 1, continued pre-training on a hybrid of text and instructions rewritten as text (PediatricsGPT §3.2).
 
     python recipes/continued_pretrain.py --config recipes/configs/demo/cpt.toml --model runs/demo/base \\
-        --output runs/demo/cpt --text runs/demo/corpus/train/text --instructions runs/demo/corpus/train/tasks
+        --output runs/demo/cpt --corpus runs/demo/corpus
     torchrun --nproc-per-node 8 recipes/continued_pretrain.py --config recipes/configs/baichuan2_7b/cpt.toml \\
         --model checkpoints/Baichuan2-7B-Base --output runs/7b/cpt \\
         --text path/to/text --instructions path/to/instructions
 
 Every token carries loss. Instructions become plain completions without chat role tokens, in several surface forms.
+Token ids lie on disk, in OUTPUT/tokens, until the run is finished.
 """
 
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pedgpt import training
 from pedgpt.data import (
+    PackedRows,
     ReadSummary,
-    as_completion,
+    TextSource,
+    Tokenizer,
+    TokenStore,
     collate,
-    encode_document,
-    fingerprint,
+    heldout_files,
     load_tokenizer,
     mix,
-    pack,
-    read_conversations,
-    read_documents,
-    utilization,
+    part_shares,
+    stage_sources,
+    write_tokens,
 )
+from pedgpt.data.hybrid import DOMAIN, GENERAL, INSTRUCTIONS, discarded_on_error
 from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, save_model
+from pedgpt.training.distributed import barrier, sum_over_ranks
 
 
 @dataclass(kw_only=True)
 class Config(training.TrainingSettings):
     model: str  # folder of the base model
-    text: list[str]  # documents of the domain: files or folders
+    corpus: str = ""  # folder of build_corpus.py's manifest.json, in place of the three lists that follow
+    text: list[str] = field(default_factory=list)  # documents of the domain: files or folders
     general_text: list[str] = field(default_factory=list)  # documents of no domain
     instructions: list[str] = field(default_factory=list)  # conversations that become completions
-    heldout_text: list[str] = field(default_factory=list)  # documents for the evaluation during training
-    instruction_share: float = 0.5  # of all tokens; 0 trains on text only
+    heldout_text: list[str] = field(default_factory=list)  # documents to evaluate on; none: pediatric ones of `corpus`
+    instruction_share: float = 0.5  # of all tokens; 0 trains on text only, 1 on instructions only
     domain_to_general: float = 9.0  # tokens of domain text for each token of general text
-    total_tokens: int = 0  # tokens to draw; 0: as many as use the domain text once
+    total_tokens: int = 0  # tokens to draw; 0: as many as use the domain text (without a share, the instructions) once
     row_length: int = 4096  # tokens a packed row
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
 
 
 def main(config: Config) -> None:
     config.check()
-    if not 0 <= config.instruction_share < 1 or config.domain_to_general <= 0:
-        raise ValueError("instruction_share must be in [0, 1) and domain_to_general positive")
+    if not 0 <= config.instruction_share <= 1 or config.domain_to_general <= 0 or config.total_tokens < 0:
+        raise ValueError("instruction_share must be in [0, 1], domain_to_general positive, total_tokens not negative")
+    if config.corpus and (config.text or config.general_text or config.instructions):
+        raise ValueError("corpus and lists of files are given; give corpus, or text, general_text and instructions")
+    if not config.corpus and not config.text and config.instruction_share < 1:
+        raise ValueError("missing setting: text; give --text and --instructions with files, or --corpus with a folder")
     world = training.start(config.device)
 
-    # Data: each source tokenised, mixed by share, packed into rows.
+    # Data: each source as token ids on disk, mixed by share, packed into rows.
     tokenizer = load_tokenizer(config.model)
     sizes = ModelConfig.from_hf(config.model)
     tokenizer.check_fits(sizes.vocab_size, config.model)
     sizes.check_length(config.row_length)
-    summary = ReadSummary()
-    read = {"on_bad_row": config.on_bad_row, "summary": summary}
-    completions = [as_completion(row, i) for i, row in enumerate(read_conversations(config.instructions, **read))]
-    sources = {
-        "domain text": tokenizer.encode_batch([row.text for row in read_documents(config.text, **read)]),
-        "general text": tokenizer.encode_batch([row.text for row in read_documents(config.general_text, **read)]),
-        "instructions": tokenizer.encode_batch(completions),
-    }
-    text_share = 1 - config.instruction_share
-    general = text_share / (1 + config.domain_to_general) if sources["general text"] else 0.0
-    shares = {"domain text": text_share - general, "general text": general, "instructions": config.instruction_share}
-    once = sum(map(len, sources["domain text"])) / shares["domain text"]
-    mixture = mix(sources, shares, total_tokens=config.total_tokens or round(once), seed=config.seed)
-    ends = {"eos_id": tokenizer.eos_id, "row_length": config.row_length, "prefix": tokenizer.document_prefix}
-    examples = [piece for text in mixture.texts for piece in encode_document(text, **ends)]
-    rows = pack(examples, config.row_length)
-    heldout = [
-        piece
-        for row in read_documents(config.heldout_text, **read)
-        for piece in encode_document(tokenizer.encode(row.text), source=row.source, **ends)
-    ]
-    heldout_rows = pack(heldout, config.row_length)
-    plan = training.BatchPlan.from_settings(len(rows), config)
-    data = f"{fingerprint(rows)} on {model_fingerprint(config.model)}"
-    if training.is_finished(config, plan, data, world):
-        return
-    if world.is_main:
-        print(f"{summary.describe()}\n{mixture.describe()}")
-        print(f"{len(rows):,} rows of {config.row_length}, {utilization(rows, config.row_length):.1%} used")
+    tokens = Path(config.output) / "tokens"
+    with discarded_on_error(tokens):  # a mistake that is found before the training leaves nothing behind
+        run_on_main(write_stores(config, tokenizer, tokens), world)
+        store, heldout = TokenStore(tokens / "train"), TokenStore(tokens / "heldout")
+        shares = part_shares(config.instruction_share, config.domain_to_general, store.parts())
+        mixture = mix(store.sources, store.sizes(), shares, total_tokens=config.total_tokens, seed=config.seed)
+        rows = PackedRows(store, mixture.order, config.row_length)
+        heldout_rows = PackedRows(heldout, np.arange(sum(heldout.counts)), config.row_length)
+        plan = training.BatchPlan.from_settings(len(rows), config)
+        data = f"{rows.fingerprint} on {model_fingerprint(config.model)}"
+        if training.is_finished(config, plan, data, world):
+            barrier(world)  # every rank has opened them
+            shutil.rmtree(tokens, ignore_errors=True)
+            return
+        if world.is_main:
+            read, held = store.summary, heldout.summary
+            print(ReadSummary(read.rows | held.rows, read.skipped + held.skipped).describe())
+            print(mixture.describe())
+            print(f"{len(rows):,} rows of {config.row_length}, {rows.utilization:.1%} used")
+            if rows.utilization < 0.99:
+                print("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
 
-    # Model
-    model = load_model(config.model, dtype=torch.float32, device="meta")
-    model.activation_checkpointing = config.activation_checkpointing
-    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
-    load_weights(model, config.model, dtype=torch.float32, device=world.device)
+        # Model
+        model = load_model(config.model, dtype=torch.float32, device="meta")
+        model.activation_checkpointing = config.activation_checkpointing
+        training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+        load_weights(model, config.model, dtype=torch.float32, device=world.device)
 
     # Loss: next token at every position, summed; the loop divides by the tokens of the global batch.
     def loss_function(model, batch):
@@ -104,18 +108,18 @@ def main(config: Config) -> None:
 
     def evaluate():
         def make(indices, ids):
-            return collate([heldout_rows[i] for i in indices], ids)
+            return collate([heldout_rows.row(i) for i in indices], ids)
 
         return training.mean_loss(model, len(heldout_rows), make, loss_function, config, world)
 
     training.train(
         model,
         plan,
-        lambda indices, ids: collate([rows[i] for i in indices], ids),
+        lambda indices, ids: collate([rows.row(i) for i in indices], ids),
         loss_function,
         config,
         world,
-        evaluate=evaluate if heldout_rows else None,
+        evaluate=evaluate if len(heldout_rows) else None,
         fingerprint=data,
     )
 
@@ -125,6 +129,38 @@ def main(config: Config) -> None:
 
     training.gather_weights(model, world, save, dtype=getattr(torch, config.dtype))
     training.finish(config, plan, data, world)
+    shutil.rmtree(tokens, ignore_errors=True)
+
+
+def write_stores(config: Config, tokenizer: Tokenizer, folder: Path) -> Iterator[int]:
+    """Write the token stores of the training and the held-out text, as `write_tokens` does each."""
+    lists = ((DOMAIN, "documents", config.text), (GENERAL, "documents", config.general_text),
+             (INSTRUCTIONS, "conversations", config.instructions))  # fmt: skip
+    sources = [TextSource("files", part, kind, tuple(paths)) for part, kind, paths in lists if paths]
+    heldout = config.heldout_text
+    if config.corpus:
+        sources = stage_sources(config.corpus, stage=1)
+        heldout = heldout or heldout_files(config.corpus, "text/pediatric")
+    share = config.instruction_share
+    used = [source for source in sources if (share if source.part == INSTRUCTIONS else 1 - share) > 0]
+    read = {"seed": config.seed, "on_bad_row": config.on_bad_row}
+    yield from write_tokens(folder / "train", used, tokenizer, **read)
+    held = [TextSource("held-out files", DOMAIN, "documents", tuple(heldout))] if heldout else []
+    yield from write_tokens(folder / "heldout", held, tokenizer, **read)
+
+
+def run_on_main(steps: Iterator[int], world: training.World) -> None:
+    """Exhaust `steps` on the main rank; the others wait for one at a time, as a collective may not last long."""
+    mistake: Exception | None = None
+    going = 1.0
+    while going > 0:
+        try:
+            done = min(1, next(steps, 0)) if world.is_main else 0
+        except (ValueError, OSError) as error:
+            mistake, done = error, -1
+        going = sum_over_ranks([done], world)[0]
+    if going < 0:
+        raise mistake or ValueError("the first rank met a mistake in the data, and says which")
 
 
 if __name__ == "__main__":

@@ -5,21 +5,24 @@ Everything is deterministic: the same triples and templates give the same rows i
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import tomllib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable
+from pedgpt.corpus.support import support
 from pedgpt.data.records import Conversation, Document, Message, Triple
 
 MEDKQA, EVIDIAG, TRERECOM = "MedKQ&A", "EviDiag", "TreRecom"
 TASKS = (MEDKQA, EVIDIAG, TRERECOM)
 SYMPTOM, AGE, CAUSE, EXAMINATION = "症状", "好发年龄", "病因", "检查"
 TREATMENT, PREVENTION, COMPLICATION = "治疗", "预防", "并发症"
-RELATIONS = (SYMPTOM, AGE, CAUSE, EXAMINATION, TREATMENT, PREVENTION, COMPLICATION)
+RELATIONS = (SYMPTOM, AGE, CAUSE, EXAMINATION, TREATMENT, PREVENTION, COMPLICATION)  # others have generic templates
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,9 @@ class Disease:
 
 
 def diseases(triples: Sequence[Triple]) -> list[Disease]:
-    """Group triples by head. A head that lacks a relation keeps those it has; other relations are a ValueError."""
+    """Group triples by head, in the order of the file; relations may be others than RELATIONS."""
     facts: dict[str, dict[str, list[str]]] = {}
     for triple in triples:
-        if triple.relation not in RELATIONS:
-            raise ValueError(f"{triple.source}: relation {triple.relation!r}; expected one of {'、'.join(RELATIONS)}")
         tails = facts.setdefault(triple.head, {}).setdefault(triple.relation, [])
         if triple.tail not in tails:
             tails.append(triple.tail)
@@ -51,19 +52,47 @@ def verbalize(disease: Disease) -> Iterator[Document]:
     forms = _templates()["verbalize"]
     for variant in range(2):
         sentences = [
-            forms[relation][variant].format(head=disease.name, tails=disease.listed(relation))
-            for relation in RELATIONS
-            if relation in disease.facts
+            forms.get(relation, forms["generic"])[variant].format(
+                head=disease.name, relation=relation, tails=disease.listed(relation)
+            )
+            for relation in _ordered(disease)
         ]
-        yield Document("".join(sentences), f"knowledge_graph:{disease.name}", disease.name)
+        yield Document("".join(sentences), f"knowledge_graph:{disease.name}", disease.name, disease.name)
+
+
+def verbalize_with(disease: Disease, ask: Ask) -> Iterator[Built | Dropped]:
+    """The same facts as one fluent paragraph by a teacher; `details` hold its "form", "teacher" or "template".
+
+    A paragraph that lacks the name or a fact, or gives a number, a drug or an advice that no fact does, is Dropped with
+    what was found, and the first text of `verbalize` takes its place.
+    """
+    plain = next(verbalize(disease))
+    forms = _templates()["verbalize_with"]
+    facts = "\n".join(f"{relation}：{disease.listed(relation)}" for relation in _ordered(disease))
+    try:
+        text = ask(forms["system"], forms["user"].format(head=disease.name, facts=facts), {"text": str})["text"].strip()
+    except Unusable as unusable:
+        yield Dropped(plain.source, "teacher's answer was unusable", str(unusable))
+        yield Built(plain, {"form": "template"})
+        return
+    wanted = [disease.name, *(tail for tails in disease.facts.values() for tail in tails)]
+    missing = [fact for fact in wanted if fact not in text]
+    found = support(text, plain.text)
+    if missing or found.missing_numbers or found.missing_terms or found.flips:
+        detail = f"missing from it: {'、'.join(missing)}" if missing else found.describe()
+        yield Dropped(plain.source, "paragraph does not hold exactly the facts", detail)
+        yield Built(plain, {"form": "template"})
+    else:
+        yield Built(replace(plain, text=text), {"form": "teacher"})
 
 
 def medkqa(disease: Disease) -> Iterator[Conversation]:
     """Knowledge questions: every relation in every phrasing."""
-    for relation, forms in _templates()["medkqa"].items():
-        if relation not in disease.facts:
-            continue
-        values = {"head": disease.name, "tails": disease.listed(relation), "first": disease.facts[relation][0]}
+    templates = _templates()["medkqa"]
+    for relation in [*(r for r in templates if r in disease.facts), *(r for r in disease.facts if r not in RELATIONS)]:
+        forms = templates.get(relation, _templates()["generic"])
+        tails = disease.facts[relation]
+        values = {"head": disease.name, "relation": relation, "tails": disease.listed(relation), "first": tails[0]}
         for i, question in enumerate(forms["questions"]):
             answer = forms["answers"][i % len(forms["answers"])]
             yield _conversation(MEDKQA, disease, question.format(**values), answer.format(**values))
@@ -112,9 +141,123 @@ def evidiag(disease: Disease) -> Iterator[Conversation]:
         yield _conversation(EVIDIAG, disease, *turns)
 
 
+def two_hop(diseases: Sequence[Disease], *, most: int = 4) -> Iterator[Conversation]:
+    """Questions over two facts, at most `most` of a disease: what is asked for is not said of what the question names.
+
+    Three symptoms that one disease of the list alone has -> its examinations or treatment; a disease -> prevention or
+    treatment of a complication that is itself in the list. The row belongs to the first disease, `disease` of the row.
+    Give only diseases of one side of a split.
+    """
+    forms = _templates()["two_hop"]
+    named = {disease.name: disease for disease in diseases}
+    holders = _holders(diseases)
+    for disease in diseases:
+        rows: list[Conversation] = []
+        triples = [
+            triple
+            for triple in itertools.combinations(disease.facts.get(SYMPTOM, [])[:8], 3)
+            if set.intersection(*(holders[symptom] for symptom in triple)) == {disease.name}
+        ]
+        asked = [relation for relation in (EXAMINATION, TREATMENT) if relation in disease.facts]
+        chosen = sorted(triples, key=lambda triple: _number(disease.name, *triple))
+        for relation, (first, second, third) in zip(asked, chosen, strict=False):
+            values = {"first": first, "second": second, "third": third, "tails": disease.listed(relation)}
+            rows.append(_phrased(forms["symptoms"][relation], disease, relation, values))
+        known = [named[tail] for tail in disease.facts.get(COMPLICATION, []) if tail in named and tail != disease.name]
+        hops = [(other, relation) for relation in (PREVENTION, TREATMENT) for other in known if relation in other.facts]
+        for other, relation in hops[: max(0, most - len(rows))]:
+            # With one complication of the list the question need not name it; with more, it could mean any.
+            kind = "complication" if len(known) == 1 else "complications"
+            values = {"complication": other.name, "all": disease.listed(COMPLICATION), "tails": other.listed(relation)}
+            rows.append(_phrased(forms[kind][relation], disease, relation, values))
+        yield from rows[:most]
+
+
+def negative(diseases: Sequence[Disease], *, most: int = 2) -> Iterator[Conversation]:
+    """Yes/no questions in pairs, at most `most` pairs of a disease: a fact of it, and one of another's that it lacks.
+
+    The answer to the latter is that the material does not record it and what it does record, never that it cannot be.
+    Such a fact is in no relation of the disease and too unlike all its facts to be one of them in other words. Ages are
+    not asked for: they overlap. Give only diseases of one side of a split.
+    """
+    forms = _templates()["negative"]
+    tails: dict[str, list[str]] = {}
+    for disease in diseases:
+        for relation, facts in disease.facts.items():
+            tails.setdefault(relation, []).extend(facts)
+    for disease in diseases:
+        relations = sorted((r for r in disease.facts if r != AGE), key=lambda r: _number(disease.name, r))
+        pairs = 0
+        for relation in relations:
+            # A few draws in place of a search through all facts, so that the time is linear in the graph.
+            draws = (_number(disease.name, relation, str(i)) % len(tails[relation]) for i in range(20))
+            foreign = (tails[relation][draw] for draw in draws)
+            strange = next((tail for tail in foreign if _strange(tail, relation, disease)), None)
+            if strange is None or pairs == most:
+                continue
+            pairs += 1
+            own = disease.facts[relation]
+            true = own[_number(disease.name, relation) % len(own)]
+            others = [tail for tail in own if tail != true]
+            questions = forms.get(relation, forms["generic"])
+            answers = [(true, forms["yes" if others else "only"]), (strange, forms["no"])]
+            for tail, answer in answers if _number(disease.name) % 2 else answers[::-1]:
+                values = {
+                    "tail": tail,
+                    "relation": relation,
+                    "tails": disease.listed(relation),
+                    "others": "、".join(others),
+                }
+                yield _phrased({"questions": questions, "answers": answer, "task": MEDKQA}, disease, relation, values)
+
+
+def _strange(tail: str, relation: str, disease: Disease) -> bool:
+    """Whether a fact can be told from all those of the disease: by its text, most characters, and a finding's last one.
+
+    So 咳嗽 is no stranger to 剧烈咳嗽, 避免烟草烟雾 none to 避免被动吸烟, 高热 none to 发热.
+    """
+    for fact in [disease.name, *(fact for facts in disease.facts.values() for fact in facts)]:
+        few = min(len(set(tail)), len(set(fact)))
+        if tail in fact or fact in tail or 2 * len(set(tail) & set(fact)) >= few:
+            return False
+    return relation not in (SYMPTOM, COMPLICATION) or tail[-1] not in {fact[-1] for fact in disease.facts[relation]}
+
+
+def _holders(diseases: Sequence[Disease]) -> dict[str, set[str]]:
+    """Of each symptom, the diseases that have it, or one that holds it or that it holds: 咳嗽, 剧烈咳嗽."""
+    exact: dict[str, set[str]] = {}
+    for disease in diseases:
+        for symptom in disease.facts.get(SYMPTOM, []):
+            exact.setdefault(symptom, set()).add(disease.name)
+    near = {symptom: set(names) for symptom, names in exact.items()}
+    for symptom, names in exact.items():
+        for start, end in itertools.combinations(range(len(symptom) + 1), 2):
+            if (part := symptom[start:end]) in exact:
+                near[part] |= names
+                near[symptom] |= exact[part]
+    return near
+
+
+def _phrased(forms: Mapping[str, Any], disease: Disease, relation: str, values: Mapping[str, str]) -> Conversation:
+    number = _number(disease.name, relation, *values.values())
+    values = {"head": disease.name, **values}
+    question = forms["questions"][number % len(forms["questions"])].format(**values)
+    answer = forms["answers"][number // 7 % len(forms["answers"])].format(**values)
+    return _conversation(forms["task"], disease, question, answer)
+
+
+def _ordered(disease: Disease) -> list[str]:
+    return [*(r for r in RELATIONS if r in disease.facts), *(r for r in disease.facts if r not in RELATIONS)]
+
+
+def _number(*names: str) -> int:
+    """The same for the same names, on any machine."""
+    return int.from_bytes(hashlib.sha256("/".join(names).encode()).digest()[:8], "big")
+
+
 def _conversation(task: str, disease: Disease, *turns: str) -> Conversation:
     messages = tuple(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(turns))
-    return Conversation(messages, f"knowledge_graph:{disease.name}", task)
+    return Conversation(messages, f"knowledge_graph:{disease.name}", task, disease.name)
 
 
 @cache

@@ -1,7 +1,18 @@
 """Records, tokens, chat formats, packing: everything before the model."""
 
 from pedgpt.data.chat import ChatFormat, Example, chat_format, encode_conversation, encode_prompt
-from pedgpt.data.hybrid import as_completion, mix
+from pedgpt.data.hybrid import (
+    Mixture,
+    PackedRows,
+    TextSource,
+    TokenStore,
+    as_completion,
+    heldout_files,
+    mix,
+    part_shares,
+    stage_sources,
+    write_tokens,
+)
 from pedgpt.data.packing import (
     Batch,
     collate,
@@ -37,11 +48,15 @@ __all__ = [
     "EncodedPair",
     "Example",
     "Message",
+    "Mixture",
+    "PackedRows",
     "PreferenceBatch",
     "PreferencePair",
     "ReadSummary",
     "Record",
     "StreamDecoder",
+    "TextSource",
+    "TokenStore",
     "Tokenizer",
     "Triple",
     "as_completion",
@@ -55,17 +70,21 @@ __all__ = [
     "encode_pairs",
     "encode_prompt",
     "fingerprint",
+    "heldout_files",
     "iter_records",
     "load_reference",
     "load_tokenizer",
     "mix",
     "pack",
+    "part_shares",
     "read_conversations",
     "read_documents",
     "read_preferences",
     "read_triples",
     "reference_key",
     "save_reference",
+    "stage_sources",
     "train_tokenizer",
     "utilization",
+    "write_tokens",
 ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
+import heapq
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pedgpt.data.chat import IGNORE_INDEX, ChatFormat, Example, encode_conversation
@@ -74,14 +77,18 @@ def encode_document(
     """
     if row_length < 1:
         raise ValueError(f"row_length must be at least 1, found {row_length}")
-    stream = [*ids, eos_id] if eos_id is not None else list(ids)
-    if ids and stream[: len(prefix)] != list(prefix):
-        stream = [*prefix, *stream]
+    stream = document_stream(ids, eos_id, prefix)
     pieces = []
     for start in range(0, len(stream) - 1, row_length):
         piece = stream[start : start + row_length + 1]
         pieces.append(Example(piece[:-1], piece[1:], source))
     return pieces
+
+
+def document_stream(ids: Sequence[int], eos_id: int | None, prefix: Sequence[int] = ()) -> list[int]:
+    """The ids of a text between `prefix`, unless it begins with that already or is empty, and its end."""
+    stream = [*ids, eos_id] if eos_id is not None else list(ids)
+    return [*prefix, *stream] if ids and stream[: len(prefix)] != list(prefix) else stream
 
 
 def pack(examples: Sequence[Example], row_length: int) -> list[Row]:
@@ -98,21 +105,46 @@ def pack(examples: Sequence[Example], row_length: int) -> list[Row]:
     return [_join([examples[i] for i in members]) for members in rows]
 
 
-def best_fit(sizes: Sequence[int], row_length: int) -> list[list[int]]:
+def best_fit(sizes: ArrayLike, row_length: int) -> list[list[int]]:
     """The members of each row by `pack`'s rule, as indices into `sizes`, none above `row_length`; 0 is left out."""
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        size = sizes[i]
-        if size == 0:
-            continue
-        at = bisect.bisect_left(room, (size, -1))
-        free, row = room.pop(at) if at < len(room) else (row_length, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(i)
-        bisect.insort(room, (free - size, row))
-    return rows
+    members, starts = best_fit_arrays(sizes, row_length)
+    items, ends = members.tolist(), starts.tolist()
+    return [items[first:last] for first, last in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def best_fit_arrays(sizes: ArrayLike, row_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`best_fit` of millions: (members, starts), where row r holds members[starts[r] : starts[r + 1]].
+
+    Rows wait in one heap for each number of free tokens, and bit n of `free_sizes` says that the heap of n is not
+    empty, so the fullest row with room is found without a search. Memory: tens of bytes for each of `sizes`.
+    """
+    sizes = np.asarray(sizes, np.int64)
+    order = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
+    distinct, counts = np.unique(sizes[order], return_counts=True)
+    waiting: list[list[int]] = [[] for _ in range(row_length + 1)]
+    free_sizes, num_rows = 0, 0
+    rows, taken = array("q"), array("q")  # row `rows[k]` takes the next `taken[k]` items of `order`
+    for size, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            if fitting := free_sizes >> size:
+                free = size + (fitting & -fitting).bit_length() - 1
+                row = heapq.heappop(waiting[free])
+                if not waiting[free]:
+                    free_sizes ^= 1 << free
+            else:
+                free, row = row_length, num_rows
+                num_rows += 1
+            # Once it holds one, it is the fullest that fits the next of this size.
+            fits = min(count, free // size)
+            rows.append(row)
+            taken.append(fits)
+            count, free = count - fits, free - fits * size
+            if free:
+                heapq.heappush(waiting[free], row)
+                free_sizes |= 1 << free
+    row_of = np.repeat(np.frombuffer(rows, np.int64), np.frombuffer(taken, np.int64)) if rows else order
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
+    return order[np.argsort(row_of, kind="stable")], starts
 
 
 def encode_conversations(

@@ -1,102 +1,286 @@
-"""Stage 1's mixture: shares of tokens, repetition, and completions that are plain running text."""
+"""Stage 1's mixture: the corpus's files; shares, weights and epochs by hand; completions that are plain text."""
 
-import random
+import hashlib
+import json
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pedgpt.data import Conversation, Message, as_completion, mix
-from pedgpt.data.hybrid import SURFACE_FORMS
+from pedgpt.data import Conversation, Message, TextSource, as_completion, heldout_files, mix, part_shares, stage_sources
+from pedgpt.data.hybrid import DOMAIN, GENERAL, INSTRUCTIONS, SURFACE_FORMS
+
+PARTS = (DOMAIN, GENERAL, INSTRUCTIONS)
 
 
-def source_texts(name, lengths):
-    """Text i of a source, recognisable by its first token."""
-    base = {"domain": 1000, "general": 2000, "instructions": 3000}[name]
-    return [[base + i] + [7] * (n - 1) for i, n in enumerate(lengths)]
+def source(name, part=DOMAIN, weight=1.0, epochs=0.0):
+    return TextSource(name, part, "conversations" if part == INSTRUCTIONS else "documents", (), weight, epochs)
 
 
-SHARES = {"domain": 0.45, "general": 0.05, "instructions": 0.5}
+def ones(*counts):
+    """Sizes of documents of one token each, so that any number of tokens can be drawn exactly."""
+    return [np.ones(count, int) for count in counts]
 
 
-def make_sources(seed=0):
-    rng = random.Random(seed)
-    return {name: source_texts(name, [rng.randint(1, 40) for _ in range(n)])
-            for name, n in (("domain", 90), ("general", 11), ("instructions", 30))}  # fmt: skip
+def places(mixture, sizes):
+    """How often each document of each source was drawn."""
+    return np.split(np.bincount(mixture.order, minlength=sum(map(len, sizes))), np.cumsum([*map(len, sizes)])[:-1])
 
 
-WEIGHTS = st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any)
+THREE = [source("books"), source("web", GENERAL), source("talks", INSTRUCTIONS)]
+SIZES = [np.random.default_rng(0).integers(1, 40, n) for n in (90, 11, 30)]
 
 
-@given(st.integers(1, 20_000), st.integers(0, 99), WEIGHTS)
+@given(st.integers(1, 20_000), st.integers(0, 99), st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any))
 @settings(max_examples=60, deadline=None)
-def test_shares_are_within_one_text_of_their_target(total, seed, weights):
-    sources = make_sources()
-    shares = dict(zip(sources, weights, strict=True))
-    mixture = mix(sources, shares, total_tokens=total, seed=seed)
-    counted = Counter()
-    for text, name in zip(mixture.texts, mixture.sources, strict=True):
-        assert text in sources[name]
-        counted[name] += len(text)
-    assert mixture.tokens == {name: counted[name] for name, weight in shares.items() if weight}
-    for name, count in mixture.tokens.items():
-        target = total * shares[name] / sum(weights)
-        longest = max(map(len, sources[name]))
-        assert target - 0.5 <= count < target + longest + 0.5
+def test_shares_are_within_one_document_of_their_target(total, seed, weights):
+    mixture = mix(THREE, SIZES, dict(zip(PARTS, weights, strict=True)), total_tokens=total, seed=seed)
+    for s, sizes, times, weight in zip(THREE, SIZES, places(mixture, SIZES), weights, strict=True):
+        if weight == 0:
+            assert not times.any() and (s.part, s.name) not in mixture.tokens
+            continue
+        count = int(times @ sizes)
+        assert mixture.tokens[s.part, s.name] == count
+        assert mixture.epochs[s.part, s.name] == pytest.approx(count / sizes.sum())
+        target = total * weight / sum(weights)
+        assert target - 0.5 <= count < target + max(sizes) + 0.5
+        assert max(times) - min(times) <= 1  # every document before any again
 
 
-def test_every_text_is_used_before_any_is_repeated():
-    sources = make_sources()
-    mixture = mix(sources, SHARES, total_tokens=4000, seed=1)
-    for name, texts in sources.items():
-        used = Counter(text[0] for text, source in zip(mixture.texts, mixture.sources, strict=True) if source == name)
-        times = [used[text[0]] for text in texts]
-        assert max(times) - min(times) <= 1
-        assert mixture.epochs[name] == pytest.approx(sum(times) / len(texts))
-    assert mixture.epochs["instructions"] > 2 and mixture.epochs["domain"] < 1.5
-    described = mixture.describe()
-    assert "instructions" in described and f"{mixture.epochs['instructions']:.2f} epochs" in described
-
-
-def test_mixture_depends_on_the_seed_alone():
-    first, again, other = (mix(make_sources(), SHARES, total_tokens=3000, seed=seed) for seed in (4, 4, 5))
-    assert (first.texts, first.sources) == (again.texts, again.sources)
-    assert first.texts != other.texts
-    # Sources are mixed, not laid end to end: in each tenth of the stream there is text of both large ones.
-    size = len(first.sources) // 10
-    for start in range(0, 10 * size, size):
-        assert {"domain", "instructions"} <= set(first.sources[start : start + size])
-
-
-def test_one_sources_draw_does_not_depend_on_the_others():
-    sources = make_sources()
-    alone = mix({"domain": sources["domain"]}, {"domain": 1}, total_tokens=900, seed=3)
-    both = mix(sources, {"domain": 1, "general": 1}, total_tokens=1800, seed=3)
-    drawn = Counter(text[0] for text, name in zip(both.texts, both.sources, strict=True) if name == "domain")
-    assert drawn == Counter(text[0] for text in alone.texts)
-
-
-def test_source_without_a_share_is_left_out_even_if_empty():
-    mixture = mix({"domain": [[1, 2]], "general": []}, {"domain": 1.0, "general": 0.0}, total_tokens=5, seed=0)
-    assert mixture.texts == [[1, 2]] * 3 and mixture.epochs == {"domain": 3.0} and mixture.tokens == {"domain": 6}
-    skips_empty = mix({"domain": [[], [1], []]}, {"domain": 1.0}, total_tokens=2, seed=0)
-    assert skips_empty.texts == [[1], [1]] and skips_empty.epochs == {"domain": 2.0}
+def test_weights_divide_a_part_by_hand():
+    # 50 + 3 x 50 parts of 200 tokens; the rest of the 500 is for the book read three times.
+    sources = [source("book", epochs=3), source("guide"), source("atlas", weight=3), source("talks", INSTRUCTIONS)]
+    mixture = mix(sources, ones(100, 50, 50, 80), {DOMAIN: 0.5, INSTRUCTIONS: 0.5}, total_tokens=1000, seed=1)
+    assert mixture.tokens == {
+        (DOMAIN, "book"): 300, (DOMAIN, "guide"): 50, (DOMAIN, "atlas"): 150, (INSTRUCTIONS, "talks"): 500,
+    }  # fmt: skip
+    assert list(mixture.epochs.values()) == [3.0, 1.0, 3.0, 6.25]
+    book, guide, atlas, talks = places(mixture, ones(100, 50, 50, 80))
+    assert set(book) == {3} and set(guide) == {1} and set(atlas) == {3} and Counter(talks) == {6: 60, 7: 20}
 
 
 @pytest.mark.parametrize(
-    ("sources", "shares", "told"),
+    ("book", "guide", "domain", "talks"),
     [
-        ({"domain": [], "general": [[1]]}, {"domain": 0.25, "general": 0.75}, "domain.*25%.*no text"),
-        ({"domain": [[]], "general": [[1]]}, {"domain": 0.5, "general": 0.5}, "domain.*no text"),
-        ({"domain": [[1]], "general": [[1]]}, {"domain": -0.5, "general": 1.5}, "negative"),
-        ({"domain": [[1]]}, {"domain": 0.0}, "all be 0"),
-        ({}, {}, "shares"),
+        ({}, {}, [100, 50], 150),
+        ({}, {"weight": 2.0}, [100, 100], 200),
+        ({"epochs": 1.5}, {}, [150, 50], 200),
+        ({"epochs": 0.25}, {"weight": 0.5}, [25, 25], 50),
+        ({"epochs": 2.0}, {"epochs": 1.0}, [200, 50], 250),
+        ({"weight": 0.0}, {}, [0, 50], 50),
     ],
 )
-def test_impossible_mixtures_are_errors(sources, shares, told):
+def test_no_total_uses_the_domain_text_once(book, guide, domain, talks):
+    sources = [source("book", **book), source("guide", **guide), source("talks", INSTRUCTIONS)]
+    mixture = mix(sources, ones(100, 50, 80), {DOMAIN: 0.5, INSTRUCTIONS: 0.5}, total_tokens=0, seed=0)
+    assert list(mixture.tokens.values()) == [*domain, talks]
+    times = places(mixture, ones(100, 50, 80))
+    assert [int(t.sum()) for t in times] == [*domain, talks] and all(max(t) - min(t) <= 1 for t in times)
+
+
+def test_no_total_and_uneven_documents_use_each_domain_document_once():
+    for share in (0.93, 0.5, 1 / 3, 0.07):
+        sources = [source("books"), source("guides"), source("talks", INSTRUCTIONS)]
+        shares = {DOMAIN: share, INSTRUCTIONS: 1 - share}
+        mixture = mix(sources, SIZES, shares, total_tokens=0, seed=5)
+        books, guides, talks = places(mixture, SIZES)
+        assert set(books) == set(guides) == {1}
+        wanted = (SIZES[0].sum() + SIZES[1].sum()) * (1 - share) / share
+        assert wanted - 1 <= talks @ SIZES[2] <= wanted + 41
+
+
+def test_instructions_alone_are_used_once():
+    shares = part_shares(1.0, 9.0, {INSTRUCTIONS})
+    mixture = mix(THREE[2:], SIZES[2:], shares, total_tokens=0, seed=3)
+    assert mixture.tokens == {(INSTRUCTIONS, "talks"): SIZES[2].sum()} and set(mixture.epochs.values()) == {1.0}
+    assert sorted(mixture.order) == list(range(30))
+
+
+def test_shares_of_the_parts_by_hand():
+    assert part_shares(0.5, 9.0, {DOMAIN, GENERAL}) == pytest.approx({DOMAIN: 0.45, GENERAL: 0.05, INSTRUCTIONS: 0.5})
+    assert part_shares(0.3, 9.0, {DOMAIN}) == pytest.approx({DOMAIN: 0.7, GENERAL: 0.0, INSTRUCTIONS: 0.3})
+    assert part_shares(0.0, 1.0, set(PARTS)) == {DOMAIN: 0.5, GENERAL: 0.5, INSTRUCTIONS: 0.0}
+    assert part_shares(1.0, 1.0, set(PARTS)) == {DOMAIN: 0.0, GENERAL: 0.0, INSTRUCTIONS: 1.0}
+
+
+def test_mixture_depends_on_the_seed_alone_and_is_well_mixed():
+    shares = dict(zip(PARTS, (0.45, 0.05, 0.5), strict=True))
+    first, again, other = (mix(THREE, SIZES, shares, total_tokens=3000, seed=seed).order for seed in (4, 4, 5))
+    assert first.tolist() == again.tolist() != other.tolist()
+    for tenth in np.array_split(first, 10):  # not laid end to end
+        assert (tenth < 90).any() and (tenth >= 101).any()
+
+
+def test_the_order_never_changes_across_versions():
+    # A run in progress depends on it: these numbers are part of the format.
+    mixture = mix([source("a"), source("b")], ones(4, 3), {DOMAIN: 1.0}, total_tokens=9, seed=7)
+    assert mixture.order.tolist() == [2, 1, 1, 4, 0, 3, 4, 6, 5]
+
+
+def test_one_source_s_draw_does_not_depend_on_the_others():
+    alone = mix(THREE[:1], SIZES[:1], {DOMAIN: 1.0}, total_tokens=900, seed=3)
+    both = mix(THREE, SIZES, {DOMAIN: 1, INSTRUCTIONS: 1, GENERAL: 0}, total_tokens=1800, seed=3)
+    assert sorted(alone.order) == sorted(both.order[both.order < 90])
+
+
+def test_part_without_a_share_is_left_out_even_if_empty_and_empty_documents_are_never_drawn():
+    empty = [source("books"), source("web", GENERAL)]
+    mixture = mix(empty, [np.array([2]), np.array([], int)], {DOMAIN: 1.0, GENERAL: 0.0}, total_tokens=5, seed=0)
+    assert mixture.order.tolist() == [0, 0, 0] and mixture.epochs == {(DOMAIN, "books"): 3.0}
+    mixture = mix(empty[:1], [np.array([0, 1, 0])], {DOMAIN: 1.0}, total_tokens=2, seed=0)
+    assert mixture.order.tolist() == [1, 1] and mixture.tokens == {(DOMAIN, "books"): 2}
+
+
+@pytest.mark.parametrize(
+    ("sources", "counts", "shares", "told"),
+    [
+        ([source("a"), source("b", GENERAL)], [0, 1], {DOMAIN: 0.25, GENERAL: 0.75}, "domain text.*25%.*no text"),
+        ([source("b", GENERAL)], [1], {DOMAIN: 0.5, GENERAL: 0.5}, "domain text.*50%.*no text"),
+        ([source("a", weight=0)], [3], {DOMAIN: 1.0}, "domain text.*100%.*weights in it are 0"),
+        ([source("a")], [1], {DOMAIN: -0.5, GENERAL: 1.5}, "negative"),
+        ([source("a")], [1], {DOMAIN: 0.0}, "all be 0"),
+        ([], [], {DOMAIN: 0.0}, "all be 0"),
+        # 3 x 40 + 1 x 10 tokens do not go into half of 200; nothing may take what is left of 50.
+        ([source("a", epochs=3), source("b", epochs=1), source("c"), source("d", INSTRUCTIONS)], [40, 10, 5, 9],
+         {DOMAIN: 0.5, INSTRUCTIONS: 0.5}, "domain text' 100 of 200 tokens.*take 130 .a 3 x 40, b 1 x 10.*change"),
+        ([source("a", epochs=2), source("b", weight=0), source("d", INSTRUCTIONS)], [25, 10, 9],
+         {DOMAIN: 0.5, INSTRUCTIONS: 0.5}, "domain text' 100 of 200 tokens.*take 50 .a 2 x 25.*what is left"),
+    ],
+)  # fmt: skip
+def test_impossible_mixtures_are_errors(sources, counts, shares, told):
     with pytest.raises(ValueError, match=told):
-        mix(sources, shares, total_tokens=10, seed=0)
+        mix(sources, ones(*counts), shares, total_tokens=200, seed=0)
+
+
+def test_description_groups_sources_by_part():
+    sources = [source("textbook", epochs=2), source("wiki", GENERAL), source("qa", INSTRUCTIONS, 3.0),
+               source("chat", INSTRUCTIONS)]  # fmt: skip
+    shares = part_shares(0.5, 9.0, set(PARTS))
+    lines = mix(sources, ones(900, 500, 400, 800), shares, total_tokens=4000, seed=0).describe().splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "domain text 1,800 tokens 45.0%",
+        "textbook 1,800 tokens 45.0% 2.00 epochs",
+        "general text 200 tokens 5.0%",
+        "wiki 200 tokens 5.0% 0.40 epochs",
+        "instructions 2,000 tokens 50.0%",
+        "qa 1,200 tokens 30.0% 3.00 epochs",
+        "chat 800 tokens 20.0% 1.00 epochs",
+    ]
+    assert len({line.index(" tokens") for line in lines}) == 1
+
+
+ROWS = {
+    "documents": [{"text": "发热是儿童常见的症状。"}, {"text": "注意补充水分。"}],
+    "conversations": [{"question": "孩子发烧怎么办？", "answer": "多喝水。"}],
+    "preferences": [{"prompt": "孩子发烧怎么办？", "chosen": "别担心，多喝水。", "rejected": "喝水。"}],
+}
+FILES = [  # side, table, source, kind, stages
+    ("train", "text/pediatric", "textbook", "documents", [1]),
+    ("train", "text/pediatric", "graph", "documents", [1]),
+    ("train", "text/general_medical", "textbook", "documents", [1]),
+    ("train", "text/general", "wiki", "documents", [1]),
+    ("train", "tasks/medkqa", "graph", "conversations", [1, 4]),
+    ("train", "generalist/chat", "chat", "conversations", [2, 1]),
+    ("train", "tasks_sample", "graph", "conversations", [2]),
+    ("train", "preferences", "pairs", "preferences", [3]),
+    ("heldout", "text/pediatric", "textbook", "documents", [1]),
+    ("heldout", "text/general", "wiki", "documents", [1]),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small corpus with its manifest."""
+    entries = []
+    for side, table, name, kind, stages in FILES:
+        path = f"{side}/{table}/{name}-00000.jsonl"
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS[kind]).encode()
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+        entries.append({"path": path, "side": side, "table": table, "source": name, "kind": kind, "stages": stages,
+                        "rows": len(ROWS[kind]), "sha256": hashlib.sha256(data).hexdigest()})  # fmt: skip
+    sources = {name: {"weight": 1.0, "epochs": 0.0} for name in ("textbook", "wiki", "chat", "pairs")}
+    sources |= {"graph": {"weight": 2, "epochs": 1.5, "licence": "CC0"}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "files": entries, "sources": sources}))
+    return tmp_path
+
+
+def test_the_manifest_says_what_stage_1_reads(folder):
+    def at(*paths):
+        return tuple(str(folder / "train" / path) for path in paths)
+
+    assert stage_sources(folder) == [
+        TextSource("graph", DOMAIN, "documents", at("text/pediatric/graph-00000.jsonl"), 2.0, 1.5),
+        TextSource("textbook", DOMAIN, "documents",
+                   at("text/pediatric/textbook-00000.jsonl", "text/general_medical/textbook-00000.jsonl"), 1.0, 0.0),
+        TextSource("wiki", GENERAL, "documents", at("text/general/wiki-00000.jsonl"), 1.0, 0.0),
+        TextSource("chat", INSTRUCTIONS, "conversations", at("generalist/chat/chat-00000.jsonl"), 1.0, 0.0),
+        TextSource("graph", INSTRUCTIONS, "conversations", at("tasks/medkqa/graph-00000.jsonl"), 2.0, 1.5),
+    ]  # fmt: skip
+    assert [s.name for s in stage_sources(folder, 2)] == ["chat", "graph"] and stage_sources(folder, 5) == []
+    heldout = str(folder / "heldout/text/pediatric/textbook-00000.jsonl")
+    assert heldout_files(folder, "text/pediatric") == [heldout] and heldout_files(folder, "tasks/medkqa") == []
+
+
+def edited(change):
+    def apply(folder):
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        change(manifest)
+        path.write_text(json.dumps(manifest))
+
+    return apply
+
+
+def entry(**values):
+    return edited(lambda manifest: manifest["files"][0].update(values))
+
+
+BOOK = "train/text/pediatric/textbook-00000.jsonl"
+FAULTS = {
+    "none": (lambda f: (f / "manifest.json").unlink(), "manifest.json: no such file; expected the folder of a corpus"),
+    "broken": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: not valid JSON"),
+    "list": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: version is None, expected 1"),
+    "older": (edited(lambda m: m.pop("version")), "manifest.json: version is None, expected 1; build the corpus again"),
+    "no_files": (edited(lambda m: m.pop("files")), "manifest.json: files is a NoneType, expected list"),
+    "no_source": (edited(lambda m: m["sources"].pop("wiki")), "manifest.json: sources: nothing about 'wiki'"),
+    "weight": (edited(lambda m: m["sources"]["wiki"].update(weight=-1)), "weight of 'wiki' is -1, expected a number"),
+    "epochs": (edited(lambda m: m["sources"]["wiki"].update(epochs="2")), "epochs of 'wiki' is '2', expected a number"),
+    "rows_type": (entry(rows="2"), "manifest.json: files: entry 1: rows missing or of a wrong type"),
+    "twice": (edited(lambda m: m["files"].append(m["files"][0])), f"files: entry 11: {BOOK} is listed twice"),
+    "kind": (entry(kind="preferences"), f"{BOOK}: found preferences of table 'text/pediatric' in stage 1"),
+    "table": (entry(table="text/other"), f"{BOOK}: found documents of table 'text/other' in stage 1, expected"),
+    "missing": (lambda f: (f / BOOK).unlink(), f"{BOOK}: no such file, but "),
+    "rows": (entry(rows=3), f"{BOOK}: found 2 rows, SHA-256 "),
+    "sha256": (entry(sha256="0" * 64), "expected 2 rows, SHA-256 000000000000…: it was changed since"),
+    "changed": (lambda f: (f / BOOK).write_text((f / BOOK).read_text().replace("儿童", "幼儿")), "it was changed"),
+    "outside": (entry(path="../outside.jsonl"), "../outside.jsonl leads out of the corpus"),
+    "absolute": (entry(path="/etc/hostname"), "/etc/hostname leads out of the corpus"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_manifest_that_is_damaged_or_does_not_fit_its_files_is_refused(folder, fault):
+    break_it, told = FAULTS[fault]
+    (folder.parent / "outside.jsonl").write_text("{}")
+    break_it(folder)
+    with pytest.raises(ValueError) as error:
+        stage_sources(folder)
+    assert told in str(error.value) and str(folder) in str(error.value)
+    if fault not in ("weight", "epochs"):
+        assert "build" in str(error.value)
+
+
+def test_a_link_out_of_the_corpus_and_a_changed_held_out_file_are_refused(folder):
+    (folder / BOOK).rename(folder.parent / "moved.jsonl")
+    (folder / BOOK).symlink_to(folder.parent / "moved.jsonl")
+    with pytest.raises(ValueError, match="leads out of the corpus"):
+        stage_sources(folder)
+    (folder / "heldout/text/pediatric/textbook-00000.jsonl").write_text("")
+    with pytest.raises(ValueError, match="heldout/text/pediatric/textbook-00000.jsonl: found 0 rows.*expected 2 rows"):
+        heldout_files(folder, "text/pediatric")
 
 
 TALK = Conversation(

@@ -1,9 +1,11 @@
 """Rows hold every example once and whole; labels, padding, bad rows and fingerprints, by count and by hand."""
 
+import bisect
 import itertools
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +24,7 @@ from pedgpt.data import (
     pack,
     utilization,
 )
-from pedgpt.data.packing import Row
+from pedgpt.data.packing import Row, best_fit, best_fit_arrays
 
 IGNORED, PADDING = -100, -1
 
@@ -60,6 +62,45 @@ def best_fit_decreasing(lengths, row_length):
         elif size:
             rows.append([size])
     return sorted(sorted(row) for row in rows)
+
+
+def best_fit_by_insertion(sizes, row_length):
+    """Best-fit decreasing over one sorted list of (free tokens, row); ties go to the lowest row."""
+    rows, room = [], []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if sizes[i] == 0:
+            continue
+        at = bisect.bisect_left(room, (sizes[i], -1))
+        free, row = room.pop(at) if at < len(room) else (row_length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        bisect.insort(room, (free - sizes[i], row))
+    return rows
+
+
+@given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n), max_size=60))))
+@settings(max_examples=400, deadline=None)
+def test_best_fit_matches_insertion_into_a_sorted_list(case):
+    row_length, sizes = case
+    assert best_fit(sizes, row_length) == best_fit_by_insertion(sizes, row_length)
+
+
+@pytest.mark.parametrize(("row_length", "median"), [(4096, 300), (384, 90), (4096, 1500), (63, 9)])
+def test_best_fit_of_many_matches_insertion_and_fills_the_rows(row_length, median):
+    lengths = np.random.default_rng(0).lognormal(np.log(median), 0.9, 20_000).astype(int) + 1
+    sizes = np.minimum(lengths, row_length).tolist()
+    rows = best_fit(sizes, row_length)
+    assert rows == best_fit_by_insertion(sizes, row_length)
+    assert sum(sizes) / (len(rows) * row_length) > 0.995
+    members, starts = best_fit_arrays(sizes, row_length)
+    assert [part.tolist() for part in np.split(members, starts[1:-1])] == rows
+
+
+def test_best_fit_of_nothing():
+    for sizes in ([], [0, 0]):
+        members, starts = best_fit_arrays(sizes, 5)
+        assert best_fit(sizes, 5) == members.tolist() == [] and starts.tolist() == [0]
 
 
 LENGTHS = st.integers(1, 40).flatmap(

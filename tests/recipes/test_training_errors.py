@@ -58,8 +58,8 @@ def test_settings(lab, recipe, output, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "settings", "message"),
     [
-        ("continued_pretrain", {"instruction_share": 1.0}, "instruction_share must be in [0, 1)"),
-        ("continued_pretrain", {"domain_to_general": 0}, "instruction_share must be in [0, 1) and domain_to"),
+        ("continued_pretrain", {"instruction_share": 1.5}, "instruction_share must be in [0, 1]"),
+        ("continued_pretrain", {"domain_to_general": 0}, "instruction_share must be in [0, 1], domain_to"),
         ("continued_pretrain", {"instructions": None}, "the mixture gives 'instructions' a share of 50%, but it"),
         ("full_finetune", {"chat_format": "alpaca"}, "chat_format 'alpaca' is unknown; expected \"auto\", \"bai"),
         ("dfpo", {"chat_format": "chatml"}, "the tokenizer has no token '<|im_start|>'"),

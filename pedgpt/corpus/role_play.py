@@ -1,0 +1,179 @@
+"""Role-playing instruction building (PediatricsGPT §3.1): one role asks, an experienced pediatrician answers.
+
+Question and answer are made from one passage, and the answer is checked against it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from pedgpt.corpus.knowledge_graph import MEDKQA
+from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable
+from pedgpt.corpus.sections import BETWEEN, sentences, unnumbered
+from pedgpt.corpus.support import support
+from pedgpt.data.records import Conversation, Document, Message
+
+ROLES = ("parent", "colleague")
+_LONGEST_SUBJECT = 20  # characters
+
+
+def role_play(passage: Document, ask: Ask | None = None) -> Iterator[Built | Dropped]:
+    """Rows of one question and one answer; `details` hold "support" (0 to 1), "role" and "aspect".
+
+    Offline: the passage's sentences are sorted into aspects by cue words (症状, 病因, 治疗, ...); of each aspect found,
+    a parent or a colleague asks in one of several phrasings, chosen by a hash of the passage, and the doctor answers
+    with its sentences in their order. The subject of the questions is the passage's disease or, cleaned of 诊疗指南 and
+    such, its title or the nearest heading that names more than 治疗; a passage without a subject gives no rows.
+
+    With a teacher: two calls for each of a parent and a colleague, who asks, and the doctor, who answers and quotes the
+    passage (`details["evidence"]`).
+
+    An answer that the passage does not support is Dropped, as is a teacher's question that points at the passage or
+    repeats, and a quotation that is not in it.
+    """
+    yield from _templated(passage) if ask is None else _asked(passage, ask)
+
+
+def subject(passage: Document) -> str:
+    """What the passage is about, as a question would name it, or ""."""
+    general = re.compile(_templates()["general_titles"])
+    headings = passage.source.split(BETWEEN)[:0:-1]  # the nearest first, without the file
+    for name in (passage.disease, passage.title, *headings):
+        name = unnumbered(name.strip())
+        if not general.fullmatch(name):
+            for words in _templates()["title_words"]:
+                name = re.sub(words, "", name).strip()
+        if 2 <= len(name) <= _LONGEST_SUBJECT and not re.search("[。？！，；：]", name) and not general.fullmatch(name):
+            return name
+    return ""
+
+
+def _templated(passage: Document) -> Iterator[Built | Dropped]:
+    if not (name := subject(passage)):
+        return
+    for aspect, parts in _by_aspect(passage, name).items():
+        forms = _templates()["aspects"][aspect]
+        number = _number(passage.text, aspect)
+        role = ROLES[number % 2]
+        question = _pick(forms[role], number // 2).format(subject=name)
+        body = _spoken("".join(parts), name, role)
+        opening = _pick(_templates()["openings"][role], number // 16)
+        closing = _pick(forms["closings"], number // 256) if role == "parent" else ""
+        if any(closing[i : i + 3] in body for i in range(len(closing) - 2)):
+            closing = ""  # said already
+        yield _checked(passage, question, opening + body + closing, aspect, role, body)
+
+
+def _by_aspect(passage: Document, name: str) -> dict[str, list[str]]:
+    """The sentences of each aspect, in order; parts between semicolons are sentences if they have another aspect."""
+    found: dict[str, list[str]] = {}
+    previous, ended = "", True
+    for part in sentences(passage.text):
+        scores = _scores(part, name, passage.title)
+        best = max(scores, key=lambda aspect: scores[aspect])
+        # What leans on the sentence before it stays with it.
+        leans = re.match(_templates()["dangling"], part) or (not ended and scores[best] < scores.get(previous, 0) + 2)
+        if previous and leans:
+            best = previous
+        ended = not part.endswith(("；", ";"))
+        previous = best if scores[best] or leans else ""
+        if previous:
+            found.setdefault(previous, []).append(part)
+    return {aspect: [*parts[:-1], re.sub("[；;]$", "。", parts[-1])] for aspect, parts in found.items()}
+
+
+def _scores(sentence: str, name: str, title: str) -> dict[str, int]:
+    """How many cues of each aspect a sentence has, those that it begins with threefold, its heading twofold."""
+    scores = {}
+    for aspect, forms in _templates()["aspects"].items():
+        begins = any(re.match(cue.replace("{subject}", re.escape(name)), sentence) for cue in forms["begins"])
+        cues = 3 * begins + sum(bool(re.search(cue, sentence)) for cue in forms["cues"])
+        heading = 2 * bool(re.fullmatch(forms["titles"], title))
+        scores[aspect] = cues + heading if begins or heading or not forms.get("strict") else 0
+    return scores
+
+
+def _spoken(answer: str, name: str, role: str) -> str:
+    """An answer without a pronoun at its beginning: 其 is the subject's, 本病 the subject; plainer to parents."""
+    answer = re.sub(f"^(?:{_templates()['pronouns']})", lambda _: name, answer)
+    answer = re.sub(f"^(?:{_templates()['possessive']})", lambda _: name + "的", answer)
+    for form, words in _templates()["to_parents"].items() if role == "parent" else ():
+        answer = re.sub(f"^(?:{form})", words, answer)
+    return answer
+
+
+def _asked(passage: Document, ask: Ask) -> Iterator[Built | Dropped]:
+    forms = _templates()["teacher"]
+    known: set[str] = set()
+    for role, spoken in forms["roles"].items():
+        values = {"role": spoken, "title": subject(passage) or passage.title, "passage": passage.text}
+        try:
+            fields: dict[str, type] = {"question": str, "role": str}
+            said = ask(forms["system_question"].format(**values), forms["question"].format(**values), fields)
+            question = said["question"].strip()
+            fault = "question points at its passage" if re.search(_templates()["pointing"], question) else ""
+            fault = fault or ("question repeats another role's" if question in known else "")
+            if fault or not question:
+                yield Dropped(passage.source, fault or "teacher's answer was unusable", question)
+                continue
+            known.add(question)
+            values["question"] = question
+            said = ask(forms["system_answer"], forms["answer"].format(**values), {"answer": str, "evidence": str})
+        except Unusable as unusable:
+            yield Dropped(passage.source, "teacher's answer was unusable", str(unusable))
+            continue
+        answer, evidence = said["answer"].strip(), said["evidence"].strip()
+        text = _letters(passage.text)
+        if not _letters(evidence) or any(_letters(part) not in text for part in sentences(evidence)):
+            yield Dropped(passage.source, "evidence is not in its passage", evidence)
+        elif re.search(_templates()["pointing"], answer):
+            yield Dropped(passage.source, "answer points at its passage", answer)
+        else:
+            aspect = _aspect_of(question, answer, values["title"])
+            yield _checked(passage, question, answer, aspect, role, answer, evidence=evidence)
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text)
+
+
+def _aspect_of(question: str, answer: str, name: str) -> str:
+    for text in (question, answer):
+        scores = _scores(text, name, "")
+        best = max(scores, key=lambda aspect: scores[aspect])
+        if scores[best]:
+            return best
+    return ""
+
+
+def _checked(
+    passage: Document, question: str, answer: str, aspect: str, role: str, said: str, **details: Any
+) -> Built | Dropped:
+    """The row, if the passage supports `said`: the answer without what the template puts around it."""
+    found = support(said, passage.text, question=question)
+    if not found.ok():
+        return Dropped(passage.source, "answer not supported by its passage", f"{found.describe()}; {answer}")
+    task = _templates()["aspects"][aspect]["task"] if aspect else MEDKQA
+    messages = (Message("user", question), Message("assistant", answer))
+    record = Conversation(messages, passage.source, task, passage.disease, passage.department)
+    return Built(record, {"support": round(found.share, 3), "role": role, "aspect": aspect, **details})
+
+
+def _pick(choices: list[str], number: int) -> str:
+    return choices[number % len(choices)]
+
+
+def _number(*texts: str) -> int:
+    return int.from_bytes(hashlib.sha256("/".join(texts).encode()).digest()[:8], "big")
+
+
+@cache
+def _templates() -> dict[str, Any]:
+    text = files("pedgpt.corpus").joinpath("templates/role_play.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)

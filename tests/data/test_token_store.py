@@ -1,0 +1,371 @@
+"""Token stores on disk and the rows read from them: whole documents, exact resumption, bounded memory."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pedgpt.data import (
+    PackedRows,
+    TextSource,
+    TokenStore,
+    mix,
+    part_shares,
+    read_conversations,
+    read_documents,
+    read_triples,
+    train_tokenizer,
+    write_tokens,
+)
+from pedgpt.data.hybrid import DOMAIN, INSTRUCTIONS, SURFACE_FORMS, as_completion, discarded_on_error
+from pedgpt.data.records import detect_kind
+from pedgpt.training import BatchPlan
+
+SAMPLE = Path(__file__).parents[2] / "recipes" / "sample_corpus"
+BOS, EOS = 1, 2
+
+
+class Counting:
+    """A tokenizer whose text "7+3" is the tokens 7, 8, 9."""
+
+    def __init__(self, vocab_size=65_536, eos_id=EOS, prefix=()):
+        self.vocab_size, self.eos_id, self.document_prefix, self.backend = vocab_size, eos_id, list(prefix), self
+        self.encoded = 0
+
+    def to_str(self):
+        return "counting"
+
+    def encode_batch(self, texts):
+        self.encoded += len(texts)
+        pairs = [tuple(map(int, text.split("+"))) for text in texts]
+        return [list(range(first, first + count)) for first, count in pairs]
+
+
+def documents_of(folder, *files):
+    """A file of documents for each list of (first token, count), as a source each."""
+    sources = []
+    for number, pairs in enumerate(files):
+        path = Path(folder) / f"{number}.jsonl"
+        path.write_text("".join(f'{{"text": "{first}+{count}"}}\n' for first, count in pairs), encoding="utf-8")
+        sources.append(TextSource(f"s{number}", DOMAIN, "documents", (str(path),)))
+    return sources
+
+
+def store_of(folder, sources, tokenizer=None, **settings):
+    """Write, and open, the store of these sources."""
+    done = sum(write_tokens(Path(folder) / "store", sources, tokenizer or Counting(), **settings))
+    return TokenStore(Path(folder) / "store"), done
+
+
+def parts(row):
+    """(tokens, labels) of each document of a row, by its document ids."""
+    return [
+        tuple(tuple(value for value, d in zip(values, row.documents, strict=True) if d == number)
+              for values in (row.tokens, row.labels))
+        for number in sorted(set(row.documents))
+    ]  # fmt: skip
+
+
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 40), st.sampled_from([None, EOS]),
+    st.sampled_from([(), (BOS,)]), st.data(),
+)  # fmt: skip
+@settings(max_examples=120, deadline=None)
+def test_documents_come_out_whole_once_in_some_row(counts, row_length, eos, prefix, data):
+    order = data.draw(st.lists(st.integers(0, len(counts) - 1), min_size=1, max_size=40))
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = [(100 * (i + 1), count) for i, count in enumerate(counts)]
+        store, done = store_of(folder, documents_of(folder, pairs[:3], pairs[3:]), Counting(9000, eos, prefix))
+        assert done == len(counts) == sum(store.counts)
+        rows = PackedRows(store, np.array(order), row_length)
+        found = [rows.row(i) for i in range(len(rows))]
+    expected = Counter()
+    for i in order:
+        first, count = pairs[i]
+        stream = list(prefix) * (count > 0) + list(range(first, first + count)) + [eos] * (eos is not None)
+        for start in range(0, len(stream) - 1, row_length):
+            piece = stream[start : start + row_length + 1]
+            expected[tuple(piece[:-1]), tuple(piece[1:])] += 1
+    assert Counter(part for row in found for part in parts(row)) == expected
+    for row in found:
+        assert 0 < len(row.tokens) == len(row.labels) == len(row.documents) <= row_length
+        assert row.documents == sorted(row.documents) and row.documents[-1] + 1 == len(row.sources)
+        for number, name in enumerate(row.sources):
+            token = max(row.tokens[t] for t, d in enumerate(row.documents) if d == number)
+            if token >= 100:
+                at = token // 100 - 1
+                assert name == (f"domain text/s0 {at + 1}" if at < 3 else f"domain text/s1 {at - 2}")
+    total = sum(len(row.tokens) for row in found)
+    assert rows.utilization == pytest.approx(total / max(1, len(found) * row_length))
+
+
+@pytest.mark.parametrize(("vocab_size", "bytes_each"), [(65_536, 2), (65_537, 4), (125_696, 4)])
+def test_a_token_takes_two_bytes_where_the_vocabulary_allows(tmp_path, vocab_size, bytes_each):
+    store, _ = store_of(tmp_path, documents_of(tmp_path, [(vocab_size - 3, 3)]), Counting(vocab_size))
+    assert store.tokens.tolist() == [vocab_size - 3, vocab_size - 2, vocab_size - 1, EOS]
+    assert (tmp_path / "store" / "tokens.bin").stat().st_size == 4 * bytes_each
+    row = PackedRows(store, np.array([0]), 9).row(0)
+    assert (row.tokens, row.labels) == ([vocab_size - 3, vocab_size - 2, vocab_size - 1],
+                                        [vocab_size - 2, vocab_size - 1, EOS])  # fmt: skip
+
+
+def test_a_store_of_nothing_has_no_rows(tmp_path):
+    store, done = store_of(tmp_path, [])
+    rows = PackedRows(store, np.arange(0), 8)
+    assert (done, len(rows), rows.utilization, store.sizes(), store.parts()) == (0, 0, 0.0, [], set())
+    blank = documents_of(tmp_path, [], [(5, 1)])
+    store, _ = store_of(tmp_path, blank)
+    assert store.counts == [0, 1] and [s.tolist() for s in store.sizes()] == [[], [1]] and store.parts() == {DOMAIN}
+
+
+def test_rows_are_well_used_on_realistic_lengths(tmp_path):
+    draw = random.Random(0)
+    for number, (row_length, median, spread) in enumerate(((4096, 300, 1.2), (512, 90, 0.8), (2048, 3000, 1.0))):
+        pairs = [(3, min(50_000, int(draw.lognormvariate(0, spread) * median) + 1)) for _ in range(2000)]
+        (folder := tmp_path / str(number)).mkdir()
+        store, _ = store_of(folder, documents_of(folder, pairs))
+        rows = PackedRows(store, np.arange(2000), row_length)
+        assert rows.utilization == sum(count for _, count in pairs) / (len(rows) * row_length) >= 0.99
+
+
+def test_rows_of_the_sample_corpus_are_well_used(tmp_path):
+    """Its text, conversations, and triples as short sentences, as build_corpus.py makes such of them too."""
+    facts = [f"{fact.head}的{fact.relation}：{fact.tail}。" for fact in read_triples(SAMPLE / "knowledge_graph.tsv")]
+    (tmp_path / "facts.jsonl").write_text("".join(f'{{"text": "{fact}"}}\n' for fact in facts), encoding="utf-8")
+    kinds = {path: detect_kind(path) for path in (*sorted(SAMPLE.glob("*.jsonl")), tmp_path / "facts.jsonl")}
+    parts = {"documents": DOMAIN, "conversations": INSTRUCTIONS}
+    sources = [
+        TextSource(path.stem, parts[kind], kind, (str(path),)) for path, kind in kinds.items() if kind in parts
+    ]
+    texts = [row.text for path, kind in kinds.items() if kind == "documents" for row in read_documents(path)]
+    tokenizer = train_tokenizer(texts, vocab_size=1500, special_tokens=["<unk>", "<s>", "</s>"])
+    store, done = store_of(tmp_path, sources, tokenizer)
+    assert set(kinds.values()) == {"documents", "conversations", "preferences"}
+    assert done == sum(store.summary.rows.values()) == sum(store.counts) > 1000
+    for total in (0, 320_000):
+        mixture = mix(store.sources, store.sizes(), part_shares(0.5, 9.0, store.parts()), total_tokens=total, seed=0)
+        for row_length in (256, 384, 512):
+            rows = PackedRows(store, mixture.order, row_length)
+            assert rows.utilization >= 0.99 and len(rows) > 100
+
+
+def test_conversations_take_a_form_by_their_number_and_the_seed(tmp_path):
+    path = tmp_path / "talks.jsonl"
+    rows = [{"question": f"第{i}个问题？", "answer": "多喝水。"} for i in range(700)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    sources = [TextSource("talks", INSTRUCTIONS, "conversations", (str(path),))]
+    tokenizer = train_tokenizer(["第个问题多喝水"], vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"])
+
+    def forms(seed):
+        store, _ = store_of(tmp_path, sources, tokenizer, seed=seed)
+        texts = [tokenizer.decode(store.tokens[a:b].tolist()) for a, b in zip(store.offsets, store.offsets[1:])]  # noqa: B905
+        known = [[as_completion(talk, form) for form in range(len(SURFACE_FORMS))] for talk in read_conversations(path)]
+        return [names.index(text) for names, text in zip(known, texts, strict=True)]
+
+    first = forms(0)
+    assert first == forms(0) != forms(1)
+    assert all(70 <= count <= 135 for count in Counter(first).values()) and len(set(first)) == len(SURFACE_FORMS)
+
+
+def test_skipped_rows_are_counted_and_remembered(tmp_path):
+    path = tmp_path / "0.jsonl"
+    path.write_text('{"text": "5+2"}\n{"title": "x"}\n\n{"text": "9+1"}\n', encoding="utf-8")
+    sources = [TextSource("s", DOMAIN, "documents", (str(path),))]
+    with pytest.raises(ValueError, match="0.jsonl:2: missing field"):
+        store_of(tmp_path, sources)
+    assert not (tmp_path / "store").exists()
+    for expected in (2, 0):  # written, and found
+        store, done = store_of(tmp_path, sources, on_bad_row="skip")
+        assert done == expected and store.summary.rows == {str(path): 2}
+        assert "1 skipped, missing field: " in store.summary.describe() and store.tokens.tolist() == [5, 6, 2, 9, 2]
+
+
+def test_a_store_is_used_again_exactly_if_nothing_it_depends_on_has_changed(tmp_path):
+    sources = documents_of(tmp_path, [(5, 3), (9, 2)])
+    settings = {"sources": sources, "tokenizer": Counting(), "seed": 0, "on_bad_row": "error"}
+
+    def made(**changes):
+        chosen = {**settings, **changes}
+        chosen["tokenizer"].encoded = 0
+        store, done = store_of(tmp_path, **chosen)
+        assert done == chosen["tokenizer"].encoded
+        return done
+
+    def change(**values):
+        return [TextSource(**{**vars(sources[0]), **values})]
+
+    assert made() == 2 and made() == 0
+    other = Counting()
+    other.to_str = lambda: "other"
+    for changes in (
+        {"seed": 1}, {"on_bad_row": "skip"}, {"tokenizer": other}, {"tokenizer": Counting(eos_id=3)},
+        {"tokenizer": Counting(prefix=[1])}, {"sources": change(weight=2.0)}, {"sources": change(epochs=2.0)},
+        {"sources": change(name="other")}, {"sources": [*sources, *change(name="again")]},
+    ):  # fmt: skip
+        assert made(**changes) > 0 and made(**changes) == 0
+        assert made() == 2
+    path = Path(sources[0].paths[0])
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace("9+2", "9+4"), encoding="utf-8")
+    assert made() == 2 and TokenStore(tmp_path / "store").tokens.tolist()[-3:] == [11, 12, EOS]
+    path.write_text(before, encoding="utf-8")
+    assert made() == 2 and made() == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.jsonl", "store"]  # nothing aside
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+DAMAGE = {
+    "tokens": (lambda f: cut(f / "tokens.bin"), "tokens.bin has 12 bytes, expected 14"),
+    "offsets": (lambda f: cut(f / "offsets.bin"), "offsets.bin has 22 bytes, expected 24"),
+    "wrong_end": (lambda f: (f / "offsets.bin").write_bytes(bytes(24)), "its offsets end at 0, its tokens at 7"),
+    "no_tokens": (lambda f: (f / "tokens.bin").unlink(), "No such file"),
+    "no_json": (lambda f: (f / "store.json").unlink(), "No such file"),
+    "half_json": (lambda f: cut(f / "store.json"), "no complete token store"),
+    "other_json": (lambda f: (f / "store.json").write_text("{}"), "no complete token store"),
+    "nothing": (shutil.rmtree, "No such file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_store_is_refused_and_made_again(tmp_path, damage):
+    sources = documents_of(tmp_path, [(5, 3), (9, 2)])
+    whole, _ = store_of(tmp_path, sources)
+    expected, digest = whole.tokens.tolist(), whole.digest
+    break_it, told = DAMAGE[damage]
+    break_it(tmp_path / "store")
+    with pytest.raises(ValueError, match="store: no complete token store.*the next run makes it again") as error:
+        TokenStore(tmp_path / "store")
+    assert told in str(error.value)
+    store, done = store_of(tmp_path, sources)
+    assert done == 2 and store.tokens.tolist() == expected and store.digest == digest
+
+
+def test_a_store_that_was_not_finished_is_no_store(tmp_path):
+    sources = documents_of(tmp_path, [(5, 1)] * 2500)
+    writing = write_tokens(tmp_path / "store", sources, Counting())
+    assert next(writing) == 1000 and next(writing) == 1000
+    assert not (tmp_path / "store").exists()
+    writing.close()  # as if the process had died
+    store, done = store_of(tmp_path, sources)
+    assert done == 2500 and len(store.offsets) == 2501
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.jsonl", "store"]
+
+
+def test_a_mistake_leaves_nothing_behind_and_nothing_else_is_touched(tmp_path):
+    for kept in (False, True):
+        tokens = tmp_path / "run" / "tokens"
+        tokens.mkdir(parents=True)
+        if kept:
+            (tmp_path / "run" / "metrics.jsonl").write_text("mine")
+        with pytest.raises(ValueError, match="mistake"), discarded_on_error(tokens):
+            raise ValueError("mistake")
+        assert not tokens.exists() and (tmp_path / "run").exists() == kept
+    tokens.mkdir()
+    with pytest.raises(KeyboardInterrupt), discarded_on_error(tokens):
+        raise KeyboardInterrupt
+    assert tokens.exists()
+
+
+def plan_of(rows, epochs=2.0):
+    total = round(epochs * rows)
+    return BatchPlan(rows, 7, micro_batch_size=2, total_steps=-(-total // 7), total_rows=total, seed=3)
+
+
+def step_of(plan, rows, step, size):
+    """What all of `size` ranks together read in a step, by row id."""
+    batches = [batch for rank in range(size) for batch in plan.micro_batches(step, rank, size)]
+    read = {i: rows.row(row) for numbers, ids in batches for row, i in zip(numbers, ids, strict=True)}
+    assert len(read) == sum(len(numbers) for numbers, _ in batches)  # none twice
+    return [(i, row.tokens, row.labels, row.documents) for i, row in sorted(read.items())]
+
+
+def test_a_run_resumed_at_any_step_on_any_number_of_ranks_reads_exactly_the_rest(tmp_path):
+    draw = random.Random(1)
+    files = [[(draw.randrange(3, 60_000), draw.randrange(1, 90)) for _ in range(n)] for n in (70, 40)]
+    sources = documents_of(tmp_path, *files)
+    sources[1] = TextSource("talk", INSTRUCTIONS, "documents", sources[1].paths)
+
+    def begin():
+        """All that a process starts from: the files, through the store, the mixture and the rows, to the plan."""
+        store, _ = store_of(tmp_path, sources)
+        shares = part_shares(0.5, 9.0, store.parts())
+        mixture = mix(store.sources, store.sizes(), shares, total_tokens=0, seed=11)
+        rows = PackedRows(store, mixture.order, 50)
+        return plan_of(len(rows)), rows
+
+    plan, rows = begin()
+    whole = [step_of(plan, rows, step, 1) for step in range(plan.total_steps)]
+    name = rows.fingerprint
+    assert plan.total_steps > 20 and sum(map(len, whole)) == 2 * len(rows)
+    for first in range(plan.total_steps):
+        if first % 9 == 4:
+            shutil.rmtree(tmp_path / "store")  # lost on the way, so made again
+        plan, rows = begin()
+        assert rows.fingerprint == name
+        for step in range(first, plan.total_steps):
+            assert step_of(plan, rows, step, 1 + (first + step) % 3) == whole[step]
+
+
+def test_the_fingerprint_names_exactly_these_rows(tmp_path):
+    sources = documents_of(tmp_path, [(5, 3), (20, 4), (40, 3)])
+    store, _ = store_of(tmp_path, sources)
+    names = {
+        PackedRows(store, np.array(order), length).fingerprint
+        for order in ([0, 1, 2], [2, 1, 0], [0, 1], [0, 1, 2, 2])
+        for length in (8, 4)
+    }
+    assert len(names) == 8
+    same = PackedRows(store, np.array([0, 1, 2]), 8).fingerprint
+    moved = [TextSource("renamed", INSTRUCTIONS, "documents", sources[0].paths)]
+    assert PackedRows(store_of(tmp_path, moved)[0], np.array([0, 1, 2]), 8).fingerprint == same  # the same tokens
+    other = documents_of(tmp_path, [(5, 3), (20, 4), (41, 3)])
+    assert PackedRows(store_of(tmp_path, other)[0], np.array([0, 1, 2]), 8).fingerprint != same
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from pedgpt.data import PackedRows, TextSource, TokenStore, load_tokenizer, mix, part_shares, write_tokens
+
+def peak():  # MB; getrusage would give the parent's peak, too
+    return int(re.search("VmHWM:\\s+([0-9]+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+
+folder, file, model, count = *sys.argv[1:4], int(sys.argv[4])
+tokenizer = load_tokenizer(model)
+before = peak()
+for _ in write_tokens(folder, [TextSource("s", "domain text", "documents", (file,))], tokenizer):
+    pass
+written = peak()
+store = TokenStore(folder)
+mixture = mix(store.sources, store.sizes(), part_shares(0.0, 9.0, store.parts()), total_tokens=0, seed=0)
+rows = PackedRows(store, mixture.order, 4096)
+assert sum(store.counts) == count and rows.utilization > 0.99
+tokens = sum(len(rows.row(i).tokens) for i in range(0, len(rows), 4))
+assert 4 * tokens > 0.98 * sum(mixture.tokens.values()) and sum(mixture.tokens.values()) > 20 * count
+print(written - before, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory as Linux tells it")
+def test_two_hundred_thousand_documents_take_little_memory(tmp_path, folders):
+    # As lists of ids they take 850 MB.
+    with open(tmp_path / "texts.jsonl", "w", encoding="utf-8") as file:
+        for i in range(200_000):
+            file.write(f'{{"text": "孩子发烧三天了，{"有点咳嗽，" * (i % 7)}体温{i}度。"}}\n')
+    arguments = [tmp_path / "store", tmp_path / "texts.jsonl", folders["baichuan"], "200000"]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written, read = map(int, done.stdout.split())
+    assert written < 60 and read < 100, (written, read)
