@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from pedgpt.corpus import Groups, diseases, read_listing
+from pedgpt.corpus import Split, diseases, read_listing
 from pedgpt.corpus.assemble import Assembly, Limits
 from pedgpt.corpus.build import TABLES, build, build_disease, build_graph, build_templates
 from pedgpt.corpus.card import statistics_table, write_card, write_manifest
@@ -48,7 +48,7 @@ class Config:
     pediatric_share: float = 0.3  # share of the three tasks' training rows that stage 2 sees already, as its dialogues
     heldout_share: float = 0.1  # share of the diseases (of the questions, where no disease is named) held out
     near_duplicate: float = 0.8  # Jaccard similarity of character 5-grams from which a row repeats an earlier one
-    min_characters: int = 4  # of a text, or of a conversation's answers together
+    min_characters: int = 2  # of a text, or of a conversation's answers together
     max_characters: int = 20000  # of a conversation or pair
     min_chinese: float = 0.3  # share of Han characters among a row's letters
     keep_personal_data: bool = False  # true leaves telephone and identity numbers, e-mails and names as they are
@@ -86,7 +86,8 @@ def main(config: Config) -> None:
 
     # The graphs first: their diseases are what the split goes by.
     graphs = {source.name: diseases(list(read(source))) for source in sources if source.kind == "knowledge_graph"}
-    groups = Groups(disease.name for graph in graphs.values() for disease in graph)
+    names = (disease.name for graph in graphs.values() for disease in graph)
+    split = Split(names, heldout_share=config.heldout_share, seed=config.seed)
     limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
     with contextlib.ExitStack() as stack:
         cache = output.with_name(f"{output.name}.teacher.sqlite")
@@ -94,8 +95,8 @@ def main(config: Config) -> None:
             stack.enter_context(Teacher(load_teacher(Path(path)), cache)) if path else None
             for path in (config.teacher, config.plain_teacher)
         )
-        in_turn = partial(in_order, workers=ask.settings.concurrency if ask else 0)
-        assembly = stack.enter_context(contextlib.closing(Assembly(building, limits, groups)))
+        in_turn = partial(in_order, workers=ask.settings.concurrency if ask else 0, teacher=ask)
+        assembly = stack.enter_context(contextlib.closing(Assembly(building, limits, split)))
         for path in config.evaluation:
             assembly.protect(iter_records(path, detect_kind(path)))
 
@@ -104,12 +105,14 @@ def main(config: Config) -> None:
             if source.kind == "knowledge_graph":
                 for part in ("train", "heldout"):  # apart, so that no row joins facts of both sides
                     graph = [disease for disease in graphs[source.name] if assembly.side_of(disease.name) == part]
-                    for steps in in_turn(graph, partial(build_disease, source=source, ask=ask, plain=plain)):
+                    for steps in in_turn(
+                        graph, partial(build_disease, source=source, ask=ask, plain=plain), desc=source.name
+                    ):
                         assembly.take(steps, source)
                     assembly.take(build_graph(graph, source), source)
             elif source.reads:
                 work = partial(build, source=source, ask=ask, plain=plain)
-                for steps in in_turn(assembly.clean(read(source), source), work):
+                for steps in in_turn(assembly.clean(read(source), source), work, desc=source.name):
                     assembly.take(steps, source)
             else:
                 assembly.take(build_templates(source), source)

@@ -22,12 +22,13 @@ from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, digest
 from pedgpt.corpus.quality import fault, normalize, scrub
 from pedgpt.corpus.rows import Built, Dropped, map_texts, question, texts
 from pedgpt.corpus.sources import Source
-from pedgpt.corpus.split import Groups, side
+from pedgpt.corpus.split import Split
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record
 
 KINDS = {Document: "documents", Conversation: "conversations", PreferencePair: "preferences"}
-# Builders whose rows resemble each other on purpose: the same fact in several phrasings.
-VARIANTS = ("graph/", "role_play", "preferences", "safety", "self_cognition")
+# Builders whose rows resemble others on purpose: the same fact in several phrasings, an answer as text. They are split
+# by disease and compared exactly alone.
+VARIANTS = ("graph/", "role_play", "preferences", "safety", "self_cognition", "answer")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,6 @@ class Limits:
     max_characters: int  # of a conversation or pair; running text may be of any length
     min_chinese: float  # share of Han characters among letters
     near_duplicate: float  # Jaccard similarity from which a row repeats another
-    heldout_share: float  # of the groups
     shard_rows: int  # rows a file
     keep_personal_data: bool
     seed: int
@@ -61,9 +61,9 @@ class Assembly:
 
     folder: Path
     limits: Limits
-    groups: Groups
+    split: Split
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)  # by source and reason
-    built: Counter[str] = field(default_factory=Counter)  # rows that came in, by source
+    built: Counter[str] = field(default_factory=Counter)  # rows by source, each of them written or listed in the end
     tables: Counter[str] = field(default_factory=Counter)  # rows in the spool, by table
     replaced: Counter[str] = field(default_factory=Counter)  # personal data, by kind
 
@@ -92,13 +92,15 @@ class Assembly:
 
     def side_of(self, disease: str) -> str:
         """The side of the split, "train" or "heldout", on which all rows of a disease lie."""
-        return side(f"disease/{disease}", self.limits.heldout_share, self.limits.seed)
+        return self.split.side(f"disease/{disease}")
 
     def unreadable(self, summary: ReadSummary, source: Source) -> None:
         """List the rows that a source's reader skipped."""
         for row in summary.skipped:
             fault, _, detail = row.reason.partition(": ")
-            self.drop(Dropped(_place(f"{row.file}:{row.line}", source), f"unreadable: {fault}", detail), source.name)
+            self.drop(
+                Dropped(_place(f"{row.file}:{row.line}", source), f"unreadable: {fault}", detail), source.name, True
+            )
 
     def take(self, steps: Iterable[Step], source: Source) -> None:
         """What was made of one input of a source; what was built from a row that is left out is left out too."""
@@ -118,7 +120,6 @@ class Assembly:
         `group` overrides the one that the record itself shows.
         """
         record = row.record
-        self.built[source] += 1
         if found := self._fault(record):
             return self.drop(Dropped(record.source, *found), source)
         everything = "\n".join(texts(record))
@@ -128,8 +129,9 @@ class Assembly:
         if not builder.startswith(VARIANTS):
             self._near.add(everything)
             self._compared.append(len(self))
+        self.built[source] += 1
         self.tables[table] += 1
-        held = side(group or self.groups.group(record), self.limits.heldout_share, self.limits.seed) == "heldout"
+        held = self.split.side(group or self.split.group(record)) == "heldout"
         origin = {"place": record.source, **({"builder": builder} if builder else {}), **row.details}
         head = [table, source, builder, parent, record.disease or record.department]
         self._offsets.append(self._spool.tell())
@@ -137,8 +139,9 @@ class Assembly:
         self._spool.write(_line([head, {**_as_row(record), "origin": origin}]))
         return len(self) - 1
 
-    def drop(self, row: Dropped, source: str) -> int:
-        """List a row that is left out, and count it; -1, for the number that it has not."""
+    def drop(self, row: Dropped, source: str, counted: bool = False) -> int:
+        """List a row that is left out; -1, for the number that it has not. `counted`: it is in `built` already."""
+        self.built[source] += not counted
         self.dropped[source, row.reason] += 1
         listed = {"source": source, "place": row.source, "reason": row.reason, "detail": row.detail}
         self._list.write(json.dumps(listed, ensure_ascii=False) + "\n")
@@ -147,7 +150,17 @@ class Assembly:
     def protect(self, records: Iterable[Record]) -> None:
         """Evaluation data: no training row may hold what it asks or answers."""
         for record in records:
-            for text in texts(record):
+            if isinstance(record, Document):
+                self._decontaminator.add(record.source, record.text)
+                continue
+            asked = question(record)
+            self._decontaminator.add(record.source, asked, question=True)
+            # What a patient says later means little by itself: 好的，谢谢医生的建议 is in many dialogues.
+            if isinstance(record, PreferencePair):
+                said = [record.chosen, record.rejected]
+            else:
+                said = [message.content for message in record.messages if message.role == "assistant"]
+            for text in said:
                 self._decontaminator.add(record.source, text)
 
     def answers_as_text(self, table: str, conversations: tuple[str, ...], at_least: int = 20) -> None:
@@ -158,19 +171,20 @@ class Assembly:
                 for message in record.messages:
                     if message.role == "assistant" and len(message.content) >= at_least:
                         text = Document(message.content, record.source, "", record.disease, record.department)
-                        group = self.groups.group(record)
+                        group = self.split.group(record)
                         self.add(Built(text), table, source, "answer", number, group)
 
     def finish(self, sample_share: float) -> Corpus:
         """Write the shards and reports. `sample_share` of the tasks' training rows go to stage 2 as well."""
         gone = bytearray(len(self))
         similar = {self._compared[i]: (self._compared[j], share) for i, j, share in self._near.find()}
-        own = [i for i in range(len(self)) if self._heldout[i] and i not in similar]
-        for _, (*_, builder, _, _), row in self._rows(own):
-            if not builder.startswith(
-                VARIANTS
-            ):  # those are split by disease already, and share their wording with training rows
-                self.protect([_record(row)])
+        asked = set()  # diseases share first questions: 孩子发热、头痛，是怎么回事
+        for _, (*_, builder, _, _), row in self._rows(i for i in range(len(self)) if self._heldout[i]):
+            record = _record(row)
+            if not isinstance(record, Document):
+                asked.add(digest(question(record)))
+            if not builder.startswith(VARIANTS):  # those share their wording, not their facts, with training rows
+                self.protect([record])
         corpus = Corpus(self.folder, self.limits.shard_rows)
         contradictions = Contradictions()
         for number, head, row in self._rows(range(len(self))):
@@ -181,11 +195,15 @@ class Assembly:
                 reason, detail = "near duplicate", f"{similar[number][1]:.2f} of {self._place(similar[number][0])}"
             elif parent >= 0 and gone[parent]:
                 reason, detail = "built from a row that was left out", self._place(parent)
-            elif not self._heldout[number] and (match := self._decontaminator.match(texts(record))):
-                reason, detail = "overlaps with evaluation data", f"{match[1]:.2f} of {match[0]}"
+            elif self._heldout[number]:
+                pass
+            elif not isinstance(record, Document) and digest(question(record)) in asked:
+                reason, detail = "asks a held-out question", question(record)
+            elif match := self._decontaminator.match(texts(record)):
+                reason, detail = "overlaps with evaluation or held-out rows", f"{match[1]:.2f} of {match[0]}"
             if reason:
                 gone[number] = 1
-                self.drop(Dropped(record.source, reason, detail), source)
+                self.drop(Dropped(record.source, reason, detail), source, counted=True)
                 continue
             part = "heldout" if self._heldout[number] else "train"
             corpus.write(part, table, source, record, row, topic)

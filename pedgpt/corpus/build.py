@@ -17,6 +17,7 @@ from pedgpt.corpus.knowledge_graph import (
     negative,
     trerecom,
     two_hop,
+    verbalize,
     verbalize_with,
 )
 from pedgpt.corpus.preferences import humane_pair
@@ -67,7 +68,10 @@ def build_graph(diseases: Sequence[Disease], source: Source) -> Iterator[Step]:
 
 def build_disease(disease: Disease, source: Source, ask: Ask | None = None, plain: Ask | None = None) -> list[Step]:
     """What a teacher is asked about a disease of a graph: its facts as running text, and pairs."""
-    steps = [Step("graph/text", row) for row in verbalize_with(disease, ask)] if "text" in source.build else []
+    steps = []
+    if "text" in source.build:
+        told = verbalize_with(disease, ask) if ask else map(Built, verbalize(disease))
+        steps += [Step("graph/text", row) for row in told]
     for row in trerecom(disease) if "preferences" in source.build else ():
         steps += [Step("graph/preferences", pair) for pair in humane_pair(row, ask, plain)]
     return steps

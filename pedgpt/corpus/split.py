@@ -36,20 +36,18 @@ class _Keys(dict[int, str]):
 _KEYS = _Keys()
 
 
-def side(group: str, heldout_share: float, seed: int) -> str:
-    """Which side, "train" or "heldout", by a hash of the group's name: a group is never divided."""
-    number = int.from_bytes(hashlib.sha256(f"{seed}/{group}".encode()).digest()[:8], "big")
-    return "heldout" if number < heldout_share * 2**64 else "train"
+class Split:
+    """On which side a row lies: all rows on a disease on one, and else all rows with one question.
 
-
-class Groups:
-    """Which group a row belongs to: its disease if one of `diseases` is named, or else its own question.
-
-    All rows on a disease fall on one side of the split, so that no fact of a held-out disease is trained on.
+    So no fact of a held-out disease is trained on. Of the known `diseases` a share is held out, as exactly as whole
+    diseases allow; other groups go by a hash of their name alone, whatever else there is.
     """
 
-    def __init__(self, diseases: Iterable[str] = ()) -> None:
+    def __init__(self, diseases: Iterable[str] = (), *, heldout_share: float, seed: int) -> None:
         self.diseases = set(diseases)
+        self.heldout_share, self.seed = heldout_share, seed
+        ranked = sorted(self.diseases, key=lambda name: (self._number(f"disease/{name}"), name))
+        self._heldout = {f"disease/{name}" for name in ranked[: round(heldout_share * len(ranked))]}
         self._lengths = sorted({len(name) for name in self.diseases}, reverse=True)
 
     def group(self, record: Record) -> str:
@@ -58,9 +56,19 @@ class Groups:
         name = record.disease or self._named(asked[:200])
         return f"disease/{name}" if name else f"question/{question_key(asked)}"
 
+    def side(self, group: str) -> str:
+        """ "train" or "heldout"."""
+        if group.removeprefix("disease/") in self.diseases:
+            return "heldout" if group in self._heldout else "train"
+        return "heldout" if self._number(group) < self.heldout_share else "train"
+
     def _named(self, text: str) -> str:
         for length in self._lengths:
             for start in range(len(text) - length + 1):
                 if text[start : start + length] in self.diseases:
                     return text[start : start + length]
         return ""
+
+    def _number(self, group: str) -> float:
+        """In [0, 1), evenly spread."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{group}".encode()).digest()[:8], "big") / 2**64

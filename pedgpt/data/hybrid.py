@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pedgpt.data.packing import Row, best_fit_arrays, document_stream
-from pedgpt.data.records import Conversation, ReadSummary, SkippedRow, _files, iter_records
+from pedgpt.data.records import Conversation, ReadSummary, SkippedRow, files_of, iter_records
 from pedgpt.data.tokenizer import Tokenizer
 
 Numbers = NDArray[np.int64]
@@ -428,7 +428,7 @@ def _key(sources: Sequence[TextSource], tokenizer: Tokenizer, seed: int, on_bad_
     digest = hashlib.sha256(json.dumps([_STORE_VERSION, SURFACE_FORMS, ends, seed, on_bad_row]).encode())
     digest.update(tokenizer.backend.to_str().encode())
     for source in sources:
-        files = [(str(path), _sha256(path)[0]) for path in (_files(source.paths) if source.paths else [])]
+        files = [(str(path), _sha256(path)[0]) for path in (files_of(source.paths) if source.paths else [])]
         digest.update(json.dumps([asdict(source), files]).encode())
     return digest.hexdigest()
 

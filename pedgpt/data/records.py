@@ -216,7 +216,7 @@ def detect_kind(path: PathLike) -> str:
     """Tell "documents", "conversations", "preferences" or "triples" by a file's first rows; ValueError if none fits."""
     if Path(path).is_dir():
         raise ValueError(f"{path}: found a folder, expected one file; name a file in it")
-    (file,) = _files(path)
+    (file,) = files_of(path)
     parsers: dict[str, Parser[object]] = {"preferences": _preference, "conversations": _conversation}
     # Any TSV of three columns could hold triples, so there they come last; elsewhere their keys are the surer sign.
     parsers |= {"documents": _document} if file.suffix.lower() == ".tsv" else {}
@@ -234,7 +234,7 @@ def field_mapping(path: PathLike, kind: str) -> str:
 
     E.g. "question → user, raw_anwser → assistant, department; ignored: id".
     """
-    (file,) = _files(path)
+    (file,) = files_of(path)
     if file.suffix.lower() in (".txt", ".md"):
         return "the whole file → text"
     for _, row in islice(_rows(file, kind), 20):
@@ -298,7 +298,7 @@ def _iterate(
         raise ValueError(f'on_bad_row is {on_bad_row!r}, expected "error" or "skip"')
     if max_characters is not None and max_characters < 1:
         raise ValueError(f"max_characters is {max_characters}, expected 1 or more, or None for no bound")
-    for path in _files(paths):
+    for path in files_of(paths):
         tally.rows.setdefault(str(path), 0)
         for line, row in _rows(path, kind, columns):
             place = f"{path}:{line}"
@@ -314,7 +314,7 @@ def _iterate(
                 yield record
 
 
-def _files(paths: Paths) -> list[Path]:
+def files_of(paths: Paths) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
         if not path.exists():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pedgpt.corpus.split import Groups, question_key, side
+from pedgpt.corpus.split import Split, question_key
 from pedgpt.data import Conversation, Document, Message, PreferencePair
 
 
@@ -26,18 +26,29 @@ def talk(asked, disease=""):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_share_of_groups_is_held_out_and_depends_on_name_and_seed_alone(seed):
-    names = [f"disease/第{i}种病" for i in range(4000)]
-    heldout = {name for name in names if side(name, 0.1, seed) == "heldout"}
-    assert 0.085 < len(heldout) / len(names) < 0.115  # three standard deviations
-    assert heldout < {name for name in names if side(name, 0.3, seed) == "heldout"}
-    assert {side(name, 0.0, seed) for name in names} == {"train"}
-    other = {name for name in names if side(name, 0.1, seed + 1) == "heldout"}
-    assert len(heldout & other) < len(heldout) / 2
+def test_share_of_questions_is_held_out_and_depends_on_name_and_seed_alone(seed):
+    def heldout(share, seed):
+        split = Split(heldout_share=share, seed=seed)
+        return {name for name in (f"question/第{i}问" for i in range(4000)) if split.side(name) == "heldout"}
+
+    found = heldout(0.1, seed)
+    assert 0.085 < len(found) / 4000 < 0.115  # three standard deviations
+    assert found < heldout(0.3, seed) and not heldout(0.0, seed)
+    assert len(found & heldout(0.1, seed + 1)) < len(found) / 2
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.1, 7), (0.0, 0), (0.5, 34), (0.01, 1)])
+def test_share_of_known_diseases_is_exact_and_seeded(share, count):
+    names = [f"第{i}种病" for i in range(68)]
+    sides = [Split(order, heldout_share=share, seed=3).side for order in (names, names[::-1])]
+    found = {name for name in names if sides[0](f"disease/{name}") == "heldout"}
+    assert len(found) == count == sum(sides[1](f"disease/{name}") == "heldout" for name in found)
+    other = Split(names, heldout_share=share, seed=4)
+    assert share in (0.0, 0.01) or found != {name for name in names if other.side(f"disease/{name}") == "heldout"}
 
 
 def test_rows_on_a_disease_are_one_group_however_they_name_it():
-    groups = Groups(["肺炎", "支原体肺炎", "感冒"])
+    groups = Split(["肺炎", "支原体肺炎", "感冒"], heldout_share=0.1, seed=0)
     same = {
         groups.group(talk("支原体肺炎怎么治？")),
         groups.group(talk("孩子咳嗽怎么办？", disease="支原体肺炎")),
@@ -51,9 +62,9 @@ def test_rows_on_a_disease_are_one_group_however_they_name_it():
 
 
 def test_rows_without_a_known_disease_go_by_their_question():
-    groups = Groups(["感冒"])
+    groups = Split(["感冒"], heldout_share=0.1, seed=0)
     one, two = groups.group(talk("孩子 发烧，怎么办")), groups.group(talk("孩子发烧怎么办？"))
     assert one == two != groups.group(talk("孩子发热怎么办？"))
     asked_twice = Conversation((*talk("孩子发烧怎么办").messages, *talk("要吃药吗").messages), "f:2")
     assert groups.group(asked_twice) == one  # a dialogue goes by its first question
-    assert Groups().group(talk("感冒了")).startswith("question/")
+    assert Split(heldout_share=0.1, seed=0).group(talk("感冒了")).startswith("question/")

@@ -46,7 +46,7 @@ def test_commands_of_the_readme_parse(monkeypatch):
 def test_shipped_settings_are_settings_of_their_recipe(folder, monkeypatch):
     recipes = {
         "base": "init_model", "cpt": "continued_pretrain", "sft": "full_finetune", "dfpo": "dfpo",
-        "experts": "expert_finetune", "evaluate": "evaluate",
+        "experts": "expert_finetune", "evaluate": "evaluate", "corpus": "build_corpus",
     }  # fmt: skip
     required = "--model m --output o --text t --instructions i --preferences p --heldout h".split()
     for path in sorted((ROOT / "recipes" / "configs" / folder).glob("*.toml")):
