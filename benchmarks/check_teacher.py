@@ -47,8 +47,10 @@ class Recorder(ThreadingHTTPServer):
         self.client = httpx.Client(base_url=target, timeout=120, trust_env=False)
         self.sent: list[str] = []
         self.answered: list[str] = []
-        self.lost = 0  # answers that found no one to take them
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, *_: object) -> None:
+        """A teacher that is killed hangs up."""
 
 
 class _Pass(BaseHTTPRequestHandler):
@@ -71,7 +73,7 @@ class _Pass(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(answer.content)
         except OSError:
-            self.server.lost += 1
+            self.close_connection = True  # the teacher is dead
 
 
 def child(options: argparse.Namespace) -> None:
@@ -79,7 +81,7 @@ def child(options: argparse.Namespace) -> None:
     settings = TeacherSettings(
         url=options.url, model=options.model, key_variable="", concurrency=options.concurrency, max_tokens=32
     )
-    start, rows = time.perf_counter(), []
+    rows, unusable = [], ""
     questions = QUESTIONS[: options.questions]
     with Teacher(settings, options.cache) as teacher:
 
@@ -90,15 +92,13 @@ def child(options: argparse.Namespace) -> None:
             rows.append(row)
             if len(rows) == options.kill_after:
                 os.kill(os.getpid(), signal.SIGKILL)
-        seconds = time.perf_counter() - start
-        fields = 0
         if options.json:  # an answer that is no JSON must end as Unusable, and nothing else
             try:
                 teacher("你是儿科医生。", f"{QUESTIONS[0]} 用 JSON 回答。", {"answer": str})
             except Unusable as error:
-                fields = str(error)
+                unusable = str(error)
     usage = teacher.usage
-    print(json.dumps({"rows": rows, "seconds": seconds, "usage": vars(usage), "said": teacher.describe(), "json": fields}))
+    print(json.dumps({"rows": rows, "usage": vars(usage), "said": teacher.describe(), "json": unusable}))
 
 
 def run_child(options: argparse.Namespace, url: str, cache: Path, *more: str) -> dict[str, Any] | None:
@@ -142,21 +142,22 @@ def check_real_server(options: argparse.Namespace, folder: Path) -> int:
 
 def _three_runs(options: argparse.Namespace, recorder: Recorder, cache: Path) -> int:
     url, mistakes, last = f"http://127.0.0.1:{recorder.server_address[1]}/v1", 0, {}
-    print("run      asked   sent  answered  in the cache  from cache  sent twice  again though cached  seconds   tokens")
+    print("run     asked  sent  answered  from cache  in the cache  sent twice  sent though cached  seconds  tokens")
     runs = [("killed", ["--kill-after", str(options.questions // 2)]), ("second", []), ("third", ["--json"])]
     for name, more in runs:
-        first, known, start = len(recorder.sent), kept(cache), time.perf_counter()
+        first, answered, known, start = len(recorder.sent), len(recorder.answered), kept(cache), time.perf_counter()
         last = run_child(options, url, cache, *more)
         seconds = time.perf_counter() - start
         time.sleep(1.0)  # what the server still has in hand for a killed run
         sent, usage = recorder.sent[first:], last["usage"] if last else {}
         json_requests = 3 if "--json" in more else 0
         again = len(set(sent) & known)
-        twice = sum(count - 1 for count in Counter(recorder.sent).values())
-        tokens = usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0) if last else "-"
+        twice = len(sent) - len(set(recorder.sent) - set(recorder.sent[:first]))  # in this run or in an earlier one
+        tokens = usage["prompt_tokens"] + usage["completion_tokens"] if last else "-"
+        asked, cached = options.questions + json_requests, usage.get("cached", "-")
         print(
-            f"{name:<7} {options.questions:>6} {len(sent):>6} {len(recorder.answered) - first:>9} {len(kept(cache)):>13} "
-            f"{usage.get('cached', '-'):>11} {twice:>11} {again:>20} {seconds:>8.1f} {tokens:>8}"
+            f"{name:<7} {asked:>5} {len(sent):>5} {len(recorder.answered) - answered:>9} {cached:>11} "
+            f"{len(kept(cache)):>13} {twice:>11} {again:>19} {seconds:>8.1f} {tokens:>7}"
         )
         mistakes += again + (twice > options.concurrency) + (name == "third" and len(sent) != json_requests)
         if last:
@@ -183,8 +184,8 @@ def check_misbehaving_server(rows: int, folder: Path) -> int:
     chat_server = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(chat_server)
     questions = [f"{i}：{QUESTIONS[i % len(QUESTIONS)]}" for i in range(rows)]
-    with chat_server.ChatServer(behave=chat_server.misbehaving(0.5, most=5), slow=0.6) as server:
-        settings = TeacherSettings(url=server.url, model="m", key_variable="", timeout=0.3, retry_wait=0.005)
+    with chat_server.ChatServer(behave=chat_server.misbehaving(0.5, most=5), slow=2.0) as server:
+        settings = TeacherSettings(url=server.url, model="m", key_variable="", timeout=1.0, retry_wait=0.005)
         for name in ("first", "second"):
             before, start = len(server.log), time.perf_counter()
             with Teacher(settings, folder / "misbehaving.sqlite") as teacher:
@@ -203,7 +204,7 @@ def check_misbehaving_server(rows: int, folder: Path) -> int:
     answered = Counter(request.question for request in server.log if request.answered)
     lost = len(set(questions) - {question for question, _ in given})
     doubled = len(given) - len({question for question, _ in given})
-    moved = sum(question != row[0] or row[1] != "答：" + question for question, row in zip(questions, given, strict=False))
+    moved = sum(row != (question, "答：" + question) for question, row in zip(questions, given, strict=False))
     paid_twice = sum(count - 1 for count in answered.values())
     print(f"all faults          {faults.total() - faults['good']:>8}, good answers {faults['good']}")
     print(f"rows in {rows}, rows out {len(given)}, lost {lost}, doubled {doubled}, moved {moved}, ", end="")

@@ -58,9 +58,11 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for a value out of range, before anything is read."""
-        for name in ("pediatric_share", "near_duplicate", "min_chinese"):
+        for name in ("pediatric_share", "min_chinese"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
+        if not 0 < self.near_duplicate <= 1:
+            raise ValueError(f"near_duplicate must be above 0 and at most 1, found {self.near_duplicate}")
         if not 0 <= self.heldout_share < 1:
             raise ValueError(f"heldout_share must be at least 0 and below 1, found {self.heldout_share}")
         for name in ("min_characters", "max_characters", "shard_rows"):

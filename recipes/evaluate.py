@@ -3,8 +3,8 @@
     python recipes/evaluate.py --model runs/demo/dfpo/model --adapter runs/demo/experts/adapter \\
         --heldout runs/demo/corpus/heldout --output runs/demo/evaluation/experts.json
 
-`heldout` is a folder as build_corpus.py writes it, with tasks/, text/ and preferences/; what is absent is left out. Each
-of tasks/medkqa, text/pediatric and so on may be a folder of JSONL files or one such file.
+`heldout` is a folder as build_corpus.py writes it, with tasks/, text/ and preferences/; what is absent is left out.
+Each of tasks/medkqa, text/pediatric and so on may be a folder of JSONL files or one such file.
 """
 
 import dataclasses

@@ -278,17 +278,17 @@ class Corpus:
             number = sum((file["side"], file["table"], file["source"]) == key for file in self.files)
             name = f"{part}/{table}/{source}-{number:05}.jsonl"
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            entry = {
+            entry: dict[str, Any] = {
                 "path": name, "side": part, "table": table, "source": source, "stages": stages(table),
                 "kind": KINDS[type(record)], "rows": 0,
             }  # fmt: skip
             self.files.append(entry)
             self._open[key] = (self.folder / name).open("wb"), entry, hashlib.sha256()
-        file, entry, digest = self._open[key]
+        file, counts, checksum = self._open[key]
         line = _line(row)
         file.write(line)
-        digest.update(line)
-        entry["rows"] += 1
+        checksum.update(line)
+        counts["rows"] += 1
 
         counted = self.statistics.setdefault((table, source), Statistics())
         counted.rows += 1
@@ -320,9 +320,9 @@ class Corpus:
         self.files.sort(key=lambda file: file["path"])
 
     def _finish(self, key: tuple[str, str, str]) -> None:
-        file, entry, digest = self._open.pop(key)
+        file, entry, checksum = self._open.pop(key)
         file.close()
-        entry["sha256"] = digest.hexdigest()
+        entry["sha256"] = checksum.hexdigest()
 
 
 def _place(place: str, source: Source) -> str:

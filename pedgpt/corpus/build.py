@@ -48,8 +48,8 @@ def build(
     if isinstance(record, PreferencePair):
         return [Step("", Built(record))]
     if isinstance(record, Document):
-        return list(_of_document(record, source, ask, plain))
-    return list(_of_conversation(record, source, ask, plain))
+        return _of_document(record, source, ask, plain)
+    return _of_conversation(record, source, ask, plain)
 
 
 def build_graph(diseases: Sequence[Disease], source: Source) -> Iterator[Step]:
@@ -103,54 +103,48 @@ def stages(name: str) -> list[int]:
     return {"tasks_sample": [2], "preferences": [3]}[name]
 
 
-def _of_document(document: Document, source: Source, ask: Ask | None, plain: Ask | None) -> Iterator[Step]:
-    count = 0
+def _of_document(document: Document, source: Source, ask: Ask | None, plain: Ask | None) -> list[Step]:
+    steps: list[Step] = []
     for passage in passages(document) if source.kind in ("textbook", "guideline") else [document]:
-        parent = count
-        yield Step("", Built(passage))
-        count += 1
+        steps.append(Step("", Built(passage)))
+        parent = len(steps) - 1
         for row in role_play(passage, ask) if "role_play" in source.build else ():
-            at = count
-            yield Step("role_play", _of_domain(row, source), parent)
-            count += 1
-            if "preferences" in source.build and isinstance(row, Built) and isinstance(row.record, Conversation):
-                for pair in humane_pair(row.record, ask, plain):
-                    yield Step("preferences", pair, at)
-                    count += 1
+            if isinstance(row, Built) and isinstance(row.record, Conversation) and source.domain not in ("", PEDIATRIC):
+                row = replace(row, record=replace(row.record, task=source.domain))  # the three tasks are pediatric
+            steps.append(Step("role_play", row, parent))
+            # A parent's question is answered humanely; a colleague's needs no comfort.
+            if isinstance(row, Built) and row.details["role"] == "parent":
+                steps += _pairs(row, source, ask, plain, len(steps) - 1)
+    return steps
 
 
-def _of_domain(row: Built | Dropped, source: Source) -> Built | Dropped:
-    """The three tasks are pediatric: what was built from another domain's text is that domain's conversation."""
-    if isinstance(row, Built) and isinstance(row.record, Conversation) and source.domain not in ("", PEDIATRIC):
-        return replace(row, record=replace(row.record, task=source.domain))
-    return row
-
-
-def _of_conversation(record: Conversation, source: Source, ask: Ask | None, plain: Ask | None) -> Iterator[Step]:
+def _of_conversation(record: Conversation, source: Source, ask: Ask | None, plain: Ask | None) -> list[Step]:
     task = source.task or (record.task if is_name(record.task) else "") or _task_by_domain(record, source)
-    builder, rows = "", iter([Built(record)])
+    builder = ""
+    rows: Iterable[Built | Dropped] = (Built(record),)
     turns = sum(message.role == "user" for message in record.messages)
     if "evidiag" in source.build and turns > 1:
         builder, rows = "evidiag", evidiag_dialogue(record, ask)
     elif "reconstruct" in source.build:
         builder, rows = "reconstruct", reconstruct(record, ask)
-    count = 0
+    steps: list[Step] = []
     for row in rows:
-        if not (isinstance(row, Built) and isinstance(row.record, Conversation)):
-            yield Step(builder, row)
-            count += 1
-            continue
-        left = sum(message.role == "user" for message in row.record.messages)
-        named = task
-        if task == EVIDIAG and left < 2 and not source.task:  # what is left of it is a question and its answer
-            named = classify(row.record, pediatric=bool(source.domain))
-        kept = replace(row.record, task=named)
-        at = count
-        yield Step(builder, replace(row, record=kept))
-        count += 1
-        for pair in humane_pair(kept, ask, plain) if "preferences" in source.build else ():
-            yield Step("preferences", pair, at)
-            count += 1
+        if isinstance(row, Built) and isinstance(row.record, Conversation):
+            left = sum(message.role == "user" for message in row.record.messages)
+            named = task
+            if task == EVIDIAG and left < 2 and not source.task:  # what is left of it is a question and its answer
+                named = classify(row.record, pediatric=bool(source.domain))
+            row = replace(row, record=replace(row.record, task=named))
+        steps.append(Step(builder, row))
+        if isinstance(row, Built):
+            steps += _pairs(row, source, ask, plain, len(steps) - 1)
+    return steps
+
+
+def _pairs(row: Built, source: Source, ask: Ask | None, plain: Ask | None, parent: int) -> list[Step]:
+    if "preferences" not in source.build or not isinstance(row.record, Conversation):
+        return []
+    return [Step("preferences", pair, parent) for pair in humane_pair(row.record, ask, plain)]
 
 
 def _task_by_domain(record: Conversation, source: Source) -> str:

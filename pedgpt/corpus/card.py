@@ -143,7 +143,7 @@ def _plots(corpus: Corpus) -> list[str]:
     topics = sum(corpus.topics.values(), Counter())
     named = [(name, count) for name, count in topics.items() if name]
     shown = sorted(named, key=lambda item: (-item[1], item[0]))[:30]
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "pedgpt", "font.size": 9}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "pedgpt", "font.size": 9}
     (corpus.folder / "reports").mkdir(exist_ok=True)
     with warnings.catch_warnings(), rc_context(settings):
         warnings.filterwarnings("ignore", message="Glyph .* missing")

@@ -1,0 +1,151 @@
+"""Repeated rows are found, others stay, and contradictions are reported."""
+
+import importlib.util
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, digest, polarity
+
+spec = importlib.util.spec_from_file_location(
+    "bench_quality", Path(__file__).resolve().parents[2] / "benchmarks" / "bench_quality.py"
+)
+planted = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(planted)
+
+
+def near(texts, **settings):
+    found = NearDuplicates(**settings)
+    assert [found.add(text) for text in texts] == list(range(len(texts)))
+    pairs = found.find()
+    found.close()
+    return pairs
+
+
+def by_brute_force(texts, threshold=0.8):
+    """Each row against every earlier kept one."""
+    sets, kept, dropped = [], [], set()
+    for text in map(planted.plain, texts):
+        sets.append({text[i : i + 5] for i in range(max(1, len(text) - 4))})
+    for i, own in enumerate(sets):
+        if any(len(own & sets[j]) / len(own | sets[j]) >= threshold for j in kept):
+            dropped.add(i)
+        else:
+            kept.append(i)
+    return dropped
+
+
+def test_planted_duplicates_are_found_and_less_similar_rows_stay():
+    rows = planted.planted_duplicates(random.Random(1), 4000)
+    kinds = [kind for _, kind in rows]
+    pairs = near([text for text, _ in rows])
+    dropped = {i for i, _, _ in pairs}
+    copies = {i for i, kind in enumerate(kinds) if kind in ("exact", "near")}
+    assert len(copies) > 250 and len(copies & dropped) / len(copies) >= 0.99
+    assert len(copies & dropped) / len(dropped) >= 0.98
+    assert not dropped & {i for i, kind in enumerate(kinds) if kind == "far"}
+    assert pairs == sorted(pairs) and len(dropped) == len(pairs)
+    for i, j, similarity in pairs:
+        assert j < i and j not in dropped and similarity >= 0.8
+        assert similarity == pytest.approx(planted.similarity(rows[i][0], rows[j][0]))
+
+
+def test_exact_copies_have_equal_digests():
+    rows = planted.planted_duplicates(random.Random(2), 3000)
+    seen, repeated = set(), set()
+    for i, (text, _) in enumerate(rows):
+        repeated |= {i} if digest(text) in seen else set()
+        seen.add(digest(text))
+    assert repeated == {i for i, (_, kind) in enumerate(rows) if kind == "exact"}
+    assert len(digest("")) == 16 and digest("孩子发烧？") == digest("孩子　发烧！") != digest("孩子发热？")
+
+
+def templated(rng, count):
+    """Rows of one form with small vocabularies: many pairs lie just above and below the threshold."""
+    form = "孩子{symptom}，是很常见的情况，家长不用太着急，请{care}，必要时做{test}。"
+    return [planted.HELLO + planted.fill(rng, form) + planted.BYE + planted.POLITE[4] for _ in range(count)]
+
+
+def test_same_rows_are_dropped_as_by_comparing_all_pairs():
+    rng = random.Random(3)
+    texts = [text for text, _ in planted.planted_duplicates(rng, 200)] + templated(rng, 250)
+    texts += ["", "？！", "热", "发烧", "发 烧", "发烧了", "发烧了吗孩子", "发烧了吗孩"]
+    rng.shuffle(texts)
+    for threshold in (0.7, 0.8, 0.9):
+        found = {i for i, _, _ in near(texts, threshold=threshold)}
+        expected = by_brute_force(texts, threshold)
+        # Of the pairs right at the threshold a few per thousand are never looked at; and then other rows are kept.
+        assert len(found ^ expected) <= 0.02 * len(expected) + 1 and len(expected) > 20
+    assert near(texts) == near(texts) and near(["", "？！", "热", "热。", "痛"]) == [(1, 0, 1.0), (3, 2, 1.0)]
+
+
+def test_the_first_row_stays_and_chains_end_there():
+    text = planted.row(random.Random(4))[1]
+    rng = random.Random(5)
+    chain = [text]
+    for _ in range(8):
+        chain.append(planted.changed_to(rng, chain[-1], 0.88, 0.93))
+    pairs = near(chain)
+    assert all(planted.similarity(chain[i], chain[j]) >= 0.8 for i, j, _ in pairs)
+    kept = [i for i in range(9) if i not in {i for i, _, _ in pairs}]
+    assert kept[0] == 0 and len(kept) > 1  # the last ones are unlike the first
+    assert {i for i, _, _ in near([chain[1], chain[0]])} == {1} == {i for i, _, _ in near(chain[:2])}
+
+
+def boilerplate(rng, count):
+    """Rows of which more than half is one text: of similarity about 0.6 to each other."""
+    shared = planted.HELLO + planted.BYE + "".join(form for form in planted.POLITE if len(form) > 15)
+    return [shared + "".join(rng.choices(planted.COMMON, k=40)) for _ in range(count)]
+
+
+def test_boilerplate_hides_no_duplicates_and_costs_no_more_than_its_rows():
+    rng = random.Random(6)
+    seconds = {}
+    for count in (5000, 20_000):
+        texts = boilerplate(rng, count)
+        copies = rng.sample(texts, 200)
+        started = time.perf_counter()
+        pairs = near(texts + [copy[:-1] + "好" for copy in copies])
+        seconds[count] = time.perf_counter() - started
+        assert {i for i, _, _ in pairs} == set(range(count, count + 200))
+    assert seconds[20_000] < 10 * seconds[5000]
+
+
+def test_threshold_is_checked():
+    with pytest.raises(ValueError, match="threshold"):
+        NearDuplicates(threshold=0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("可以的，少吃一点。", 1), ("您好，不可以吃。", -1), ("不能，肾还小", -1), ("能的。", 1), ("是的，会传染。", 1),
+        ("不会传染。", -1), ("没有问题，可以吃。", 1), ("没有必要。", -1), ("需要马上就医。", 1), ("不需要。", -1),
+        ("是由细菌引起的。", 0), ("能否吃要看情况。", 0), ("可以不吃。", 0), ("是否停药要看", 0), ("有研究表明", 0),
+        ("多喝水。", 0), ("", 0), ("你好，一般不建议", 0), ("问题分析：您好，通常不会留疤", -1),
+    ],
+)  # fmt: skip
+def test_polarity_of_an_answers_beginning(answer, expected):
+    assert polarity(answer) == expected
+
+
+def test_contradictions_are_listed_by_question():
+    rows = Contradictions()
+    for place, question, answer in [
+        ("a:1", "发烧能洗澡吗？", "可以，水温要合适。"),
+        ("a:2", "咳嗽能吃橘子吗", "不能。"),
+        ("b:1", "发烧 能洗澡吗", "不可以，会着凉。"),
+        ("b:2", "咳嗽能吃橘子吗？", "不能！"),
+        ("b:3", "只问一次", "可以。"),
+        ("c:1", "发烧能洗澡吗?", "可以，水温要合适"),
+        ("c:2", "流鼻涕怎么办", "清理鼻腔就可以了"),
+        ("c:3", "流鼻涕怎么办", "清理鼻腔就可以了吧"),
+    ]:
+        rows.add(place, question, answer)
+    assert list(rows.groups()) == [
+        {"question": "发烧能洗澡吗？", "places": ["a:1", "b:1"], "similarity": 0.0, "opposed": True},
+        {"question": "流鼻涕怎么办", "places": ["c:2", "c:3"], "similarity": 0.8, "opposed": False},
+    ]
+    assert list(Contradictions().groups()) == []
