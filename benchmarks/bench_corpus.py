@@ -5,7 +5,7 @@
 
 The rows are synthetic questions and answers of some 250 characters, made from a seed; one in twenty repeats another
 exactly, one in twenty nearly. They go through recipes/build_corpus.py (normalising, filters, personal data, exact and
-near duplicates, split, decontamination, shards) and then into packed rows of 2,048 tokens, as stage 1 does.
+near duplicates, split, decontamination, shards) and then into packed rows of 4,096 tokens, as stage 1 does.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def measure(count: int) -> None:
             pass
         store = TokenStore(folder / "tokens")
         mixture = mix(store.sources, store.sizes(), {INSTRUCTIONS: 1.0}, total_tokens=0, seed=0)
-        rows = PackedRows(store, mixture.order, 2048)
+        rows = PackedRows(store, mixture.order, 4096)
         for i in range(len(rows)):
             rows.row(i)
         packed = time.perf_counter() - began

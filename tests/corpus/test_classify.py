@@ -32,8 +32,8 @@ def test_classify_matches_a_reader(task, texts, system):
 
 @pytest.mark.parametrize(
     ("department", "pediatric", "task"),
-    [("", False, "general"), ("儿科", False, "MedKQ&A"), ("小儿外科", False, "MedKQ&A"), ("内科", False, "general_medical"),
-     ("", True, "MedKQ&A"), ("内科", True, "MedKQ&A")],
+    [("", False, "general"), ("儿科", False, "MedKQ&A"), ("小儿外科", False, "MedKQ&A"),
+     ("内科", False, "general_medical"), ("", True, "MedKQ&A"), ("内科", True, "MedKQ&A")],
 )  # fmt: skip
 def test_department_and_what_is_known_of_a_source_decide_where_words_do_not(department, pediatric, task):
     messages = (Message("user", "晚上睡不好是什么缘故"), Message("assistant", "作息要规律。"))

@@ -87,7 +87,7 @@ A = "[[source]]\nfile = 'a.jsonl'\n"
         (A + "kind = 'instructions'\nweight = -1\n", "weight is -1"),
         (A + "kind = 'instructions'\nweight = nan\n", "weight is nan"),
         (A + "kind = 'instructions'\nepochs = true\n", "epochs is True"),
-        (A + "kind = 'instructions'\nbuild = ['evidiag']\n", "build is .*expected a list of builders among reconstruct"),
+        (A + "kind = 'instructions'\nbuild = ['evidiag']\n", "build is .*list of builders among reconstruct"),
         (A + "kind = 'instructions'\nbuild = 'reconstruct'\n", "build is 'reconstruct'"),
         (A + "kind = 'safety'\n", "'safety' has no file"),
         ("[[source]]\nkind = 'instructions'\n", "'instructions' needs a file"),
@@ -143,7 +143,8 @@ def test_folder_without_a_listing_is_read_by_content(folder):
          "question → user, raw_anwser → assistant, department; ignored: raw_case"),
         ("preferences", {"prompt": "问", "chosen": "甲", "rejected": "乙", "score": 1},
          "prompt → turns, chosen, rejected; ignored: score"),
-        ("documents", {"title": "题", "text": "文", "disease": "感冒", "page": 3}, "text, title, disease; ignored: page"),
+        ("documents", {"title": "题", "text": "文", "disease": "感冒", "page": 3},
+         "text, title, disease; ignored: page"),
         ("triples", {"head": "a", "relation": "b", "tail": "c", "weight": 1}, "head, relation, tail; ignored: weight"),
     ],
 )  # fmt: skip
