@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -131,9 +132,11 @@ class Assembly:
             self._compared.append(len(self))
         self.built[source] += 1
         self.tables[table] += 1
-        held = self.split.side(group or self.split.group(record)) == "heldout"
+        group = group or self.split.group(record)
+        held = self.split.side(group) == "heldout"
         origin = {"place": record.source, **({"builder": builder} if builder else {}), **row.details}
-        head = [table, source, builder, parent, record.disease or record.department]
+        topic = group.removeprefix("disease/") if group.startswith("disease/") else record.department
+        head = [table, source, builder, parent, topic]
         self._offsets.append(self._spool.tell())
         self._heldout.append(held)
         self._spool.write(_line([head, {**_as_row(record), "origin": origin}]))
@@ -262,7 +265,9 @@ class Corpus:
     files: list[dict[str, Any]] = field(default_factory=list)  # the manifest's
     statistics: dict[tuple[str, str], Statistics] = field(default_factory=dict)  # by table and source
     topics: dict[str, Counter[str]] = field(default_factory=dict)  # diseases or departments, by table
-    lengths: dict[str, Counter[int]] = field(default_factory=dict)  # rows by bits of their length, by table
+    lengths: dict[str, Counter[int]] = field(
+        default_factory=dict
+    )  # rows by floor(2 log2 characters), by table
     contradictions: int = 0
 
     def __post_init__(self) -> None:
@@ -304,7 +309,7 @@ class Corpus:
             asked, answered = sum(len(message.content) for message in record.prompt), len(record.chosen)
         counted.asked += asked
         counted.answered += answered
-        self.lengths.setdefault(table, Counter())[(asked + answered).bit_length()] += 1
+        self.lengths.setdefault(table, Counter())[int(2 * math.log2(max(1, asked + answered)))] += 1
         self.topics.setdefault(table, Counter())[topic] += 1
 
     def sampled(self, table: str, share: float) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -128,7 +129,7 @@ def statistics_table(corpus: Corpus) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    numbers = [all(row[i][:1].isdigit() or row[i] == "–" for row in rows) for i in range(len(header))]
+    numbers = [all(re.fullmatch(r"[\d,.]+|–", row[i]) for row in rows) for i in range(len(header))]
     lines = [header, ["--:" if number else ":--" for number in numbers], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -150,25 +151,31 @@ def _plots(corpus: Corpus) -> list[str]:
         if shown:
             figure = Figure(figsize=(8, 0.6 + 0.2 * len(shown)), layout="constrained")
             axes = figure.subplots()
-            axes.barh([name for name, _ in shown][::-1], [count for _, count in shown][::-1], color="#4C72B0")
+            axes.barh([name for name, _ in shown][::-1], [count for _, count in shown][::-1], color="#2F6DB5")
+            axes.margins(y=0.01)
             axes.set_xlabel(
                 f"rows; {topics['']:,} more name no topic, {max(0, len(named) - len(shown))} topics not shown"
             )
             axes.spines[["top", "right"]].set_visible(False)
             figure.savefig(corpus.folder / "reports" / "topics.svg", metadata={"Date": None})
-        figure = Figure(figsize=(8, 4), layout="constrained")
+        tables = sorted(corpus.lengths)[::-1]
+        bins = sorted(set().union(*corpus.lengths.values()))
+        bins = list(range(bins[0], bins[-1] + 1)) if bins else [0]
+        shares = [[100 * corpus.lengths[t][b] / corpus.lengths[t].total() for b in bins] for t in tables]
+        figure = Figure(figsize=(8, 0.8 + 0.3 * len(tables)), layout="constrained")
         axes = figure.subplots()
-        for table, counts in sorted(corpus.lengths.items()):
-            bits = range(min(counts), max(counts) + 1)
-            total = sum(counts.values())
-            shares = [100 * counts[b] / total for b in bits]
-            axes.plot([0.75 * 2**b for b in bits], shares, marker="o", markersize=3, label=table)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        axes.set(xlabel="characters a row", ylabel="rows of the table, %", ylim=(0, None))
-        axes.spines[["top", "right"]].set_visible(False)
-        if corpus.lengths:
-            axes.legend(frameon=False, fontsize=8)
+        if shares:
+            axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=100)
+        for y, row in enumerate(shares):
+            for x, share in enumerate(row):
+                if share >= 1:
+                    color = "white" if share > 60 else "black"
+                    axes.text(x + 0.5, y + 0.5, f"{share:.0f}", ha="center", va="center", fontsize=7, color=color)
+        axes.set_yticks([y + 0.5 for y in range(len(tables))], tables)
+        axes.set_xticks(range(len(bins)), [f"{2 ** (b / 2):,.0f}" for b in bins])
+        axes.set_xlabel("characters a row, from; numbers are % of the table's rows")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
         figure.savefig(corpus.folder / "reports" / "lengths.svg", metadata={"Date": None})
     parts = ["## Topics", "![rows by disease or department](reports/topics.svg)"] if shown else []
     return [*parts, "## Lengths", "![lengths of rows by table](reports/lengths.svg)"]
