@@ -153,7 +153,7 @@ def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSu
             tasks[name] = [conversation for conversation in conversations if conversation.source in fitting]
             task_rows[name] = pack(examples, config.row_length)
     rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
-    for path in sorted((heldout / "text").glob("*")):
+    for path in (path for path in sorted((heldout / "text").glob("*")) if path.is_dir() or path.suffix == ".jsonl"):
         texts = tokenizer.encode_batch([row.text for row in thin(read_documents(path, **read), config.text_limit)])
         ends = {"eos_id": tokenizer.eos_id, "row_length": config.row_length, "prefix": tokenizer.document_prefix}
         pieces = [piece for ids in texts for piece in encode_document(ids, **ends)]

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from pedgpt.corpus.build import Step, stages, table_of
-from pedgpt.corpus.decontaminate import Decontaminator
+from pedgpt.corpus.decontaminate import LEAST, Decontaminator
 from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, digest
 from pedgpt.corpus.quality import fault, normalize, scrub
 from pedgpt.corpus.rows import Built, Dropped, map_texts, question, texts
 from pedgpt.corpus.sources import Source
-from pedgpt.corpus.split import Split
+from pedgpt.corpus.split import Split, question_key
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record
 
 KINDS = {Document: "documents", Conversation: "conversations", PreferencePair: "preferences"}
@@ -64,7 +64,7 @@ class Assembly:
     limits: Limits
     split: Split
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)  # by source and reason
-    built: Counter[str] = field(default_factory=Counter)  # rows by source, each of them written or listed in the end
+    built: Counter[str] = field(default_factory=Counter)  # readable rows by source, each written or listed in the end
     tables: Counter[str] = field(default_factory=Counter)  # rows in the spool, by table
     replaced: Counter[str] = field(default_factory=Counter)  # personal data, by kind
 
@@ -121,6 +121,8 @@ class Assembly:
         `group` overrides the one that the record itself shows.
         """
         record = row.record
+        if builder:  # what a reader gave is clean already
+            record = map_texts(record, self._cleaned)
         if found := self._fault(record):
             return self.drop(Dropped(record.source, *found), source)
         everything = "\n".join(texts(record))
@@ -132,7 +134,8 @@ class Assembly:
             self._compared.append(len(self))
         self.built[source] += 1
         self.tables[table] += 1
-        group = group or self.split.group(record)
+        if not (group := group or self.split.group(record)):
+            return self.drop(Dropped(record.source, "names diseases of both sides of the split"), source)
         held = self.split.side(group) == "heldout"
         origin = {"place": record.source, **({"builder": builder} if builder else {}), **row.details}
         topic = group.removeprefix("disease/") if group.startswith("disease/") else record.department
@@ -153,6 +156,7 @@ class Assembly:
     def protect(self, records: Iterable[Record]) -> None:
         """Evaluation data: no training row may hold what it asks or answers."""
         for record in records:
+            record = map_texts(record, lambda text: self._cleaned(text, count=False))
             if isinstance(record, Document):
                 self._decontaminator.add(record.source, record.text)
                 continue
@@ -184,12 +188,12 @@ class Assembly:
         asked = set()  # diseases share first questions: 孩子发热、头痛，是怎么回事
         for _, (*_, builder, _, _), row in self._rows(i for i in range(len(self)) if self._heldout[i]):
             record = _record(row)
-            if not isinstance(record, Document):
-                asked.add(digest(question(record)))
+            if (first := self._asked(record)) is not None:
+                asked.add(first)
             if not builder.startswith(VARIANTS):  # those share their wording, not their facts, with training rows
                 self.protect([record])
         corpus = Corpus(self.folder, self.limits.shard_rows)
-        contradictions = Contradictions()
+        contradictions = Contradictions(self.folder)
         for number, head, row in self._rows(range(len(self))):
             table, source, builder, parent, topic = head
             record = _record(row)
@@ -200,9 +204,9 @@ class Assembly:
                 reason, detail = "built from a row that was left out", self._place(parent)
             elif self._heldout[number]:
                 pass
-            elif not isinstance(record, Document) and digest(question(record)) in asked:
+            elif self._asked(record) in asked:
                 reason, detail = "asks a held-out question", question(record)
-            elif match := self._decontaminator.match(texts(record)):
+            elif match := self._decontaminator.match([question(record), *texts(record)]):
                 reason, detail = "overlaps with evaluation or held-out rows", f"{match[1]:.2f} of {match[0]}"
             if reason:
                 gone[number] = 1
@@ -214,7 +218,6 @@ class Assembly:
                 corpus.write(part, "tasks_sample", source, record, row, topic)
             if isinstance(record, Conversation) and len(record.messages) == 2 and not builder.startswith(VARIANTS):
                 contradictions.add(record.source, question(record), record.messages[-1].content)
-        corpus.contradictions = 0
         with (self.folder / "reports" / "contradictions.jsonl").open("w", encoding="utf-8") as file:
             for found in contradictions.groups():
                 file.write(json.dumps(found, ensure_ascii=False) + "\n")
@@ -230,12 +233,18 @@ class Assembly:
         (self.folder / "spool").unlink(missing_ok=True)
         self._near.close()
 
-    def _cleaned(self, text: str) -> str:
+    def _cleaned(self, text: str, count: bool = True) -> str:
         text = normalize(text)
         if not self.limits.keep_personal_data:
             text, found = scrub(text)
-            self.replaced += found
+            self.replaced += found if count else Counter()
         return text
+
+    @staticmethod
+    def _asked(record: Record) -> bytes | None:
+        """The first question, if it asks something: 医生您好 does not."""
+        asked = "" if isinstance(record, Document) else question(record)
+        return digest(asked) if len(question_key(asked)) >= LEAST else None
 
     def _fault(self, record: Record) -> tuple[str, str] | None:
         low, high = self.limits.min_characters, self.limits.max_characters
@@ -265,19 +274,18 @@ class Corpus:
     files: list[dict[str, Any]] = field(default_factory=list)  # the manifest's
     statistics: dict[tuple[str, str], Statistics] = field(default_factory=dict)  # by table and source
     topics: dict[str, Counter[str]] = field(default_factory=dict)  # diseases or departments, by table
-    lengths: dict[str, Counter[int]] = field(
-        default_factory=dict
-    )  # rows by floor(2 log2 characters), by table
+    lengths: dict[str, Counter[int]] = field(default_factory=dict)  # rows by floor(2 log2 characters), by table
     contradictions: int = 0
 
     def __post_init__(self) -> None:
-        self._open: dict[tuple[str, str, str], tuple[IO[bytes], dict[str, Any], Any]] = {}
+        self._open: dict[tuple[str, str, str], tuple[dict[str, Any], Any]] = {}  # entries and checksums of shards
+        self._handles: dict[tuple[str, str, str], IO[bytes]] = {}  # not of all: a process may open a few hundred files
         self._tasks: Counter[str] = Counter()
 
     def write(self, part: str, table: str, source: str, record: Record, row: dict[str, Any], topic: str) -> None:
         """One row into its shard, and into the statistics."""
         key = (part, table, source)
-        if key in self._open and self._open[key][1]["rows"] == self.shard_rows:
+        if key in self._open and self._open[key][0]["rows"] == self.shard_rows:
             self._finish(key)
         if key not in self._open:
             number = sum((file["side"], file["table"], file["source"]) == key for file in self.files)
@@ -288,10 +296,14 @@ class Corpus:
                 "kind": KINDS[type(record)], "rows": 0,
             }  # fmt: skip
             self.files.append(entry)
-            self._open[key] = (self.folder / name).open("wb"), entry, hashlib.sha256()
-        file, counts, checksum = self._open[key]
+            self._open[key] = entry, hashlib.sha256()
+        counts, checksum = self._open[key]
+        if key not in self._handles:
+            if len(self._handles) >= 100:
+                self._handles.pop(next(iter(self._handles))).close()
+            self._handles[key] = (self.folder / counts["path"]).open("ab")
         line = _line(row)
-        file.write(line)
+        self._handles[key].write(line)
         checksum.update(line)
         counts["rows"] += 1
 
@@ -325,9 +337,10 @@ class Corpus:
         self.files.sort(key=lambda file: file["path"])
 
     def _finish(self, key: tuple[str, str, str]) -> None:
-        file, entry, checksum = self._open.pop(key)
-        file.close()
+        entry, checksum = self._open.pop(key)
         entry["sha256"] = checksum.hexdigest()
+        if key in self._handles:
+            self._handles.pop(key).close()
 
 
 def _place(place: str, source: Source) -> str:

@@ -105,7 +105,8 @@ def stages(name: str) -> list[int]:
 
 def _of_document(document: Document, source: Source, ask: Ask | None, plain: Ask | None) -> list[Step]:
     steps: list[Step] = []
-    for passage in passages(document) if source.kind in ("textbook", "guideline") else [document]:
+    divided = source.kind in ("textbook", "guideline") or "role_play" in source.build
+    for passage in passages(document) if divided else [document]:
         steps.append(Step("", Built(passage)))
         parent = len(steps) - 1
         for row in role_play(passage, ask) if "role_play" in source.build else ():

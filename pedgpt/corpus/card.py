@@ -48,7 +48,7 @@ def write_manifest(
         "settings": dict(settings),
         "sources": {
             source.name: {
-                "kind": source.kind, "domain": source.domain or "by each row's words", "licence": source.licence,
+                "kind": source.kind, "domain": source.domain or "by words, text pediatric", "licence": source.licence,
                 "weight": source.weight, "epochs": source.epochs, "build": list(source.build),
                 "read": sum(summaries[source.name].rows.values()), "skipped": len(summaries[source.name].skipped),
                 "built": assembly.built[source.name],
@@ -109,7 +109,7 @@ def write_card(corpus: Corpus, manifest: Mapping[str, Any]) -> None:
         + (", ".join(f"{kind} {count:,}" for kind, count in manifest["personal_data_replaced"].items()) or "none found")
         + "\n- Questions that were answered in different ways: "
         + f"{manifest['contradictory_questions']:,} (reports/contradictions.jsonl)\n"
-        + "- Rows on one disease, or with one question, all lie on one side of the split.",
+        + "- All rows about one disease, or with one question, lie on one side of the split.",
         *plots,
     ]  # fmt: skip
     (corpus.folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

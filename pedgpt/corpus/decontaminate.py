@@ -46,10 +46,15 @@ class Decontaminator:
             self._built = False
 
     def match(self, texts: Sequence[str]) -> tuple[str, float] | None:
-        """(place, share) of the item of which a row with these messages contains most, if it is contaminated."""
+        """(place, share) of the item of which a row with these messages contains most, if it is contaminated.
+
+        The first message is what the row asks; a question of fewer than 13 characters must be just that.
+        """
         if not self._built:
             self._build()
         keys = [question_key(text) for text in texts]
+        if keys and keys[0] in self._short:
+            return self._short[keys[0]], 1.0
         for key in keys:
             if key in self._whole:
                 return self._whole[key], 1.0
@@ -94,7 +99,8 @@ class Decontaminator:
     def _build(self) -> None:
         """Index the grams of items that are long enough and not boilerplate."""
         counted = [key for key in self._places if key in self._questions or key not in self._repeated]
-        self._whole = {key: self._places[key] for key in counted if key in self._questions or len(key) >= LEAST}
+        self._short = {key: self._places[key] for key in counted if key in self._questions and len(key) < LEAST}
+        self._whole = {key: self._places[key] for key in counted if len(key) >= LEAST}
         self._keys = [key for key in counted if len(key) >= LEAST]
         joined = "\0".join(self._keys)
         lengths = np.array([len(key) for key in self._keys], np.int64)

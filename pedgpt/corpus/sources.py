@@ -42,7 +42,9 @@ class Source:
     kind: str  # one of KINDS
     name: str = ""  # names its files in the corpus; by default the file's stem, or the kind
     files: tuple[Path, ...] = ()  # key "file": a file or folder beside the TOML, or a list of them
-    domain: str = PEDIATRIC  # pediatric, general_medical or general; empty if found by content: each row's words tell
+    domain: str = (
+        PEDIATRIC  # pediatric, general_medical or general; empty if found by content: conversations' words tell
+    )
     task: str = ""  # conversations only: what they are; empty: by each row's own task, or its words
     licence: str = "not stated"
     weight: float = 1.0  # in stage 1's mixture: how often its text is drawn, beside others of its part
@@ -89,7 +91,9 @@ def _source(entry: dict[str, Any], listing: Path, number: int) -> Source:
     known = {f.name for f in fields(Source)} - {"files"} | {"file"}
     for key in entry.keys() - known:
         near = difflib.get_close_matches(key, known, 1)
-        raise ValueError(f"{place}: unknown key {key!r}; {f'did you mean {near[0]}?' if near else ', '.join(known)}")
+        raise ValueError(
+            f"{place}: unknown key {key!r}; {f'did you mean {near[0]}?' if near else ', '.join(sorted(known))}"
+        )
     kind, domain = entry.get("kind"), entry.get("domain", PEDIATRIC)
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{place}: kind is {kind!r}, expected one of {', '.join(KINDS)}")

@@ -6,8 +6,8 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable
 
-from pedgpt.corpus.rows import question
-from pedgpt.data.records import Record
+from pedgpt.corpus.rows import question, texts
+from pedgpt.data.records import Document, Record
 
 
 def question_key(text: str) -> str:
@@ -37,10 +37,11 @@ _KEYS = _Keys()
 
 
 class Split:
-    """On which side a row lies: all rows on a disease on one, and else all rows with one question.
+    """On which side a row lies: all rows about a disease on one, and else all rows with one question.
 
-    So no fact of a held-out disease is trained on. Of the known `diseases` a share is held out, as exactly as whole
-    diseases allow; other groups go by a hash of their name alone, whatever else there is.
+    So nothing about a held-out disease is trained on; a row about another may still name it, as its complication. Of
+    the known `diseases` a share is held out, as exactly as whole diseases allow; other groups go by a hash of their
+    name alone, whatever else there is.
     """
 
     def __init__(self, diseases: Iterable[str] = (), *, heldout_share: float, seed: int) -> None:
@@ -48,13 +49,25 @@ class Split:
         self.heldout_share, self.seed = heldout_share, seed
         ranked = sorted(self.diseases, key=lambda name: (self._number(f"disease/{name}"), name))
         self._heldout = {f"disease/{name}" for name in ranked[: round(heldout_share * len(ranked))]}
-        self._lengths = sorted({len(name) for name in self.diseases}, reverse=True)
+        self._lengths: dict[str, list[int]] = {}  # of the names that begin with a character, the longest first
+        for name in sorted(self.diseases, key=lambda name: (-len(name), name)):
+            self._lengths.setdefault(name[0], []).append(len(name))
 
     def group(self, record: Record) -> str:
-        """By the row's own disease, or the longest known one in its title or first question, or that question."""
+        """By the row's own disease, or those named in its question, title and headings, in all of it, or its question.
+
+        Empty if the first of these that names any known disease names some of both sides: it belongs on neither.
+        """
         asked = question(record)
-        name = record.disease or self._named(asked[:200])
-        return f"disease/{name}" if name else f"question/{question_key(asked)}"
+        subject = asked if not isinstance(record, Document) else record.title
+        headings = record.source.partition(" › ")[2]
+        for text in (record.disease, f"{subject}\n{headings}", "\n".join(texts(record))):
+            if names := self.named(text):
+                sides = {self.side(f"disease/{name}") for name in names}
+                return f"disease/{max(names, key=len)}" if len(sides) == 1 else ""
+            if text and text == record.disease:
+                return f"disease/{text.strip()}"  # that no graph knows
+        return f"question/{question_key(asked)}"
 
     def side(self, group: str) -> str:
         """ "train" or "heldout"."""
@@ -62,12 +75,15 @@ class Split:
             return "heldout" if group in self._heldout else "train"
         return "heldout" if self._number(group) < self.heldout_share else "train"
 
-    def _named(self, text: str) -> str:
-        for length in self._lengths:
-            for start in range(len(text) - length + 1):
-                if text[start : start + length] in self.diseases:
-                    return text[start : start + length]
-        return ""
+    def named(self, text: str) -> list[str]:
+        """The known diseases in a text, in order; of names inside one another the longest."""
+        found, at = [], 0
+        while at < len(text):
+            lengths = self._lengths.get(text[at], ())
+            name = next((text[at : at + n] for n in lengths if text[at : at + n] in self.diseases), "")
+            found += [name] if name else []
+            at += len(name) or 1
+        return found
 
     def _number(self, group: str) -> float:
         """In [0, 1), evenly spread."""

@@ -43,8 +43,6 @@ def test_share_of_known_diseases_is_exact_and_seeded(share, count):
     sides = [Split(order, heldout_share=share, seed=3).side for order in (names, names[::-1])]
     found = {name for name in names if sides[0](f"disease/{name}") == "heldout"}
     assert len(found) == count == sum(sides[1](f"disease/{name}") == "heldout" for name in found)
-    other = Split(names, heldout_share=share, seed=4)
-    assert share in (0.0, 0.01) or found != {name for name in names if other.side(f"disease/{name}") == "heldout"}
 
 
 def test_rows_on_a_disease_are_one_group_however_they_name_it():
@@ -68,3 +66,47 @@ def test_rows_without_a_known_disease_go_by_their_question():
     asked_twice = Conversation((*talk("孩子发烧怎么办").messages, *talk("要吃药吗").messages), "f:2")
     assert groups.group(asked_twice) == one  # a dialogue goes by its first question
     assert Split(heldout_share=0.1, seed=0).group(talk("感冒了")).startswith("question/")
+
+
+def two_sides():
+    """A split, a training disease and a held-out one; the names share no character."""
+    names = ["水痘", "麻疹", "川崎病", "百日咳", "猩红热", "哮喘", "脚气", "贫血", "湿疹", "白喉"]
+    split = Split(names, heldout_share=0.1, seed=0)
+    heldout = next(name for name in names if split.side(f"disease/{name}") == "heldout")
+    return split, next(name for name in names if name != heldout), heldout
+
+
+def test_disease_is_found_wherever_a_row_names_it_and_however_its_own_field_is_written():
+    split, _, heldout = two_sides()
+    long = "病程较长。" * 100
+    rows = [
+        talk("孩子发热怎么办？", disease=f"{heldout} "),
+        talk("孩子发热怎么办？", disease=f"儿童{heldout}"),
+        Document("应早期用药。", f"book.md:7 › {heldout} › 治疗", "治疗"),
+        Document(f"{long}{heldout}多见于幼儿。", "book.txt"),
+        Conversation((*talk("医生您好").messages, Message("user", "会是什么病"),
+                      Message("assistant", f"考虑{heldout}。")), "f:1"),
+        PreferencePair((Message("user", "是什么病？"),), f"别急，是{heldout}。", "不知道。", "p:1"),
+    ]  # fmt: skip
+    for row in rows:
+        assert split.group(row) == f"disease/{heldout}" and split.side(split.group(row)) == "heldout", row
+
+
+def test_row_about_diseases_of_both_sides_has_no_group_but_a_complication_may_be_named():
+    split, train, heldout = two_sides()
+    both = [
+        talk(f"{train}和{heldout}怎么区别？"),
+        Document(f"{train}、{heldout}都会发热。", "b:1"),
+        Document("都会发热。", f"b.md:3 › {train}与{heldout}", "鉴别"),
+    ]
+    assert [split.group(row) for row in both] == ["", "", ""]
+    about = Document(f"{train}可并发{heldout}。", "b:1", train)
+    assert split.group(about) == split.group(talk("会怎样？", disease=train)) == f"disease/{train}"
+
+
+def test_named_takes_the_longest_of_names_inside_one_another_and_matches_a_plain_search():
+    split = Split(["肺炎", "支原体肺炎", "支原体", "炎症"], heldout_share=0, seed=0)
+    assert split.named("支原体肺炎和肺炎症") == ["支原体肺炎", "肺炎"]
+    assert split.named("") == [] and Split(heldout_share=0, seed=0).named("肺炎") == []
+    text = "原体支原体肺肺炎症"
+    assert split.named(text) == ["支原体", "肺炎"]
