@@ -5,14 +5,17 @@
 
 The first run kills itself with SIGKILL midway, the second goes on, the third finds everything in the cache. Between
 teacher and server stands a recorder, which counts what was sent and what came back. All traffic is on 127.0.0.1.
+Then the same with recipes/build_corpus.py on a part of the sample corpus, and the account of its rows.
 Ends with status 1 if a row is lost, doubled, moved, or sent again although its answer was in the cache.
 Needs the `corpus` extra and `pip install "transformers[serving]"`.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -22,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -110,8 +114,9 @@ def run_child(options: argparse.Namespace, url: str, cache: Path, *more: str) ->
     return json.loads(done.stdout) if done.returncode == 0 else None
 
 
-def check_real_server(options: argparse.Namespace, folder: Path) -> int:
-    """Start `transformers serve`, run three times, print a table; returns the number of mistakes."""
+@contextlib.contextmanager
+def real_server(options: argparse.Namespace, folder: Path) -> Iterator[Recorder]:
+    """`transformers serve`, up and behind a recorder."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("transformers")), "serve", options.model]
@@ -132,15 +137,15 @@ def check_real_server(options: argparse.Namespace, folder: Path) -> int:
                 raise SystemExit(f"transformers serve did not start:\n{(folder / 'serve.log').read_text()[-2000:]}")
             time.sleep(0.2)
         print(f"transformers serve {options.model}: up after {time.perf_counter() - start:.1f} s")
-        recorder = Recorder(target)
-        return _three_runs(options, recorder, folder / "real.sqlite")
+        yield Recorder(target)
     finally:
         server.terminate()
         server.wait(30)
         log.close()
 
 
-def _three_runs(options: argparse.Namespace, recorder: Recorder, cache: Path) -> int:
+def check_client(options: argparse.Namespace, recorder: Recorder, cache: Path) -> int:
+    """Three runs of one builder, a table; returns the number of mistakes."""
     url, mistakes, last = f"http://127.0.0.1:{recorder.server_address[1]}/v1", 0, {}
     print("run     asked  sent  answered  from cache  in the cache  sent twice  sent though cached  seconds  tokens")
     runs = [("killed", ["--kill-after", str(options.questions // 2)]), ("second", []), ("third", ["--json"])]
@@ -168,6 +173,95 @@ def _three_runs(options: argparse.Namespace, recorder: Recorder, cache: Path) ->
     assert last is not None
     print(f"the third run also asked for JSON, which this model cannot write: {last['json']}")
     print(f"{last['said']}\nfirst row: {last['rows'][0]}\nmistakes: {mistakes}\n")
+    return mistakes
+
+
+def check_corpus(options: argparse.Namespace, recorder: Recorder, folder: Path) -> int:
+    """build_corpus.py on a part of the sample corpus: killed, run to the end, run again; returns the mistakes."""
+    source, output = folder / "source", folder / "corpus"
+    sample = HERE.parents[1] / "recipes/sample_corpus"
+    source.mkdir()
+    listing, read, pairs = [], {}, '"preferences"]'
+    for name, lines, kind, more in (
+        ("textbook.jsonl", 6, "textbook", f'build = ["role_play", {pairs}'),
+        ("consultations.jsonl", 4, "dialogues", ""),
+        ("general_medical_qa.jsonl", 6, "instructions", f'domain = "general_medical"\nbuild = ["reconstruct", {pairs}'),
+        ("knowledge_graph.tsv", 40, "knowledge_graph", ""),
+    ):  # fmt: skip
+        rows = [line for line in (sample / name).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+        (source / name).write_text("\n".join(rows[:lines]) + "\n", encoding="utf-8")
+        listing.append(f'[[source]]\nfile = "{name}"\nkind = "{kind}"\n{more}\n')
+        read[name.split(".")[0]] = lines
+    (source / "corpus.toml").write_text("".join(listing), encoding="utf-8")
+    teacher = {
+        "url": f"http://127.0.0.1:{recorder.server_address[1]}/v1", "model": options.model, "key_variable": "",
+        "concurrency": options.concurrency, "max_tokens": 32,
+    }  # fmt: skip
+    lines = [f"{name} = {json.dumps(value)}\n" for name, value in teacher.items()]
+    (folder / "teacher.toml").write_text("".join(lines), encoding="utf-8")
+    command = [sys.executable, str(HERE.parents[1] / "recipes/build_corpus.py"), "--source", str(source)]
+    command += ["--output", str(output), "--teacher", str(folder / "teacher.toml")]
+
+    cache, first, said = folder / "corpus.teacher.sqlite", len(recorder.sent), ""
+    mistakes, corpora = 0, []
+    print("build_corpus.py with the same server")
+    print("run     sent  answered  from cache  in the cache  sent twice  sent though cached  corpus at OUTPUT")
+    for name in ("killed", "second", "third"):
+        sent, answered, known = len(recorder.sent), len(recorder.answered), kept(cache)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if name == "killed":
+            while len(recorder.answered) < answered + options.kill_corpus and process.poll() is None:
+                time.sleep(0.002)
+            process.kill()
+        said, complaint = process.communicate()
+        if process.returncode != (-signal.SIGKILL if name == "killed" else 0):
+            raise SystemExit(f"the {name} run ended with status {process.returncode}: {complaint[-2000:]}")
+        time.sleep(1.0)  # what the server still has in hand for a killed run
+        new = recorder.sent[sent:]
+        twice = len(new) - len(set(recorder.sent[first:]) - set(recorder.sent[first:sent]))
+        again = len(set(new) & known)
+        cached = found[1] if (found := re.search(r"(\d+) answers from", said)) else "-"
+        print(
+            f"{name:<7} {len(new):>4} {len(recorder.answered) - answered:>9} {cached:>11} {len(kept(cache)):>13} "
+            f"{twice:>11} {again:>19}  {'whole' if (output / 'manifest.json').is_file() else 'none'}"
+        )
+        mistakes += again + (twice > options.concurrency) + (output.exists() == (name == "killed"))
+        mistakes += (name == "third" and len(new) > 0) + (name == "killed" and not 0 < len(kept(cache)))
+        if output.exists():
+            corpora.append({path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()})
+    mistakes += corpora[0] != corpora[1]
+    print(f"the second and the third corpus are {'the same' if corpora[0] == corpora[1] else 'NOT the same'} bytes")
+    print(re.findall("^teacher .*", said, re.MULTILINE)[0])
+    mistakes += _account(output, read)
+    left = sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+    print(f"left beside it: {', '.join(left) or 'nothing'}; mistakes: {mistakes}\n")
+    return mistakes + len(left)
+
+
+def _account(corpus: Path, read: dict[str, int]) -> int:
+    """Of each source, rows read, built, written and listed by reason; what is neither is a mistake."""
+    manifest = json.loads((corpus / "manifest.json").read_text(encoding="utf-8"))
+    written, by_teacher, listed = Counter(), Counter(), Counter()
+    for file in manifest["files"]:
+        if file["table"] == "tasks_sample":  # repeats rows of the tasks
+            continue
+        for line in (corpus / file["path"]).read_text(encoding="utf-8").splitlines():
+            origin = json.dumps(json.loads(line)["origin"])
+            written[file["source"]] += 1
+            by_teacher[file["source"]] += any(word in origin for word in ('"evidence"', '"teacher"', '"score '))
+    for line in (corpus / "reports/dropped.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        listed[row["source"], row["reason"]] += 1
+    mistakes = 0
+    print("source              read  built  written  by the teacher  listed  unaccounted  listed by reason")
+    for name, counts in manifest["sources"].items():
+        reasons = {reason: count for (source, reason), count in listed.items() if source == name}
+        lost = counts["built"] - written[name] - sum(reasons.values())
+        mistakes += abs(lost) + abs(counts["read"] - read[name]) + (counts["skipped"] > 0)
+        print(
+            f"{name:<19} {counts['read']:>4} {counts['built']:>6} {written[name]:>8} {by_teacher[name]:>15} "
+            f"{sum(reasons.values()):>7} {lost:>12}  {', '.join(f'{n} {reason}' for reason, n in reasons.items())}"
+        )
     return mistakes
 
 
@@ -218,6 +312,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=24, help=f"for the real server, at most {len(QUESTIONS)}")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--rows", type=int, default=300, help="for the misbehaving server")
+    parser.add_argument("--kill-corpus", type=int, default=20, help="answers after which build_corpus.py is killed")
     for name in ("--child", "--json"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     for name in ("--url", "--cache"):
@@ -229,7 +324,11 @@ def main() -> int:
         return 0
     os.environ["NO_PROXY"] = "127.0.0.1"
     with tempfile.TemporaryDirectory() as folder:
-        mistakes = check_real_server(options, Path(folder)) + check_misbehaving_server(options.rows, Path(folder))
+        with real_server(options, Path(folder)) as recorder:
+            mistakes = check_client(options, recorder, Path(folder) / "real.sqlite")
+            (Path(folder) / "recipe").mkdir()
+            mistakes += check_corpus(options, recorder, Path(folder) / "recipe")
+        mistakes += check_misbehaving_server(options.rows, Path(folder))
     return 1 if mistakes else 0
 
 

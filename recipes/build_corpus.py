@@ -10,13 +10,14 @@ row left out with its reason). A TOML file lists the sources with kind, licence 
 recipes/sample_corpus/corpus.toml; in a folder without one, files are found by their content.
 
 Without a teacher everything is made by templates and building twice gives the same bytes. With one, what it answered is
-kept beside the output (OUTPUT.teacher.sqlite): a run that was killed goes on without asking anything twice.
+kept beside the output (OUTPUT.teacher.sqlite, and OUTPUT.plain_teacher.sqlite): a run that was killed goes on without
+asking anything twice.
 """
 
 import contextlib
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from pedgpt.corpus import Split, diseases, read_listing
 from pedgpt.corpus.assemble import Assembly, Limits
 from pedgpt.corpus.build import TABLES, build, build_disease, build_graph, build_templates
 from pedgpt.corpus.card import statistics_table, write_card, write_manifest
+from pedgpt.corpus.knowledge_graph import Disease
+from pedgpt.corpus.quality import normalize
 from pedgpt.corpus.sources import describe_sources
-from pedgpt.corpus.teacher import Teacher, in_order, load_teacher
+from pedgpt.corpus.teacher import Teacher, TeacherFailure, in_order, load_teacher
 from pedgpt.data import ReadSummary, iter_records
 from pedgpt.data.records import detect_kind
 from pedgpt.training import run_recipe
@@ -74,47 +77,59 @@ class Config:
 
 def main(config: Config) -> None:
     config.check()
+    chosen = {"teacher": config.teacher, "plain_teacher": config.plain_teacher}
+    teachers = {role: load_teacher(Path(path)) if path else None for role, path in chosen.items()}
+    for found in filter(None, teachers.values()):
+        found.read_key()  # a missing one is told before anything is read
     listing, output = Path(config.source), Path(config.output)
     sources = read_listing(listing)
     print(f"{describe_sources(sources, listing)}\n")
     if output.exists() and not (output / "manifest.json").is_file() and (output.is_file() or any(output.iterdir())):
         raise ValueError(f"--output {output}: not empty and no corpus; choose another folder")
-    building = output.with_name(f".{output.name}.building")
+    building, old = (output.with_name(f".{output.name}.{what}") for what in ("building", "old"))
     shutil.rmtree(building, ignore_errors=True)
+    if old.exists() and not output.exists():  # a run died between taking the old corpus away and giving the new one
+        os.rename(old, output)
+    kinds = {path: detect_kind(path) for path in config.evaluation}
     summaries = {source.name: ReadSummary() for source in sources}
 
     def read(source):
         return iter_records(source.files, source.reads, on_bad_row=config.on_bad_row, summary=summaries[source.name])
 
     # The graphs first: their diseases are what the split goes by.
-    graphs = {source.name: diseases(list(read(source))) for source in sources if source.kind == "knowledge_graph"}
+    graphs = {
+        source.name: diseases([replace(t, head=normalize(t.head), tail=normalize(t.tail)) for t in read(source)])
+        for source in sources
+        if source.kind == "knowledge_graph"
+    }
     names = (disease.name for graph in graphs.values() for disease in graph)
     split = Split(names, heldout_share=config.heldout_share, seed=config.seed)
     limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
     with contextlib.ExitStack() as stack:
-        cache = output.with_name(f"{output.name}.teacher.sqlite")
-        ask, plain = (
-            stack.enter_context(Teacher(load_teacher(Path(path)), cache)) if path else None
-            for path in (config.teacher, config.plain_teacher)
+        ask, plain = (  # each with a cache of its own: budgets and prices are of one model
+            stack.enter_context(Teacher(found, output.with_name(f"{output.name}.{role}.sqlite"))) if found else None
+            for role, found in teachers.items()
         )
-        in_turn = partial(in_order, workers=ask.settings.concurrency if ask else 0, teacher=ask)
+        workers = max((found.concurrency for found in teachers.values() if found), default=0)
+
+        def in_turn(inputs, work, source):
+            work = partial(placed, partial(work, source=source, ask=ask, plain=plain))
+            return in_order(inputs, work, workers=workers, desc=source.name, teacher=ask or plain)
+
         assembly = stack.enter_context(contextlib.closing(Assembly(building, limits, split)))
-        for path in config.evaluation:
-            assembly.protect(iter_records(path, detect_kind(path)))
+        for path, kind in kinds.items():
+            assembly.protect(iter_records(path, kind))
 
         # Each input through its source's builders; a teacher is asked about several at a time, the order stays.
         for source in sources:
             if source.kind == "knowledge_graph":
                 for part in ("train", "heldout"):  # apart, so that no row joins facts of both sides
                     graph = [disease for disease in graphs[source.name] if assembly.side_of(disease.name) == part]
-                    for steps in in_turn(
-                        graph, partial(build_disease, source=source, ask=ask, plain=plain), desc=source.name
-                    ):
+                    for steps in in_turn(graph, build_disease, source):
                         assembly.take(steps, source)
                     assembly.take(build_graph(graph, source), source)
             elif source.reads:
-                work = partial(build, source=source, ask=ask, plain=plain)
-                for steps in in_turn(assembly.clean(read(source), source), work, desc=source.name):
+                for steps in in_turn(assembly.clean(read(source), source), build, source):
                     assembly.take(steps, source)
             else:
                 assembly.take(build_templates(source), source)
@@ -151,8 +166,21 @@ def main(config: Config) -> None:
     print(f"written to {output}; README.md in it is the corpus card")
 
 
+def placed(work, item):
+    """`work` of an input; where a teacher gives no answer, the error says which input it was asked about."""
+    try:
+        return work(item)
+    except TeacherFailure as error:
+        place = item.name if isinstance(item, Disease) else item.source
+        raise TeacherFailure(f"{error} (asked about {place})") from None
+
+
 def replace_folder(output: Path, complete: Path) -> None:
-    """Put a complete corpus in the place of an earlier one: at no moment is there half of one."""
+    """Put a complete corpus, safe on disk, in the place of an earlier one: at no moment is there half of one."""
+    for path in complete.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     old = output.with_name(f".{output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():

@@ -87,6 +87,23 @@ class TeacherSettings:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be between {low:g} and {high:g}, found {getattr(self, name)}")
 
+    def read_key(self) -> str:
+        """The key, "" if none is wanted; ValueError if the environment has none or one that cannot be used."""
+        variable = self.key_variable
+        key = os.environ.get(variable, "") if variable else ""
+        if variable and not key:
+            raise ValueError(
+                f"the environment variable {variable} with the teacher's key is not set; set it, or give key_variable "
+                '= "" for a server that wants no key'
+            )
+        # What no header can hold would be shown by the error; a word as short as "none" cannot be masked in answers.
+        if key and not re.fullmatch(r"[!#-\[\]-~]{8,}", key):
+            raise ValueError(
+                f"the environment variable {variable} must hold at least 8 ASCII characters without spaces, quotes and "
+                'backslashes; give key_variable = "" for a server that wants no key'
+            )
+        return key
+
 
 def load_teacher(path: str | Path) -> TeacherSettings:
     """The settings in a flat TOML file, checked; ValueError for a file or a value that cannot be used."""
@@ -163,7 +180,7 @@ class Teacher:
     def __init__(self, settings: TeacherSettings, cache: str | Path) -> None:
         settings.check()
         self.settings, self.cache = settings, Path(cache)
-        self._key = _read_key(settings.key_variable)
+        self._key = settings.read_key()
         try:
             import httpx
         except ImportError:
@@ -350,7 +367,8 @@ class Teacher:
             raise TeacherFailure(self._reason)
         if status not in _RETRIED and status < 500:
             hint = "; redirects are not followed, set url to the final address" if status < 400 else ""
-            raise TeacherFailure(f"{s.url} refuses the request: {shown}{hint}")
+            asked = " ".join(str(json.loads(body)["messages"][-1].get("content")).split())
+            raise TeacherFailure(f"{s.url} refuses the request {self._mask(asked)[:80]!r}: {shown}{hint}")
         wait = _retry_after(response.headers.get("Retry-After"))
         if wait is not None and wait > s.max_wait:
             raise TeacherFailure(
@@ -503,22 +521,6 @@ def _in_threads(items: Iterable[T], work: Callable[[T], R], workers: int, teache
             raise
         finally:
             stopped.set()
-
-
-def _read_key(variable: str) -> str:
-    key = os.environ.get(variable, "") if variable else ""
-    if variable and not key:
-        raise ValueError(
-            f"the environment variable {variable} with the teacher's key is not set; set it, or give key_variable = "
-            '"" for a server that wants no key'
-        )
-    # What no header can hold would be shown by the error; a word as short as "none" cannot be masked in answers.
-    if key and not re.fullmatch(r"[!#-\[\]-~]{8,}", key):
-        raise ValueError(
-            f"the environment variable {variable} must hold at least 8 ASCII characters without spaces, quotes and "
-            'backslashes; give key_variable = "" for a server that wants no key'
-        )
-    return key
 
 
 def _open_cache(path: Path) -> sqlite3.Connection:

@@ -224,10 +224,14 @@ def messages(question, answer):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+def words(i):
+    return "".join(random.Random(i).sample("咽扁桃腮腺鼻窦肺泡支气管胸膜心肌肝胆脾胃肠肾盂膀胱皮疹水疱红斑结痂", 30))
+
+
 def child(i):
     """Rows that do not resemble each other."""
-    words = "".join(random.Random(i).sample("咽扁桃腮腺鼻窦肺泡支气管胸膜心肌肝胆脾胃肠肾盂膀胱皮疹水疱红斑结痂", 30))
-    return messages(f"孩子{words[:8]}，发烧咳嗽怎么办？", f"考虑{words[8:]}的问题，多喝水，去医院检查{words[::-1]}。")
+    mixed = words(i)
+    return messages(f"孩子{mixed[:8]}，发烧咳嗽怎么办？", f"考虑{mixed[8:]}的问题，多喝水，去医院检查{mixed[::-1]}。")
 
 
 @pytest.fixture(scope="module")
@@ -313,10 +317,10 @@ def test_chapter_of_a_book_lies_on_the_side_of_its_disease_with_all_that_is_buil
     source = tmp_path / "source"
     source.mkdir()
     names = ["水痘", "麻疹", "川崎病", "百日咳", "猩红热", "哮喘", "脚气病", "贫血", "湿疹", "白喉"]
-    facts = [f"{name}\t{relation}\t{relation}{i}" for i, name in enumerate(names) for relation in ("症状", "治疗", "检查")]
+    facts = [f"{name}\t{kind}\t{kind}{i}" for i, name in enumerate(names) for kind in ("症状", "治疗", "检查")]
     (source / "kg.tsv").write_text("\n".join(facts), encoding="utf-8")
     chapters = (
-        f"# {name}\n\n## 症状\n\n患儿表现为发热和第{i}种皮疹。\n\n## 治疗\n\n治疗以第{i}种药物和充分休息为主。\n"
+        f"# {name}\n\n## 症状\n\n患儿表现为{words(i)[:15]}疼痛。\n\n## 治疗\n\n治疗以{words(i)[15:]}用药为主。\n"
         for i, name in enumerate(names)
     )
     (source / "book.md").write_text("\n".join(chapters), encoding="utf-8")
@@ -325,7 +329,7 @@ def test_chapter_of_a_book_lies_on_the_side_of_its_disease_with_all_that_is_buil
         encoding="utf-8",
     )
     build(source=source, output=tmp_path / "out", heldout_share=0.2, near_duplicate=1.0)
-    held = {row["disease"] for row in table(tmp_path / "out", "heldout/tasks")}
+    held = {row["disease"] for row in table(tmp_path / "out", "heldout/tasks") if "disease" in row}
     assert len(held) == 2
     seen = Counter()
     for side in ("train", "heldout"):
