@@ -117,7 +117,7 @@ def main() -> None:
     if arguments.measure:
         measure(arguments.measure)
         return
-    print("| rows | building | rows/s | packing | rows/s | peak MiB (imports) | positions used | left out |")
+    print("| rows | building | rows/s | packing | rows/s | peak MiB (before building) | positions used | left out |")
     print("| --: | --: | --: | --: | --: | --: | --: | :-- |")
     for count in arguments.rows:
         command = [sys.executable, __file__, "--measure", str(count)]

@@ -114,7 +114,7 @@ def main(config: Config) -> None:
 
         def in_turn(inputs, work, source):
             work = partial(placed, partial(work, source=source, ask=ask, plain=plain))
-            return in_order(inputs, work, workers=workers, desc=source.name, teacher=ask or plain)
+            return in_order(inputs, work, workers=workers, desc=source.name, teachers=list(filter(None, (ask, plain))))
 
         assembly = stack.enter_context(contextlib.closing(Assembly(building, limits, split)))
         for path, kind in kinds.items():

@@ -79,7 +79,7 @@ def build_disease(disease: Disease, source: Source, ask: Ask | None = None, plai
 
 def build_templates(source: Source) -> list[Step]:
     """The rows of a source that has no files."""
-    rows = safety([]) if source.kind == "safety" else self_cognition(source.assistant, source.developer)
+    rows = safety() if source.kind == "safety" else self_cognition(source.assistant, source.developer)
     return [Step(source.kind, row) for row in rows]
 
 

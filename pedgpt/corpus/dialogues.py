@@ -7,15 +7,13 @@ it was written. What counts as evidence, as courtesy and as boilerplate says tem
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from pedgpt.corpus.knowledge_graph import EVIDIAG
-from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable
+from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, templates
 from pedgpt.data.records import Conversation, Message
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -71,8 +69,8 @@ def evidence(text: str) -> set[str]:
     return {*NUMBER.findall(text), *(match[0] for match in _patterns()["evidence"].finditer(text))}
 
 
-def sentences(text: str) -> list[str]:
-    """The sentences of a text with their ends; line breaks end one and are left out."""
+def whole_sentences(text: str) -> list[str]:
+    """The sentences of a text as written, up to 。！？ or a line's end, not up to ； as sections.sentences has them."""
     return _SENTENCE.findall(text)
 
 
@@ -83,7 +81,7 @@ def without_boilerplate(text: str) -> str:
     """
     lines = []
     for line in text.split("\n"):
-        kept = "".join(_stripped(sentence) for sentence in sentences(line)).strip()
+        kept = "".join(_stripped(sentence) for sentence in whole_sentences(line)).strip()
         if kept or not line.strip():
             lines.append(kept)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
@@ -96,11 +94,11 @@ def without_greeting(text: str) -> str:
     return "" if _is_greeting(text) else text
 
 
-def ask_text(ask: Ask, prompts: dict[str, str], name: str = "answer", **values: str) -> str:
-    """One text field of a teacher's answer to `prompts`; raises Unusable if it is blank or no text."""
-    answer = ask(prompts["system"], prompts["user"].format(**values), {name: str}).get(name)
+def ask_text(ask: Ask, prompts: dict[str, str], **values: str) -> str:
+    """What a teacher answers to `prompts`; raises Unusable if it is blank or no text."""
+    answer = ask(prompts["system"], prompts["user"].format(**values), {"answer": str}).get("answer")
     if not isinstance(answer, str) or not answer.strip():
-        raise Unusable(f"{name} is {answer!r}, expected a text")
+        raise Unusable(f"answer is {answer!r}, expected a text")
     return answer.strip()
 
 
@@ -109,7 +107,7 @@ def _cleaned(pairs: list[tuple[Message, Message]]) -> tuple[list[tuple[Message, 
     kept: list[tuple[Message, Message]] = []
     pending, cut = "", 0
     for i, (user, assistant) in enumerate(pairs):
-        asked_before = bool(kept) and bool(_ASKING.search((sentences(kept[-1][1].content) or [""])[-1]))
+        asked_before = bool(kept) and bool(_ASKING.search((whole_sentences(kept[-1][1].content) or [""])[-1]))
         courtesy = _patient_is_courteous(user.content, asked_before)
         answer = without_boilerplate(assistant.content)
         silent = not answer or _doctor_says_nothing(answer, user.content)
@@ -187,7 +185,7 @@ def _is_greeting(clause: str) -> bool:
 
 def _patient_is_courteous(text: str, answers_a_question: bool) -> bool:
     patterns = _patterns()
-    clauses = [clause.strip(_EDGES) for line in sentences(text) for clause in _CLAUSE.findall(line)]
+    clauses = [clause.strip(_EDGES) for line in whole_sentences(text) for clause in _CLAUSE.findall(line)]
     clauses = [clause for clause in clauses if clause and not _is_greeting(clause)]
     said = "".join(clauses)
     if is_evidence(said) or (said and _ASKING.search(text)) or (answers_a_question and not re.search("谢|再见", said)):
@@ -196,7 +194,7 @@ def _patient_is_courteous(text: str, answers_a_question: bool) -> bool:
 
 
 def _doctor_says_nothing(answer: str, patient: str) -> bool:
-    clauses = [c.strip(_EDGES) for line in sentences(answer) for c in _CLAUSE.findall(line)]
+    clauses = [c.strip(_EDGES) for line in whole_sentences(answer) for c in _CLAUSE.findall(line)]
     heard = [bool(_patterns()["hearing"].fullmatch(c)) for c in clauses if c]
     greets = [_is_greeting(c) for c in clauses if c]
     return all(map(max, heard, greets)) and not (any(heard) and _ASKING.search(patient))
@@ -210,16 +208,16 @@ def _joined(first: str, second: str) -> str:
 
 def _completed(turn: str, before: list[Message], ask: Ask | None) -> tuple[str, str]:
     """(the turn, "") or (its completed form, who completed it)."""
-    forms = _templates()["terse"]
+    forms = templates("dialogues")["terse"]
     offline = _by_template(turn, before[-1].content, forms)
-    prompts = _templates()["teacher"]
+    prompts = templates("dialogues")["teacher"]
     if ask is None or not (offline or len(turn.strip(_EDGES)) <= prompts["limit"]):
         return (offline, "template") if offline else (turn, "")
     names = {"system": "说明", "user": "患者", "assistant": "医生"}
     dialogue = "\n".join(f"{names[m.role]}：{m.content}" for m in before)
     answer = ask_text(ask, prompts, dialogue=dialogue, turn=turn)
     known = evidence(dialogue + turn)
-    diagnosis = [s for s in sentences(turn) if is_evidence(s)]
+    diagnosis = [s for s in whole_sentences(turn) if is_evidence(s)]
     survives = all(s.strip(_EDGES) in answer for s in diagnosis) and evidence(answer) <= known
     if answer == turn or not survives or len(answer) < len(turn):
         return (offline, "template") if offline else (turn, "")
@@ -241,8 +239,8 @@ def _by_template(turn: str, patient: str, forms: dict[str, Any]) -> str:
 
 def _quote(patient: str) -> str:
     """What a terse turn refers to: the patient's last question, else the last sentence."""
-    said = [s.strip(_EDGES) for s in sentences(patient) if s.strip(_EDGES) and not _is_greeting(s)]
-    asked = [s.strip(_EDGES) for s in sentences(patient) if _ASKING.search(s) and s.strip(_EDGES)]
+    said = [s.strip(_EDGES) for s in whole_sentences(patient) if s.strip(_EDGES) and not _is_greeting(s)]
+    asked = [s.strip(_EDGES) for s in whole_sentences(patient) if _ASKING.search(s) and s.strip(_EDGES)]
     chosen = (asked or said or [patient.strip()])[-1]
     chosen = re.sub("^[^，,]*谢[^，,]*[，,]", "", without_greeting(chosen)) or chosen
     return chosen.replace("“", "‘").replace("”", "’")
@@ -250,7 +248,7 @@ def _quote(patient: str) -> str:
 
 @cache
 def _patterns() -> dict[str, Any]:
-    table = _templates()
+    table = templates("dialogues")
 
     def words(*names: str) -> re.Pattern[str]:
         listed = sorted({word for name in names for word in table[name]}, key=lambda word: (-len(word), word))
@@ -260,8 +258,3 @@ def _patterns() -> dict[str, Any]:
     compiled |= {name: [re.compile(p, re.IGNORECASE) for p in table[name]] for name in ("greeting", "platform")}
     compiled |= {"polite": words("polite"), "acknowledging": words("polite", "acknowledging")}
     return compiled | {"evidence": re.compile("|".join(table["evidence"]))}
-
-
-@cache
-def _templates() -> dict[str, Any]:
-    return tomllib.loads(files("pedgpt.corpus").joinpath("templates/dialogues.toml").read_text(encoding="utf-8"))

@@ -67,9 +67,9 @@ def jaccard(one: set[str], other: set[str]) -> float:
 class NearDuplicates:
     """Rows that repeat an earlier kept row: Jaccard similarity of their character 5-grams of at least `threshold`.
 
-    MinHash and banding propose pairs; each is decided by its exact similarity. A row is dropped iff an earlier row that
-    is itself kept is that similar, so no chain of small changes drops a row unlike all that stay. `folder` (by default
-    the system's) holds the temporary files until `close`.
+    MinHash and banding propose pairs, one at the threshold with a probability of at least 0.99; each is decided by its
+    exact similarity. Only rows that are themselves kept count, so no chain of small changes drops a row unlike all that
+    stay. `folder` (by default the system's) holds the temporary files until `close`.
     """
 
     def __init__(self, folder: Path | None = None, *, threshold: float = 0.8, seed: int = 0) -> None:

@@ -5,16 +5,12 @@ Everything is deterministic: the same triples and templates give the same rows i
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable
+from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, number, pick, templates
 from pedgpt.corpus.support import support
 from pedgpt.data.records import Conversation, Document, Message, Triple
 
@@ -49,7 +45,7 @@ def diseases(triples: Sequence[Triple]) -> list[Disease]:
 
 def verbalize(disease: Disease) -> Iterator[Document]:
     """The facts of a disease as short running texts, one for each set of sentence forms."""
-    forms = _templates()["verbalize"]
+    forms = templates("knowledge_graph")["verbalize"]
     for variant in range(2):
         sentences = [
             forms.get(relation, forms["generic"])[variant].format(
@@ -67,7 +63,7 @@ def verbalize_with(disease: Disease, ask: Ask) -> Iterator[Built | Dropped]:
     what was found, and the first text of `verbalize` takes its place.
     """
     plain = next(verbalize(disease))
-    forms = _templates()["verbalize_with"]
+    forms = templates("knowledge_graph")["verbalize_with"]
     facts = "\n".join(f"{relation}：{disease.listed(relation)}" for relation in _ordered(disease))
     try:
         text = ask(forms["system"], forms["user"].format(head=disease.name, facts=facts), {"text": str})["text"].strip()
@@ -88,9 +84,9 @@ def verbalize_with(disease: Disease, ask: Ask) -> Iterator[Built | Dropped]:
 
 def medkqa(disease: Disease) -> Iterator[Conversation]:
     """Knowledge questions: every relation in every phrasing."""
-    templates = _templates()["medkqa"]
-    for relation in [*(r for r in templates if r in disease.facts), *(r for r in disease.facts if r not in RELATIONS)]:
-        forms = templates.get(relation, _templates()["generic"])
+    table = templates("knowledge_graph")
+    for relation in _ordered(disease):
+        forms = table["medkqa"].get(relation, table["generic"])
         tails = disease.facts[relation]
         values = {"head": disease.name, "relation": relation, "tails": disease.listed(relation), "first": tails[0]}
         for i, question in enumerate(forms["questions"]):
@@ -102,7 +98,7 @@ def trerecom(disease: Disease) -> Iterator[Conversation]:
     """Treatment recommendations: a question in every phrasing, answered with treatment, care and warning signs."""
     if not {SYMPTOM, TREATMENT, PREVENTION, COMPLICATION} <= disease.facts.keys():
         return
-    forms = _templates()["trerecom"]
+    forms = templates("knowledge_graph")["trerecom"]
     symptoms = disease.facts[SYMPTOM]
     for i, question in enumerate(forms["questions"]):
         values = {
@@ -122,7 +118,7 @@ def evidiag(disease: Disease) -> Iterator[Conversation]:
     needed = {SYMPTOM, AGE, EXAMINATION, TREATMENT, PREVENTION, COMPLICATION}
     if not needed <= disease.facts.keys() or len(disease.facts[SYMPTOM]) < 3:
         return
-    forms = _templates()["evidiag"]
+    forms = templates("knowledge_graph")["evidiag"]
     # Every third ordering: neighbours differ in the last symptom only.
     orders = list(itertools.permutations(disease.facts[SYMPTOM], 3))[:24:3]
     for i, (first, second, third) in enumerate(orders):
@@ -148,7 +144,7 @@ def two_hop(diseases: Sequence[Disease], *, most: int = 4) -> Iterator[Conversat
     treatment of a complication that is itself in the list. The row belongs to the first disease, `disease` of the row.
     Give only diseases of one side of a split.
     """
-    forms = _templates()["two_hop"]
+    forms = templates("knowledge_graph")["two_hop"]
     named = {disease.name: disease for disease in diseases}
     holders = _holders(diseases)
     for disease in diseases:
@@ -159,7 +155,7 @@ def two_hop(diseases: Sequence[Disease], *, most: int = 4) -> Iterator[Conversat
             if set.intersection(*(holders[symptom] for symptom in triple)) == {disease.name}
         ]
         asked = [relation for relation in (EXAMINATION, TREATMENT) if relation in disease.facts]
-        chosen = sorted(triples, key=lambda triple: _number(disease.name, *triple))
+        chosen = sorted(triples, key=lambda triple: number(disease.name, *triple))
         for relation, (first, second, third) in zip(asked, chosen, strict=False):
             values = {"first": first, "second": second, "third": third, "tails": disease.listed(relation)}
             rows.append(_phrased(forms["symptoms"][relation], disease, relation, values))
@@ -178,37 +174,31 @@ def negative(diseases: Sequence[Disease], *, most: int = 2) -> Iterator[Conversa
 
     The answer to the latter is that the material does not record it and what it does record, never that it cannot be.
     Such a fact is in no relation of the disease and too unlike all its facts to be one of them in other words. Ages are
-    not asked for: they overlap. Give only diseases of one side of a split.
+    not asked for, as they overlap, nor complications and treatment, where it would be dangerous to take such an answer
+    for a no. Give only diseases of one side of a split.
     """
-    forms = _templates()["negative"]
+    forms = templates("knowledge_graph")["negative"]
     tails: dict[str, list[str]] = {}
     for disease in diseases:
         for relation, facts in disease.facts.items():
             tails.setdefault(relation, []).extend(facts)
     for disease in diseases:
-        relations = sorted((r for r in disease.facts if r != AGE), key=lambda r: _number(disease.name, r))
+        asked = disease.facts.keys() - {AGE, COMPLICATION, TREATMENT}
         pairs = 0
-        for relation in relations:
+        for relation in sorted(asked, key=lambda relation: (number(disease.name, relation), relation)):
             # A few draws in place of a search through all facts, so that the time is linear in the graph.
-            draws = (_number(disease.name, relation, str(i)) % len(tails[relation]) for i in range(20))
-            foreign = (tails[relation][draw] for draw in draws)
+            foreign = (pick(tails[relation], disease.name, relation, str(i)) for i in range(20))
             strange = next((tail for tail in foreign if _strange(tail, relation, disease)), None)
             if strange is None or pairs == most:
                 continue
             pairs += 1
-            own = disease.facts[relation]
-            true = own[_number(disease.name, relation) % len(own)]
-            others = [tail for tail in own if tail != true]
-            questions = forms.get(relation, forms["generic"])
+            true = pick(disease.facts[relation], disease.name, relation)
+            others = [tail for tail in disease.facts[relation] if tail != true]
+            told = {"task": MEDKQA, "questions": forms.get(relation, forms["generic"])}
+            values = {"relation": relation, "tails": disease.listed(relation), "others": "、".join(others)}
             answers = [(true, forms["yes" if others else "only"]), (strange, forms["no"])]
-            for tail, answer in answers if _number(disease.name) % 2 else answers[::-1]:
-                values = {
-                    "tail": tail,
-                    "relation": relation,
-                    "tails": disease.listed(relation),
-                    "others": "、".join(others),
-                }
-                yield _phrased({"questions": questions, "answers": answer, "task": MEDKQA}, disease, relation, values)
+            for tail, answer in answers if number(disease.name) % 2 else answers[::-1]:
+                yield _phrased({**told, "answers": answer}, disease, relation, {"tail": tail, **values})
 
 
 def _strange(tail: str, relation: str, disease: Disease) -> bool:
@@ -220,7 +210,7 @@ def _strange(tail: str, relation: str, disease: Disease) -> bool:
         few = min(len(set(tail)), len(set(fact)))
         if tail in fact or fact in tail or 2 * len(set(tail) & set(fact)) >= few:
             return False
-    return relation not in (SYMPTOM, COMPLICATION) or tail[-1] not in {fact[-1] for fact in disease.facts[relation]}
+    return relation != SYMPTOM or tail[-1] not in {fact[-1] for fact in disease.facts[relation]}
 
 
 def _holders(diseases: Sequence[Disease]) -> dict[str, set[str]]:
@@ -239,28 +229,16 @@ def _holders(diseases: Sequence[Disease]) -> dict[str, set[str]]:
 
 
 def _phrased(forms: Mapping[str, Any], disease: Disease, relation: str, values: Mapping[str, str]) -> Conversation:
-    number = _number(disease.name, relation, *values.values())
+    key = (disease.name, relation, *values.values())
     values = {"head": disease.name, **values}
-    question = forms["questions"][number % len(forms["questions"])].format(**values)
-    answer = forms["answers"][number // 7 % len(forms["answers"])].format(**values)
-    return _conversation(forms["task"], disease, question, answer)
+    turns = [pick(forms[part], part, *key).format(**values) for part in ("questions", "answers")]
+    return _conversation(forms["task"], disease, *turns)
 
 
 def _ordered(disease: Disease) -> list[str]:
     return [*(r for r in RELATIONS if r in disease.facts), *(r for r in disease.facts if r not in RELATIONS)]
 
 
-def _number(*names: str) -> int:
-    """The same for the same names, on any machine."""
-    return int.from_bytes(hashlib.sha256("/".join(names).encode()).digest()[:8], "big")
-
-
 def _conversation(task: str, disease: Disease, *turns: str) -> Conversation:
     messages = tuple(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(turns))
     return Conversation(messages, f"knowledge_graph:{disease.name}", task, disease.name)
-
-
-@cache
-def _templates() -> dict[str, Any]:
-    text = files("pedgpt.corpus").joinpath("templates/knowledge_graph.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)

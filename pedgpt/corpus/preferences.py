@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import tomllib
 from collections.abc import Iterator, Sequence
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from pedgpt.corpus.dialogues import ask_text, evidence, sentences
+from pedgpt.corpus.dialogues import ask_text, evidence, whole_sentences
 from pedgpt.corpus.knowledge_graph import TASKS
 from pedgpt.corpus.reconstruct import reorganise
-from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable
+from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, pick, templates
 from pedgpt.data.records import Conversation, PreferencePair
 
 # Words of the evidence that name no finding.
@@ -23,28 +19,29 @@ _CONNECTIVES = re.compile("考虑|诊断|可能.?|属于|疑似|确诊|怀疑|�
 def humane_pair(
     conversation: Conversation, ask: Ask | None = None, plain: Ask | None = None
 ) -> Iterator[Built | Dropped]:
-    """A pair of a conversation of one turn; others yield nothing. One of the three tasks is about a child.
+    """A pair of a conversation of one turn, whose question is no colleague's (一名患儿…); others yield nothing.
 
     Chosen: a warm opening for the kind of question, the answer in the second person, and what to watch for, or what
     `ask` makes of it. Rejected: the answer in telegraph style, or what `plain`, a second teacher, says. A teacher's
-    answer with numbers or medical terms that neither the question nor the correct answer has is dropped.
+    answer with numbers or medical terms that neither the question nor the correct answer has is dropped. A row of one
+    of the three tasks is about a child.
     """
     *prompt, last = conversation.messages
     if [m.role for m in prompt if m.role != "system"] != ["user"]:
         return
     asked, correct = prompt[-1].content, last.content.strip()
+    if re.search(templates("preferences")["colleague"], asked):
+        return
     bare = reorganise(correct)
     if not bare:
         yield Dropped(conversation.source, "no answer left to rephrase", correct[:80])
         return
     details = {"correct": correct, "kind": _kind(asked, bare)["name"]}
     try:
-        if ask:
-            chosen = ask_text(ask, _templates()["teacher"], question=asked, correct=bare)
-        else:
-            chosen = _humane(asked, bare, conversation.task in TASKS)
-        prompts = _templates()["teacher_plain"]
-        rejected = ask_text(plain, prompts, question=asked, correct=bare) if plain else _plain(bare)
+        table, values = templates("preferences"), {"question": asked, "correct": bare}
+        child = conversation.task in TASKS
+        chosen = ask_text(ask, table["teacher"], **values) if ask else _humane(asked, bare, child)
+        rejected = ask_text(plain, table["teacher_plain"], **values) if plain else _plain(bare)
     except Unusable as error:
         yield Dropped(conversation.source, "teacher's answer was unusable", str(error)[:80])
         return
@@ -63,35 +60,38 @@ def humane_pair(
 
 
 def _humane(asked: str, answer: str, pediatric: bool) -> str:
-    table = _templates()
+    table = templates("preferences")
     kind, child = _kind(asked, answer), pediatric or bool(re.search(table["child"], asked))
     said = _rewritten(answer, (table["humane"]["child"] if child else []) + table["humane"]["all"])
     who = "child" if child else "adult"
+    forms = kind[who]
+    if re.search(templates("role_play")["grave"], asked + answer):
+        forms = [form for form in forms if not re.search(table["soothing"], form)]
     told = "told" if re.search(table["sees_doctor"], answer) else "untold"
     closings = table["closing"].get(kind["name"]) or table["closing"][f"{who}_{told}"]
     between = "\n" if "\n" in said else ""
-    return f"{_choice(kind[who], asked)}{between}{said}{between}{_choice(closings, answer)}"
+    return f"{pick(forms, asked)}{between}{said}{between}{pick(closings, answer)}"
 
 
 def _plain(answer: str) -> str:
-    politeness = re.compile(f"(?:{_templates()['plain']['politeness']})[，,。！!]+")
+    table = templates("preferences")["plain"]
+    politeness = re.compile(f"(?:{table['politeness']})[，,。！!]+")
     lines = []
     for line in answer.split("\n"):
         said = ""
-        for sentence in sentences(line):
+        for sentence in whole_sentences(line):
             while match := politeness.match(sentence):
                 sentence = sentence[match.end() :]
             said += sentence
-        lines.append(_rewritten(said, _templates()["plain"]["rewrite"]))
+        lines.append(_rewritten(said, table["rewrite"]))
     return "\n".join(filter(None, lines)) or answer
 
 
 def _kind(asked: str, answer: str) -> dict[str, Any]:
-    table = _templates()
-    kinds = table["kind"]
-    if re.search(table["urgent"], answer.split("。")[0]):
-        return kinds[0]
-    return next((kind for kind in kinds if kind["cues"] and re.search(kind["cues"], asked)), kinds[-1])
+    table = templates("preferences")
+    if re.search(table["urgent"], re.sub(table["not_urgent"], "", answer.split("。")[0])):
+        return table["kind"][0]
+    return next(kind for kind in table["kind"][1:] if re.search(kind["cues"], asked))  # the last one fits all
 
 
 def _added(answer: str, asked: str, correct: str) -> set[str]:
@@ -101,7 +101,7 @@ def _added(answer: str, asked: str, correct: str) -> set[str]:
 
 
 def _same_words(text: str) -> str:
-    for word, others in _templates()["synonyms"].items():
+    for word, others in templates("preferences")["synonyms"].items():
         text = re.sub(others, word, text)
     return text
 
@@ -110,12 +110,3 @@ def _rewritten(text: str, changes: Sequence[Sequence[str]]) -> str:
     for pattern, replacement in changes:
         text = re.sub(pattern, replacement, text)
     return text
-
-
-def _choice(forms: Sequence[str], key: str) -> str:
-    return forms[int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % len(forms)]
-
-
-@cache
-def _templates() -> dict[str, Any]:
-    return tomllib.loads(files("pedgpt.corpus").joinpath("templates/preferences.toml").read_text(encoding="utf-8"))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import html
 import re
-import tomllib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from functools import cache
-from importlib.resources import files
+from html.entities import html5
 
-from pedgpt.corpus.rows import question, texts
+from pedgpt.corpus.rows import question, templates, texts
 from pedgpt.data.records import Conversation, Document, PreferencePair, Record
 
 TOO_SHORT, TOO_LONG, NOT_CHINESE = "too short", "too long", "not Chinese"
 BROKEN, NO_QUESTION = "broken text", "empty question"
+EMPTY, EQUAL = "empty message", "chosen equals rejected"  # what no reader of ours takes
 
 # Controls, zero-width and private-use characters, lone surrogates; separators and spaces of other widths; full width.
 _INVISIBLE = (
@@ -25,6 +25,7 @@ _INVISIBLE = (
 )
 _ODD = re.compile(f"[{_INVISIBLE}\x0b-\r\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000０-９Ａ-Ｚａ-ｚ]")
 _WIDE = {c: c - 0xFEE0 for start, end in ("０９", "ＡＺ", "ａｚ") for c in range(ord(start), ord(end) + 1)}
+_NESTED = re.compile(r"&(?:(?:amp|AMP|#0{0,4}38|#[xX]0{0,4}26);)+")  # &amp;amp;lt;
 _ENTITY = re.compile(r"&(?:[A-Za-z]{2,8}\d{0,2}|#\d{1,7}|#[xX][0-9A-Fa-f]{1,6});")
 _TAG = re.compile(r"[ \t]*<(?:br\s*/?|/?p(?:\s[^<>\n]{0,200})?)>[ \t]*", re.IGNORECASE)
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
@@ -39,7 +40,7 @@ def normalize(text: str) -> str:
     characters go; HTML entities, <br> and <p> become what they stand for; runs of spaces, of empty lines and of one
     punctuation mark become short. … and —, and between backticks all but invisible characters, stay; so do indents.
     """
-    while True:  # what one step uncovers (&amp;lt;br&amp;gt;) is the next one's
+    for _ in range(10):  # what one step uncovers (&amp;lt;br&amp;gt;) is the next one's
         before = text
         if not unicodedata.is_normalized("NFC", text):
             text = unicodedata.normalize("NFC", text)
@@ -56,7 +57,8 @@ def normalize(text: str) -> str:
         else:
             text = _tidy(text).strip()
         if text == before:
-            return text
+            break
+    return text
 
 
 def _plain(match: re.Match[str]) -> str:
@@ -70,12 +72,17 @@ def _plain(match: re.Match[str]) -> str:
 
 def _tidy(text: str) -> str:
     if "&" in text:
-        text = _ENTITY.sub(lambda match: html.unescape(match[0]), text)
+        text = _ENTITY.sub(_character, _NESTED.sub("&", text))
     if "<" in text:
         text = _TAG.sub(lambda match: " " if _in_table(text, match.start()) else "\n", text)
     if "  " in text or "\n\n\n" in text or " \n" in text or "\t\n" in text:
         text = _SPACES.sub(r"\1", text)
     return _REPEATED.sub(lambda match: match[match.lastindex or 0], text)
+
+
+def _character(match: re.Match[str]) -> str:
+    # Of names only those that are one: unescape() takes &ampamp; for &amp and amp;
+    return html.unescape(match[0]) if match[0][1] == "#" or match[0][1:] in html5 else match[0]
 
 
 def _in_table(text: str, place: int) -> bool:
@@ -192,7 +199,7 @@ def _is_account(match: re.Match[str]) -> bool:
 
 @cache
 def _names() -> re.Pattern[str]:
-    lists = tomllib.loads(files("pedgpt.corpus").joinpath("templates/quality.toml").read_text(encoding="utf-8"))
+    lists = templates("quality")
     surname = f"(?:{'|'.join(lists['compound'])}|[{''.join(lists['surnames'].split())}])"
     person = f"(?:{lists['persons']})的?"
     given = rf"(?:(?![{lists['never']}])[\u4e00-\u9fff]){{1,2}}"
@@ -227,6 +234,10 @@ def fault(record: Record, *, min_characters: int, max_characters: int, min_chine
         learnt = whole = len(record.text)
     if not isinstance(record, Document) and not any(map(str.isalnum, question(record))):
         return NO_QUESTION, repr(question(record)[:20])
+    if not isinstance(record, Document) and (blank := [i for i, text in enumerate(said, 1) if not text.strip()]):
+        return EMPTY, f"text {blank[0]} of {len(said)}"
+    if isinstance(record, PreferencePair) and record.chosen.strip() == record.rejected.strip():
+        return EQUAL, repr(record.chosen[:40])
     if learnt < min_characters:
         return TOO_SHORT, f"{learnt} characters, fewer than {min_characters}"
     if whole > max_characters:

@@ -7,24 +7,14 @@ the form, and a teacher's answer that brings new numbers, or loses old ones, is 
 
 from __future__ import annotations
 
-import hashlib
 import re
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from pedgpt.corpus.dialogues import (
-    NUMBER,
-    ask_text,
-    evidence,
-    sentences,
-    without_boilerplate,
-    without_greeting,
-)
-from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable
+from pedgpt.corpus.dialogues import NUMBER, evidence, whole_sentences, without_boilerplate, without_greeting
+from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, pick, templates
 from pedgpt.data.records import Conversation
 
 _CJK = "\u4e00-\u9fff"
@@ -50,9 +40,10 @@ def reconstruct(conversation: Conversation, ask: Ask | None = None) -> Iterator[
             yield Dropped(conversation.source, reasons, f"{versions[-1]['reason']}: {answer[:60]}")
             return
         for step in ("enrich", "reorganise"):
-            if ask is None:
-                reason = _templates()["reorganise"]["reason"]
-                form, reason = _enrich(asked, answer) if step == "enrich" else (reorganise(answer), reason)
+            if ask is None and step == "enrich":
+                form, reason = _enrich(asked, answer)
+            elif ask is None:
+                form, reason = reorganise(answer), templates("reconstruct")["reorganise"]["reason"]
             else:
                 form, reason = _said(step, asked, answer, ask)
                 if fault := _fault(asked, answer, form):
@@ -65,20 +56,18 @@ def reconstruct(conversation: Conversation, ask: Ask | None = None) -> Iterator[
         yield Dropped(conversation.source, "teacher's answer was unusable", str(error)[:80])
         return
     messages = (*conversation.messages[:-1], replace(conversation.messages[-1], content=answer))
-    yield Built(
-        replace(conversation, messages=messages), {"versions": versions} | ({"refused": refused} if refused else {})
-    )
+    details = {"versions": versions} | ({"refused": refused} if refused else {})
+    yield Built(replace(conversation, messages=messages), details)
 
 
 def _judge(asked: str, answer: str) -> tuple[float, str, str]:
     """(score, the phrase of its worst fault if it is below the threshold, all faults), by rules."""
-    words, rules = _patterns(), _templates()["judge"]
+    words, rules = _patterns(), templates("reconstruct")["judge"]
     said = reorganise(answer)
     bare = re.sub(rf"[^{_CJK}A-Za-z0-9]", "", without_greeting(said))
-    fact = _fact(asked, answer) is not None
     found = {
-        "terse": not bare or (len(bare) < _templates()["words"]["terse"] and not fact),
-        "unrelated": not (fact or _bigrams(asked) & _bigrams(answer) or set(bare) & evidence(asked)),
+        "terse": len(bare) < rules["terse"],
+        "unrelated": not (_bigrams(asked) & _bigrams(answer) or set(bare) & evidence(asked)),
         "promotional": bool(words["promotional"].search(answer)),
         "referral": not words["see_doctor_asked"].search(asked) and _only_refers(said),
         "cut_off": _cut_off(answer),
@@ -91,23 +80,23 @@ def _judge(asked: str, answer: str) -> tuple[float, str, str]:
 
 
 def _judged(asked: str, answer: str, ask: Ask) -> tuple[float, str, str]:
-    prompts = _templates()["teacher"]["judge"]
-    reply = ask(prompts["system"], prompts["user"].format(question=asked, answer=answer), {"score": int, "reason": str})
+    reply = _reply("judge", asked, answer, ask, {"score": int, "reason": str})
     score, reason = reply.get("score"), reply.get("reason")
     if type(score) is not int or not 1 <= score <= 5 or not isinstance(reason, str):
         raise Unusable(f"judged {score!r}, expected a whole number from 1 to 5 and a reason")
-    return score, "by the teacher" if score < prompts["lowest"] else "", reason
+    return score, "by the teacher" if score < templates("reconstruct")["teacher"]["judge"]["lowest"] else "", reason
 
 
 def _said(step: str, asked: str, answer: str, ask: Ask) -> tuple[str, str]:
-    prompts, reasons = _templates()["teacher"][step], []
+    reply = _reply(step, asked, answer, ask, {"answer": str, "reason": str})
+    if not isinstance(form := reply.get("answer"), str) or not form.strip():
+        raise Unusable(f"answer is {form!r}, expected a text")
+    return form.strip(), str(reply.get("reason", ""))
 
-    def with_reason(system: str, user: str, fields: Any) -> dict[str, Any]:
-        reply = ask(system, user, {**fields, "reason": str})
-        reasons.append(str(reply.get("reason", "")))
-        return reply
 
-    return ask_text(with_reason, prompts, question=asked, answer=answer), reasons[0]
+def _reply(step: str, asked: str, answer: str, ask: Ask, fields: dict[str, type]) -> dict[str, Any]:
+    prompts = templates("reconstruct")["teacher"][step]
+    return ask(prompts["system"], prompts["user"].format(question=asked, answer=answer), fields)
 
 
 def _fault(asked: str, before: str, after: str) -> str:
@@ -127,33 +116,15 @@ def _numbers(text: str) -> set[str]:
 
 
 def _enrich(asked: str, answer: str) -> tuple[str, str]:
-    forms, words = _templates()["enrich"], _patterns()
-    if sentence := _fact(asked, answer):
-        return sentence, forms["fact_reason"]
+    forms, words = templates("reconstruct")["enrich"], _patterns()
     if not words["treatment"].search(asked) or words["sees_doctor"].search(answer):
         return answer, ""
     added, reasons = [], []
     for name, wanted in (("ask_about_drugs", words["names_drug"].search(answer)), ("see_doctor", True)):
         if wanted:
-            added.append(_choice(forms[name], asked))
+            added.append(pick(forms[name], asked))
             reasons.append(forms[f"{name}_reason"])
     return f"{_ended(answer)}\n{''.join(added)}", "; ".join(reasons)
-
-
-def _fact(asked: str, answer: str) -> str | None:
-    """The full sentence of a bare answer ("0.13%") to a question for a fact, or None if it is not one."""
-    words = _templates()["words"]
-    bare = answer.strip(" 。.；;，,")
-    if not bare or len(bare) > 30 or re.search(r"[。！？!?，,：:<>\n]|你好|您好", bare):
-        return None
-    for form in words["fact"]:
-        if match := re.fullmatch(form["question"], asked.strip()):
-            about = re.sub(f"^{words['asking']}", "", match[1])
-            if not about or re.search("[，,。！？!?\n]|我|你|您", about) or about in bare:
-                return None
-            sentence = words["fact_otherwise"] if re.match(words["verbal"], bare) else form["sentence"]
-            return sentence.format(about, answer=re.sub("[；;]", "、", bare))
-    return None
 
 
 def reorganise(answer: str) -> str:
@@ -178,7 +149,7 @@ def _reorganised(answer: str) -> str:
 
 def _sections(answer: str) -> Iterator[tuple[str, str]]:
     """(what to put before it, text) of each part of an answer under forum headings."""
-    forms = _templates()["reorganise"]
+    forms = templates("reconstruct")["reorganise"]
     parts = _patterns()["heading"].split(re.sub(r"[\u3000\xa0\t ]+", " ", answer))
     yield "", parts[0]
     for heading, text in zip(parts[1::2], parts[2::2], strict=True):
@@ -216,7 +187,7 @@ def _clean(text: str, seen: set[str]) -> str:
     body = re.sub("^[你您]好(?![转起像些了多的好吃奇])", "", without_greeting(_punctuated(body)))
     body = without_boilerplate(body)
     kept = []
-    for sentence in map(without_greeting, sentences(body)):
+    for sentence in map(without_greeting, whole_sentences(body)):
         key = sentence.strip(" 。！？!?，,")
         if len(key) < 8 or key not in seen:
             kept.append(sentence)
@@ -260,7 +231,7 @@ def _cut_off(answer: str) -> bool:
 
 
 def _only_refers(answer: str) -> bool:
-    said = [sentence.strip("，,。！？!? ") for sentence in sentences(answer)]
+    said = [sentence.strip("，,。！？!? ") for sentence in whole_sentences(answer)]
     return bool(said) and all(not s or (len(s) <= 60 and _patterns()["referral"].fullmatch(s)) for s in said)
 
 
@@ -270,13 +241,9 @@ def _bigrams(text: str) -> set[str]:
     return pairs | {run.lower() for run in runs if run.isascii()}
 
 
-def _choice(forms: Sequence[str], key: str) -> str:
-    return forms[int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % len(forms)]
-
-
 @cache
 def _patterns() -> dict[str, re.Pattern[str]]:
-    words, forms = _templates()["words"], _templates()["reorganise"]
+    words, forms = templates("reconstruct")["words"], templates("reconstruct")["reorganise"]
     names = ("promotional", "rude", "referral", "treatment", "sees_doctor", "names_drug", "common")
     headings = {*forms["analysis"], *forms["advice"], *forms["inquiry"], *forms["other"]}
     long = "|".join(sorted(headings - set(forms["short"]), key=lambda heading: (-len(heading), heading)))
@@ -287,8 +254,3 @@ def _patterns() -> dict[str, re.Pattern[str]]:
         "heading": re.compile(rf"({long}|{short})\s*[：:]\s*"),
         "dangling_end": re.compile(words["dangling"] + "$"),
     }
-
-
-@cache
-def _templates() -> dict[str, Any]:
-    return tomllib.loads(files("pedgpt.corpus").joinpath("templates/reconstruct.toml").read_text(encoding="utf-8"))

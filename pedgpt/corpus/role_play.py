@@ -5,16 +5,12 @@ Question and answer are made from one passage, and the answer is checked against
 
 from __future__ import annotations
 
-import hashlib
 import re
-import tomllib
 from collections.abc import Iterator
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from pedgpt.corpus.knowledge_graph import MEDKQA
-from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable
+from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, pick, templates
 from pedgpt.corpus.sections import BETWEEN, sentences, unnumbered
 from pedgpt.corpus.support import support
 from pedgpt.data.records import Conversation, Document, Message
@@ -42,12 +38,12 @@ def role_play(passage: Document, ask: Ask | None = None) -> Iterator[Built | Dro
 
 def subject(passage: Document) -> str:
     """What the passage is about, as a question would name it, or ""."""
-    general = re.compile(_templates()["general_titles"])
+    general = re.compile(templates("role_play")["general_titles"])
     headings = passage.source.split(BETWEEN)[:0:-1]  # the nearest first, without the file
     for name in (passage.disease, passage.title, *headings):
         name = unnumbered(name.strip())
         if not general.fullmatch(name):
-            for words in _templates()["title_words"]:
+            for words in templates("role_play")["title_words"]:
                 name = re.sub(words, "", name).strip()
         if 2 <= len(name) <= _LONGEST_SUBJECT and not re.search("[。？！，；：]", name) and not general.fullmatch(name):
             return name
@@ -57,14 +53,15 @@ def subject(passage: Document) -> str:
 def _templated(passage: Document) -> Iterator[Built | Dropped]:
     if not (name := subject(passage)):
         return
+    table = templates("role_play")
     for aspect, parts in _by_aspect(passage, name).items():
-        forms = _templates()["aspects"][aspect]
-        number = _number(passage.text, aspect)
-        role = ROLES[number % 2]
-        question = _pick(forms[role], number // 2).format(subject=name)
+        forms, openings = table["aspects"][aspect], table["openings"]
+        role = pick(ROLES, passage.text, aspect)
+        question = pick(forms[role], passage.text, aspect, "question").format(subject=name)
         body = _spoken("".join(parts), name, role)
-        opening = _pick(_templates()["openings"][role], number // 16)
-        closing = _pick(forms["closings"], number // 256) if role == "parent" else ""
+        grave = role == "parent" and re.search(table["grave"], question + body)
+        opening = pick(openings["grave" if grave else role], passage.text, aspect, "opening")
+        closing = pick(forms["closings"], passage.text, aspect, "closing") if role == "parent" else ""
         if any(closing[i : i + 3] in body for i in range(len(closing) - 2)):
             closing = ""  # said already
         yield _checked(passage, question, opening + body + closing, aspect, role, body)
@@ -73,12 +70,12 @@ def _templated(passage: Document) -> Iterator[Built | Dropped]:
 def _by_aspect(passage: Document, name: str) -> dict[str, list[str]]:
     """The sentences of each aspect, in order; parts between semicolons are sentences if they have another aspect."""
     found: dict[str, list[str]] = {}
-    previous, ended = "", True
+    previous, ended, dangling = "", True, templates("role_play")["dangling"]
     for part in sentences(passage.text):
         scores = _scores(part, name, passage.title)
         best = max(scores, key=lambda aspect: scores[aspect])
         # What leans on the sentence before it stays with it.
-        leans = re.match(_templates()["dangling"], part) or (not ended and scores[best] < scores.get(previous, 0) + 2)
+        leans = re.match(dangling, part) or (not ended and scores[best] < scores.get(previous, 0) + 2)
         if previous and leans:
             best = previous
         ended = not part.endswith(("；", ";"))
@@ -91,7 +88,7 @@ def _by_aspect(passage: Document, name: str) -> dict[str, list[str]]:
 def _scores(sentence: str, name: str, title: str) -> dict[str, int]:
     """How many cues of each aspect a sentence has, those that it begins with threefold, its heading twofold."""
     scores = {}
-    for aspect, forms in _templates()["aspects"].items():
+    for aspect, forms in templates("role_play")["aspects"].items():
         begins = any(re.match(cue.replace("{subject}", re.escape(name)), sentence) for cue in forms["begins"])
         cues = 3 * begins + sum(bool(re.search(cue, sentence)) for cue in forms["cues"])
         heading = 2 * bool(re.fullmatch(forms["titles"], title))
@@ -101,15 +98,16 @@ def _scores(sentence: str, name: str, title: str) -> dict[str, int]:
 
 def _spoken(answer: str, name: str, role: str) -> str:
     """An answer without a pronoun at its beginning: 其 is the subject's, 本病 the subject; plainer to parents."""
-    answer = re.sub(f"^(?:{_templates()['pronouns']})", lambda _: name, answer)
-    answer = re.sub(f"^(?:{_templates()['possessive']})", lambda _: name + "的", answer)
-    for form, words in _templates()["to_parents"].items() if role == "parent" else ():
+    table = templates("role_play")
+    answer = re.sub(f"^(?:{table['pronouns']})", lambda _: name, answer)
+    answer = re.sub(f"^(?:{table['possessive']})", lambda _: name + "的", answer)
+    for form, words in table["to_parents"].items() if role == "parent" else ():
         answer = re.sub(f"^(?:{form})", words, answer)
     return answer
 
 
 def _asked(passage: Document, ask: Ask) -> Iterator[Built | Dropped]:
-    forms = _templates()["teacher"]
+    forms = templates("role_play")["teacher"]
     known: set[str] = set()
     for role, spoken in forms["roles"].items():
         values = {"role": spoken, "title": subject(passage) or passage.title, "passage": passage.text}
@@ -117,7 +115,7 @@ def _asked(passage: Document, ask: Ask) -> Iterator[Built | Dropped]:
             fields: dict[str, type] = {"question": str, "role": str}
             said = ask(forms["system_question"].format(**values), forms["question"].format(**values), fields)
             question = said["question"].strip()
-            fault = "question points at its passage" if re.search(_templates()["pointing"], question) else ""
+            fault = "question points at its passage" if re.search(templates("role_play")["pointing"], question) else ""
             fault = fault or ("question repeats another role's" if question in known else "")
             if fault or not question:
                 yield Dropped(passage.source, fault or "teacher's answer was unusable", question)
@@ -132,7 +130,7 @@ def _asked(passage: Document, ask: Ask) -> Iterator[Built | Dropped]:
         text = _letters(passage.text)
         if not _letters(evidence) or any(_letters(part) not in text for part in sentences(evidence)):
             yield Dropped(passage.source, "evidence is not in its passage", evidence)
-        elif re.search(_templates()["pointing"], answer):
+        elif re.search(templates("role_play")["pointing"], answer):
             yield Dropped(passage.source, "answer points at its passage", answer)
         else:
             aspect = _aspect_of(question, answer, values["title"])
@@ -159,21 +157,7 @@ def _checked(
     found = support(said, passage.text, question=question)
     if not found.ok():
         return Dropped(passage.source, "answer not supported by its passage", f"{found.describe()}; {answer}")
-    task = _templates()["aspects"][aspect]["task"] if aspect else MEDKQA
+    task = templates("role_play")["aspects"][aspect]["task"] if aspect else MEDKQA
     messages = (Message("user", question), Message("assistant", answer))
     record = Conversation(messages, passage.source, task, passage.disease, passage.department)
     return Built(record, {"support": round(found.share, 3), "role": role, "aspect": aspect, **details})
-
-
-def _pick(choices: list[str], number: int) -> str:
-    return choices[number % len(choices)]
-
-
-def _number(*texts: str) -> int:
-    return int.from_bytes(hashlib.sha256("/".join(texts).encode()).digest()[:8], "big")
-
-
-@cache
-def _templates() -> dict[str, Any]:
-    text = files("pedgpt.corpus").joinpath("templates/role_play.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import cache
+from importlib.resources import files
+from typing import Any, Protocol, TypeVar
 
 from pedgpt.data.records import Conversation, Document, PreferencePair, Record
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +71,19 @@ def question(record: Record) -> str:
     if isinstance(record, PreferencePair):
         return record.prompt[-1].content
     return next(message.content for message in record.messages if message.role == "user")
+
+
+@cache
+def templates(name: str) -> dict[str, Any]:
+    """The phrasings and word lists of templates/`name`.toml."""
+    return tomllib.loads(files("pedgpt.corpus").joinpath(f"templates/{name}.toml").read_text(encoding="utf-8"))
+
+
+def number(*names: str) -> int:
+    """The same for the same names, on any machine."""
+    return int.from_bytes(hashlib.sha256("/".join(names).encode()).digest()[:8], "big")
+
+
+def pick(forms: Sequence[T], *names: str) -> T:
+    """One of several forms, the same for the same names."""
+    return forms[number(*names) % len(forms)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import tomllib
 import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from importlib.resources import files
-from typing import Any
+from itertools import islice
+
+from pedgpt.corpus.rows import templates
 
 _HAN = re.compile(r"[\u3400-\u9fff]+")
 _SENTENCE = re.compile(r"[^。！？；!?;\n]+")
@@ -47,14 +47,17 @@ _UNIT = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
 # Not the unit that it looks like: 百日咳, 三年级, 三成为, 四周围.
 _NO_UNIT = r"(?!(?<=日)咳|(?<=年)级|(?<=成)[为年熟人分]|(?<=周)[围边]|(?<=种)植|(?<=[A-Za-z])[A-Za-z])"
 _CHINESE = "零〇一二两三四五六七八九十百千万亿"
+_INTEGER, _DIGITS = rf"[{_CHINESE}]{{1,20}}", r"\d{1,20}"  # no longer, so that hostile text takes no time
+_DECIMAL = rf"{_INTEGER}(?:点{_INTEGER})?"
 _NUMBER = re.compile(
-    rf"(?P<share>(?:[{_CHINESE}]+|\d+)分之(?:[{_CHINESE}]+(?:点[{_CHINESE}]+)?|\d+(?:\.\d+)?)|一半)"
-    rf"|(?P<value>(?<![A-Za-z\d.])(?<![A-Za-z]-)\d+(?:,\d{{3}})*(?:\.\d+)?[百千万亿]?"
-    rf"|(?<![几数多])(?:半|[{_CHINESE}]+(?:点[{_CHINESE}]+)?))"
+    rf"(?P<share>(?:{_INTEGER}|{_DIGITS})分之(?:{_DECIMAL}|{_DIGITS}(?:\.{_DIGITS})?)|一半)"
+    rf"|(?P<value>(?<![A-Za-z\d.])(?<![A-Za-z]-){_DIGITS}(?:,\d{{3}}){{0,5}}(?:\.{_DIGITS})?[百千万亿]?"
+    rf"|(?<![几数多])(?:半|{_DECIMAL}))"
     rf"(?P<half>个半)?[多余来]?[ ]?(?P<unit>(?:{_UNIT}){_NO_UNIT})?(?P<after>半(?![天年日夜]))?"
 )
-_LISTED = re.compile(r"[①-⑳]|(?:^|(?<=[\n。；;:：]))\s*[(（]?\d{1,2}[.)）、](?!\d)", re.MULTILINE)  # 1. of a list
-_RANGE = re.compile(r"[ ]?(?:[-–—~至到、或]|-|—)+[ ]?$")
+_LISTED = re.compile(r"[①-⑳]|(?:^|(?<=[\n。；;:：]))[ \t]*[(（]?\d{1,2}[.)）、](?!\d)", re.MULTILINE)  # 1. of a list
+_RANGE = re.compile("[ ]?[-–—~至到、或]+[ ]?")
+_MOST_ADVICE = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,8 @@ def support(answer: str, passage: str, *, question: str = "", lexicon: Collectio
     """Compare an answer's words with its passage's; what the question says already counts neither for nor against.
 
     Numbers are compared by value and unit: 三天 is 3天 and 72小时, 30% is 百分之三十. Names of drugs are known by their
-    endings; of `lexicon`, a collection of medical terms, every term in the answer must be in the passage.
+    endings; of `lexicon`, a collection of medical terms, every term in the answer must be in the passage. The first 200
+    pieces of advice of either text are compared.
 
     It is a check of words, not of meaning. It cannot see: the right words in the wrong relation (cause for effect, one
     drug's indication given to another, 不到3天 for 超过3天); a symptom or a drug exchanged for another that the passage
@@ -107,11 +111,11 @@ def support(answer: str, passage: str, *, question: str = "", lexicon: Collectio
         content = [pair for pair in _content(sentence) if pair in known or pair not in asked]
         supported = sum(pair in known for pair in content)
         have, total = have + supported, total + len(content)
-        if len(content) >= 8 and re.search(_lists()["medical"], sentence):
+        if len(content) >= 8 and re.search(templates("support")["medical"], sentence):
             weakest = min(weakest, supported / len(content))
     return Support(
         share=have / total if total else 0.0,
-        missing_numbers=tuple(_missing_numbers(answer, [*_numbers(passage), *_numbers(question)])),
+        missing_numbers=tuple(_missing_numbers(answer, passage, question)),
         missing_terms=tuple(_missing_terms(answer, passage + "\n" + question, lexicon)),
         flips=tuple(_flips(answer, passage)),
         weakest=weakest,
@@ -124,7 +128,7 @@ def _pairs(text: str) -> list[str]:
 
 def _pairs_of(text: str) -> set[str]:
     """All pairs of neighbours, with the particles and without them."""
-    return {*_pairs(text), *_pairs(re.sub(f"[{_lists()['particles']}]", "", text))}
+    return {*_pairs(text), *_pairs(re.sub(f"[{templates('support')['particles']}]", "", text))}
 
 
 def _content(text: str) -> list[str]:
@@ -133,41 +137,35 @@ def _content(text: str) -> list[str]:
     return words + _pairs(_manners().sub(" ", text))
 
 
-@dataclass(frozen=True, slots=True)
-class _Number:
-    text: str
-    value: Fraction
-    unit: str
-
-    def meanings(self) -> set[tuple[str, Fraction]]:
-        return {(kind, self.value * factor) for kind, factor in _UNITS.get(self.unit, ())}
-
-    def same(self, other: _Number) -> bool:
-        if not self.unit or not other.unit:
-            return self.value == other.value
-        return bool(self.meanings() & other.meanings())
+def _missing_numbers(answer: str, *given: str) -> Iterator[str]:
+    numbers = [number for text in given for number in _numbers(text)]
+    known = {meaning for _, value, unit in numbers for meaning in [("any", value), *_meanings(value, unit)]}
+    for written, value, unit in _numbers(answer):
+        # Without a unit on either side, the value alone counts.
+        if known.isdisjoint([("bare", value), *_meanings(value, unit)] if unit else [("any", value)]):
+            yield written
 
 
-def _missing_numbers(answer: str, given: list[_Number]) -> Iterator[str]:
-    for number in _numbers(answer):
-        if not any(number.same(other) for other in given):
-            yield number.text
+def _meanings(value: Fraction, unit: str) -> list[tuple[str, Fraction]]:
+    return [(kind, value * factor) for kind, factor in _UNITS.get(unit, (("bare", 1),))]
 
 
-def _numbers(text: str) -> list[_Number]:
-    """Numbers in order; Chinese ones only with a unit (三天, not 三凹征), which a range shares: 三至五天 is 3天 5天."""
+def _numbers(text: str) -> list[tuple[str, Fraction, str]]:
+    """Numbers as written, their values and units, in order.
+
+    Chinese ones only with a unit (三天, not 三凹征), which a range shares: 三至五天 is 3天 5天.
+    """
     text = re.sub(r"[1一][天日](?=[1-9一二两三四五六]次)", "每日", text)  # 一天三次 is 每日三次
-    found: list[_Number] = []
-    matches = list(_NUMBER.finditer(text))
+    found: list[tuple[str, Fraction, str]] = []
     unit, right = "", len(text)  # of the number to the right, and where that begins
-    for match in reversed(matches):
+    for match in reversed(list(_NUMBER.finditer(text))):
         written = match[0].strip()
         if match["share"]:
             share = Fraction(1, 2)
             if "分之" in written:
                 whole, part = map(_value, written.split("分之"))
                 share = part / whole if whole else Fraction(0)
-            found.append(_Number(written, share * 100, "%"))
+            found.append((written, share * 100, "%"))
             unit, right = "%", match.start()
             continue
         between = text[match.end() : right]
@@ -176,14 +174,13 @@ def _numbers(text: str) -> list[_Number]:
             own, written = unit, f"{written}{unit}"
         digits = match["value"][0].isdigit() and match["value"][0].isascii()
         # 一次 and 一个 are seldom counts, 十分 is very, 一度 once; but 每日一次 is a dose.
-        idle = match["value"] == "一" and own in ("次", "个", "度", "期", "级", "种") and not re.search(
-            r"[天日周月时每]$", text[: match.start()]
-        )  # fmt: skip
+        often = match.start() and text[match.start() - 1] in "天日周月时每"
+        idle = match["value"] == "一" and own in ("次", "个", "度", "期", "级", "种") and not often
         if digits or (own and not idle):
             half = Fraction(1, 2) if match["half"] or match["after"] else Fraction(0)
             pair = re.fullmatch("[一二两三四五六七八九]{2}", match["value"])
             values = [_value(c) for c in match["value"]] if pair else [_value(match["value"])]  # 两三天: either
-            found += [_Number(written, value + half, own) for value in values]
+            found += [(written, value + half, own) for value in values]
         unit, right = own, match.start()
     return found[::-1]
 
@@ -211,7 +208,7 @@ def _value(written: str) -> Fraction:
 
 
 def _missing_terms(answer: str, known: str, lexicon: Collection[str]) -> Iterator[str]:
-    named = [match[0] for match in re.finditer(_lists()["drugs"], answer)]
+    named = [match[0] for match in re.finditer(templates("support")["drugs"], answer)]
     # Latin names that hold a digit are names as a whole: B12, EV71.
     named += [word for word in _LATIN.findall(answer) if re.search(r"\d", word)]
     named += [term for term in lexicon if term in answer]
@@ -224,20 +221,20 @@ class _Advice:
     text: str
     positive: bool
     aim: str  # what is advised
-    condition: str  # what stands before it in its sentence, if that is a condition
+    condition: frozenset[str]  # the pairs of what stands before it in its sentence, if that is a condition
     qualified: bool  # 不推荐常规使用 leaves other use open
 
 
 def _flips(answer: str, passage: str) -> Iterator[str]:
     """Advice of the answer whose aim the passage has with the opposite direction, and more of it than with the same."""
-    given = list(_advices(passage))
-    for advice in _advices(answer):
+    given = list(islice(_advices(passage), _MOST_ADVICE))
+    for advice in islice(_advices(answer), _MOST_ADVICE):
         overlap = {True: 0, False: 0}
         for other in given:
             common = _common(advice.aim, other.aim)
             opposite = other.positive != advice.positive
             bound = other.condition or other.qualified
-            if opposite and bound and advice.condition and not {*_pairs(advice.condition)} & {*_pairs(other.condition)}:
+            if opposite and bound and advice.condition and not advice.condition & other.condition:
                 continue  # said of another case
             overlap[opposite] = max(overlap[opposite], common)
         if overlap[True] >= min(3, len(advice.aim)) and overlap[True] > overlap[False]:
@@ -249,11 +246,12 @@ def _advices(text: str) -> Iterator[_Advice]:
     turning = re.compile(f"{_either('forbidding')}|{_either('negations')}")
     qualifying = re.compile(_either("qualifiers"))
     for sentence in _SENTENCE.findall(text):
+        bound = condition.search(sentence)
         for match in _advice_form().finditer(sentence):
-            words, before = match["words"], sentence[: match.start()]
-            condition_before = before if condition.search(before) else ""
+            words, before = match["words"], sentence[max(0, match.start() - 100) : match.start()]
+            case = frozenset(_pairs(before) or [before] if bound and bound.end() <= match.start() else [])
             positive = len(turning.findall(words)) % 2 == 0
-            yield _Advice(match[0], positive, match["aim"], condition_before, bool(qualifying.search(words)))
+            yield _Advice(match[0], positive, match["aim"], case, bool(qualifying.search(words)))
 
 
 def _common(a: str, b: str) -> int:
@@ -266,7 +264,7 @@ def _common(a: str, b: str) -> int:
 
 
 def _either(name: str) -> str:
-    return "|".join(sorted(map(re.escape, _lists()[name]), key=len, reverse=True))
+    return "|".join(sorted(map(re.escape, templates("support")[name]), key=len, reverse=True))
 
 
 @cache
@@ -279,10 +277,4 @@ def _advice_form() -> re.Pattern[str]:
 
 @cache
 def _manners() -> re.Pattern[str]:
-    return re.compile(f"{_either('manners')}|[{_lists()['particles']}]")
-
-
-@cache
-def _lists() -> dict[str, Any]:
-    text = files("pedgpt.corpus").joinpath("templates/support.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
+    return re.compile(f"{_either('manners')}|[{templates('support')['particles']}]")

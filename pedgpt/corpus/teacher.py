@@ -145,9 +145,9 @@ class BudgetSpent(ValueError):
 class _Again(Exception):
     """A request failed in a way that may pass. `wait` is what the server asked for, seconds."""
 
-    def __init__(self, problem: str, wait: float = 0.0, everyone: bool = False) -> None:
+    def __init__(self, problem: str, wait: float = 0.0, everyone: bool = False, answered: bool = False) -> None:
         super().__init__(problem)
-        self.wait, self.everyone = wait, everyone
+        self.wait, self.everyone, self.answered = wait, everyone, answered
 
 
 @dataclass
@@ -239,7 +239,9 @@ class Teacher:
     def ask(self, messages: Sequence[Mapping[str, str]], *, attempt: int = 0) -> str:
         """The text of the answer to chat messages; another `attempt` is another answer to the same question.
 
-        Raises TeacherFailure when the request was refused or all retries failed, and BudgetSpent.
+        Raises TeacherFailure when the request was refused or all retries failed, and BudgetSpent. Of a server that has
+        answered others, a refusal of what this one says (400, 413, 422) or answers without text are Unusable instead:
+        they cost their row, not the run.
         """
         s = self.settings
         payload: dict[str, Any] = {
@@ -335,6 +337,8 @@ class Teacher:
                     self._resume = max(self._resume, time.monotonic() + wait)
             if retry < s.max_retries:
                 self._wait(wait)
+        if again.answered and self._has_answered():
+            raise Unusable(problem)
         raise TeacherFailure(f"no answer from {s.url} in {s.max_retries + 1} requests; the last: {problem}")
 
     def _post(self, key: str, body: bytes, is_retry: bool) -> dict[str, Any]:
@@ -368,6 +372,8 @@ class Teacher:
         if status not in _RETRIED and status < 500:
             hint = "; redirects are not followed, set url to the final address" if status < 400 else ""
             asked = " ".join(str(json.loads(body)["messages"][-1].get("content")).split())
+            if status in (400, 413, 422) and self._has_answered():
+                raise Unusable(f"{shown}, for {self._mask(asked)[:80]!r}")
             raise TeacherFailure(f"{s.url} refuses the request {self._mask(asked)[:80]!r}: {shown}{hint}")
         wait = _retry_after(response.headers.get("Retry-After"))
         if wait is not None and wait > s.max_wait:
@@ -402,10 +408,13 @@ class Teacher:
                 self._sql("COMMIT")
             self._count(prompt_tokens=prompt, completion_tokens=completion, answered=int(bool(text)))
             if text:
-                return self._sql("SELECT text FROM answers WHERE key = ?", key)[
-                    0
-                ]  # another process may have been first
-        raise _Again(f"the answer has no text: {self._message(answer, b'')}")
+                # Another process may have been first.
+                return self._sql("SELECT text FROM answers WHERE key = ?", key)[0]
+        raise _Again(f"the answer has no text: {self._message(answer, b'')}", answered=True)
+
+    def _has_answered(self) -> bool:
+        with self._changed:
+            return self._sql("SELECT EXISTS (SELECT 1 FROM answers)")[0] == 1
 
     def _reserve(self, tokens: int) -> None:
         """Set tokens aside for a request; waits while those in flight may turn out to need fewer than they reserved."""
@@ -471,13 +480,13 @@ def in_order(
     workers: int,
     desc: str = "",
     total: int | None = None,
-    teacher: Teacher | None = None,
+    teachers: Sequence[Teacher] = (),
 ) -> Iterator[R]:
     """`work` of each item, in the order of the items, done in `workers` threads; with 0, in this one.
 
     At most 4 `workers` items are taken ahead of the last result. An exception of an item stops new work; what is in
     flight is finished, the results before it are given, and it is raised. With `desc` a progress bar is shown on
-    stderr, of `total` items if that is known, with what the `teacher` has cost so far.
+    stderr, of `total` items if that is known, with what the `teachers` have cost so far.
     """
     interactive = sys.stderr.isatty()
     bar = tqdm(
@@ -485,24 +494,30 @@ def in_order(
         file=sys.stderr,
     )  # fmt: skip
     with bar:
-        for result in _in_threads(items, work, workers, teacher) if workers else map(work, items):
-            if desc and teacher:
-                u, currency = teacher.usage, teacher.settings.currency
-                tokens = u.prompt_tokens + u.completion_tokens
-                bar.set_postfix_str(f"{u.cost:.2f} {currency}, {tokens:,} tokens, {u.retries} retries", refresh=False)
+        for result in _in_threads(items, work, workers, teachers) if workers else map(work, items):
+            if desc and teachers:
+                bar.set_postfix_str("; ".join(map(_cost_so_far, teachers)), refresh=False)
             bar.update()
             yield result
 
 
-def _in_threads(items: Iterable[T], work: Callable[[T], R], workers: int, teacher: Teacher | None) -> Iterator[R]:
+def _cost_so_far(teacher: Teacher) -> str:
+    u = teacher.usage
+    tokens = u.prompt_tokens + u.completion_tokens
+    return f"{u.cost:.2f} {teacher.settings.currency}, {tokens:,} tokens, {u.retries} retries"
+
+
+def _in_threads(items: Iterable[T], work: Callable[[T], R], workers: int, teachers: Sequence[Teacher]) -> Iterator[R]:
     stopped = threading.Event()
+    failed: list[BaseException] = []
 
     def guarded(item: T) -> R:
         if stopped.is_set():  # items start in order, so this one comes after that which failed
             raise CancelledError
         try:
             return work(item)
-        except BaseException:
+        except BaseException as error:
+            failed.append(error)
             stopped.set()
             raise
 
@@ -515,8 +530,10 @@ def _in_threads(items: Iterable[T], work: Callable[[T], R], workers: int, teache
                     yield flying.popleft().result()
             while flying:
                 yield flying.popleft().result()
+        except CancelledError:  # an item that had not begun when a later one failed
+            raise failed[0] from None
         except KeyboardInterrupt:
-            if teacher:
+            for teacher in teachers:
                 teacher._stop("interrupted")  # the pool waits for its threads, and they might wait to retry
             raise
         finally:

@@ -264,13 +264,15 @@ def test_yes_and_no_are_balanced_and_true(sample):
         answers[yes] += 1
         asked = question.replace(row.disease, "")
         if yes:
-            assert any(tail in asked for tail in every)
+            assert any(tail in question for tail in every)  # which may hold the disease's name
         else:
-            assert "没有记载" in answer and not any(tail in asked for tail in every)
-            assert not re.search("不会|不可能|不能|绝不", answer)
+            assert "没有记载" in answer and re.search("请.*(?:核实|咨询)", answer) and "排除" in answer
+            assert not any(tail in asked for tail in every)
+            assert not re.search("不会|不可能|不能|绝不|不支持", answer) and "警惕" not in question
             (strange,) = re.findall("没有记载(.+?)，记载的是", answer)
             assert strange in question and not any(strange in tail or tail in strange for tail in every)
-            assert any(strange in tails for f in facts.values() for tails in f.values())
+            held = {relation for f in facts.values() for relation, tails in f.items() if strange in tails}
+            assert held - {"好发年龄", "并发症", "治疗"}  # a no to these could be dangerous
     assert answers[True] == answers[False]
     first = Counter(texts_of(row)[1].startswith("是的") for row in rows[::2])
     assert min(first.values()) > len(sample) // 4  # neither always comes first

@@ -49,6 +49,13 @@ def test_offline_pair():
         ("手足口病是什么？", "由肠道病毒引起。", "knowledge"),
         ("孩子有点不对劲。", "先观察。", "worry"),
         ("孩子发烧抽搐", "请立即拨打120，让孩子侧躺。", "urgent"),
+        ("孩子误吞电池", "不要催吐，马上去医院。", "urgent"),
+        ("孩子咳了两声", "一般不需要马上去医院，多喝水。", "worry"),
+        ("孩子呛奶了", "不用打120，拍拍背就好。", "worry"),
+        ("孩子喝多少奶粉？", "每次120ml就够。", "feeding"),
+        ("我血压正常吗？", "高压不超过120就正常。", "examination"),
+        ("孩子夜里咳嗽", "多喝水。", "worry"),
+        ("孩子嗜睡", "请仔细观察。", "worry"),
     ],
 )
 def test_opening_fits_the_question(question, answer, kind):
@@ -61,6 +68,28 @@ def test_opening_fits_the_question(question, answer, kind):
 def test_adults_are_not_told_of_children():
     chosen = only(row("高血压怎么治疗？", "低盐饮食，规律服药。")).record.chosen
     assert "孩子" not in chosen and "宝宝" not in chosen
+
+
+@pytest.mark.parametrize("question", ["请为一名有咳嗽的肺炎患儿制定治疗计划。", "肺炎患儿出现气促，下一步怎么处理？"])
+def test_colleagues_are_not_comforted(question):
+    assert list(humane_pair(row(question, "吸氧，补液。"))) == []
+
+
+def test_danger_is_no_time_to_calm_down():
+    answers = [f"可发生心源性休克，第{i}天最多见。" for i in range(1, 10)]
+    said = [only(row(f"川崎病{i}怎么治？", answer)).record.chosen for i, answer in enumerate(answers)]
+    assert not [chosen for chosen in said if "着急" in chosen or "放宽心" in chosen]
+    said = [only(row(f"湿疹{i}怎么治？", "注意保湿。")).record.chosen for i in range(9)]
+    assert [chosen for chosen in said if "着急" in chosen]
+
+
+@pytest.mark.parametrize(
+    ("answer", "plain"),
+    [("不要去网吧，也不要去酒吧。", "勿去网吧，也勿去酒吧。"), ("多喝水吧，多休息哈。", "多喝水，多休息。"),
+     ("孩子打哈哈，咿咿呀呀，不怕。", "孩子打哈哈，咿咿呀呀，不怕。")],
+)  # fmt: skip
+def test_particles_alone_are_cut(answer, plain):
+    assert only(row("孩子上网", answer)).record.rejected == plain
 
 
 def test_telegraph_style_keeps_the_meaning():

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from pedgpt.corpus.quality import (
     BROKEN,
+    EMPTY,
+    EQUAL,
     NO_QUESTION,
     NOT_CHINESE,
     TOO_LONG,
@@ -39,6 +41,7 @@ spec.loader.exec_module(planted)
         ("一<br>二<BR/>三</p><p class='a'>四", "一\n二\n三\n\n四"),
         ("a&nbsp;b &lt;5 &amp;amp; &#20320;", "a b <5 & 你"),
         ("&amp;lt;br&amp;gt;完", "完"),
+        ("&amp;#38;#x26;AMP;amp;lt;3，&ampamp;，&ltlt;", "<3，&ampamp;，&ltlt;"),
         ("甲   乙\u3000\u3000丙\xa0丁", "甲 乙 丙 丁"),
         ("　　第一段\n　　第二段  \n\n\n\n第三段", "第一段\n第二段\n\n第三段"),
         ("嗯……好——的......", "嗯……好——的..."),
@@ -103,6 +106,12 @@ def test_personal_data_is_found_in_sentences_and_nothing_else_is():
     assert clean == 3000 and wrong <= 10
 
 
+@pytest.mark.parametrize("text", ["&" + "amp;" * 20000, "&" + "ampamp;" * 20000, "&" + "#38;" * 20000 + "lt;"])
+def test_nested_entities_take_no_time(text):
+    once = normalize(text)  # minutes, were every level a pass
+    assert normalize(once) == once and once in ("&", "<", text)
+
+
 def conversation(*turns):
     return Conversation(tuple(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(turns)), "a:1")
 
@@ -125,6 +134,11 @@ def conversation(*turns):
         (Document("咳嗽", "a:1"), TOO_SHORT),
         (PreferencePair((Message("user", "怎么办？"),), "多喝水，注意休息", "喝水", "a:1"), TOO_SHORT),
         (PreferencePair((Message("user", "怎么办？"),), "多喝水，注意休息", "多喝温水吧", "a:1"), None),
+        (PreferencePair((Message("user", "怎么办？"),), "多喝水，注意休息", " 多喝水，注意休息\n", "a:1"), EQUAL),
+        (PreferencePair((Message("user", "怎么办？"),), "多喝水，注意休息", " ", "a:1"), EMPTY),
+        (PreferencePair((Message("system", ""), Message("user", "怎么办？")), "多喝水，好", "多休息，好", "a"), EMPTY),
+        (conversation("宝宝咳嗽？", " \n", "为什么？", "多喝水，注意休息"), EMPTY),
+        (conversation("宝宝咳嗽？", "多喝水，注意休息", " ", "不客气，再见"), EMPTY),
     ],
 )
 def test_faults_are_told_apart(record, reason):

@@ -81,6 +81,7 @@ def test_a_clean_answer_is_judged_and_passes():
     ("question", "answer", "reason"),
     [
         ("孩子流鼻血怎么办？", "戴镜。", "too terse"),
+        ("小儿脑血管畸形的患病比例是多少？", "0.13%", "too terse"),
         ("孩子发烧怎么办？", "你好，谢谢！", "too terse"),
         ("孩子发烧怎么办？", "建议尽快带孩子去正规医院儿科检查，听医生的。", "only refers to a doctor"),
         ("孩子湿疹怎么办？", "湿疹欢迎来我院就诊，电话：010-12345678。", "promotional"),
@@ -98,19 +99,6 @@ def test_unusable_answers_are_dropped_with_their_fault(question, answer, reason)
 @pytest.mark.parametrize("answer", ["可以包治百病的东西是没有的，湿疹要保湿。", "湿疹患者去医院检查过敏原后避开它。"])
 def test_usable_answers_are_not_mistaken(answer):
     assert isinstance(only(row("孩子湿疹怎么办？", answer)), Built)
-
-
-@pytest.mark.parametrize(
-    ("question", "answer", "sentence"),
-    [
-        ("小儿脑血管畸形的患病比例是多少？", "0.13%", "小儿脑血管畸形的患病比例是0.13%。"),
-        ("儿童焦虑的临床表现有些什么？", "尿频；遗尿", "儿童焦虑的临床表现有尿频、遗尿。"),
-        ("幼年性息肉的多发群体是？", "常见于儿童", "关于幼年性息肉的多发群体：常见于儿童。"),
-        ("志贺菌病的治疗周期多长？", "7-14天", "志贺菌病的治疗周期为7-14天。"),
-    ],
-)
-def test_a_bare_fact_becomes_a_sentence(question, answer, sentence):
-    assert only(row(question, answer)).record.messages[-1].content == sentence
 
 
 def test_of_several_turns_the_last_answer_alone_is_worked_on():

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,15 @@ def test_sample_corpus(sample):
         assert any(part and part in answer for part in re.split("[。；，：]", text))
     bare = [re.sub("^(您好，)?(别着急，|我来说明一下。)?(好的。)?", "", said(row)) for _, row in sample]
     assert not [answer for answer in bare if re.match("但|因此|所以|同时|其(?!中)|本病|该病|随后|并[^发]", answer)]
+
+
+def test_danger_is_told_without_calming_words(sample):
+    calmed = [said(row) for _, row in sample if "别着急" in said(row)]
+    assert calmed and not [answer for answer in calmed if re.search("立即|急(?!，)|休克|死亡|危险|危及", answer)]
+    passage = Document("重者可突发心源性休克。", "a.md:3", "临床表现", "{}")
+    for i in range(40):
+        for row in role_play(replace(passage, disease=f"心肌炎{i}", text=f"{i}型{passage.text}")):
+            assert "别着急" not in said(row)
 
 
 def teacher(*answers):

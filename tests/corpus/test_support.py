@@ -137,6 +137,21 @@ def test_numbers_are_compared_by_value_and_unit(said, given, missing):
     assert bool(support(said, given).missing_numbers) == missing
 
 
+@pytest.mark.parametrize(
+    ("answer", "passage"),
+    [
+        ("，".join(f"{i}天" for i in range(5000)), "，".join(f"{i}天" for i in range(5000, 10000))),
+        *[("".join(f"{yes}使用第{i}种药。" for i in range(3000)), "".join(f"{no}使用第{i}种药。" for i in range(3000)))
+          for yes, no in [("推荐", "不推荐"), ("如果发热，可", "如果咳嗽，不可")]],
+        ("应使用药，" * 5000, "不应使用药，" * 5000), ("3" + "-" * 5000 + "啊5天", "x"), ("\n " * 20000, "x"),
+        ("1" * 20000 + "天", "x"), ("一" * 20000 + "天", "x"), ("1" + ",000" * 5000, "x"), ("A" + "1" * 30000, "x"),
+        ("x", "一次" * 20000), ("应" * 20000, "不" * 20000),
+    ],
+)  # fmt: skip
+def test_time_is_bounded_on_hostile_text(answer, passage):
+    support(answer, passage)  # seconds to minutes, or a number too long for int(), without the bounds
+
+
 def test_terms_of_a_lexicon_must_be_in_the_passage():
     passage = "急性支气管炎多由病毒感染引起，主要表现为咳嗽、咳痰、发热。"
     answer = "急性支气管炎多由病毒感染引起，主要表现为咳嗽、咳痰、皮疹。"

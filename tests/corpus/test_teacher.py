@@ -206,6 +206,16 @@ def test_a_refused_request_fails_at_once_with_the_servers_words(tmp_path, status
             assert teacher.ask(user("另一问")) == expected("另一问")
 
 
+@pytest.mark.parametrize(("fault", "requests"), [("400", 1), ("413", 1), ("422", 1), ("content null", 3)])
+def test_a_server_that_answers_others_costs_a_refused_question_its_row_alone(tmp_path, fault, requests):
+    with ChatServer(behave=lambda request, nth: fault if "坏" in request.question else "good") as server:
+        with Teacher(settings(server, max_retries=2), tmp_path / "c") as teacher:
+            assert teacher.ask(user("好")) == expected("好")
+            with pytest.raises(Unusable, match="400 for|413 for|422 for|no text"):
+                teacher("", "坏", {"answer": str})
+            assert len(server.log) == 1 + requests
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refused_key_stops_every_thread(tmp_path, status):
     def behave(request, nth):
@@ -391,7 +401,7 @@ url, cache, first, last, workers = sys.argv[1:6]
 settings = TeacherSettings(url=url, model="tiny", key_variable="TEACHER_KEY", retry_wait=0.01, concurrency=int(workers))
 with Teacher(settings, cache) as teacher:
     ask = lambda i: teacher.ask([{"role": "user", "content": f"第{i}问"}])
-    for answer in in_order(range(int(first), int(last)), ask, workers=int(workers), desc="rows", teacher=teacher):
+    for answer in in_order(range(int(first), int(last)), ask, workers=int(workers), desc="rows", teachers=[teacher]):
         print(answer, flush=True)
 print(teacher.describe(), file=sys.stderr)
 """
@@ -625,7 +635,7 @@ def test_an_interrupted_run_does_not_wait_to_retry(tmp_path):
         start = time.monotonic()
         with Teacher(settings(server), tmp_path / "c") as teacher, pytest.raises(KeyboardInterrupt):
             threading.Thread(target=interrupt).start()
-            list(in_order(QUESTIONS, lambda q: teacher.ask(user(q)), workers=4, teacher=teacher))
+            list(in_order(QUESTIONS, lambda q: teacher.ask(user(q)), workers=4, teachers=[teacher]))
         assert 1 <= len(server.log) <= 4  # whoever is late already waits for the first
         assert time.monotonic() - start < 10
 

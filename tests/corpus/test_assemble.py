@@ -1,0 +1,563 @@
+"""Rows through an Assembly: each is written once or listed once with its reason; no held-out row leaks into training.
+
+The oracles share nothing with the library: keys, similarities, sums and files are made and read here.
+"""
+
+import hashlib
+import json
+import random
+import unicodedata
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from pedgpt.corpus.assemble import Assembly, Corpus, Limits
+from pedgpt.corpus.build import Step
+from pedgpt.corpus.quality import fault
+from pedgpt.corpus.rows import Built, Dropped
+from pedgpt.corpus.sources import Source
+from pedgpt.corpus.split import Split
+from pedgpt.data import Conversation, Document, Message, PreferencePair, ReadSummary, iter_records
+
+HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 2500)]
+SOURCE, TEXTS = Source("instructions", "talk", domain="pediatric"), Source("encyclopedia", "book")
+DISEASES = ["", "", "肺炎", "水痘", "麻疹", "风疹", "哮喘"]
+
+
+def limits(**changed):
+    values = {"min_characters": 1, "max_characters": 5000, "min_chinese": 0.0, "near_duplicate": 0.8,
+              "shard_rows": 1000, "keep_personal_data": False, "seed": 0}  # fmt: skip
+    return Limits(**(values | changed))
+
+
+def talk(*turns, source="f:1", **fields):
+    messages = tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns))
+    return Conversation(messages, source, **{"task": "MedKQ&A"} | fields)
+
+
+def pair(asked, chosen, rejected, source="f:1", **fields):
+    return PreferencePair((Message("user", asked),), chosen, rejected, source, **fields)
+
+
+def words(seed, n=40):
+    return "".join(random.Random(seed).sample(HAN, n))
+
+
+@pytest.fixture
+def assembled(tmp_path):
+    """Take lists of steps, one for each input, and finish: the rows written by side and table, and those listed."""
+    count = iter(range(10**6))
+
+    def run(inputs, *, source=SOURCE, share=0.0, split=None, before=None, after=None, **changed):
+        folder = tmp_path / f"corpus{next(count)}"
+        assembly = Assembly(folder, limits(**changed), split or Split([], heldout_share=0.0, seed=0))
+        if before:
+            before(assembly)
+        for steps in inputs:
+            assembly.take(steps, source)
+        if after:
+            after(assembly)
+        corpus = assembly.finish(share)
+        return assembly, corpus, read(folder), listed(folder)
+
+    return run
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
+def listed(folder):
+    return jsonl(folder / "reports" / "dropped.jsonl")
+
+
+def read(folder):
+    """All rows by (side, table, source), in the order of the shards."""
+    rows = {}
+    for path in sorted(folder.rglob("*.jsonl")):
+        side, *table = path.relative_to(folder).parent.parts
+        if side != "reports":
+            rows.setdefault((side, "/".join(table), path.stem.rpartition("-")[0]), []).extend(jsonl(path))
+    return rows
+
+
+def said(row):
+    if "text" in row:
+        return [row["text"]]
+    return [message["content"] for message in row.get("messages", row.get("prompt"))] + [
+        row[name] for name in ("chosen", "rejected") if name in row
+    ]
+
+
+def key(text):
+    return "".join(c for c in unicodedata.normalize("NFKC", text).lower() if c.isalnum())
+
+
+def jaccard(one, other):
+    one, other = ({text[i : i + 5] for i in range(max(1, len(text) - 4))} for text in (one, other))
+    return len(one & other) / len(one | other)
+
+
+def asked(row):
+    if "prompt" in row:
+        return key(row["prompt"][-1]["content"])
+    return key(next(m["content"] for m in row["messages"] if m["role"] == "user")) if "messages" in row else None
+
+
+def mutated(rng, text, changes):
+    """The text with some characters changed, and punctuation and spaces that no comparison may see."""
+    letters = list(text)
+    for place in rng.sample(range(len(letters)), changes):
+        letters[place] = rng.choice(HAN)
+    for place in sorted(rng.sample(range(len(letters)), 3), reverse=True):
+        letters.insert(place, rng.choice("，。 ！"))
+    return "".join(letters)
+
+
+def random_inputs(rng, count):
+    """Inputs of one to four rows, many like earlier ones, the later rows built from one of the former."""
+    bases, number = [words(rng.random(), 60) for _ in range(4)], 0
+    for _ in range(count):
+        steps = []
+        for place in range(rng.randint(1, 4)):
+            number += 1
+            text = mutated(rng, rng.choice(bases), rng.choice([0, 0, 1, 2, 3, 6, 60]))
+            name, source = rng.choice(DISEASES), f"in:{number}"
+            named = "".join(rng.sample(DISEASES, rng.choice([0, 0, 1, 2])))
+            question = named + rng.choice([text[:14], text[:14], words(rng.random(), 15)])
+            builder = rng.choice(["", "", "", "evidiag", "role_play"])
+            row = rng.choice([
+                Built(talk(question, text[14:], source=source, disease=name)),
+                Built(talk(question, text[14:40], text[40:50], text[50:], source=source, disease=name, task="EviDiag")),
+                Built(pair(question, text[14:40], text[40:], source=source, disease=name)),
+                Built(Document(rng.choice(["", *DISEASES]) + text, source, rng.choice(["", question]), name)),
+                Dropped(source, "a builder's reason", text),
+            ])  # fmt: skip
+            parent = rng.randint(-1, place - 1) if place and rng.random() < 0.6 else -1
+            steps.append(Step(builder, row, parent))
+        yield steps
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10**9), share=st.sampled_from([0.0, 0.2, 0.5]), threshold=st.sampled_from([0.7, 0.8, 1.0]))
+def test_every_row_is_written_or_listed_once_and_no_heldout_row_leaks(assembled, seed, share, threshold):
+    inputs = list(random_inputs(random.Random(seed), 40))
+    split = Split([name for name in DISEASES if name], heldout_share=share, seed=seed % 7)
+    assembly, corpus, rows, left = assembled(inputs, split=split, near_duplicate=threshold)
+    steps = [step for taken in inputs for step in taken]
+    place = {id(step): (step.row.record.source if isinstance(step.row, Built) else step.row.source) for step in steps}
+    written = [(side, row) for (side, _, _), found in rows.items() for row in found]
+    written_places = Counter(row["origin"]["place"] for _, row in written)
+    assert written_places + Counter(row["place"] for row in left) == Counter(place.values())
+    assert assembly.built["talk"] == len(written) + len(left) == len(steps)
+    assert Counter(row["reason"] for row in left) == {reason: n for (_, reason), n in assembly.dropped.items()}
+    assert sum(file["rows"] for file in corpus.files) == len(written)
+
+    for taken in inputs:  # nothing stays of what is built from a row that is left out
+        for step in taken:
+            if step.parent >= 0 and place[id(step)] in written_places:
+                assert place[id(taken[step.parent])] in written_places
+    for found in rows.values():
+        numbers = [int(row["origin"]["place"].removeprefix("in:")) for row in found]
+        assert numbers == sorted(numbers)
+
+    full = {place[id(step)]: key("".join(said_of(step.row.record))) for step in steps if isinstance(step.row, Built)}
+    same = {place[id(step)]: step.builder for step in steps}
+    for (_, one), (_, other) in combinations(written, 2):
+        one, other = one["origin"]["place"], other["origin"]["place"]
+        if "role_play" not in (same[one], same[other]):
+            assert jaccard(full[one], full[other]) < threshold
+    train, heldout = ([row for side, row in written if side == part] for part in ("train", "heldout"))
+    assert not {asked(row) for row in train} & {asked(row) for row in heldout} - {None}
+    assert not {row.get("disease") for row in train} & {row.get("disease") for row in heldout} - {None}
+    for row in train:  # nor does it ask about a held-out disease, unless it says that it is about another
+        about = (row.get("title") or row["text"]) if "text" in row else asked(row)
+        held = {name for name in DISEASES if name and split.side(f"disease/{name}") == "heldout"}
+        assert row.get("disease") or not any(name in about for name in held)
+    assert share or not heldout
+    for row in left:
+        if row["reason"] in ("exact duplicate", "near duplicate"):
+            similarity, _, other = row["detail"].partition("of ")
+            assert int(other.removeprefix("in:")) < int(row["place"].removeprefix("in:"))
+            measured = jaccard(full[row["place"]], full[other])
+            assert measured >= threshold
+            assert measured == (1 if not similarity else pytest.approx(float(similarity), abs=0.0051))
+
+
+def said_of(record):
+    if isinstance(record, Document):
+        return [record.text]
+    turns = record.prompt if isinstance(record, PreferencePair) else record.messages
+    texts = [message.content for message in turns]
+    return [*texts, record.chosen, record.rejected] if isinstance(record, PreferencePair) else texts
+
+
+@pytest.mark.parametrize("disease", ["", "肺炎"])
+@pytest.mark.parametrize("held_first", [True, False])
+def test_of_two_rows_alike_on_both_sides_one_stays(assembled, disease, held_first):
+    """One is a near duplicate: it must not take the other, which it resembles, with it."""
+    split = Split(["肺炎", "水痘"], heldout_share=0.5, seed=0)
+    held, trained = (name for side in ("heldout", "train") for name in ("肺炎", "水痘")
+                     if split.side(f"disease/{name}") == side)  # fmt: skip
+    if not disease:  # the same with the rows' own diseases, unknown to the split
+        split = Split([], heldout_share=0.5, seed=0)
+        names = [words(i, 4) for i in range(40)]
+        held = next(name for name in names if split.side(f"disease/{name}") == "heldout")
+        trained = next(name for name in names if split.side(f"disease/{name}") == "train")
+    answer = words("answer", 200)
+    rows = [talk(words(name, 8), answer, source=f"in:{name}", disease=name) for name in (held, trained)]
+    _, _, rows, left = assembled([[Step("", Built(row))] for row in (rows if held_first else rows[::-1])], split=split)
+    assert sum(map(len, rows.values())) == 1 and [row["reason"] for row in left] == ["near duplicate"]
+    assert {side for side, *_ in rows} == {"heldout" if held_first else "train"}
+
+
+def test_child_of_a_row_that_is_left_out_at_once_or_in_the_end_is_left_out(assembled):
+    first, second = words(1), words(2)
+    inputs = [
+        [Step("", Built(Document(first, "a:1")))],
+        [Step("", Dropped("b:1", "unfit")), Step("role_play", Built(talk(words(3), words(4), source="b:1")), 0)],
+        [Step("", Built(Document(first + "。", "c:1"))), Step("role_play", Built(talk(words(5), words(6))), 0),
+         Step("preferences", Built(pair(words(7), words(8), words(9))), 1), Step("", Built(Document(second, "c:2"))),
+         Step("role_play", Dropped("c:3", "a builder's reason"), 0)],
+        [Step("", Built(Document(mutated(random.Random(0), words("d", 90), 1), "d:1"))),
+         Step("", Built(Document(mutated(random.Random(0), words("d", 90), 2), "d:2"))),
+         Step("evidiag", Built(talk(words(10), words(11), source="d:3")), 1),
+         Step("preferences", Built(pair(words(12), words(13), words(14), source="d:4")), 2)],
+    ]  # fmt: skip
+    _, _, rows, left = assembled(inputs, source=TEXTS)
+    assert [row["origin"]["place"] for row in rows["train", "text/pediatric", "book"]] == ["a:1", "c:2", "d:1"]
+    assert sum(map(len, rows.values())) == 3
+    parent = "built from a row that was left out"
+    assert [(row["place"], row["reason"], row["detail"]) for row in left if row["reason"] == parent] == [
+        ("b:1", parent, ""), ("f:1", parent, ""), ("f:1", parent, ""), ("d:3", parent, "d:2"), ("d:4", parent, "d:3"),
+    ]  # fmt: skip
+    assert Counter(row["reason"] for row in left) == {
+        parent: 5, "unfit": 1, "exact duplicate": 1, "near duplicate": 1, "a builder's reason": 1,
+    }  # fmt: skip
+
+
+ODD = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs"]),
+        st.sampled_from("\u2028\u2029\x85\x0b\x0c\x1c\x1e\r\n\t\x00\ufeff\ufffe\u0301\U000e0041\U0010ffff𠮷😀\"\\|'"),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_records_come_back_as_they_were_with_all_fields(assembled, data):
+    number = iter(range(100))
+
+    def text():
+        return f"第{next(number)}段" + words(next(number), 20) + data.draw(ODD)
+
+    def flag(role):
+        return data.draw(st.booleans()) if role == "assistant" else True
+
+    disease, department, title = (data.draw(st.one_of(st.just(""), ODD)) for _ in range(3))
+    title = title if title.strip() else ""
+    topic = {"disease": disease, "department": department}
+    system = (Message("system", text()),) if data.draw(st.booleans()) else ()
+    turns = [Message(role, text(), flag(role)) for role in ("user", "assistant") * data.draw(st.integers(1, 3))]
+    turns[-1] = replace(turns[-1], loss=True)
+    task = data.draw(st.sampled_from(["MedKQ&A", "safety", "儿科问答"]))
+    records = [
+        Document(text(), "某书.md:1 › 肺炎", title, **topic),
+        Conversation((*system, *turns), "f:2", task, **topic),
+        PreferencePair((*system, Message("user", text())), text(), text(), "f:3", **topic),
+    ]
+    assume(all(fault(r, min_characters=1, max_characters=5000, min_chinese=0) is None for r in records))
+    details = {"versions": [{"answer": text()}], "support": 0.5, "none": None}
+    steps = [[Step("", Built(record, details)) for record in records]]
+    assembly, corpus, rows, left = assembled(steps, near_duplicate=1.0)
+    assert not left
+    back = {}
+    for file in corpus.files:
+        path = assembly.folder / file["path"]
+        (back[file["kind"]],) = iter_records(path, file["kind"])
+        (row,) = jsonl(path)
+        assert row["origin"] == {"place": row["origin"]["place"], **details}
+    for record, kind in zip(records, ("documents", "conversations", "preferences"), strict=True):
+        assert back[kind] == replace(record, source=back[kind].source)
+    assert {row["origin"]["place"] for found in rows.values() for row in found} == {r.source for r in records}
+
+
+def test_very_long_text_is_written_whole(assembled):
+    text = "".join(random.Random(0).choices(HAN + list("，。\n\u2028"), k=400_000))
+    _, _, rows, left = assembled([[Step("", Built(Document(text, "b")))]], source=TEXTS)
+    assert not left  # running text may be of any length
+    assert rows["train", "text/pediatric", "book"][0]["text"] == text
+
+
+def test_book_longer_than_a_conversation_may_be_is_not_left_out(tmp_path):
+    assembly = Assembly(tmp_path / "corpus", limits(max_characters=100), Split([], heldout_share=0.0, seed=0))
+    book = Document("。".join(words(i) for i in range(50)), "book.md")
+    assert [record.source for record in assembly.clean([book], TEXTS)] == ["book.md"]
+    assert not assembly.dropped
+    assembly.close()
+
+
+def clean(tmp_path, *records, **changed):
+    assembly = Assembly(tmp_path / "corpus", limits(**changed), Split([], heldout_share=0.0, seed=0))
+    cleaned = list(assembly.clean(records, replace(SOURCE, files=(tmp_path / "talk.jsonl",))))
+    assembly.close()
+    return assembly, cleaned, listed(assembly.folder)
+
+
+def test_clean_normalises_scrubs_and_names_files_without_their_folder(tmp_path):
+    asked = "我叫王小明，\u200b电话１３８12345678，孩子&nbsp;发烧？？？"
+    row = talk(asked, "多喝水。\u3000", source=f"{tmp_path}/talk.jsonl:3")
+    assembly, (cleaned,), left = clean(tmp_path, row)
+    assert cleaned.source == "talk.jsonl:3" and not left
+    asked, answered = (message.content for message in cleaned.messages)
+    assert asked.startswith("我叫【姓名】，电话【电话】，孩子") and answered == "多喝水。"
+    assert assembly.replaced == {"姓名": 1, "电话": 1}
+    other = tmp_path / "kept"
+    other.mkdir()
+    _, (kept,), _ = clean(other, row, keep_personal_data=True)
+    assert "王小明" in kept.messages[0].content and "13812345678" in kept.messages[0].content
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(pair("孩子发烧怎么办？", "多喝水\u200b。", "多喝水。"), id="equal when normalised"),
+        pytest.param(pair("打给谁？", "请拨打13812345678。", "请拨打13912345678。"), id="equal when scrubbed"),
+        pytest.param(talk("孩子发烧怎么办？", "多喝水，多休息。", "\u200b", "去医院检查。"), id="empty question"),
+        pytest.param(talk("孩子发烧怎么办？", "\u200b", "还在咳嗽", "去医院检查。"), id="empty answer"),
+        pytest.param(
+            PreferencePair((Message("user", "\ue000"), Message("assistant", "您好。"), Message("user", "发烧怎么办？")),
+                           "多喝水。", "喝水。", "f:1"), id="empty turn of a prompt"),
+        pytest.param(talk("\u200b", "多喝水，多休息。"), id="no question"),
+        pytest.param(talk("孩子发烧怎么办？", "\u3000\u200b"), id="no answer"),
+        pytest.param(Document("\u200b\ue000", "f:1"), id="no text"),
+    ],
+)  # fmt: skip
+def test_row_that_cleaning_leaves_unusable_is_listed_and_never_written(tmp_path, row):
+    """Readers refuse empty messages and pairs of equal replies: a corpus that held one would not train."""
+    _, cleaned, left = clean(tmp_path, row)
+    assert not cleaned and len(left) == 1 and left[0]["place"] == "f:1"
+
+
+@pytest.mark.parametrize("field", ["disease", "department", "task"])
+def test_half_a_surrogate_pair_outside_of_the_texts_does_not_end_the_build(tmp_path, field):
+    row = talk("孩子发烧怎么办？", "多喝水，多休息。", **{field: "儿\ud800"})
+    assembly = Assembly(tmp_path / "corpus", limits(), Split(["肺炎"], heldout_share=0.1, seed=0))
+    for cleaned in assembly.clean([row], SOURCE):
+        assembly.take([Step("", Built(replace(cleaned, task="MedKQ&A")))], SOURCE)
+    assembly.finish(0.0)
+    assert assembly.built["talk"] == 1
+
+
+def test_one_disease_in_two_spellings_is_one_disease(tmp_path):
+    rows = [talk(words(i), words(-i), disease=name) for i, name in
+            enumerate(["1型糖尿病", "１型糖尿病", " 1型糖尿病", "1型糖尿病\u200b"], 1)]  # fmt: skip
+    _, cleaned, _ = clean(tmp_path, *rows)
+    assert {record.disease for record in cleaned} == {"1型糖尿病"}
+
+
+def test_unreadable_rows_are_listed_with_their_fault(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    rows = ['{"question": "咳嗽？", "answer": "喝水。"}', "[", '{"question": 3, "answer": "好"}', '{"question": "一"}']
+    path.write_text("\n".join(rows), encoding="utf-8")
+    summary, source = ReadSummary(), replace(SOURCE, files=(path,))
+    assembly = Assembly(tmp_path / "corpus", limits(), Split([], heldout_share=0.0, seed=0))
+    for record in assembly.clean(iter_records(path, "conversations", on_bad_row="skip", summary=summary), source):
+        assembly.take([Step("", Built(record))], source)
+    assembly.unreadable(summary, source)
+    assembly.finish(0.0)
+    left = listed(assembly.folder)
+    assert [(row["place"], row["reason"]) for row in left] == [
+        ("talk.jsonl:2", "unreadable: invalid JSON"), ("talk.jsonl:3", "unreadable: question has the wrong type"),
+        ("talk.jsonl:4", "unreadable: missing field"),
+    ]  # fmt: skip
+    assert assembly.built == {"talk": 1}  # what cannot be read is not built
+
+
+def test_answers_as_text_stay_on_their_side_and_go_with_their_row(assembled):
+    split = Split(["肺炎", "水痘"], heldout_share=0.5, seed=0)
+    trained = next(name for name in ("肺炎", "水痘") if split.side(f"disease/{name}") == "train")
+    texts = {name: words(name, 30) for name in ("肺炎", "水痘")}
+    repeated = words("repeated", 60)
+    inputs = [
+        [Step("", Built(talk(f"{name}是什么？", texts[name], f"{name}呢？", "短。", source=f"in:{name}")))]
+        for name in texts
+    ]
+    inputs += [
+        [Step("", Built(talk("甲问？", repeated, source="in:3", disease=trained, department="儿科")))],
+        [Step("", Built(talk("乙问？", repeated, source="in:4", disease=trained)))],
+        [Step("", Built(pair("丙问？", words(1, 30), words(2, 30), disease=trained)))],
+        [Step("", Built(talk("丁问？", words(3, 30), task="safety", disease=trained)))],
+    ]
+    _, corpus, rows, left = assembled(
+        inputs, split=split, after=lambda a: a.answers_as_text("text/pediatric", ("tasks/medkqa",))
+    )
+    for side in ("train", "heldout"):
+        found = [row["text"] for row in rows[side, "text/pediatric", "talk"]]
+        mine = [texts[name] for name in texts if split.side(f"disease/{name}") == side]
+        assert found == mine + [repeated] * (side == "train")
+    assert {row["origin"]["builder"] for row in rows["train", "text/pediatric", "talk"]} == {"answer"}
+    assert rows["train", "text/pediatric", "talk"][-1]["department"] == "儿科"
+    assert {(row["place"], row["reason"]) for row in left} == {("in:4", "near duplicate"), ("in:4", "exact duplicate")}
+
+
+def test_answers_as_text_follow_their_questions_where_no_disease_is_named(assembled):
+    inputs = [[Step("", Built(talk(words(i), words(-i, 30), source=f"in:{i}")))] for i in range(1, 31)]
+    _, _, rows, left = assembled(
+        inputs, split=Split([], heldout_share=0.5, seed=0), share=1.0,
+        after=lambda a: a.answers_as_text("text/pediatric", ("tasks/medkqa",)),
+    )  # fmt: skip
+    assert not left
+    for side in ("train", "heldout"):
+        answers = [row["messages"][1]["content"] for row in rows[side, "tasks/medkqa", "talk"]]
+        assert [row["text"] for row in rows[side, "text/pediatric", "talk"]] == answers and len(answers) > 5
+    assert ("heldout", "tasks_sample", "talk") not in rows  # nor are held-out rows among stage 2's
+    assert rows["train", "tasks_sample", "talk"] == rows["train", "tasks/medkqa", "talk"]
+
+
+@pytest.mark.parametrize("builder", ["", "evidiag", "graph/evidiag", "role_play", "preferences"])
+def test_question_of_a_heldout_row_is_asked_of_no_other_disease_in_training(assembled, builder):
+    split = Split(["肺炎", "水痘"], heldout_share=0.5, seed=0)
+    held = next(name for name in ("肺炎", "水痘") if split.side(f"disease/{name}") == "heldout")
+    other = ({"肺炎", "水痘"} - {held}).pop()
+    question = "孩子发热、咳嗽三天，夜里睡不安稳，是怎么回事？"
+    made = {True: talk(question, words(1), disease=held), False: pair(question, words(2), words(3), disease=held)}
+    asks = [talk(question, words(4), source="in:1", disease=other),
+            pair(question.replace("，", " "), words(5), words(6), source="in:2", disease=other)]  # fmt: skip
+    inputs = [*asks, talk(words(7), words(8), source="in:3", disease=other)]
+    steps = [[Step("", Built(row))] for row in inputs] + [[Step(builder, Built(made[builder != "preferences"]))]]
+    _, _, rows, left = assembled(steps, split=split)
+    assert sorted(row["place"] for row in left) == ["in:1", "in:2"]
+    assert sorted(side for side, *_ in rows) == ["heldout", "train"]
+
+
+def test_answer_that_is_not_learnt_from_is_no_text_either(assembled):
+    row = talk("咳嗽怎么办？", words(1, 30), "还咳嗽。", words(2, 30))
+    wrong = replace(row.messages[1], loss=False)
+    row = replace(row, messages=(row.messages[0], wrong, *row.messages[2:]))
+    _, _, rows, _ = assembled(
+        [[Step("", Built(row))]], after=lambda a: a.answers_as_text("text/pediatric", ("tasks/medkqa",))
+    )
+    assert [row["text"] for row in rows["train", "text/pediatric", "talk"]] == [words(2, 30)]
+
+
+EVALUATED = {
+    "conversation": (talk(words("q", 20), words("a", 30)),
+                     [talk(words("q", 20), words(1)), talk(words(2), words("a", 30))]),
+    "pair": (pair(words("q", 20), words("c", 30), words("r", 30)),
+             [talk(words("q", 20), words(1)), pair(words(2), words("c", 30), words(3)),
+              pair(words(4), words(5), words("r", 30))]),
+    "document": (Document(words("d", 60), "e:1"),
+                 [Document(words(1) + words("d", 60) + words(2), "t"), talk(words(3), words("d", 60))]),
+    "short question": (talk("百日咳要隔离吗？", "要。"), [talk("百日咳，要隔离吗", words(1))]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EVALUATED)
+def test_no_training_row_holds_what_is_evaluated(assembled, kind):
+    item, rows = EVALUATED[kind]
+    free = [talk(words(100 + i), words(200 + i), source=f"free:{i}") for i in range(4)]
+    mixed = [row for two in zip(free, (rows * 4)[:4], strict=True) for row in two]
+    _, _, written, left = assembled([[Step("", Built(row))] for row in mixed], before=lambda a: a.protect([item]))
+    assert [row["origin"]["place"] for rows in written.values() for row in rows] == [f"free:{i}" for i in range(4)]
+    assert "overlaps with evaluation or held-out rows" in {row["reason"] for row in left}
+
+
+def test_evaluated_rows_may_be_held_out_and_what_a_patient_says_later_is_anybodys(assembled):
+    split = Split(["肺炎", "水痘"], heldout_share=0.5, seed=0)
+    held = next(name for name in ("肺炎", "水痘") if split.side(f"disease/{name}") == "heldout")
+    item = talk(words("q", 20), words("a", 30), "好的，谢谢医生的耐心解答和建议", words("b", 30), disease=held)
+    other = {"肺炎": "水痘", "水痘": "肺炎"}[held]
+    other = talk(words(1), words(2), "好的，谢谢医生的耐心解答和建议", words(3), source="in:2", disease=other)
+    _, _, rows, left = assembled(
+        [[Step("", Built(item))], [Step("", Built(other))]], split=split, before=lambda a: a.protect([item])
+    )
+    assert not left and {side for side, *_ in rows} == {"heldout", "train"}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_sample_for_stage_two_is_spread_evenly_over_each_task(assembled, share):
+    inputs = [[Step("", Built(talk(words(i), words(-i), source=f"in:{i}", task=task)))]
+              for i, task in zip(range(1, 61), ("MedKQ&A", "TreRecom", "safety") * 20, strict=True)]  # fmt: skip
+    _, corpus, rows, _ = assembled(inputs, share=share)
+    numbers = {row["origin"]["place"]: row["task"] for row in rows.get(("train", "tasks_sample", "talk"), [])}
+    assert Counter(numbers.values()) == {t: n for t in ("MedKQ&A", "TreRecom") if (n := round(20 * share))}
+    for task, first in (("MedKQ&A", 1), ("TreRecom", 2)):
+        places = sorted((int(p[3:]) - first) // 3 for p, name in numbers.items() if name == task)
+        assert all(b - a in (int(1 / share), int(1 / share) + 1) for a, b in pairwise(places))
+
+
+def test_shards_checksums_and_statistics_by_hand(tmp_path):
+    corpus = Corpus(tmp_path, shard_rows=2)
+    system, long = (Message("system", "你是医生。"),), talk("一", "二", "三三", "四四四")
+    rows = [
+        ("train", "tasks/medkqa", talk("一二三", "一二三四五")),
+        ("train", "tasks/medkqa", replace(long, messages=(*system, *long.messages))),
+        ("heldout", "tasks/medkqa", talk("一二三四", "五")),
+        ("train", "tasks/medkqa", talk("一" * 10, "二" * 20)),
+        ("train", "preferences", PreferencePair((*system, Message("user", "一二")), "三四五", "六", "p:1")),
+        ("train", "text/general", Document("一二三四五六七", "d:1", "题目")),
+    ]  # fmt: skip
+    for part, table, record in rows:
+        corpus.write(part, table, "s", record, {"x": said_of(record)}, "肺炎" if part == "train" else "")
+    corpus.close()
+    assert [(file["path"], file["rows"], file["side"], file["stages"], file["kind"]) for file in corpus.files] == [
+        ("heldout/tasks/medkqa/s-00000.jsonl", 1, "heldout", [1, 4], "conversations"),
+        ("train/preferences/s-00000.jsonl", 1, "train", [3], "preferences"),
+        ("train/tasks/medkqa/s-00000.jsonl", 2, "train", [1, 4], "conversations"),
+        ("train/tasks/medkqa/s-00001.jsonl", 1, "train", [1, 4], "conversations"),
+        ("train/text/general/s-00000.jsonl", 1, "train", [1], "documents"),
+    ]
+    for file in corpus.files:
+        data = (tmp_path / file["path"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == file["sha256"] and data.count(b"\n") == file["rows"]
+    assert jsonl(tmp_path / "train/tasks/medkqa/s-00001.jsonl") == [{"x": ["一" * 10, "二" * 20]}]
+    found = {name: (s.rows, s.heldout, s.turns, s.asked, s.answered) for name, s in corpus.statistics.items()}
+    assert found == {
+        ("tasks/medkqa", "s"): (4, 1, 5, 3 + 3 + 4 + 10, 5 + 4 + 1 + 20),
+        ("preferences", "s"): (1, 0, 1, 7, 3),
+        ("text/general", "s"): (1, 0, 0, 0, 7),
+    }
+    assert corpus.topics["tasks/medkqa"] == {"肺炎": 3, "": 1}
+    assert corpus.lengths["tasks/medkqa"] == {6: 1, 5: 1, 4: 1, 9: 1}  # of 8, 7, 5, 30: half-octaves
+
+
+def test_tasks_may_be_more_than_the_files_that_can_be_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        corpus = Corpus(tmp_path, shard_rows=10)
+        for i in range(400):
+            corpus.write("train", f"generalist/task{i % 200}", "s", talk("问", "答"), {"i": i}, "")
+        corpus.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(corpus.files) == 200 and {file["rows"] for file in corpus.files} == {2}
+    for i, path in enumerate(f"train/generalist/task{i}/s-00000.jsonl" for i in range(200)):
+        assert jsonl(tmp_path / path) == [{"i": i}, {"i": i + 200}]
+    for file in corpus.files:
+        assert hashlib.sha256((tmp_path / file["path"]).read_bytes()).hexdigest() == file["sha256"]
+
+
+def test_contradicting_answers_are_reported_and_kept(assembled):
+    answers = ["可以吃，" + words(1), "不能吃，" + words(2), "可以，" + words(3)]
+    inputs = [[Step("", Built(talk("孩子能吃蜂蜜吗？", answers[i], source=f"in:{i}")))] for i in range(3)]
+    assembly, corpus, rows, left = assembled([*inputs, [Step("", Built(talk("水痘传染吗？", "传染。")))]])
+    (found,) = jsonl(assembly.folder / "reports" / "contradictions.jsonl")
+    assert corpus.contradictions == 1 and not left and sum(map(len, rows.values())) == 4
+    assert found["places"] == ["in:0", "in:1", "in:2"] and found["opposed"]
+
+
+def test_nothing_but_the_corpus_stays_in_its_folder(assembled):
+    assembly, *_ = assembled([[Step("", Built(talk(words(1), words(2))))]])
+    assert sorted(path.name for path in assembly.folder.iterdir()) == ["reports", "train"]
+    assert sorted(path.name for path in (assembly.folder / "reports").iterdir()) == [
+        "contradictions.jsonl", "dropped.jsonl",
+    ]  # fmt: skip
