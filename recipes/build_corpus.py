@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pedgpt.corpus import Split, diseases, read_listing
 from pedgpt.corpus.assemble import Assembly, Limits
-from pedgpt.corpus.build import TABLES, build, build_disease, build_graph, build_templates
+from pedgpt.corpus.build import TABLES, build, build_disease, build_graph, build_templates, divided
 from pedgpt.corpus.card import statistics_table, write_card, write_manifest
 from pedgpt.corpus.knowledge_graph import Disease
 from pedgpt.corpus.quality import normalize
@@ -84,13 +84,16 @@ def main(config: Config) -> None:
     listing, output = Path(config.source), Path(config.output)
     sources = read_listing(listing)
     print(f"{describe_sources(sources, listing)}\n")
-    if output.exists() and not (output / "manifest.json").is_file() and (output.is_file() or any(output.iterdir())):
-        raise ValueError(f"--output {output}: not empty and no corpus; choose another folder")
+    output = output.resolve()
+    read_files = [file for source in sources for file in source.files]
+    check_output(output, listing, [*read_files, *map(Path, config.evaluation)])
     building, old = (output.with_name(f".{output.name}.{what}") for what in ("building", "old"))
     shutil.rmtree(building, ignore_errors=True)
     if old.exists() and not output.exists():  # a run died between taking the old corpus away and giving the new one
         os.rename(old, output)
     kinds = {path: detect_kind(path) for path in config.evaluation}
+    if "triples" in kinds.values():
+        raise ValueError("--evaluation: found a knowledge graph, expected questions and answers, pairs or texts")
     summaries = {source.name: ReadSummary() for source in sources}
 
     def read(source):
@@ -129,7 +132,7 @@ def main(config: Config) -> None:
                         assembly.take(steps, source)
                     assembly.take(build_graph(graph, source), source)
             elif source.reads:
-                for steps in in_turn(assembly.clean(read(source), source), build, source):
+                for steps in in_turn(assembly.clean(divided(read(source), source), source), build, source):
                     assembly.take(steps, source)
             else:
                 assembly.take(build_templates(source), source)
@@ -163,7 +166,7 @@ def main(config: Config) -> None:
     print(f"questions answered in different ways: {corpus.contradictions:,} (reports/contradictions.jsonl)")
     for part in ("train", "heldout"):
         print(f"{part}: {sum(file['rows'] for file in corpus.files if file['side'] == part):,} rows")
-    print(f"written to {output}; README.md in it is the corpus card")
+    print(f"written to {config.output}; README.md in it is the corpus card")
 
 
 def placed(work, item):
@@ -173,6 +176,21 @@ def placed(work, item):
     except TeacherFailure as error:
         place = item.name if isinstance(item, Disease) else item.source
         raise TeacherFailure(f"{error} (asked about {place})") from None
+
+
+def check_output(output: Path, listing: Path, inputs: list[Path]) -> None:
+    """Refuse a folder whose replacement would lose something that is no corpus, or that is read."""
+    for path in (listing.resolve(), *(path.resolve() for path in inputs)):
+        inside = path != listing.resolve() and path in output.parents  # of a folder all files are read
+        if output == path or output in path.parents or inside:
+            raise ValueError(f"--output {output}: lies in, or holds, the input {path}; choose another folder")
+    manifest = output / "manifest.json"
+    if output.is_file() or (
+        output.exists()
+        and any(output.iterdir())
+        and not (manifest.is_file() and b'"made_by"' in manifest.read_bytes()[:1000])
+    ):
+        raise ValueError(f"--output {output}: not empty and no corpus; choose another folder")
 
 
 def replace_folder(output: Path, complete: Path) -> None:

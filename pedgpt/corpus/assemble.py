@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pedgpt.corpus.build import Step, stages, table_of
-from pedgpt.corpus.decontaminate import LEAST, Decontaminator
+from pedgpt.corpus.decontaminate import Decontaminator
 from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, digest
 from pedgpt.corpus.quality import fault, normalize, scrub
 from pedgpt.corpus.rows import Built, Dropped, map_texts, question, texts
@@ -85,7 +85,12 @@ class Assembly:
     def clean(self, records: Iterable[Record], source: Source) -> Iterator[Record]:
         """Records with normalised texts and without personal data; one that is left with too little is left out."""
         for record in records:
-            cleaned = replace(map_texts(record, self._cleaned), source=_place(record.source, source))
+            cleaned = replace(
+                map_texts(record, self._cleaned),
+                source=_place(record.source, source),
+                disease=self._cleaned(record.disease),
+                department=self._cleaned(record.department),
+            )
             if found := self._fault(cleaned):
                 self.drop(Dropped(cleaned.source, *found), source.name)
             else:
@@ -125,6 +130,8 @@ class Assembly:
             record = map_texts(record, self._cleaned)
         if found := self._fault(record):
             return self.drop(Dropped(record.source, *found), source)
+        if not (group := group or self.split.group(record)):
+            return self.drop(Dropped(record.source, "is about diseases of both sides of the split"), source)
         everything = "\n".join(texts(record))
         key = digest(f"{KINDS[type(record)]}\n{everything}")
         if (first := self._seen.setdefault(key, len(self))) < len(self):
@@ -134,8 +141,6 @@ class Assembly:
             self._compared.append(len(self))
         self.built[source] += 1
         self.tables[table] += 1
-        if not (group := group or self.split.group(record)):
-            return self.drop(Dropped(record.source, "names diseases of both sides of the split"), source)
         held = self.split.side(group) == "heldout"
         origin = {"place": record.source, **({"builder": builder} if builder else {}), **row.details}
         topic = group.removeprefix("disease/") if group.startswith("disease/") else record.department
@@ -176,7 +181,7 @@ class Assembly:
             if found in conversations:
                 record = _conversation(row)
                 for message in record.messages:
-                    if message.role == "assistant" and len(message.content) >= at_least:
+                    if message.role == "assistant" and message.loss and len(message.content) >= at_least:
                         text = Document(message.content, record.source, "", record.disease, record.department)
                         group = self.split.group(record)
                         self.add(Built(text), table, source, "answer", number, group)
@@ -186,7 +191,9 @@ class Assembly:
         gone = bytearray(len(self))
         similar = {self._compared[i]: (self._compared[j], share) for i, j, share in self._near.find()}
         asked = set()  # diseases share first questions: 孩子发热、头痛，是怎么回事
-        for _, (*_, builder, _, _), row in self._rows(i for i in range(len(self)) if self._heldout[i]):
+        for _, (*_, builder, _, _), row in self._rows(
+            i for i in range(len(self)) if self._heldout[i] and i not in similar
+        ):
             record = _record(row)
             if (first := self._asked(record)) is not None:
                 asked.add(first)
@@ -244,7 +251,7 @@ class Assembly:
     def _asked(record: Record) -> bytes | None:
         """The first question, if it asks something: 医生您好 does not."""
         asked = "" if isinstance(record, Document) else question(record)
-        return digest(asked) if len(question_key(asked)) >= LEAST else None
+        return digest(asked) if len(question_key(asked)) > len("医生您好请问") else None
 
     def _fault(self, record: Record) -> tuple[str, str] | None:
         low, high = self.limits.min_characters, self.limits.max_characters
@@ -273,13 +280,14 @@ class Corpus:
     shard_rows: int
     files: list[dict[str, Any]] = field(default_factory=list)  # the manifest's
     statistics: dict[tuple[str, str], Statistics] = field(default_factory=dict)  # by table and source
-    topics: dict[str, Counter[str]] = field(default_factory=dict)  # diseases or departments, by table
+    topics: Counter[str] = field(default_factory=Counter)  # rows by disease or department
     lengths: dict[str, Counter[int]] = field(default_factory=dict)  # rows by floor(2 log2 characters), by table
     contradictions: int = 0
 
     def __post_init__(self) -> None:
         self._open: dict[tuple[str, str, str], tuple[dict[str, Any], Any]] = {}  # entries and checksums of shards
         self._handles: dict[tuple[str, str, str], IO[bytes]] = {}  # not of all: a process may open a few hundred files
+        self._shards: Counter[tuple[str, str, str]] = Counter()
         self._tasks: Counter[str] = Counter()
 
     def write(self, part: str, table: str, source: str, record: Record, row: dict[str, Any], topic: str) -> None:
@@ -288,8 +296,8 @@ class Corpus:
         if key in self._open and self._open[key][0]["rows"] == self.shard_rows:
             self._finish(key)
         if key not in self._open:
-            number = sum((file["side"], file["table"], file["source"]) == key for file in self.files)
-            name = f"{part}/{table}/{source}-{number:05}.jsonl"
+            name = f"{part}/{table}/{source}-{self._shards[key]:05}.jsonl"
+            self._shards[key] += 1
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             entry: dict[str, Any] = {
                 "path": name, "side": part, "table": table, "source": source, "stages": stages(table),
@@ -322,7 +330,8 @@ class Corpus:
         counted.asked += asked
         counted.answered += answered
         self.lengths.setdefault(table, Counter())[int(2 * math.log2(max(1, asked + answered)))] += 1
-        self.topics.setdefault(table, Counter())[topic] += 1
+        if table != "tasks_sample":  # it repeats others
+            self.topics[topic] += 1
 
     def sampled(self, table: str, share: float) -> bool:
         """Whether the next row of this table is one of an evenly spread share."""
@@ -344,11 +353,13 @@ class Corpus:
 
 
 def _place(place: str, source: Source) -> str:
-    """ "file:line" with the file's name as the source lists it, so that no path of this machine is written."""
+    """ "file:line" with the file's name, or its last two parts, so that no path of this machine is written."""
     for file in source.files:
         if place.startswith(str(file)):
-            return file.name + place[len(str(file)) :]
-    return place
+            alike = sum(other.name == file.name for other in source.files) > 1
+            place = "/".join(file.parts[-2 if alike else -1 :]) + place[len(str(file)) :]
+            break
+    return place.encode(errors="replace").decode()  # a file's name may be no UTF-8
 
 
 def _line(value: Any) -> bytes:

@@ -27,7 +27,7 @@ from pedgpt.corpus.rows import Ask, Built, Dropped
 from pedgpt.corpus.safety import safety, self_cognition
 from pedgpt.corpus.sections import passages
 from pedgpt.corpus.sources import Source, is_name
-from pedgpt.data.records import Conversation, Document, PreferencePair
+from pedgpt.data.records import Conversation, Document, PreferencePair, Record
 
 TABLES = {MEDKQA: "tasks/medkqa", EVIDIAG: "tasks/evidiag", TRERECOM: "tasks/trerecom"}
 
@@ -41,10 +41,17 @@ class Step:
     parent: int = -1
 
 
-def build(
-    record: Document | Conversation | PreferencePair, source: Source, ask: Ask | None = None, plain: Ask | None = None
-) -> list[Step]:
-    """The rows of one document, conversation or pair. `plain` is the model whose plain answers become rejected ones."""
+def divided(records: Iterable[Record], source: Source) -> Iterator[Record]:
+    """Records, but of a book its passages, so that each can be compared, held out and asked about by itself."""
+    for record in records:
+        if isinstance(record, Document) and (source.kind in ("textbook", "guideline") or "role_play" in source.build):
+            yield from passages(record)
+        else:
+            yield record
+
+
+def build(record: Record, source: Source, ask: Ask | None = None, plain: Ask | None = None) -> list[Step]:
+    """The rows of one passage, conversation or pair. `plain` is the model whose plain answers become rejected ones."""
     if isinstance(record, PreferencePair):
         return [Step("", Built(record))]
     if isinstance(record, Document):
@@ -63,7 +70,7 @@ def build_graph(diseases: Sequence[Disease], source: Source) -> Iterator[Step]:
     }
     for builder, built in rows.items():
         if builder in source.build:
-            yield from (Step(f"graph/{builder}", Built(row)) for row in built)
+            yield from (Step(f"graph/{builder}", _in_domain(Built(row), source)) for row in built)
 
 
 def build_disease(disease: Disease, source: Source, ask: Ask | None = None, plain: Ask | None = None) -> list[Step]:
@@ -83,7 +90,7 @@ def build_templates(source: Source) -> list[Step]:
     return [Step(source.kind, row) for row in rows]
 
 
-def table_of(record: Document | Conversation | PreferencePair, source: Source) -> str:
+def table_of(record: Record, source: Source) -> str:
     """The table of the corpus that a row belongs to, such as "text/pediatric", "tasks/medkqa" or "preferences"."""
     if isinstance(record, Document):
         return f"text/{source.domain or PEDIATRIC}"
@@ -103,20 +110,21 @@ def stages(name: str) -> list[int]:
     return {"tasks_sample": [2], "preferences": [3]}[name]
 
 
-def _of_document(document: Document, source: Source, ask: Ask | None, plain: Ask | None) -> list[Step]:
-    steps: list[Step] = []
-    divided = source.kind in ("textbook", "guideline") or "role_play" in source.build
-    for passage in passages(document) if divided else [document]:
-        steps.append(Step("", Built(passage)))
-        parent = len(steps) - 1
-        for row in role_play(passage, ask) if "role_play" in source.build else ():
-            if isinstance(row, Built) and isinstance(row.record, Conversation) and source.domain not in ("", PEDIATRIC):
-                row = replace(row, record=replace(row.record, task=source.domain))  # the three tasks are pediatric
-            steps.append(Step("role_play", row, parent))
-            # A parent's question is answered humanely; a colleague's needs no comfort.
-            if isinstance(row, Built) and row.details["role"] == "parent":
-                steps += _pairs(row, source, ask, plain, len(steps) - 1)
+def _of_document(passage: Document, source: Source, ask: Ask | None, plain: Ask | None) -> list[Step]:
+    steps = [Step("", Built(passage))]
+    for row in role_play(passage, ask) if "role_play" in source.build else ():
+        steps.append(Step("role_play", _in_domain(row, source), 0))
+        # A parent's question is answered humanely; a colleague's needs no comfort.
+        if isinstance(row, Built) and row.details["role"] == "parent":
+            steps += _pairs(row, source, ask, plain, len(steps) - 1)
     return steps
+
+
+def _in_domain(row: Built | Dropped, source: Source) -> Built | Dropped:
+    """The three tasks are pediatric: what another domain's text or graph gives is that domain's conversation."""
+    if isinstance(row, Built) and isinstance(row.record, Conversation) and source.domain not in ("", PEDIATRIC):
+        return replace(row, record=replace(row.record, task=source.domain))
+    return row
 
 
 def _of_conversation(record: Conversation, source: Source, ask: Ask | None, plain: Ask | None) -> list[Step]:
@@ -134,7 +142,7 @@ def _of_conversation(record: Conversation, source: Source, ask: Ask | None, plai
             left = sum(message.role == "user" for message in row.record.messages)
             named = task
             if task == EVIDIAG and left < 2 and not source.task:  # what is left of it is a question and its answer
-                named = classify(row.record, pediatric=bool(source.domain))
+                named = _task_by_domain(row.record, source)
             row = replace(row, record=replace(row.record, task=named))
         steps.append(Step(builder, row))
         if isinstance(row, Built):
@@ -152,6 +160,6 @@ def _task_by_domain(record: Conversation, source: Source) -> str:
     """By the domain that the listing states, and where it leaves a choice by the row's words."""
     if source.domain not in ("", PEDIATRIC):
         return source.domain
-    if source.domain == PEDIATRIC and source.kind == "dialogues":
+    if source.domain and source.kind == "dialogues" and len(record.messages) > 3:
         return EVIDIAG
     return classify(record, pediatric=bool(source.domain))

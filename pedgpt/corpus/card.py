@@ -131,7 +131,9 @@ def statistics_table(corpus: Corpus) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     numbers = [all(re.fullmatch(r"[\d,.]+|–", row[i]) for row in rows) for i in range(len(header))]
     lines = [header, ["--:" if number else ":--" for number in numbers], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def _plots(corpus: Corpus) -> list[str]:
@@ -141,10 +143,10 @@ def _plots(corpus: Corpus) -> list[str]:
         from matplotlib.figure import Figure
     except ImportError:
         return ['No plots: matplotlib is missing (pip install -e ".[plot]").']
-    topics = sum(corpus.topics.values(), Counter())
-    named = [(name, count) for name, count in topics.items() if name]
+    # In a name that a row gave: nothing that XML cannot hold, and not too much.
+    named = [("".join(filter(str.isprintable, name))[:40], count) for name, count in corpus.topics.items() if name]
     shown = sorted(named, key=lambda item: (-item[1], item[0]))[:30]
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "pedgpt", "font.size": 9}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "pedgpt", "font.size": 9, "text.parse_math": False}
     (corpus.folder / "reports").mkdir(exist_ok=True)
     with warnings.catch_warnings(), rc_context(settings):
         warnings.filterwarnings("ignore", message="Glyph .* missing")
@@ -154,7 +156,7 @@ def _plots(corpus: Corpus) -> list[str]:
             axes.barh([name for name, _ in shown][::-1], [count for _, count in shown][::-1], color="#2F6DB5")
             axes.margins(y=0.01)
             axes.set_xlabel(
-                f"rows; {topics['']:,} more name no topic, {max(0, len(named) - len(shown))} topics not shown"
+                f"rows; {corpus.topics['']:,} more name no topic, {max(0, len(named) - len(shown))} topics not shown"
             )
             axes.spines[["top", "right"]].set_visible(False)
             figure.savefig(corpus.folder / "reports" / "topics.svg", metadata={"Date": None})

@@ -120,7 +120,7 @@ def evidiag(disease: Disease) -> Iterator[Conversation]:
         return
     forms = templates("knowledge_graph")["evidiag"]
     # Every third ordering: neighbours differ in the last symptom only.
-    orders = list(itertools.permutations(disease.facts[SYMPTOM], 3))[:24:3]
+    orders = itertools.islice(itertools.permutations(disease.facts[SYMPTOM], 3), 0, 24, 3)
     for i, (first, second, third) in enumerate(orders):
         values = {
             "head": disease.name, "first": first, "second": second, "third": third,
@@ -186,10 +186,12 @@ def negative(diseases: Sequence[Disease], *, most: int = 2) -> Iterator[Conversa
         asked = disease.facts.keys() - {AGE, COMPLICATION, TREATMENT}
         pairs = 0
         for relation in sorted(asked, key=lambda relation: (number(disease.name, relation), relation)):
+            if pairs == most:
+                break
             # A few draws in place of a search through all facts, so that the time is linear in the graph.
             foreign = (pick(tails[relation], disease.name, relation, str(i)) for i in range(20))
             strange = next((tail for tail in foreign if _strange(tail, relation, disease)), None)
-            if strange is None or pairs == most:
+            if strange is None:
                 continue
             pairs += 1
             true = pick(disease.facts[relation], disease.name, relation)
@@ -221,6 +223,8 @@ def _holders(diseases: Sequence[Disease]) -> dict[str, set[str]]:
             exact.setdefault(symptom, set()).add(disease.name)
     near = {symptom: set(names) for symptom, names in exact.items()}
     for symptom, names in exact.items():
+        if len(symptom) > 40:  # a description, which no other symptom holds or is held by but by chance
+            continue
         for start, end in itertools.combinations(range(len(symptom) + 1), 2):
             if (part := symptom[start:end]) in exact:
                 near[part] |= names

@@ -27,9 +27,9 @@ _ODD = re.compile(f"[{_INVISIBLE}\x0b-\r\x85\xa0\u1680\u2000-\u200a\u2028\u2029\
 _WIDE = {c: c - 0xFEE0 for start, end in ("０９", "ＡＺ", "ａｚ") for c in range(ord(start), ord(end) + 1)}
 _NESTED = re.compile(r"&(?:(?:amp|AMP|#0{0,4}38|#[xX]0{0,4}26);)+")  # &amp;amp;lt;
 _ENTITY = re.compile(r"&(?:[A-Za-z]{2,8}\d{0,2}|#\d{1,7}|#[xX][0-9A-Fa-f]{1,6});")
-_TAG = re.compile(r"[ \t]*<(?:br\s*/?|/?p(?:\s[^<>\n]{0,200})?)>[ \t]*", re.IGNORECASE)
+_TAG = re.compile(r"(?<![ \t])[ \t]*<(?:br\s*/?|/?p(?:\s[^<>\n]{0,200})?)>[ \t]*", re.IGNORECASE)
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
-_SPACES = re.compile(r"(?<=[^\s|])( ) +(?=[^\s|])|[ \t]+(?=\n)|(?<=\n\n)\n+")
+_SPACES = re.compile(r"(?<=[^\s|])( ) +(?=[^\s|])|(?<![ \t])[ \t]+(?=\n)|(?<=\n\n)\n+")
 _REPEATED = re.compile(r"([。，、；：！？])\1+|([!?,;])\2{2,}|(～)～+|(~)~{3,}|(\.\.\.)\.+")
 
 
@@ -222,7 +222,8 @@ def fault(record: Record, *, min_characters: int, max_characters: int, min_chine
     """Why a normalised record is unfit: (a fixed phrase, what was found); None if it is fit.
 
     `min_characters` is of what is learnt: a document's text, a conversation's answers together, a pair's shorter
-    reply. `max_characters` is of the whole record, of a pair with its longer reply. `min_chinese`: see chinese_share.
+    reply. `max_characters` is of a whole conversation, or a pair with its longer reply; `min_chinese` as in
+    chinese_share.
     """
     said = texts(record)
     if isinstance(record, PreferencePair):
@@ -231,7 +232,7 @@ def fault(record: Record, *, min_characters: int, max_characters: int, min_chine
         learnt = sum(len(message.content) for message in record.messages if message.role == "assistant")
         whole = sum(map(len, said))
     else:
-        learnt = whole = len(record.text)
+        learnt, whole = len(record.text), 0
     if not isinstance(record, Document) and not any(map(str.isalnum, question(record))):
         return NO_QUESTION, repr(question(record)[:20])
     if not isinstance(record, Document) and (blank := [i for i, text in enumerate(said, 1) if not text.strip()]):

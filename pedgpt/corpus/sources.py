@@ -67,11 +67,16 @@ def read_listing(path: Path) -> list[Source]:
     if path.is_dir() and (path / "corpus.toml").is_file():
         path = path / "corpus.toml"
     if path.is_dir():
-        return list(_found(path))
+        found = list(_found(path))
+        if not found:
+            raise ValueError(f"--source {path}: found no file ending in {' '.join(SUFFIXES)}")
+        return found
     if not path.is_file():
         raise ValueError(f"--source {path}: no such file or folder")
+    if path.suffix.lower() != ".toml":
+        raise ValueError(f"--source {path}: expected a folder, or a .toml file that lists sources")
     try:
-        listing = tomllib.loads(path.read_text(encoding="utf-8"))
+        listing = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML ({error})") from None
     entries = listing.get("source")

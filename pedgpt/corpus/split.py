@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 
 from pedgpt.corpus.rows import question, texts
@@ -54,19 +55,22 @@ class Split:
             self._lengths.setdefault(name[0], []).append(len(name))
 
     def group(self, record: Record) -> str:
-        """By the row's own disease, or those named in its question, title and headings, in all of it, or its question.
+        """By the row's own disease, those that its question, title or headings name, the one that it names most often
+        anywhere, or its question.
 
-        Empty if the first of these that names any known disease names some of both sides: it belongs on neither.
+        Empty if what it is about by its own words lies on both sides: then it belongs on neither.
         """
         asked = question(record)
         subject = asked if not isinstance(record, Document) else record.title
         headings = record.source.partition(" › ")[2]
-        for text in (record.disease, f"{subject}\n{headings}", "\n".join(texts(record))):
+        for text in (record.disease, f"{subject}\n{headings}"):
             if names := self.named(text):
                 sides = {self.side(f"disease/{name}") for name in names}
                 return f"disease/{max(names, key=len)}" if len(sides) == 1 else ""
             if text and text == record.disease:
                 return f"disease/{text.strip()}"  # that no graph knows
+        if names := self.named("\n".join(texts(record))):
+            return f"disease/{Counter(names).most_common(1)[0][0]}"
         return f"question/{question_key(asked)}"
 
     def side(self, group: str) -> str:

@@ -221,11 +221,15 @@ def detect_kind(path: PathLike) -> str:
     # Any TSV of three columns could hold triples, so there they come last; elsewhere their keys are the surer sign.
     parsers |= {"documents": _document} if file.suffix.lower() == ".tsv" else {}
     parsers |= {"triples": _triple, "documents": _document}
+    broken = ""
     for kind, parse in parsers.items():
         for _, row in islice(_rows(file, kind), 20):
             with suppress(_Unfit):
                 parse(_fields(row), "", None)
                 return kind
+            broken = broken or (str(row) if isinstance(row, _Unfit) and "UTF-8" in str(row) else "")
+    if broken:
+        raise ValueError(f"{file}: {broken}")
     raise ValueError(f"{file}: found no row of {', '.join(parsers)} at its start; compare the formats of the readers")
 
 
@@ -529,7 +533,8 @@ def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
 def _topic(row: Row) -> tuple[str, str]:
     """(disease, department) where a row names them; what is no text says nothing."""
     disease, department = row.get("disease"), next((row[name] for name in DEPARTMENTS if row.get(name)), "")
-    return disease if isinstance(disease, str) else "", department if isinstance(department, str) else ""
+    said = [text if isinstance(text, str) and not _not_utf8(text) else "" for text in (disease, department)]
+    return said[0], said[1]
 
 
 def _question_and_answer(row: Row) -> list[Message]:

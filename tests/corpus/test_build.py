@@ -6,7 +6,7 @@ from itertools import chain, combinations
 
 import pytest
 
-from pedgpt.corpus.build import Step, build, build_disease, build_graph, build_templates, stages, table_of
+from pedgpt.corpus.build import Step, build, build_disease, build_graph, build_templates, divided, stages, table_of
 from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.knowledge_graph import Disease
 from pedgpt.corpus.rows import Built, Dropped, texts
@@ -74,13 +74,21 @@ def assert_parents_are_right(steps):
             assert step.parent == -1
 
 
+def built(document, source):
+    steps = []
+    for passage in divided([document], source):
+        found = build(passage, source)
+        assert_parents_are_right(found)
+        steps += found
+    return steps
+
+
 @pytest.mark.parametrize("kind", ["textbook", "guideline"])
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_book_gives_its_passages_then_what_is_built_of_each(kind, domain):
     for builders in subsets(kind):
         of = Source(kind, "book", domain=domain, build=builders)
-        steps = build(BOOK, of)
-        assert_parents_are_right(steps)
+        steps = built(BOOK, of)
         plain = [step.row.record for step in steps if step.builder == ""]
         assert [record.source for record in plain] == [
             "book.md:5 › 第一章 肺炎 › 临床表现", "book.md:9 › 第一章 肺炎 › 治疗", "book.md:15 › 第二章 水痘 › 预防",
@@ -94,9 +102,10 @@ def test_book_gives_its_passages_then_what_is_built_of_each(kind, domain):
             if step.builder == "role_play":
                 table = table_of(step.row.record, of)
                 assert table.startswith("tasks/") if domain == "pediatric" else table == f"generalist/{domain}"
-    both = build(BOOK, Source(kind, "book", build=("role_play", "preferences")))
-    parents = [i for i, s in enumerate(both) if s.builder == "role_play" and s.row.details["role"] == "parent"]
-    assert sorted({step.parent for step in both if step.builder == "preferences"}) == parents
+    of = Source(kind, "book", build=("role_play", "preferences"))
+    for both in (build(passage, of) for passage in divided([BOOK], of)):
+        parents = [i for i, s in enumerate(both) if s.builder == "role_play" and s.row.details["role"] == "parent"]
+        assert sorted({step.parent for step in both if step.builder == "preferences"}) == parents
 
 
 def test_encyclopedia_is_text_as_it_is():

@@ -96,10 +96,11 @@ def test_row_about_diseases_of_both_sides_has_no_group_but_a_complication_may_be
     split, train, heldout = two_sides()
     both = [
         talk(f"{train}和{heldout}怎么区别？"),
-        Document(f"{train}、{heldout}都会发热。", "b:1"),
         Document("都会发热。", f"b.md:3 › {train}与{heldout}", "鉴别"),
     ]
-    assert [split.group(row) for row in both] == ["", "", ""]
+    assert [split.group(row) for row in both] == ["", ""]
+    often = Document(f"{heldout}多见于幼儿，{train}少见，{heldout}会发热。", "b:1")
+    assert split.group(often) == f"disease/{heldout}"  # no title: what it names most often
     about = Document(f"{train}可并发{heldout}。", "b:1", train)
     assert split.group(about) == split.group(talk("会怎样？", disease=train)) == f"disease/{train}"
 
