@@ -57,7 +57,7 @@ class TeacherSettings:
     temperature: float = 0.7  # of the sampling, 0 to 2
     max_tokens: int = 1024  # longest answer, tokens
     concurrency: int = 8  # requests at the same time
-    timeout: float = 60.0  # seconds from a request to the end of its answer
+    timeout: float = 60.0  # seconds for a request's whole answer, and for the silence before any part of it
     max_retries: int = 6  # of one request
     retry_wait: float = 1.0  # seconds: a random wait of up to this, twice this, four times this, ... between retries
     max_wait: float = 120.0  # seconds: the longest such wait; a server that asks for a longer one ends the run
@@ -68,7 +68,7 @@ class TeacherSettings:
     json_mode: bool = False  # send response_format json_object, for servers that know it
 
     def check(self) -> None:
-        """Raise ValueError for a value out of range. No message repeats what may be a secret."""
+        """Raise ValueError for a value out of range."""
         try:
             url = urlsplit(self.url)
             good = url.scheme in ("http", "https") and url.hostname and url.port != 0

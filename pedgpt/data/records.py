@@ -319,6 +319,7 @@ def _iterate(
 
 
 def files_of(paths: Paths) -> list[Path]:
+    """The files that paths name, those in folders sorted; ValueError if one is missing or holds none that is known."""
     files: list[Path] = []
     for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
         if not path.exists():
