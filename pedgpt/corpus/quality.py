@@ -153,8 +153,9 @@ def scrub(text: str) -> tuple[str, Counter[str]]:
     """The text with personal data replaced by placeholders like 【电话】, and how many of each kind there were.
 
     电话: mobile numbers and landlines in their usual spellings, but no hotlines. 身份证号: of 18 digits with a valid
-    date and checksum (without it after the word 身份证), or of 15 with a valid date. 邮箱. 微信号 and QQ号 where introduced as such. 姓名 where introduced
-    (我叫, 姓名：, 孩子叫) and made of a known surname and one or two characters with an end behind; other names stay.
+    date and checksum (after the word 身份证 without one too), or of 15 with a valid date. 邮箱. 微信号 and QQ号 where
+    introduced as such. 姓名 where introduced (我叫, 姓名：, 孩子叫) and made of a known surname and one or two given
+    characters with an end behind; other names stay.
     """
     rules: list[Rule] = []
     if "@" in text or "＠" in text:
@@ -190,10 +191,9 @@ def _is_identity(match: re.Match[str]) -> bool:
     if len(number) == 15:
         return _is_of_a_person(match)
     total = sum(int(digit) * 2 ** (17 - i) for i, digit in enumerate(number[:17]))
-    said = (
-        "身份证" in match.string[max(0, match.start("value") - 12) : match.start("value")]
-    )  # so a mistyped one is too
-    return 1850 <= day.year <= 2100 and (said or "10X98765432"[total % 11] == number[17])
+    # A mistyped number of a person is one too.
+    said = re.search("身份证[号码为是:： ]*$", match.string[max(0, match.start("value") - 12) : match.start("value")])
+    return 1850 <= day.year <= 2100 and (bool(said) or "10X98765432"[total % 11] == number[17])
 
 
 def _is_account(match: re.Match[str]) -> bool:
