@@ -486,12 +486,12 @@ def in_order(
 
     At most 4 `workers` items are taken ahead of the last result. An exception of an item stops new work; what is in
     flight is finished, the results before it are given, and it is raised. With `desc` a progress bar is shown on
-    stderr, of `total` items if that is known, with what the `teachers` have cost so far.
+    stderr, without threads after three seconds, of `total` items if that is known, with what the `teachers` have cost.
     """
     interactive = sys.stderr.isatty()
     bar = tqdm(
         desc=desc, total=total, disable=not desc, dynamic_ncols=interactive, mininterval=0.2 if interactive else 10,
-        file=sys.stderr,
+        file=sys.stderr, delay=0 if workers else 3,
     )  # fmt: skip
     with bar:
         for result in _in_threads(items, work, workers, teachers) if workers else map(work, items):
