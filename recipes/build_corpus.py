@@ -17,6 +17,7 @@ asking anything twice.
 import contextlib
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from pedgpt.corpus.knowledge_graph import Disease
 from pedgpt.corpus.quality import normalize
 from pedgpt.corpus.sources import describe_sources
 from pedgpt.corpus.teacher import Teacher, TeacherFailure, in_order, load_teacher
-from pedgpt.data import ReadSummary, iter_records
+from pedgpt.data import ReadSummary, Triple, iter_records
 from pedgpt.data.records import detect_kind
 from pedgpt.training import run_recipe
 
@@ -101,7 +102,7 @@ def main(config: Config) -> None:
 
     # The graphs first: their diseases are what the split goes by.
     graphs = {
-        source.name: diseases([replace(t, head=normalize(t.head), tail=normalize(t.tail)) for t in read(source)])
+        source.name: diseases(normalized(read(source), config.on_bad_row, summaries[source.name]))
         for source in sources
         if source.kind == "knowledge_graph"
     }
@@ -167,6 +168,21 @@ def main(config: Config) -> None:
     for part in ("train", "heldout"):
         print(f"{part}: {sum(file['rows'] for file in corpus.files if file['side'] == part):,} rows")
     print(f"written to {config.output}; README.md in it is the corpus card")
+
+
+def normalized(triples: Iterable[Triple], on_bad_row: str, summary: ReadSummary) -> list[Triple]:
+    """Triples as the rest of the corpus is written; one with nothing visible in its head or tail is a bad row."""
+    kept = []
+    for triple in triples:
+        head, relation, tail = (normalize(text) for text in (triple.head, triple.relation, triple.tail))
+        if head and relation and tail:
+            kept.append(replace(triple, head=head, relation=relation, tail=tail))
+            continue
+        reason = "head, relation or tail is empty: found nothing visible, expected some text"
+        if on_bad_row == "error":
+            raise ValueError(f"{triple.source}: {reason}")
+        summary.drop(triple.source, reason)
+    return kept
 
 
 def placed(work, item):

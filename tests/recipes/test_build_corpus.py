@@ -340,6 +340,18 @@ def test_chapter_of_a_book_lies_on_the_side_of_its_disease_with_all_that_is_buil
     assert seen["heldout", ""] == 4 and seen["train", ""] == 16 and seen["train", "role_play"] > 16
 
 
+def test_names_of_a_graph_are_normalised_and_one_that_is_invisible_is_listed(build, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    lines = ["１型糖尿病\t症状\t多饮&nbsp;多尿", "１型糖尿病\t治疗\t胰岛素", "\u200b\t症状\t发热", "感冒\t症状\t\u200b"]
+    (source / "kg.tsv").write_text("\n".join(lines), encoding="utf-8")
+    build(source=source, output=tmp_path / "out", heldout_share=0)
+    assert {row["disease"] for row in table(tmp_path / "out", "train")} == {"1型糖尿病"}
+    assert "多饮 多尿" in json.dumps(table(tmp_path / "out", "train"), ensure_ascii=False)
+    assert [row["place"] for row in dropped(tmp_path / "out")] == ["kg.tsv:3", "kg.tsv:4"]
+    assert manifest(tmp_path / "out")["sources"]["kg"]["read"] == 2
+
+
 def test_shards_hold_the_asked_number_of_rows_in_order(build, tmp_path):
     (tmp_path / "source").mkdir()
     write(tmp_path / "source" / "talk.jsonl", [child(i) for i in range(25)])
