@@ -570,7 +570,7 @@ def test_a_request_that_is_refused_for_good_costs_its_row_and_is_listed(recipe, 
         settings = toml(tmp_path / "t.toml", server)
         ran = call(recipe, source, tmp_path / "corpus", settings)
         if ran.code:  # it was among the first, and until a server has answered anything a refusal may be of everything
-            assert_one_line(ran, "HTTP 400: 400 for content policy", asked, f"(asked about {place})")
+            assert_one_line(ran, "HTTP 400: 400 for content policy", asked, f"(asked about {place}")
             assert not (tmp_path / "corpus").exists()
             ran = call(recipe, source, tmp_path / "corpus", settings)
         assert ran.code == 0, ran.err
