@@ -213,7 +213,7 @@ class Assembly:
                 pass
             elif self._asked(record) in asked:
                 reason, detail = "asks a held-out question", question(record)
-            elif match := self._decontaminator.match([question(record), *texts(record)]):
+            elif match := self._decontaminator.match(list(dict.fromkeys([question(record), *texts(record)]))):
                 reason, detail = "overlaps with evaluation or held-out rows", f"{match[1]:.2f} of {match[0]}"
             if reason:
                 gone[number] = 1

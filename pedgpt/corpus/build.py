@@ -100,7 +100,7 @@ def table_of(record: Record, source: Source) -> str:
 
 
 def stages(name: str) -> list[int]:
-    """The stages that train on a table (SPEC of the paper's §3: text and completions, generalist, pairs, tasks)."""
+    """The stages that train on a table (PediatricsGPT §3: text and completions, generalist, pairs, tasks)."""
     if name.startswith("text/"):
         return [1]
     if name.startswith("tasks/"):

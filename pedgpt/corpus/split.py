@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
-from pedgpt.corpus.rows import question, texts
+from pedgpt.corpus.rows import number, question, texts
 from pedgpt.data.records import Document, Record
 
 
@@ -91,4 +90,4 @@ class Split:
 
     def _number(self, group: str) -> float:
         """In [0, 1), evenly spread."""
-        return int.from_bytes(hashlib.sha256(f"{self.seed}/{group}".encode()).digest()[:8], "big") / 2**64
+        return number(str(self.seed), group) / 2**64

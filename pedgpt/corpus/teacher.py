@@ -479,18 +479,17 @@ def in_order(
     *,
     workers: int,
     desc: str = "",
-    total: int | None = None,
     teachers: Sequence[Teacher] = (),
 ) -> Iterator[R]:
     """`work` of each item, in the order of the items, done in `workers` threads; with 0, in this one.
 
     At most 4 `workers` items are taken ahead of the last result. An exception of an item stops new work; what is in
     flight is finished, the results before it are given, and it is raised. With `desc` a progress bar is shown on
-    stderr, without threads after three seconds, of `total` items if that is known, with what the `teachers` have cost.
+    stderr, without threads after three seconds; with what the `teachers` have cost.
     """
     interactive = sys.stderr.isatty()
     bar = tqdm(
-        desc=desc, total=total, disable=not desc, dynamic_ncols=interactive, mininterval=0.2 if interactive else 10,
+        desc=desc, disable=not desc, dynamic_ncols=interactive, mininterval=0.2 if interactive else 10,
         file=sys.stderr, delay=0 if workers else 3,
     )  # fmt: skip
     with bar:
