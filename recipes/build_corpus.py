@@ -32,6 +32,7 @@ from pedgpt.corpus.sources import describe_sources
 from pedgpt.corpus.teacher import Teacher, TeacherFailure, in_order, load_teacher
 from pedgpt.data import ReadSummary, Triple, iter_records
 from pedgpt.data.records import detect_kind
+from pedgpt.files import sync
 from pedgpt.training import run_recipe
 
 # Tables whose answers serve as running text where a domain has none.
@@ -213,8 +214,7 @@ def replace_folder(output: Path, complete: Path) -> None:
     """Put a complete corpus, safe on disk, in the place of an earlier one: at no moment is there half of one."""
     for path in complete.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
     old = output.with_name(f".{output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():

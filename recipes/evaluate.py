@@ -10,7 +10,6 @@ Each of tasks/medkqa, text/pediatric and so on may be a folder of JSONL files or
 import dataclasses
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from pedgpt.data import (
 from pedgpt.evaluation.generation_metrics import generation_scores, signature
 from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
 from pedgpt.evaluation.responses import answer, items, thin
+from pedgpt.files import write_text
 from pedgpt.models import ModelConfig, load_model
 from pedgpt.training import run_recipe, start
 
@@ -133,9 +133,7 @@ def main(config: Config) -> None:
     if config.output:
         path = Path(config.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSummary):

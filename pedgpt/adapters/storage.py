@@ -4,7 +4,6 @@ published MoE-Adapter, which is read only."""
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -27,6 +26,7 @@ from pedgpt.adapters.inject import (
     set_adapter,
 )
 from pedgpt.adapters.lora import AdaptedLinear
+from pedgpt.files import settle, write_text
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LORA, EXPERTS, PUBLISHED = "LORA", "PEDGPT_EXPERTS", "the published MoE-Adapter"
@@ -105,10 +105,8 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHTS}.tmp"
     save_file(weights, temporary, metadata={"format": "pt"})
-    _commit(temporary, folder / WEIGHTS)
-    temporary = folder / f".{CONFIG}.tmp"
-    temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _commit(temporary, folder / CONFIG)
+    settle(temporary, folder / WEIGHTS)
+    write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_adapter(
@@ -383,10 +381,3 @@ def _read_config(path: Path) -> dict[str, Any]:
             "convert the adapter to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
         )
     return config
-
-
-def _commit(temporary: Path, path: Path) -> None:
-    """Sync a finished temporary file to disk and give it its name."""
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -14,6 +12,7 @@ from typing import Any
 
 from pedgpt.corpus.classify import DOMAINS, GENERAL, PEDIATRIC, classify
 from pedgpt.data.records import SUFFIXES, detect_kind, field_mapping, iter_records
+from pedgpt.files import nearest, read_toml
 
 # A kind of source: how its files are read, and what may be built from it; what is built by default comes first.
 KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -75,10 +74,7 @@ def read_listing(path: Path) -> list[Source]:
         raise ValueError(f"--source {path}: no such file or folder")
     if path.suffix.lower() != ".toml":
         raise ValueError(f"--source {path}: expected a folder, or a .toml file that lists sources")
-    try:
-        listing = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML ({error})") from None
+    listing = read_toml(path)
     entries = listing.get("source")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: expected [[source]] tables, each with a kind and, but for templates, a file")
@@ -95,10 +91,7 @@ def _source(entry: dict[str, Any], listing: Path, number: int) -> Source:
     place = f"{listing}: source {number}"
     known = {f.name for f in fields(Source)} - {"files"} | {"file"}
     for key in entry.keys() - known:
-        near = difflib.get_close_matches(key, known, 1)
-        raise ValueError(
-            f"{place}: unknown key {key!r}; {f'did you mean {near[0]}?' if near else ', '.join(sorted(known))}"
-        )
+        raise ValueError(f"{place}: unknown key {key!r}; {nearest(key, sorted(known), 'keys')}")
     kind, domain = entry.get("kind"), entry.get("domain", PEDIATRIC)
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{place}: kind is {kind!r}, expected one of {', '.join(KINDS)}")

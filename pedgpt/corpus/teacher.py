@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -15,7 +14,6 @@ import sqlite3
 import sys
 import threading
 import time
-import tomllib
 import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +28,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from pedgpt.corpus.rows import Unusable
+from pedgpt.files import nearest, read_toml
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -107,18 +106,11 @@ class TeacherSettings:
 
 def load_teacher(path: str | Path) -> TeacherSettings:
     """The settings in a flat TOML file, checked; ValueError for a file or a value that cannot be used."""
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML ({error})") from None
+    values = read_toml(path)
     kinds = typing.get_type_hints(TeacherSettings)
     for name, value in values.items():
         if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(kinds)}"
-            raise ValueError(f"{path}: {name} is no setting of a teacher; {hint}")
+            raise ValueError(f"{path}: {name} is no setting of a teacher; {nearest(name, kinds, 'settings')}")
         if kinds[name] is float and type(value) is int:
             values[name] = float(value)
         elif type(value) is not kinds[name]:

@@ -21,7 +21,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pedgpt.data.records import Message
-from pedgpt.data.tokenizer import CONFIG_FILE, own_file
+from pedgpt.data.tokenizer import CONFIG_FILE
+from pedgpt.files import own_file
 
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_TEMPLATE_CHARACTERS = 1 << 20  # published templates hold some 10,000

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from pedgpt.data.packing import Row, best_fit_arrays, document_stream
 from pedgpt.data.records import Conversation, ReadSummary, SkippedRow, files_of, iter_records
 from pedgpt.data.tokenizer import Tokenizer
+from pedgpt.files import sync, write_text
 
 Numbers = NDArray[np.int64]
 
@@ -161,15 +162,14 @@ def write_tokens(
                 counts[-1] += len(batch)
                 end = int(ends[-1])
                 yield len(batch)
-        for file in (tokens, offsets):
-            file.flush()
-            os.fsync(file.fileno())
+    for name in ("tokens.bin", "offsets.bin"):
+        sync(temporary / name)
     store = {
         "key": key, "digest": digest.hexdigest(), "dtype": dtype.str, "tokens": end, "counts": counts,
         "sources": [asdict(source) for source in sources], "rows": summary.rows,
         "skipped": [asdict(row) for row in summary.skipped],
     }  # fmt: skip
-    (temporary / "store.json").write_text(json.dumps(store, ensure_ascii=False), encoding="utf-8")
+    write_text(temporary / "store.json", json.dumps(store, ensure_ascii=False))
     os.replace(temporary, folder)
 
 

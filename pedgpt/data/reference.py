@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from pedgpt.data.chat_template import read_template
 from pedgpt.data.packing import fingerprint
 from pedgpt.data.preference import EncodedPair
 from pedgpt.data.tokenizer import Tokenizer
+from pedgpt.files import atomic_write
 
 _NAME = "logps"
 
@@ -61,16 +60,8 @@ def save_reference(path: str | Path, logps: Tensor, key: Mapping[str, str]) -> N
     if fault := _fault(logps, len(logps)):
         raise ValueError(f"{path}: not written: {fault}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Runs that differ in beta alone may share the file and write it at the same time.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as handle:  # safetensors' save_file may leave a file that only its owner can read
-            handle.write(save({_NAME: logps.detach().cpu().contiguous()}, metadata={"format": "pt", **key}))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path, "wb") as handle:
+        handle.write(save({_NAME: logps.detach().cpu().contiguous()}, metadata={"format": "pt", **key}))
 
 
 def load_reference(path: str | Path, key: Mapping[str, str], num_pairs: int) -> Tensor | None:

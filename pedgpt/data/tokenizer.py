@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from pedgpt.data.sentencepiece import convert_sentencepiece
+from pedgpt.files import atomic_write, own_file, write_text
 
 JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 ADDED_FILE, NAMES_FILE = "added_tokens.json", "special_tokens_map.json"
@@ -110,18 +111,17 @@ class Tokenizer:
             for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
                 source = own_file(self.folder, name)
                 if source and self.folder.resolve() != folder.resolve():
-                    shutil.copyfile(source, folder / f".{name}.tmp")
-                    os.replace(folder / f".{name}.tmp", folder / name)  # a link there is replaced, not followed
+                    with atomic_write(folder / name, "wb") as target, source.open("rb") as origin:
+                        shutil.copyfileobj(origin, target)
             return
         with _blame(self.file):
-            self.backend.save(str(folder / JSON_FILE))
+            write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))
         config = self.config
         if convert:
             config = {key: config[key] for key in _NAMED if key in config}
             config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
             config |= {"chat_template": chat_template} if chat_template else {}
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
     def _named(self, key: str) -> int | None:
         if (value := self.config.get(key)) is None:
@@ -355,18 +355,6 @@ def _read_object(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
-
-
-def own_file(folder: Path, name: str) -> Path | None:
-    """The file of this name, None if there is none; ValueError if it is a link that leaves the folder.
-
-    In a hub's cache, `snapshots/<revision>/` links to `blobs/` beside `snapshots/`.
-    """
-    target, root = Path(os.path.realpath(folder / name)), folder.resolve()
-    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(target.is_relative_to(home) for home in homes):
-        raise ValueError(f"{folder / name}: a link out of its folder, to {target}; copy the file instead")
-    return folder / name if target.is_file() else None
 
 
 def _cache_folder() -> Path | None:

@@ -6,7 +6,6 @@ Writes report.md and its plots into the folder; without matplotlib (extra `plot`
 from __future__ import annotations
 
 import math
-import os
 import re
 import statistics
 import textwrap
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from pedgpt.evaluation.plots import PLOTS, draw
 from pedgpt.evaluation.run import PERPLEXITIES, STAGE_LABELS, TASKS, Run, ordered
+from pedgpt.files import write_text
 
 SCORES = ("rows", *(f"rouge-{n}" for n in "12l"), *(f"bleu-{n}" for n in "1234"), "gleu", "distinct-1", "distinct-2")
 PRICES = {  # measure -> whether higher is better
@@ -141,9 +141,7 @@ def write_report(run: Run) -> Path:
         *_sample_section(run),
     ]
     path = run.folder / "report.md"
-    draft = path.with_suffix(".md.tmp")
-    draft.write_text("\n\n".join(page) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, "\n\n".join(page) + "\n")
     return path
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,9 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pedgpt.files import settle, sync
 from pedgpt.models.config import ModelConfig, parse_json
 from pedgpt.models.transformer import Transformer
-from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, sync, weight_files, write_json
+from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, weight_files, write_json
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 2**30
@@ -240,7 +240,7 @@ def _write(config: ModelConfig, folder: Path, weights: Iterable[tuple[str, Tenso
             raise ValueError(f"{folder}: the weights to save lack {', '.join(missing[:5])} ({len(missing)} in all)")
         flush()
         for part, _ in parts:
-            sync(part)
+            sync(part)  # all are complete on the disk before the first gets its name
     except BaseException:
         for part, _ in parts:
             part.unlink(missing_ok=True)
@@ -249,7 +249,7 @@ def _write(config: ModelConfig, folder: Path, weights: Iterable[tuple[str, Tenso
     tag = "-b" if any(not name.endswith("-b.safetensors") for name in live) else ""  # never over a live shard
     names = [f"model-{i + 1:05d}-of-{count:05d}{tag}.safetensors" for i in range(count)] if count > 1 else [WEIGHTS]
     for (part, _), name in zip(parts, names, strict=True):
-        os.replace(part, folder / name)
+        settle(part, folder / name)
     # What counts is the index where there is one: with its change, or its end, the new weights take over at once.
     if count > 1:
         weight_map = {key: name for (_, keys), name in zip(parts, names, strict=True) for key in keys}

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pedgpt.files import write_text
 from pedgpt.models.config import inside_folder, parse_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -161,13 +162,4 @@ def weight_files(folder: Path) -> list[Path]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file at once: under a temporary name, synced, renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
-
-
-def sync(path: Path) -> None:
-    """Have a finished file on the disk before it gets its name."""
-    with open(path, "rb") as handle:
-        os.fsync(handle.fileno())
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

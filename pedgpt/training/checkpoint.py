@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 
+from pedgpt.files import sync
 from pedgpt.training.distributed import World, barrier
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,10 +45,10 @@ def save_checkpoint(
         state = temporary / _STATE
         state.write_text(json.dumps({"step": step, "run": run}, indent=2, ensure_ascii=False), encoding="utf-8")
         for path in (state, temporary):
-            _sync(path)
+            sync(path)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
-        _sync(folder)
+        sync(folder)
     barrier(world)
 
 
@@ -169,11 +170,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import math
 import os
 import re
 import sys
-import tomllib
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
+from pedgpt.files import nearest, read_toml, toml_place
 from pedgpt.training.distributed import stop
 
 C = TypeVar("C")
@@ -152,23 +150,16 @@ def _split_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _read_toml(file: str, known: typing.Iterable[str]) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config {file}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {file}: not valid TOML ({error})") from None
+    values = read_toml(file)
     for name in values:
-        _require_known(name, known, f"{file}: {name}")
+        _require_known(name, known, f"{toml_place(file, name)}: {name}")
     return values
 
 
 def _require_known(name: str, known: typing.Iterable[str], where: str) -> None:
     names = list(known)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(names)}"
-        raise ValueError(f"{where} is no setting of this recipe; {hint}")
+        raise ValueError(f"{where} is no setting of this recipe; {nearest(name, names, 'settings')}")
 
 
 def _single(name: str, given: list[str]) -> str:

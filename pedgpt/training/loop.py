@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from pedgpt.files import write_text
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import (
     latest_checkpoint,
@@ -178,9 +178,7 @@ def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world:
     if world.is_main:
         output = Path(settings.output)
         run = describe_run(settings, plan, fingerprint)
-        temporary = output / ".done.json.tmp"
-        temporary.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, output / "done.json")
+        write_text(output / "done.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     barrier(world)
 

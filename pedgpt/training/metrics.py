@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from pedgpt.files import write_text
 
 
 class MetricsLog:
@@ -28,9 +29,7 @@ class MetricsLog:
                     break
                 kept.append(record)
         self.last = kept[-1] if kept else None
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one step."""

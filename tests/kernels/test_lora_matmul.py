@@ -699,8 +699,8 @@ def test_gradients_of_gradients_are_refused_rather_than_wrong():
 @needs_triton
 def test_on_cuda_triton_is_the_default_and_float64_falls_back():
     x = torch.empty(1, device="cuda")
-    assert expert_gate.implementation(None, x, 256) == "triton"
-    assert expert_gate.implementation(None, x, 257) == expert_gate.implementation(None, x.double(), 8) == "torch"
+    assert expert_gate.implementation(None, x, 256, 4) == "triton"
+    assert expert_gate.implementation(None, x, 257, 4) == expert_gate.implementation(None, x.double(), 8, 4) == "torch"
 
 
 @pytest.mark.gpu
