@@ -224,4 +224,4 @@ def replace_folder(output: Path, complete: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Config)
+    run_recipe(main, Config, lock="beside")

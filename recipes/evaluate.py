@@ -205,4 +205,4 @@ def print_table(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Config)
+    run_recipe(main, Config, lock="beside")

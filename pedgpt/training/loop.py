@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -19,15 +20,10 @@ from tqdm import tqdm
 
 from pedgpt.files import write_text
 from pedgpt.training.batches import BatchPlan
-from pedgpt.training.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    refuse_changes,
-    save_checkpoint,
-)
+from pedgpt.training.checkpoint import refuse_changes
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, autocast, barrier, reshard, sum_over_ranks
+from pedgpt.training.keeping import STOPPING, Checkpoints, StopRequest
 from pedgpt.training.metrics import MetricsLog
 from pedgpt.training.optim import build_optimizer, learning_rate
 
@@ -72,19 +68,32 @@ def train(
     Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks
     or of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
     Writes a line per step to metrics.jsonl; on the main rank `watch` is then given it, and what text it returns is
-    shown as a warning. Raises ValueError if the loss or the gradient is not finite.
+    shown as a warning. SIGTERM and Ctrl-C end the run after the step, with a checkpoint, by SystemExit(128 + signal).
+    Raises ValueError if the loss, the gradient or a weight is not finite.
     """
+    with StopRequest(world) as stop:
+        _train(model, plan, make_batch, loss_function, settings, world, stop, evaluate, fingerprint, watch)
+
+
+def _train(
+    model: nn.Module,
+    plan: BatchPlan,
+    make_batch: MakeBatch,
+    loss_function: LossFunction,
+    settings: TrainingSettings,
+    world: World,
+    stop: StopRequest,
+    evaluate: Callable[[], dict[str, float]] | None,
+    fingerprint: str,
+    watch: Callable[[dict[str, float]], str | None] | None,
+) -> None:
     dtype = getattr(torch, settings.dtype)
-    run = describe_run(settings, plan, fingerprint)
-    folder = Path(settings.output) / "checkpoints"
     reshard(model)
     optimizer = build_optimizer(model, settings)
-    checkpoint = latest_checkpoint(folder)
-    first = 0 if checkpoint is None else load_checkpoint(checkpoint, model, optimizer, run, world)
+    checkpoints = Checkpoints(settings, model, optimizer, describe_run(settings, plan, fingerprint), world)
+    first = checkpoints.resume(plan.total_steps)
     log = MetricsLog(Path(settings.output) / "metrics.jsonl", after_step=first) if world.is_main else None
     tokens, seconds = log.totals() if log else (0, 0.0)
-    if world.is_main and first:
-        print(f"resuming from {checkpoint} at step {first} of {plan.total_steps}", file=sys.stderr)
 
     model.train()
     interactive = sys.stderr.isatty()
@@ -107,7 +116,7 @@ def train(
             "step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm,
             "tokens": tokens, "tokens_per_second": num_tokens / took, "seconds": seconds,
         }  # fmt: skip
-        last = step + 1 == plan.total_steps
+        last, saved = step + 1 == plan.total_steps, False
         if evaluate is not None and (last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)):
             record |= {f"eval_{name}": value for name, value in evaluate().items()}
             model.train()
@@ -118,10 +127,22 @@ def train(
             bar.update()
             if watch and (warning := watch(record)):
                 tqdm.write(f"warning: {warning}", file=sys.stderr)  # above the bar
-        if settings.checkpoint_every and not last and (step + 1) % settings.checkpoint_every == 0:
-            save_checkpoint(folder, step + 1, model, optimizer, run, world)
+        # The main rank's clock and a signal to any rank count on all of them: they agree at the end of a step.
+        due, *signals = sum_over_ranks(
+            [world.is_main and checkpoints.due(step + 1), *(stop.number == number for number in STOPPING)], world
+        )
+        if due or last or any(signals):
+            if log:
+                log.sync()  # a checkpoint's steps are in the log, whatever happens
+            saved = checkpoints.save(step + 1, ending=last or any(signals))
+        if any(signals):
+            bar.close()
+            number = next(number for number, sent in zip(STOPPING, signals, strict=True) if sent)
             if world.is_main:
-                prune_checkpoints(folder, settings.keep_checkpoints)
+                goes_on = "goes on from there" if saved else "starts anew, or from the last checkpoint: none was saved"
+                place = f"{settings.output}: {signal.Signals(number).name} after step {step + 1} of {plan.total_steps}"
+                print(f"{place}; the same command {goes_on}", file=sys.stderr, flush=True)
+            raise SystemExit(128 + number)
     bar.close()
     model.eval()
 
@@ -167,10 +188,22 @@ def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, w
     path = Path(settings.output) / "done.json"
     if not path.exists():
         return False
-    refuse_changes(json.loads(path.read_text(encoding="utf-8")), describe_run(settings, plan, fingerprint), path.parent)
-    if world.is_main:
+    try:
+        saved = json.loads(path.read_bytes())
+        results = saved.pop("result", [])
+        missing = [name for name in results if not (path.parent / name).is_file()]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path}: damaged ({error}); if the result is complete, keep it and use another --output, "
+            "else delete this file to train again"
+        ) from None
+    refuse_changes(saved, describe_run(settings, plan, fingerprint), path.parent)
+    if world.is_main and missing:
+        print(f"{settings.output}: finished, but {missing[0]} is gone: it is trained again", file=sys.stderr)
+    elif world.is_main:
+        _tidy(path.parent)
         print(f"{settings.output}: finished already")
-    return True
+    return not missing
 
 
 def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> None:
@@ -178,9 +211,18 @@ def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world:
     if world.is_main:
         output = Path(settings.output)
         run = describe_run(settings, plan, fingerprint)
+        run["result"] = sorted(str(file.relative_to(output)) for file in output.glob("*/*.safetensors"))
         write_text(output / "done.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        _tidy(output)
     barrier(world)
+
+
+def _tidy(output: Path) -> None:
+    """Delete what a finished run no longer needs, and what a process that was killed left half written."""
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    for file in (*output.glob(".*.tmp"), *output.glob("*/.*.tmp")):
+        if file.is_file():
+            file.unlink()
 
 
 def _step(

@@ -164,19 +164,19 @@ JOBS = """
 import json, os, runpy, sys
 from unittest.mock import patch
 from pedgpt import training
-from pedgpt.training import loop
+from pedgpt.training import keeping
 
 class Died(Exception): pass
 
 for path, arguments, die_after in json.loads(sys.argv[1]):
     recipe = runpy.run_path(path)
-    real = loop.save_checkpoint
+    real = keeping.save_checkpoint
     def save(folder, step, *rest):
         real(folder, step, *rest)
         if step == die_after:
             raise Died
     try:
-        with patch.object(loop, "save_checkpoint", save):
+        with patch.object(keeping, "save_checkpoint", save):
             recipe["main"](training.parse_settings(recipe["Config"], arguments))
     except Died:
         print("died as asked")
@@ -188,14 +188,14 @@ os._exit(0)  # as run_recipe does
 
 @contextlib.contextmanager
 def dying_after(step: int | None):
-    real = training.loop.save_checkpoint
+    real = training.keeping.save_checkpoint
 
     def save(folder, at, *rest):
         real(folder, at, *rest)
         if at == step:
             raise Died
 
-    with patch.object(training.loop, "save_checkpoint", save):
+    with patch.object(training.keeping, "save_checkpoint", save):
         yield
 
 
