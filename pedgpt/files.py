@@ -116,10 +116,9 @@ def full_disk(error: BaseException) -> str | None:
 
 def disk_full(path: str | Path, size: int, reason: str = "No space left on device") -> DiskFull:
     """The error that says what is missing for `size` bytes at `path`; 0 is a size that nobody knows."""
-    free = free_space(path)
-    needed = f"{readable_size(size)} needed" if size else "more space needed"
-    left = "" if free is None else f", {readable_size(free)} free"
-    return DiskFull(f"{path}: cannot be written ({reason}): {needed}{left}")
+    free = readable_size(free_space(path) or 0)
+    needed = readable_size(size) if size else f"more than {free}"
+    return DiskFull(f"{path}: cannot be written ({reason}): {needed} needed, {free} free")
 
 
 def free_space(path: str | Path) -> int | None:

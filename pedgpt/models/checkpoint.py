@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pedgpt.files import settle, sync
+from pedgpt.files import naming_full_disk, settle, sync
 from pedgpt.models.config import ModelConfig, parse_json
 from pedgpt.models.transformer import Transformer
 from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, weight_files, write_json
@@ -220,7 +220,8 @@ def _write(config: ModelConfig, folder: Path, weights: Iterable[tuple[str, Tenso
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{WEIGHTS}.{len(parts) + 1}.tmp"
         parts.append((part, list(shard)))
-        save_file(shard, part, metadata={"format": "pt"})
+        with naming_full_disk(folder / WEIGHTS, total):
+            save_file(shard, part, metadata={"format": "pt"})
         shard.clear()
 
     try:

@@ -134,6 +134,8 @@ def leave(error: BaseException, output: str = "") -> NoReturn:
         code, line = 2, f"error: {disk_full(getattr(error, 'filename', None) or output or '.', 0, reason)}"
     elif isinstance(error, ValueError | OSError):
         code, line = 2, f"error: {error}"
+    elif isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error)):
+        code, line = 2, "error: another process of this run has ended, and says why"
     else:
         raise error
     if code == 2 and os.environ.get("PEDGPT_TRACEBACK"):
