@@ -13,6 +13,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -41,6 +42,7 @@ TASKS = {"medkqa": "MedKQ&A", "evidiag": "EviDiag", "trerecom": "TreRecom"}
 
 @dataclass
 class Config:
+    lock_beside: ClassVar[bool] = True
     model: str  # folder of the model
     heldout: str  # folder of held-out data
     output: str = ""  # JSON file for the results; empty: print only
@@ -205,4 +207,4 @@ def print_table(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Config, lock="beside")
+    run_recipe(main, Config)

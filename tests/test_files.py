@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import shutil
 import socket
 import sqlite3
@@ -40,15 +39,16 @@ def test_a_full_disk_is_known_whichever_library_tells_of_it(tmp_path):
         try:
             no_space()
         except OSError:
-            raise RuntimeError("unexpected pos 704 vs 598")  # as torch does
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904 as torch does
 
     for call in (
         no_space, hidden,
         lambda: (_ for _ in ()).throw(RuntimeError("I/O error: Disk quota exceeded (os error 122)")),
         lambda: (_ for _ in ()).throw(sqlite3.OperationalError("database or disk is full")),
     ):  # fmt: skip
-        with pytest.raises(DiskFull, match=f"^{re.escape(str(tmp_path))}: cannot be written"), naming_full_disk(tmp_path):
+        with pytest.raises(DiskFull) as error, naming_full_disk(tmp_path):
             call()
+        assert str(error.value).startswith(f"{tmp_path}: cannot be written")
     assert full_disk(ValueError("row 3: 'No space left on device'")) is None  # a user's text
     assert full_disk(FileNotFoundError(errno.ENOENT, "no")) is None
 

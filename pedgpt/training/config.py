@@ -95,11 +95,11 @@ def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
     return cls(**converted)
 
 
-def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: str = "inside") -> None:
+def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: bool = True) -> None:
     """Call `main` with settings from the command line; a user's mistake ends in one line instead of a traceback.
 
-    A recipe with a setting `output` holds a lock on it: "inside" the folder, "beside" a file or a folder that is
-    replaced as a whole, or none (""). With PEDGPT_TRACEBACK=1 in the environment the traceback is shown.
+    A recipe with a setting `output` holds a lock on that folder; on a file, or a folder that is replaced as a whole,
+    where `cls.lock_beside` is true. With PEDGPT_TRACEBACK=1 in the environment the traceback is shown.
     """
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
@@ -110,7 +110,7 @@ def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: str = "inside")
         config = parse_settings(cls, arguments)
         output = str(getattr(config, "output", ""))
         writes = lock and output and os.environ.get("RANK", "0") == "0"
-        with sole_writer(output, beside=lock == "beside") if writes else nullcontext():
+        with sole_writer(output, beside=getattr(cls, "lock_beside", False)) if writes else nullcontext():
             main(config)
             stop()
     except BaseException as error:

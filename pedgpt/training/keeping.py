@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -183,6 +183,22 @@ class StopRequest:
         self.number = number
         for other in self.before:
             signal.signal(other, signal.SIG_DFL)
-        if self.world.is_main:  # print could interrupt itself
-            text = f"\n{signal.Signals(number).name}: this step is finished and saved; a second signal ends at once\n"
-            os.write(2, text.encode())
+        if self.world.is_main:  # a `print` here could interrupt another one
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: the run ends after this step; a second signal ends it at once\n".encode())
+
+    def agree(self, due: bool) -> tuple[bool, int]:
+        """Whether the main rank wants a checkpoint, and the signal that some rank has received, 0 if none.
+
+        Every rank gets the same answer, at the end of the same step: else one would wait for the others for ever.
+        """
+        wanted, *sent = sum_over_ranks([self.world.is_main and due, *(self.number == n for n in STOPPING)], self.world)
+        return bool(wanted), next((number for number, ranks in zip(STOPPING, sent, strict=True) if ranks), 0)
+
+    def leave(self, number: int, place: str, saved: bool) -> NoReturn:
+        """Say how the run goes on, and end with the exit code of the signal."""
+        if self.world.is_main:
+            how = "goes on from there" if saved else "starts anew, or from the checkpoint before"
+            name = signal.Signals(number).name
+            print(f"{place}: stopped by {name}; the same command {how}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -23,7 +22,7 @@ from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import refuse_changes
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, autocast, barrier, reshard, sum_over_ranks
-from pedgpt.training.keeping import STOPPING, Checkpoints, StopRequest
+from pedgpt.training.keeping import Checkpoints, StopRequest
 from pedgpt.training.metrics import MetricsLog
 from pedgpt.training.optim import build_optimizer, learning_rate
 
@@ -71,22 +70,6 @@ def train(
     shown as a warning. SIGTERM and Ctrl-C end the run after the step, with a checkpoint, by SystemExit(128 + signal).
     Raises ValueError if the loss, the gradient or a weight is not finite.
     """
-    with StopRequest(world) as stop:
-        _train(model, plan, make_batch, loss_function, settings, world, stop, evaluate, fingerprint, watch)
-
-
-def _train(
-    model: nn.Module,
-    plan: BatchPlan,
-    make_batch: MakeBatch,
-    loss_function: LossFunction,
-    settings: TrainingSettings,
-    world: World,
-    stop: StopRequest,
-    evaluate: Callable[[], dict[str, float]] | None,
-    fingerprint: str,
-    watch: Callable[[dict[str, float]], str | None] | None,
-) -> None:
     dtype = getattr(torch, settings.dtype)
     reshard(model)
     optimizer = build_optimizer(model, settings)
@@ -101,48 +84,43 @@ def _train(
         total=plan.total_steps, initial=first, unit="step", desc=Path(settings.output).name, disable=not world.is_main,
         dynamic_ncols=interactive, mininterval=0.2 if interactive else 10, file=sys.stderr,
     )  # fmt: skip
-    for step in range(first, plan.total_steps):
-        began = time.perf_counter()
-        # Whatever is random in a step depends on the step alone, so that a resumed run repeats it.
-        torch.manual_seed(settings.seed + 1_000_003 * (step * world.size + world.rank + 1))
-        rate = learning_rate(step, plan.total_steps, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batches = [make_batch(rows, ids) for rows, ids in plan.micro_batches(step, world.rank, world.size)]
-        metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world, dtype)
-        took = time.perf_counter() - began
-        tokens, seconds = tokens + num_tokens, seconds + took
-        record: dict[str, Any] = {
-            "step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm,
-            "tokens": tokens, "tokens_per_second": num_tokens / took, "seconds": seconds,
-        }  # fmt: skip
-        last, saved = step + 1 == plan.total_steps, False
-        if evaluate is not None and (last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)):
-            record |= {f"eval_{name}": value for name, value in evaluate().items()}
-            model.train()
-            reshard(model)
-        if log:
-            log.write(record)
-            bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {num_tokens / took:,.0f} tokens/s", refresh=False)
-            bar.update()
-            if watch and (warning := watch(record)):
-                tqdm.write(f"warning: {warning}", file=sys.stderr)  # above the bar
-        # The main rank's clock and a signal to any rank count on all of them: they agree at the end of a step.
-        due, *signals = sum_over_ranks(
-            [world.is_main and checkpoints.due(step + 1), *(stop.number == number for number in STOPPING)], world
-        )
-        if due or last or any(signals):
+    with StopRequest(world) as stop:
+        for step in range(first, plan.total_steps):
+            began = time.perf_counter()
+            # Whatever is random in a step depends on the step alone, so that a resumed run repeats it.
+            torch.manual_seed(settings.seed + 1_000_003 * (step * world.size + world.rank + 1))
+            rate = learning_rate(step, plan.total_steps, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batches = [make_batch(rows, ids) for rows, ids in plan.micro_batches(step, world.rank, world.size)]
+            metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world, dtype)
+            took = time.perf_counter() - began
+            tokens, seconds = tokens + num_tokens, seconds + took
+            record: dict[str, Any] = {
+                "step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm,
+                "tokens": tokens, "tokens_per_second": num_tokens / took, "seconds": seconds,
+            }  # fmt: skip
+            last, saved = step + 1 == plan.total_steps, False
+            if evaluate is not None and (
+                last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)
+            ):
+                record |= {f"eval_{name}": value for name, value in evaluate().items()}
+                model.train()
+                reshard(model)
             if log:
-                log.sync()  # a checkpoint's steps are in the log, whatever happens
-            saved = checkpoints.save(step + 1, ending=last or any(signals))
-        if any(signals):
-            bar.close()
-            number = next(number for number, sent in zip(STOPPING, signals, strict=True) if sent)
-            if world.is_main:
-                goes_on = "goes on from there" if saved else "starts anew, or from the last checkpoint: none was saved"
-                place = f"{settings.output}: {signal.Signals(number).name} after step {step + 1} of {plan.total_steps}"
-                print(f"{place}; the same command {goes_on}", file=sys.stderr, flush=True)
-            raise SystemExit(128 + number)
+                log.write(record)
+                bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {num_tokens / took:,.0f} tokens/s", refresh=False)
+                bar.update()
+                if watch and (warning := watch(record)):
+                    tqdm.write(f"warning: {warning}", file=sys.stderr)  # above the bar
+            due, sent = stop.agree(checkpoints.due(step + 1))
+            if due or last or sent:
+                if log:
+                    log.sync()  # a checkpoint's steps are in the log, whatever happens
+                saved = checkpoints.save(step + 1, ending=bool(last or sent))
+            if sent:
+                bar.close()
+                stop.leave(sent, f"{settings.output}: step {step + 1} of {plan.total_steps}", saved)
     bar.close()
     model.eval()
 
