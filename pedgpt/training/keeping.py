@@ -125,6 +125,13 @@ class Checkpoints:
         free, existing = free_space(self.folder), len(all_checkpoints(self.folder))
         if free is None:
             return
+        if self.every and self.seconds > 20 and "TORCHELASTIC_RUN_ID" in os.environ:
+            print(
+                f"note: a checkpoint takes about {self.seconds:.0f} s, and torchrun kills its processes 30 s after "
+                "SIGTERM or Ctrl-C, which loses what was trained since the last one; give it --shutdown-timeout "
+                f"{60 + 2 * self.seconds:.0f} (torch 2.12 and newer)",
+                file=sys.stderr,
+            )
         usable = free + max(0, existing - 1) * self.size
         promised = isinstance(self.every, int) and 0 < self.every < steps
         if usable < self.result // 2:  # a result in bfloat16 takes half of one in float32
