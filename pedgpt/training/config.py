@@ -127,7 +127,7 @@ def leave(error: BaseException, output: str = "") -> NoReturn:
     """End a recipe: a user's mistake, a full disk or a signal in one line, and anything else with its traceback."""
     reason = None if isinstance(error, DiskFull) else full_disk(error)
     if isinstance(error, SystemExit):  # a run that was stopped has said so
-        code = error.code if isinstance(error.code, int) else 1
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     elif isinstance(error, KeyboardInterrupt):
         code, line = 130, "stopped by Ctrl-C; the same command goes on, or starts anew"
     elif reason:
@@ -204,10 +204,13 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a s
 def _convert(name: str, value: Any, kind: Any) -> Any:
     """A TOML value, or the list of strings that followed a flag, as the type of the field."""
     if isinstance(kind, types.UnionType):  # such as int | str: the first type that fits
-        *first, kind = [option for option in typing.get_args(kind) if option is not types.NoneType]
-        for option in first:
+        options = [option for option in typing.get_args(kind) if option is not types.NoneType]
+        for option in options[:-1]:
             with suppress(ValueError):
                 return _convert(name, value, option)
+        if len(options) > 1 and not isinstance(value, list | options[-1]):
+            raise ValueError(f"{name} must be {' or '.join(map(_KINDS.__getitem__, options))}, found {value!r}")
+        kind = options[-1]
     if typing.get_origin(kind) is list:
         if isinstance(value, str):
             value = [value]
