@@ -1,4 +1,4 @@
-"""The decoder of all five families, whole, in one file. Module names are those of the HF checkpoints.
+"""The decoder of all families, whole, in one file. Module names are those of the HF checkpoints.
 
 Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value heads, K head_dim, V vocabulary.
 """
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pedgpt.kernels import Linear, attention, layers_mask, linear, rms_norm, swiglu
 from pedgpt.models.config import ModelConfig
-from pedgpt.models.positions import alibi_slopes, apply_rope, rope_frequencies, rope_tables
+from pedgpt.models.positions import alibi_slopes, apply_rope, rotary_tables
 
 if TYPE_CHECKING:
     from pedgpt.models.generation import KVCache
@@ -202,10 +202,7 @@ class Transformer(nn.Module):
         hidden = self.model.embed_tokens(tokens)
         rotary = None
         if self.config.positions == "rope":
-            frequencies = rope_frequencies(
-                self.config.head_dim, self.config.rope_theta, self.config.rope_scaling, tokens.device
-            )
-            rotary = rope_tables(positions, frequencies, hidden.dtype)
+            rotary = rotary_tables(self.config, positions, hidden.dtype)
         mask = self._attention_mask(positions, all_positions, documents, all_documents, hidden.dtype, branches)
         for i, block in enumerate(self.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
