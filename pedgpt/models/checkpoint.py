@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pedgpt.files import settle, sync
+from pedgpt.kernels.linear_logps import SHORTEST
 from pedgpt.models.config import ModelConfig, parse_json
 from pedgpt.models.transformer import Transformer
 from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, weight_files, write_json
@@ -169,6 +171,23 @@ def _fill(
     model.load_state_dict(weights, assign=True, strict=False)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
+    if model.config.normalize_head:
+        _warn_of_zero_rows(model.lm_head.weight, files[0].file.parent)
+
+
+def _warn_of_zero_rows(weight: Any, folder: Path) -> None:
+    """Name the tokens whose row of a normalised head is zeros; of a sharded head each rank names its own."""
+    start = _local_rows(weight)[0]
+    local = weight.to_local() if _is_sharded(weight) else weight
+    lengths = [torch.linalg.vector_norm(rows.float(), dim=-1) for rows in local.detach().split(1024)]
+    if ids := [start + row for row in (torch.cat(lengths) < SHORTEST).nonzero().flatten().tolist()]:
+        named = f"{', '.join(map(str, ids[:5]))}{', …' * (len(ids) > 5)} ({len(ids)} in all)"
+        warnings.warn(
+            f"{folder}: the rows of lm_head.weight for the tokens {named} are zeros. A normalised head gives such "
+            "tokens the logit 0 and cannot train them. That is right for padding; where they are new tokens, fill "
+            "their rows first, with the mean of the other rows for example",
+            stacklevel=4,
+        )
 
 
 def _is_sharded(tensor: Tensor) -> bool:

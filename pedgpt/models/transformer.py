@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pedgpt.kernels import Linear, attention, layers_mask, linear, rms_norm, swiglu
+from pedgpt.kernels import Linear, attention, layers_mask, linear, rms_norm, swiglu, unit_rows
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.positions import alibi_slopes, apply_rope, rotary_tables
 
@@ -220,7 +219,7 @@ class Transformer(nn.Module):
     def _normalized_rows(self) -> Iterator[Tensor]:
         """NormHead's matrix in slices: the float32 copy of Baichuan2's whole head would be 2 GB."""
         for rows in self.lm_head.weight.split(8192):
-            yield F.normalize(rows.float(), dim=-1).to(rows.dtype)
+            yield unit_rows(rows.float()).to(rows.dtype)
 
     def _attention_mask(
         self,

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pedgpt.models import checkpoint, load_model, model_fingerprint, save_model
+from pedgpt.models import checkpoint, load_model, load_weights, model_fingerprint, save_model
 
 KINDS = ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"]
 
@@ -69,6 +69,27 @@ def test_written_folder_has_the_published_layout(make_model, tmp_path):
     with safe_open(folder / "model.safetensors", framework="pt") as reader:
         assert reader.metadata() == {"format": "pt"}
         assert "lm_head.weight" not in reader.keys()  # tied
+
+
+@pytest.mark.parametrize("load", ["load_model", "load_weights"])
+def test_zero_rows_of_a_normalised_head_are_named_at_load(make_model, random_tokens, tmp_path, load):
+    model, tokens = make_model("baichuan-rope"), random_tokens(2, 12)
+    with torch.no_grad():
+        expected = model(tokens)
+        model.lm_head.weight[[3, *range(120, 127)]] = 0
+    save_model(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"for the tokens 3, 120, 121, 122, 123, … \(8 in all\) are zeros"):
+        loaded = load_model(tmp_path)
+        if load == "load_weights":
+            loaded = load_model(tmp_path, device="meta")
+            load_weights(loaded, tmp_path)
+    with torch.no_grad():
+        logits = loaded(tokens)
+    assert not logits[..., [3, *range(120, 127)]].any()
+    assert torch.equal(logits[..., 4:120], expected[..., 4:120])
+    loaded(tokens).log_softmax(-1)[..., 3].sum().backward()
+    gradient = loaded.lm_head.weight.grad
+    assert not gradient[3].any() and 0 < gradient.norm() < 1e3
 
 
 def test_baichuan_keys_are_the_vendors(make_model, tmp_path):
