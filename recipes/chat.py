@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pedgpt.adapters import adapter_base, load_adapter
+from pedgpt.adapters import adapter_base, check_base, load_adapter
 from pedgpt.data import Message, StreamDecoder, chat_format, encode_prompt, load_tokenizer
-from pedgpt.models import generate_steps, generation_defaults, load_model
+from pedgpt.models import generate_steps, generation_defaults, load_model, weights_fingerprint
 from pedgpt.training import run_recipe, start
 
 DISCLAIMER = "仅供研究演示，不能代替医生。For research only; no substitute for a doctor."
@@ -23,6 +23,7 @@ DISCLAIMER = "仅供研究演示，不能代替医生。For research only; no su
 class Config:
     model: str = ""  # folder of the model; empty: the one that the adapter was trained on
     adapter: str = ""  # folder of an adapter to attach
+    any_base: bool = False  # use the adapter although it was trained on another model
     uniform_routing: bool = False  # equal gates where an adapter of the published code lacks its routers
     system: str = ""  # system text
     temperature: float | None = None  # 0 is greedy
@@ -44,6 +45,8 @@ def main(config: Config) -> None:
         if not config.adapter:
             raise ValueError("give --model, or --adapter with the model that it names")
         config.model = adapter_base(config.adapter)
+    if config.adapter and not config.any_base:
+        check_base(config.adapter, config.model, weights_fingerprint(config.model))
     sampling = {"max_new_tokens": 256, **generation_defaults(config.model)}
     for name in ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens"):
         if (value := getattr(config, name)) is not None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from pedgpt.adapters import load_adapter, merge_lora
+from pedgpt.adapters import check_base, load_adapter, merge_lora
 from pedgpt.data import load_tokenizer
-from pedgpt.models import load_model, save_model
+from pedgpt.models import load_model, save_model, weights_fingerprint
 from pedgpt.training import run_recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -25,6 +25,7 @@ class Config:
     model: str  # folder of the base model that the adapter was trained on
     adapter: str  # folder of a LoRA, ours or PEFT's
     output: str  # folder to write
+    any_base: bool = False  # use the adapter although it was trained on another model
     dtype: str = ""  # of the weights, before the merge and after: float32, bfloat16 or float16; empty: as stored
 
 
@@ -33,6 +34,8 @@ def main(config: Config) -> None:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {config.dtype!r}")
     if Path(config.output).resolve() in (Path(config.model).resolve(), Path(config.adapter).resolve()):
         raise ValueError(f"output: {config.output} would replace what is merged; give another folder")
+    if not config.any_base:
+        check_base(config.adapter, config.model, weights_fingerprint(config.model))
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, dtype=getattr(torch, config.dtype) if config.dtype else None)
     tokenizer.check_fits(model.config.vocab_size, config.model)

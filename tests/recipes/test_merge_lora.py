@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pedgpt.adapters import adapted_layers, inject_experts, inject_lora, load_adapter, save_adapter
 from pedgpt.data import load_tokenizer, train_tokenizer
-from pedgpt.models import ModelConfig, Transformer, load_model, save_model
+from pedgpt.models import ModelConfig, Transformer, checkpoint, load_model, save_model, weights_fingerprint
 
 
 @pytest.fixture
@@ -77,6 +77,41 @@ def test_what_cannot_be_merged_is_refused(lab, folders, changes, settings, messa
     result = lab.call("merge_lora", arguments(folders, **changes) + settings)
     assert result.code == 2 and re.search(message, result.err), result.err
     assert {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()} == before
+
+
+def test_an_adapter_of_another_model_is_refused_by_name(lab, folders):
+    """The same weights in another folder, in other files and another dtype are the same model."""
+    model = load_model(folders / "base")
+    load_adapter(model, folders / "lora")
+    trained_on = {"base_model": str(folders / "base"), "base_weights": weights_fingerprint(folders / "base")}
+    save_adapter(model, folders / "lora", **trained_on)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+        save_model(load_model(folders / "base", dtype=torch.bfloat16), folders / "moved")
+    assert (folders / "moved" / "model.safetensors.index.json").exists()
+    other = load_model(folders / "base")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.01)
+    save_model(other, folders / "trained")
+    for name in ("moved", "trained"):
+        load_tokenizer(folders / "base").save(folders / name)
+
+    assert lab.call("merge_lora", arguments(folders, model="moved", output="same")).code == 0
+    result = lab.call("merge_lora", arguments(folders, model="trained", output="other"))
+    assert result.code == 2 and not (folders / "other").exists()
+    for told in (str(folders / "lora"), str(folders / "trained"), str(folders / "base"), "--any_base true"):
+        assert told in result.err
+    (folders / "heldout").mkdir()
+    paths = [*arguments(folders, model="trained")[:4], "--heldout", str(folders / "heldout")]
+    assert "trained on other weights" in lab.call("evaluate", paths).err
+    assert "trained on other weights" in lab.call("chat", paths[:4]).err
+    forced = [*arguments(folders, model="trained", output="other"), "--any_base", "true"]
+    assert lab.call("merge_lora", forced).code == 0
+    # An adapter that does not name its weights is never refused; a name that differs is worth a warning.
+    save_adapter(model, folders / "lora", base_model="Qwen/Qwen2.5-7B")
+    with pytest.warns(UserWarning, match="was trained on Qwen/Qwen2.5-7B; make sure that .*trained is the same model"):
+        assert lab.call("merge_lora", arguments(folders, model="trained", output="third")).code == 0
 
 
 def test_infinite_weights_are_not_written(lab, folders):
