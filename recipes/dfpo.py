@@ -36,6 +36,7 @@ from pedgpt.models import (
     load_model,
     load_weights,
     model_fingerprint,
+    round_weights,
     save_model,
     weights_fingerprint,
 )
@@ -188,10 +189,12 @@ def main(config: Config) -> None:
             trained_on = {"base_model": config.model, "base_weights": base_weights}
             save_adapter(model, Path(config.output) / "adapter", **trained_on, state_dict=dict(weights))
         else:
+            weights = round_weights(weights, getattr(torch, config.save_dtype or config.dtype), since=config.model)
             save_model(model, Path(config.output) / "model", weights)
             tokenizer.save(Path(config.output) / "model")
 
-    training.gather_weights(model, world, save, trainable_only=adapter, dtype=None if adapter else dtype)
+    saved = getattr(torch, config.save_dtype or "float32") if adapter else None
+    training.gather_weights(model, world, save, trainable_only=adapter, dtype=saved)
     training.finish(config, plan, data, world)
 
 

@@ -125,7 +125,8 @@ def main(config: Config) -> None:
     def save(weights):
         save_adapter(model, Path(config.output) / "adapter", **base, state_dict=dict(weights))
 
-    training.gather_weights(model, world, save, trainable_only=True)
+    saved = getattr(torch, config.save_dtype or "float32")
+    training.gather_weights(model, world, save, trainable_only=True, dtype=saved)
     training.finish(config, plan, data, world)
 
 

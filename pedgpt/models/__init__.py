@@ -5,6 +5,7 @@ from pedgpt.models.checkpoint import (
     load_model,
     load_weights,
     model_fingerprint,
+    round_weights,
     save_model,
     weights_fingerprint,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "load_model",
     "load_weights",
     "model_fingerprint",
+    "round_weights",
     "save_model",
     "weights_fingerprint",
 ]

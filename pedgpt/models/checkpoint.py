@@ -79,6 +79,49 @@ def save_model(
     _write(model.config, Path(folder), weights.items() if isinstance(weights, Mapping) else weights)
 
 
+def round_weights(
+    weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, since: str | Path
+) -> Iterator[tuple[str, Tensor]]:
+    """Trained weights in the dtype to save, name by name; at the end, print what rounding did to the training.
+
+    It is compared with the weights of the folder `since`, in which the training began. Nothing is printed if no weight
+    was rounded, or if the folder has gone.
+    """
+    start: dict[str, WeightFile] = {}
+    with suppress(ValueError, OSError):  # a result is never lost for a figure
+        start = {key: file for file in map(WeightFile, weight_files(Path(since))) for key in file.tensors}
+    totals = torch.zeros(4, dtype=torch.float64)
+    for name, trained in weights:
+        saved = trained.to(dtype)
+        if saved.dtype != trained.dtype and name in start:
+            with suppress(ValueError, OSError):
+                totals += _rounding(trained, saved, start[name], name)
+        yield name, saved
+    change, rounding, changed, undone = totals.tolist()
+    if change:
+        kind = str(dtype).removeprefix("torch.")
+        print(
+            f"saved in {kind}: rounding moved the weights by {(rounding / change) ** 0.5:.0%} of what training moved "
+            f"them, and {undone / changed:.0%} of the trained numbers are saved as if untrained; "
+            "--save_dtype float32 keeps them"
+        )
+
+
+def _rounding(trained: Tensor, saved: Tensor, file: WeightFile, key: str) -> Tensor:
+    """Σ (trained − start)², Σ (saved − trained)², how many numbers were trained, and how many of these are undone."""
+    totals = torch.zeros(4, dtype=torch.float64)
+    step = max(1, READ_BYTES // max(1, trained[:1].nbytes))
+    for row in range(0, len(trained) if file.tensors[key][0] == trained.shape else 0, step):
+        rows = slice(row, row + step)
+        start = file.rows(key, row, min(row + step, len(trained))).to(trained.dtype)
+        changed = trained[rows] != start
+        totals[0] += (trained[rows] - start).square().sum(dtype=torch.float64)
+        totals[1] += (saved[rows].to(trained.dtype) - trained[rows]).square().sum(dtype=torch.float64)
+        totals[2] += changed.sum()
+        totals[3] += (changed & (saved[rows] == start.to(saved.dtype))).sum()
+    return totals
+
+
 def export_llama(model: Transformer, folder: str | Path) -> None:
     """Write a Baichuan 7B, which rotates, as the Llama it is: W_pack split into q, k and v, NormHead's rows normalised.
 

@@ -37,6 +37,7 @@ class TrainingSettings:
     beta2: float = 0.95  # AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not at all
     dtype: str = "float32"  # of the computation: float32 or bfloat16 (trained weights stay float32)
+    save_dtype: str = ""  # of the trained weights on disk: float32 or bfloat16; empty: a model as dtype, else float32
     activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
     evaluate_every: int = 0  # steps between evaluations on held-out rows; 0: only at the end
     checkpoint_every: int = 0  # steps between checkpoints; 0: none
@@ -61,8 +62,9 @@ class TrainingSettings:
         for name in ("warmup_ratio", "final_learning_rate_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f'dtype must be "float32" or "bfloat16", found {self.dtype!r}')
+        for name in ("dtype", "save_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16", "" if name == "save_dtype" else "float32"):
+                raise ValueError(f'{name} must be "float32" or "bfloat16", found {getattr(self, name)!r}')
 
 
 def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:

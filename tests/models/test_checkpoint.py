@@ -12,7 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pedgpt.models import checkpoint, load_model, load_weights, model_fingerprint, save_model
+from pedgpt.models import (
+    checkpoint,
+    load_model,
+    load_weights,
+    model_fingerprint,
+    round_weights,
+    save_model,
+)
 
 KINDS = ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"]
 
@@ -90,6 +97,29 @@ def test_zero_rows_of_a_normalised_head_are_named_at_load(make_model, random_tok
     loaded(tokens).log_softmax(-1)[..., 3].sum().backward()
     gradient = loaded.lm_head.weight.grad
     assert not gradient[3].any() and 0 < gradient.norm() < 1e3
+
+
+def test_the_user_is_told_what_rounding_did_to_the_training(make_model, tmp_path, capsys, monkeypatch):
+    """In bfloat16 the numbers from 1 on are 2^-7 apart: of 1 + k·2^-9 all up to k = 2 are 1 again."""
+    monkeypatch.setattr(checkpoint, "READ_BYTES", 1000)  # many blocks of rows
+    model = make_model("qwen2")  # with a tied head, which the folder does not hold
+    start = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(start)
+    save_model(model.bfloat16(), tmp_path)
+    steps = {name: torch.arange(tensor.numel()).view(tensor.shape) % 5 for name, tensor in start.items()}
+    trained = {name: start[name] + 2**-9 * steps[name] for name in start}
+    saved = dict(round_weights(trained.items(), torch.bfloat16, since=tmp_path))
+    assert all(torch.equal(saved[name], trained[name].bfloat16()) for name in trained)
+    k = torch.cat([step.flatten() for name, step in steps.items() if name != "lm_head.weight"]).double()
+    rounded = torch.where(k < 3, 0.0, 4.0)  # k = 2 is half-way, and goes to the even one
+    share = ((rounded - k).square().sum() / k.square().sum()).sqrt()
+    undone = ((k > 0) & (rounded == 0)).sum() / (k > 0).sum()
+    told = f"rounding moved the weights by {share:.0%} of what training moved them, and {undone:.0%} of the trained"
+    assert told in capsys.readouterr().out
+    # No figure where nothing is rounded or nothing is left to compare with, but always the weights.
+    assert all(torch.equal(v, trained[n]) for n, v in round_weights(trained.items(), torch.float32, since=tmp_path))
+    assert len(dict(round_weights(trained.items(), torch.bfloat16, since=tmp_path / "gone"))) == len(trained)
+    assert not capsys.readouterr().out
 
 
 def test_baichuan_keys_are_the_vendors(make_model, tmp_path):

@@ -33,6 +33,18 @@ def test_bfloat16_runs_and_its_loss_falls(lab, recipe, tmp_path):
     assert dtype == (torch.float32 if recipe == "expert_finetune" else torch.bfloat16)
 
 
+@pytest.mark.parametrize(("recipe", "settings"), [("full_finetune", {}), ("dfpo", {}), ("dfpo", {"lora_rank": 2})])
+def test_trained_weights_are_saved_in_the_dtype_that_is_asked_for(lab, tmp_path, recipe, settings):
+    common = {"dtype": "bfloat16", "max_steps": 1, **settings}
+    for name in ("float32", "bfloat16"):
+        result = lab.run(recipe, tmp_path / name, save_dtype=name, **common)
+        assert result.code == 0, result.err
+        assert {tensor.dtype for tensor in lab.weights(tmp_path / name).values()} == {getattr(torch, name)}
+        assert ("saved in bfloat16: rounding moved" in result.out) == (name == "bfloat16" and not settings)
+    whole, rounded = lab.weights(tmp_path / "float32"), lab.weights(tmp_path / "bfloat16")
+    assert all(torch.equal(tensor.bfloat16(), rounded[name]) for name, tensor in whole.items())
+
+
 @pytest.mark.parametrize("recipe", ["continued_pretrain", "full_finetune", "dfpo", "expert_finetune"])
 def test_activation_checkpointing_matches_training_without_it(lab, recipe, tmp_path, monkeypatch):
     calls = []

@@ -123,7 +123,7 @@ def test_missing_settings_and_stray_arguments_are_named():
         ("evaluate_every", -1), ("checkpoint_every", -2), ("max_grad_norm", -1.0), ("weight_decay", -0.1),
         ("epochs", 0.0),
         ("learning_rate", 0.0), ("learning_rate", float("nan")), ("epochs", float("inf")), ("beta2", float("nan")),
-        ("warmup_ratio", 1.1), ("final_learning_rate_ratio", -0.1), ("dtype", "float16"),
+        ("warmup_ratio", 1.1), ("final_learning_rate_ratio", -0.1), ("dtype", "float16"), ("save_dtype", "float16"),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(name, value):
