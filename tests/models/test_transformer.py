@@ -42,22 +42,19 @@ CASES = {
     "llama-tied": (LLAMA, {"tie_word_embeddings": True, "num_key_value_heads": 3}),
     "llama-rope-llama3": (LLAMA, {"rope_parameters": LLAMA3, "num_key_value_heads": 2}),
     "llama-rope-linear": (LLAMA, {"rope_parameters": LINEAR}),
-    "llama-swish": (LLAMA, {"hidden_act": "swish"}),
-    "mistral": (MISTRAL, {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 10}),
-    "mistral-yarn-mscale": (
+    "mistral-swish": (
         MISTRAL,
-        {"sliding_window": None, "num_key_value_heads": 3,
-         "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}},
+        {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 10, "hidden_act": "swish"},
     ),
-    "qwen2-yarn": (QWEN2, {"num_key_value_heads": 2, "rope_parameters": YARN}),
+    "qwen2-yarn-unused-window": (
+        QWEN2,
+        {"num_key_value_heads": 2, "rope_parameters": YARN, "use_sliding_window": True, "sliding_window": 3,
+         "max_window_layers": 2},
+    ),
     "qwen3-yarn-attention_factor": (
         QWEN3,
         {"num_key_value_heads": 3, "head_dim": 16,
          "rope_parameters": {**YARN, "attention_factor": 1.4, "beta_fast": 2.0, "beta_slow": 0.3}},
-    ),
-    "qwen2-unused-window": (
-        QWEN2,
-        {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2},
     ),
     "qwen2": (QWEN2, {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2-tied": (QWEN2, {"num_key_value_heads": 6, "tie_word_embeddings": True}),

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pedgpt.models import load_model
+from pedgpt.adapters import check_base
+from pedgpt.models import load_model, weights_fingerprint
 from pedgpt.models.transformer import Block
 
 
@@ -124,6 +125,14 @@ def test_dfpo_with_lora_starts_from_the_reference_and_trains_the_adapter_alone(l
         "adapter", "done.json", "metrics.jsonl", "reference_logps.safetensors"
     ]  # fmt: skip
     assert all(".lora_" in name for name in lab.weights(tmp_path))
+
+
+def test_an_adapter_says_which_weights_it_was_trained_on(lab, tmp_path):
+    assert lab.run("dfpo", tmp_path, lora_rank=2, max_steps=1).code == 0
+    for output in (tmp_path, lab.reference("expert_finetune")):
+        check_base(output / "adapter", "moved", weights_fingerprint(lab.folder / "model"))
+        with pytest.raises(ValueError, match=f"than those of tied; its base model was {lab.folder / 'model'}"):
+            check_base(output / "adapter", "tied", weights_fingerprint(lab.folder / "tied"))
 
 
 def test_the_trained_model_keeps_its_tokenizer(lab):
