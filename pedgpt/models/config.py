@@ -196,7 +196,10 @@ class ModelConfig:
         """Raise ValueError if rows of so many tokens are longer than the model's positions reach."""
         if tokens > self.max_position_embeddings:
             reach = self.max_position_embeddings
-            raise ValueError(f"row_length {tokens} exceeds the model's max_position_embeddings, {reach}; lower it")
+            hint = ", or raise that key of config.json to what rope_scaling reaches" if self.rope_scaling else ""
+            raise ValueError(
+                f"row_length {tokens} exceeds the model's max_position_embeddings, {reach}; lower it{hint}"
+            )
 
 
 _SHARED_KEYS = (
@@ -253,7 +256,7 @@ def _own_switches(raw: Mapping[str, Any], baichuan: bool) -> tuple[str, bool]:
     if positions is None or norm_head is None:
         raise ValueError(
             f"config.json: hidden_size {hidden!r} with vocab_size {vocab!r} is no Baichuan that the vendor published "
-            f"(4096 or 5120 with 64000 or 125696), so its positions and its head cannot be told. Add to config.json "
+            "(4096 or 5120 with 64000 or 125696), so its positions and its head cannot be told. Add to config.json "
             f'"{POSITIONS_KEY}": "rope" if the model comes from a 7B, "alibi" if from a 13B; and "{NORM_HEAD_KEY}": '
             "true if it comes from a Baichuan2 (also with a resized vocabulary), false if from a Baichuan-1"
         )
