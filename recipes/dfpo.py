@@ -27,6 +27,7 @@ from pedgpt.data import (
     load_reference,
     load_tokenizer,
     read_preferences,
+    reference_date,
     reference_key,
     save_reference,
 )
@@ -49,6 +50,8 @@ class Config(training.TrainingSettings):
     lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
     lora_rslora: bool = False  # by alpha / sqrt(rank) instead
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; without it, as its template
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: that on which the run began
     row_length: int = 4096  # most tokens of prompt and answer
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
 
@@ -66,7 +69,10 @@ def main(config: Config) -> None:
     sizes = ModelConfig.from_hf(config.model)
     tokenizer.check_fits(sizes.vocab_size, config.model)
     sizes.check_length(config.row_length)
-    chat = chat_format(tokenizer, config.chat_format)
+    cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
+    today = config.template_date or training.run_date(config.output, world, reference_date(cache))
+    chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, today)
+    config.template_date = chat.today  # goes into the checkpoints, so that the run can go on on another day
     summary = ReadSummary()
 
     def encoded(paths):
@@ -120,7 +126,6 @@ def main(config: Config) -> None:
                 parts.append(gather_rows(part, world))
         return torch.cat(parts).cpu()[: len(pairs)] if parts else torch.zeros(0, 2)
 
-    cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
     stream = dtype if world.size > 1 else stored  # of the residual stream: FSDP2 gathers weights in the former
     dtypes = f"products {dtype}, weights {stored}, residual stream {stream}"
     key = reference_key(model=base, chat=chat, pairs=pairs, dtype=dtypes)
@@ -181,7 +186,7 @@ def main(config: Config) -> None:
             save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=dict(weights))
         else:
             save_model(model, Path(config.output) / "model", weights)
-            tokenizer.save(Path(config.output) / "model")
+        chat.save(Path(config.output) / ("adapter" if adapter else "model"))
 
     training.gather_weights(model, world, save, trainable_only=adapter, dtype=None if adapter else dtype)
     training.finish(config, plan, data, world)

@@ -28,6 +28,7 @@ from pedgpt.data import (
     read_conversations,
     read_documents,
     read_preferences,
+    taught_folder,
 )
 from pedgpt.evaluation.generation_metrics import generation_scores, signature
 from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
@@ -50,10 +51,13 @@ class Config:
     limit: int = 60  # answers to generate a task
     text_limit: int = 300  # documents of each text to measure perplexity on
     max_new_tokens: int = 96  # of each answer
+    max_thinking_tokens: int = 1024  # more for the reasoning of a thinking model, which is not scored
     row_length: int = 0  # tokens a row, longer rows are skipped and counted; 0: what the model takes, at most 1024
     batch_size: int = 8  # rows per scoring pass
     generation_batch_size: int = 32  # answers decoded together
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; without it, as its template
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
     dtype: str = "float32"  # of the weights: float32 or bfloat16
     device: str = "auto"  # auto, cpu or cuda
 
@@ -69,13 +73,13 @@ def main(config: Config) -> None:
     if not heldout.is_dir():
         raise ValueError(f"--heldout {heldout}: no such folder")
     device = start(config.device).device
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(taught_folder(config.model, config.adapter))
     for folder in filter(None, (config.model, config.reference)):
         sizes = ModelConfig.from_hf(folder)
         tokenizer.check_fits(sizes.vocab_size, folder)
         config.row_length = config.row_length or min(1024, sizes.max_position_embeddings)
         sizes.check_length(config.row_length)
-    chat = chat_format(tokenizer, config.chat_format)
+    chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
     summary = ReadSummary()
     tasks, task_rows, rows, pairs = read_heldout(heldout, config, tokenizer, chat, summary)
     if not (any(tasks.values()) or any(rows.values()) or pairs):
@@ -96,9 +100,8 @@ def main(config: Config) -> None:
         questions = items(conversations, config.limit)
         if not questions:
             continue
-        answers = answer(
-            model, chat, questions, max_new_tokens=config.max_new_tokens, batch_size=config.generation_batch_size
-        )
+        room = {"max_new_tokens": config.max_new_tokens, "max_thinking_tokens": config.max_thinking_tokens}
+        answers = answer(model, chat, questions, **room, batch_size=config.generation_batch_size)
         references = [question.reference for question in questions]
         scores[name] = {"rows": len(questions), **generation_scores(references, answers)}
         for question, text in list(zip(questions, answers, strict=True))[:: max(1, len(questions) // 3)][:3]:
@@ -119,6 +122,7 @@ def main(config: Config) -> None:
         "model": config.model,
         "adapter": config.adapter or None,
         "signature": scored_with,
+        "template_date": chat.today or None,
         "seconds": time.perf_counter() - began,
         "tasks": scores,
         "perplexity": perplexities,

@@ -43,6 +43,8 @@ class Config(training.TrainingSettings):
     dropout: float = 0.0  # on the experts' input
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # names or patterns of linear layers
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; without it, as its template
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: that on which the run began
     row_length: int = 4096  # tokens a packed row
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
 
@@ -56,7 +58,9 @@ def main(config: Config) -> None:
     sizes = ModelConfig.from_hf(config.model)
     tokenizer.check_fits(sizes.vocab_size, config.model)
     sizes.check_length(config.row_length)
-    chat = chat_format(tokenizer, config.chat_format)
+    today = config.template_date or training.run_date(config.output, world)
+    chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, today)
+    config.template_date = chat.today  # goes into the checkpoints, so that the run can go on on another day
     summary = ReadSummary()
 
     def packed(paths):
@@ -123,6 +127,7 @@ def main(config: Config) -> None:
 
     def save(weights):
         save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=dict(weights))
+        chat.save(Path(config.output) / "adapter")
 
     training.gather_weights(model, world, save, trainable_only=True)
     training.finish(config, plan, data, world)

@@ -57,6 +57,8 @@ class Config:
     rows: int = 2  # rows (pairs) of each kind to print, spread over all of them
     row_length: int = 512  # tokens a packed row
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; without it, as its template
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
     color: str = "auto"  # auto: on a terminal, unless NO_COLOR is set; always; never
 
@@ -86,7 +88,7 @@ def main(config: Config) -> None:
         shown.append((heading, collate([rows[i] for i in chosen], chosen), [rows[i].sources for i in chosen]))
 
     if config.instructions or config.preferences:
-        chat = chat_format(tokenizer, config.chat_format)
+        chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
         print(f"{type(chat).__name__}; an answer ends at {' or '.join(map(name_of(tokenizer), chat.stop_tokens))}\n")
     if config.instructions:
         conversations = read_conversations(config.instructions, **read)

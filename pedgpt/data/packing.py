@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pedgpt.data.chat import IGNORE_INDEX, ChatFormat, Example, encode_conversation
+from pedgpt.data.chat import IGNORE_INDEX, ChatFormat, Example, encode_conversation, lessons
 from pedgpt.data.records import Conversation, ReadSummary
 
 PADDING_DOCUMENT = -1
@@ -152,7 +152,7 @@ def encode_conversations(
 ) -> list[Example]:
     """Chat-formatted examples; bad rows as in `encode_fitting`."""
     return encode_fitting(
-        conversations,
+        [lesson for row in conversations for lesson in lessons(row, chat)],
         lambda row: encode_conversation(row.messages, chat, source=row.source),
         lambda example: len(example.tokens),
         row_length,

@@ -47,11 +47,24 @@ class Message:
     """One turn; `role` is "system", "user" or "assistant".
 
     `loss` says whether an assistant's message is learnt from; on other roles, which never carry loss, it means nothing.
+    `reasoning` is what an assistant thought before its answer; a `<think>…</think>` that begins the content goes there.
     """
 
     role: str
     content: str
     loss: bool = True
+    reasoning: str = ""
+
+    def __post_init__(self) -> None:
+        if self.role == "assistant" and (self.reasoning or "</think>" in self.content):
+            reasoning, answer = split_thought(self.content)
+            object.__setattr__(self, "reasoning", self.reasoning.strip("\n") or reasoning)
+            object.__setattr__(self, "content", answer)
+
+    @property
+    def written(self) -> str:
+        """What a model writes: the reasoning, if there is any, between its tags, and then the answer."""
+        return f"<think>\n{self.reasoning}\n</think>\n\n{self.content}" if self.reasoning else self.content
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +162,14 @@ class ReadSummary:
         return "\n".join(lines)
 
 
+def split_thought(text: str) -> tuple[str, str]:
+    """(reasoning, answer) of a text `<think>reasoning</think>answer`, whose first tag may be missing; ("", text) of
+    any other. Line breaks around both go."""
+    thought, closed, answer = text.partition("</think>")
+    thought = thought.strip("\n").removeprefix("<think>").strip("\n")
+    return (thought, answer.lstrip("\n")) if closed and "<think>" not in thought else ("", text)
+
+
 def read_documents(
     paths: Paths, *, on_bad_row: str = "error", max_characters: int | None = None, summary: ReadSummary | None = None
 ) -> list[Document]:
@@ -169,6 +190,7 @@ def read_conversations(
     Alpaca (`instruction`, `input`, `output`, `history`), ShareGPT (`conversations`), OpenAI (`messages`),
     `conversation` of patient and doctor, `question` and `answer`. A CSV's headers are those names, or the names that
     `columns` gives: {"question": "ask", "answer": "reply"}. A `title` is not part of the question.
+    What an assistant thought is read from `reasoning_content`, or from `<think>…</think>` before its answer.
     An assistant's message with `"loss": false`, or `"weight": 0` as OpenAI writes it, carries no loss; if none carries
     any, the row is bad.
     """
@@ -262,6 +284,7 @@ def _mapped(row: Row, kind: str) -> str:
         else:
             asked, answered = (next(name for name in names if name in row) for names in (QUESTIONS, ANSWERS))
             used = {"history": "earlier turns", asked: "user", "input": "user, below it", answered: "assistant"}
+            used |= {"reasoning_content": "reasoning"}
         used |= {"chosen": "", "rejected": ""} if kind == "preferences" else {"task": ""}
         used |= {"system": ""}
     if kind != "triples":
@@ -481,9 +504,17 @@ def _messages(row: Row, name: str) -> list[Message]:
             raise _Unfit("unknown role", repr(written), ", ".join(ROLES))
         # Many exports write an empty system message in every row: it says as much as none.
         content = _text(fields, _field(fields, ("value", "content"), "content or value"), optional=role == "system")
-        loss = _loss(fields, role)
-        messages += [Message(role, content, loss)] if content else []
+        messages += [_message(fields, role, content, _loss(fields, role))] if content else []
     return messages
+
+
+def _message(fields: Row, role: str, content: str, loss: bool = True) -> Message:
+    """A message; what an assistant thought stands in a field of its own, or in the content before the answer."""
+    reasoning = _text(fields, "reasoning_content", optional=True) if role == "assistant" else ""
+    message = Message(role, content, loss, reasoning)
+    if not message.content.strip():
+        raise _Unfit("no answer after the reasoning", repr(content[-40:]), "an answer after </think>")
+    return message
 
 
 def _loss(fields: Row, role: str) -> bool:
@@ -526,7 +557,7 @@ def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
     messages = _alternating(row, _messages(row, turns) if turns else _question_and_answer(row), "assistant")
     if not any(message.loss for message in messages if message.role == "assistant"):
         raise _Unfit("nothing carries loss", "loss false on every assistant message", "one that is learnt from")
-    _check_length(limit, *(message.content for message in messages))
+    _check_length(limit, *(message.written for message in messages))
     task = row.get("task")
     return Conversation(messages, source, task if isinstance(task, str) else "", *_topic(row))
 
@@ -546,10 +577,10 @@ def _question_and_answer(row: Row) -> list[Message]:
         if len(_typed(pair, list, "a pair of history")) != 2:
             raise _Unfit("history is not in pairs", f"{len(pair)} items", "[question, answer]")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            messages.append(Message(role, _text({"history": text}, "history")))
+            messages.append(_message({}, role, _text({"history": text}, "history")))
     extra = _text(row, "input", optional=True)
     asked = _text(row, question) + (f"\n{extra}" if extra else "")
-    return [*messages, Message("user", asked), Message("assistant", _text(row, answer))]
+    return [*messages, Message("user", asked), _message(row, "assistant", _text(row, answer))]
 
 
 def _preference(row: Row, source: str, limit: int | None) -> PreferencePair:
@@ -561,7 +592,7 @@ def _preference(row: Row, source: str, limit: int | None) -> PreferencePair:
     chosen, rejected = (_reply(row, _field(row, [reply], expected), prompt) for reply in ("chosen", "rejected"))
     if chosen.strip() == rejected.strip():
         raise _Unfit("chosen equals rejected", repr(chosen[:40]), "two different replies", "delete the row")
-    _check_length(limit, *(message.content for message in prompt), max(chosen, rejected, key=len))
+    _check_length(limit, *(message.written for message in prompt), max(chosen, rejected, key=len))
     return PreferencePair(prompt, chosen, rejected, source, *_topic(row))
 
 
@@ -577,7 +608,7 @@ def _reply(row: Row, name: str, prompt: tuple[Message, ...]) -> str:
     repeated = tuple(replace(message, loss=True) for message in messages[:-1])
     if repeated not in ((), prompt, prompt[prompt[0].role == "system" :]):
         raise _Unfit(f"{name} repeats another prompt", f"{len(messages) - 1} other messages", "those of the prompt")
-    return last.content
+    return last.written
 
 
 def _triple(row: Row, source: str, limit: int | None) -> Triple:
