@@ -91,18 +91,20 @@ class ChatTemplate:
     def parts(self, messages: Sequence[Message], generation_prompt: bool) -> list[Part]:
         """The rendered conversation; `speaker` of its parts tells the answers. Raises ValueError naming the file."""
         written = self._written(messages, generation_prompt)
-        last = len(messages) - 1
-        closing = "\n</think>\n\n"
-        off = self.enable_thinking is False
+        closing, off = "\n</think>\n\n", self.enable_thinking is False
         if generation_prompt:
             return [*written, Part(closing)] if off and opens_thought(written) else written
-        places = [part.place for part in written]
+        last, places = len(messages) - 1, [part.place for part in written]
         if last < 1 or messages[last].role != "assistant" or 2 * last not in places:
             return written
-        prompt, reasoning = self._written(messages[:-1], True), messages[last].reasoning
-        opened = opens_thought(prompt)
+        reasoning = messages[last].reasoning
+        placed = not reasoning or 2 * last + 1 in places
+        opened = opens_thought(self._outline(_shape(messages[:-1]), True))
+        if placed and not opened:
+            return written
+        prompt = self._written(messages[:-1], True)
         goes_on = "".join(part.text for part in written).startswith("".join(part.text for part in prompt))
-        if (not reasoning or 2 * last + 1 in places) and (not opened or (goes_on and not off)):
+        if placed and goes_on and not off:
             return written
         thought = [Part(reasoning, last, 2 * last + 1)] if reasoning else []
         opening = [] if opened else [Part("<think>\n", last)]
@@ -110,9 +112,7 @@ class ChatTemplate:
 
     def _written(self, messages: Sequence[Message], generation_prompt: bool) -> list[Part]:
         """`parts` as the template itself writes them."""
-        outline = self._outline(
-            tuple((m.role, bool(m.content), bool(m.reasoning)) for m in messages), generation_prompt
-        )
+        outline = self._outline(_shape(messages), generation_prompt)
         places = {part.place for part in outline}
         for i, message in enumerate(messages):
             if message.content and 2 * i not in places:
@@ -258,6 +258,11 @@ def _marked(pieces: list[str | int], answers: set[int]) -> list[Part]:
 
 def _part(piece: str | int, speaker: int | None) -> Part:
     return Part(piece, speaker) if isinstance(piece, str) else Part("", speaker, piece)
+
+
+def _shape(messages: Sequence[Message]) -> tuple[tuple[str, bool, bool], ...]:
+    """Of each message its role, and whether it has content and reasoning."""
+    return tuple((m.role, bool(m.content), bool(m.reasoning)) for m in messages)
 
 
 def opens_thought(prompt: list[Part]) -> bool:
