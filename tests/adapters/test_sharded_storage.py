@@ -4,7 +4,6 @@ import os
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pedgpt.adapters import inject_experts, inject_lora, load_adapter, save_adapter
 from pedgpt.models import ModelConfig, Transformer
@@ -63,10 +62,10 @@ def worker(rank, folder):
     os._exit(0)  # torch's own threads now and then abort while a spawned process winds down
 
 
-def test_two_ranks_save_the_files_of_one_and_refuse_shards(tmp_path):
+def test_two_ranks_save_the_files_of_one_and_refuse_shards(tmp_path, start_ranks):
     for case in CASES:
         save_adapter(make(case), tmp_path / "one" / case, base_model="base")
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    start_ranks(worker, str(tmp_path))
     for case in CASES:
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             assert (tmp_path / "two" / case / file).read_bytes() == (tmp_path / "one" / case / file).read_bytes()

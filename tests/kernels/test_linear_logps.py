@@ -21,7 +21,7 @@ frozen_or_not = pytest.mark.parametrize("frozen", [False, True], ids=["trainable
 both_operators = pytest.mark.parametrize("operator", [linear_token_logps, linear_nll])
 
 # tokens, hidden, vocabulary
-SIZES = [(9, 8, 13), (1, 5, 7), (40, 3, 129), (17, 33, 2), (6, 4, 1), (0, 4, 5), (3, 2, 300)]
+SIZES = [(9, 8, 13), (1, 5, 7), (40, 3, 129), (6, 4, 1), (0, 4, 5)]
 
 
 @pytest.fixture(params=["one chunk", "many chunks"])

@@ -6,7 +6,6 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -51,10 +50,10 @@ def worker(rank, folder, results):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_fill_their_halves_and_train_as_one(make_model, tmp_path, kind, stored):
+def test_two_ranks_fill_their_halves_and_train_as_one(make_model, tmp_path, start_ranks, kind, stored):
     save_model(make_model(kind).to(stored), tmp_path / "model")
     whole = load_model(tmp_path / "model", dtype=torch.float32)
-    mp.spawn(worker, args=(str(tmp_path / "model"), str(tmp_path)), nprocs=2)
+    start_ranks(worker, str(tmp_path / "model"), str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
     tokens = torch.arange(12)[None]
