@@ -26,6 +26,7 @@ from pedgpt.data import (
     fingerprint,
     load_reference,
     load_tokenizer,
+    parse_columns,
     read_preferences,
     reference_key,
     save_reference,
@@ -50,7 +51,9 @@ class Config(training.TrainingSettings):
     lora_rslora: bool = False  # by alpha / sqrt(rank) instead
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
     row_length: int = 4096  # most tokens of prompt and answer
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. chosen=good, where names are not known ones
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
+    on_long_row: str = "error"  # "error" names those longer than a row, "skip" leaves them out, "truncate" cuts them
 
 
 def main(config: Config) -> None:
@@ -68,10 +71,11 @@ def main(config: Config) -> None:
     sizes.check_length(config.row_length)
     chat = chat_format(tokenizer, config.chat_format)
     summary = ReadSummary()
+    read = {"on_bad_row": config.on_bad_row, "summary": summary}
 
     def encoded(paths):
-        pairs = read_preferences(paths, on_bad_row=config.on_bad_row, summary=summary)
-        return encode_pairs(pairs, chat, config.row_length, config.on_bad_row, summary)
+        pairs = read_preferences(paths, columns=parse_columns(config.columns), **read)
+        return encode_pairs(pairs, chat, config.row_length, on_long_row=config.on_long_row, **read)
 
     pairs, heldout_pairs = encoded(config.preferences), encoded(config.heldout_preferences)
     make_batch = partial(collate_pairs, shared_prompt=config.shared_prompt)

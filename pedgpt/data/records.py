@@ -144,6 +144,7 @@ class ReadSummary:
 
     rows: dict[str, int] = field(default_factory=dict)
     skipped: list[SkippedRow] = field(default_factory=list)
+    shortened: list[str] = field(default_factory=list)  # sources of rows that were cut to fit
 
     def skip(self, source: str, reason: str) -> None:
         """Count one row left out; `source` is "file:line" or "file"."""
@@ -173,6 +174,8 @@ class ReadSummary:
         for fault, places in faults.items():
             what = fault if fault.startswith("left out") else f"skipped, {fault}"
             lines.append(f"{len(places)} {what}: {', '.join(places[:3])}{', ...' * (len(places) > 3)}")
+        if cut := self.shortened:
+            lines.append(f"{len(cut)} over-long, cut to fit: {', '.join(cut[:3])}{', ...' * (len(cut) > 3)}")
         return "\n".join(lines)
 
 
