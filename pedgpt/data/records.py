@@ -55,7 +55,13 @@ FIELDS = {
     "preferences": (*_TALK, "prompt", "chosen", "rejected"),
     "triples": ("head", "relation", "tail"),
 }
-KNOWN = {*QUESTIONS, *ANSWERS, *CHOSEN, *REJECTED, *TURNS, "text", *FIELDS["triples"]}
+# What shows that a row is meant to be of a kind.
+KEYS = {
+    "documents": ("text",),
+    "conversations": (*QUESTIONS, *ANSWERS, *TURNS),
+    "preferences": ("prompt", *CHOSEN, *REJECTED),
+    "triples": FIELDS["triples"],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,28 +289,28 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
     (file,) = files_of(path)
     # Any TSV of three columns could hold triples, so there they come last; elsewhere their keys are the surer sign.
     kinds = ["preferences", "conversations", *(["documents"] if format_of(file) == ".tsv" else []), "triples"]
-    reasons: dict[str, str] = {}
+    reasons: list[tuple[bool, int, str]] = []  # what lacks, how few of its keys are known, and why it does not fit
+    unknown = f"{file}: no row in it"
     for kind in dict.fromkeys([*kinds, "documents"]):
+        own = _own(columns, kind)
         try:
             for line, row in islice(_rows(file, kind, columns), 20):
                 try:
-                    PARSERS[kind](_fields(row, _own(columns, kind)), "", None)
+                    PARSERS[kind](_fields(row, own), "", None)
                     return kind
                 except _LeftOut:
                     return kind
                 except _Unfit as unfit:
-                    known = isinstance(row, dict) and KNOWN.union((columns or {}).values()) & _fields(row).keys()
+                    known = len(_fields(row).keys() & {*KEYS[kind], *own.values()}) if isinstance(row, dict) else 0
                     if known or isinstance(row, _Unfit):
-                        lacks = str(unfit).startswith("missing field")  # says less than what is wrong with a field
-                        reasons.setdefault("lacks" if lacks else "wrong", f"{file}:{line}: {unfit}")
-                    else:
-                        reasons.setdefault("none", f"{file}: {_unknown(row)}")
+                        reasons.append((str(unfit).startswith("missing field"), -known, f"{file}:{line}: {unfit}"))
+                    elif not reasons:
+                        unknown = f"{file}: {_unknown(row)}"
         except ValueError as error:  # the file, or its columns for this kind
-            reasons.setdefault("wrong", str(error))
-    for how in ("wrong", "lacks"):
-        if how in reasons:
-            raise ValueError(reasons[how])
-    raise NoData(reasons.get("none", f"{file}: no row in it"))
+            reasons.append((False, 0, str(error)))
+    if reasons:
+        raise ValueError(min(reasons, key=lambda reason: reason[:2])[2])
+    raise NoData(unknown)
 
 
 def _unknown(row: object) -> str:

@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Collection, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
@@ -376,7 +377,7 @@ def _workbook(path: Path, columns: Collection[str]) -> Iterator[tuple[int | str,
 
     line: int | str = 0
     try:
-        with load_workbook(path, read_only=True, data_only=True) as book:
+        with closing(load_workbook(path, read_only=True, data_only=True)) as book:
             for sheet in book.worksheets:
                 sheet.reset_dimensions()  # some programs write a wrong size
                 names: list[str] = []
