@@ -26,6 +26,7 @@ from pedgpt.data import (
     fingerprint,
     load_reference,
     load_tokenizer,
+    parse_columns,
     read_preferences,
     reference_date,
     reference_key,
@@ -53,7 +54,9 @@ class Config(training.TrainingSettings):
     enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; without it, as its template
     template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: that on which the run began
     row_length: int = 4096  # most tokens of prompt and answer
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. chosen=good, where names are not known ones
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
+    on_long_row: str = "error"  # "error" names those longer than a row, "skip" leaves them out, "truncate" cuts them
 
 
 def main(config: Config) -> None:
@@ -74,10 +77,11 @@ def main(config: Config) -> None:
     chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, today)
     config.template_date = chat.today  # goes into the checkpoints, so that the run can go on on another day
     summary = ReadSummary()
+    read = {"on_bad_row": config.on_bad_row, "summary": summary}
 
     def encoded(paths):
-        pairs = read_preferences(paths, on_bad_row=config.on_bad_row, summary=summary)
-        return encode_pairs(pairs, chat, config.row_length, config.on_bad_row, summary)
+        pairs = read_preferences(paths, columns=parse_columns(config.columns), **read)
+        return encode_pairs(pairs, chat, config.row_length, on_long_row=config.on_long_row, **read)
 
     pairs, heldout_pairs = encoded(config.preferences), encoded(config.heldout_preferences)
     make_batch = partial(collate_pairs, shared_prompt=config.shared_prompt)

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from pedgpt.data import (
     encode_pairs,
     load_tokenizer,
     pack,
+    parse_columns,
     read_conversations,
     read_documents,
     read_preferences,
@@ -55,6 +56,7 @@ class Config:
     row_length: int = 0  # tokens a row, longer rows are skipped and counted; 0: what the model takes, at most 1024
     batch_size: int = 8  # rows per scoring pass
     generation_batch_size: int = 32  # answers decoded together
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, where names are not known ones
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
     enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; without it, as its template
     template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
@@ -145,25 +147,26 @@ def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSu
 
     What is too long for a row is left out everywhere, and counted.
     """
-    read = {"on_bad_row": "skip", "summary": summary}
+    read, columns = {"on_bad_row": "skip", "summary": summary}, parse_columns(config.columns)
     tasks, task_rows = {}, {}
     for stem, name in TASKS.items():
         for path in table(heldout / "tasks" / stem):
-            conversations = read_conversations(path, **read)
-            examples = encode_conversations(conversations, chat, config.row_length, "skip", summary)
+            conversations = read_conversations(path, columns=columns, **read)
+            examples = encode_conversations(conversations, chat, config.row_length, on_long_row="skip", **read)
             fitting = {example.source for example in examples}
             tasks[name] = [conversation for conversation in conversations if conversation.source in fitting]
             task_rows[name] = pack(examples, config.row_length)
     rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
     for path in (path for path in sorted((heldout / "text").glob("*")) if path.is_dir() or path.suffix == ".jsonl"):
-        texts = tokenizer.encode_batch([row.text for row in thin(read_documents(path, **read), config.text_limit)])
+        documents = thin(read_documents(path, columns=columns, **read), config.text_limit)
+        texts = tokenizer.encode_batch([row.text for row in documents])
         ends = {"eos_id": tokenizer.eos_id, "row_length": config.row_length, "prefix": tokenizer.document_prefix}
         pieces = [piece for ids in texts for piece in encode_document(ids, **ends)]
         rows[f"{path.stem}_text"] = pack(pieces, config.row_length)
     pairs = []
     for path in table(heldout / "preferences"):
-        found = read_preferences(path, **read)
-        pairs = encode_pairs(found, chat, config.row_length, "skip", summary)
+        found = read_preferences(path, columns=columns, **read)
+        pairs = encode_pairs(found, chat, config.row_length, on_long_row="skip", **read)
     return tasks, task_rows, rows, pairs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -389,6 +390,45 @@ def lessons(conversation: Conversation, chat: ChatFormat) -> list[Conversation]:
     parts = [replace(conversation, messages=(*silent[:i], messages[i])) for i in own]
     rest = any(m.role == "assistant" and m.loss for i, m in enumerate(messages) if i not in own)
     return [*parts, conversation] if rest else parts
+
+
+def encode_shortened(
+    prompt: Sequence[Message], answers: Sequence[Message], chat: ChatFormat, row_length: int, *, last_only: bool = False
+) -> list[Example]:
+    """One prompt with each of its answers, as in `encode_conversation`, but cut to `row_length` tokens.
+
+    The prompt loses its oldest turns, and if need be the beginning of its last question; its system text stays. An
+    answer keeps at least half a row; one that is longer stops there, so that no end is learnt where it has none.
+    Raises ValueError if that leaves nothing to learn.
+    """
+    system = list(prompt[:1]) if prompt[0].role == "system" else []
+    turns = prompt[len(system) :]
+
+    def encoded(turns: Sequence[Message]) -> list[Example]:
+        return [encode_conversation([*system, *turns, answer], chat, last_only=last_only) for answer in answers]
+
+    def longest(turns: Sequence[Message]) -> int:
+        return max(len(example.tokens) for example in encoded(turns))
+
+    starts = range(0, len(turns) - 1, 2)
+    first = bisect_left(starts, True, key=lambda start: longest(turns[start:]) <= row_length)
+    turns = turns[2 * first :]
+    if first == len(starts) and (size := longest(turns)) > row_length:
+        (question,) = turns
+
+        def asked(start: int) -> list[Message]:
+            return [*system, replace(question, content=question.content[start:])]
+
+        room = row_length - min(size - len(encode_prompt(asked(0), chat)), row_length // 2)
+        cuts = range(len(question.content))
+        cut = bisect_left(cuts, True, key=lambda start: len(encode_prompt(asked(start), chat)) <= room)
+        if cut == len(cuts):
+            raise ValueError("no question has room beside its system text and half a row of answer")
+        turns = asked(cut)[len(system) :]
+    examples = [Example(one.tokens[:row_length], one.labels[:row_length], one.source) for one in encoded(turns)]
+    if not all(example.supervised for example in examples):
+        raise ValueError("nothing to learn would be left")
+    return examples
 
 
 def encode_prompt(messages: Sequence[Message], chat: ChatFormat) -> list[int]:

@@ -2,8 +2,8 @@
 
 import json
 import os
-import stat
 import pickle
+import stat
 import struct
 import subprocess
 import sys

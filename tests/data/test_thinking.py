@@ -170,7 +170,7 @@ def test_rows_with_thoughts_are_read_from_either_place_and_none_is_lost(made, tm
     rows = [
         {"question": "问", "answer": "<think>\n想\n</think>\n\n答"},
         {"question": "问", "answer": "想\n</think>\n\n答"},  # the prompt had opened it
-        {"question": "问", "answer": "答", "reasoning_content": "想"},
+        {"Question": "问", "Complex_CoT": "想", "Response": "答"},
         {"messages": raw(talk(("问", "想", "答")))},
         {"question": "问</think>", "answer": "答", "reasoning_content": None},
         {"question": "问", "answer": "<think>想</think>"},
