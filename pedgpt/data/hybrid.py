@@ -50,7 +50,7 @@ _REBUILD = "build the corpus again with recipes/build_corpus.py"
 
 
 def as_completion(conversation: Conversation, form: int) -> str:
-    """A conversation as running text in surface form `form` (modulo their number); a system text is left out."""
+    """A conversation as running text in surface form `form` (modulo their number); no system text, no reasoning."""
     template = SURFACE_FORMS[form % len(SURFACE_FORMS)]
     turns = [message for message in conversation.messages if message.role != "system"]
     pairs = zip(turns[::2], turns[1::2], strict=True)

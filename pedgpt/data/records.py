@@ -375,7 +375,8 @@ def _mapped(row: Row, kind: str) -> str:
         if kind == "preferences":
             used |= dict.fromkeys(CHOSEN, "chosen") | dict.fromkeys(REJECTED, "rejected")
         else:
-            used |= {"task": "", **dict.fromkeys(REASONING, "reasoning")} | dict.fromkeys(UNDESIRABLE, "left out where false")
+            used |= {"task": ""} | dict.fromkeys(REASONING, "reasoning")
+            used |= dict.fromkeys(UNDESIRABLE, "left out where false")
         used |= {"system": ""}
     if kind != "triples":
         used |= {"disease": "", next((name for name in DEPARTMENTS if row.get(name)), DEPARTMENTS[0]): "department"}

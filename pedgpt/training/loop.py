@@ -170,15 +170,12 @@ def run_date(output: str | Path, world: World, shared: str = "") -> str:
     It is that of the run in `output`, which is finished or has a checkpoint, or else `shared`, or else today. The main
     rank decides, so midnight may fall between two ranks.
     """
-    found = ""
-    with suppress(
-        OSError, ValueError, KeyError, AttributeError
-    ):  # whoever reads these files in full says what is wrong
-        done, checkpoint = Path(output) / "done.json", latest_checkpoint(Path(output) / "checkpoints")
-        if done.exists():
-            found = json.loads(done.read_text(encoding="utf-8"))["template_date"]
-        elif checkpoint:
-            found = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["run"]["template_date"]
+    folder, found = Path(output), ""
+    files = [folder / "done.json", (latest_checkpoint(folder / "checkpoints") or folder) / "state.json"]
+    with suppress(OSError, ValueError, KeyError, TypeError):  # who reads these files in full says what is wrong
+        if path := next((path for path in files if path.is_file()), None):
+            saved = json.loads(path.read_bytes())
+            found = saved.get("run", saved)["template_date"]
     try:
         day = date.fromisoformat(found or shared) if found or shared else date.today()
     except (TypeError, ValueError):
