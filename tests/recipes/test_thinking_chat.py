@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from pedgpt.data import load_tokenizer, taught_folder
+from pedgpt.corpus.assemble import _as_row
+from pedgpt.corpus.rows import map_texts, texts
+from pedgpt.data import Conversation, Message, load_tokenizer, read_conversations, taught_folder
 
 TEMPLATE = (  # of Qwen3's kind: reasoning stands in the last answer only
     "{% for m in messages %}{{ '<reserved_106>' if m.role == 'user' else '<reserved_107>' }}"
@@ -80,3 +82,15 @@ def test_what_an_adapter_says_of_chat_and_ends_comes_before_its_base(lab, thinke
     assert taught_folder(str(thinker), str(adapter)) == taught_folder(str(thinker)) == str(thinker)
     load_tokenizer(thinker).save(adapter)
     assert taught_folder(str(thinker), str(adapter)) == str(adapter)
+
+
+def test_a_corpus_keeps_what_was_thought_but_no_personal_data_in_it(tmp_path):
+    answer = Message("assistant", "<think>\n家长电话13812345678，先看精神。\n</think>\n\n多喝水。")
+    row = Conversation((Message("user", "发热怎么办？"), answer), "f:1")
+    assert "13812345678" in texts(row)[1]
+    cleaned = map_texts(row, lambda text: text.replace("13812345678", "[电话]"))
+    path = tmp_path / "built.jsonl"
+    path.write_text(json.dumps(_as_row(cleaned), ensure_ascii=False), encoding="utf-8")
+    (back,) = read_conversations(path)
+    assert back.messages == cleaned.messages
+    assert (back.messages[1].reasoning, back.messages[1].content) == ("家长电话[电话]，先看精神。", "多喝水。")
