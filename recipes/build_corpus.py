@@ -7,7 +7,8 @@
 
 Writes train/ and heldout/ (JSONL by table and source), manifest.json, README.md (the corpus card) and reports/ (every
 row left out with its reason). A TOML file lists the sources with kind, licence and weight, as in
-recipes/sample_corpus/corpus.toml; in a folder without one, files are found by their content.
+recipes/sample_corpus/corpus.toml; in a folder without one, and its subfolders, files are found by their content: text,
+JSON, CSV, .parquet and .xlsx, also gzipped, in UTF-8, UTF-16 or GB18030. What is not read is listed with the reason.
 
 Without a teacher everything is made by templates and building twice gives the same bytes. With one, what it answered is
 kept beside the output (OUTPUT.teacher.sqlite, and OUTPUT.plain_teacher.sqlite): a run that was killed goes on without
@@ -31,7 +32,7 @@ from pedgpt.corpus.quality import normalize
 from pedgpt.corpus.sources import describe_sources
 from pedgpt.corpus.teacher import Teacher, TeacherFailure, in_order, load_teacher
 from pedgpt.data import ReadSummary, Triple, iter_records
-from pedgpt.data.records import detect_kind
+from pedgpt.data.records import detect_kind, parse_columns
 from pedgpt.files import sync
 from pedgpt.training import run_recipe
 
@@ -45,10 +46,11 @@ ANSWERS = {
 
 @dataclass
 class Config:
-    source: str  # TOML that lists the sources, or a folder of them
+    source: str  # TOML that lists the sources, or a folder of them, or one file
     output: str  # folder for the corpus; an earlier corpus in it is replaced once the new one is complete
     teacher: str = ""  # TOML of an OpenAI-compatible chat endpoint; empty: offline, by templates
     plain_teacher: str = ""  # TOML of the model whose plain answers become the rejected ones of pairs
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, in files found by content
     evaluation: list[str] = field(default_factory=list)  # evaluation files: no training row may hold what is in them
     pediatric_share: float = 0.3  # share of the three tasks' training rows that stage 2 sees already, as its dialogues
     heldout_share: float = 0.1  # share of the diseases (of the questions, where no disease is named) held out
@@ -84,8 +86,9 @@ def main(config: Config) -> None:
     for found in filter(None, teachers.values()):
         found.read_key()  # a missing one is told before anything is read
     listing, output = Path(config.source), Path(config.output)
-    sources = read_listing(listing)
-    print(f"{describe_sources(sources, listing)}\n")
+    left_out: dict[Path, str] = {}
+    sources = read_listing(listing, parse_columns(config.columns), left_out)
+    print(f"{describe_sources(sources, listing, left_out)}\n")
     output = output.resolve()
     read_files = [file for source in sources for file in source.files]
     check_output(output, listing, [*read_files, *map(Path, config.evaluation)])
@@ -99,7 +102,8 @@ def main(config: Config) -> None:
     summaries = {source.name: ReadSummary() for source in sources}
 
     def read(source):
-        return iter_records(source.files, source.reads, on_bad_row=config.on_bad_row, summary=summaries[source.name])
+        policy = {"on_bad_row": config.on_bad_row, "summary": summaries[source.name], "columns": source.columns}
+        return iter_records(source.files, source.reads, **policy)
 
     # The graphs first: their diseases are what the split goes by.
     graphs = {
@@ -165,6 +169,8 @@ def main(config: Config) -> None:
         print(f"{name}: left out " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()))
     replaced = ", ".join(f"{kind} {count:,}" for kind, count in manifest["personal_data_replaced"].items())
     print(f"personal data replaced: {replaced or 'none found'}")
+    if left_out:
+        print(f"files not read: {len(left_out):,}, listed above")
     print(f"questions answered in different ways: {corpus.contradictions:,} (reports/contradictions.jsonl)")
     for part in ("train", "heldout"):
         print(f"{part}: {sum(file['rows'] for file in corpus.files if file['side'] == part):,} rows")

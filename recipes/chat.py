@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pedgpt.adapters import adapter_base, check_base, load_adapter
-from pedgpt.data import Message, StreamDecoder, chat_format, encode_prompt, load_tokenizer
+from pedgpt.data import Message, StreamDecoder, chat_format, encode_prompt, load_tokenizer, taught_folder
 from pedgpt.models import generate_steps, generation_defaults, load_model, weights_fingerprint
 from pedgpt.training import run_recipe, start
 
@@ -31,9 +31,12 @@ class Config:
     top_p: float | None = None  # sample among the most probable tokens of this total
     repetition_penalty: float | None = None  # above 1 makes repeated tokens less likely
     max_new_tokens: int | None = None  # of each answer; without it or the model's own word, 256
+    max_thinking_tokens: int = 1024  # more for the reasoning of a thinking model
     stop_strings: list[str] = field(default_factory=list)  # texts that end an answer, beside the format's own tokens
     seed: int = 0  # of the sampling
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; without it, as its template
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
     dtype: str = "float32"  # of the weights: float32 or bfloat16
     device: str = "auto"  # auto, cpu or cuda
 
@@ -47,21 +50,22 @@ def main(config: Config) -> None:
         config.model = adapter_base(config.adapter)
     if config.adapter and not config.any_base:
         check_base(config.adapter, config.model, weights_fingerprint(config.model))
-    sampling = {"max_new_tokens": 256, **generation_defaults(config.model)}
+    taught = taught_folder(config.model, config.adapter)
+    sampling = {"max_new_tokens": 256, **generation_defaults(config.model), **generation_defaults(taught)}
     for name in ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens"):
         if (value := getattr(config, name)) is not None:
             sampling[name] = value
     sampling["top_k"] = sampling.get("top_k") or None
     device = start(config.device).device
-    tokenizer = load_tokenizer(config.model)
-    chat = chat_format(tokenizer, config.chat_format)
+    tokenizer = load_tokenizer(taught)
+    chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
     model = load_model(config.model, dtype=getattr(torch, config.dtype), device=device)
     tokenizer.check_fits(model.config.vocab_size, config.model)
     if config.adapter:
         load_adapter(model, config.adapter, uniform_routing=config.uniform_routing)
     model.eval()
     sampling["stop_tokens"] = {*chat.stop_tokens, *sampling.get("stop_tokens", ())}
-    limit = sampling["max_new_tokens"]
+    limit = sampling["max_new_tokens"] + (config.max_thinking_tokens if chat.thinks else 0)
 
     for file in (sys.stdin, sys.stdout):
         file.reconfigure(errors="replace")  # a terminal's backspace may leave half a character behind
@@ -99,7 +103,7 @@ def main(config: Config) -> None:
         sampling["max_new_tokens"] = min(limit, room)
         steps = generate_steps(model, [prompt], seed=config.seed, **sampling)
         answer = stream(steps, StreamDecoder(tokenizer, config.stop_strings), sampling["stop_tokens"])
-        history.append(Message("assistant", answer))
+        history.append(chat.read_answer(answer))
 
 
 def stream(steps, decoder, stop_tokens) -> str:

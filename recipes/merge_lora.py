@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pedgpt.adapters import check_base, load_adapter, merge_lora
-from pedgpt.data import load_tokenizer
+from pedgpt.data import load_tokenizer, taught_folder
 from pedgpt.models import load_model, save_model, weights_fingerprint
 from pedgpt.training import run_recipe
 
@@ -36,7 +36,7 @@ def main(config: Config) -> None:
         raise ValueError(f"output: {config.output} would replace what is merged; give another folder")
     if not config.any_base:
         check_base(config.adapter, config.model, weights_fingerprint(config.model))
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(taught_folder(config.model, config.adapter))
     model = load_model(config.model, dtype=getattr(torch, config.dtype) if config.dtype else None)
     tokenizer.check_fits(model.config.vocab_size, config.model)
     names = load_adapter(model, config.adapter)
@@ -44,7 +44,8 @@ def main(config: Config) -> None:
     if not math.isfinite(change):
         raise ValueError("the merged model computes infinities; give --dtype float32 or bfloat16, which reach further")
     save_model(model, config.output)
-    tokenizer.save(config.output)
+    load_tokenizer(config.model).save(config.output)
+    tokenizer.save(config.output)  # what the adapter's training taught of ends and template
     print(f"{config.output}: merged into {len(names)} layers; the largest change of a logit is {change:.3g}")
 
 

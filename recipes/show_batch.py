@@ -28,6 +28,7 @@ from pedgpt.data import (
     encode_pairs,
     load_tokenizer,
     pack,
+    parse_columns,
     read_conversations,
     read_documents,
     read_preferences,
@@ -57,7 +58,11 @@ class Config:
     rows: int = 2  # rows (pairs) of each kind to print, spread over all of them
     row_length: int = 512  # tokens a packed row
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; without it, as its template
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, where names are not known ones
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
+    on_long_row: str = "skip"  # "truncate" shows rows longer than a row as training cuts them; else they are counted
     color: str = "auto"  # auto: on a terminal, unless NO_COLOR is set; always; never
 
 
@@ -72,7 +77,10 @@ def main(config: Config) -> None:
     paint = in_color if config.color == "always" or (config.color == "auto" and wanted) else in_marks
     tokenizer = load_tokenizer(config.model)
     summary = ReadSummary()
-    read = {"on_bad_row": config.on_bad_row, "summary": summary}
+    policy = {"on_bad_row": config.on_bad_row, "summary": summary}
+    read = {"columns": parse_columns(config.columns), **policy}
+    if config.on_long_row == "error":  # what stops a training is only shown here
+        config.on_long_row = "skip"
     length = config.row_length
 
     shown: list[tuple[str, Batch, list[list[str]]]] = []  # heading, rows, and the sources in each row
@@ -86,11 +94,11 @@ def main(config: Config) -> None:
         shown.append((heading, collate([rows[i] for i in chosen], chosen), [rows[i].sources for i in chosen]))
 
     if config.instructions or config.preferences:
-        chat = chat_format(tokenizer, config.chat_format)
+        chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
         print(f"{type(chat).__name__}; an answer ends at {' or '.join(map(name_of(tokenizer), chat.stop_tokens))}\n")
     if config.instructions:
         conversations = read_conversations(config.instructions, **read)
-        add("instructions", encode_conversations(conversations, chat, length, config.on_bad_row, summary))
+        add("instructions", encode_conversations(conversations, chat, length, on_long_row=config.on_long_row, **policy))
     if config.text:
         add("text", [
             piece
@@ -100,7 +108,8 @@ def main(config: Config) -> None:
             )
         ])  # fmt: skip
     if config.preferences:
-        pairs = encode_pairs(read_preferences(config.preferences, **read), chat, length, config.on_bad_row, summary)
+        found = read_preferences(config.preferences, **read)
+        pairs = encode_pairs(found, chat, length, on_long_row=config.on_long_row, **policy)
         chosen = spread(len(pairs), config.rows)
         names = [[f"{pairs[i].chosen.source} {side}"] for side in ("chosen", "rejected") for i in chosen]
         batch = collate_pairs([pairs[i] for i in chosen], chosen, shared_prompt=False)  # easier to read

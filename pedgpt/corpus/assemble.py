@@ -377,9 +377,15 @@ def _as_row(record: Record) -> dict[str, Any]:
 
 def _turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
     return [
-        {"role": message.role, "content": message.content, **({} if message.loss else {"loss": False})}
+        {"role": message.role, "content": message.content}
+        | ({} if message.loss else {"loss": False})
+        | ({"reasoning_content": message.reasoning} if message.reasoning else {})
         for message in messages
     ]
+
+
+def _message(turn: dict[str, Any]) -> Message:
+    return Message(turn["role"], turn["content"], turn.get("loss", True), turn.get("reasoning_content", ""))
 
 
 def _record(row: dict[str, Any]) -> Record:
@@ -388,11 +394,11 @@ def _record(row: dict[str, Any]) -> Record:
     place, topic = row["origin"]["place"], (row.get("disease", ""), row.get("department", ""))
     if "text" in row:
         return Document(row["text"], place, row.get("title", ""), *topic)
-    prompt = tuple(Message(**turn) for turn in row["prompt"])
+    prompt = tuple(map(_message, row["prompt"]))
     return PreferencePair(prompt, row["chosen"], row["rejected"], place, *topic)
 
 
 def _conversation(row: dict[str, Any]) -> Conversation:
-    messages = tuple(Message(**turn) for turn in row["messages"])
+    messages = tuple(map(_message, row["messages"]))
     topic = (row.get("disease", ""), row.get("department", ""))
     return Conversation(messages, row["origin"]["place"], row.get("task", ""), *topic)

@@ -209,7 +209,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
     """
     folder = Path(folder)
-    config, names = _read_object(folder, CONFIG_FILE), _read_object(folder, NAMES_FILE)
+    config, names = read_object(folder, CONFIG_FILE), read_object(folder, NAMES_FILE)
     config |= {key: names[key] for key in (*_NAMED, *_LISTED) if key in names and key not in config}
     if path := own_file(folder, JSON_FILE):
         with _blame(path):
@@ -222,8 +222,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     with _blame(folder / CONFIG_FILE):
         if not isinstance(config.get("add_bos_token"), bool | None):
             raise ValueError(f"add_bos_token is {config['add_bos_token']!r}, expected true or false")
-        _add_tokens(backend, path, config, _read_object(folder, ADDED_FILE))
+        _add_tokens(backend, path, config, read_object(folder, ADDED_FILE))
     return Tokenizer(backend, config, folder)
+
+
+def taught_folder(model: str, adapter: str = "") -> str:
+    """Where tokenizer, chat template and ends of a model are described: beside its adapter, if the files are there."""
+    beside = adapter and any((Path(adapter) / name).is_file() for name in (JSON_FILE, MODEL_FILE))
+    return adapter if beside else model
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
@@ -345,7 +351,8 @@ def _check_id(backend: tokenizers.Tokenizer, path: Path, token: str, declared: i
         )
 
 
-def _read_object(folder: Path, name: str) -> dict[str, Any]:
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a folder's file; an empty one if there is no such file."""
     path = own_file(folder, name)
     if path is None:
         return {}

@@ -3,7 +3,7 @@
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.config import TrainingSettings, parse_settings, run_recipe
 from pedgpt.training.distributed import World, gather_rows, gather_weights, shard, start, stop
-from pedgpt.training.loop import finish, is_finished, mean_loss, train
+from pedgpt.training.loop import finish, is_finished, mean_loss, run_date, train
 from pedgpt.training.metrics import ChosenLikelihoodWatch
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "is_finished",
     "mean_loss",
     "parse_settings",
+    "run_date",
     "run_recipe",
     "shard",
     "start",
