@@ -105,7 +105,7 @@ def read_rows(
 
     Elements of a JSON list and rows of a .parquet or .xlsx are numbered, from 1, in place of lines; those of a
     workbook's second and later sheets are "sheet:row". With `triples` a .tsv needs no header and its quotes are text.
-    A table without one of `columns` is a ValueError, as is a file whose encoding is unknown.
+    A table with some of `columns`, but not all, is a ValueError, as is a file whose encoding is unknown.
     """
     line: int | str = 0
     try:
@@ -346,10 +346,10 @@ def _table(
 
 
 def check_header(place: str, names: list[str], columns: Collection[str]) -> None:
-    """Raise ValueError if a table's columns cannot be told apart, are no text, or lack one of `columns`."""
+    """Raise ValueError if a table's columns cannot be told apart, are no text, or are only some of `columns`."""
     if unfit := not_utf8(",".join(names)):
         raise ValueError(f"{place}: {unfit}")
-    if lacking := set(columns) - set(names):
+    if (lacking := set(columns) - set(names)) and lacking != set(columns):  # without any, its own names are known ones
         raise ValueError(f"{place}: found columns {', '.join(names)}, expected {', '.join(lacking)}; mend `columns`")
     if twice := {name for name in names if name and names.count(name) > 1}:
         raise ValueError(f"{place}: found the column {', '.join(twice)} twice, expected it once; rename one")

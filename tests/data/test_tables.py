@@ -68,7 +68,7 @@ def test_english_utf16_and_ascii_before_chinese_are_told_apart(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"question": "How high is a fever?", "answer": "38 degrees."}\n'.encode("utf-16-be"))
     assert said(read_conversations(path)) == [("How high is a fever?", "38 degrees.")]
-    ascii_rows = '{"question": "q", "answer": "a"}\n' * 40_000  # more than is looked at in one piece
+    ascii_rows = '{"question": "q", "answer": "a"}\n' * 9_000  # more than is looked at in one piece
     path.write_bytes((ascii_rows + dumps(QA[0]) + "\n").encode("gb18030"))
     assert said(read_conversations(path))[-1] == SAID[0]
 
@@ -306,7 +306,10 @@ def test_columns_may_have_any_name(tmp_path, name):
     assert said(read_conversations(path, columns=columns)) == [("问", "答")]
     assert detect_kind(path, columns) == "conversations"
     with pytest.raises(ValueError, match="nowhere"):
-        read_conversations(path, columns={"question": "nowhere"})
+        read_conversations(path, columns={"question": "q text", "answer": "nowhere"})
+    with pytest.warns(UserWarning, match="found none of the columns body, so its own names are used"):
+        with pytest.raises(ValueError, match="missing field"):
+            read_conversations(path, columns={"answer": "body"})
 
 
 def test_other_kinds_have_columns_too(tmp_path):
