@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from pedgpt.corpus import Split, diseases, read_listing
 from pedgpt.corpus.assemble import Assembly, Limits
@@ -46,6 +47,7 @@ ANSWERS = {
 
 @dataclass
 class Config:
+    lock_beside: ClassVar[bool] = True
     source: str  # TOML that lists the sources, or a folder of them, or one file
     output: str  # folder for the corpus; an earlier corpus in it is replaced once the new one is complete
     teacher: str = ""  # TOML of an OpenAI-compatible chat endpoint; empty: offline, by templates

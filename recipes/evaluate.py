@@ -13,6 +13,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -43,6 +44,7 @@ TASKS = {"medkqa": "MedKQ&A", "evidiag": "EviDiag", "trerecom": "TreRecom"}
 
 @dataclass
 class Config:
+    lock_beside: ClassVar[bool] = True
     model: str  # folder of the model
     heldout: str  # folder of held-out data
     output: str = ""  # JSON file for the results; empty: print only

@@ -29,7 +29,7 @@ from pedgpt.adapters.inject import (
     set_adapter,
 )
 from pedgpt.adapters.lora import AdaptedLinear
-from pedgpt.files import settle, write_text
+from pedgpt.files import naming_full_disk, settle, write_text
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LORA, EXPERTS, PUBLISHED = "LORA", "PEDGPT_EXPERTS", "the published MoE-Adapter"
@@ -110,8 +110,12 @@ def save_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHTS}.tmp"
-    save_file(weights, temporary, metadata={"format": "pt", **({_BASE: base_weights} if base_weights else {})})
-    settle(temporary, folder / WEIGHTS)
+    try:
+        with naming_full_disk(folder / WEIGHTS, sum(weight.nbytes for weight in weights.values())):
+            save_file(weights, temporary, metadata={"format": "pt", **({_BASE: base_weights} if base_weights else {})})
+        settle(temporary, folder / WEIGHTS)
+    finally:
+        temporary.unlink(missing_ok=True)
     write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pedgpt.files import settle, sync
+from pedgpt.files import naming_full_disk, settle, sync
 from pedgpt.kernels.linear_logps import SHORTEST
 from pedgpt.models.config import ModelConfig, parse_json
 from pedgpt.models.transformer import Transformer
@@ -308,7 +308,8 @@ def _write(config: ModelConfig, folder: Path, weights: Iterable[tuple[str, Tenso
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{WEIGHTS}.{len(parts) + 1}.tmp"
         parts.append((part, list(shard)))
-        save_file(shard, part, metadata={"format": "pt"})
+        with naming_full_disk(folder / WEIGHTS, total):
+            save_file(shard, part, metadata={"format": "pt"})
         shard.clear()
 
     try:

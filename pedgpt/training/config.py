@@ -11,10 +11,11 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from pedgpt.files import nearest, read_toml, toml_place
+from pedgpt.files import DiskFull, disk_full, full_disk, nearest, read_toml, sole_writer, toml_place
 from pedgpt.training.distributed import stop
 
 C = TypeVar("C")
@@ -40,8 +41,8 @@ class TrainingSettings:
     save_dtype: str = ""  # of the trained weights on disk: float32 or bfloat16; empty: a model as dtype, else float32
     activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
     evaluate_every: int = 0  # steps between evaluations on held-out rows; 0: only at the end
-    checkpoint_every: int = 0  # steps between checkpoints; 0: none
-    keep_checkpoints: int = 1  # how many of the last checkpoints stay on disk
+    checkpoint_every: int | str = "auto"  # steps between checkpoints; auto: about 5 % of the time goes to them; 0: none
+    keep_checkpoints: int = 2  # how many of the last checkpoints stay on disk
     seed: int = 0  # of the data order, the initial adapters and all noise
     device: str = "auto"  # auto, cpu or cuda
 
@@ -53,7 +54,10 @@ class TrainingSettings:
         for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("max_steps", "evaluate_every", "checkpoint_every", "max_grad_norm", "weight_decay"):
+        every = self.checkpoint_every
+        if every != "auto" and not (isinstance(every, int) and every >= 0):
+            raise ValueError(f'checkpoint_every must be "auto" or a number of steps, found {every!r}')
+        for name in ("max_steps", "evaluate_every", "max_grad_norm", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
         for name in ("epochs", "learning_rate"):
@@ -93,30 +97,56 @@ def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
     return cls(**converted)
 
 
-def run_recipe(main: Callable[[C], None], cls: type[C]) -> None:
+def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: bool = True) -> None:
     """Call `main` with settings from the command line; a user's mistake ends in one line instead of a traceback.
 
-    With PEDGPT_TRACEBACK=1 in the environment the traceback is shown.
+    A recipe with a setting `output` holds a lock on that folder; on a file, or a folder that is replaced as a whole,
+    where `cls.lock_beside` is true. With PEDGPT_TRACEBACK=1 in the environment the traceback is shown.
     """
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
         print(describe_settings(cls))
         return
+    output = ""
     try:
-        main(parse_settings(cls, arguments))
-        stop()
-    except (ValueError, OSError) as error:
-        if os.environ.get("PEDGPT_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # Other ranks may wait for this one in a collective: leave at once, torchrun ends them.
-        os._exit(2)
+        config = parse_settings(cls, arguments)
+        output = str(getattr(config, "output", ""))
+        writes = lock and output and os.environ.get("RANK", "0") == "0"
+        with sole_writer(output, beside=getattr(cls, "lock_beside", False)) if writes else nullcontext():
+            main(config)
+            stop()
+    except BaseException as error:
+        leave(error, output)
     if "RANK" in os.environ:
         # Gloo's threads may still drop tensors while the interpreter shuts down, which aborts a run that has succeeded
         # (pytorch/pytorch#179291): leave without that.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def leave(error: BaseException, output: str = "") -> NoReturn:
+    """End a recipe: a user's mistake, a full disk or a signal in one line, and anything else with its traceback."""
+    reason = None if isinstance(error, DiskFull) else full_disk(error)
+    if isinstance(error, SystemExit):  # a run that was stopped has said so
+        code = error.code if isinstance(error.code, int) else 1
+    elif isinstance(error, KeyboardInterrupt):
+        code, line = 130, "stopped by Ctrl-C; the same command goes on, or starts anew"
+    elif reason:
+        code, line = 2, f"error: {disk_full(getattr(error, 'filename', None) or output or '.', 0, reason)}"
+    elif isinstance(error, ValueError | OSError):
+        code, line = 2, f"error: {error}"
+    elif isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error)):
+        code, line = 2, "error: another process of this run has ended, and says why"
+    else:
+        raise error
+    if code == 2 and os.environ.get("PEDGPT_TRACEBACK"):
+        raise error
+    with suppress(OSError):  # standard error may be a file on a full disk
+        if not isinstance(error, SystemExit):
+            print(line, file=sys.stderr, flush=True)
+    # Other ranks may wait for this one in a collective: leave at once, torchrun ends them.
+    os._exit(code)
 
 
 def describe_settings(cls: type) -> str:
@@ -175,8 +205,11 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a s
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
     """A TOML value, or the list of strings that followed a flag, as the type of the field."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    kind = next(option for option in options if option is not types.NoneType)
+    if isinstance(kind, types.UnionType):  # such as int | str: the first type that fits
+        *first, kind = [option for option in typing.get_args(kind) if option is not types.NoneType]
+        for option in first:
+            with suppress(ValueError):
+                return _convert(name, value, option)
     if typing.get_origin(kind) is list:
         if isinstance(value, str):
             value = [value]
