@@ -91,13 +91,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a mistake, no UTF-8, a number of thousands of digits, deep nesting
         raise ValueError(f"{path}: not valid TOML ({error})") from None
 
 
 def toml_place(path: str | Path, key: str) -> str:
     """Where `key` is first set in a TOML file, for an error: "file.toml line 3"; without the line if it isn't found."""
-    pattern = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=|\s*\[+\s*{re.escape(key)}\s*[].]""")
+    pattern = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*[.=]|\s*\[+\s*{re.escape(key)}\s*[].]""")
     for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
         if pattern.match(line):
             return f"{path} line {number}"
@@ -110,3 +110,24 @@ def printable(text: str) -> str:
     Text from a model, a file or a checkpoint goes through it before it is shown.
     """
     return text.translate(_CONTROL)
+
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+
+def toml_value(place: str, value: Any, kind: type) -> Any:
+    """A TOML value of a `kind` (int, float, bool or str), an integer also as a float; else ValueError with the place."""
+    if kind is float and type(value) is int and abs(value) < 1 << 63:
+        return float(value)
+    if type(value) is kind and not (kind is int and not -(1 << 63) <= value < 1 << 63):
+        return value
+    found = repr(value)[:80] if type(value) is not int or value.bit_length() < 256 else "one of more than 64 bits"
+    if isinstance(value, bool):
+        found = "true" if value else "false"
+    elif isinstance(value, dict):
+        found = "a table"
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        found = "an array of tables"
+    elif hasattr(value, "isoformat"):
+        found = f"the date or time {value.isoformat()}"
+    raise ValueError(f"{place} must be {_KINDS[kind]}, found {found}")
