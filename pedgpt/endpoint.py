@@ -1,4 +1,4 @@
-"""A chat endpoint of the OpenAI kind, asked from several threads: deadline, retries, budget, and a cache of its answers.
+"""An OpenAI-compatible chat endpoint, asked from several threads: deadline, retries, budget, a cache of its answers.
 
 All requests run in one event loop, in a thread of its own: there every request, whatever the server makes it wait for,
 can be cancelled at its deadline or after Ctrl-C. Whoever asks waits for the answer in the thread that asked.
@@ -41,7 +41,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _AHEAD = 4  # items in flight per worker, so that one slow answer does not keep the others waiting
-_GRACE = 1.0  # seconds that answers in flight may take after Ctrl-C
+_GRACE = 0.5  # seconds that answers in flight may take after Ctrl-C
 _RETRIED = {408, 409, 425, 429}  # and all from 500
 _MAX_BODY = 16 << 20  # bytes, as sent and as decompressed
 _APPLICATION, _VERSION = 0x50656447, 1  # of the cache file: SQLite's application_id and user_version
@@ -215,19 +215,13 @@ class Endpoint:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind and not issubclass(kind, Exception):  # Ctrl-C, or a signal that ends the program
-            self.interrupt()
-        self.close()
+        interrupted = kind is not None and not issubclass(kind, Exception)  # by Ctrl-C, or a signal that ends all
+        self.close(_GRACE if interrupted else None)
 
-    def interrupt(self) -> None:
-        """Send nothing more, and give up what has not arrived one second from now."""
+    def close(self, grace: float | None = None) -> None:
+        """Send nothing more, let what is in flight arrive in the cache, for `grace` seconds at most, and close it."""
         with contextlib.suppress(EndpointFailure):
-            self._call(self._interrupt())
-
-    def close(self) -> None:
-        """Send nothing more, let what is in flight arrive in the cache, and close it."""
-        with contextlib.suppress(EndpointFailure):
-            self._call(self._close(), last=True)
+            self._call(self._close(grace), last=True)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -287,23 +281,20 @@ class Endpoint:
                 coroutine.close()
                 raise EndpointFailure(self._reason)
             self._closed = last
-            if last:
-                self._reason = self._reason or f"the {self.title} is closed"
+            self._reason = self._reason or last * f"the {self.title} is closed"
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except CancelledError:
             raise EndpointFailure(self._reason) from None
 
-    async def _interrupt(self) -> None:
-        self._stop("interrupted")
-        for task in self._pending.values():
-            self._loop.call_later(_GRACE, task.cancel)
-
-    async def _close(self) -> None:
+    async def _close(self, grace: float | None) -> None:
         self._halt.set()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*others, return_exceptions=True)
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            _, late = await asyncio.wait(others, timeout=grace)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
         await self._count_spent()
         await self._client.aclose()
         self._database.close()
@@ -320,19 +311,16 @@ class Endpoint:
         if found:
             return found[0]
         if key not in self._pending:
-            self._pending[key] = self._loop.create_task(self._fetch(key, payload))
-            self._pending[key].add_done_callback(lambda _: self._pending.pop(key))
+            self._pending[key] = self._loop.create_task(self._send(key, payload))
+            self._pending[key].add_done_callback(lambda task: self._sent(key, task))
         return await asyncio.shield(self._pending[key])
 
-    async def _fetch(self, key: str, payload: dict[str, Any]) -> str:
-        """Send until there is an answer; returns its text, committed."""
-        try:
-            return await self._send(key, payload)
-        except EndpointFailure:
-            self._usage.failures += 1
-            raise
+    def _sent(self, key: str, task: asyncio.Task[str]) -> None:
+        del self._pending[key]
+        self._usage.failures += task.cancelled() or isinstance(task.exception(), EndpointFailure)
 
     async def _send(self, key: str, payload: dict[str, Any]) -> str:
+        """Send until there is an answer; returns its text, committed."""
         s, body = self.settings, json.dumps(payload).encode()
         prompt = sum(len(str(message.get("content", ""))) for message in payload["messages"])
         unusable = 0
@@ -384,14 +372,14 @@ class Endpoint:
             raise _Again(self._shown(f"{type(error).__name__}: {error}")) from None
         finally:
             self._usage.unanswered += sent and not whole
-        data = _decoded(data, response.headers.get("Content-Encoding", "identity"))
+        answer = _decoded(data, response.headers.get("Content-Encoding", "identity"))
         try:
-            found = json.loads(data)
+            found = json.loads(answer)
         except (ValueError, RecursionError):
             found = None
         if 200 <= response.status_code < 300 and isinstance(found, dict):
             return found
-        said = f"HTTP {response.status_code}: {self._message(found, data)}"
+        said = f"HTTP {response.status_code}: {self._message(found, answer)}"
         self._refuse(response.status_code, said, response.headers.get("Retry-After"), json.loads(body)["messages"])
 
     def _refuse(self, status: int, said: str, later: str | None, messages: list[dict[str, Any]]) -> typing.NoReturn:
@@ -427,8 +415,7 @@ class Endpoint:
         usage = usage if isinstance(usage, dict) else {}
         prompt: Any = usage.get("prompt_tokens")
         completion: Any = usage.get("completion_tokens")
-        known = all(type(count) is int and bool(text) <= count < 1 << 40 for count in (prompt, completion))
-        if not known:
+        if not (known := all(type(n) is int and bool(text) <= n < 1 << 40 for n in (prompt, completion))):
             prompt, completion = (prompt_characters, len(text)) if text else (0, 0)
         with self._database:  # takes back what an interruption leaves half done
             self._sql("BEGIN IMMEDIATE")

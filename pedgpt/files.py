@@ -116,12 +116,13 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a s
 
 
 def toml_value(place: str, value: Any, kind: type) -> Any:
-    """A TOML value of a `kind` (int, float, bool or str), an integer also as a float; else ValueError with the place."""
-    if kind is float and type(value) is int and abs(value) < 1 << 63:
+    """A TOML value of `kind` (int, float, bool or str), an integer also as a float; ValueError naming the place."""
+    too_large = type(value) is int and not -(1 << 63) <= value < 1 << 63
+    if kind is float and type(value) is int and not too_large:
         return float(value)
-    if type(value) is kind and not (kind is int and not -(1 << 63) <= value < 1 << 63):
+    if type(value) is kind and not too_large:
         return value
-    found = repr(value)[:80] if type(value) is not int or value.bit_length() < 256 else "one of more than 64 bits"
+    found = "one of more than 64 bits" if too_large else repr(value)[:80]
     if isinstance(value, bool):
         found = "true" if value else "false"
     elif isinstance(value, dict):

@@ -1,7 +1,9 @@
 """An endpoint's answers are neither lost nor doubled nor paid twice, whatever the server and the machine do."""
 
+import base64
 import collections
 import dataclasses
+import html
 import importlib.util
 import itertools
 import json
@@ -16,12 +18,24 @@ import sys
 import threading
 import time
 import traceback
+import tracemalloc
+import urllib.parse
 from pathlib import Path
 
 import httpx
 import pytest
 
-from pedgpt.endpoint import BudgetSpent, Endpoint, EndpointFailure, EndpointSettings, Unusable, in_order, load_endpoint
+from pedgpt.endpoint import (
+    BudgetSpent,
+    Endpoint,
+    EndpointFailure,
+    EndpointSettings,
+    Unusable,
+    _retry_after,
+    _spellings,
+    in_order,
+    load_endpoint,
+)
 
 HERE = Path(__file__).resolve()
 spec = importlib.util.spec_from_file_location("chat_server", HERE.parent / "corpus" / "chat_server.py")
@@ -193,6 +207,47 @@ def test_a_late_answer_is_cut_off(tmp_path, fault):
                 endpoint.ask(user("问" * 20))  # as a drip it takes over 4 seconds, with 0.02 between bytes
             assert 0.29 < time.monotonic() - start < 1.5
             assert endpoint.usage.unanswered == 1
+
+
+@pytest.mark.parametrize("fault", [*chat_server.ENDLESS, "gzip bomb", "br"])
+def test_no_server_keeps_a_request_beyond_its_deadline_or_fills_the_memory(tmp_path, fault):
+    tracemalloc.start()
+    with ChatServer(behave=lambda request, nth: fault if "坏" in request.question else "good") as server:
+        with Endpoint(settings(server, timeout=0.3, max_retries=1), tmp_path / "c") as endpoint:
+            start = time.monotonic()
+            with pytest.raises(EndpointFailure, match="no answer from .* in 2 requests"):
+                endpoint.ask(user("坏"))
+            assert time.monotonic() - start < 1.5
+            assert len(server.log) == 2
+            assert endpoint.ask(user("好")) == expected("好")  # the connections of the others
+    assert tracemalloc.get_traced_memory()[1] < 80 << 20
+    tracemalloc.stop()
+
+
+def test_a_compressed_answer_is_read(tmp_path):
+    with ChatServer(behave=scripted("gzip")) as server, Endpoint(settings(server), tmp_path / "c") as endpoint:
+        assert endpoint.ask(user("问")) == expected("问")
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("5", 5.0), ("-5", 0.0), ("nan", None), ("inf", math.inf), ("1e400", math.inf), ("", None), ("soon", None),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("Mon, 01 Jan 0001 00:00:00 +2359", 0.0),
+        ("Fri, 99 Dec 9999 23:59:59 GMT", None), ("Fri, 31 Dec 99999 23:59:59 GMT", None),
+        ("Fri, 31 Dec 2026 23:59:59 +9999999", None), ("Fri, 31 Dec 2026 25:61:61 GMT", None),
+    ],
+)  # fmt: skip
+def test_no_retry_after_header_confuses(value, seconds):
+    assert _retry_after(value) == seconds
+
+
+@pytest.mark.parametrize("value", ["Fri, 31 Dec 9999 23:59:59 GMT", "Fri, 31 Dec 9999 23:59:59 -2359", "inf", "1e30"])
+def test_a_wait_until_the_year_9999_is_longer_than_allowed(tmp_path, value):
+    with ChatServer(behave=scripted("503 later"), retry_after=value) as server:
+        with Endpoint(settings(server), tmp_path / "c") as endpoint:
+            with pytest.raises(EndpointFailure, match="seconds, longer than max_wait = 120"):
+                endpoint.ask(user("问"))
 
 
 @pytest.mark.parametrize("status", [400, 404, 422, 402, 413, 418])
@@ -397,7 +452,7 @@ import logging
 logging.basicConfig(level=logging.DEBUG)
 from pedgpt.endpoint import Endpoint, EndpointSettings, in_order
 url, cache, first, last, workers = sys.argv[1:6]
-settings = EndpointSettings(url=url, model="tiny", key_variable="TEACHER_KEY", retry_wait=0.01, concurrency=int(workers))
+settings = EndpointSettings(url, "tiny", key_variable="TEACHER_KEY", retry_wait=0.01, concurrency=int(workers))
 with Endpoint(settings, cache) as endpoint:
     ask = lambda i: endpoint.ask([{"role": "user", "content": f"第{i}问"}])
     for answer in in_order(range(int(first), int(last)), ask, workers=int(workers), desc="rows", endpoints=[endpoint]):
@@ -486,6 +541,35 @@ def test_the_key_is_shown_and_kept_nowhere(tmp_path, capfd, caplog):
     for text in (*shown, out.out, out.err, caplog.text, kept.decode("utf-8", "replace")):
         assert KEY not in text and KEY[3:] not in text
     assert "POST" in caplog.text  # the libraries did log
+
+
+def test_the_key_is_masked_however_a_server_spells_it(tmp_path):
+    quoted = urllib.parse.quote(KEY, safe="")
+    spelled = [
+        KEY, quoted, quoted.lower(), urllib.parse.quote(quoted, safe=""), KEY.replace("/", "\\/"), KEY.encode().hex(),
+        "".join(f"\\u{ord(char):04x}" for char in KEY), html.escape(KEY), KEY.replace("/", "&sol;"),
+        "".join(f"&#{ord(char)};" for char in KEY), "".join(f"&#x{ord(char):X};" for char in KEY),
+    ]  # fmt: skip
+    for encode in (base64.b64encode, base64.urlsafe_b64encode):
+        spelled += [encode(b"me:"[:n] + KEY.encode() + b";"[:m]).decode() for n in range(4) for m in (0, 1)]
+    for form in spelled:
+        found = _spellings(KEY).sub("***", f"键 {form} 。")
+        assert found.startswith("键 ***") and found.endswith(" 。") and len(found) < 12, form
+    text = "头孢克肟 4mg/kg sk-TestKey/0123+455= " + base64.b64encode(b"another key, of another user").decode()
+    assert _spellings(KEY).sub("***", text) == text
+    # A body that is no JSON, with the key written for JSON; and a JSON error with the key in a URL.
+    for form in (spelled[6], quoted):
+        with ChatServer(behave=scripted("400"), echo=form) as server:
+            with Endpoint(settings(server), tmp_path / "c") as endpoint:
+                with pytest.raises(EndpointFailure, match=r"400 for \*\*\*"):
+                    endpoint.ask(user("问"))
+
+
+def test_a_servers_words_hold_nothing_that_a_terminal_obeys(tmp_path):
+    with ChatServer(behave=scripted("400"), echo="\x1b]0;title\x07\x1b[2J\u202e\u2028 plain") as server:
+        with Endpoint(settings(server), tmp_path / "c") as endpoint, pytest.raises(EndpointFailure) as error:
+            endpoint.ask(user("\x1b[31m问"))
+    assert all(char.isprintable() for char in str(error.value)) and "plain" in str(error.value)
 
 
 # Order
@@ -583,6 +667,33 @@ def test_an_interrupted_run_does_not_wait_to_retry(tmp_path):
             list(in_order(QUESTIONS, lambda q: endpoint.ask(user(q)), workers=4, endpoints=[endpoint]))
         assert 1 <= len(server.log) <= 4  # whoever is late already waits for the first
         assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("where", ["alone", "while waiting for a thread", "while using a result"])
+def test_ctrl_c_ends_within_two_seconds_though_requests_hang(tmp_path, where):
+    sent = []
+
+    def interrupt(count):
+        while len(server.log) < count:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = threading.active_count()
+    with ChatServer(behave=lambda request, nth: "good" if request.question == "0" else "hang") as server:
+        with pytest.raises(KeyboardInterrupt), Endpoint(settings(server, timeout=60.0), tmp_path / "c") as endpoint:
+            threading.Thread(target=interrupt, args=[1 if where == "alone" else 4]).start()
+            if where == "alone":
+                endpoint.ask(user("问"))
+            for _ in in_order(map(str, range(50)), lambda q: endpoint.ask(user(q)), workers=4):
+                if where == "while using a result":
+                    time.sleep(30)
+        assert time.monotonic() - sent[0] < 2
+        usage = endpoint.usage
+        assert usage.requests == len(server.log) <= 5 and usage.unanswered == usage.requests - usage.answered
+    time.sleep(0.1)
+    assert threading.active_count() <= before  # no thread waits for the server any more
 
 
 def test_closing_waits_for_what_is_in_flight(tmp_path):
