@@ -117,18 +117,26 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a s
 
 def toml_value(place: str, value: Any, kind: type) -> Any:
     """A TOML value of `kind` (int, float, bool or str), an integer also as a float; ValueError naming the place."""
-    too_large = type(value) is int and not -(1 << 63) <= value < 1 << 63
-    if kind is float and type(value) is int and not too_large:
+    fits = type(value) is not int or -(1 << 63) <= value < 1 << 63
+    if kind is float and type(value) is int and fits:
         return float(value)
-    if type(value) is kind and not too_large:
+    if type(value) is kind and fits:
         return value
-    found = "one of more than 64 bits" if too_large else repr(value)[:80]
+    size = "" if fits else " of at most 64 bits"
+    raise ValueError(f"{place} must be {_KINDS[kind]}{size}, found {toml_shown(value)}")
+
+
+def toml_shown(value: Any) -> str:
+    """A TOML value, or what kind of thing it is, for an error."""
     if isinstance(value, bool):
-        found = "true" if value else "false"
-    elif isinstance(value, dict):
-        found = "a table"
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        found = "an array of tables"
-    elif hasattr(value, "isoformat"):
-        found = f"the date or time {value.isoformat()}"
-    raise ValueError(f"{place} must be {_KINDS[kind]}, found {found}")
+        return "true" if value else "false"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"one of {value.bit_length()} bits"
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "an array of tables"
+    if hasattr(value, "isoformat"):
+        return f"the date or time {value.isoformat()}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"

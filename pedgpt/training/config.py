@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import json
 import math
 import os
 import re
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
-from pedgpt.files import nearest, read_toml, toml_place
+from pedgpt.files import nearest, printable, read_toml, toml_place, toml_shown, toml_value
 from pedgpt.training.distributed import stop
 
 C = TypeVar("C")
@@ -68,19 +72,22 @@ class TrainingSettings:
 def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
     """Fill the dataclass `cls` from `--config file.toml` and then from `--key value` flags, which win.
 
-    A list field takes several values. Raises ValueError for an unknown key (with the nearest known one), a value of the
-    wrong type, a missing required field or an unreadable file.
+    A list field takes several values; of a repeated flag the last counts. Raises ValueError for an unknown key (with
+    the nearest known one), a value of the wrong type, a missing required field or an unreadable file.
     """
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     kinds = typing.get_type_hints(cls)
     flags = _split_flags(arguments)
-    values: dict[str, Any] = {}
+    converted: dict[str, Any] = {}
     if "config" in flags:
-        values |= _read_toml(_single("config", flags.pop("config")), known)
+        file = _single("config", flags.pop("config"))
+        for name, value in read_toml(file).items():
+            place = f"{toml_place(file, name)}: {name}"
+            _require_known(name, known, place)
+            converted[name] = _convert(place, value, kinds[name])
     for name, given in flags.items():
         _require_known(name, known, "--" + name.replace("_", "-"))
-        values[name] = given
-    converted = {name: _convert(name, value, kinds[name]) for name, value in values.items()}
+        converted[name] = _convert(name, given, kinds[name], flag=True)
     missing = [
         name
         for name, f in known.items()
@@ -94,8 +101,11 @@ def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
 def run_recipe(main: Callable[[C], None], cls: type[C]) -> None:
     """Call `main` with settings from the command line; a user's mistake ends in one line instead of a traceback.
 
-    With PEDGPT_TRACEBACK=1 in the environment the traceback is shown.
+    Whatever is printed shows on a terminal without acting on it. With PEDGPT_TRACEBACK=1 in the environment the
+    traceback is shown.
     """
+    make_printable(sys.stdout)
+    make_printable(sys.stderr, "\r")  # a progress bar goes back to the start of its line
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
         print(describe_settings(cls))
@@ -106,7 +116,8 @@ def run_recipe(main: Callable[[C], None], cls: type[C]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("PEDGPT_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell_torchrun(f"error: {error}")
+        print(printable(f"error: {error}"), file=sys.stderr, flush=True)
         # Other ranks may wait for this one in a collective: leave at once, torchrun ends them.
         os._exit(2)
     if "RANK" in os.environ:
@@ -117,12 +128,33 @@ def run_recipe(main: Callable[[C], None], cls: type[C]) -> None:
         os._exit(0)
 
 
+def make_printable(stream: Any, kept: str = "") -> None:
+    """From now on, write out what a terminal would obey (except the character `kept`) and what the encoding lacks."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    if stream:  # no stream at all is None
+        write = partial(type(stream).write, stream)
+        stream.write = lambda text: write(kept.join(map(printable, text.split(kept))) if kept else printable(text))
+
+
+def tell_torchrun(line: str) -> None:
+    """Let torchrun's summary, which it prints last and at length, show this line as the cause."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        cause = {"message": printable(line), "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": cause}, file)
+
+
 def describe_settings(cls: type) -> str:
     """Every setting with its comment and default, for --help."""
     comments: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), flags=re.MULTILINE))
-    lines = [inspect.getdoc(sys.modules[cls.__module__]) or "", "", "settings (--config FILE.toml, --key value):"]
+    lines = [
+        inspect.getdoc(sys.modules[cls.__module__]) or "",
+        "",
+        "settings (--config FILE.toml, --key value; the last counts):",
+    ]
     for f in dataclasses.fields(cls):
         default = "required"
         if f.default is not dataclasses.MISSING:
@@ -139,7 +171,7 @@ def _split_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
     for argument in arguments:
         if re.match(r"--[A-Za-z]", argument):
             name, equals, value = argument[2:].partition("=")
-            current = flags.setdefault(name.replace("-", "_"), [])
+            current = flags[name.replace("-", "_")] = []  # of a repeated flag the last counts
             if equals:
                 current.append(value)
         elif current is None:
@@ -147,13 +179,6 @@ def _split_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
         else:
             current.append(argument)
     return flags
-
-
-def _read_toml(file: str, known: typing.Iterable[str]) -> dict[str, Any]:
-    values = read_toml(file)
-    for name in values:
-        _require_known(name, known, f"{toml_place(file, name)}: {name}")
-    return values
 
 
 def _require_known(name: str, known: typing.Iterable[str], where: str) -> None:
@@ -168,27 +193,24 @@ def _single(name: str, given: list[str]) -> str:
     return given[0]
 
 
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-
-
-def _convert(name: str, value: Any, kind: Any) -> Any:
+def _convert(name: str, value: Any, kind: Any, flag: bool = False) -> Any:
     """A TOML value, or the list of strings that followed a flag, as the type of the field."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    kind = next(option for option in options if option is not types.NoneType)
+    if isinstance(kind, types.UnionType):  # such as int | str: the first type that fits
+        *first, kind = [option for option in typing.get_args(kind) if option is not types.NoneType]
+        for option in first:
+            with contextlib.suppress(ValueError):
+                return _convert(name, value, option, flag)
     if typing.get_origin(kind) is list:
         if isinstance(value, str):
             value = [value]
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return value
-        raise ValueError(f"{name} must be a list of strings, found {value!r}")
-    if isinstance(value, list):
-        text = "true" if kind is bool and not value else _single(name, value)
-        try:
-            return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            raise ValueError(f"--{name} must be {_KINDS[kind]}, found {text!r}") from None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{name} must be {_KINDS[kind]}, found {value!r}")
-    return value
+        raise ValueError(f"{name} must be a list of strings, found {toml_shown(value)}")
+    if not flag:
+        return toml_value(name, value, kind)
+    text = "true" if kind is bool and not value else _single(name, value)
+    try:
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        value = text  # which is no such type
+    return toml_value(f"--{name}", value, kind)
