@@ -19,6 +19,8 @@ train=$RUN/corpus/train heldout=$RUN/corpus/heldout
 # Threads that wait leave their core to others: a little slower on an idle machine, much faster on a busy one.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
+trap 'printf "\nstopped; the same command goes on where it was\n" >&2; exit 130' INT
+
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 present() { # present FOLDER...: those that the corpus has, into the array `found`
   found=()

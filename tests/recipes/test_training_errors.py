@@ -37,7 +37,7 @@ def test_settings(lab, recipe, output, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for settings, message in (
         ({"learnin_rate": 1}, "--learnin-rate is no setting of this recipe; did you mean 'learning_rate'?"),
-        ({"config": misspelt}, f"{misspelt} line 1: learning_rat is no setting of this recipe; did you mean 'learning_rate'?"),
+        ({"config": misspelt}, f"{misspelt} line 1: learning_rat is no setting of this recipe; did you mean 'learn"),
         ({"config": broken}, f"{broken}: not valid TOML (Invalid value (at line 1, column 10))"),
         ({"config": tmp_path / "no.toml"}, f"{tmp_path}/no.toml: cannot be read (No such file or directory)"),
         ({"config": tmp_path}, f"{tmp_path}: cannot be read (Is a directory)"),
