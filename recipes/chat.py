@@ -71,8 +71,7 @@ def main(config: Config) -> None:
     sampling["stop_tokens"] = {*chat.stop_tokens, *sampling.get("stop_tokens", ())}
     limit = sampling["max_new_tokens"]
 
-    for file in (sys.stdin, sys.stdout):
-        file.reconfigure(errors="replace")  # a terminal's backspace may leave half a character behind
+    sys.stdin.reconfigure(errors="replace")  # a terminal's backspace may leave half a character behind
     system = config.system
     history: list[Message] = []
     print(f"{DISCLAIMER}\n(/help, /reset, /system TEXT, /quit)")
