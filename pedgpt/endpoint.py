@@ -41,7 +41,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _AHEAD = 4  # items in flight per worker, so that one slow answer does not keep the others waiting
-_GRACE = 0.5  # seconds that answers in flight may take after Ctrl-C
 _RETRIED = {408, 409, 425, 429}  # and all from 500
 _MAX_BODY = 16 << 20  # bytes, as sent and as decompressed
 _APPLICATION, _VERSION = 0x50656447, 1  # of the cache file: SQLite's application_id and user_version
@@ -215,13 +214,16 @@ class Endpoint:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        interrupted = kind is not None and not issubclass(kind, Exception)  # by Ctrl-C, or a signal that ends all
-        self.close(_GRACE if interrupted else None)
+        # Ctrl-C, or a signal that ends the program, waits for no server.
+        self.close(wait=kind is None or issubclass(kind, Exception))
 
-    def close(self, grace: float | None = None) -> None:
-        """Send nothing more, let what is in flight arrive in the cache, for `grace` seconds at most, and close it."""
-        with contextlib.suppress(EndpointFailure):
-            self._call(self._close(grace), last=True)
+    def close(self, *, wait: bool = True) -> None:
+        """Send nothing more, let what is in flight arrive in the cache, or give it up if not `wait`, and close it."""
+        if self._closed:
+            return
+        try:
+            self._call(self._close(wait), last=True)
+        finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -288,16 +290,15 @@ class Endpoint:
         except CancelledError:
             raise EndpointFailure(self._reason) from None
 
-    async def _close(self, grace: float | None) -> None:
+    async def _close(self, wait: bool) -> None:
         self._halt.set()
-        if others := asyncio.all_tasks() - {asyncio.current_task()}:
-            _, late = await asyncio.wait(others, timeout=grace)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-        await self._count_spent()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in () if wait else others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
         await self._client.aclose()
-        self._database.close()
+        with contextlib.closing(self._database):
+            await self._count_spent()
 
     async def _count_spent(self) -> None:
         self._spent = self._sql("SELECT prompt, completion, estimated FROM spent")
@@ -312,10 +313,10 @@ class Endpoint:
             return found[0]
         if key not in self._pending:
             self._pending[key] = self._loop.create_task(self._send(key, payload))
-            self._pending[key].add_done_callback(lambda task: self._sent(key, task))
+            self._pending[key].add_done_callback(lambda task: self._finish(key, task))
         return await asyncio.shield(self._pending[key])
 
-    def _sent(self, key: str, task: asyncio.Task[str]) -> None:
+    def _finish(self, key: str, task: asyncio.Task[str]) -> None:
         del self._pending[key]
         self._usage.failures += task.cancelled() or isinstance(task.exception(), EndpointFailure)
 
@@ -622,10 +623,10 @@ def _spellings(key: str) -> re.Pattern[str]:
     names: dict[str, list[str]] = {}
     for name, char in html.entities.html5.items():
         names.setdefault(char, []).append(name.removesuffix(";"))
-    forms = [
+    forms = [  # repeated escapes are bounded, because a server could send millions of backslashes
         "".join(
-            rf"(?:\\*{re.escape(char)}|%(?:25)*{ord(char):02x}|\\+(?:u00|x){ord(char):02x}|"
-            rf"&(?:amp;)*(?:#0*{ord(char)}|#x0*{ord(char):x}{''.join(f'|{name}' for name in names.get(char, ()))});)"
+            rf"(?:\\{{0,4}}(?:{re.escape(char)}|(?:u00|x){ord(char):02x})|%(?:25){{0,3}}{ord(char):02x}|&(?:amp;){{0,3}}"
+            rf"(?:#0{{0,5}}{ord(char)}|#x0{{0,4}}{ord(char):x}{''.join(f'|{name}' for name in names.get(char, ()))});)"
             for char in key
         ),
         key.encode().hex(),

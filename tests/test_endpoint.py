@@ -2,6 +2,7 @@
 
 import base64
 import collections
+import contextlib
 import dataclasses
 import html
 import importlib.util
@@ -217,7 +218,7 @@ def test_no_server_keeps_a_request_beyond_its_deadline_or_fills_the_memory(tmp_p
             start = time.monotonic()
             with pytest.raises(EndpointFailure, match="no answer from .* in 2 requests"):
                 endpoint.ask(user("坏"))
-            assert time.monotonic() - start < 1.5
+            assert time.monotonic() - start < 4  # on a busy machine; without a deadline most of these never end
             assert len(server.log) == 2
             assert endpoint.ask(user("好")) == expected("好")  # the connections of the others
     assert tracemalloc.get_traced_memory()[1] < 80 << 20
@@ -421,6 +422,17 @@ def test_a_second_run_sends_nothing_and_anything_else_is_another_question(tmp_pa
         assert len({request.key for request in server.log}) == len(server.log)
 
 
+def test_answers_that_an_earlier_version_kept_are_read(tmp_path):
+    settings = EndpointSettings(**GOOD, key_variable="")
+    Endpoint(settings, tmp_path / "c").close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "c")) as database, database:
+        # What this question was kept under when pedgpt.corpus.teacher was the client.
+        key = "ba668a1351e50b1ef0e18474a6f5f90cde253c7b2a1939472e607e2157e65048"
+        database.execute("INSERT INTO answers VALUES (?, ?)", (key, "旧"))
+    with Endpoint(settings, tmp_path / "c") as endpoint:
+        assert endpoint.ask(user("问")) == "旧"
+
+
 @pytest.mark.parametrize("kind", ["text", "version", "program", "folder", "cut"])
 def test_a_file_that_is_no_cache_is_refused_and_left_alone(tmp_path, kind):
     path = tmp_path / "c"
@@ -557,6 +569,10 @@ def test_the_key_is_masked_however_a_server_spells_it(tmp_path):
         assert found.startswith("键 ***") and found.endswith(" 。") and len(found) < 12, form
     text = "头孢克肟 4mg/kg sk-TestKey/0123+455= " + base64.b64encode(b"another key, of another user").decode()
     assert _spellings(KEY).sub("***", text) == text
+    start = time.monotonic()
+    for part in ("\\", "%25", "&amp;", "A", "sk-Tes"):
+        _spellings(KEY).sub("***", part * 50_000)
+    assert time.monotonic() - start < 5  # without bounds, backslashes alone take minutes
     # A body that is no JSON, with the key written for JSON; and a JSON error with the key in a URL.
     for form in (spelled[6], quoted):
         with ChatServer(behave=scripted("400"), echo=form) as server:
