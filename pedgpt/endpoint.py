@@ -42,7 +42,7 @@ R = TypeVar("R")
 
 _AHEAD = 4  # items in flight per worker, so that one slow answer does not keep the others waiting
 _RETRIED = {408, 409, 425, 429}  # and all from 500
-_MAX_BODY = 16 << 20  # bytes, as sent and as decompressed
+_MAX_BODY = 4 << 20  # bytes, as sent and as decompressed
 _APPLICATION, _VERSION = 0x50656447, 1  # of the cache file: SQLite's application_id and user_version
 _RANGES = {
     "temperature": (0, 2), "max_tokens": (1, 1e9), "concurrency": (1, 1024), "timeout": (1e-3, 86400),
