@@ -11,7 +11,7 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
-import html.entities
+import html
 import json
 import math
 import os
@@ -620,13 +620,10 @@ def _retry_after(value: str | None) -> float | None:
 
 def _spellings(key: str) -> re.Pattern[str]:
     """Finds a key as it is, and as a server may write it: in a URL, JSON, HTML, as hexadecimal digits or in base64."""
-    names: dict[str, list[str]] = {}
-    for name, char in html.entities.html5.items():
-        names.setdefault(char, []).append(name.removesuffix(";"))
     forms = [  # repeated escapes are bounded, because a server could send millions of backslashes
         "".join(
-            rf"(?:\\{{0,4}}(?:{re.escape(char)}|(?:u00|x){ord(char):02x})|%(?:25){{0,3}}{ord(char):02x}|&(?:amp;){{0,3}}"
-            rf"(?:#0{{0,5}}{ord(char)}|#x0{{0,4}}{ord(char):x}{''.join(f'|{name}' for name in names.get(char, ()))});)"
+            rf"(?:\\{{0,4}}(?:{re.escape(char)}|(?:u00|x){ord(char):02x})|%(?:25){{0,3}}{ord(char):02x}|"
+            rf"&(?:amp;){{0,3}}(?:{re.escape(html.escape(char).strip('&;'))}|#0{{0,5}}{ord(char)}|#x0{{0,4}}{ord(char):x});)"
             for char in key
         ),
         key.encode().hex(),

@@ -49,7 +49,7 @@ def test_runs_and_a_corpus_have_the_umasks_permissions(lab, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     lines = (SAMPLE / "knowledge_graph.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
-    (source / "graph.tsv").write_text("".join(lines[:60]), encoding="utf-8")
+    (source / "图\x1b[2J\r.tsv").write_text("".join(lines[:60]), encoding="utf-8")
     with masked(0o027):
         shorter = {"max_steps": 1, "checkpoint_every": 1}
         for recipe in ("continued_pretrain", "dfpo"):
@@ -60,3 +60,5 @@ def test_runs_and_a_corpus_have_the_umasks_permissions(lab, tmp_path):
         result = lab.call("build_corpus", ["--source", str(source), "--output", str(tmp_path / "corpus")])
         assert result.code == 0, result.err
         check(tmp_path / "corpus", 0o027, 10)
+        # What is printed of it, the file's name above all, does nothing to a terminal.
+        assert not set("\x1b\r") & set(result.out + result.err.replace("\r", "")) and "图\\x1b[2J\\x0d" in result.out
