@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pedgpt.files import write_text
 from pedgpt.training.batches import BatchPlan
-from pedgpt.training.checkpoint import refuse_changes
+from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, autocast, barrier, reshard, sum_over_ranks
 from pedgpt.training.keeping import Checkpoints, StopRequest

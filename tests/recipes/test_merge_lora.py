@@ -123,3 +123,25 @@ def test_infinite_weights_are_not_written(lab, folders):
     result = lab.call("merge_lora", [*arguments(folders), "--dtype", "float16"])
     assert result.code == 2 and "give --dtype float32 or bfloat16" in result.err
     assert not (folders / "merged").exists()
+
+
+def test_universal_only_merges_the_expert_that_is_always_on_and_says_what_is_left_out(lab, folders):
+    result = lab.call("merge_lora", [*arguments(folders, "experts"), "--universal_only"])
+    assert result.code == 0, result.err
+    merged, model = load_model(folders / "merged"), load_model(folders / "base")
+    load_adapter(model, folders / "experts")
+    tokens = load_tokenizer(folders / "base").encode(lab.module("merge_lora").TEXT)
+    with torch.no_grad():
+        change = (merged(torch.tensor([tokens])) - model.eval()(torch.tensor([tokens]))).abs()
+        for layer in adapted_layers(model).values():
+            a, b = layer.universal_expert
+            layer.weight += layer.scaling * (b @ a)
+    state = model.state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=1e-6)
+    assert "merged into 8 layers" in result.out and "left out: 3 specific experts with their router" in result.out
+    mean, most = re.search(r"by (\S+) on average and (\S+) at most", result.out).groups()
+    assert float(mean) == pytest.approx(change.mean().item(), rel=0.01) and float(most) > float(mean) > 0
+    assert float(most) == pytest.approx(change.max().item(), rel=0.01)
+    result = lab.call("merge_lora", [*arguments(folders), "--universal_only"])
+    assert result.code == 2 and "universal_only is for experts" in result.err
