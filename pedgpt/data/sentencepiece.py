@@ -1,8 +1,8 @@
 """SentencePiece BPE models (`tokenizer.model`), read without protobuf and converted to `tokenizers`.
 
 Format: google/sentencepiece's `sentencepiece_model.proto`. Behaviour: its `normalizer.cc`, `bpe_model.cc` and
-`sentencepiece_processor.cc`. Where several pieces share a score, `LeftmostMerges` corrects the ids of `tokenizers`; what
-cannot be reproduced is refused. So equal text gives equal ids.
+`sentencepiece_processor.cc`. Where pieces share a score, `LeftmostMerges` corrects the ids of `tokenizers`; what cannot
+be reproduced is refused. So equal text gives equal ids.
 """
 
 import contextlib
@@ -80,39 +80,67 @@ class LeftmostMerges:
     A text can be cut between two characters that stand side by side in no piece, because no merge crosses such a
     place in either library. What lies between two cuts is a chunk, and its ids depend on nothing but itself: each
     chunk is merged once in sentencepiece's order, and its ids are remembered.
+
+    NOTE: -0.0, the score of the first piece that was trained, equals 0.0, as for sentencepiece up to 0.2.1. Release
+    0.2.3 puts it below 0.0, which matters where a user's piece of score 0 overlaps that one piece.
     """
 
     def __init__(self, names: Sequence[str], scores: Sequence[float | None]) -> None:
         """The piece and the score of every id; the score is None for an id that no merge makes or uses."""
-        normal = [(i, name, score) for i, (name, score) in enumerate(zip(names, scores, strict=True)) if score is not None]
+        normal = [
+            (i, name, score) for i, (name, score) in enumerate(zip(names, scores, strict=True)) if score is not None
+        ]
         self.names, self.scores = names, scores
         self.ids = {name: i for i, name, _ in normal}
         self.made = {name: score for _, name, score in normal if len(name) > 1}
-        self.inside = {name[n : n + 2] for name in self.made for n in range(len(name) - 1)}
-        # The first and the last character of a piece; "" for any other id, so that there is a cut beside it.
+        count = Counter(self.made.values())
+        self.tied = {name: score for name, score in self.made.items() if count[score] > 1}
+        inside = defaultdict(set)  # the characters that follow this one in some piece
+        for name in self.made:
+            for one, next_one in pairwise(name):
+                inside[one].add(next_one)
+        # Of a piece: its first character, and those that follow its last one in some piece. An id that no merge makes
+        # or uses has neither, so that there is a cut beside it.
         self.first = defaultdict(str, {i: name[0] for i, name, _ in normal})
-        self.last = defaultdict(str, {i: name[-1] for i, name, _ in normal})
+        self.follow = defaultdict(set, {i: inside[name[-1]] for i, name, _ in normal})
         self.known: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def correct(self, ids: list[int]) -> list[int]:
         """sentencepiece's ids of the text for which `tokenizers` gives `ids`."""
-        first, last, inside, known = self.first, self.last, self.inside, self.known
-        cuts = [n for n, (a, b) in enumerate(pairwise(ids), start=1) if last[a] + first[b] not in inside]
+        first, follow, known, whole = self.first, self.follow, self.known, tuple(ids)
+        cuts = [n for n, (a, b) in enumerate(pairwise(ids), start=1) if first[b] not in follow[a]]
         found: list[int] = []
         for start, end in pairwise([0, *cuts, len(ids)]):
-            chunk = tuple(ids[start:end])
-            found += known.get(chunk) or self._merge(chunk)
+            chunk = whole[start:end]
+            found += known[chunk] if chunk in known else self._merge(chunk)
         return found
 
     def keep(self, ids: Iterable[int]) -> None:
         """Merge nothing across these ids: they are added tokens, which `tokenizers` finds before any merge."""
         for i in ids:
-            self.first[i] = self.last[i] = ""
+            self.first[i], self.follow[i] = "", set()
 
     def _merge(self, chunk: tuple[int, ...]) -> tuple[int, ...]:
-        if not chunk or not self.first[chunk[0]]:  # an id that no merge uses is a chunk of its own
-            return chunk
-        text = "".join([self.names[i] for i in chunk])
+        merged = chunk
+        if chunk and self.first[chunk[0]]:  # an id that no merge uses is a chunk of its own
+            text = "".join([self.names[i] for i in chunk])
+            merged = chunk if self._is_untied(text) else self._merge_leftmost(text)
+        if len(chunk) <= MAX_KNOWN_CHUNK:
+            if len(self.known) >= MAX_KNOWN:
+                self.known.clear()
+            self.known[chunk] = merged
+        return merged
+
+    def _is_untied(self, text: str) -> bool:
+        """Whether a text is short and no two pieces in it share a score, so that `tokenizers` is right."""
+        size = len(text)
+        if size > 16:
+            return False
+        parts = [text[start:end] for start in range(size) for end in range(start + 2, size + 1)]
+        scores = [self.tied[part] for part in parts if part in self.tied]
+        return len(set(scores)) == len(scores)
+
+    def _merge_leftmost(self, text: str) -> tuple[int, ...]:
         ends = {at: at + 1 for at in range(len(text))}  # where the symbol that begins here ends, and the reverse
         starts = {end: at for at, end in ends.items()}
         candidates: list[tuple[float, int, int]] = []
@@ -134,22 +162,15 @@ class LeftmostMerges:
                 propose(starts[start], end)
             if end in ends:
                 propose(start, ends[end])
-        merged = tuple(self.ids[text[start:end]] for start, end in ends.items())
-        if len(chunk) <= MAX_KNOWN_CHUNK:
-            if len(self.known) >= MAX_KNOWN:
-                self.known.clear()
-            self.known[chunk] = merged = chunk if merged == chunk else merged  # equal tuples are kept once
-        return merged
+        return tuple(self.ids[text[start:end]] for start, end in ends.items())
 
     def overlaps(self) -> Iterator[str]:
         """The texts in which two pieces of equal score overlap, so that one of them cannot be made."""
-        shared = {score for score, count in Counter(self.made.values()).items() if count > 1}
-        pieces = [(piece, score) for piece, score in self.made.items() if score in shared]
         begins = defaultdict(list)
-        for piece, score in pieces:
+        for piece, score in self.tied.items():
             for n in range(1, len(piece)):
                 begins[score, piece[:n]].append(piece)
-        for piece, score in pieces:
+        for piece, score in self.tied.items():
             for n in range(1, len(piece)):
                 yield from (piece + other[n:] for other in begins.get((score, piece[-n:]), ()) if other != piece)
 
@@ -186,7 +207,7 @@ def convert_sentencepiece(path: str | Path, cache: Path | None = None) -> tuple[
 
 
 def _leftmost(tokenizer: Tokenizer, scores: list[float | None] | None) -> LeftmostMerges | None:
-    return scores and LeftmostMerges([tokenizer.id_to_token(i) for i in range(len(scores))], scores)
+    return LeftmostMerges([tokenizer.id_to_token(i) or "" for i in range(len(scores))], scores) if scores else None
 
 
 def _read(path: Path) -> bytes:

@@ -155,8 +155,9 @@ class Tokenizer:
         examples = ", ".join(map(repr, (wrong or texts)[:3]))
         return (
             "this vocabulary has pieces that share a score. SentencePiece merges the leftmost of them first, which a"
-            f" tokenizer.json cannot say. Of {len(texts)} texts in which two such pieces overlap, it gives other ids for"
-            f" {len(wrong)}{f' ({examples})' if examples else ''}. A tool that reads {MODEL_FILE} itself gives equal ids"
+            f" tokenizer.json cannot say. It was tried on {len(texts)} texts in which two such pieces overlap, and"
+            f" gives other ids for {len(wrong)}{f' ({examples})' if examples else ''}. A tool that reads"
+            f" {MODEL_FILE} itself gives equal ids"
         )
 
     def _named(self, key: str) -> int | None:

@@ -202,26 +202,31 @@ def test_a_vocabulary_that_a_user_extended_with_pieces_of_score_0_gives_equal_id
     words = [word for word in windows(chinese, range(2, 7)) if word not in known][:2000]
     assert len(words) == 2000
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(train(name).read_bytes() + b"".join(piece(word, 0.0) for word in words))
+    # sentencepiece 0.2.3 puts the -0.0 of the first trained piece below 0.0; up to 0.2.1 they were equal.
+    base = train(name).read_bytes().replace(struct.pack("<Bf", 0x15, -0.0), struct.pack("<Bf", 0x15, 0.0))
+    path.write_bytes(base + b"".join(piece(word, 0.0) for word in words))
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(path))
     fresh = converter.convert_sentencepiece(path, tmp_path / "cache")
     ranks_were_wrong = 0
-    for tokenizer, leftmost in (fresh, converter.convert_sentencepiece(path, tmp_path / "cache")):
-        for _ in range(2000):
+    for (tokenizer, leftmost), count in (
+        (fresh, 400),
+        (converter.convert_sentencepiece(path, tmp_path / "cache"), 100),
+    ):
+        for _ in range(count):
             at = rng.randrange(len(chinese))
             text = rng.choice(["", " ", "３ ", "龘", "the "]) + chinese[at : at + rng.randint(5, 40)]
             ids = tokenizer.encode(text).ids
             assert leftmost and leftmost.correct(ids) == oracle.encode(text)
             assert tokenizer.decode(leftmost.correct(ids)) == oracle.decode(oracle.encode(text))
             ranks_were_wrong += ids != leftmost.correct(ids)
-    assert ranks_were_wrong > 1000
+    assert ranks_were_wrong > 250
 
 
 def test_a_long_text_without_a_cut_takes_time_in_proportion(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(HEAD + LETTERS + piece("ab") + piece("ba") + piece("bb") + piece("aa") + TAIL)
     tokenizer, leftmost = converter.convert_sentencepiece(path)
-    text = "".join(random.Random(0).choices("ab", k=50_000))
+    text = "".join(random.Random(0).choices("ab", k=20_000))
     assert leftmost
     start = time.perf_counter()
     ids = leftmost.correct(tokenizer.encode(text).ids)
