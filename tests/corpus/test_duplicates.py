@@ -27,7 +27,7 @@ def near(texts, **settings):
 def by_brute_force(texts, threshold=0.8):
     """Each row against every earlier kept one with the same numbers."""
     sets, kept, dropped = [], [], set()
-    counted = [planted.NUMBERS.findall(text) for text in texts]
+    counted = [planted.NUMBERS.findall(planted.plain(text)) for text in texts]
     for text in map(planted.plain, texts):
         sets.append({text[i : i + 5] for i in range(max(1, len(text) - 4))})
     for i, own in enumerate(sets):
