@@ -21,7 +21,9 @@ from pedgpt.corpus.build import Step, stages, table_of
 from pedgpt.corpus.decontaminate import Decontaminator
 from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, digest
 from pedgpt.corpus.quality import fault, normalize, scrub
+from pedgpt.corpus.role_play import subject
 from pedgpt.corpus.rows import Built, Dropped, map_texts, question, texts
+from pedgpt.corpus.sections import BETWEEN
 from pedgpt.corpus.sources import Source
 from pedgpt.corpus.split import Split, question_key
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record
@@ -30,6 +32,7 @@ KINDS = {Document: "documents", Conversation: "conversations", PreferencePair: "
 # Builders whose rows resemble others on purpose: the same fact in several phrasings, an answer as text. They are split
 # by disease and compared exactly alone.
 VARIANTS = ("graph/", "role_play", "preferences", "safety", "self_cognition", "answer")
+LONGEST_NAME = 20  # characters of a disease's or a drug's name; a longer title or fact is a sentence
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Assembly:
     built: Counter[str] = field(default_factory=Counter)  # readable rows by source, each written or listed in the end
     tables: Counter[str] = field(default_factory=Counter)  # rows in the spool, by table
     replaced: Counter[str] = field(default_factory=Counter)  # personal data, by kind
+    names: set[str] = field(default_factory=set)  # of diseases, drugs: rows that name others are no near duplicates
 
     def __post_init__(self) -> None:
         (self.folder / "reports").mkdir(parents=True)
@@ -136,6 +140,10 @@ class Assembly:
         key = digest(f"{KINDS[type(record)]}\n{everything}")
         if (first := self._seen.setdefault(key, len(self))) < len(self):
             return self.drop(Dropped(record.source, "exact duplicate", f"of {self._place(first)}"), source)
+        self.names.add(record.disease)
+        if isinstance(record, Document):
+            headings = (record.title, *record.source.split(BETWEEN)[1:])
+            self.names.update(subject(Document("", "", heading)) for heading in headings)
         if not builder.startswith(VARIANTS):
             self._near.add(everything)
             self._compared.append(len(self))
@@ -189,7 +197,9 @@ class Assembly:
     def finish(self, sample_share: float) -> Corpus:
         """Write the shards and reports. `sample_share` of the tasks' training rows go to stage 2 as well."""
         gone = bytearray(len(self))
-        similar = {self._compared[i]: (self._compared[j], share) for i, j, share in self._near.find()}
+        names = self.names | self.split.diseases
+        found = self._near.find(name for name in names if 1 < len(name) <= LONGEST_NAME)
+        similar = {self._compared[i]: (self._compared[j], share) for i, j, share in found}
         asked = set()  # diseases share first questions: 孩子发热、头痛，是怎么回事
         for _, (*_, builder, _, _), row in self._rows(
             i for i in range(len(self)) if self._heldout[i] and i not in similar

@@ -33,9 +33,9 @@ _HELD = dict(zip(".-/: ", "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4", strict=True))  # wha
 _MARKS = {held: mark for mark, held in _HELD.items()}
 _ABOVE = re.compile("[²³¹¼-¾⁰-₉①-⒛⓪-⓿❶-➓]")  # numbers by themselves: ①5天 is not 15天, and 10⁹ is not 109
 _BETWEEN = re.compile(r"[0-9０-９]\W+(?=[0-9０-９])")
-# HBsAg(-), HBsAg- and -2 are signs, IL-6 is a name.
+# HBsAg(-), HBsAg-, -2 and BE-2.5 are signs, IL-6 is a name; points are held already.
 _SIGN = re.compile(
-    r"[(（][-－−–—][)）]|(?<![A-Za-z－−–—-])[-－−](?=\d)|[-－−](?=\d+(?:[.．]\d|mmol|[°℃%]))|(?<=\w)[-－−](?![\w－−–—-])"
+    r"[(（][-－−–—][)）]|(?<![A-Za-z－−–—-])[-－−](?=\d)|[-－−](?=\d+(?:\ufdd0\d|mmol|[°℃%]))|(?<=\w)[-－−](?![\w－−–—-])"
 )
 _PER = re.compile(r"[/／](?=\s*(?:kg|d|h|min|次|日|天|周|公斤|千克|小时|分))", re.IGNORECASE)  # mg/kg/d
 # Zeros at the end of a decimal number that a unit follows: 7.10 without one may be a day of July.
