@@ -1,13 +1,18 @@
 """What the corpus filters find and what they leave alone, on generated rows whose truth is known.
 
     python benchmarks/bench_quality.py
+    python benchmarks/bench_quality.py --real FOLDER --half odd
 
 30,000 synthetic rows with planted duplicates; evaluation items planted in as many training rows; sentences with and
 without made-up personal data. All text is synthetic and means nothing medically.
+
+With --real, of the rows of real files whose hash is even or odd a fifth are taken as evaluation data: the rest that is
+found to overlap with it, and the near duplicates among all, are listed beside what they match, to be judged by eye.
 """
 
 # ruff: noqa: E501, for the lists of words
 
+import argparse
 import random
 import re
 import sys
@@ -15,6 +20,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from datetime import date, timedelta
+from pathlib import Path
 
 SLOTS = {
     "who": "宝宝 孩子 我家儿子 我女儿 小侄女 外孙 双胞胎里的老大 邻居家的小男孩 我弟弟家的娃 小家伙".split(),
@@ -306,7 +312,56 @@ def personal(rng: random.Random, count: int) -> Iterator[tuple[str, str, str]]:
         yield filled, expected, kind
 
 
+def list_real(folder: Path, half: str) -> None:
+    """Print the real rows of one half that the rules take, each with what it matches."""
+    from pedgpt.corpus.assemble import items, messages
+    from pedgpt.corpus.decontaminate import Decontaminator
+    from pedgpt.corpus.duplicates import NearDuplicates, digest
+    from pedgpt.corpus.quality import normalize
+    from pedgpt.corpus.rows import map_texts, number, question
+    from pedgpt.data import iter_records
+    from pedgpt.data.records import detect_kind
+
+    rows, near, against = [], NearDuplicates(), Decontaminator()
+    seen: dict[bytes, str] = {}
+    for path in sorted(folder.iterdir()):
+        try:
+            records = list(iter_records(path, detect_kind(path), on_bad_row="skip")) if path.suffix != ".md" else []
+        except ValueError as error:
+            print(f"{path.name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        for record in (map_texts(record, normalize) for record in records):
+            place, said = f"{path.name}:{record.source.rpartition(':')[2]}", messages(record)
+            if number("half", place) % 2 == (half == "odd") and seen.setdefault(digest("\n".join(said)), place) == place:
+                near.add("\n".join(said))
+                rows.append((place, record))
+    places = {place: messages(record) for place, record in rows}
+    training = [place for place, _ in rows if number("evaluation", place) % 5]
+    for place, record in rows:
+        for text in items(record) if number("evaluation", place) % 5 == 0 else ():
+            against.add(place, text, question=text == question(record))
+    for place in training:
+        against.count(places[place])
+    pairs = [(rows[i][0], rows[j][0], share) for i, j, share in near.find()]
+    near.close()
+    overlaps = [(place, *match) for place in training if (match := against.match(places[place]))]
+    for kind, found in (("near duplicate", pairs), ("overlap", overlaps)):
+        for place, other, share in found:
+            print(f"--- {kind}, {share:.2f}: {place} | {other}")
+            for one in (place, other):
+                print("   ", " ‖ ".join(text[:300] for text in places[one])[:900].replace("\n", " "))
+    print(f"{len(rows):,} rows, {len(training):,} of them for training: {len(pairs)} near duplicates, {len(overlaps)} overlaps")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", type=Path, help="folder of real rows")
+    parser.add_argument("--half", choices=("even", "odd"), default="even", help="rules are tuned on even rows alone")
+    arguments = parser.parse_args()
+    if arguments.real:
+        list_real(arguments.real, arguments.half)
+        return
+
     from pedgpt.corpus.decontaminate import Decontaminator
     from pedgpt.corpus.duplicates import NearDuplicates, digest
     from pedgpt.corpus.quality import scrub
@@ -334,6 +389,8 @@ def main() -> None:
     against = Decontaminator()
     for place, text, question in items:
         against.add(place, text, question)
+    for texts, _ in training:
+        against.count(texts)
     matched = [against.match(texts) is not None for texts, _ in training]
     for kind in ("inside", "edited", "respelled", "question", "answer"):
         hits = [found for found, (_, what) in zip(matched, training, strict=True) if what == kind]

@@ -25,7 +25,7 @@ from pedgpt.corpus.role_play import subject
 from pedgpt.corpus.rows import Built, Dropped, map_texts, question, texts
 from pedgpt.corpus.sections import BETWEEN
 from pedgpt.corpus.sources import Source
-from pedgpt.corpus.split import Split, question_key
+from pedgpt.corpus.split import Names, Split, question_key
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record
 
 KINDS = {Document: "documents", Conversation: "conversations", PreferencePair: "preferences"}
@@ -170,18 +170,8 @@ class Assembly:
         """Evaluation data: no training row may hold what it asks or answers."""
         for record in records:
             record = map_texts(record, lambda text: self._cleaned(text, count=False))
-            if isinstance(record, Document):
-                self._decontaminator.add(record.source, record.text)
-                continue
-            asked = question(record)
-            self._decontaminator.add(record.source, asked, question=True)
-            # What a patient says later means little by itself: 好的，谢谢医生的建议 is in many dialogues.
-            if isinstance(record, PreferencePair):
-                said = [record.chosen, record.rejected]
-            else:
-                said = [message.content for message in record.messages if message.role == "assistant"]
-            for text in said:
-                self._decontaminator.add(record.source, text)
+            for text in items(record):
+                self._decontaminator.add(record.source, text, not isinstance(record, Document) and text == question(record))
 
     def answers_as_text(self, table: str, conversations: tuple[str, ...], at_least: int = 20) -> None:
         """The answers of some tables' conversations as running text too, for a corpus that has no other."""
@@ -197,8 +187,8 @@ class Assembly:
     def finish(self, sample_share: float) -> Corpus:
         """Write the shards and reports. `sample_share` of the tasks' training rows go to stage 2 as well."""
         gone = bytearray(len(self))
-        names = self.names | self.split.diseases
-        found = self._near.find(name for name in names if 1 < len(name) <= LONGEST_NAME)
+        names = Names(question_key(name) for name in self.names | self.split.diseases if 1 < len(name) <= LONGEST_NAME)
+        self._decontaminator.names, found = names, self._near.find(names)
         similar = {self._compared[i]: (self._compared[j], share) for i, j, share in found}
         asked = set()  # diseases share first questions: 孩子发热、头痛，是怎么回事
         for _, (*_, builder, _, _), row in self._rows(
@@ -209,6 +199,8 @@ class Assembly:
                 asked.add(first)
             if not builder.startswith(VARIANTS):  # those share their wording, not their facts, with training rows
                 self.protect([record])
+        for _, _, row in self._rows(i for i in range(len(self)) if not self._heldout[i] and i not in similar):
+            self._decontaminator.count(messages(_record(row)))
         corpus = Corpus(self.folder, self.limits.shard_rows)
         contradictions = Contradictions(self.folder)
         for number, head, row in self._rows(range(len(self))):
@@ -223,7 +215,7 @@ class Assembly:
                 pass
             elif self._asked(record) in asked:
                 reason, detail = "asks a held-out question", question(record)
-            elif match := self._decontaminator.match(list(dict.fromkeys([question(record), *texts(record)]))):
+            elif match := self._decontaminator.match(messages(record)):
                 reason, detail = "overlaps with evaluation or held-out rows", f"{match[1]:.2f} of {match[0]}"
             if reason:
                 gone[number] = 1
@@ -383,6 +375,23 @@ def _as_row(record: Record) -> dict[str, Any]:
     if isinstance(record, PreferencePair):
         return {"prompt": _turns(record.prompt), "chosen": record.chosen, "rejected": record.rejected, **topic}
     return {"messages": _turns(record.messages), **({"task": record.task} if record.task else {}), **topic}
+
+
+def items(record: Record) -> list[str]:
+    """What an evaluation row asks and answers.
+
+    What a patient says later means little by itself: 好的，谢谢医生的建议 is in many dialogues.
+    """
+    if isinstance(record, Document):
+        return [record.text]
+    if isinstance(record, PreferencePair):
+        return [question(record), record.chosen, record.rejected]
+    return [question(record), *(message.content for message in record.messages if message.role == "assistant")]
+
+
+def messages(record: Record) -> list[str]:
+    """The texts of a record, what it asks first."""
+    return list(dict.fromkeys([question(record), *texts(record)]))
 
 
 def _turns(messages: Iterable[Message]) -> list[dict[str, Any]]:

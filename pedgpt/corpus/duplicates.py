@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
@@ -31,6 +31,7 @@ GRAM = 5
 PERMUTATIONS = 120
 BATCH = 2**16  # characters that are hashed at once
 CANDIDATES = 512  # kept rows that a row is compared with at most, those of its rarest buckets first
+NO_NAMES = Names()
 BLUR = 0.11  # three standard errors of a similarity of 0.8 as estimated from the signatures
 
 U32 = npt.NDArray[np.uint32]
@@ -115,17 +116,17 @@ class NearDuplicates:
             self._sign()
         return len(self._offsets) - 2
 
-    def find(self, names: Iterable[str] = ()) -> list[tuple[int, int, float]]:
+    def find(self, names: Names = NO_NAMES) -> list[tuple[int, int, float]]:
         """(row, the kept row that it repeats, their similarity) of each row to drop, in order.
 
-        `names` are words like those of diseases and drugs: rows that name others are different.
+        `names` are the keys of words like those of diseases and drugs: rows that name others are different.
         """
         self._sign()
         signatures = _read(self._signatures, np.uint16, PERMUTATIONS)
         bands = _read(self._bands, np.uint32, PERMUTATIONS // self._depth + 1)
-        known, said = Names(map(question_key, names)), np.zeros(len(bands), np.uint64)
+        said = np.zeros(len(bands), np.uint64)
         for row in np.flatnonzero((_buckets(bands)[0] >= 0).any(axis=1)).tolist():
-            said[row] = facts(self._key(row), known)
+            said[row] = facts(self._key(row), names)
         buckets, sizes = _buckets(bands ^ said.astype(np.uint32)[:, None])  # rows of other facts are not even compared
         room = np.minimum(sizes, CANDIDATES)
         start = np.cumsum(room) - room

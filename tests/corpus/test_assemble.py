@@ -263,6 +263,14 @@ def test_rows_that_name_another_drug_of_a_graph_or_a_heading_are_no_near_duplica
     assert [row["place"] for row in left] == ["in:丁芬"]  # 丙芬 and 丁芬 are names to nobody
 
 
+def test_an_evaluation_row_with_a_stock_answer_removes_no_training_row(assembled):
+    stock = "建议您带孩子到正规医院儿科就诊，在医生指导下用药。"
+    asked = ["咳嗽两周", "嘴角起泡", "夜里磨牙", "走路内八字", "头发稀黄", "耳朵流水"]
+    inputs = [[Step("", Built(talk(f"孩子{name}怎么办？", stock, source=name)))] for name in [*asked, "总揉眼睛"]]
+    _, _, rows, left = assembled(inputs, before=lambda a: a.protect([talk("孩子总揉眼睛怎么办？", stock, source="e:1")]))
+    assert [row["place"] for row in left] == ["总揉眼睛"]  # the one that asks the same
+
+
 ODD = st.text(
     st.one_of(
         st.characters(exclude_categories=["Cs"]),

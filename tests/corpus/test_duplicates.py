@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, digest, polarity
+from pedgpt.corpus.split import Names
 
 spec = importlib.util.spec_from_file_location(
     "bench_quality", Path(__file__).resolve().parents[2] / "benchmarks" / "bench_quality.py"
@@ -196,7 +197,7 @@ def test_texts_that_differ_in_a_number_a_unit_a_sign_or_a_known_name_are_no_near
     rows = NearDuplicates()
     for text in (one, other, one + "啊"):
         rows.add(AROUND.format(text))
-    found = rows.find(["布洛芬", "阿司匹林", "手足口病", "水痘"])
+    found = rows.find(Names(["布洛芬", "阿司匹林", "手足口病", "水痘"]))
     rows.close()
     assert [(i, j) for i, j, _ in found] == [(2, 0)]  # the third differs from the first in no such thing
 
