@@ -129,6 +129,8 @@ def main(config: Config) -> None:
             return in_order(inputs, work, workers=workers, desc=source.name, endpoints=list(filter(None, (ask, plain))))
 
         assembly = stack.enter_context(contextlib.closing(Assembly(building, limits, split)))
+        known = (disease.facts.values() for graph in graphs.values() for disease in graph)
+        assembly.names.update(name for facts in known for tails in facts for name in tails)
         for path, kind in kinds.items():
             assembly.protect(iter_records(path, kind))
 
