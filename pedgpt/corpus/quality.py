@@ -190,13 +190,18 @@ def scrub(text: str) -> tuple[str, Counter[str]]:
     if "叫" in text or "姓名" in text or "名字" in text or "姓 名" in text:
         rules.append(("姓名", _names(), bool))
     found: Counter[str] = Counter()
-    plain = text.translate(_simple_forms()) if rules else ""
+    plain = simplified(text) if rules else ""
     for kind, pattern, accepted in rules:
         for match in reversed([match for match in pattern.finditer(plain) if accepted(match)]):
             start, end = match.span("value")
             text, plain = (f"{form[:start]}【{kind}】{form[end:]}" for form in (text, plain))
             found[kind] += 1
     return text, found
+
+
+def simplified(text: str) -> str:
+    """The text, character by character, in simplified characters and half width, to be compared and not to be kept."""
+    return text.translate(_simple_forms())
 
 
 @cache
