@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import islice
 
@@ -17,7 +17,6 @@ DOMAINS = PEDIATRIC, GENERAL_MEDICAL, GENERAL = "pediatric", "general_medical", 
 
 _TREATMENT = re.compile(r"怎么治|如何治|怎样治|治疗|吃什么药|用什么药|怎么办|怎么处理|怎么调理|如何缓解|用药|方案")
 _WINDOW = 300  # characters that are looked at, of what is asked and of what is answered
-_LONGEST = 7  # characters of a word in the lists
 
 
 def classify(conversation: Conversation, pediatric: bool = False) -> str:
@@ -50,12 +49,11 @@ def domain_of(asked: str, answered: str) -> str:
     speaks of a child. templates/classify.toml has the words and what each counts.
     """
     asked, answered = (simplified(text).lower() for text in (asked, answered))
+    question, answer = asked[:_WINDOW], answered[:_WINDOW]
     medical, against_asked, against_answered = _counts()
-    question, answer = _pieces(asked[:_WINDOW]), _pieces(answered[:_WINDOW])
-    score = sum(medical[word] for word in medical.keys() & (question | answer))
-    score -= sum(against_asked[word] for word in against_asked.keys() & question)
-    score -= sum(against_answered[word] for word in against_answered.keys() & answer)
-    if min(map(chinese_share, (asked[:_WINDOW], asked[:_WINDOW] + answered[:_WINDOW]))) < 0.5:
+    score = _counted(medical, f"{question}\n{answer}")
+    score -= _counted(against_asked, question) + _counted(against_answered, answer)
+    if min(chinese_share(question), chinese_share(question + answer)) < 0.5:
         score -= 10  # a general assistant is asked in any language; a report of letters and digits counts more
     if score < 2:
         return GENERAL
@@ -77,9 +75,8 @@ def domain_of_texts(documents: Iterable[Document], most: int = 200) -> str:
     return PEDIATRIC if 3 * found[PEDIATRIC] >= medical else GENERAL_MEDICAL
 
 
-def _pieces(text: str) -> set[str]:
-    """All substrings that may be a word of the lists."""
-    return {text[i:end] for i in range(len(text)) for end in range(i + 1, min(i + _LONGEST, len(text)) + 1)}
+def _counted(words: Mapping[str, int], text: str) -> int:
+    return sum(count for word, count in words.items() if word in text)
 
 
 @cache
@@ -88,7 +85,7 @@ def _counts() -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     lists = templates("classify")
 
     def counted(**counts: int) -> dict[str, int]:
-        return {word: count for name, count in counts.items() for word in lists[name].split()}
+        return {word: count for name, count in counts.items() for word in simplified(lists[name]).split()}
 
     return counted(words=1, firm=2), counted(general=3, role_play=10, translated=1), counted(general=1, translated=2)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pedgpt.corpus.classify import DOMAINS, GENERAL, PEDIATRIC, classify
+from pedgpt.corpus.classify import DOMAINS, GENERAL, PEDIATRIC, classify, domain_of_texts
 from pedgpt.data.records import SUFFIXES, detect_kind, field_mapping, iter_records
 from pedgpt.files import nearest, read_toml
 
@@ -42,7 +42,7 @@ class Source:
     name: str = ""  # names its files in the corpus; by default the file's stem, or the kind
     files: tuple[Path, ...] = ()  # key "file": a file or folder beside the TOML, or a list of them
     domain: str = (
-        PEDIATRIC  # pediatric, general_medical or general; empty if found by content: conversations' words tell
+        PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
     )
     task: str = ""  # conversations only: what they are; empty: by each row's own task, or its words
     licence: str = "not stated"
@@ -149,6 +149,16 @@ def _are_consultations(path: Path) -> bool:
     """Whether most of a file's first conversations have several turns and speak of medicine."""
     first = list(islice(iter_records(path, "conversations", on_bad_row="skip"), 20))
     return 2 * sum(len(row.messages) > 3 and classify(row) != GENERAL for row in first) > len(first)
+
+
+def in_domain(source: Source, stated: str = "") -> Source:
+    """A source that was found by content, with the domain that is `stated`, or for running text with that of its words.
+
+    Without a stated domain conversations keep none: each row's words tell.
+    """
+    if source.domain or not (stated or source.reads == "documents"):
+        return source
+    return replace(source, domain=stated or domain_of_texts(iter_records(source.files, "documents", on_bad_row="skip")))
 
 
 def describe_sources(sources: list[Source], folder: Path) -> str:

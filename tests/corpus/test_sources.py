@@ -77,7 +77,7 @@ A = "[[source]]\nfile = 'a.jsonl'\n"
         (A, "source 1: kind is None"),
         (A + "kind = 'talk'\n", "source 1: kind is 'talk', expected one of textbook"),
         (A + "kind = ['talk']\n", "source 1: kind is"),
-        (A + "kind = 'instructions'\nlicense = 'MIT'\n", "unknown key 'license'; did you mean licence"),
+        (A + "kind = 'instructions'\nlicense = 'MIT'\n", "unknown key 'license'; did you mean 'licence'"),
         (A + "kind = 'instructions'\ndomain = 'space'\n", "domain is 'space'"),
         (A + "kind = 'instructions'\ndomain = ''\n", "domain is ''"),
         (A + "kind = 'instructions'\ntask = '../x'\n", "task '../x' cannot name a file"),
