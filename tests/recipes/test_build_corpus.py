@@ -439,15 +439,12 @@ def adult(i):
         ("pairs", {"preferences"}, "no: running text on medicine; conversations; rows of the three pediatric tasks"),
         ("guideline", {"text/pediatric"}, "no: conversations; preference pairs; rows of the three pediatric tasks"),
         ("medicine", {"text/general_medical", "generalist/general_medical"}, "stage 4 has general medicine alone"),
-        ("chat", {"text/general", "generalist/general"}, "no: running text on medicine; preference pairs"),
     ],
 )
 def test_a_corpus_of_one_kind_alone_builds_and_says_what_it_lacks(build, tmp_path, capsys, kind, tables, told):
     (source := tmp_path / "source").mkdir()
     pairs = [{"prompt": f"{words(i)}疼？", "chosen": words(i), "rejected": words(i)[:9]} for i in range(9)]
-    poem = "的春风拂面，明月照高楼，流水绕着青山走。"
-    chat = [messages(f"写一首诗，题目是{place}", place + poem) for place in "长江 黄河 泰山 西湖".split()]
-    rows = {"pairs": pairs, "medicine": [adult(i) for i in range(9)], "chat": chat}
+    rows = {"pairs": pairs, "medicine": [adult(i) for i in range(9)]}
     if kind == "guideline":
         text = "".join(f"患儿{words(i)}时应及时就诊，注意休息。\n\n" for i in range(9))
         (source / "guideline.md").write_text(f"# 儿童肺炎诊疗指南\n\n{text}", encoding="utf-8")
