@@ -18,7 +18,7 @@ asking anything twice.
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,10 @@ from pedgpt.corpus import Split, diseases, read_listing
 from pedgpt.corpus.assemble import Assembly, Limits
 from pedgpt.corpus.build import TABLES, build, build_disease, build_graph, build_templates, divided
 from pedgpt.corpus.card import statistics_table, write_card, write_manifest
+from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.knowledge_graph import Disease
 from pedgpt.corpus.quality import normalize
-from pedgpt.corpus.sources import describe_sources
+from pedgpt.corpus.sources import describe_sources, in_domain
 from pedgpt.corpus.teacher import Teacher
 from pedgpt.data import ReadSummary, Triple, iter_records
 from pedgpt.data.records import detect_kind, parse_columns
@@ -51,6 +52,7 @@ class Config:
     lock_beside: ClassVar[bool] = True
     source: str  # TOML that lists the sources, or a folder of them, or one file
     output: str  # folder for the corpus; an earlier corpus in it is replaced once the new one is complete
+    domain: str = ""  # of files found by content: pediatric, general_medical or general; empty: their words tell
     teacher: str = ""  # TOML of an OpenAI-compatible chat endpoint; empty: offline, by templates
     plain_teacher: str = ""  # TOML of the model whose plain answers become the rejected ones of pairs
     columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, in files found by content
@@ -68,6 +70,8 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for a value out of range, before anything is read."""
+        if self.domain not in ("", *DOMAINS):
+            raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, or empty, found {self.domain!r}")
         for name in ("pediatric_share", "min_chinese"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
@@ -92,6 +96,13 @@ def main(config: Config) -> None:
     left_out: dict[Path, str] = {}
     sources = read_listing(listing, parse_columns(config.columns), left_out)
     print(f"{describe_sources(sources, listing, left_out)}\n")
+    if config.domain and all(source.domain for source in sources):
+        raise ValueError(f"--domain is for files that are found by content; write `domain` in {listing}")
+    found = [source.name for source in sources if not source.domain]
+    sources = [in_domain(source, config.domain) for source in sources]
+    for source in sources:
+        if source.name in found:
+            print(f"{source.name}: {source.domain or 'pediatric, general_medical or general, by the words of each row'}")
     output = output.resolve()
     read_files = [file for source in sources for file in source.files]
     check_output(output, listing, [*read_files, *map(Path, config.evaluation)])
@@ -165,9 +176,9 @@ def main(config: Config) -> None:
     }
     manifest = write_manifest(corpus, assembly, sources, settings, summaries)
     write_card(corpus, manifest)
-    if not any(file["table"].startswith("tasks/") and file["side"] == "train" for file in corpus.files):
+    if not any(file["side"] == "train" for file in corpus.files):
         print(statistics_table(corpus))
-        raise ValueError(f"{listing}: no training instruction of any task came out of it; see {building / 'reports'}")
+        raise ValueError(f"{listing}: no training row came out of it; see {building / 'reports'}")
     replace_folder(output, building)
     print(statistics_table(corpus))
     for name, reasons in manifest["dropped"].items():
@@ -179,7 +190,28 @@ def main(config: Config) -> None:
     print(f"questions answered in different ways: {corpus.contradictions:,} (reports/contradictions.jsonl)")
     for part in ("train", "heldout"):
         print(f"{part}: {sum(file['rows'] for file in corpus.files if file['side'] == part):,} rows")
+    print(*absent(corpus.files), sep="\n")
     print(f"written to {config.output}; README.md in it is the corpus card")
+
+
+def absent(files: list[dict]) -> Iterator[str]:
+    """What a corpus lacks for one of the four stages, in words."""
+    tables = {file["table"] for file in files if file["side"] == "train"}
+
+    def lacks(*beginnings):
+        return not any(table.startswith(beginnings) for table in tables)
+
+    if lacks("text/pediatric", "text/general_medical"):
+        yield "absent: running text on medicine, so stage 1 has instructions alone, if there are any"
+    if lacks("generalist/", "tasks_sample"):
+        yield "absent: conversations, so stage 1 has text alone, if there is any, and stage 2 nothing to train on"
+    if lacks("preferences"):
+        yield "absent: preference pairs, so stage 3 has nothing to train on"
+    if lacks("tasks/"):
+        other = "nothing to train on" if lacks("generalist/general_medical") else "general medicine alone"
+        yield f"absent: rows of the three pediatric tasks, so stage 4 has {other}"
+    if all(file["side"] == "train" for file in files):
+        yield "absent: held-out rows, so there is nothing to evaluate on; more rows, or a higher --heldout_share, give some"
 
 
 def normalized(triples: Iterable[Triple], on_bad_row: str, summary: ReadSummary) -> list[Triple]:

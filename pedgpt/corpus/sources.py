@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pedgpt.corpus.classify import DOMAINS, GENERAL, PEDIATRIC, classify
+from pedgpt.corpus.classify import DOMAINS, GENERAL, PEDIATRIC, classify, domain_of_texts
 from pedgpt.data.records import NoData, detect_kind, field_mapping, files_of, iter_records, parse_columns
 from pedgpt.data.tables import files_in, stem_of
 from pedgpt.files import nearest, printable, read_toml
@@ -43,7 +43,7 @@ class Source:
     name: str = ""  # names its files in the corpus; by default the file's stem, or the kind
     files: tuple[Path, ...] = ()  # key "file": a file or folder beside the TOML, or a list of them
     domain: str = (
-        PEDIATRIC  # pediatric, general_medical or general; empty if found by content: conversations' words tell
+        PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
     )
     task: str = ""  # conversations only: what they are; empty: by each row's own task, or its words
     columns: Mapping[str, str] = field(default_factory=dict)  # key: ["question=ask", "answer=reply"], if not by name
@@ -172,6 +172,17 @@ def _are_consultations(path: Path, columns: Mapping[str, str]) -> bool:
     """Whether most of a file's first conversations have several turns and speak of medicine."""
     first = list(islice(iter_records(path, "conversations", on_bad_row="skip", columns=columns), 20))
     return 2 * sum(len(row.messages) > 3 and classify(row) != GENERAL for row in first) > len(first)
+
+
+def in_domain(source: Source, stated: str = "") -> Source:
+    """A source that was found by content, with the domain that is `stated`, or for running text with that of its words.
+
+    Without a stated domain conversations keep none: each row's words tell.
+    """
+    if source.domain or not (stated or source.reads == "documents"):
+        return source
+    texts = iter_records(source.files, "documents", on_bad_row="skip", columns=source.columns)
+    return replace(source, domain=stated or domain_of_texts(texts))
 
 
 def describe_sources(sources: list[Source], folder: Path, left_out: Mapping[Path, str] | None = None) -> str:
