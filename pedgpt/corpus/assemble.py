@@ -228,8 +228,8 @@ class Assembly:
             if isinstance(record, Conversation) and len(record.messages) == 2 and not builder.startswith(VARIANTS):
                 contradictions.add(record.source, question(record), record.messages[-1].content)
         with (self.folder / "reports" / "contradictions.jsonl").open("w", encoding="utf-8") as file:
-            for found in contradictions.groups():
-                file.write(json.dumps(found, ensure_ascii=False) + "\n")
+            for group in contradictions.groups():
+                file.write(json.dumps(group, ensure_ascii=False) + "\n")
                 corpus.contradictions += 1
         corpus.close()
         self.close()
