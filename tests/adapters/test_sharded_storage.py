@@ -1,6 +1,7 @@
 """Two gloo processes save the adapter of a split model: byte for byte the files of one process."""
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,8 @@ def worker(rank, folder):
         except ValueError as error:
             refusals[case, "load"] = str(error)
     torch.save(refusals, f"{folder}/{rank}.pt")
-    dist.barrier()
+    while not os.path.exists(f"{folder}/{1 - rank}.pt"):  # a rank that left early would break the other's collectives
+        time.sleep(0.01)
     os._exit(0)  # torch's own threads now and then abort while a spawned process winds down
 
 
