@@ -97,7 +97,7 @@ def refuse_changes(saved: Mapping[str, Any], run: Mapping[str, Any], where: Path
     changed = [
         f"{key} was {saved.get(key)!r}, is {run.get(key)!r}"
         for key in sorted({*saved, *run})
-        if (saved.get(key) or False) != (run.get(key) or False)  # a setting that did not exist yet was off, or empty
+        if (saved.get(key) or False) != (run.get(key) or False)  # a switch that did not exist yet was off
     ]
     if changed:
         raise ValueError(
