@@ -10,13 +10,16 @@ CORPUS ?= recipes/sample_corpus
 RUN    ?= $(if $(filter recipes/sample_corpus,$(CORPUS)),runs/demo,runs/$(notdir $(abspath $(CORPUS))))
 bin    := $(VENV)/bin
 
-.PHONY: demo chat test format clean
+.PHONY: demo chat trained test format clean
 
 demo: $(VENV)/.demo
 	PATH="$(abspath $(bin)):$$PATH" CORPUS="$(CORPUS)" RUN="$(RUN)" bash recipes/pipeline.sh
 
-chat: $(VENV)/.demo
+chat: trained $(VENV)/.demo
 	$(bin)/python recipes/chat.py --adapter "$(RUN)/experts/adapter"
+
+trained:
+	$(if $(shell test -f "$(RUN)/experts/adapter/adapter_config.json" && echo yes),@:,$(error there is no trained model in $(RUN) yet; run "make demo$(if $(filter command line,$(origin CORPUS)), CORPUS=$(CORPUS))" first))
 
 test: $(VENV)/.test
 	$(bin)/ruff check .

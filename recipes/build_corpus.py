@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from pedgpt.corpus import Split, diseases, read_listing
 from pedgpt.corpus.assemble import Assembly, Limits
@@ -30,9 +31,10 @@ from pedgpt.corpus.card import statistics_table, write_card, write_manifest
 from pedgpt.corpus.knowledge_graph import Disease
 from pedgpt.corpus.quality import normalize
 from pedgpt.corpus.sources import describe_sources
-from pedgpt.corpus.teacher import Teacher, TeacherFailure, in_order, load_teacher
+from pedgpt.corpus.teacher import Teacher
 from pedgpt.data import ReadSummary, Triple, iter_records
 from pedgpt.data.records import detect_kind, parse_columns
+from pedgpt.endpoint import EndpointFailure, in_order, load_endpoint
 from pedgpt.files import sync
 from pedgpt.training import run_recipe
 
@@ -46,6 +48,7 @@ ANSWERS = {
 
 @dataclass
 class Config:
+    lock_beside: ClassVar[bool] = True
     source: str  # TOML that lists the sources, or a folder of them, or one file
     output: str  # folder for the corpus; an earlier corpus in it is replaced once the new one is complete
     teacher: str = ""  # TOML of an OpenAI-compatible chat endpoint; empty: offline, by templates
@@ -82,7 +85,7 @@ class Config:
 def main(config: Config) -> None:
     config.check()
     chosen = {"teacher": config.teacher, "plain_teacher": config.plain_teacher}
-    teachers = {role: load_teacher(Path(path)) if path else None for role, path in chosen.items()}
+    teachers = {role: load_endpoint(Path(path)) if path else None for role, path in chosen.items()}
     for found in filter(None, teachers.values()):
         found.read_key()  # a missing one is told before anything is read
     listing, output = Path(config.source), Path(config.output)
@@ -123,9 +126,11 @@ def main(config: Config) -> None:
 
         def in_turn(inputs, work, source):
             work = partial(placed, partial(work, source=source, ask=ask, plain=plain))
-            return in_order(inputs, work, workers=workers, desc=source.name, teachers=list(filter(None, (ask, plain))))
+            return in_order(inputs, work, workers=workers, desc=source.name, endpoints=list(filter(None, (ask, plain))))
 
         assembly = stack.enter_context(contextlib.closing(Assembly(building, limits, split)))
+        known = (disease.facts.values() for graph in graphs.values() for disease in graph)
+        assembly.names.update(name for facts in known for tails in facts for name in tails)
         for path, kind in kinds.items():
             assembly.protect(iter_records(path, kind))
 
@@ -196,9 +201,9 @@ def placed(work, item):
     """`work` of an input; where a teacher gives no answer, the error says which input it was asked about."""
     try:
         return work(item)
-    except TeacherFailure as error:
+    except EndpointFailure as error:
         place = item.name if isinstance(item, Disease) else item.source
-        raise TeacherFailure(f"{error} (asked about {place})") from None
+        raise EndpointFailure(f"{error} (asked about {place})") from None
 
 
 def check_output(output: Path, listing: Path, inputs: list[Path]) -> None:

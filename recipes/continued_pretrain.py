@@ -36,7 +36,7 @@ from pedgpt.data import (
 )
 from pedgpt.data.hybrid import DOMAIN, GENERAL, INSTRUCTIONS, discarded_on_error
 from pedgpt.losses import linear_cross_entropy
-from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, save_model
+from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
 from pedgpt.training.distributed import barrier, sum_over_ranks
 
 
@@ -126,10 +126,11 @@ def main(config: Config) -> None:
     )
 
     def save(weights):
+        weights = round_weights(weights, getattr(torch, config.save_dtype or config.dtype), since=config.model)
         save_model(model, Path(config.output) / "model", weights)
         tokenizer.save(Path(config.output) / "model")
 
-    training.gather_weights(model, world, save, dtype=getattr(torch, config.dtype))
+    training.gather_weights(model, world, save)
     training.finish(config, plan, data, world)
     shutil.rmtree(tokens, ignore_errors=True)
 

@@ -33,7 +33,15 @@ from pedgpt.data import (
     save_reference,
 )
 from pedgpt.losses import check_dfpo_settings, linear_dfpo_loss, linear_sequence_logps
-from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, save_model
+from pedgpt.models import (
+    ModelConfig,
+    load_model,
+    load_weights,
+    model_fingerprint,
+    round_weights,
+    save_model,
+    weights_fingerprint,
+)
 from pedgpt.training.distributed import autocast, gather_rows, sum_over_ranks
 
 
@@ -87,7 +95,7 @@ def main(config: Config) -> None:
     make_batch = partial(collate_pairs, shared_prompt=config.shared_prompt)
     plan = training.BatchPlan.from_settings(len(pairs), config)
     examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
-    base = model_fingerprint(config.model)
+    base, base_weights = model_fingerprint(config.model), weights_fingerprint(config.model)
     data = f"{fingerprint(examples)} on {base}"
     if training.is_finished(config, plan, data, world):
         return
@@ -187,12 +195,15 @@ def main(config: Config) -> None:
 
     def save(weights):
         if adapter:
-            save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=dict(weights))
+            trained_on = {"base_model": config.model, "base_weights": base_weights}
+            save_adapter(model, Path(config.output) / "adapter", **trained_on, state_dict=dict(weights))
         else:
+            weights = round_weights(weights, getattr(torch, config.save_dtype or config.dtype), since=config.model)
             save_model(model, Path(config.output) / "model", weights)
         chat.save(Path(config.output) / ("adapter" if adapter else "model"))
 
-    training.gather_weights(model, world, save, trainable_only=adapter, dtype=None if adapter else dtype)
+    saved = getattr(torch, config.save_dtype or "float32") if adapter else None
+    training.gather_weights(model, world, save, trainable_only=adapter, dtype=saved)
     training.finish(config, plan, data, world)
 
 

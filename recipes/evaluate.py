@@ -13,10 +13,11 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
-from pedgpt.adapters import ExpertLoRALinear, load_adapter, record_gates
+from pedgpt.adapters import ExpertLoRALinear, check_base, load_adapter, record_gates
 from pedgpt.data import (
     ReadSummary,
     chat_format,
@@ -35,7 +36,7 @@ from pedgpt.evaluation.generation_metrics import generation_scores, signature
 from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
 from pedgpt.evaluation.responses import answer, items, thin
 from pedgpt.files import write_text
-from pedgpt.models import ModelConfig, load_model
+from pedgpt.models import ModelConfig, load_model, weights_fingerprint
 from pedgpt.training import run_recipe, start
 
 TASKS = {"medkqa": "MedKQ&A", "evidiag": "EviDiag", "trerecom": "TreRecom"}
@@ -43,10 +44,12 @@ TASKS = {"medkqa": "MedKQ&A", "evidiag": "EviDiag", "trerecom": "TreRecom"}
 
 @dataclass
 class Config:
+    lock_beside: ClassVar[bool] = True
     model: str  # folder of the model
     heldout: str  # folder of held-out data
     output: str = ""  # JSON file for the results; empty: print only
     adapter: str = ""  # folder of an adapter to attach
+    any_base: bool = False  # use the adapter although it was trained on another model
     uniform_routing: bool = False  # equal gates where an adapter of the published code lacks its routers
     reference: str = ""  # folder of the model that DFPO started from, for reward accuracy
     limit: int = 60  # answers to generate a task
@@ -74,6 +77,8 @@ def main(config: Config) -> None:
     heldout = Path(config.heldout)
     if not heldout.is_dir():
         raise ValueError(f"--heldout {heldout}: no such folder")
+    if config.adapter and not config.any_base:
+        check_base(config.adapter, config.model, weights_fingerprint(config.model))
     device = start(config.device).device
     tokenizer = load_tokenizer(taught_folder(config.model, config.adapter))
     for folder in filter(None, (config.model, config.reference)):

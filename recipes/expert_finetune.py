@@ -29,7 +29,7 @@ from pedgpt.data import (
     utilization,
 )
 from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy
-from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint
+from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, weights_fingerprint
 
 
 @dataclass(kw_only=True)
@@ -75,6 +75,7 @@ def main(config: Config) -> None:
     rows, heldout_rows = packed(config.instructions), packed(config.heldout_instructions)
     plan = training.BatchPlan.from_settings(len(rows), config)
     data = f"{fingerprint(rows)} on {model_fingerprint(config.model)}"
+    base = {"base_model": config.model, "base_weights": weights_fingerprint(config.model)}
     if training.is_finished(config, plan, data, world):
         return
 
@@ -130,10 +131,11 @@ def main(config: Config) -> None:
     )
 
     def save(weights):
-        save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=dict(weights))
+        save_adapter(model, Path(config.output) / "adapter", **base, state_dict=dict(weights))
         chat.save(Path(config.output) / "adapter")
 
-    training.gather_weights(model, world, save, trainable_only=True)
+    saved = getattr(torch, config.save_dtype or "float32")
+    training.gather_weights(model, world, save, trainable_only=True, dtype=saved)
     training.finish(config, plan, data, world)
 
 

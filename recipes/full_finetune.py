@@ -27,7 +27,7 @@ from pedgpt.data import (
     utilization,
 )
 from pedgpt.losses import linear_cross_entropy
-from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, save_model
+from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
 
 
 @dataclass(kw_only=True)
@@ -106,10 +106,11 @@ def main(config: Config) -> None:
     )
 
     def save(weights):
+        weights = round_weights(weights, getattr(torch, config.save_dtype or config.dtype), since=config.model)
         save_model(model, Path(config.output) / "model", weights)
         chat.save(Path(config.output) / "model")
 
-    training.gather_weights(model, world, save, dtype=getattr(torch, config.dtype))
+    training.gather_weights(model, world, save)
     training.finish(config, plan, data, world)
 
 

@@ -12,7 +12,6 @@ only the tokenizer's files are read.
 import itertools
 import os
 import sys
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -35,7 +34,8 @@ from pedgpt.data import (
     utilization,
 )
 from pedgpt.data.chat import IGNORE_INDEX
-from pedgpt.training import run_recipe
+from pedgpt.files import printable
+from pedgpt.training import make_printable, run_recipe
 
 # How a span begins, by (a special token, carries loss).
 COLORS = {
@@ -75,6 +75,7 @@ def main(config: Config) -> None:
         raise ValueError(f'color must be "auto", "always" or "never", found {config.color!r}')
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     paint = in_color if config.color == "always" or (config.color == "auto" and wanted) else in_marks
+    make_printable(sys.stdout, "\x1b")  # for the colours; what stands between them is made printable below
     tokenizer = load_tokenizer(config.model)
     summary = ReadSummary()
     policy = {"on_bad_row": config.on_bad_row, "summary": summary}
@@ -95,7 +96,8 @@ def main(config: Config) -> None:
 
     if config.instructions or config.preferences:
         chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
-        print(f"{type(chat).__name__}; an answer ends at {' or '.join(map(name_of(tokenizer), chat.stop_tokens))}\n")
+        ends = " or ".join(map(name_of(tokenizer), chat.stop_tokens))
+        print(f"{type(chat).__name__}; an answer ends at {printable(ends)}\n")
     if config.instructions:
         conversations = read_conversations(config.instructions, **read)
         add("instructions", encode_conversations(conversations, chat, length, on_long_row=config.on_long_row, **policy))
@@ -115,7 +117,7 @@ def main(config: Config) -> None:
         batch = collate_pairs([pairs[i] for i in chosen], chosen, shared_prompt=False)  # easier to read
         shown.append((f"preferences: {len(pairs):,} pairs, chosen before rejected", batch, names))
 
-    print(f"{summary.describe()}\n\n{legend(paint)}")
+    print(f"{printable(summary.describe())}\n\n{legend(paint)}")
     for heading, batch, sources in shown:
         print(f"\n{heading}")
         for number, names in enumerate(sources):  # none where there are no rows
@@ -159,8 +161,10 @@ def show_row(
         mine = [t for t, owner in enumerate(documents) if owner == document]
         part, targets = [tokens[t] for t in mine], [labels[t] for t in mine]
         taught = share(sum(label != IGNORE_INDEX for label in targets), len(part))
-        heading = f"{RULE * 2} {document + 1} {RULE} {source} {RULE} {len(part)} tokens, {taught} supervised "
-        print(heading + RULE * max(2, 100 - len(heading)))
+        heading = (
+            f"{RULE * 2} {document + 1} {RULE} {printable(source)} {RULE} {len(part)} tokens, {taught} supervised "
+        )
+        print(printable(heading) + RULE * max(2, 100 - len(heading)))
         print(paint(spans(part, targets, tokenizer)))
 
 
@@ -214,11 +218,8 @@ def in_marks(spans: list[Span]) -> str:
 
 def visible(text: str) -> str:
     """`text` with its line breaks shown and made, and other control characters, as of terminals, only shown."""
-    shown = []
-    for char in text.replace("\n", "↵\n"):
-        control = unicodedata.category(char) == "Cc" and char not in "\n\t"
-        shown.append((chr(0x2400 + ord(char)) if ord(char) < 32 else f"\\x{ord(char):02x}") if control else char)
-    return "".join(shown)
+    shown = "".join(chr(0x2400 + ord(char)) if char < " " and char not in "\n\t" else char for char in text)
+    return printable(shown).replace("\n", "↵\n")
 
 
 def name_of(tokenizer: Tokenizer) -> Callable[[int], str]:

@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any, Protocol, TypeVar
 
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, Record
+from pedgpt.endpoint import Unusable as Unusable  # builders take it from here
 
 T = TypeVar("T")
 
@@ -39,10 +40,6 @@ class Ask(Protocol):
     """A teacher: chat messages in, the wanted fields of its JSON answer out; raises Unusable if none is usable."""
 
     def __call__(self, system: str, user: str, fields: Mapping[str, type]) -> dict[str, Any]: ...
-
-
-class Unusable(ValueError):
-    """A teacher answered, but never what was asked for."""
 
 
 def texts(record: Record) -> list[str]:

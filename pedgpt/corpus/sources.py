@@ -65,8 +65,8 @@ def read_listing(
 ) -> list[Source]:
     """The sources that a TOML file lists, or those of a folder: its corpus.toml, or else its files by their content.
 
-    A single file of data is a folder of one. Of files found by content, those that have `columns` are read by them;
-    what is no data is told in `left_out`, with the reason. Raises ValueError for a file that is no such listing, naming
+    A single file of data is a folder of one. `columns` are those of files that are found by content; which of them are
+    no data is told in `left_out`, with the reason. Raises ValueError for a file that is no such listing, naming
     the table and the key, and for all files that hold data which cannot be used.
     """
     if path.is_dir() and (path / "corpus.toml").is_file():
@@ -144,33 +144,23 @@ def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) 
     files, others = files_in(folder) if folder.is_dir() else (files_of(folder), {})
     left_out |= others
     sources: dict[str, Source] = {}
-    problems, mapped = [], set()
+    problems = []
     for path in files:
-        own = columns
         try:
-            try:
-                kind = _KIND_FOUND[detect_kind(path, own)]
-                mapped |= {path} if own else set()
-            except ValueError:
-                if not own:
-                    raise
-                own = {}
-                kind = _KIND_FOUND[detect_kind(path)]
+            kind = _KIND_FOUND[detect_kind(path, columns)]
         except NoData as reason:
             left_out[path] = str(reason).removeprefix(f"{path}: ")
             continue
         except (ValueError, OSError) as problem:
             problems.append(str(problem))
             continue
-        if kind == "instructions" and _are_consultations(path, own):
+        if kind == "instructions" and _are_consultations(path, columns):
             kind = "dialogues"
         inside = path.relative_to(folder if folder.is_dir() else folder.parent).with_name(stem_of(path))
         name = re.sub(r"[^\w&-]", "_", str(inside))[-60:]
         while name in sources:
             name = f"{name[-59:]}_"
-        sources[name] = Source(kind, name, (path,), domain="", columns=own, build=KINDS[kind][1])
-    if columns and files and not mapped and not problems:
-        problems.append(f"--columns: found no file with the columns {', '.join(columns.values())}")
+        sources[name] = Source(kind, name, (path,), domain="", columns=columns, build=KINDS[kind][1])
     if not sources and not problems:
         problems = [f"found no data; {_shown(left_out, folder)}"]
     if problems:

@@ -5,7 +5,8 @@ opens them and cuts them into rows. Blank lines are no rows; every other row is 
 much as no field. The readers' common settings:
 
     on_bad_row      "error" raises BadRow at the first bad row; "skip" leaves it out and counts it in the summary
-    columns         which column holds a field, where its name is not one that is known: {"question": "ask"}
+    columns         which column holds a field, where its name is not one that is known: {"question": "ask"}; a file
+                    with none of these columns is read by its own names, with a warning
     max_characters  bound on a row's text: all messages of a conversation; a pair's prompt and its longer reply
     summary         a ReadSummary to add to; without one, skipped rows are described in a warning
 
@@ -326,7 +327,9 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
                 except _Unfit as unfit:
                     known = len(_fields(row).keys() & {*KEYS[kind], *own.values()}) if isinstance(row, dict) else 0
                     if known or isinstance(row, _Unfit):
-                        reasons.append((str(unfit).startswith("missing field"), -known, f"{file}:{line}: {unfit}"))
+                        reasons.append(
+                            (str(unfit).startswith("missing field"), -known - len(own), f"{file}:{line}: {unfit}")
+                        )
                     elif not reasons:
                         unknown = f"{file}: {_unknown(row)}"
         except ValueError as error:  # the file, or its columns for this kind
@@ -412,8 +415,14 @@ def _iterate(
     own = _own(columns, kind)
     for path in files_of(paths, tally):
         tally.rows.setdefault(str(path), 0)
+        named = not own
         for line, row in _rows(path, kind, columns):
             place = f"{path}:{line}"
+            if not named and isinstance(row, dict):
+                named = True
+                if row.keys().isdisjoint(own.values()):
+                    found = f"found none of the columns {', '.join(own.values())}"
+                    warnings.warn(f"{place}: {found}, so its own names are used", stacklevel=4)
             try:
                 record = PARSERS[kind](
                     _fields(row, own), str(path) if format_of(path) in TEXTS else place, max_characters
@@ -485,12 +494,13 @@ def _fields(row: object, columns: Columns = None) -> Row:
     """A row without its nulls, by names in lower case; `columns` says which of its columns hold which fields."""
     if isinstance(row, _Unfit):
         raise row
-    found, columns = _typed(row, dict, "the row"), columns or {}
+    found = _typed(row, dict, "the row")
+    columns = columns if columns and not found.keys().isdisjoint(columns.values()) else {}
     for column in columns.values():
         _field(found, [column], f"{column}, which `columns` names")
-    rest = {name.strip().lower(): value for name, value in found.items() if name not in columns.values()}
-    fields = rest | {name: found[column] for name, column in columns.items()}
-    return {name: value for name, value in fields.items() if value is not None}
+    named = {name: found[column] for name, column in columns.items() if found[column] is not None}
+    taken = set(columns.values())
+    return {k.strip().lower(): v for k, v in found.items() if v is not None and k not in taken} | named
 
 
 def _field(row: Row, names: Iterable[str], expected: str) -> str:

@@ -69,8 +69,9 @@ def save_reference(path: str | Path, logps: Tensor, key: Mapping[str, str]) -> N
     if fault := _fault(logps, len(logps)):
         raise ValueError(f"{path}: not written: {fault}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "wb") as handle:
-        handle.write(save({_NAME: logps.detach().cpu().contiguous()}, metadata={"format": "pt", **key}))
+    content = save({_NAME: logps.detach().cpu().contiguous()}, metadata={"format": "pt", **key})
+    with atomic_write(path, "wb", size=len(content)) as handle:
+        handle.write(content)
 
 
 def load_reference(path: str | Path, key: Mapping[str, str], num_pairs: int) -> Tensor | None:

@@ -29,7 +29,7 @@ ADVICE = dict.fromkeys((".zip", ".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".
 ADVICE |= {".xls": "an old workbook; save it as .xlsx", ".pdf": "no text; save its text as .txt"}
 ADVICE |= dict.fromkeys((".doc", ".docx"), ADVICE[".pdf"])
 
-BLOCK = 2**20  # characters, or bytes, that are read at once
+BLOCK = 2**18  # characters, or bytes, that are read at once
 HEADING = re.compile(r"#{1,6}[ \t]+(\S.*?)([ \t]+#+)?\s*$")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # Two bytes of GB2312, which has the characters that simplified Chinese texts consist of; or anything beyond ASCII.
@@ -105,7 +105,7 @@ def read_rows(
 
     Elements of a JSON list and rows of a .parquet or .xlsx are numbered, from 1, in place of lines; those of a
     workbook's second and later sheets are "sheet:row". With `triples` a .tsv needs no header and its quotes are text.
-    A table without one of `columns` is a ValueError, as is a file whose encoding is unknown.
+    A table with some of `columns`, but not all, is a ValueError, as is a file whose encoding is unknown.
     """
     line: int | str = 0
     try:
@@ -162,33 +162,32 @@ def _encoding(path: Path, file: BinaryIO) -> str:
     sample = file.read(BLOCK)
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    for _ in range(64):  # of a larger file of ASCII, a later row in another encoding is a bad row
+    for _ in range(256):  # of a larger file of ASCII, a later row in another encoding is a bad row
         if not sample.isascii() or b"\0" in sample or not (more := file.read(BLOCK)):
             break
         sample = more
     zeros = sample.count(0) / max(1, len(sample))
-    if zeros < 0.2 and (odd := re.search(rb"[\x80-\xff]", sample)):
-        sample = sample[odd.start() :]
-    sample = sample[: 2**16]
-    text = sample.decode(errors="replace")
+    odd = re.search(rb"[\x80-\xff]", sample)
+    told = sample[odd.start() if odd else 0 :][: 2**16]
+    text = told.decode(errors="replace")
     broken, beyond = text.count("\ufffd"), sum(char > "\x7f" for char in text)
     if zeros < 0.2 and broken <= 1 + beyond / 20:  # the sample's end may cut a character
         return "utf-8-sig"
-    if 0 in sample:
+    if zeros:
         shares = {}
         for name in ("utf-16-le", "utf-16-be"):
-            read = sample[: len(sample) // 2 * 2].decode(name, errors="replace")
+            read = sample[: min(2**16, len(sample) // 2 * 2)].decode(name, errors="replace")
             shares[name] = len(USUAL.findall(read)) / len(read)
         likely = max(shares, key=lambda name: shares[name])
         if shares[likely] > 0.9:
             return likely
     else:
-        pairs = GB2312.findall(sample)
+        pairs = GB2312.findall(told)
         if sum(map(bool, pairs)) > 0.9 * len(pairs):
             return "gb18030"
     if sum(char > "\u07ff" for char in text) - broken > 0.2 * beyond:  # UTF-8 with bad rows in it
         return "utf-8-sig"
-    guess = "BIG5" if sample.decode("cp950", errors="replace").count("\ufffd") <= 1 else "GB18030"
+    guess = "BIG5" if told.decode("cp950", errors="replace").count("\ufffd") <= 1 else "GB18030"
     old, new = (shlex.quote(str(name)) for name in (path, path.with_name(f"{path.stem}.utf8{path.suffix}")))
     line = f"iconv -f {'UTF-16LE' if zeros > 0.2 else guess} -t UTF-8 {old} > {new}"
     raise ValueError(f"{path}: found neither UTF-8 nor UTF-16 nor GB18030; convert it, perhaps by {line}")
@@ -207,7 +206,8 @@ def _json_rows(text: TextIO, suffix: str) -> Iterator[tuple[int, object]]:
     text.seek(0)
     start = GAP.match(head)
     first, _, _ = head[start.end() if start else 0 :].partition("\n")
-    whole = not isinstance(_parsed(first), Unfit)
+    whole = _parsed(first)
+    whole = not isinstance(whole, Unfit) and not _list_inside(whole)
     if first[:1] != "[" and not WRAPPED.match(head) and (whole or not (suffix == ".json" or _begins_object(head))):
         for number, line in enumerate(text, 1):
             if line := line.strip("\ufeff \t\r\n"):
@@ -221,6 +221,13 @@ def _parsed(line: str) -> object:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         return Unfit("invalid JSON", str(error), "one object a line, or one list")
+
+
+def _list_inside(value: object) -> list[object]:
+    """The rows of an object around a list, {"data": [{…}, …]}; none of any other value."""
+    lists = [value.get(name) for name in WRAPPERS] if isinstance(value, dict) else []
+    rows = next((rows for rows in lists if isinstance(rows, list)), [])
+    return rows if all(isinstance(row, dict) for row in rows) else []
 
 
 def _begins_object(head: str) -> bool:
@@ -264,11 +271,7 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
             found = f"{getattr(error, 'msg', error)} after {buffer[max(at, place - 20) : place]!r}"
             value, broken = Unfit("invalid JSON", found, "one object a line, or one list"), True
             buffer, at = _next_object(text, buffer, at)
-        rows = [value]
-        if not in_list and isinstance(value, dict):
-            rows = next((value[name] for name in WRAPPERS if isinstance(value.get(name), list)), rows)
-            rows = rows if all(isinstance(row, dict) for row in rows) else [value]
-        for row in rows:
+        for row in (not in_list and _list_inside(value)) or [value]:
             number += 1
             yield number, row
     if in_list and not broken:
@@ -333,18 +336,20 @@ def _table(
         if first and (not names or [cell.strip() for cell in cells] == names):
             names = [cell.strip() for cell in cells]
             check_header(f"{path}:{line}", names, columns)
-        elif line <= doubtful and not well_formed.fullmatch("".join(taken)):
+        elif doubtful and not well_formed.fullmatch("".join(taken)):
             yield line, Unfit("invalid CSV", "a stray quote", "cells closed by a quote", 'write " inside a cell as ""')
+            doubtful = max(doubtful, number - 1)
         else:
             yield line, _named(cells, names)
+            doubtful = doubtful if line <= doubtful else 0
         first = False
 
 
 def check_header(place: str, names: list[str], columns: Collection[str]) -> None:
-    """Raise ValueError if a table's columns cannot be told apart, are no text, or lack one of `columns`."""
+    """Raise ValueError if a table's columns cannot be told apart, are no text, or are only some of `columns`."""
     if unfit := not_utf8(",".join(names)):
         raise ValueError(f"{place}: {unfit}")
-    if lacking := set(columns) - set(names):
+    if (lacking := set(columns) - set(names)) and lacking != set(columns):  # without any, its own names are known ones
         raise ValueError(f"{place}: found columns {', '.join(names)}, expected {', '.join(lacking)}; mend `columns`")
     if twice := {name for name in names if name and names.count(name) > 1}:
         raise ValueError(f"{place}: found the column {', '.join(twice)} twice, expected it once; rename one")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import zipfile
 
 import openpyxl
@@ -153,8 +154,8 @@ def test_one_file_is_a_source_and_its_columns_can_be_named(lab, tmp_path):
     unnamed = lab.call("build_corpus", arguments)
     assert unnamed.code == 2 and "no known field, found the fields q_text, a_text" in unnamed.err
     assert "name its fields by `columns`" in unnamed.err
-    wrong = lab.call("build_corpus", [*arguments, "--columns", "question=nowhere"])
-    assert wrong.code == 2 and "nowhere" in wrong.err
+    wrong = lab.call("build_corpus", [*arguments, "--columns", "question=q_text", "answer=nowhere"])
+    assert wrong.code == 2 and "found the keys q_text, a_text, expected nowhere, which `columns` names" in wrong.err
     named = lab.call("build_corpus", [*arguments, "--columns", "question=q_text", "answer=a_text"])
     assert named.code == 0 and "我的 数据.jsonl: question → user, answer → assistant" in named.out
     (tmp_path / "corpus.toml").write_text(
@@ -164,3 +165,29 @@ def test_one_file_is_a_source_and_its_columns_can_be_named(lab, tmp_path):
     listed = lab.call("build_corpus", ["--source", str(tmp_path / "corpus.toml"), "--output", str(tmp_path / "two"), *BUILD])
     assert listed.code == 0, listed.err
     assert json.loads((tmp_path / "two/manifest.json").read_text("utf-8"))["sources"]["mine"]["read"] == 40
+
+
+STAGES = {
+    "continued_pretrain": ("text", {"body": "孩子发烧要多喝水。"}, ["text=body"]),
+    "full_finetune": ("instructions", {"ask": "孩子发烧怎么办？", "reply": "多喝水。"}, ["question=ask", "answer=reply"]),
+    "dfpo": ("preferences", {"ask": "怎么办？", "good": "别急。", "bad": "等。"},
+             ["prompt=ask", "chosen=good", "rejected=bad"]),
+    "expert_finetune": ("instructions", {"ask": "孩子发烧怎么办？", "reply": "多喝水。"},
+                        ["question=ask", "answer=reply"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", STAGES)
+def test_every_stage_takes_named_columns_and_cuts_long_rows(lab, tmp_path, recipe):
+    data, row, columns = STAGES[recipe]
+    long = {**row, next(iter(row)): "长" * 500 + next(iter(row.values()))}
+    path = tmp_path / "rows.csv"
+    path.write_text("".join(",".join(each) + "\n" for each in (row, row.values(), long.values())), encoding="gb18030")
+    settings = {data: path, "columns": columns, "max_steps": 1, "instruction_share": 0, "instructions": None}
+    if recipe != "continued_pretrain":  # there a long text goes on in the next row
+        settings = {data: path, "columns": columns, "max_steps": 1, "on_long_row": "truncate"}
+    with pytest.warns(UserWarning, match="heldout.*found none of the columns .*, so its own names are used"):
+        result = lab.run(recipe, tmp_path / "run", **settings)
+    assert result.code == 0, result.err
+    assert ("1 over-long, cut to fit" in result.out) == (recipe != "continued_pretrain")
+    assert re.search(rf"{path} +2 +0\n", result.out)
