@@ -118,8 +118,13 @@ def main(config: Config) -> None:
         print("助手> ", end="", flush=True)
         sampling["max_new_tokens"] = min(limit, room)
         steps = generate_steps(model, [prompt], seed=config.seed, **sampling)
-        answer = stream(steps, StreamDecoder(tokenizer, config.stop_strings), sampling["stop_tokens"])
-        history.append(chat.read_answer(answer))
+        written = stream(steps, StreamDecoder(tokenizer, config.stop_strings), sampling["stop_tokens"])
+        answer = chat.read_answer(written)
+        if answer.content or not answer.reasoning:
+            history.append(answer)
+        else:
+            history.pop()
+            print("(the reasoning did not end, so there is no answer; --max_thinking_tokens gives it more room)")
 
 
 def read_question() -> str:

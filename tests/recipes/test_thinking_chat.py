@@ -33,11 +33,11 @@ def thinker(lab, tmp_path):
 
 def test_chat_goes_on_after_a_thought_and_remembers_the_answer_only(lab, thinker, monkeypatch):
     chat, tokenizer = lab.module("chat"), load_tokenizer(thinker)
-    asked, said = [], iter(["多喝水。", "先看医生。", "休息。"])
+    asked, said = [], iter([THOUGHT + "多喝水。", THOUGHT + "先看医生。"])
 
     def steps(model, prompts, *, max_new_tokens, **rest):
         asked.append((tokenizer.backend.decode(prompts[0], skip_special_tokens=False), max_new_tokens))
-        return ([token] for token in [*tokenizer.encode(THOUGHT + next(said)), tokenizer.eos_id])
+        return ([token] for token in [*tokenizer.encode(next(said)), tokenizer.eos_id])
 
     monkeypatch.setattr(chat, "generate_steps", steps)
 
@@ -53,6 +53,10 @@ def test_chat_goes_on_after_a_thought_and_remembers_the_answer_only(lab, thinker
     first = "<reserved_106>发热<reserved_107>"
     assert [prompt for prompt, _ in asked] == [first, first + "多喝水。</s><reserved_106>吃药吗<reserved_107>"]
     assert [room for _, room in asked] == [45, 45]
+    said = iter(["<think>\n想想", "多喝水。"])
+    assert "the reasoning did not end" in talk("咳嗽\n发热\n")
+    assert asked[-1][0] == first  # a question that was not answered is forgotten
+    said = iter(["多喝水。"])
     talk("发热\n", enable_thinking=False)
     assert asked[-1] == ("<reserved_106>发热<reserved_107><think>\n\n</think>\n\n", 5)
 
