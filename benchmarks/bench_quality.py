@@ -1,19 +1,26 @@
 """What the corpus filters find and what they leave alone, on generated rows whose truth is known.
 
     python benchmarks/bench_quality.py
+    python benchmarks/bench_quality.py --real FOLDER --half odd
 
 30,000 synthetic rows with planted duplicates; evaluation items planted in as many training rows; sentences with and
 without made-up personal data. All text is synthetic and means nothing medically.
+
+With --real, of the rows of real files whose hash is even or odd a fifth are taken as evaluation data: the rest that is
+found to overlap with it, and the near duplicates among all, are listed beside what they match, to be judged by eye.
 """
 
 # ruff: noqa: E501, for the lists of words
 
+import argparse
 import random
 import re
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from datetime import date, timedelta
+from pathlib import Path
 
 SLOTS = {
     "who": "宝宝 孩子 我家儿子 我女儿 小侄女 外孙 双胞胎里的老大 邻居家的小男孩 我弟弟家的娃 小家伙".split(),
@@ -98,9 +105,10 @@ def respelled(rng: random.Random, text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Letters, digits and symbols, character by character; this and `similarity` are the oracle, not the library."""
+    """Letters, digits, decimal points and symbols; this, `similarity` and NUMBERS are the oracle, not the library."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(c for c in text if unicodedata.category(c)[0] in "LNS")
+    points = {match.start() for match in re.finditer(r"(?<=\d)\.(?=\d)", text)}
+    return "".join(c for i, c in enumerate(text) if unicodedata.category(c)[0] in "LNS" or i in points)
 
 
 def similarity(one: str, other: str) -> float:
@@ -111,26 +119,43 @@ def similarity(one: str, other: str) -> float:
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
+# The numbers and Latin letters of a row. One of these among the letters would make another.
+NUMBERS = re.compile(r"\d+(?:\.\d+)?(?:个月|岁半?|天)?|一个多星期|半个月|两三周|一年|每天|[A-Za-z]")
+COUNTING = set("一个年分时成种")
+
+
 def changed_to(rng: random.Random, text: str, low: float, high: float) -> str:
-    """The text edited until its similarity to itself as it was lies between the two."""
+    """The text with the same numbers, edited until its similarity to itself as it was lies between the two."""
     while True:
         copy = text
         while (found := similarity(text, copy)) > high:
-            copy = edited(rng, copy, 1 if found < high + 0.1 else 3)
+            change = edited(rng, copy, 1 if found < high + 0.1 else 3)
+            if NUMBERS.findall(change) == NUMBERS.findall(text) and not COUNTING & (Counter(change) - Counter(copy)).keys():
+                copy = change
         if found >= low:
             return copy
 
 
+def recounted(rng: random.Random, text: str) -> str:
+    """The text with one of its numbers replaced by another, or moved by a decimal point."""
+    match = rng.choice([match for match in re.finditer(r"\d+(?:\.\d+)?", text)])
+    numbers = [match[0].replace(".", "") if "." in match[0] else f"{match[0]}.5", str(int(float(match[0])) + rng.randint(1, 9))]
+    return text[: match.start()] + rng.choice(numbers) + text[match.end() :]
+
+
 def planted_duplicates(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """(text, what it is: "row", or a copy "exact", "near" of 0.9 to 0.97 or "far" of 0.45 to 0.55), shuffled so that
-    no copy stands before its original. Copies are a tenth of the rows."""
-    texts = ["\n".join(row(rng)) for _ in range(count * 9 // 10)]
+    """(text, what it is: "row", or a copy "exact", "near" of 0.9 to 0.97, "far" of 0.45 to 0.55 or "number", with one
+    changed), shuffled so that no copy stands before its original. Of each kind there is one in thirty."""
+    texts = ["\n".join(row(rng)) for _ in range(count - count // 30 * 4)]
     placed = [(rng.random(), text, "row") for text in texts]
+    ways = {
+        "exact": respelled, "near": lambda rng, text: changed_to(rng, text, 0.9, 0.97),
+        "far": lambda rng, text: changed_to(rng, text, 0.45, 0.55), "number": recounted,
+    }  # fmt: skip
     for i in range(count - len(texts)):
         place, text, _ = placed[i]
-        kind = ("exact", "near", "far")[i % 3]
-        copy = respelled(rng, text) if kind == "exact" else changed_to(rng, text, *((0.9, 0.97), (0.45, 0.55))[i % 3 - 1])
-        placed.append((rng.uniform(place, 1), copy, kind))
+        kind = list(ways)[i % 4]
+        placed.append((rng.uniform(place, 1), ways[kind](rng, text), kind))
     return [(text, kind) for _, text, kind in sorted(placed)]
 
 
@@ -233,9 +258,9 @@ PERSONAL = {
     "电话": (
         lambda rng: mobile(rng) if rng.random() < 0.7 else landline(rng),
         "我的手机号是{0}，请回电|电话{0}|联系方式：{0}。|孩子爸爸的号码{0}，妈妈的是{0}|有事打{0}找我，谢谢医生|手机:{0} 随时可以|"
-        "可以拨打{0}预约吗？|请发短信到{0}|Tel：{0}|电话是 {0} ，下午有人接|（联系电话：{0}）|我把号码留给您{0}您看到了回我",
+        "可以拨打{0}预约吗？|聯絡電話：{0}|手機號碼{0}，謝謝醫生|请发短信到{0}|Tel：{0}|电话是 {0} ，下午有人接|（联系电话：{0}）|我把号码留给您{0}您看到了回我",
     ),
-    "身份证号": (identity, "身份证号{0}|孩子的身份证是{0}，可以建卡吗|证件号：{0}。|身份证：{0}，姓名在上面|{0}是我的身份证号码|挂号要用的({0})"),
+    "身份证号": (identity, "身份证号{0}|孩子的身份证是{0}，可以建卡吗|证件号：{0}。|身份证：{0}，姓名在上面|身份證號碼：{0}|{0}是我的身份证号码|挂号要用的({0})"),
     "邮箱": (email, "邮箱{0}|请把报告发到{0}，谢谢|我的e-mail：{0}。|片子发您邮箱了，我的是{0}请查收|联系：{0}；急"),
     "微信号": (wechat, "微信号：{0}|加我微信{0}，发照片给您|我的微信是{0}。|微信:{0}|vx：{0}|方便加个微信吗，微信号{0}"),
     "QQ号": (qq, "QQ：{0}|我的QQ是{0}，请加我|qq{0}|QQ号码：{0}。|扣扣{0}，在线等|加QQ {0} 发化验单"),
@@ -243,7 +268,7 @@ PERSONAL = {
         name,
         "我叫{0}，孩子发烧|医生您好，我叫{0}今年32岁|我的名字叫{0}。|我名叫{0}，想问|姓名：{0} 性别：女|患者姓名:{0}，年龄5岁|姓名：{0}\n年龄：3岁|"
         "我儿子叫{0}，三岁|我家宝宝叫{0}，早产|女儿叫{0}今年上小学|我的孩子叫{0}，咳嗽|孩子叫{0}\n出生时很好|小孩叫{0}，1岁半|"
-        "你好我叫{0}来自河南|姓名：{0}，电话没有|我叫{0} 最近头晕|我孩子叫{0}已经两岁了|姓名：{0}（男）",
+        "你好我叫{0}来自河南|姓名：{0}，电话没有|我叫{0} 最近头晕|我孩子叫{0}已经两岁了|患者姓名：{0} 年齡：3歲|兒子叫{0}，三歲|姓名：{0}（男）",
     ),
 }  # fmt: skip
 # Nothing to replace here. {n}, {m}: numbers; {d}, {e}, {f}: digits
@@ -256,7 +281,8 @@ HARMLESS = """我叫他不要动|我叫了救护车，正在路上|我叫王医�
 拨打120或者12320|热线400-{d}-{e}|潜伏期{k}到{n}天|HCG {e}{k}.{m}，孕酮{n}.{m}|{y}年到{y}年每年{d}例|第{n}-{d}页|DOI 10.{e}/j.{y}.{k}
 微信扫码就可以挂号|关注微信公众号预约|微信支付{d}元|用QQ视频看过医生|QQ糖能不能吃|vx-809是一种药|微信上问的医生说没事|他是@医生 的学生|艾特@所有人
 邮箱里没有收到报告|网址 www.hospital.cn/p/138{h}{h}.html|11位数是{o}|号码{o}是错的|病例编号 {c}|单号{c}|{n}孕周，{d}克|Apgar评分{k}-{k}-{k}
-乙肝表面抗原{d}.{m}|谷丙转氨酶{d}，谷草{n}，总胆红素{n}.{m}|130 120 140 115 这几次的血压|{d} {d} {d} {d} {d}|坐标{n}.{h}，{d}.{h}|版本2.{k}.{e}""".replace("\n", "|").split("|")  # fmt: skip
+乙肝表面抗原{d}.{m}|谷丙转氨酶{d}，谷草{n}，总胆红素{n}.{m}|130 120 140 115 这几次的血压|{d} {d} {d} {d} {d}|坐标{n}.{h}，{d}.{h}|版本2.{k}.{e}
+头孢曲松+Vancomycin{k}g|+VitaminB{k}|加voriconazole{d}mg|+Vincristine1.{k}mg/m2|HBV-DNA定量 158{h}{h} IU/mL|精子总数 186{h}{h}|白細胞計數135{h}{h}個""".replace("\n", "|").split("|")  # fmt: skip
 
 
 def harmless(rng: random.Random) -> str:
@@ -287,7 +313,56 @@ def personal(rng: random.Random, count: int) -> Iterator[tuple[str, str, str]]:
         yield filled, expected, kind
 
 
+def list_real(folder: Path, half: str) -> None:
+    """Print the real rows of one half that the rules take, each with what it matches."""
+    from pedgpt.corpus.assemble import items, messages
+    from pedgpt.corpus.decontaminate import Decontaminator
+    from pedgpt.corpus.duplicates import NearDuplicates, digest
+    from pedgpt.corpus.quality import normalize
+    from pedgpt.corpus.rows import map_texts, number, question
+    from pedgpt.data import iter_records
+    from pedgpt.data.records import detect_kind
+
+    rows, near, against = [], NearDuplicates(), Decontaminator()
+    seen: dict[bytes, str] = {}
+    for path in sorted(folder.iterdir()):
+        try:
+            records = list(iter_records(path, detect_kind(path), on_bad_row="skip")) if path.suffix != ".md" else []
+        except ValueError as error:
+            print(f"{path.name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        for record in (map_texts(record, normalize) for record in records):
+            place, said = f"{path.name}:{record.source.rpartition(':')[2]}", messages(record)
+            if number("half", place) % 2 == (half == "odd") and seen.setdefault(digest("\n".join(said)), place) == place:
+                near.add("\n".join(said))
+                rows.append((place, record))
+    places = {place: messages(record) for place, record in rows}
+    training = [place for place, _ in rows if number("evaluation", place) % 5]
+    for place, record in rows:
+        for text in items(record) if number("evaluation", place) % 5 == 0 else ():
+            against.add(place, text, question=text == question(record))
+    for place in training:
+        against.count(places[place])
+    pairs = [(rows[i][0], rows[j][0], share) for i, j, share in near.find()]
+    near.close()
+    overlaps = [(place, *match) for place in training if (match := against.match(places[place]))]
+    for kind, found in (("near duplicate", pairs), ("overlap", overlaps)):
+        for place, other, share in found:
+            print(f"--- {kind}, {share:.2f}: {place} | {other}")
+            for one in (place, other):
+                print("   ", " ‖ ".join(text[:300] for text in places[one])[:900].replace("\n", " "))
+    print(f"{len(rows):,} rows, {len(training):,} of them for training: {len(pairs)} near duplicates, {len(overlaps)} overlaps")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", type=Path, help="folder of real rows")
+    parser.add_argument("--half", choices=("even", "odd"), default="even", help="rules are tuned on even rows alone")
+    arguments = parser.parse_args()
+    if arguments.real:
+        list_real(arguments.real, arguments.half)
+        return
+
     from pedgpt.corpus.decontaminate import Decontaminator
     from pedgpt.corpus.duplicates import NearDuplicates, digest
     from pedgpt.corpus.quality import scrub
@@ -303,17 +378,20 @@ def main() -> None:
         near.add(text)
     dropped = {i for i, _, _ in near.find()}
     near.close()
-    of = {kind: {i for i, (_, found) in enumerate(rows) if found == kind} for kind in ("row", "exact", "near", "far")}
+    of = {kind: {i for i, (_, found) in enumerate(rows) if found == kind} for kind in ("row", "exact", "near", "far", "number")}
     table.append(("exact duplicates, by digest", len(of["exact"]), len(of["exact"] & exact), len(exact)))
     planted = of["exact"] | of["near"]
     table.append(("near duplicates, 0.90 to 1", len(planted), len(planted & dropped), len(dropped)))
     far = len(of["far"]), len(of["far"] & dropped)
+    numbers = len(of["number"]), len(of["number"] & (dropped | exact))
     originals = len(of["row"]), len(of["row"] & dropped)
 
     items, training = planted_contamination(rng, 10_000, count)
     against = Decontaminator()
     for place, text, question in items:
         against.add(place, text, question)
+    for texts, _ in training:
+        against.count(texts)
     matched = [against.match(texts) is not None for texts, _ in training]
     for kind in ("inside", "edited", "respelled", "question", "answer"):
         hits = [found for found, (_, what) in zip(matched, training, strict=True) if what == kind]
@@ -341,11 +419,11 @@ def main() -> None:
         print(f"{what:30}{there:>8,}{found:>8,}{found / there:>9.4f}{precision}")
     print(f"\n{'to be left alone':30}{'rows':>8}{'taken':>8}")
     innocent = len(training) - len(hits), sum(matched) - sum(hits)
-    for what, numbers in (
-        ("copies of similarity 0.45-0.55", far), ("rows like others", originals), ("clean training rows", innocent),
+    for what, counts in (
+        ("copies of similarity 0.45-0.55", far), ("copies with another number", numbers), ("rows like others", originals), ("clean training rows", innocent),
         ("without personal data", (clean, touched)),
     ):  # fmt: skip
-        print(f"{what:30}{numbers[0]:>8,}{numbers[1]:>8,}")
+        print(f"{what:30}{counts[0]:>8,}{counts[1]:>8,}")
     missed = [row[0] for row in table if row[2] < 0.99 * row[1] or (row[3] > 0 and row[2] < 0.98 * row[3])]
     if missed:
         sys.exit(f"recall below 0.99 or precision below 0.98: {', '.join(missed)}")

@@ -266,13 +266,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a mistake, no UTF-8, a number of thousands of digits, deep nesting
         raise ValueError(f"{path}: not valid TOML ({error})") from None
 
 
 def toml_place(path: str | Path, key: str) -> str:
     """Where `key` is first set in a TOML file, for an error: "file.toml line 3"; without the line if it isn't found."""
-    pattern = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=|\s*\[+\s*{re.escape(key)}\s*[].]""")
+    pattern = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*[.=]|\s*\[+\s*{re.escape(key)}\s*[].]""")
     for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
         if pattern.match(line):
             return f"{path} line {number}"
@@ -285,3 +285,33 @@ def printable(text: str) -> str:
     Text from a model, a file or a checkpoint goes through it before it is shown.
     """
     return text.translate(_CONTROL)
+
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+
+def toml_value(place: str, value: Any, kind: type) -> Any:
+    """A TOML value of `kind` (int, float, bool or str), an integer also as a float; ValueError naming the place."""
+    fits = type(value) is not int or -(1 << 63) <= value < 1 << 63
+    if kind is float and type(value) is int and fits:
+        return float(value)
+    if type(value) is kind and fits:
+        return value
+    size = "" if fits else " of at most 64 bits"
+    raise ValueError(f"{place} must be {_KINDS[kind]}{size}, found {toml_shown(value)}")
+
+
+def toml_shown(value: Any) -> str:
+    """A TOML value, or what kind of thing it is, for an error."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"one of {value.bit_length()} bits"
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "an array of tables"
+    if hasattr(value, "isoformat"):
+        return f"the date or time {value.isoformat()}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"

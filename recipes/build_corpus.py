@@ -7,7 +7,8 @@
 
 Writes train/ and heldout/ (JSONL by table and source), manifest.json, README.md (the corpus card) and reports/ (every
 row left out with its reason). A TOML file lists the sources with kind, licence and weight, as in
-recipes/sample_corpus/corpus.toml; in a folder without one, files are found by their content.
+recipes/sample_corpus/corpus.toml; in a folder without one, and its subfolders, files are found by their content: text,
+JSON, CSV, .parquet and .xlsx, also gzipped, in UTF-8, UTF-16 or GB18030. What is not read is listed with the reason.
 
 Without a teacher everything is made by templates and building twice gives the same bytes. With one, what it answered is
 kept beside the output (OUTPUT.teacher.sqlite, and OUTPUT.plain_teacher.sqlite): a run that was killed goes on without
@@ -17,7 +18,7 @@ asking anything twice.
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,12 +28,14 @@ from pedgpt.corpus import Split, diseases, read_listing
 from pedgpt.corpus.assemble import Assembly, Limits
 from pedgpt.corpus.build import TABLES, build, build_disease, build_graph, build_templates, divided
 from pedgpt.corpus.card import statistics_table, write_card, write_manifest
+from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.knowledge_graph import Disease
 from pedgpt.corpus.quality import normalize
-from pedgpt.corpus.sources import describe_sources
-from pedgpt.corpus.teacher import Teacher, TeacherFailure, in_order, load_teacher
+from pedgpt.corpus.sources import describe_sources, in_domain
+from pedgpt.corpus.teacher import Teacher
 from pedgpt.data import ReadSummary, Triple, iter_records
-from pedgpt.data.records import detect_kind
+from pedgpt.data.records import detect_kind, parse_columns
+from pedgpt.endpoint import EndpointFailure, in_order, load_endpoint
 from pedgpt.files import sync
 from pedgpt.training import run_recipe
 
@@ -47,10 +50,12 @@ ANSWERS = {
 @dataclass
 class Config:
     lock_beside: ClassVar[bool] = True
-    source: str  # TOML that lists the sources, or a folder of them
+    source: str  # TOML that lists the sources, or a folder of them, or one file
     output: str  # folder for the corpus; an earlier corpus in it is replaced once the new one is complete
+    domain: str = ""  # of files found by content: pediatric, general_medical or general; empty: their words tell
     teacher: str = ""  # TOML of an OpenAI-compatible chat endpoint; empty: offline, by templates
     plain_teacher: str = ""  # TOML of the model whose plain answers become the rejected ones of pairs
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, in files found by content
     evaluation: list[str] = field(default_factory=list)  # evaluation files: no training row may hold what is in them
     pediatric_share: float = 0.3  # share of the three tasks' training rows that stage 2 sees already, as its dialogues
     heldout_share: float = 0.1  # share of the diseases (of the questions, where no disease is named) held out
@@ -65,6 +70,8 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for a value out of range, before anything is read."""
+        if self.domain not in ("", *DOMAINS):
+            raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, or empty, found {self.domain!r}")
         for name in ("pediatric_share", "min_chinese"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
@@ -82,12 +89,20 @@ class Config:
 def main(config: Config) -> None:
     config.check()
     chosen = {"teacher": config.teacher, "plain_teacher": config.plain_teacher}
-    teachers = {role: load_teacher(Path(path)) if path else None for role, path in chosen.items()}
+    teachers = {role: load_endpoint(Path(path)) if path else None for role, path in chosen.items()}
     for found in filter(None, teachers.values()):
         found.read_key()  # a missing one is told before anything is read
     listing, output = Path(config.source), Path(config.output)
-    sources = read_listing(listing)
-    print(f"{describe_sources(sources, listing)}\n")
+    left_out: dict[Path, str] = {}
+    sources = read_listing(listing, parse_columns(config.columns), left_out)
+    print(f"{describe_sources(sources, listing, left_out)}\n")
+    if config.domain and all(source.domain for source in sources):
+        raise ValueError(f"--domain is for files that are found by content; write `domain` in {listing}")
+    found = [source.name for source in sources if not source.domain]
+    sources = [in_domain(source, config.domain) for source in sources]
+    for source in sources:
+        if source.name in found:
+            print(f"{source.name}: {source.domain or 'pediatric, general_medical or general, by the words of each row'}")
     output = output.resolve()
     read_files = [file for source in sources for file in source.files]
     check_output(output, listing, [*read_files, *map(Path, config.evaluation)])
@@ -101,7 +116,8 @@ def main(config: Config) -> None:
     summaries = {source.name: ReadSummary() for source in sources}
 
     def read(source):
-        return iter_records(source.files, source.reads, on_bad_row=config.on_bad_row, summary=summaries[source.name])
+        policy = {"on_bad_row": config.on_bad_row, "summary": summaries[source.name], "columns": source.columns}
+        return iter_records(source.files, source.reads, **policy)
 
     # The graphs first: their diseases are what the split goes by.
     graphs = {
@@ -121,9 +137,11 @@ def main(config: Config) -> None:
 
         def in_turn(inputs, work, source):
             work = partial(placed, partial(work, source=source, ask=ask, plain=plain))
-            return in_order(inputs, work, workers=workers, desc=source.name, teachers=list(filter(None, (ask, plain))))
+            return in_order(inputs, work, workers=workers, desc=source.name, endpoints=list(filter(None, (ask, plain))))
 
         assembly = stack.enter_context(contextlib.closing(Assembly(building, limits, split)))
+        known = (disease.facts.values() for graph in graphs.values() for disease in graph)
+        assembly.names.update(name for facts in known for tails in facts for name in tails)
         for path, kind in kinds.items():
             assembly.protect(iter_records(path, kind))
 
@@ -158,19 +176,42 @@ def main(config: Config) -> None:
     }
     manifest = write_manifest(corpus, assembly, sources, settings, summaries)
     write_card(corpus, manifest)
-    if not any(file["table"].startswith("tasks/") and file["side"] == "train" for file in corpus.files):
+    if not any(file["side"] == "train" for file in corpus.files):
         print(statistics_table(corpus))
-        raise ValueError(f"{listing}: no training instruction of any task came out of it; see {building / 'reports'}")
+        raise ValueError(f"{listing}: no training row came out of it; see {building / 'reports'}")
     replace_folder(output, building)
     print(statistics_table(corpus))
     for name, reasons in manifest["dropped"].items():
         print(f"{name}: left out " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()))
     replaced = ", ".join(f"{kind} {count:,}" for kind, count in manifest["personal_data_replaced"].items())
     print(f"personal data replaced: {replaced or 'none found'}")
+    if left_out:
+        print(f"files not read: {len(left_out):,}, listed above")
     print(f"questions answered in different ways: {corpus.contradictions:,} (reports/contradictions.jsonl)")
     for part in ("train", "heldout"):
         print(f"{part}: {sum(file['rows'] for file in corpus.files if file['side'] == part):,} rows")
+    print(*absent(corpus.files), sep="\n")
     print(f"written to {config.output}; README.md in it is the corpus card")
+
+
+def absent(files: list[dict]) -> Iterator[str]:
+    """What a corpus lacks for one of the four stages, in words."""
+    tables = {file["table"] for file in files if file["side"] == "train"}
+
+    def lacks(*beginnings):
+        return not any(table.startswith(beginnings) for table in tables)
+
+    if lacks("text/pediatric", "text/general_medical"):
+        yield "absent: running text on medicine, so stage 1 has instructions alone, if there are any"
+    if lacks("generalist/", "tasks_sample"):
+        yield "absent: conversations, so stage 1 has text alone, if there is any, and stage 2 nothing to train on"
+    if lacks("preferences"):
+        yield "absent: preference pairs, so stage 3 has nothing to train on"
+    if lacks("tasks/"):
+        other = "nothing to train on" if lacks("generalist/general_medical") else "general medicine alone"
+        yield f"absent: rows of the three pediatric tasks, so stage 4 has {other}"
+    if all(file["side"] == "train" for file in files):
+        yield "absent: held-out rows, so there is nothing to evaluate on; more rows, or a higher --heldout_share, give some"
 
 
 def normalized(triples: Iterable[Triple], on_bad_row: str, summary: ReadSummary) -> list[Triple]:
@@ -192,9 +233,9 @@ def placed(work, item):
     """`work` of an input; where a teacher gives no answer, the error says which input it was asked about."""
     try:
         return work(item)
-    except TeacherFailure as error:
+    except EndpointFailure as error:
         place = item.name if isinstance(item, Disease) else item.source
-        raise TeacherFailure(f"{error} (asked about {place})") from None
+        raise EndpointFailure(f"{error} (asked about {place})") from None
 
 
 def check_output(output: Path, listing: Path, inputs: list[Path]) -> None:

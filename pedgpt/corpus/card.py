@@ -48,7 +48,7 @@ def write_manifest(
         "settings": dict(settings),
         "sources": {
             source.name: {
-                "kind": source.kind, "domain": source.domain or "by words, text pediatric", "licence": source.licence,
+                "kind": source.kind, "domain": source.domain or "by words", "licence": source.licence,
                 "weight": source.weight, "epochs": source.epochs, "build": list(source.build),
                 "read": sum(summaries[source.name].rows.values()), "skipped": len(summaries[source.name].skipped),
                 "built": assembly.built[source.name],

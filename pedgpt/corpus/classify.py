@@ -1,34 +1,95 @@
-"""Which task and domain a conversation of unknown origin belongs to, by its words."""
+"""What a conversation or text of unknown origin is about, and which task a conversation belongs to, by its words."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import cache
+from itertools import islice
 
 from pedgpt.corpus.knowledge_graph import EVIDIAG, MEDKQA, TRERECOM
-from pedgpt.data.records import Conversation
+from pedgpt.corpus.quality import chinese_share, simplified
+from pedgpt.corpus.rows import templates
+from pedgpt.data.records import Conversation, Document
 
 DOMAINS = PEDIATRIC, GENERAL_MEDICAL, GENERAL = "pediatric", "general_medical", "general"
 
-_CHILD = re.compile(r"宝宝|孩子|小孩|小儿|婴儿|幼儿|儿童|新生儿|患儿|儿科|儿子|女儿|满月|个月大|早产儿")
-_MEDICAL = re.compile(
-    r"医生|医院|大夫|症状|治疗|患者|疾病|检查|手术|药|疼|痛|炎|癌|瘤|发烧|发热|咳嗽|感染|诊断|怀孕|月经|血压|血糖|过敏|皮肤|出血|病"
-)
 _TREATMENT = re.compile(r"怎么治|如何治|怎样治|治疗|吃什么药|用什么药|怎么办|怎么处理|怎么调理|如何缓解|用药|方案")
+_WINDOW = 300  # characters that are looked at, of what is asked and of what is answered
 
 
 def classify(conversation: Conversation, pediatric: bool = False) -> str:
     """One of the three tasks for pediatric conversations, else "general_medical" or "general".
 
-    A heuristic for raw data: pediatric if the user speaks of a child or the row's department is pediatrics; of several
-    turns: EviDiag; asking for treatment: TreRecom; else MedKQ&A. Medical if the row names a department, or at least two
-    medical words occur in what the user says and the first answer. `pediatric`: known to be so, whatever its words.
+    `pediatric`: known to be so, whatever its words. A department that the row names decides; without one `domain_of`
+    does. Of pediatric conversations those of several turns are EviDiag, those that ask for treatment TreRecom, the
+    others MedKQ&A.
     """
-    asked = "\n".join(message.content for message in conversation.messages if message.role == "user")
-    answered = next(message.content for message in conversation.messages if message.role == "assistant")
-    if not (pediatric or conversation.department) and len(set(_MEDICAL.findall(asked + answered))) < 2:
-        return GENERAL
-    if not pediatric and not _CHILD.search(asked) and "儿" not in conversation.department:
-        return GENERAL_MEDICAL
+    asked, answered = (
+        "\n".join(message.content for message in conversation.messages if message.role == role)
+        for role in ("user", "assistant")
+    )
+    if not pediatric:
+        if conversation.department:
+            found = PEDIATRIC if "儿" in simplified(conversation.department) else GENERAL_MEDICAL
+        else:
+            found = domain_of(asked, answered)
+        if found != PEDIATRIC:
+            return found
     if sum(message.role == "user" for message in conversation.messages) > 1:
         return EVIDIAG
-    return TRERECOM if _TREATMENT.search(asked) else MEDKQA
+    return TRERECOM if _TREATMENT.search(simplified(asked)) else MEDKQA
+
+
+def domain_of(asked: str, answered: str) -> str:
+    """One of DOMAINS for a question and its answer; for running text the question is empty.
+
+    Medical if its different medical words, less those of general chat, count at least 2; pediatric if it is medical and
+    speaks of a child. templates/classify.toml has the words and what each counts.
+    """
+    asked, answered = (simplified(text).lower() for text in (asked, answered))
+    question, answer = asked[:_WINDOW], answered[:_WINDOW]
+    medical, against_asked, against_answered = _counts()
+    score = _counted(medical, f"{question}\n{answer}")
+    score -= _counted(against_asked, question) + _counted(against_answered, answer)
+    if min(chinese_share(question), chinese_share(question + answer)) < 0.5:
+        score -= 10  # a general assistant is asked in any language; a report of letters and digits counts more
+    if score < 2:
+        return GENERAL
+    child, grown, age = (_pattern(name).search(asked or answered) for name in ("child", "grown", "age"))
+    return PEDIATRIC if child and (age or not grown) else GENERAL_MEDICAL
+
+
+def domain_of_texts(documents: Iterable[Document], most: int = 200) -> str:
+    """One of DOMAINS for a file of running text, by its first `most` pieces of 300 characters.
+
+    Medical if half of them are; pediatric if a third of the medical ones speak of a child, because a book on children
+    does not say so in every paragraph.
+    """
+    pieces = (d.text[i : i + _WINDOW] for d in documents for i in range(0, len(d.text), _WINDOW))
+    found = Counter(domain_of("", piece) for piece in islice(pieces, most))
+    medical = found[PEDIATRIC] + found[GENERAL_MEDICAL]
+    if 2 * medical < found.total():
+        return GENERAL
+    return PEDIATRIC if 3 * found[PEDIATRIC] >= medical else GENERAL_MEDICAL
+
+
+def _counted(words: Mapping[str, int], text: str) -> int:
+    return sum(count for word, count in words.items() if word in text)
+
+
+@cache
+def _counts() -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """What a word counts for medicine, against it in a question, and against it in an answer."""
+    lists = templates("classify")
+
+    def counted(**counts: int) -> dict[str, int]:
+        return {word: count for name, count in counts.items() for word in simplified(lists[name]).split()}
+
+    return counted(words=1, firm=2), counted(general=3, role_play=10, translated=1), counted(general=1, translated=2)
+
+
+@cache
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile("".join(templates("classify")[name].split()))

@@ -100,7 +100,8 @@ def chinese_share(text: str) -> float:
     return chinese / letters if letters else 1.0
 
 
-# Personal data, sought in a copy of equal length with ASCII in place of full-width forms; what goes is group "value".
+# Personal data, sought in a copy of equal length: ASCII in place of full-width forms, simplified characters in place of
+# traditional ones. What goes is group "value".
 _HALF = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x3000: 0x20, 0x2010: 0x2D, 0x2013: 0x2D, 0x2014: 0x2D}
 _DIGITS = re.compile(r"[0-9０-９](?:[-－—‐– 　()（）]{0,2}[0-9０-９]){6}")
 _CONTACT = re.compile(r"[微威薇Vv]信|[Qq]{2}|扣扣|[Ww]e[Cc]hat|[VvWw][Xx]|[+加][Vv]")
@@ -126,13 +127,23 @@ _LANDLINE = re.compile(
     r"(?:(?:10|2\d)\)?[- ]{0,2}[2-9]\d{3}|[3-9]\d{2}\)?[- ]{0,2}[2-9]\d{2,3})[- ]?\d{4}(?:(?:-|转)\d{1,5})?)" + _END,
     re.ASCII,
 )
+# After their word: numbers without an area code, and those of Taiwan, whose area codes have two or three digits.
 _LOCAL = re.compile(
-    r"(?:电话|座机|固话|传真|tel)(?:号码|号|是|为|[:. ])*(?P<value>[2-9]\d{2,3}[- ]?\d{4})" + _END,
+    r"(?:电话|手机|座机|固话|传真|联系方式|(?<![a-z])tel|phone|whatsapp)(?:号码|号|是|为|[:. ])*"
+    r"(?P<value>[2-9]\d{2,3}[- ]?\d{4}|09\d\d[- ]?\d{3}[- ]?\d{3}|\(?0[2-8]\d?\)?[- ]?\d{3,4}[- ]?\d{3,4})" + _END,
     re.ASCII | re.IGNORECASE,
 )
+_ABROAD = re.compile(  # Taiwan, Hong Kong, Macau
+    r"(?<![0-9A-Za-z])(?P<value>(?:\+|00)(?:886[- ]?(?:\(0\))?\d{1,3}|85[23])[- ]?\d{3,4}[- ]?\d{3,4})" + _END, re.ASCII
+)
+_IDENTITY_ABROAD = re.compile(
+    r"身[份分]证(?:字号|号码|号)?[ :是为]*(?P<value>[A-Z][12]\d{8}|[A-Z]{1,2}\d{6} ?\([0-9A]\))(?![0-9A-Za-z])",
+    re.ASCII | re.IGNORECASE,
+)
+# Behind +V there must be a mark, a space or a number: +Vancomycin1g is a drug.
 _WECHAT = re.compile(
-    r"(?:[微威薇v]信|wechat|(?<![a-z])[vw]x|[+加]v)(?:号码|账号|帐号|号|id)?(?P<colon>[ :是为]*)"
-    r"(?P<value>[a-z][-_a-z0-9]{5,19}|[1-9]\d{4,10})(?![-_a-z0-9])",
+    r"(?:[微威薇v]信|wechat|(?<![a-z])[vw]x|(?P<plus>[+加]v)(?=[ :是为\d]))(?:号码|账号|帐号|号|id)?(?P<colon>[ :是为]*)"
+    r"(?P<value>[a-z][-_a-z0-9]{5,19}|[1-9]\d{4,10})(?![-_a-z0-9]|\.\d)",
     re.ASCII | re.IGNORECASE,
 )
 _QQ = re.compile(
@@ -145,6 +156,16 @@ _OF_A_THING = re.compile(
     r"|(?:https?:/|www\.)[!-~]*$|[a-z_](?<!tel)(?<!phone)(?<!mobile)(?<![+加]v)(?<!vx)(?<!wx)(?<!qq)$",
     re.IGNORECASE,
 )
+# A count, a concentration or a price of as many digits as a telephone number: by what stands behind or before it.
+_AMOUNT = re.compile(
+    r" ?(?:(?:iu|u|copies|cfu|cells?|[mnuμ]?g|[mu]?l|[mnu]?mol|元|次|%)(?![a-z])|拷贝|个(?!人)|[万亿×*^]|x ?10|/ ?[a-zμ毫升])",
+    re.IGNORECASE,
+)
+_AMOUNT_OF = re.compile(
+    r"(?:定量|总数|计数|数量|载量|含量|浓度|滴度|活性|拷贝数?|细胞|血小板|精子|菌落|DNA|RNA|HCG)[^，。；,;\n\d]{0,8}$",
+    re.IGNORECASE,
+)
+_CALLED = re.compile(r"电话|手机|号码|联系|拨|致电|tel|phone", re.IGNORECASE)
 
 Rule = tuple[str, re.Pattern[str], Callable[[re.Match[str]], bool]]
 
@@ -155,20 +176,21 @@ def scrub(text: str) -> tuple[str, Counter[str]]:
     电话: mobile numbers and landlines in their usual spellings, but no hotlines. 身份证号: of 18 digits with a valid
     date and checksum (after the word 身份证 without one too), or of 15 with a valid date. 邮箱. 微信号 and QQ号 where
     introduced as such. 姓名 where introduced (我叫, 姓名：, 孩子叫) and made of a known surname and one or two given
-    characters with an end behind; other names stay.
+    characters with an end behind; other names stay. Traditional characters count as simplified ones; numbers of
+    Taiwan, Hong Kong and Macau are known by their country code or the word before them. Doses and counts stay.
     """
     rules: list[Rule] = []
     if "@" in text or "＠" in text:
         rules.append(("邮箱", _EMAIL, bool))
     if _DIGITS.search(text):
-        rules.append(("身份证号", _IDENTITY, _is_identity))
-        rules += [("电话", pattern, _is_of_a_person) for pattern in (_MOBILE, _LANDLINE, _LOCAL)]
+        rules += [("身份证号", _IDENTITY, _is_identity), ("身份证号", _IDENTITY_ABROAD, bool)]
+        rules += [("电话", pattern, _is_of_a_person) for pattern in (_MOBILE, _ABROAD, _LANDLINE, _LOCAL)]
     if _CONTACT.search(text):
         rules += [("微信号", _WECHAT, _is_account), ("QQ号", _QQ, bool)]
     if "叫" in text or "姓名" in text or "名字" in text or "姓 名" in text:
         rules.append(("姓名", _names(), bool))
     found: Counter[str] = Counter()
-    plain = text.translate(_HALF) if rules else ""
+    plain = simplified(text) if rules else ""
     for kind, pattern, accepted in rules:
         for match in reversed([match for match in pattern.finditer(plain) if accepted(match)]):
             start, end = match.span("value")
@@ -177,8 +199,23 @@ def scrub(text: str) -> tuple[str, Counter[str]]:
     return text, found
 
 
+def simplified(text: str) -> str:
+    """The text, character by character, in simplified characters and half width, to be compared and not to be kept."""
+    return text.translate(_simple_forms())
+
+
+@cache
+def _simple_forms() -> dict[int, int]:
+    lists = templates("quality")
+    return _HALF | {ord(a): ord(b) for a, b in zip(lists["traditional"], lists["simplified"], strict=True)}
+
+
 def _is_of_a_person(match: re.Match[str]) -> bool:
-    return not _OF_A_THING.search(match.string[max(0, match.start("value") - 60) : match.start("value")])
+    before = match.string[max(0, match.start("value") - 60) : match.start("value")]
+    if _OF_A_THING.search(before) or _AMOUNT.match(match.string, match.end("value")):
+        return False
+    round_number = re.sub(r"\D", "", match["value"]).endswith("000000")
+    return bool(_CALLED.search(before[-8:])) or not (round_number or _AMOUNT_OF.search(before))
 
 
 def _is_identity(match: re.Match[str]) -> bool:
@@ -192,12 +229,16 @@ def _is_identity(match: re.Match[str]) -> bool:
         return _is_of_a_person(match)
     total = sum(int(digit) * 2 ** (17 - i) for i, digit in enumerate(number[:17]))
     # A mistyped number of a person is one too.
-    said = re.search("身份证[号码为是:： ]*$", match.string[max(0, match.start("value") - 12) : match.start("value")])
+    said = re.search("身[份分]证[字号码为是:： ]*$", match.string[max(0, match.start("value") - 12) : match.start("value")])
     return 1850 <= day.year <= 2100 and (bool(said) or "10X98765432"[total % 11] == number[17])
 
 
 def _is_account(match: re.Match[str]) -> bool:
-    return any(mark in match["colon"] for mark in ":是为") or any(map(str.isdigit, match["value"]))
+    if any(mark in match["colon"] for mark in ":是为"):
+        return True
+    is_dose = match["plus"] and re.search(r"\d(?:m?g|ml|iu|u)$", match["value"], re.IGNORECASE)
+    is_amount = match["plus"] and _AMOUNT.match(match.string, match.end("value"))
+    return any(map(str.isdigit, match["value"])) and not (is_dose or is_amount)
 
 
 @cache

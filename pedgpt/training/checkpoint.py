@@ -213,7 +213,7 @@ def refuse_changes(saved: Mapping[str, Any], run: Mapping[str, Any], where: Path
     changed = [
         f"{key} was {saved.get(key)!r}, is {run.get(key)!r}"
         for key in sorted({*saved, *run} - moved)
-        if saved.get(key, False) != run.get(key, False)  # a switch that did not exist yet was off
+        if (saved.get(key) or False) != (run.get(key) or False)  # a setting that did not exist yet was off, or empty
     ]
     if changed:
         raise _Changed(

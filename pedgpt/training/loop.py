@@ -9,6 +9,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from pedgpt.files import write_text
 from pedgpt.training.batches import BatchPlan
-from pedgpt.training.checkpoint import refuse_changes
+from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, autocast, barrier, reshard, sum_over_ranks
 from pedgpt.training.keeping import Checkpoints, StopRequest
@@ -159,6 +161,28 @@ def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) 
     values = dataclasses.asdict(settings).items()
     chosen = {name: value for name, value in values if name not in _FREE and not name.startswith("heldout")}
     return {**chosen, "total_steps": plan.total_steps, "rows_and_base_model": fingerprint}
+
+
+def run_date(output: str | Path, world: World, shared: str = "") -> str:
+    """The day for chat templates that write one, like "2026-03-31", fixed for the whole run.
+
+    It is that of the run in `output`, which is finished or has a checkpoint, or else `shared`, or else today. The main
+    rank decides, so midnight may fall between two ranks.
+    """
+    folder, found = Path(output), ""
+    files = [folder / "done.json", (latest_checkpoint(folder / "checkpoints") or folder) / "state.json"]
+    with suppress(OSError, ValueError, KeyError, TypeError):  # who reads these files in full says what is wrong
+        if path := next((path for path in files if path.is_file()), None):
+            saved = json.loads(path.read_bytes())
+            found = saved.get("run", saved)["template_date"]
+    try:
+        day = date.fromisoformat(found or shared) if found or shared else date.today()
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{output}: its template_date is {found or shared!r}, expected a day like 2026-03-31"
+        ) from None
+    (number,) = sum_over_ranks([day.toordinal() if world.is_main else 0], world)
+    return date.fromordinal(int(number)).isoformat()
 
 
 def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> bool:

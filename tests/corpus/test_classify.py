@@ -1,9 +1,16 @@
 """Tasks of raw conversations, judged by a person first."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 
 from pedgpt.corpus import classify
-from pedgpt.data import Conversation, Message
+from pedgpt.corpus.classify import domain_of_texts
+from pedgpt.data import Conversation, Message, read_documents
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "data"
 
 CASES = [
     ("MedKQ&A", ["新生儿黄疸是什么症状引起的疾病？", "多数是生理性的。"]),
@@ -20,6 +27,12 @@ CASES = [
     ("general", ["How do I sort a list in Python?", "Use sorted()."]),
     ("general", ["给孩子起个好听的名字", "可以叫子轩。"]),
     ("general", ["怎么治理公司的财务？", "完善制度。"]),
+    ("MedKQ&A", ["宝宝特别喜欢打嗝，正常吗？", "吃奶时吞进空气就会打嗝，喂完拍嗝。"]),
+    ("MedKQ&A", ["寶寶夜裡總是咳嗽，是什麼病？", "多半是感冒，也可能是過敏。"]),
+    ("general_medical", ["怀孕三个月了，吃辣椒对宝宝有影响吗？", "适量没事，注意便秘。"]),
+    ("general_medical", ["硫糖铝和奥美拉唑能一起吃吗？", "间隔两小时服用。"]),
+    ("general_medical", ["遗尿的发病部位是什么？", "肾"]),
+    ("general", ["请你扮演医生，写一个关于医院的故事", "从前，医生走进病房，看见一个病人。"]),
 ]
 
 
@@ -33,8 +46,34 @@ def test_classify_matches_a_reader(task, texts, system):
 @pytest.mark.parametrize(
     ("department", "pediatric", "task"),
     [("", False, "general"), ("儿科", False, "MedKQ&A"), ("小儿外科", False, "MedKQ&A"),
-     ("内科", False, "general_medical"), ("", True, "MedKQ&A"), ("内科", True, "MedKQ&A")],
+     ("内科", False, "general_medical"), ("兒科", False, "MedKQ&A"), ("", True, "MedKQ&A"), ("内科", True, "MedKQ&A")],
 )  # fmt: skip
 def test_department_and_what_is_known_of_a_source_decide_where_words_do_not(department, pediatric, task):
     messages = (Message("user", "晚上睡不好是什么缘故"), Message("assistant", "作息要规律。"))
     assert classify(Conversation(messages, "f:1", department=department), pediatric) == task
+
+
+def test_a_row_of_another_department_stays_there_although_it_speaks_of_a_child():
+    messages = (Message("user", "孩子发烧怎么办？"), Message("assistant", "多喝水。"))
+    assert classify(Conversation(messages, "f:1")) == "TreRecom"
+    assert classify(Conversation(messages, "f:1", department="神经科")) == "general_medical"
+
+
+@pytest.mark.parametrize(
+    ("file", "domain"),
+    [("textbook", "pediatric"), ("guidelines", "pediatric"), ("general_medical_text", "general_medical"),
+     ("general_text", "general")],
+)  # fmt: skip
+def test_running_text_is_of_the_domain_that_its_words_tell(file, domain):
+    assert domain_of_texts(read_documents(ROOT / "recipes" / "sample_corpus" / f"{file}.jsonl")) == domain
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+def test_real_medical_questions_reach_the_medical_tables_and_general_chat_does_not():
+    spec = importlib.util.spec_from_file_location("bench_classify", ROOT / "benchmarks" / "bench_classify.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    medical = [bench.measure(SHARED / f"{name}.jsonl", True) for name in ("pediatric_qa", "medical_sharegpt", "cmd_cases")]
+    assert sum(part["medical"] for part in medical) >= 0.97 * sum(part["rows"] for part in medical) > 500
+    chat = bench.measure(SHARED / "general_sharegpt.jsonl", True)
+    assert chat["rows"] > 300 and chat["medical"] - chat["read as medical"] <= 0.02 * (chat["rows"] - chat["read as medical"])

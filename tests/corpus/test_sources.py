@@ -77,7 +77,7 @@ A = "[[source]]\nfile = 'a.jsonl'\n"
         (A, "source 1: kind is None"),
         (A + "kind = 'talk'\n", "source 1: kind is 'talk', expected one of textbook"),
         (A + "kind = ['talk']\n", "source 1: kind is"),
-        (A + "kind = 'instructions'\nlicense = 'MIT'\n", "unknown key 'license'; did you mean licence"),
+        (A + "kind = 'instructions'\nlicense = 'MIT'\n", "unknown key 'license'; did you mean 'licence'"),
         (A + "kind = 'instructions'\ndomain = 'space'\n", "domain is 'space'"),
         (A + "kind = 'instructions'\ndomain = ''\n", "domain is ''"),
         (A + "kind = 'instructions'\ntask = '../x'\n", "task '../x' cannot name a file"),
@@ -122,12 +122,13 @@ def test_folder_without_a_listing_is_read_by_content(folder):
     (folder / "f_g.txt").write_text("小儿肺炎", encoding="utf-8")
     (folder / "README.md").write_text("# 说明", encoding="utf-8")
     (folder / "scan.pdf").write_bytes(b"%PDF")
-    sources = read_listing(folder)
+    left_out = {}
+    sources = read_listing(folder, left_out=left_out)
     assert {source.name: (source.kind, source.domain) for source in sources} == {
         "a": ("instructions", ""), "b": ("encyclopedia", ""), "c": ("dialogues", ""), "d": ("instructions", ""),
         "e": ("preferences", ""), "f_g": ("knowledge_graph", ""), "f_g_": ("encyclopedia", ""),
     }  # fmt: skip
-    told = describe_sources(sources, folder)
+    told = describe_sources(sources, folder, left_out)
     assert "README.md: not read" in told and "scan.pdf: not read" in told
     assert "a.jsonl: question → user, answer → assistant" in told
 

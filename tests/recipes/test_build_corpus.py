@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -419,6 +420,7 @@ def test_new_corpus_replaces_the_old_one_whole_or_not_at_all(build, tmp_path):
         ({"evaluation": ["nowhere.jsonl"]}, "nowhere.jsonl"),
         ({"teacher": "nowhere.toml"}, "nowhere.toml"),
         ({"source": "nowhere"}, "nowhere"),
+        ({"domain": "paediatric"}, "domain must be one of pediatric, general_medical, general"),
     ],
 )
 def test_wrong_settings_are_told_before_anything_is_written(build, tmp_path, wrong, told):
@@ -427,20 +429,70 @@ def test_wrong_settings_are_told_before_anything_is_written(build, tmp_path, wro
     assert not list(tmp_path.iterdir())
 
 
-def test_source_without_any_instruction_is_an_error_that_shows_what_was_read(build, tmp_path, capsys):
+def adult(i):
+    mixed = words(i)
+    return messages(f"胃部{mixed[:8]}疼痛要做什么检查？", f"先查胃镜，排除{mixed[8:]}的炎症，清淡饮食。")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tables", "told"),
+    [
+        ("pairs", {"preferences"}, "no: running text on medicine; conversations; rows of the three pediatric tasks"),
+        ("guideline", {"text/pediatric"}, "no: conversations; preference pairs; rows of the three pediatric tasks"),
+        ("medicine", {"text/general_medical", "generalist/general_medical"}, "stage 4 has general medicine alone"),
+    ],
+)
+def test_a_corpus_of_one_kind_alone_builds_and_says_what_it_lacks(build, tmp_path, capsys, kind, tables, told):
+    (source := tmp_path / "source").mkdir()
+    pairs = [{"prompt": f"{words(i)}疼？", "chosen": words(i), "rejected": words(i)[:9]} for i in range(9)]
+    rows = {"pairs": pairs, "medicine": [adult(i) for i in range(9)]}
+    if kind == "guideline":
+        text = "".join(f"患儿{words(i)}时应及时就诊，注意休息。\n\n" for i in range(9))
+        (source / "guideline.md").write_text(f"# 儿童肺炎诊疗指南\n\n{text}", encoding="utf-8")
+    else:
+        write(source / f"{kind}.jsonl", rows[kind])
+    build(source=source, output=tmp_path / "out", near_duplicate=1.0)
+    said = capsys.readouterr().out
+    assert {name for name in manifest(tmp_path / "out")["rows"]} == tables
+    if told.startswith("no: "):
+        assert all(f"absent: {what}" in said for what in told.removeprefix("no: ").split("; "))
+    else:
+        assert told in said
+
+
+def test_files_found_by_content_are_of_the_domain_that_is_stated(build, tmp_path, capsys):
+    (source := tmp_path / "source").mkdir()
+    write(source / "talk.jsonl", [messages(f"{words(i)[:9]}是什么？", words(i)) for i in range(9)])
+    (source / "book.txt").write_text("长江是中国第一长河，流经十一个省市，最后注入东海。", encoding="utf-8")
+    build(source=source, output=tmp_path / "found", near_duplicate=1.0)
+    assert "book: general\n" in capsys.readouterr().out
+    build(source=source, output=tmp_path / "stated", domain="general_medical", near_duplicate=1.0)
+    rows = manifest(tmp_path / "stated")["rows"]
+    assert {name: sum(sides.values()) for name, sides in rows.items()} == {
+        "generalist/general_medical": 9, "text/general_medical": 1,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="write `domain` in"):
+        build(source=SAMPLE, output=tmp_path / "sample", domain="general")
+
+
+def test_a_source_of_which_every_row_is_left_out_is_an_error_that_shows_where_to_look(build, tmp_path):
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "book.txt").write_text("长江是中国第一长河。", encoding="utf-8")
-    with pytest.raises(ValueError, match="no training instruction of any task"):
+    (tmp_path / "source" / "book.txt").write_text("Only English text.", encoding="utf-8")
+    with pytest.raises(ValueError, match="no training row came out of it; see .*reports"):
         build(source=tmp_path / "source", output=tmp_path / "out")
-    assert "| text/pediatric | book | 1 |" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the repository")
 def test_every_row_of_real_data_is_read_or_counted_as_skipped(build, tmp_path):
-    build(source=SHARED, output=tmp_path / "out")
+    (tmp_path / "in").mkdir()
+    for path in SHARED.iterdir():  # the first 300 lines or so of each: a CSV's row may have several
+        with path.open(encoding="utf-8", newline="\n") as file:
+            lines = list(itertools.islice(file, 300))
+        (tmp_path / "in" / path.name).write_text("".join(lines), encoding="utf-8", newline="")
+    build(source=tmp_path / "in", output=tmp_path / "out")
     found = manifest(tmp_path / "out")
     rows = {}
-    for path in SHARED.iterdir():
+    for path in (tmp_path / "in").iterdir():
         if path.suffix == ".jsonl":
             rows[path.stem] = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
         elif path.suffix == ".csv":
