@@ -53,9 +53,9 @@ class Checkpoints:
         self.model, self.optimizer, self.run, self.world = model, optimizer, run, world
         self.size = checkpoint_size(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        whole = all(parameter.requires_grad for parameter in model.parameters())  # no adapter: saved in `dtype`
-        dtype = getattr(torch, settings.dtype)
-        self.result = sum(p.numel() * (dtype.itemsize if whole else p.element_size()) for p in trained)
+        whole = all(parameter.requires_grad for parameter in model.parameters())  # else it is an adapter
+        dtype = getattr(torch, settings.save_dtype or (settings.dtype if whole else "float32"))
+        self.result = sum(parameter.numel() for parameter in trained) * dtype.itemsize
         self.written = time.monotonic()
         self.seconds = self.size / _BYTES_A_SECOND
 
@@ -137,16 +137,14 @@ class Checkpoints:
             )
         usable = free + max(0, existing - 1) * self.size
         promised = isinstance(self.every, int) and 0 < self.every < steps
-        if usable < self.result // 2:  # a result in bfloat16 takes half of one in float32
+        if usable < self.result:
             raise disk_full(self.folder.parent, self.result)
         if promised and usable < self.size:
             raise disk_full(self.folder, self.size)
         fitting = (free + existing * self.size - self.result) // self.size if self.size else self.keep
         space = f"{readable_size(free)} free, a checkpoint takes {readable_size(self.size)}"
         space = f"warning: {self.folder.parent}: {space}, the result {readable_size(self.result)}"
-        if free < self.result:
-            print(f"{space}: free some before the end", file=sys.stderr)
-        elif self.every and fitting < self.keep:
+        if self.every and fitting < self.keep:
             kept = f"only {fitting} of {self.keep} checkpoints are kept" if fitting > 0 else "there is no room for one"
             lost = "" if fitting > 0 else ", so a run that is killed starts anew"
             print(f"{space}: {kept}{lost}", file=sys.stderr)

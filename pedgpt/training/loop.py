@@ -171,7 +171,7 @@ def run_date(output: str | Path, world: World, shared: str = "") -> str:
     """
     folder, found = Path(output), ""
     files = [folder / "done.json", (latest_checkpoint(folder / "checkpoints") or folder) / "state.json"]
-    with suppress(OSError, ValueError, KeyError, TypeError):  # who reads these files in full says what is wrong
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # told when read in full
         if path := next((path for path in files if path.is_file()), None):
             saved = json.loads(path.read_bytes())
             found = saved.get("run", saved)["template_date"]
