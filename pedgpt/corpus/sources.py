@@ -145,7 +145,11 @@ def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) 
     left_out |= others
     sources: dict[str, Source] = {}
     problems = []
+    built = {path.parent for path in files if path.name == "manifest.json" and is_corpus(path.parent)}
+    left_out |= dict.fromkeys(built, "a corpus that was built from sources")
     for path in files:
+        if not built.isdisjoint(path.parents):
+            continue
         try:
             kind = _KIND_FOUND[detect_kind(path, columns)]
         except NoData as reason:
@@ -198,6 +202,12 @@ def _shown(left_out: Mapping[Path, str], folder: Path) -> str:
             *[f"… and {len(paths) - 10:,} more files: not read: {reason}"][: len(paths) > 10],
         )
     )
+
+
+def is_corpus(folder: Path) -> bool:
+    """Whether a folder is what build_corpus.py wrote."""
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and b'"made_by"' in manifest.read_bytes()[:1000]
 
 
 def is_name(text: str) -> bool:
