@@ -140,7 +140,7 @@ def test_problems_of_a_folder_are_told_together_with_what_the_readers_know(lab, 
         "c.jsonl:1: answer has the wrong type: found int, expected str",
         "d.parquet:1: damaged file: ",
         "e.jsonl.gz:1: damaged file: ",
-        'f.xlsx: reading it needs openpyxl; pip install "pedgpt[tables]"',
+        'f.xlsx: reading it needs openpyxl: pip install -e ".[tables]"',
     ):
         assert told in result.err, told
     assert len(result.err.splitlines()) == 6 and "found no row" not in result.err
@@ -152,7 +152,7 @@ def test_one_file_is_a_source_and_its_columns_can_be_named(lab, tmp_path):
     path.write_text(lines(rows), encoding="utf-8")
     arguments = ["--source", str(path), "--output", str(tmp_path / "corpus"), *BUILD]
     unnamed = lab.call("build_corpus", arguments)
-    assert unnamed.code == 2 and "no known field, found the fields q_text, a_text" in unnamed.err
+    assert unnamed.code == 2 and "数据.jsonl: not read: no known field, found the fields q_text, a_text" in unnamed.err
     assert "name its fields by `columns`" in unnamed.err
     wrong = lab.call("build_corpus", [*arguments, "--columns", "question=q_text", "answer=nowhere"])
     assert wrong.code == 2 and "found the keys q_text, a_text, expected nowhere, which `columns` names" in wrong.err
