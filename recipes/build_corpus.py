@@ -31,7 +31,7 @@ from pedgpt.corpus.card import statistics_table, write_card, write_manifest
 from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.knowledge_graph import Disease
 from pedgpt.corpus.quality import normalize
-from pedgpt.corpus.sources import describe_sources, in_domain
+from pedgpt.corpus.sources import describe_sources, in_domain, is_corpus
 from pedgpt.corpus.teacher import Teacher
 from pedgpt.data import ReadSummary, Triple, iter_records
 from pedgpt.data.records import detect_kind, parse_columns
@@ -244,12 +244,7 @@ def check_output(output: Path, listing: Path, inputs: list[Path]) -> None:
         inside = path != listing.resolve() and path in output.parents  # of a folder all files are read
         if output == path or output in path.parents or inside:
             raise ValueError(f"--output {output}: lies in, or holds, the input {path}; choose another folder")
-    manifest = output / "manifest.json"
-    if output.is_file() or (
-        output.exists()
-        and any(output.iterdir())
-        and not (manifest.is_file() and b'"made_by"' in manifest.read_bytes()[:1000])
-    ):
+    if output.is_file() or (output.exists() and any(output.iterdir()) and not is_corpus(output)):
         raise ValueError(f"--output {output}: not empty and no corpus; choose another folder")
 
 
