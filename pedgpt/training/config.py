@@ -149,7 +149,7 @@ def leave(error: BaseException, output: str = "") -> NoReturn:
     """End a recipe: a user's mistake, a full disk or a signal in one line, and anything else with its traceback."""
     reason = None if isinstance(error, DiskFull) else full_disk(error)
     if isinstance(error, SystemExit):  # a run that was stopped has said so
-        code = error.code if isinstance(error.code, int) else 1
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     elif isinstance(error, KeyboardInterrupt):
         code, line = 130, "stopped by Ctrl-C; the same command goes on, or starts anew"
     elif reason:

@@ -117,7 +117,10 @@ class Checkpoints:
 
     def _free(self, needed: int) -> None:
         """Delete old checkpoints, never the last one, until so many bytes are free."""
-        while len(existing := all_checkpoints(self.folder)) > 1 and (free_space(self.folder) or needed) < needed:
+        while len(existing := all_checkpoints(self.folder)) > 1:
+            free = free_space(self.folder)
+            if free is None or free >= needed:
+                return
             prune_checkpoints(self.folder, len(existing) - 1)
 
     def _check_space(self, steps: int) -> None:
