@@ -26,9 +26,9 @@ from pedgpt.corpus import Split, diseases, read_listing
 from pedgpt.corpus.assemble import Assembly, Limits
 from pedgpt.corpus.build import TABLES, build, build_disease, build_graph, build_templates, divided
 from pedgpt.corpus.card import statistics_table, write_card, write_manifest
+from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.knowledge_graph import Disease
 from pedgpt.corpus.quality import normalize
-from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.sources import describe_sources, in_domain
 from pedgpt.corpus.teacher import Teacher, TeacherFailure, in_order, load_teacher
 from pedgpt.data import ReadSummary, Triple, iter_records
@@ -92,11 +92,11 @@ def main(config: Config) -> None:
     print(f"{describe_sources(sources, listing)}\n")
     if config.domain and all(source.domain for source in sources):
         raise ValueError(f"--domain is for files that are found by content; write `domain` in {listing}")
-    found = [source.name for source in sources if not source.domain]
+    by_content = [source.name for source in sources if not source.domain]
     sources = [in_domain(source, config.domain) for source in sources]
     for source in sources:
-        if source.name in found:
-            print(f"{source.name}: {source.domain or 'pediatric, general_medical or general, by the words of each row'}")
+        if source.name in by_content:
+            print(f"{source.name}: {source.domain or 'each row of the domain that its words tell'}")
     output = output.resolve()
     read_files = [file for source in sources for file in source.files]
     check_output(output, listing, [*read_files, *map(Path, config.evaluation)])
@@ -200,7 +200,7 @@ def absent(files: list[dict]) -> Iterator[str]:
         other = "nothing to train on" if lacks("generalist/general_medical") else "general medicine alone"
         yield f"absent: rows of the three pediatric tasks, so stage 4 has {other}"
     if all(file["side"] == "train" for file in files):
-        yield "absent: held-out rows, so there is nothing to evaluate on; more rows, or a higher --heldout_share, give some"
+        yield "absent: held-out rows, so there is nothing to evaluate on; more rows or a higher --heldout_share help"
 
 
 def normalized(triples: Iterable[Triple], on_bad_row: str, summary: ReadSummary) -> list[Triple]:

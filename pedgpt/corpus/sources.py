@@ -41,9 +41,7 @@ class Source:
     kind: str  # one of KINDS
     name: str = ""  # names its files in the corpus; by default the file's stem, or the kind
     files: tuple[Path, ...] = ()  # key "file": a file or folder beside the TOML, or a list of them
-    domain: str = (
-        PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
-    )
+    domain: str = PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
     task: str = ""  # conversations only: what they are; empty: by each row's own task, or its words
     licence: str = "not stated"
     weight: float = 1.0  # in stage 1's mixture: how often its text is drawn, beside others of its part
