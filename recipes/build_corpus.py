@@ -98,11 +98,11 @@ def main(config: Config) -> None:
     print(f"{describe_sources(sources, listing, left_out)}\n")
     if config.domain and all(source.domain for source in sources):
         raise ValueError(f"--domain is for files that are found by content; write `domain` in {listing}")
-    found = [source.name for source in sources if not source.domain]
+    by_content = [source.name for source in sources if not source.domain]
     sources = [in_domain(source, config.domain) for source in sources]
     for source in sources:
-        if source.name in found:
-            print(f"{source.name}: {source.domain or 'pediatric, general_medical or general, by the words of each row'}")
+        if source.name in by_content:
+            print(f"{source.name}: {source.domain or 'each row of the domain that its words tell'}")
     output = output.resolve()
     read_files = [file for source in sources for file in source.files]
     check_output(output, listing, [*read_files, *map(Path, config.evaluation)])
@@ -211,7 +211,7 @@ def absent(files: list[dict]) -> Iterator[str]:
         other = "nothing to train on" if lacks("generalist/general_medical") else "general medicine alone"
         yield f"absent: rows of the three pediatric tasks, so stage 4 has {other}"
     if all(file["side"] == "train" for file in files):
-        yield "absent: held-out rows, so there is nothing to evaluate on; more rows, or a higher --heldout_share, give some"
+        yield "absent: held-out rows, so there is nothing to evaluate on; more rows or a higher --heldout_share help"
 
 
 def normalized(triples: Iterable[Triple], on_bad_row: str, summary: ReadSummary) -> list[Triple]:

@@ -42,9 +42,7 @@ class Source:
     kind: str  # one of KINDS
     name: str = ""  # names its files in the corpus; by default the file's stem, or the kind
     files: tuple[Path, ...] = ()  # key "file": a file or folder beside the TOML, or a list of them
-    domain: str = (
-        PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
-    )
+    domain: str = PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
     task: str = ""  # conversations only: what they are; empty: by each row's own task, or its words
     columns: Mapping[str, str] = field(default_factory=dict)  # key: ["question=ask", "answer=reply"], if not by name
     licence: str = "not stated"
