@@ -28,11 +28,13 @@ FILES = {  # each file's label; "" where a column gives it
     "medical_sharegpt.jsonl": MEDICAL,
     "general_sharegpt.jsonl": GENERAL,
 }
-# Rows of general chat that the classifier called medical and a reader found to be so: a case of thrombocytopenia, how to
-# sit when out of breath, magnesium before potassium chloride, side effects of a vaccine, an operation, toothache and the
-# like. They are no general chat; the table shows the share with and without them.
-READ_AS_MEDICAL = """0404d9d006dd 346fa8ec4a62 eaaf67a95f43 8dfdd5016658 f5899242f57e ef8706c364ba f5914e60c025 fda982b17985
-e19955395b21 41dcb3055874""".split()
+# Rows of general chat that the classifier called medical and a reader found to be so: a case of thrombocytopenia, how
+# to sit when out of breath, magnesium before potassium chloride, side effects of a vaccine, an operation, toothache and
+# the like. They are no general chat; the table shows the share with and without them.
+READ_AS_MEDICAL = """
+0404d9d006dd 346fa8ec4a62 eaaf67a95f43 8dfdd5016658 f5899242f57e ef8706c364ba f5914e60c025 fda982b17985 e19955395b21
+41dcb3055874
+""".split()
 
 
 def checksum(row: Conversation) -> str:
@@ -87,8 +89,8 @@ def main() -> None:
             chat, called, noise = counts["rows"], counts["medical"], counts["read as medical"]
     wrong = (called - noise) / (chat - noise)
     print(f"\nmedical rows called medical: {found / rows:.4f} of {rows:,}")
-    print(f"general chat called medical: {called / chat:.4f} of {chat:,}; {called} rows, of which a reader found {noise}")
-    print(f"to be medical; of the others {wrong:.4f}")
+    print(f"general chat called medical: {called / chat:.4f} of {chat:,}; {called} rows, {noise} of them medical for a")
+    print(f"reader; without those {wrong:.4f}")
     if found / rows < 0.97 or wrong > 0.02:
         sys.exit("fewer than 97 % or more than 2 %")
 

@@ -125,20 +125,22 @@ COUNTING = set("一个年分时成种")
 
 
 def changed_to(rng: random.Random, text: str, low: float, high: float) -> str:
-    """The text with the same numbers, edited until its similarity to itself as it was lies between the two."""
+    """The text edited until its similarity to itself as it was lies between the two; from 0.9 its numbers stay."""
     while True:
         copy = text
         while (found := similarity(text, copy)) > high:
             change = edited(rng, copy, 1 if found < high + 0.1 else 3)
-            if NUMBERS.findall(change) == NUMBERS.findall(text) and not COUNTING & (Counter(change) - Counter(copy)).keys():
-                copy = change
+            same = NUMBERS.findall(change) == NUMBERS.findall(text) and not COUNTING & (Counter(change) - Counter(copy)).keys()
+            copy = change if same or low < 0.9 else copy
         if found >= low:
             return copy
 
 
 def recounted(rng: random.Random, text: str) -> str:
     """The text with one of its numbers replaced by another, or moved by a decimal point."""
-    match = rng.choice([match for match in re.finditer(r"\d+(?:\.\d+)?", text)])
+    if not (found := list(re.finditer(r"\d+(?:\.\d+)?", text))):
+        return text + "共5天。"
+    match = rng.choice(found)
     numbers = [match[0].replace(".", "") if "." in match[0] else f"{match[0]}.5", str(int(float(match[0])) + rng.randint(1, 9))]
     return text[: match.start()] + rng.choice(numbers) + text[match.end() :]
 

@@ -125,7 +125,7 @@ def load_endpoint(path: str | Path) -> EndpointSettings:
     try:
         settings.check()
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{toml_place(path, str(error).partition(' ')[0])}: {error}") from None
     return settings
 
 
@@ -198,7 +198,7 @@ class Endpoint:
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise ValueError(self._shown(f"url or proxy of the {self.title} cannot be used: {error}")) from None
         self._database = _open_cache(self.cache)
-        # Everything that follows is used in the event loop's thread alone, except where `_lock` is held.
+        # Everything that follows is changed in the event loop's thread only, except where `_lock` is held.
         self._usage, self._spent = Usage(), (0, 0, 0)
         self._pending: dict[str, asyncio.Task[str]] = {}
         self._reserved = 0  # tokens, of the requests in flight
@@ -223,6 +223,9 @@ class Endpoint:
             return
         try:
             self._call(self._close(wait), last=True)
+        except KeyboardInterrupt:  # while it waited for answers
+            asyncio.run_coroutine_threadsafe(self._close(wait=False), self._loop).result()
+            raise
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()

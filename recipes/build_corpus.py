@@ -31,7 +31,7 @@ from pedgpt.corpus.card import statistics_table, write_card, write_manifest
 from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.knowledge_graph import Disease
 from pedgpt.corpus.quality import normalize
-from pedgpt.corpus.sources import describe_sources, in_domain
+from pedgpt.corpus.sources import describe_sources, in_domain, is_corpus
 from pedgpt.corpus.teacher import Teacher
 from pedgpt.data import ReadSummary, Triple, iter_records
 from pedgpt.data.records import detect_kind, parse_columns
@@ -98,11 +98,11 @@ def main(config: Config) -> None:
     print(f"{describe_sources(sources, listing, left_out)}\n")
     if config.domain and all(source.domain for source in sources):
         raise ValueError(f"--domain is for files that are found by content; write `domain` in {listing}")
-    found = [source.name for source in sources if not source.domain]
+    by_content = [source.name for source in sources if not source.domain]
     sources = [in_domain(source, config.domain) for source in sources]
     for source in sources:
-        if source.name in found:
-            print(f"{source.name}: {source.domain or 'pediatric, general_medical or general, by the words of each row'}")
+        if source.name in by_content:
+            print(f"{source.name}: {source.domain or 'each row of the domain that its words tell'}")
     output = output.resolve()
     read_files = [file for source in sources for file in source.files]
     check_output(output, listing, [*read_files, *map(Path, config.evaluation)])
@@ -211,7 +211,7 @@ def absent(files: list[dict]) -> Iterator[str]:
         other = "nothing to train on" if lacks("generalist/general_medical") else "general medicine alone"
         yield f"absent: rows of the three pediatric tasks, so stage 4 has {other}"
     if all(file["side"] == "train" for file in files):
-        yield "absent: held-out rows, so there is nothing to evaluate on; more rows, or a higher --heldout_share, give some"
+        yield "absent: held-out rows, so there is nothing to evaluate on; more rows or a higher --heldout_share help"
 
 
 def normalized(triples: Iterable[Triple], on_bad_row: str, summary: ReadSummary) -> list[Triple]:
@@ -244,12 +244,7 @@ def check_output(output: Path, listing: Path, inputs: list[Path]) -> None:
         inside = path != listing.resolve() and path in output.parents  # of a folder all files are read
         if output == path or output in path.parents or inside:
             raise ValueError(f"--output {output}: lies in, or holds, the input {path}; choose another folder")
-    manifest = output / "manifest.json"
-    if output.is_file() or (
-        output.exists()
-        and any(output.iterdir())
-        and not (manifest.is_file() and b'"made_by"' in manifest.read_bytes()[:1000])
-    ):
+    if output.is_file() or (output.exists() and any(output.iterdir()) and not is_corpus(output)):
         raise ValueError(f"--output {output}: not empty and no corpus; choose another folder")
 
 

@@ -38,6 +38,8 @@ def main(config: Config) -> None:
     texts = [document.text for document in read_documents(config.text, columns=columns)]
     for conversation in read_conversations(config.instructions, columns=columns):
         texts += [message.content for message in conversation.messages]
+    if not texts:
+        raise ValueError("nothing to train a tokenizer on: give --text or --instructions, or start from a checkpoint")
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size, special_tokens=SPECIAL_TOKENS)
     characters, tokens = sum(map(len, texts)), sum(map(len, tokenizer.encode_batch(texts)))
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The four stages, in order, as plain commands. Run again after an interruption, it goes on where it stopped.
+# A stage for which the corpus has no data is left out, with a line that says so.
 #
 #   bash recipes/pipeline.sh                                     the demo: a tiny model from scratch on the sample corpus
 #   CORPUS=../my_sources RUN=runs/mine bash recipes/pipeline.sh  the same on your own files
@@ -21,6 +22,7 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 # A stage that was stopped by Ctrl-C or SIGTERM ends with 128 + the signal, after it has saved a checkpoint.
 trap '[ $? -lt 128 ] || echo "stopped; the same command goes on from here" >&2' EXIT
+trap 'exit 130' INT # also where a stage that was only starting was killed by Ctrl-C
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 present() { # present FOLDER...: those that the corpus has, into the array `found`
@@ -29,6 +31,8 @@ present() { # present FOLDER...: those that the corpus has, into the array `foun
 }
 evaluate() { # evaluate STAGE MODEL [more settings]: unless done since the stage finished
   local finished=$RUN/$1/done.json
+  present "$heldout/tasks" "$heldout/text" "$heldout/preferences"
+  [ ${#found[@]} != 0 ] || return 0 # no row was held out
   [ -f "$finished" ] || finished=$MODEL/config.json
   [ "$RUN/evaluation/$1.json" -nt "$finished" ] || $PYTHON recipes/evaluate.py --config "$configs/evaluate.toml" \
     --model "$2" --heldout "$heldout" --output "$RUN/evaluation/$1.json" "${@:3}"
@@ -38,49 +42,74 @@ pretrain() { # pretrain STAGE [more settings]
     --corpus "$RUN/corpus" "${@:2}"
   evaluate "$1" "$RUN/$1/model"
 }
+left_out() { say "Stage $1 is left out: the corpus holds no $2"; }
 
 say "Corpus"
 $PYTHON recipes/build_corpus.py --source "$CORPUS" --output "$RUN/corpus"
+present "$train/text/pediatric" "$train/text/general_medical"; text=${#found[@]}
+present "$train/generalist" "$train/tasks"; instructions=("${found[@]}")
+present "$train/text"
 
 if [ "$MODEL" = "$RUN/base" ]; then
   say "Tokenizer and untrained model"
-  present "$train/generalist" "$train/tasks"
   [ -f "$MODEL/tokenizer.json" ] || $PYTHON recipes/init_model.py --config "$configs/base.toml" --output "$MODEL" \
-    --text "$train/text" --instructions "${found[@]}"
+    --text "${found[@]}" --instructions "${instructions[@]}"
 fi
 evaluate base "$MODEL"
 
-if [ "$CONFIG" = demo ]; then
+if [ "$CONFIG" = demo ] && [ "$text" != 0 ]; then
   say "Stage 1: continued pre-training, text only, for comparison"
   pretrain cpt_text --instruction_share 0
 fi
-say "Stage 1: continued pre-training, hybrid"
-pretrain cpt
+tuned=$RUN/cpt/model # the newest model
+if [ "$text" != 0 ] && [ ${#instructions[@]} != 0 ]; then
+  say "Stage 1: continued pre-training, hybrid"
+  pretrain cpt
+elif [ "$text" != 0 ]; then
+  say "Stage 1: continued pre-training on text, since the corpus holds no instructions"
+  pretrain cpt --instruction_share 0
+elif [ ${#instructions[@]} != 0 ]; then
+  say "Stage 1: continued pre-training on instructions, since the corpus holds no text on medicine"
+  pretrain cpt --instruction_share 1
+else
+  left_out 1 "text on medicine and no instructions"
+  tuned=$MODEL
+fi
 
-say "Stage 2: full supervised fine-tuning"
 present "$train/generalist" "$train/tasks_sample"; instructions=("${found[@]}")
-present "$heldout/generalist"
-$LAUNCH recipes/full_finetune.py --config "$configs/sft.toml" --model "$RUN/cpt/model" --output "$RUN/sft" \
-  --instructions "${instructions[@]}" --heldout_instructions "${found[@]}"
-evaluate sft "$RUN/sft/model"
-aligned=$RUN/sft/model
+if [ ${#instructions[@]} != 0 ]; then
+  say "Stage 2: full supervised fine-tuning"
+  present "$heldout/generalist"
+  $LAUNCH recipes/full_finetune.py --config "$configs/sft.toml" --model "$tuned" --output "$RUN/sft" \
+    --instructions "${instructions[@]}" --heldout_instructions "${found[@]}"
+  tuned=$RUN/sft/model
+  evaluate sft "$tuned"
+else
+  left_out 2 instructions
+fi
+aligned=$tuned
 
 if [ -d "$train/preferences" ]; then
   say "Stage 3: direct following preference optimization"
   present "$heldout/preferences"
-  $LAUNCH recipes/dfpo.py --config "$configs/dfpo.toml" --model "$RUN/sft/model" --output "$RUN/dfpo" \
+  $LAUNCH recipes/dfpo.py --config "$configs/dfpo.toml" --model "$tuned" --output "$RUN/dfpo" \
     --preferences "$train/preferences" --heldout_preferences "${found[@]}"
   aligned=$RUN/dfpo/model
-  evaluate dfpo "$aligned" --reference "$RUN/sft/model"
+  evaluate dfpo "$aligned" --reference "$tuned"
 else
-  say "Stage 3 is left out: the corpus holds no preference pairs"
+  left_out 3 "preference pairs"
 fi
 
-say "Stage 4: mixture of universal-specific experts"
-present "$train/generalist/general_medical"
-$LAUNCH recipes/expert_finetune.py --config "$configs/experts.toml" --model "$aligned" --output "$RUN/experts" \
-  --instructions "$train/tasks" "${found[@]}" --heldout_instructions "$heldout/tasks"
-evaluate experts "$aligned" --adapter "$RUN/experts/adapter" --reference "$RUN/sft/model"
+present "$train/tasks" "$train/generalist/general_medical"; instructions=("${found[@]}")
+if [ ${#instructions[@]} != 0 ]; then
+  say "Stage 4: mixture of universal-specific experts"
+  present "$heldout/tasks"
+  $LAUNCH recipes/expert_finetune.py --config "$configs/experts.toml" --model "$aligned" --output "$RUN/experts" \
+    --instructions "${instructions[@]}" --heldout_instructions "${found[@]}"
+  evaluate experts "$aligned" --adapter "$RUN/experts/adapter" --reference "$tuned"
+else
+  left_out 4 "rows of the pediatric tasks or of general medicine"
+fi
 
 say "Report"
 $PYTHON recipes/report.py --run "$RUN"

@@ -87,13 +87,13 @@ def test_the_shipped_settings_load():
 @pytest.mark.parametrize(
     ("toml", "words"),
     [
-        ('url = "http://h/v1"\nmodle = "m"', ["modle", "'model'"]),
+        ('url = "http://h/v1"\nmodle = "m"', ["line 2: modle", "'model'"]),
         ('url = "http://h/v1"', ["missing", "model"]),
         ('url = "http://h/v1"\nmodel = 3', ["model must be a string"]),
-        ('url = "http://h/v1"\nmodel = "m"\nmax_tokens = 1.5', ["max_tokens must be an integer"]),
+        ('url = "http://h/v1"\nmodel = "m"\nmax_tokens = 1.5', ["line 3: max_tokens must be an integer"]),
         ('url = "http://h/v1"\nmodel = "m"\nmax_tokens = true', ["max_tokens must be an integer"]),
         ('url = "http://h/v1"\nmodel = "m"\ntimeout = "1"', ["timeout must be a number"]),
-        ('url = "http://h/v1"\nmodel = "m"\ntimeout = nan', ["timeout must be between"]),
+        ('url = "http://h/v1"\nmodel = "m"\ntimeout = nan', ["line 3: timeout must be between"]),
         ('url = "ftp://h/v1"\nmodel = "m"', ["url must be http"]),
         ('url = "http://h/v1/chat/completions"\nmodel = "m"', ["url must be http", "/chat/completions"]),
         ("url = ", ["not valid TOML"]),
@@ -685,7 +685,7 @@ def test_an_interrupted_run_does_not_wait_to_retry(tmp_path):
         assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("where", ["alone", "while waiting for a thread", "while using a result"])
+@pytest.mark.parametrize("where", ["alone", "in a thread", "while using a result", "while closing"])
 def test_ctrl_c_ends_within_two_seconds_though_requests_hang(tmp_path, where):
     sent = []
 
@@ -705,6 +705,10 @@ def test_ctrl_c_ends_within_two_seconds_though_requests_hang(tmp_path, where):
             for _ in in_order(map(str, range(50)), lambda q: endpoint.ask(user(q)), workers=4):
                 if where == "while using a result":
                     time.sleep(30)
+                if where == "while closing":
+                    while len(server.log) < 4:
+                        time.sleep(0.01)
+                    endpoint.close()
         assert time.monotonic() - sent[0] < 2
         usage = endpoint.usage
         assert usage.requests == len(server.log) <= 5 and usage.unanswered == usage.requests - usage.answered

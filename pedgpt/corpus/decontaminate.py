@@ -125,27 +125,31 @@ class Decontaminator:
         key, own = self._keys[item], self._own[item]
         if key in window:
             return 1.0
-        asked, there, count = set(self.names.named(key)), set(self.names.named(window)), int(own.sum())
-        if asked and there and not asked & there:  # another disease
-            return 0.0
+        # The form of a question is part of what it asks, but in an answer stock phrases are anybody's.
+        whole, count = self._rare[item] if key in self._questions else own, int(own.sum())
         if count < SHORT:
-            changed = distance(key, own | _numeric(key), window)
-            return 1 - changed / count if changed <= max(1, count // 10) else 0.0
-        grams = {window[i : i + 3] for i in range(len(window) - 2)}
-        covered = np.zeros(len(key), bool)
-        for i in range(len(key) - 2):
-            if key[i : i + 3] in grams:
-                covered[i : i + 3] = True
-        share = float((covered & own).sum() / count)
-        return share if share >= SHARE else 0.0
+            changed = distance(key, own | _digits(key), window)
+            if changed > max(1, count // 10) or distance(key, whole, window) > (1 - SHARE) * whole.sum():
+                return 0.0
+            share = 1 - changed / count
+        else:
+            grams = {window[i : i + 3] for i in range(len(window) - 2)}
+            covered = np.zeros(len(key), bool)
+            for i in range(len(key) - 2):
+                if key[i : i + 3] in grams:
+                    covered[i : i + 3] = True
+            share = float((covered & own).sum() / count)
+            if min(share, (covered & whole).sum() / whole.sum()) < SHARE:
+                return 0.0
+        asked, there = set(self.names.named(key)), set(self.names.named(window))
+        return 0.0 if asked and there and not asked & there else share  # 0 if it is about another disease
 
     def _build(self) -> None:
         """Index the grams of items that are long enough and not boilerplate."""
         counted = [key for key in self._places if key in self._questions or key not in self._repeated]
-        said = [_said(key) for key in counted]
-        self._short = {key for key, own in zip(counted, said, strict=True)
-                       if key in self._questions and own.any() and own.sum() < LEAST}  # fmt: skip
-        self._keys = [key for key, own in zip(counted, said, strict=True) if own.sum() >= LEAST]
+        said = {key: _said(key) for key in counted}
+        self._short = {key for key in counted if key in self._questions and 0 < said[key].sum() < LEAST}
+        self._keys = [key for key in counted if said[key].sum() >= LEAST]
         self._whole = set(self._keys)
         joined = "\0".join(self._keys)
         lengths = np.array([len(key) for key in self._keys], np.int64)
@@ -166,7 +170,8 @@ class Decontaminator:
         for i in range(GRAM):
             own[starts[rare] + i] = True
         offsets = np.cumsum(lengths + 1) - lengths - 1
-        self._own = [own[start : start + len(key)] & _said(key) for start, key in zip(offsets, self._keys, strict=True)]
+        self._rare = [own[start : start + len(key)] for start, key in zip(offsets, self._keys, strict=True)]
+        self._own = [rare & said[key] for rare, key in zip(self._rare, self._keys, strict=True)]
         enough = np.array([piece.sum() >= LEAST for piece in self._own], bool)
         keep = rare & new & (enough[items] if len(items) else rare)
         self._items, self._within = items[keep], starts[keep] - offsets[items[keep]]
@@ -184,13 +189,14 @@ class Decontaminator:
         self._built = True
 
 
-def _numeric(key: str) -> npt.NDArray[np.bool_]:
-    return np.array([c.isnumeric() and c.isascii() for c in key], bool)
+def _digits(key: str) -> npt.NDArray[np.bool_]:
+    codes = np.frombuffer(key.encode("utf-32-le"), np.uint32)
+    return (codes >= ord("0")) & (codes <= ord("9"))
 
 
 def _said(key: str) -> npt.NDArray[np.bool_]:
     """Which characters of a key are neither digits nor of stock phrases."""
-    own = ~_numeric(key)
+    own = ~_digits(key)
     for match in _stock().finditer(key):
         own[match.start() : match.end()] = False
     return own

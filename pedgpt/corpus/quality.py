@@ -142,8 +142,8 @@ _IDENTITY_ABROAD = re.compile(
 )
 # Behind +V there must be a mark, a space or a number: +Vancomycin1g is a drug.
 _WECHAT = re.compile(
-    r"(?:[微威薇v]信|wechat|(?<![a-z])[vw]x|(?P<plus>[+加]v)(?=[ :是为\d]))(?:号码|账号|帐号|号|id)?(?P<colon>[ :是为]*)"
-    r"(?P<value>[a-z][-_a-z0-9]{5,19}|[1-9]\d{4,10})(?![-_a-z0-9]|\.\d)",
+    r"(?:[微威薇v]信|wechat|(?<![a-z])[vw]x|(?P<plus>[+加]v)(?=[ :是为\d]))(?:号码|账号|帐号|号|id)?"
+    r"(?P<colon>[ :是为]*)(?P<value>[a-z][-_a-z0-9]{5,19}|[1-9]\d{4,10})(?![-_a-z0-9]|\.\d)",
     re.ASCII | re.IGNORECASE,
 )
 _QQ = re.compile(
@@ -158,7 +158,8 @@ _OF_A_THING = re.compile(
 )
 # A count, a concentration or a price of as many digits as a telephone number: by what stands behind or before it.
 _AMOUNT = re.compile(
-    r" ?(?:(?:iu|u|copies|cfu|cells?|[mnuμ]?g|[mu]?l|[mnu]?mol|元|次|%)(?![a-z])|拷贝|个(?!人)|[万亿×*^]|x ?10|/ ?[a-zμ毫升])",
+    r" ?(?:(?:iu|u|copies|cfu|cells?|[mnuμ]?g|[mu]?l|[mnu]?mol|元|次|%)(?![a-z])|拷贝|个(?!人)|[万亿×*^]|x ?10"
+    r"|/ ?[a-zμ毫升])",
     re.IGNORECASE,
 )
 _AMOUNT_OF = re.compile(
@@ -229,7 +230,9 @@ def _is_identity(match: re.Match[str]) -> bool:
         return _is_of_a_person(match)
     total = sum(int(digit) * 2 ** (17 - i) for i, digit in enumerate(number[:17]))
     # A mistyped number of a person is one too.
-    said = re.search("身[份分]证[字号码为是:： ]*$", match.string[max(0, match.start("value") - 12) : match.start("value")])
+    said = re.search(
+        "身[份分]证[字号码为是:： ]*$", match.string[max(0, match.start("value") - 12) : match.start("value")]
+    )
     return 1850 <= day.year <= 2100 and (bool(said) or "10X98765432"[total % 11] == number[17])
 
 

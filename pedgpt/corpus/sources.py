@@ -42,9 +42,7 @@ class Source:
     kind: str  # one of KINDS
     name: str = ""  # names its files in the corpus; by default the file's stem, or the kind
     files: tuple[Path, ...] = ()  # key "file": a file or folder beside the TOML, or a list of them
-    domain: str = (
-        PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
-    )
+    domain: str = PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
     task: str = ""  # conversations only: what they are; empty: by each row's own task, or its words
     columns: Mapping[str, str] = field(default_factory=dict)  # key: ["question=ask", "answer=reply"], if not by name
     licence: str = "not stated"
@@ -142,10 +140,12 @@ def _source(entry: dict[str, Any], listing: Path, number: int) -> Source:
 def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) -> list[Source]:
     """Every file of a folder, or the one file, as what its first rows show it to be."""
     files, others = files_in(folder) if folder.is_dir() else (files_of(folder), {})
-    left_out |= others
+    built = {path.parent for path in files if path.name == "manifest.json" and is_corpus(path.parent)}
+    left_out |= {path: reason for path, reason in others.items() if built.isdisjoint(path.parents)}
+    left_out |= dict.fromkeys(built, "a corpus that was built from sources")
     sources: dict[str, Source] = {}
     problems = []
-    for path in files:
+    for path in (path for path in files if built.isdisjoint(path.parents)):
         try:
             kind = _KIND_FOUND[detect_kind(path, columns)]
         except NoData as reason:
@@ -156,8 +156,7 @@ def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) 
             continue
         if kind == "instructions" and _are_consultations(path, columns):
             kind = "dialogues"
-        inside = path.relative_to(folder if folder.is_dir() else folder.parent).with_name(stem_of(path))
-        name = re.sub(r"[^\w&-]", "_", str(inside))[-60:]
+        name = re.sub(r"[^\w&-]", "_", _inside(path.with_name(stem_of(path)), folder))[-60:]
         while name in sources:
             name = f"{name[-59:]}_"
         sources[name] = Source(kind, name, (path,), domain="", columns=columns, build=KINDS[kind][1])
@@ -192,7 +191,7 @@ def describe_sources(sources: list[Source], folder: Path, left_out: Mapping[Path
         lines += [f"{source.name}: {source.kind}, {', '.join(source.build) or 'as it is'}; licence {source.licence}"]
         for file in source.files:
             mapping = field_mapping(file, source.reads, source.columns) if file.is_file() else "every file in it"
-            lines.append(f"  {file.relative_to(folder) if folder in file.parents else file.name}: {mapping}")
+            lines.append(f"  {_inside(file, folder)}: {mapping}")
     return printable("\n".join([*lines, *([_shown(left_out, folder)] if left_out else [])]))
 
 
@@ -205,10 +204,21 @@ def _shown(left_out: Mapping[Path, str], folder: Path) -> str:
         line
         for reason, paths in alike.items()
         for line in (
-            *(f"{path.relative_to(folder)}: not read: {reason}" for path in paths[:10]),
+            *(f"{_inside(path, folder)}: not read: {reason}" for path in paths[:10]),
             *[f"… and {len(paths) - 10:,} more files: not read: {reason}"][: len(paths) > 10],
         )
     )
+
+
+def _inside(path: Path, folder: Path) -> str:
+    """A file's path in a folder; its name if it lies elsewhere."""
+    return str(path.relative_to(folder)) if folder in path.parents else path.name
+
+
+def is_corpus(folder: Path) -> bool:
+    """Whether a folder is what build_corpus.py wrote."""
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and b'"made_by"' in manifest.read_bytes()[:1000]
 
 
 def is_name(text: str) -> bool:

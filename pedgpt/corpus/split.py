@@ -90,7 +90,7 @@ class Names:
     def named(self, text: str) -> list[str]:
         """The names in a text, in order; of names inside one another the longest."""
         found, at = [], 0
-        while at < len(text):
+        while self._names and at < len(text):
             lengths = self._lengths.get(text[at], ())
             name = next((text[at : at + n] for n in lengths if text[at : at + n] in self._names), "")
             found += [name] if name else []

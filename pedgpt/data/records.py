@@ -415,7 +415,7 @@ def _iterate(
     own = _own(columns, kind)
     for path in files_of(paths, tally):
         tally.rows.setdefault(str(path), 0)
-        named = not own
+        named, whole = not own, format_of(path) in TEXTS
         for line, row in _rows(path, kind, columns):
             place = f"{path}:{line}"
             if not named and isinstance(row, dict):
@@ -424,9 +424,7 @@ def _iterate(
                     found = f"found none of the columns {', '.join(own.values())}"
                     warnings.warn(f"{place}: {found}, so its own names are used", stacklevel=4)
             try:
-                record = PARSERS[kind](
-                    _fields(row, own), str(path) if format_of(path) in TEXTS else place, max_characters
-                )
+                record = PARSERS[kind](_fields(row, own), str(path) if whole else place, max_characters)
             except _Unfit as unfit:
                 if on_bad_row == "error" and not isinstance(unfit, _LeftOut):
                     raise BadRow(f"{place}: {unfit}") from None
@@ -594,10 +592,11 @@ def _document(row: Row, source: str, limit: int | None) -> Document:
 
 def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
     for name in UNDESIRABLE:
-        if str(row.get(name)).lower() == "false":
+        if name in row and str(row[name]).lower() == "false":
             raise _LeftOut("an answer judged bad", f"{name} false", "an answer to learn", "its pair may teach DFPO")
     turns = next((name for name in TURNS if row.get(name)), None)
-    turns = turns or next((name for name in TURNS if name in row and not row.keys() & {*QUESTIONS}), None)
+    if not turns and row.keys().isdisjoint(QUESTIONS):
+        turns = next((name for name in TURNS if name in row), None)
     messages = _alternating(row, _messages(row, turns) if turns else _question_and_answer(row), "assistant")
     if not any(message.loss for message in messages if message.role == "assistant"):
         raise _Unfit("nothing carries loss", "loss false on every assistant message", "one that is learnt from")

@@ -113,7 +113,7 @@ def read_rows(
             yield line, row
     except ImportError:
         package = EXTRA[format_of(path)]
-        raise ValueError(f'{path}: reading it needs {package}; pip install "pedgpt[tables]"') from None
+        raise ValueError(f'{path}: reading it needs {package}: pip install -e ".[tables]"') from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield _after(line), Unfit("damaged file", str(error), "a whole .gz", "get the file again; what follows is lost")
 

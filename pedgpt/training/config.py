@@ -147,7 +147,7 @@ def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: bool = True) ->
 
 def leave(error: BaseException, output: str = "") -> NoReturn:
     """End a recipe: a user's mistake, a full disk or a signal in one line, and anything else with its traceback."""
-    reason = None if isinstance(error, DiskFull) else full_disk(error)
+    reason, cause = None if isinstance(error, DiskFull) else full_disk(error), True
     if isinstance(error, SystemExit):  # a run that was stopped has said so
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     elif isinstance(error, KeyboardInterrupt):
@@ -157,14 +157,14 @@ def leave(error: BaseException, output: str = "") -> NoReturn:
     elif isinstance(error, ValueError | OSError):
         code, line = 2, f"error: {error}"
     elif isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error)):
-        code, line = 2, "error: another process of this run has ended, and says why"
+        code, line, cause = 2, "error: another process of this run has ended, and says why", False
     else:
         raise error
     if code == 2 and os.environ.get("PEDGPT_TRACEBACK"):
         raise error
     with suppress(OSError):  # standard error may be a file on a full disk
         if not isinstance(error, SystemExit):
-            tell_torchrun(line)
+            tell_torchrun(line, cause)
             print(printable(line), file=sys.stderr, flush=True)
     # Other ranks may wait for this one in a collective: leave at once, torchrun ends them.
     os._exit(code)
@@ -179,12 +179,14 @@ def make_printable(stream: Any, kept: str = "") -> None:
         stream.write = lambda text: write(kept.join(map(printable, text.split(kept))) if kept else printable(text))
 
 
-def tell_torchrun(line: str) -> None:
-    """Let torchrun's summary, which it prints last and at length, show this line as the cause."""
+def tell_torchrun(line: str, cause: bool = True) -> None:
+    """Let torchrun's summary, which it prints last and at length, show this line: as the root cause, or not."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        cause = {"message": printable(line), "extraInfo": {"timestamp": str(int(time.time()))}}
+        # The root cause is the earliest failure, by whole seconds; what follows from it fails in the same second.
+        when = int(time.time()) + (0 if cause else 60)
+        said = {"message": printable(line), "extraInfo": {"timestamp": str(when)}}
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": cause}, file)
+            json.dump({"message": said}, file)
 
 
 def describe_settings(cls: type) -> str:

@@ -98,7 +98,8 @@ def test_all_long_rows_are_told_at_once_with_their_number(chat):
 
 
 def test_a_long_pair_loses_the_same_of_its_prompt_for_both_answers(chat):
-    prompt = (Message("system", "9"), *(Message(("user", "assistant")[i % 2], t) for i, t in enumerate(["1", "2", "34"])))
+    turns = [Message("user", "1"), Message("assistant", "2"), Message("user", "34")]
+    prompt = (Message("system", "9"), *turns)
     pair = PreferencePair(prompt, "567", "8", "a.jsonl:1")
 
     def pairs(pair, length):

@@ -218,7 +218,7 @@ def test_parquet_and_excel_are_read(tmp_path):
         ({"问题": "问", "回答": "答"}, ("问", "答")),
         ({"提问": "问", "答复": "答", "科室": "儿科"}, ("问", "答")),
         ({"Question": "问", "Answer": "答"}, ("问", "答")),
-        ({"question": "问", "answer": "答", "system": None, "history": None, "messages": None, "task": None}, ("问", "答")),
+        ({"question": "问", "answer": "答", "system": None, "history": None, "messages": None}, ("问", "答")),
         ({"conversation": [{"role": "患者：", "content": "问"}, {"role": "医生", "content": "答"}]}, ("问", "答")),
         ({"conversation": [{"role": "病人", "content": "问"}, {"role": "大夫", "content": "答"}]}, ("问", "答")),
         (
@@ -314,7 +314,8 @@ def test_columns_may_have_any_name(tmp_path, name):
 
 def test_other_kinds_have_columns_too(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(dumps({"ask": "问", "good": "好", "bad": "坏", "h": "感冒", "r": "症状", "t": "热"}), encoding="utf-8")
+    row = {"ask": "问", "good": "好", "bad": "坏", "h": "感冒", "r": "症状", "t": "热"}
+    path.write_text(dumps(row), encoding="utf-8")
     columns = parse_columns(["prompt=ask", "chosen=good", "rejected=bad", "text=ask", "head=h", "relation=r", "tail=t"])
     assert [each.chosen for each in read_preferences(path, columns=columns)] == ["好"]
     assert [each.text for each in read_documents(path, columns=columns)] == ["问"]
@@ -342,7 +343,8 @@ def test_what_is_no_data_in_a_folder_is_listed_and_left_out(tmp_path):
     (tmp_path / "a.jsonl").write_text(dumps(QA[0]), encoding="utf-8")
     (tmp_path / "sub" / "b.JSONL.gz").write_bytes(gzip.compress(dumps(QA[1]).encode()))
     for name in (
-        "README_zh.md", "LICENSE", "dataset_info.json", "sub/.git/x.jsonl", ".a.jsonl.swp", "~$a.xlsx", "x.zip", "y.png",
+        "README_zh.md", "LICENSE", "dataset_info.json", "sub/.git/x.jsonl", ".a.jsonl.swp", "~$a.xlsx", "x.zip",
+        "y.png",
     ):  # fmt: skip
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty.jsonl").write_bytes(b"")
@@ -350,7 +352,8 @@ def test_what_is_no_data_in_a_folder_is_listed_and_left_out(tmp_path):
     (tmp_path / "broken.jsonl").symlink_to(tmp_path / "nowhere")
     summary = ReadSummary()
     assert said(read_conversations(tmp_path, summary=summary)) == SAID[:2]
-    assert {row.file.removeprefix(f"{tmp_path}/"): row.reason.removeprefix("left out, ") for row in summary.skipped} == {
+    told = {row.file.removeprefix(f"{tmp_path}/"): row.reason.removeprefix("left out, ") for row in summary.skipped}
+    assert told == {
         "README_zh.md": "about the data, not data", "LICENSE": "about the data, not data",
         "dataset_info.json": "about the data, not data", "sub/.git": "hidden or temporary",
         ".a.jsonl.swp": "hidden or temporary", "~$a.xlsx": "hidden or temporary", "x.zip": "an archive; unpack it",
@@ -370,9 +373,9 @@ def test_all_paths_that_are_wrong_are_told_at_once(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("content", ['{"a": {"file_name": "b"}}', "[1, 2]", '{"name": "x"}\n', "q_text,a_text\n问,答\n"])
+@pytest.mark.parametrize("content", ['{"a": {"file_name": "b"}}', "[1, 2]", '{"name": "x"}', "q_text,a_text\n问,答\n"])
 def test_a_file_without_a_known_field_is_no_data(tmp_path, content):
-    path = tmp_path / ("a.csv" if "," in content[:7] and content[0] == "q" else "a.json")
+    path = tmp_path / ("a.csv" if content.startswith("q_text") else "a.json")
     path.write_text(content, encoding="utf-8")
     with pytest.raises(NoData, match="a.*no known field, found "):
         detect_kind(path)

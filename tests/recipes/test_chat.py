@@ -1,5 +1,6 @@
 """chat.py as its user meets it: Ctrl-C, stop strings, the model's own defaults, templates that refuse."""
 
+import io
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -47,9 +49,11 @@ def start(folder, *flags):
     return subprocess.Popen(command, env=environment, **pipes)
 
 
-def talk(folder, text, *flags):
-    out, err = start(folder, *flags).communicate(text.encode(), timeout=120)
-    return out.decode(), err.decode()
+def talk(lab, text, folder, *flags):
+    """What is printed when `text` is piped in."""
+    with patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")):
+        result = lab.call("chat", ["--model", str(folder), *map(str, flags)])
+    return result.out, result.err
 
 
 def expected(folder, text, **settings):
@@ -77,30 +81,30 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     assert "Traceback" not in answer and 20 < len(answer) and whole.startswith(answer[:20])
 
 
-def test_a_stop_string_ends_the_answer_before_it(folder):
+def test_a_stop_string_ends_the_answer_before_it(lab, folder):
     whole = expected(folder, "发热", max_new_tokens=60)
     stop = whole[10:13]
-    out, err = talk(folder, "发热\n", "--max_new_tokens", 60, "--stop_strings", stop)
+    out, err = talk(lab, "发热\n", folder, "--max_new_tokens", 60, "--stop_strings", stop)
     assert not err
     assert out.partition("助手> ")[2].strip() == whole[: whole.index(stop)].strip()
 
 
-def test_the_models_own_defaults_hold_unless_a_setting_says_otherwise(folder, tmp_path):
+def test_the_models_own_defaults_hold_unless_a_setting_says_otherwise(lab, folder, tmp_path):
     model = tmp_path / "model"
     subprocess.run(["cp", "-r", str(folder), str(model)], check=True)
     own = {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "max_new_tokens": 25}
     (model / "generation_config.json").write_text(json.dumps(own))
     sampling = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "seed": 0}
-    out, _ = talk(model, "发热\n")
+    out, _ = talk(lab, "发热\n", model)
     assert out.partition("助手> ")[2].strip() == expected(folder, "发热", max_new_tokens=25, **sampling).strip()
-    out, _ = talk(model, "发热\n", "--temperature", 0, "--max_new_tokens", 12)
+    out, _ = talk(lab, "发热\n", model, "--temperature", 0, "--max_new_tokens", 12)
     assert out.partition("助手> ")[2].strip() == expected(folder, "发热", max_new_tokens=12).strip()
     (model / "generation_config.json").write_text('{"do_sample": true, "top_p": 3}')
-    out, err = talk(model, "发热\n")
+    out, err = talk(lab, "发热\n", model)
     assert "助手" not in out and "generation_config.json: top_p is 3" in err
 
 
-def test_a_template_that_refuses_does_not_end_the_chat(folder, tmp_path):
+def test_a_template_that_refuses_does_not_end_the_chat(lab, folder, tmp_path):
     model = tmp_path / "model"
     subprocess.run(["cp", "-r", str(folder), str(model)], check=True)
     (model / "chat_template.jinja").write_text(
@@ -110,16 +114,16 @@ def test_a_template_that_refuses_does_not_end_the_chat(folder, tmp_path):
         "{% if add_generation_prompt %}<reserved_107>{% endif %}"
     )
     flags = ["--chat_format", "template", "--max_new_tokens", 9]
-    out, err = talk(model, "/system 你是医生\n发热\n/system\n发热\n", *flags)
+    out, err = talk(lab, "/system 你是医生\n发热\n/system\n发热\n", model, *flags)
     assert not err
     first, second = out.split("家长> 发热\n")[1:]
     assert "no system text here" in first and "助手" not in first
     assert second.partition("助手> ")[2].strip()
 
 
-def test_commands_are_confirmed_and_unknown_ones_named(folder):
+def test_commands_are_confirmed_and_unknown_ones_named(lab, folder):
     typed = "/help\n/systemx 你好\n/reste\n/xyzzy\n/reset\n/system 你是\x1b[31m医生\n/3岁\n/quit\n发热\n"
-    out, err = talk(folder, typed, "--max_new_tokens", 3)
+    out, err = talk(lab, typed, folder, "--max_new_tokens", 3)
     assert not err and "\x1b" not in out
     assert re.search(r"^/help +list the commands$", out, re.MULTILINE)
     assert "(/systemx is no command; did you mean '/system'?)" in out

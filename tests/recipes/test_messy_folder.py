@@ -140,7 +140,7 @@ def test_problems_of_a_folder_are_told_together_with_what_the_readers_know(lab, 
         "c.jsonl:1: answer has the wrong type: found int, expected str",
         "d.parquet:1: damaged file: ",
         "e.jsonl.gz:1: damaged file: ",
-        'f.xlsx: reading it needs openpyxl; pip install "pedgpt[tables]"',
+        'f.xlsx: reading it needs openpyxl: pip install -e ".[tables]"',
     ):
         assert told in result.err, told
     assert len(result.err.splitlines()) == 6 and "found no row" not in result.err
@@ -152,28 +152,33 @@ def test_one_file_is_a_source_and_its_columns_can_be_named(lab, tmp_path):
     path.write_text(lines(rows), encoding="utf-8")
     arguments = ["--source", str(path), "--output", str(tmp_path / "corpus"), *BUILD]
     unnamed = lab.call("build_corpus", arguments)
-    assert unnamed.code == 2 and "no known field, found the fields q_text, a_text" in unnamed.err
+    assert unnamed.code == 2 and "数据.jsonl: not read: no known field, found the fields q_text, a_text" in unnamed.err
     assert "name its fields by `columns`" in unnamed.err
     wrong = lab.call("build_corpus", [*arguments, "--columns", "question=q_text", "answer=nowhere"])
     assert wrong.code == 2 and "found the keys q_text, a_text, expected nowhere, which `columns` names" in wrong.err
-    named = lab.call("build_corpus", [*arguments, "--columns", "question=q_text", "answer=a_text"])
+    named_columns = ["--columns", "question=q_text", "answer=a_text"]
+    named = lab.call("build_corpus", [*arguments, *named_columns])
     assert named.code == 0 and "我的 数据.jsonl: question → user, answer → assistant" in named.out
     (tmp_path / "corpus.toml").write_text(
         f'[[source]]\nkind = "instructions"\nfile = "{path.name}"\nname = "mine"\n'
         'columns = ["question=q_text", "answer=a_text"]\n', encoding="utf-8",
     )  # fmt: skip
-    listed = lab.call("build_corpus", ["--source", str(tmp_path / "corpus.toml"), "--output", str(tmp_path / "two"), *BUILD])
+    listing, output = tmp_path / "corpus.toml", tmp_path / "two"
+    listed = lab.call("build_corpus", ["--source", str(listing), "--output", str(output), *BUILD])
     assert listed.code == 0, listed.err
-    assert json.loads((tmp_path / "two/manifest.json").read_text("utf-8"))["sources"]["mine"]["read"] == 40
+    assert json.loads((output / "manifest.json").read_text("utf-8"))["sources"]["mine"]["read"] == 40
+    listing.unlink()  # two corpora now lie in the folder of the file that they were built from: they are no sources
+    again = lab.call("build_corpus", ["--source", str(tmp_path), "--output", str(output), *BUILD, *named_columns])
+    assert again.code == 0 and "corpus: not read: a corpus that was built from sources" in again.out
+    assert json.loads((output / "manifest.json").read_text("utf-8"))["sources"]["我的_数据"]["read"] == 40
 
 
 STAGES = {
     "continued_pretrain": ("text", {"body": "孩子发烧要多喝水。"}, ["text=body"]),
-    "full_finetune": ("instructions", {"ask": "孩子发烧怎么办？", "reply": "多喝水。"}, ["question=ask", "answer=reply"]),
+    "full_finetune": ("instructions", {"ask": "怎么办？", "reply": "多喝水。"}, ["question=ask", "answer=reply"]),
     "dfpo": ("preferences", {"ask": "怎么办？", "good": "别急。", "bad": "等。"},
              ["prompt=ask", "chosen=good", "rejected=bad"]),
-    "expert_finetune": ("instructions", {"ask": "孩子发烧怎么办？", "reply": "多喝水。"},
-                        ["question=ask", "answer=reply"]),
+    "expert_finetune": ("instructions", {"ask": "怎么办？", "reply": "多喝水。"}, ["question=ask", "answer=reply"]),
 }  # fmt: skip
 
 

@@ -91,6 +91,16 @@ def test_colors_are_the_mask_written_by_hand(show):
     assert bodies(result.out) == [body]
 
 
+def test_among_its_colors_the_data_sends_no_escape_sequence(lab, show, tmp_path):
+    rows = [{"question": "一\x1b[2J", "answer": "三\x1b]0;title\x07\u202e"}]
+    result, path = show("instructions", rows, "--color", "never")
+    hostile = path.rename(tmp_path / "名\x1b[2J.jsonl")
+    flags = ["--model", str(tmp_path / "tokenizer"), "--instructions", str(hostile), "--color", "always"]
+    result = lab.call("show_batch", flags)
+    assert result.code == 0 and "名\\x1b[2J" in result.out and "\\u202e" in result.out
+    assert not re.search("\x1b(?!\\[[0-9;]*m)|\x07|\u202e", result.out)
+
+
 @pytest.mark.parametrize(
     ("mode", "terminal", "no_color", "colored"),
     [

@@ -215,14 +215,16 @@ def test_an_error_on_a_terminal_cannot_act_and_a_plain_one_prints_everything(mon
     assert err.buffer.getvalue() == b"50 %\r60 %\n" + rb"error: \x1b[2J\x0d from a file: \u5b9d\u5b9d" + b"\n"
 
 
-def test_torchrun_is_told_the_line_that_says_what_is_wrong(monkeypatch, exits, tmp_path):
-    def main(config):
-        raise ValueError("rate: found \x1b3, expected 2")
-
-    file = tmp_path / "error.json"
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+def test_torchruns_summary_shows_the_line_that_says_what_is_wrong(monkeypatch, exits, tmp_path):
     monkeypatch.setattr(sys, "argv", ["recipe.py", *NEEDED])
-    run_recipe(main, Config)
-    failure = ProcessFailure(local_rank=1, pid=7, exitcode=2, error_file=str(file))
-    summary = ChildFailedError("recipe.py", {1: failure}).format_msg()
-    assert "traceback : error: rate: found \\x1b3, expected 2\n" in summary
+    failures = {}
+    for rank, error in enumerate((RuntimeError("Connection closed by peer"), ValueError("rate: found \x1b3"))):
+
+        def main(config, error=error):
+            raise error
+
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"{rank}.json"))
+        run_recipe(main, Config)
+        failures[rank] = ProcessFailure(rank, pid=7, exitcode=2, error_file=str(tmp_path / f"{rank}.json"))
+    root = ChildFailedError("recipe.py", failures).format_msg().partition("Root Cause")[2]
+    assert "traceback : error: rate: found \\x1b3\n" in root
