@@ -163,10 +163,10 @@ _AMOUNT = re.compile(
     re.IGNORECASE,
 )
 _AMOUNT_OF = re.compile(
-    r"(?:定量|总数|计数|数量|载量|含量|浓度|滴度|活性|拷贝数?|细胞|血小板|精子|菌落|DNA|RNA|HCG)[^，。；,;\n\d]{0,8}$",
+    r"(?:定量|总[数量]|计数|数[量值目]|载量|含量|浓度|滴度|活性|拷贝数?|病毒|细胞|血小板|精子|菌落|DNA|RNA|HCG)[^，。；,;?!\n\d]{0,8}$",
     re.IGNORECASE,
 )
-_CALLED = re.compile(r"电话|手机|号码|联系|拨|致电|tel|phone", re.IGNORECASE)
+_CALLED = re.compile(r"电话|手机|号码|联系|身份|拨|致电|打$|tel|phone", re.IGNORECASE)
 
 Rule = tuple[str, re.Pattern[str], Callable[[re.Match[str]], bool]]
 
