@@ -1,27 +1,31 @@
 # make demo                        train a tiny model through all four stages on the sample corpus
 # make demo CORPUS=path/to/folder  the same on your own files (any format that pedgpt reads)
 # make chat                        talk to the model that the demo trained
-# make test                        lint, types and tests
+# make test                        lint, types and tests, on two cores; JOBS=4 takes four
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   ?= .venv
+JOBS   ?= 2
 CORPUS ?= recipes/sample_corpus
 RUN    ?= $(if $(filter recipes/sample_corpus,$(CORPUS)),runs/demo,runs/$(notdir $(abspath $(CORPUS))))
 bin    := $(VENV)/bin
 
-.PHONY: demo chat test format clean
+.PHONY: demo chat trained test format clean
 
 demo: $(VENV)/.demo
 	PATH="$(abspath $(bin)):$$PATH" CORPUS="$(CORPUS)" RUN="$(RUN)" bash recipes/pipeline.sh
 
-chat: $(VENV)/.demo
+chat: trained $(VENV)/.demo
 	$(bin)/python recipes/chat.py --adapter "$(RUN)/experts/adapter"
+
+trained:
+	$(if $(shell test -f "$(RUN)/experts/adapter/adapter_config.json" && echo yes),@:,$(error there is no trained model in $(RUN) yet; run "make demo$(if $(filter command line,$(origin CORPUS)), CORPUS=$(CORPUS))" first))
 
 test: $(VENV)/.test
 	$(bin)/ruff check .
 	$(bin)/ruff format --check pedgpt recipes
 	$(bin)/mypy
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest -n $(JOBS) --dist loadfile
 
 format: $(VENV)/.test
 	$(bin)/ruff check --fix .

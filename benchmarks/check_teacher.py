@@ -33,7 +33,8 @@ from typing import Any
 import httpx
 
 from pedgpt.corpus.rows import Unusable
-from pedgpt.corpus.teacher import Teacher, TeacherSettings, in_order
+from pedgpt.corpus.teacher import Teacher
+from pedgpt.endpoint import EndpointSettings, in_order
 
 HERE = Path(__file__).resolve()
 DISEASES = ("发热", "咳嗽", "腹泻", "湿疹", "便秘", "鼻塞", "呕吐", "皮疹")
@@ -82,7 +83,7 @@ class _Pass(BaseHTTPRequestHandler):
 
 def child(options: argparse.Namespace) -> None:
     """One run of a builder, in a process of its own; with --kill-after it dies after so many rows."""
-    settings = TeacherSettings(
+    settings = EndpointSettings(
         url=options.url, model=options.model, key_variable="", concurrency=options.concurrency, max_tokens=32
     )
     rows, unusable = [], ""
@@ -279,7 +280,7 @@ def check_misbehaving_server(rows: int, folder: Path) -> int:
     spec.loader.exec_module(chat_server)
     questions = [f"{i}：{QUESTIONS[i % len(QUESTIONS)]}" for i in range(rows)]
     with chat_server.ChatServer(behave=chat_server.misbehaving(0.5, most=5), slow=2.0) as server:
-        settings = TeacherSettings(url=server.url, model="m", key_variable="", timeout=1.0, retry_wait=0.005)
+        settings = EndpointSettings(url=server.url, model="m", key_variable="", timeout=1.0, retry_wait=0.005)
         for name in ("first", "second"):
             before, start = len(server.log), time.perf_counter()
             with Teacher(settings, folder / "misbehaving.sqlite") as teacher:

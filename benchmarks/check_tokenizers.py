@@ -1,18 +1,23 @@
 """Our ids and texts against `sentencepiece` and `transformers`, on all text of a folder and on random strings.
 
-    python benchmarks/check_tokenizers.py --data ../shared/data --random 10000
+    python benchmarks/check_tokenizers.py --data ../shared/data --baichuan2 ../shared/tokenizers/baichuan2
 
 Trains SentencePiece BPE models with Baichuan2's, Llama 2's and default settings, and byte-level tokenizer.json files
-with the patterns of Llama 3 and Qwen; loads each with `load_tokenizer`; compares every string. Left out for Baichuan2
-are strings that spell `<reserved_106>` and its like: sentencepiece makes a token of them, and pedgpt keeps them text.
-Ends with status 1 on any mismatch. Needs the `test` extra.
+with the patterns of Llama 3 and Qwen; adds 2,000 pieces of score 0 to the first; loads each, and the genuine Baichuan2
+file where it lies, with `load_tokenizer`; compares every string. Where scores are shared, the strings include every
+overlap of equal scores (at most 20,000), and the time is compared with that of `tokenizers`, which ranks them.
+`<reserved_106>` and its like are control symbols for the sentencepiece at the other side, because text never becomes
+one with pedgpt. Ends with status 1 on any mismatch. Needs the `test` extra.
 """
 
 import argparse
 import csv
+import itertools
 import json
+import math
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -32,6 +37,7 @@ EXACT = {
     "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True,
     "split_digits": True, "byte_fallback": True,
 }  # fmt: skip
+SPECIAL = rb"(<(?:reserved_\d+|SEP|CLS|!DOCTYPE)>\x15....\x18)\x04"  # in the file's bytes: a user-defined piece
 RESERVED = [f"<reserved_{i}>" for i in range(106, 110)]
 SENTENCEPIECE: dict[str, dict[str, Any]] = {
     "baichuan2": EXACT | {"add_dummy_prefix": False, "user_defined_symbols": RESERVED},
@@ -72,10 +78,12 @@ class Row:
     wrong_texts: list[str]
     first: float
     again: float
+    slower: str = ""  # times of `tokenizers` that encoding takes, where pieces share scores
 
     def __str__(self) -> str:
         wrong = f"{len(self.wrong_ids):>9}  {len(self.wrong_texts):>10}"
-        return f"{self.name:<10} {self.oracle:<14} {self.texts:>7}  {wrong}  {self.first:>8.3f} s  {self.again:>8.3f} s"
+        seconds = f"{self.first:>8.3f} s  {self.again:>8.3f} s"
+        return f"{self.name:<10} {self.oracle:<14} {self.texts:>7}  {wrong}  {seconds}  {self.slower}"
 
 
 def strings(value: object) -> Iterator[str]:
@@ -119,6 +127,54 @@ def train_sentencepiece(folder: Path, corpus: Path, vocabulary: int, options: di
     )  # fmt: skip
 
 
+def extend(file: Path, extended: Path, texts: Sequence[str], count: int = 2000) -> list[str]:
+    """Add pieces of score 0 to a model, all substrings of a running text, as users extend one; texts of them."""
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    known = set(map(oracle.id_to_piece, range(len(oracle))))
+    running = "".join(char for text in texts[: count * 10] for char in text if char > "\u4e00" and char in known)[
+        :count
+    ]
+    words = {running[at : at + size]: None for size in range(2, 6) for at in range(count)}
+    added = [word.encode() for word in words if word not in known and len(word) > 1][:count]
+    pieces = (b"\x0a" + bytes([len(word)]) + word + b"\x15\0\0\0\0" for word in added)
+    # sentencepiece 0.2.3 puts the -0.0 of the first trained piece below 0.0; up to 0.2.1 they were equal.
+    base = file.read_bytes().replace(b"\x15\0\0\0\x80", b"\x15\0\0\0\0")
+    extended.write_bytes(base + b"".join(b"\x0a" + bytes([len(p)]) + p for p in pieces))
+    rng = random.Random(0)
+    starts = [rng.randrange(len(running) - 20) for _ in range(count)]
+    return [running[at : at + rng.randint(5, 40)] for at in starts]
+
+
+def overlaps(oracle: sentencepiece.SentencePieceProcessor, most: int) -> list[str]:
+    """Texts in which two pieces of equal score overlap, and in which one follows the other."""
+    found: dict[str, None] = {}
+    by_score: dict[float, list[str]] = {}
+    for i in range(len(oracle)):
+        if len(oracle.id_to_piece(i)) > 1 and not (oracle.is_control(i) or oracle.is_byte(i) or oracle.is_unknown(i)):
+            by_score.setdefault(oracle.get_score(i), []).append(oracle.id_to_piece(i))
+    for pieces in by_score.values():
+        for a, b in itertools.permutations(pieces, 2):
+            sizes = [n for n in range(1, min(len(a), len(b))) if a.endswith(b[:n])]
+            # Two user-defined pieces may share the score 0 as well; they are found before any merge.
+            found |= dict.fromkeys(a + b[n:] for n in ([*sizes, 0] if len(pieces) < 10 else sizes))
+            if len(found) >= most:
+                return [*found]
+    return [*found]
+
+
+def slowdown(ours: Tokenizer, texts: Sequence[str]) -> str:
+    """Our time over that of the same `tokenizers` without the correction: with nothing remembered, then again."""
+    seconds = {}
+    for name in ("tokenizers", "cold", "warm", "tokenizers", "warm"):
+        if name == "cold":
+            ours.leftmost.known.clear()
+        start = time.process_time()
+        for text in texts:
+            _ = ours.backend.encode(text, add_special_tokens=False).ids if name == "tokenizers" else ours.encode(text)
+        seconds[name] = min(seconds.get(name, math.inf), time.process_time() - start)
+    return "cold {cold:.2f}, warm {warm:.2f}".format(**{k: s / seconds["tokenizers"] for k, s in seconds.items()})
+
+
 def train_byte_level(folder: Path, corpus: Path, vocabulary: int, name: str) -> None:
     """Write tokenizer.json, with added tokens and a post-processor as the family has them."""
     backend = tokenizers.Tokenizer(models.BPE())
@@ -154,36 +210,48 @@ def compare(
     return wrong_ids, wrong_texts
 
 
-def check(folder: Path, texts: list[str], corpus: list[str], vocabulary: int) -> Iterator[Row]:
+def check(
+    folder: Path,
+    texts: list[str],
+    corpus: list[str],
+    vocabulary: int,
+    genuine: Path | None = None,
+    most_overlaps: int = 20_000,
+) -> Iterator[Row]:
     """Train, load and compare one tokenizer after another, in `folder`; nothing is kept in the user's cache."""
     os.environ["PEDGPT_CACHE"] = str(folder / "cache")
     written = folder / "corpus.txt"
     written.write_text("\n".join(corpus), encoding="utf-8")
-    for name in [*SENTENCEPIECE, *PATTERNS]:
-        place = folder / name
-        place.mkdir()
-        if name in SENTENCEPIECE:
-            train_sentencepiece(place, written, vocabulary, SENTENCEPIECE[name])
-            oracle = sentencepiece.SentencePieceProcessor(model_file=str(place / "tokenizer.model"))
-            encode, decode = oracle.encode, oracle.decode
-        else:
+    for name in [*SENTENCEPIECE, "extended", *(["genuine"] if genuine else []), *PATTERNS]:
+        place = genuine if name == "genuine" and genuine else folder / name
+        place.mkdir(exist_ok=True)
+        more: list[str] = []
+        if name in PATTERNS:
             train_byte_level(place, written, vocabulary, name)
             reference = PreTrainedTokenizerFast.from_pretrained(place, split_special_tokens=True)  # as text, as ours
             encode = lambda text, reference=reference: reference(text)["input_ids"]  # noqa: E731
             decode = lambda ids, reference=reference: reference.decode(  # noqa: E731
                 ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
+        else:
+            if name in SENTENCEPIECE:
+                train_sentencepiece(place, written, vocabulary, SENTENCEPIECE[name])
+            elif name == "extended":
+                more = extend(folder / "baichuan2" / "tokenizer.model", place / "tokenizer.model", corpus)
+            data = (place / "tokenizer.model").read_bytes()
+            control = re.sub(SPECIAL, lambda found: found[1] + b"\3", data, flags=re.DOTALL)
+            oracle = sentencepiece.SentencePieceProcessor(model_proto=control)
+            encode, decode = oracle.encode, oracle.decode
+            more += overlaps(oracle, most_overlaps) if name in ("extended", "genuine") else []
         start = time.perf_counter()
         load_tokenizer(place)
         loaded = time.perf_counter()
         ours = load_tokenizer(place)
         again = time.perf_counter() - loaded
-        kept = (
-            texts if name != "baichuan2" else [text for text in texts if not any(token in text for token in RESERVED)]
-        )
-        wrong = compare(ours, kept, encode, decode)
-        package = "sentencepiece" if name in SENTENCEPIECE else "transformers"
-        yield Row(name, package, len(kept), *wrong, first=loaded - start, again=again)
+        wrong = compare(ours, texts + more, encode, decode)
+        package = "transformers" if name in PATTERNS else "sentencepiece"
+        slower = slowdown(ours, texts) if ours.leftmost else ""
+        yield Row(name, package, len(texts + more), *wrong, first=loaded - start, again=again, slower=slower)
 
 
 def main() -> int:
@@ -191,15 +259,19 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--random", type=int, default=10_000, help="random strings")
     parser.add_argument("--vocabulary", type=int, default=8_000, help="tokens of each model")
+    parser.add_argument("--baichuan2", type=Path, default=Path("../shared/tokenizers/baichuan2"), help="genuine folder")
     options = parser.parse_args()
     found, drawn = texts_of(options.data), random_texts(options.random)
     if not found:
         raise SystemExit(f"{options.data}: no text in .jsonl, .csv, .txt or .md files")
     print(f"{len(found)} texts of {options.data}, {sum(map(len, found)):,} characters; {len(drawn)} random strings")
-    print("tokenizer  oracle           texts  wrong ids  wrong text  first load      again", flush=True)
+    print(
+        "tokenizer  oracle           texts  wrong ids  wrong text  first load      again  time / tokenizers", flush=True
+    )
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
-        for row in check(Path(folder), found + drawn, found[::4], options.vocabulary):
+        genuine = options.baichuan2 if options.baichuan2.is_dir() else None
+        for row in check(Path(folder), found + drawn, found[::4], options.vocabulary, genuine):
             print(row, flush=True)
             wrong += len(row.wrong_ids) + len(row.wrong_texts)
             for text in (row.wrong_ids + row.wrong_texts)[:3]:

@@ -1,18 +1,28 @@
 """The ground floor: what every part of the library does with files and with text for a terminal.
 
 Files are written under a temporary name, synced and renamed, so that a process which dies at any moment leaves the old
-file or the new one. Settings files name the line of a mistake. Links that lead out of a folder are refused.
+file or the new one. A full disk says what it needs, and an output folder is written by one process at a time. Settings
+files name the line of a mistake. Links that lead out of a folder are refused.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
+import fcntl
+import json
 import os
 import re
 import secrets
+import shutil
+import socket
+import stat
+import sys
+import threading
+import time
 import tomllib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,30 +31,39 @@ from typing import IO, Any
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _CONTROL |= {code: f"\\u{code:04x}" for code in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
+# Seconds between a lock's signs of life. Another host waits for four times as long before it takes a lock over.
+HEARTBEAT = 5.0
+
+
+class DiskFull(OSError):
+    """The disk took no more. The message names the path, the space that is needed and the space that is free."""
+
 
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: str | Path, mode: str = "w", *, size: int = 0) -> Iterator[IO[Any]]:
     """Open a file that becomes `path` when the block ends without an error; after an error nothing has changed.
 
     The content is on the disk before it gets its name. The permissions are those that the umask gives. A link at
-    `path` is replaced, not followed. Several processes may write the same path: the last one to finish wins.
+    `path` is replaced, not followed. Several processes may write the same path: the last one to finish wins. Raises
+    DiskFull with `size`, the bytes to be written, where the caller knows it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    with naming_full_disk(path, size):
+        try:
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole text file with `atomic_write`."""
-    with atomic_write(path) as handle:
+    with atomic_write(path, size=len(text.encode(errors="replace"))) as handle:
         handle.write(text)
 
 
@@ -53,8 +72,9 @@ def settle(temporary: str | Path, path: str | Path) -> None:
     umask = os.umask(0o077)
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)  # safetensors' save_file leaves a file that only its owner can read
-    sync(temporary)
-    os.replace(temporary, path)
+    with naming_full_disk(path, os.stat(temporary).st_size):
+        sync(temporary)
+        os.replace(temporary, path)
 
 
 def sync(path: str | Path) -> None:
@@ -64,6 +84,161 @@ def sync(path: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def naming_full_disk(path: str | Path, size: int = 0) -> Iterator[None]:
+    """Raise DiskFull for `path` if this block fails on a full disk, whichever library says so, and however."""
+    try:
+        yield
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if not isinstance(error, DiskFull) and (reason := full_disk(error)):
+            raise disk_full(path, size, reason) from error
+        raise
+
+
+def full_disk(error: BaseException) -> str | None:
+    """What the system said, if an error, or one that led to it, comes from a full disk, a quota or a size limit.
+
+    Libraries hide the system's error behind one of their own: safetensors and sqlite keep its text only.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        said = "" if isinstance(cause, ValueError) else str(cause)  # a ValueError is ours, and may quote anything
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if getattr(cause, "errno", None) == code or os.strerror(code) in said:
+                return os.strerror(code)
+        if "disk is full" in said:
+            return os.strerror(errno.ENOSPC)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def disk_full(path: str | Path, size: int, reason: str = "No space left on device") -> DiskFull:
+    """The error that says what is missing for `size` bytes at `path`; 0 is a size that nobody knows."""
+    free = readable_size(free_space(path) or 0)
+    needed = readable_size(size) if size else f"more than {free}"
+    return DiskFull(f"{path}: cannot be written ({reason}): {needed} needed, {free} free")
+
+
+def free_space(path: str | Path) -> int | None:
+    """Bytes free on the disk that holds `path`, or will hold it; None where the disk does not say."""
+    path = Path(path).absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    usage = shutil.disk_usage(path)
+    return usage.free if usage.total else None
+
+
+def readable_size(size: int) -> str:
+    """Bytes in the largest unit of which there is one."""
+    return next((f"{size / unit:.1f} {name}" for name, unit in _UNITS.items() if size >= unit), f"{size} bytes")
+
+
+_UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
+
+
+@contextmanager
+def sole_writer(output: str | Path, *, beside: bool = False) -> Iterator[None]:
+    """Hold a lock on `output` in this block; ValueError names the process, the host and the time if another holds it.
+
+    The lock is `flock` on a file in the folder, or `beside` it, with that information, so it ends with the process
+    whatever kills it. Not every disk locks across hosts: a thread touches the file every few seconds, and a process on
+    another host takes the lock only after a while without this sign of life. A folder that cannot be written needs no
+    lock. A folder that the block leaves empty is removed.
+    """
+    path = Path(os.path.abspath(output))
+    file = path.with_name(f".{path.name}.lock") if beside else path / ".lock"
+    made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = _take_lock(file, output)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        yield
+        return
+    ended = threading.Event()
+    threading.Thread(target=_show_life, args=(file, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        with suppress(OSError):
+            file.unlink()
+        os.close(handle)
+        with suppress(OSError):  # until the first one that is not empty
+            for folder in made:
+                folder.rmdir()
+
+
+def _take_lock(file: Path, output: str | Path) -> int:
+    """A file descriptor that holds the lock; a restart by torchrun waits for the process that it replaces."""
+    mine = {"process": os.getpid(), **_here(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    patience = time.monotonic() + (10 if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else 0)
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        holder = _read_holder(handle)
+        free = _is_free(handle, holder, file, output)
+        with suppress(FileNotFoundError):  # the holder removes the file at its end: what is locked then is no file
+            if free and os.path.samestat(os.fstat(handle), os.stat(file)):
+                with suppress(OSError):  # a full disk
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, json.dumps(mine).encode(), 0)
+                return handle
+        os.close(handle)
+        if not free and time.monotonic() > patience:
+            who = "process {process} on {host} since {since}".format_map(holder) if holder else "another process"
+            raise ValueError(
+                f"{output} is in use by {printable(who)}; wait for its end, stop it, or choose another --output"
+            )
+        time.sleep(0.05)
+
+
+def _here() -> dict[str, str]:
+    """This host, and torchrun's name of this run, which its restarts keep, on other hosts as well."""
+    return {"host": socket.gethostname(), "run": os.environ.get("TORCHELASTIC_RUN_ID", "none")}
+
+
+def _is_free(handle: int, holder: dict[str, Any] | None, file: Path, output: str | Path) -> bool:
+    """Lock the file; what `flock` cannot know, as another host holds it or the disk has no locks, its touches tell."""
+    locked = True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            return False
+        locked = False
+    here = _here()
+    if holder is None or (locked and holder["host"] == here["host"]) or holder["run"] == here["run"] != "none":
+        return True
+    seconds, before = 4 * HEARTBEAT, os.fstat(handle).st_mtime_ns
+    who = printable("{process} on {host}".format_map(holder))
+    print(f"{output}: waiting {seconds:.0f} s for a sign of life of process {who}", file=sys.stderr)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:  # the times of two hosts are never compared
+        time.sleep(HEARTBEAT / 5)
+        with suppress(FileNotFoundError):
+            if os.stat(file).st_mtime_ns != before:
+                return False
+    return True
+
+
+def _read_holder(handle: int) -> dict[str, Any] | None:
+    """What the holder of a lock wrote into its file; None for anything else."""
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        return None
+    with suppress(ValueError):
+        holder = json.loads(os.pread(handle, 4096, 0))
+        if isinstance(holder, dict) and {"process", "host", "since", "run"} <= holder.keys():
+            return holder
+    return None
+
+
+def _show_life(file: Path, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT):
+        with suppress(OSError):
+            os.utime(file)
 
 
 def own_file(folder: Path, name: str) -> Path | None:
@@ -91,13 +266,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a mistake, no UTF-8, a number of thousands of digits, deep nesting
         raise ValueError(f"{path}: not valid TOML ({error})") from None
 
 
 def toml_place(path: str | Path, key: str) -> str:
     """Where `key` is first set in a TOML file, for an error: "file.toml line 3"; without the line if it isn't found."""
-    pattern = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=|\s*\[+\s*{re.escape(key)}\s*[].]""")
+    pattern = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*[.=]|\s*\[+\s*{re.escape(key)}\s*[].]""")
     for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
         if pattern.match(line):
             return f"{path} line {number}"
@@ -110,3 +285,33 @@ def printable(text: str) -> str:
     Text from a model, a file or a checkpoint goes through it before it is shown.
     """
     return text.translate(_CONTROL)
+
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+
+def toml_value(place: str, value: Any, kind: type) -> Any:
+    """A TOML value of `kind` (int, float, bool or str), an integer also as a float; ValueError naming the place."""
+    fits = type(value) is not int or -(1 << 63) <= value < 1 << 63
+    if kind is float and type(value) is int and fits:
+        return float(value)
+    if type(value) is kind and fits:
+        return value
+    size = "" if fits else " of at most 64 bits"
+    raise ValueError(f"{place} must be {_KINDS[kind]}{size}, found {toml_shown(value)}")
+
+
+def toml_shown(value: Any) -> str:
+    """A TOML value, or what kind of thing it is, for an error."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"one of {value.bit_length()} bits"
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "an array of tables"
+    if hasattr(value, "isoformat"):
+        return f"the date or time {value.isoformat()}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"

@@ -7,7 +7,8 @@
 
 Writes train/ and heldout/ (JSONL by table and source), manifest.json, README.md (the corpus card) and reports/ (every
 row left out with its reason). A TOML file lists the sources with kind, licence and weight, as in
-recipes/sample_corpus/corpus.toml; in a folder without one, files are found by their content.
+recipes/sample_corpus/corpus.toml; in a folder without one, and its subfolders, files are found by their content: text,
+JSON, CSV, .parquet and .xlsx, also gzipped, in UTF-8, UTF-16 or GB18030. What is not read is listed with the reason.
 
 Without a teacher everything is made by templates and building twice gives the same bytes. With one, what it answered is
 kept beside the output (OUTPUT.teacher.sqlite, and OUTPUT.plain_teacher.sqlite): a run that was killed goes on without
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from pedgpt.corpus import Split, diseases, read_listing
 from pedgpt.corpus.assemble import Assembly, Limits
@@ -29,10 +31,11 @@ from pedgpt.corpus.card import statistics_table, write_card, write_manifest
 from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.knowledge_graph import Disease
 from pedgpt.corpus.quality import normalize
-from pedgpt.corpus.sources import describe_sources, in_domain
-from pedgpt.corpus.teacher import Teacher, TeacherFailure, in_order, load_teacher
+from pedgpt.corpus.sources import describe_sources, in_domain, is_corpus
+from pedgpt.corpus.teacher import Teacher
 from pedgpt.data import ReadSummary, Triple, iter_records
-from pedgpt.data.records import detect_kind
+from pedgpt.data.records import detect_kind, parse_columns
+from pedgpt.endpoint import EndpointFailure, in_order, load_endpoint
 from pedgpt.files import sync
 from pedgpt.training import run_recipe
 
@@ -46,11 +49,13 @@ ANSWERS = {
 
 @dataclass
 class Config:
-    source: str  # TOML that lists the sources, or a folder of them
+    lock_beside: ClassVar[bool] = True
+    source: str  # TOML that lists the sources, or a folder of them, or one file
     output: str  # folder for the corpus; an earlier corpus in it is replaced once the new one is complete
     domain: str = ""  # of files found by content: pediatric, general_medical or general; empty: their words tell
     teacher: str = ""  # TOML of an OpenAI-compatible chat endpoint; empty: offline, by templates
     plain_teacher: str = ""  # TOML of the model whose plain answers become the rejected ones of pairs
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, in files found by content
     evaluation: list[str] = field(default_factory=list)  # evaluation files: no training row may hold what is in them
     pediatric_share: float = 0.3  # share of the three tasks' training rows that stage 2 sees already, as its dialogues
     heldout_share: float = 0.1  # share of the diseases (of the questions, where no disease is named) held out
@@ -84,12 +89,13 @@ class Config:
 def main(config: Config) -> None:
     config.check()
     chosen = {"teacher": config.teacher, "plain_teacher": config.plain_teacher}
-    teachers = {role: load_teacher(Path(path)) if path else None for role, path in chosen.items()}
+    teachers = {role: load_endpoint(Path(path)) if path else None for role, path in chosen.items()}
     for found in filter(None, teachers.values()):
         found.read_key()  # a missing one is told before anything is read
     listing, output = Path(config.source), Path(config.output)
-    sources = read_listing(listing)
-    print(f"{describe_sources(sources, listing)}\n")
+    left_out: dict[Path, str] = {}
+    sources = read_listing(listing, parse_columns(config.columns), left_out)
+    print(f"{describe_sources(sources, listing, left_out)}\n")
     if config.domain and all(source.domain for source in sources):
         raise ValueError(f"--domain is for files that are found by content; write `domain` in {listing}")
     by_content = [source.name for source in sources if not source.domain]
@@ -110,7 +116,8 @@ def main(config: Config) -> None:
     summaries = {source.name: ReadSummary() for source in sources}
 
     def read(source):
-        return iter_records(source.files, source.reads, on_bad_row=config.on_bad_row, summary=summaries[source.name])
+        policy = {"on_bad_row": config.on_bad_row, "summary": summaries[source.name], "columns": source.columns}
+        return iter_records(source.files, source.reads, **policy)
 
     # The graphs first: their diseases are what the split goes by.
     graphs = {
@@ -130,9 +137,11 @@ def main(config: Config) -> None:
 
         def in_turn(inputs, work, source):
             work = partial(placed, partial(work, source=source, ask=ask, plain=plain))
-            return in_order(inputs, work, workers=workers, desc=source.name, teachers=list(filter(None, (ask, plain))))
+            return in_order(inputs, work, workers=workers, desc=source.name, endpoints=list(filter(None, (ask, plain))))
 
         assembly = stack.enter_context(contextlib.closing(Assembly(building, limits, split)))
+        known = (disease.facts.values() for graph in graphs.values() for disease in graph)
+        assembly.names.update(name for facts in known for tails in facts for name in tails)
         for path, kind in kinds.items():
             assembly.protect(iter_records(path, kind))
 
@@ -176,6 +185,8 @@ def main(config: Config) -> None:
         print(f"{name}: left out " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()))
     replaced = ", ".join(f"{kind} {count:,}" for kind, count in manifest["personal_data_replaced"].items())
     print(f"personal data replaced: {replaced or 'none found'}")
+    if left_out:
+        print(f"files not read: {len(left_out):,}, listed above")
     print(f"questions answered in different ways: {corpus.contradictions:,} (reports/contradictions.jsonl)")
     for part in ("train", "heldout"):
         print(f"{part}: {sum(file['rows'] for file in corpus.files if file['side'] == part):,} rows")
@@ -222,9 +233,9 @@ def placed(work, item):
     """`work` of an input; where a teacher gives no answer, the error says which input it was asked about."""
     try:
         return work(item)
-    except TeacherFailure as error:
+    except EndpointFailure as error:
         place = item.name if isinstance(item, Disease) else item.source
-        raise TeacherFailure(f"{error} (asked about {place})") from None
+        raise EndpointFailure(f"{error} (asked about {place})") from None
 
 
 def check_output(output: Path, listing: Path, inputs: list[Path]) -> None:
@@ -233,12 +244,7 @@ def check_output(output: Path, listing: Path, inputs: list[Path]) -> None:
         inside = path != listing.resolve() and path in output.parents  # of a folder all files are read
         if output == path or output in path.parents or inside:
             raise ValueError(f"--output {output}: lies in, or holds, the input {path}; choose another folder")
-    manifest = output / "manifest.json"
-    if output.is_file() or (
-        output.exists()
-        and any(output.iterdir())
-        and not (manifest.is_file() and b'"made_by"' in manifest.read_bytes()[:1000])
-    ):
+    if output.is_file() or (output.exists() and any(output.iterdir()) and not is_corpus(output)):
         raise ValueError(f"--output {output}: not empty and no corpus; choose another folder")
 
 

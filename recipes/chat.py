@@ -2,27 +2,39 @@
 
     python recipes/chat.py --adapter runs/demo/experts/adapter
 
-/reset forgets the conversation, /system TEXT sets the system text, Ctrl-C stops an answer, /quit or Ctrl-D ends.
+What is pasted at once is one question, whatever its lines; /help lists the commands. On a terminal, the arrow keys edit
+a line and bring back earlier ones, which are kept in memory only: medical questions are nobody else's business.
 How to sample is read from the model's generation_config.json where no setting says otherwise.
 """
 
+import re
+import select
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 
-from pedgpt.adapters import adapter_base, load_adapter
-from pedgpt.data import Message, StreamDecoder, chat_format, encode_prompt, load_tokenizer
-from pedgpt.models import generate_steps, generation_defaults, load_model
+from pedgpt.adapters import adapter_base, check_base, load_adapter
+from pedgpt.data import Message, StreamDecoder, chat_format, encode_prompt, load_tokenizer, taught_folder
+from pedgpt.files import nearest, printable
+from pedgpt.models import generate_steps, generation_defaults, load_model, weights_fingerprint
 from pedgpt.training import run_recipe, start
 
 DISCLAIMER = "仅供研究演示，不能代替医生。For research only; no substitute for a doctor."
+COMMANDS = {
+    "/help": "list the commands",
+    "/reset": "forget the conversation",
+    "/system": "TEXT: begin anew, with this system text or, without TEXT, with none",
+    "/quit": "end, as Ctrl-D does (Ctrl-C stops an answer)",
+}
 
 
 @dataclass
 class Config:
     model: str = ""  # folder of the model; empty: the one that the adapter was trained on
     adapter: str = ""  # folder of an adapter to attach
+    any_base: bool = False  # use the adapter although it was trained on another model
     uniform_routing: bool = False  # equal gates where an adapter of the published code lacks its routers
     system: str = ""  # system text
     temperature: float | None = None  # 0 is greedy
@@ -30,9 +42,12 @@ class Config:
     top_p: float | None = None  # sample among the most probable tokens of this total
     repetition_penalty: float | None = None  # above 1 makes repeated tokens less likely
     max_new_tokens: int | None = None  # of each answer; without it or the model's own word, 256
+    max_thinking_tokens: int = 1024  # more for the reasoning of a thinking model
     stop_strings: list[str] = field(default_factory=list)  # texts that end an answer, beside the format's own tokens
     seed: int = 0  # of the sampling
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; without it, as its template
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
     dtype: str = "float32"  # of the weights: float32 or bfloat16
     device: str = "auto"  # auto, cpu or cuda
 
@@ -44,37 +59,45 @@ def main(config: Config) -> None:
         if not config.adapter:
             raise ValueError("give --model, or --adapter with the model that it names")
         config.model = adapter_base(config.adapter)
-    sampling = {"max_new_tokens": 256, **generation_defaults(config.model)}
+    if config.adapter and not config.any_base:
+        check_base(config.adapter, config.model, weights_fingerprint(config.model))
+    taught = taught_folder(config.model, config.adapter)
+    sampling = {"max_new_tokens": 256, **generation_defaults(config.model), **generation_defaults(taught)}
     for name in ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens"):
         if (value := getattr(config, name)) is not None:
             sampling[name] = value
     sampling["top_k"] = sampling.get("top_k") or None
     device = start(config.device).device
-    tokenizer = load_tokenizer(config.model)
-    chat = chat_format(tokenizer, config.chat_format)
+    tokenizer = load_tokenizer(taught)
+    chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
     model = load_model(config.model, dtype=getattr(torch, config.dtype), device=device)
     tokenizer.check_fits(model.config.vocab_size, config.model)
     if config.adapter:
         load_adapter(model, config.adapter, uniform_routing=config.uniform_routing)
     model.eval()
     sampling["stop_tokens"] = {*chat.stop_tokens, *sampling.get("stop_tokens", ())}
-    limit = sampling["max_new_tokens"]
+    limit = sampling["max_new_tokens"] + (config.max_thinking_tokens if chat.thinks else 0)
 
-    for file in (sys.stdin, sys.stdout):
-        file.reconfigure(errors="replace")  # a terminal's backspace may leave half a character behind
+    sys.stdin.reconfigure(errors="replace")  # a terminal's backspace may leave half a character behind
     system = config.system
     history: list[Message] = []
-    print(f"{DISCLAIMER}\n(/reset, /system TEXT, /quit)")
+    print(f"{DISCLAIMER}\n(/help, /reset, /system TEXT, /quit)")
     while True:
         try:
-            text = input("\n家长> " if sys.stdin.isatty() else "").strip()
+            text = read_question()
         except (EOFError, KeyboardInterrupt):
             return print()
-        if text == "/quit":
-            return
-        if text == "/reset" or text.startswith("/system"):
-            history = []
-            system = text.removeprefix("/system").strip() if text.startswith("/system") else system
+        if re.match("/[A-Za-z]", text):
+            command, said = (*text.split(maxsplit=1), "")[:2]
+            if command == "/quit":
+                return
+            elif command == "/help":
+                print(*(f"{name:8} {meaning}" for name, meaning in COMMANDS.items()), sep="\n")
+            elif command not in COMMANDS:
+                print(f"({command} is no command; {nearest(command, COMMANDS, 'commands')})")
+            else:
+                history, system = [], said if command == "/system" else system
+                print(f"(a new conversation, {f'the system text is {system!r}' if system else 'without system text'})")
             continue
         if not text:
             continue
@@ -95,8 +118,27 @@ def main(config: Config) -> None:
         print("助手> ", end="", flush=True)
         sampling["max_new_tokens"] = min(limit, room)
         steps = generate_steps(model, [prompt], seed=config.seed, **sampling)
-        answer = stream(steps, StreamDecoder(tokenizer, config.stop_strings), sampling["stop_tokens"])
-        history.append(Message("assistant", answer))
+        written = stream(steps, StreamDecoder(tokenizer, config.stop_strings), sampling["stop_tokens"])
+        answer = chat.read_answer(written)
+        if answer.content or not answer.reasoning:
+            history.append(answer)
+        else:
+            history.pop()
+            print("(the reasoning did not end, so there is no answer; --max_thinking_tokens gives it more room)")
+
+
+def read_question() -> str:
+    """The next line of the input; on a terminal also the lines that were pasted with it. EOFError: there is none."""
+    if not sys.stdin.isatty():
+        return input().strip()
+    with suppress(ImportError):
+        import readline  # noqa: F401  (from now on, input() edits lines and remembers them)
+    print()
+    lines = [input("家长> ")]
+    with suppress(EOFError):
+        while select.select([sys.stdin], [], [], 0.05)[0]:  # terminals that do not mark what is pasted
+            lines.append(input())
+    return "\n".join(lines).strip()
 
 
 def stream(steps, decoder, stop_tokens) -> str:
@@ -106,13 +148,13 @@ def stream(steps, decoder, stop_tokens) -> str:
         for (token,) in steps:
             if token not in stop_tokens:
                 pieces.append(decoder.push(token))
-                print(pieces[-1], end="", flush=True)
+                print(printable(pieces[-1]), end="", flush=True)
             if decoder.stopped:
                 break
     except KeyboardInterrupt:
         pass
     pieces.append(decoder.finish())
-    print(pieces[-1], flush=True)
+    print(printable(pieces[-1]), flush=True)
     return "".join(pieces).strip()
 
 

@@ -29,13 +29,14 @@ from pedgpt.data import (
     heldout_files,
     load_tokenizer,
     mix,
+    parse_columns,
     part_shares,
     stage_sources,
     write_tokens,
 )
 from pedgpt.data.hybrid import DOMAIN, GENERAL, INSTRUCTIONS, discarded_on_error
 from pedgpt.losses import linear_cross_entropy
-from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, save_model
+from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
 from pedgpt.training.distributed import barrier, sum_over_ranks
 
 
@@ -50,7 +51,8 @@ class Config(training.TrainingSettings):
     instruction_share: float = 0.5  # of all tokens; 0 trains on text only, 1 on instructions only
     domain_to_general: float = 9.0  # tokens of domain text for each token of general text
     total_tokens: int = 0  # tokens to draw; 0: as many as use the domain text (without a share, the instructions) once
-    row_length: int = 4096  # tokens a packed row
+    row_length: int = 4096  # tokens a packed row; a longer text goes on in the next
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. text=body, where names are not known ones
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
 
 
@@ -124,10 +126,11 @@ def main(config: Config) -> None:
     )
 
     def save(weights):
+        weights = round_weights(weights, getattr(torch, config.save_dtype or config.dtype), since=config.model)
         save_model(model, Path(config.output) / "model", weights)
         tokenizer.save(Path(config.output) / "model")
 
-    training.gather_weights(model, world, save, dtype=getattr(torch, config.dtype))
+    training.gather_weights(model, world, save)
     training.finish(config, plan, data, world)
     shutil.rmtree(tokens, ignore_errors=True)
 
@@ -143,7 +146,7 @@ def write_stores(config: Config, tokenizer: Tokenizer, folder: Path) -> Iterator
         heldout = heldout or heldout_files(config.corpus, "text/pediatric")
     share = config.instruction_share
     used = [source for source in sources if (share if source.part == INSTRUCTIONS else 1 - share) > 0]
-    read = {"seed": config.seed, "on_bad_row": config.on_bad_row}
+    read = {"seed": config.seed, "on_bad_row": config.on_bad_row, "columns": parse_columns(config.columns)}
     yield from write_tokens(folder / "train", used, tokenizer, **read)
     held = [TextSource("held-out files", DOMAIN, "documents", tuple(heldout))] if heldout else []
     yield from write_tokens(folder / "heldout", held, tokenizer, **read)

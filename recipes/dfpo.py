@@ -26,12 +26,22 @@ from pedgpt.data import (
     fingerprint,
     load_reference,
     load_tokenizer,
+    parse_columns,
     read_preferences,
+    reference_date,
     reference_key,
     save_reference,
 )
 from pedgpt.losses import check_dfpo_settings, linear_dfpo_loss, linear_sequence_logps
-from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, save_model
+from pedgpt.models import (
+    ModelConfig,
+    load_model,
+    load_weights,
+    model_fingerprint,
+    round_weights,
+    save_model,
+    weights_fingerprint,
+)
 from pedgpt.training.distributed import autocast, gather_rows, sum_over_ranks
 
 
@@ -49,8 +59,12 @@ class Config(training.TrainingSettings):
     lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
     lora_rslora: bool = False  # by alpha / sqrt(rank) instead
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; without it, as its template
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: that on which the run began
     row_length: int = 4096  # most tokens of prompt and answer
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. chosen=good, where names are not known ones
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
+    on_long_row: str = "error"  # "error" names those longer than a row, "skip" leaves them out, "truncate" cuts them
 
 
 def main(config: Config) -> None:
@@ -66,18 +80,22 @@ def main(config: Config) -> None:
     sizes = ModelConfig.from_hf(config.model)
     tokenizer.check_fits(sizes.vocab_size, config.model)
     sizes.check_length(config.row_length)
-    chat = chat_format(tokenizer, config.chat_format)
+    cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
+    today = config.template_date or training.run_date(config.output, world, reference_date(cache))
+    chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, today)
+    config.template_date = chat.today  # goes into the checkpoints, so that the run can go on on another day
     summary = ReadSummary()
+    read = {"on_bad_row": config.on_bad_row, "summary": summary}
 
     def encoded(paths):
-        pairs = read_preferences(paths, on_bad_row=config.on_bad_row, summary=summary)
-        return encode_pairs(pairs, chat, config.row_length, config.on_bad_row, summary)
+        pairs = read_preferences(paths, columns=parse_columns(config.columns), **read)
+        return encode_pairs(pairs, chat, config.row_length, on_long_row=config.on_long_row, **read)
 
     pairs, heldout_pairs = encoded(config.preferences), encoded(config.heldout_preferences)
     make_batch = partial(collate_pairs, shared_prompt=config.shared_prompt)
     plan = training.BatchPlan.from_settings(len(pairs), config)
     examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
-    base = model_fingerprint(config.model)
+    base, base_weights = model_fingerprint(config.model), weights_fingerprint(config.model)
     data = f"{fingerprint(examples)} on {base}"
     if training.is_finished(config, plan, data, world):
         return
@@ -120,7 +138,6 @@ def main(config: Config) -> None:
                 parts.append(gather_rows(part, world))
         return torch.cat(parts).cpu()[: len(pairs)] if parts else torch.zeros(0, 2)
 
-    cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
     stream = dtype if world.size > 1 else stored  # of the residual stream: FSDP2 gathers weights in the former
     dtypes = f"products {dtype}, weights {stored}, residual stream {stream}"
     key = reference_key(model=base, chat=chat, pairs=pairs, dtype=dtypes)
@@ -178,12 +195,15 @@ def main(config: Config) -> None:
 
     def save(weights):
         if adapter:
-            save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=dict(weights))
+            trained_on = {"base_model": config.model, "base_weights": base_weights}
+            save_adapter(model, Path(config.output) / "adapter", **trained_on, state_dict=dict(weights))
         else:
+            weights = round_weights(weights, getattr(torch, config.save_dtype or config.dtype), since=config.model)
             save_model(model, Path(config.output) / "model", weights)
-            tokenizer.save(Path(config.output) / "model")
+        chat.save(Path(config.output) / ("adapter" if adapter else "model"))
 
-    training.gather_weights(model, world, save, trainable_only=adapter, dtype=None if adapter else dtype)
+    saved = getattr(torch, config.save_dtype or "float32") if adapter else None
+    training.gather_weights(model, world, save, trainable_only=adapter, dtype=saved)
     training.finish(config, plan, data, world)
 
 

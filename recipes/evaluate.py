@@ -11,12 +11,13 @@ import dataclasses
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
-from pedgpt.adapters import ExpertLoRALinear, load_adapter, record_gates
+from pedgpt.adapters import ExpertLoRALinear, check_base, load_adapter, record_gates
 from pedgpt.data import (
     ReadSummary,
     chat_format,
@@ -25,15 +26,17 @@ from pedgpt.data import (
     encode_pairs,
     load_tokenizer,
     pack,
+    parse_columns,
     read_conversations,
     read_documents,
     read_preferences,
+    taught_folder,
 )
 from pedgpt.evaluation.generation_metrics import generation_scores, signature
 from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
 from pedgpt.evaluation.responses import answer, items, thin
 from pedgpt.files import write_text
-from pedgpt.models import ModelConfig, load_model
+from pedgpt.models import ModelConfig, load_model, weights_fingerprint
 from pedgpt.training import run_recipe, start
 
 TASKS = {"medkqa": "MedKQ&A", "evidiag": "EviDiag", "trerecom": "TreRecom"}
@@ -41,19 +44,25 @@ TASKS = {"medkqa": "MedKQ&A", "evidiag": "EviDiag", "trerecom": "TreRecom"}
 
 @dataclass
 class Config:
+    lock_beside: ClassVar[bool] = True
     model: str  # folder of the model
     heldout: str  # folder of held-out data
     output: str = ""  # JSON file for the results; empty: print only
     adapter: str = ""  # folder of an adapter to attach
+    any_base: bool = False  # use the adapter although it was trained on another model
     uniform_routing: bool = False  # equal gates where an adapter of the published code lacks its routers
     reference: str = ""  # folder of the model that DFPO started from, for reward accuracy
     limit: int = 60  # answers to generate a task
     text_limit: int = 300  # documents of each text to measure perplexity on
     max_new_tokens: int = 96  # of each answer
+    max_thinking_tokens: int = 1024  # more for the reasoning of a thinking model, which is not scored
     row_length: int = 0  # tokens a row, longer rows are skipped and counted; 0: what the model takes, at most 1024
     batch_size: int = 8  # rows per scoring pass
     generation_batch_size: int = 32  # answers decoded together
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, where names are not known ones
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; without it, as its template
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
     dtype: str = "float32"  # of the weights: float32 or bfloat16
     device: str = "auto"  # auto, cpu or cuda
 
@@ -68,14 +77,16 @@ def main(config: Config) -> None:
     heldout = Path(config.heldout)
     if not heldout.is_dir():
         raise ValueError(f"--heldout {heldout}: no such folder")
+    if config.adapter and not config.any_base:
+        check_base(config.adapter, config.model, weights_fingerprint(config.model))
     device = start(config.device).device
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(taught_folder(config.model, config.adapter))
     for folder in filter(None, (config.model, config.reference)):
         sizes = ModelConfig.from_hf(folder)
         tokenizer.check_fits(sizes.vocab_size, folder)
         config.row_length = config.row_length or min(1024, sizes.max_position_embeddings)
         sizes.check_length(config.row_length)
-    chat = chat_format(tokenizer, config.chat_format)
+    chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
     summary = ReadSummary()
     tasks, task_rows, rows, pairs = read_heldout(heldout, config, tokenizer, chat, summary)
     if not (any(tasks.values()) or any(rows.values()) or pairs):
@@ -96,9 +107,8 @@ def main(config: Config) -> None:
         questions = items(conversations, config.limit)
         if not questions:
             continue
-        answers = answer(
-            model, chat, questions, max_new_tokens=config.max_new_tokens, batch_size=config.generation_batch_size
-        )
+        room = {"max_new_tokens": config.max_new_tokens, "max_thinking_tokens": config.max_thinking_tokens}
+        answers = answer(model, chat, questions, **room, batch_size=config.generation_batch_size)
         references = [question.reference for question in questions]
         scores[name] = {"rows": len(questions), **generation_scores(references, answers)}
         for question, text in list(zip(questions, answers, strict=True))[:: max(1, len(questions) // 3)][:3]:
@@ -119,6 +129,7 @@ def main(config: Config) -> None:
         "model": config.model,
         "adapter": config.adapter or None,
         "signature": scored_with,
+        "template_date": chat.today or None,
         "seconds": time.perf_counter() - began,
         "tasks": scores,
         "perplexity": perplexities,
@@ -141,25 +152,26 @@ def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSu
 
     What is too long for a row is left out everywhere, and counted.
     """
-    read = {"on_bad_row": "skip", "summary": summary}
+    read, columns = {"on_bad_row": "skip", "summary": summary}, parse_columns(config.columns)
     tasks, task_rows = {}, {}
     for stem, name in TASKS.items():
         for path in table(heldout / "tasks" / stem):
-            conversations = read_conversations(path, **read)
-            examples = encode_conversations(conversations, chat, config.row_length, "skip", summary)
+            conversations = read_conversations(path, columns=columns, **read)
+            examples = encode_conversations(conversations, chat, config.row_length, on_long_row="skip", **read)
             fitting = {example.source for example in examples}
             tasks[name] = [conversation for conversation in conversations if conversation.source in fitting]
             task_rows[name] = pack(examples, config.row_length)
     rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
     for path in (path for path in sorted((heldout / "text").glob("*")) if path.is_dir() or path.suffix == ".jsonl"):
-        texts = tokenizer.encode_batch([row.text for row in thin(read_documents(path, **read), config.text_limit)])
+        documents = thin(read_documents(path, columns=columns, **read), config.text_limit)
+        texts = tokenizer.encode_batch([row.text for row in documents])
         ends = {"eos_id": tokenizer.eos_id, "row_length": config.row_length, "prefix": tokenizer.document_prefix}
         pieces = [piece for ids in texts for piece in encode_document(ids, **ends)]
         rows[f"{path.stem}_text"] = pack(pieces, config.row_length)
     pairs = []
     for path in table(heldout / "preferences"):
-        found = read_preferences(path, **read)
-        pairs = encode_pairs(found, chat, config.row_length, "skip", summary)
+        found = read_preferences(path, columns=columns, **read)
+        pairs = encode_pairs(found, chat, config.row_length, on_long_row="skip", **read)
     return tasks, task_rows, rows, pairs
 
 

@@ -24,11 +24,12 @@ from pedgpt.data import (
     fingerprint,
     load_tokenizer,
     pack,
+    parse_columns,
     read_conversations,
     utilization,
 )
 from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy
-from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint
+from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, weights_fingerprint
 
 
 @dataclass(kw_only=True)
@@ -43,8 +44,12 @@ class Config(training.TrainingSettings):
     dropout: float = 0.0  # on the experts' input
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # names or patterns of linear layers
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; without it, as its template
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: that on which the run began
     row_length: int = 4096  # tokens a packed row
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, where names are not known ones
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
+    on_long_row: str = "error"  # "error" names those longer than a row, "skip" leaves them out, "truncate" cuts them
 
 
 def main(config: Config) -> None:
@@ -56,17 +61,21 @@ def main(config: Config) -> None:
     sizes = ModelConfig.from_hf(config.model)
     tokenizer.check_fits(sizes.vocab_size, config.model)
     sizes.check_length(config.row_length)
-    chat = chat_format(tokenizer, config.chat_format)
+    today = config.template_date or training.run_date(config.output, world)
+    chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, today)
+    config.template_date = chat.today  # goes into the checkpoints, so that the run can go on on another day
     summary = ReadSummary()
+    read = {"on_bad_row": config.on_bad_row, "summary": summary}
 
     def packed(paths):
-        conversations = read_conversations(paths, on_bad_row=config.on_bad_row, summary=summary)
-        examples = encode_conversations(conversations, chat, config.row_length, config.on_bad_row, summary)
+        conversations = read_conversations(paths, columns=parse_columns(config.columns), **read)
+        examples = encode_conversations(conversations, chat, config.row_length, on_long_row=config.on_long_row, **read)
         return pack(examples, config.row_length)
 
     rows, heldout_rows = packed(config.instructions), packed(config.heldout_instructions)
     plan = training.BatchPlan.from_settings(len(rows), config)
     data = f"{fingerprint(rows)} on {model_fingerprint(config.model)}"
+    base = {"base_model": config.model, "base_weights": weights_fingerprint(config.model)}
     if training.is_finished(config, plan, data, world):
         return
 
@@ -122,9 +131,11 @@ def main(config: Config) -> None:
     )
 
     def save(weights):
-        save_adapter(model, Path(config.output) / "adapter", base_model=config.model, state_dict=dict(weights))
+        save_adapter(model, Path(config.output) / "adapter", **base, state_dict=dict(weights))
+        chat.save(Path(config.output) / "adapter")
 
-    training.gather_weights(model, world, save, trainable_only=True)
+    saved = getattr(torch, config.save_dtype or "float32")
+    training.gather_weights(model, world, save, trainable_only=True, dtype=saved)
     training.finish(config, plan, data, world)
 
 

@@ -8,18 +8,10 @@ chat format as its template. Logits and ids stay what they were. The 13B has ALi
 
 from dataclasses import dataclass
 
-from pedgpt.data import load_tokenizer
+from pedgpt.data import chat_format, load_tokenizer
+from pedgpt.data.chat import BUILT_IN
 from pedgpt.models import export_llama, load_model
 from pedgpt.training import run_recipe
-
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ {'system': '', 'user': '<reserved_106>', 'assistant': '<reserved_107>'}[message['role']] }}"
-    "{{ message['content'] }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<reserved_107>' }}"
-    "{% elif messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-)
 
 
 @dataclass(kw_only=True)
@@ -34,7 +26,9 @@ def main(config: Config) -> None:
     tokenizer.check_fits(model.config.vocab_size, config.model)
     export_llama(model, config.output)
     baichuan2 = tokenizer.has("<reserved_106>", "<reserved_107>")
-    tokenizer.save(config.output, convert=True, chat_template=TEMPLATE if baichuan2 else None)
+    tokenizer.save(config.output, convert=True, chat_template=BUILT_IN["baichuan2"].jinja if baichuan2 else None)
+    if baichuan2:
+        chat_format(tokenizer, "baichuan2").save_ends(config.output)
     print(f"{config.output}: a Llama of {sum(p.numel() for p in model.parameters()):,} parameters")
 
 

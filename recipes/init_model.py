@@ -4,11 +4,11 @@ python recipes/init_model.py --config recipes/configs/demo/base.toml --output ru
     --text runs/demo/corpus/train/text --instructions runs/demo/corpus/train/tasks
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from pedgpt.data import read_conversations, read_documents, train_tokenizer
+from pedgpt.data import parse_columns, read_conversations, read_documents, train_tokenizer
 from pedgpt.models import ModelConfig, Transformer, save_model
 from pedgpt.training import run_recipe
 
@@ -21,6 +21,7 @@ class Config:
     output: str  # folder for the model and its tokenizer
     text: list[str]  # documents to train the tokenizer on
     instructions: list[str]  # conversations to train the tokenizer on
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. text=body, where names are not known ones
     vocab_size: int = 4096  # tokens
     hidden_size: int = 256
     intermediate_size: int = 688
@@ -33,8 +34,9 @@ class Config:
 
 
 def main(config: Config) -> None:
-    texts = [document.text for document in read_documents(config.text)]
-    for conversation in read_conversations(config.instructions):
+    columns = parse_columns(config.columns)
+    texts = [document.text for document in read_documents(config.text, columns=columns)]
+    for conversation in read_conversations(config.instructions, columns=columns):
         texts += [message.content for message in conversation.messages]
     if not texts:
         raise ValueError("nothing to train a tokenizer on: give --text or --instructions, or start from a checkpoint")

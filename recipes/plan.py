@@ -435,4 +435,4 @@ def describe(config: Any, sizes: ModelConfig, counts: dict[str, int], moments: M
 
 
 if __name__ == "__main__":
-    training.run_recipe(main, settings_of(sys.argv[1:]))
+    training.run_recipe(main, settings_of(sys.argv[1:]), lock=False)

@@ -12,7 +12,6 @@ only the tokenizer's files are read.
 import itertools
 import os
 import sys
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,13 +27,15 @@ from pedgpt.data import (
     encode_pairs,
     load_tokenizer,
     pack,
+    parse_columns,
     read_conversations,
     read_documents,
     read_preferences,
     utilization,
 )
 from pedgpt.data.chat import IGNORE_INDEX
-from pedgpt.training import run_recipe
+from pedgpt.files import printable
+from pedgpt.training import make_printable, run_recipe
 
 # How a span begins, by (a special token, carries loss).
 COLORS = {
@@ -57,7 +58,11 @@ class Config:
     rows: int = 2  # rows (pairs) of each kind to print, spread over all of them
     row_length: int = 512  # tokens a packed row
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; without it, as its template
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, where names are not known ones
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
+    on_long_row: str = "skip"  # "truncate" shows rows longer than a row as training cuts them; else they are counted
     color: str = "auto"  # auto: on a terminal, unless NO_COLOR is set; always; never
 
 
@@ -70,9 +75,13 @@ def main(config: Config) -> None:
         raise ValueError(f'color must be "auto", "always" or "never", found {config.color!r}')
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     paint = in_color if config.color == "always" or (config.color == "auto" and wanted) else in_marks
+    make_printable(sys.stdout, "\x1b")  # for the colours; what stands between them is made printable below
     tokenizer = load_tokenizer(config.model)
     summary = ReadSummary()
-    read = {"on_bad_row": config.on_bad_row, "summary": summary}
+    policy = {"on_bad_row": config.on_bad_row, "summary": summary}
+    read = {"columns": parse_columns(config.columns), **policy}
+    if config.on_long_row == "error":  # what stops a training is only shown here
+        config.on_long_row = "skip"
     length = config.row_length
 
     shown: list[tuple[str, Batch, list[list[str]]]] = []  # heading, rows, and the sources in each row
@@ -86,11 +95,12 @@ def main(config: Config) -> None:
         shown.append((heading, collate([rows[i] for i in chosen], chosen), [rows[i].sources for i in chosen]))
 
     if config.instructions or config.preferences:
-        chat = chat_format(tokenizer, config.chat_format)
-        print(f"{type(chat).__name__}; an answer ends at {' or '.join(map(name_of(tokenizer), chat.stop_tokens))}\n")
+        chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
+        ends = " or ".join(map(name_of(tokenizer), chat.stop_tokens))
+        print(f"{type(chat).__name__}; an answer ends at {printable(ends)}\n")
     if config.instructions:
         conversations = read_conversations(config.instructions, **read)
-        add("instructions", encode_conversations(conversations, chat, length, config.on_bad_row, summary))
+        add("instructions", encode_conversations(conversations, chat, length, on_long_row=config.on_long_row, **policy))
     if config.text:
         add("text", [
             piece
@@ -100,13 +110,14 @@ def main(config: Config) -> None:
             )
         ])  # fmt: skip
     if config.preferences:
-        pairs = encode_pairs(read_preferences(config.preferences, **read), chat, length, config.on_bad_row, summary)
+        found = read_preferences(config.preferences, **read)
+        pairs = encode_pairs(found, chat, length, on_long_row=config.on_long_row, **policy)
         chosen = spread(len(pairs), config.rows)
         names = [[f"{pairs[i].chosen.source} {side}"] for side in ("chosen", "rejected") for i in chosen]
         batch = collate_pairs([pairs[i] for i in chosen], chosen, shared_prompt=False)  # easier to read
         shown.append((f"preferences: {len(pairs):,} pairs, chosen before rejected", batch, names))
 
-    print(f"{summary.describe()}\n\n{legend(paint)}")
+    print(f"{printable(summary.describe())}\n\n{legend(paint)}")
     for heading, batch, sources in shown:
         print(f"\n{heading}")
         for number, names in enumerate(sources):  # none where there are no rows
@@ -150,8 +161,10 @@ def show_row(
         mine = [t for t, owner in enumerate(documents) if owner == document]
         part, targets = [tokens[t] for t in mine], [labels[t] for t in mine]
         taught = share(sum(label != IGNORE_INDEX for label in targets), len(part))
-        heading = f"{RULE * 2} {document + 1} {RULE} {source} {RULE} {len(part)} tokens, {taught} supervised "
-        print(heading + RULE * max(2, 100 - len(heading)))
+        heading = (
+            f"{RULE * 2} {document + 1} {RULE} {printable(source)} {RULE} {len(part)} tokens, {taught} supervised "
+        )
+        print(printable(heading) + RULE * max(2, 100 - len(heading)))
         print(paint(spans(part, targets, tokenizer)))
 
 
@@ -205,11 +218,8 @@ def in_marks(spans: list[Span]) -> str:
 
 def visible(text: str) -> str:
     """`text` with its line breaks shown and made, and other control characters, as of terminals, only shown."""
-    shown = []
-    for char in text.replace("\n", "↵\n"):
-        control = unicodedata.category(char) == "Cc" and char not in "\n\t"
-        shown.append((chr(0x2400 + ord(char)) if ord(char) < 32 else f"\\x{ord(char):02x}") if control else char)
-    return "".join(shown)
+    shown = "".join(chr(0x2400 + ord(char)) if char < " " and char not in "\n\t" else char for char in text)
+    return printable(shown).replace("\n", "↵\n")
 
 
 def name_of(tokenizer: Tokenizer) -> Callable[[int], str]:

@@ -1,9 +1,11 @@
 """What all tests share."""
 
+import multiprocessing
 import os
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined: before pedgpt is imported
@@ -16,3 +18,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def start_ranks():
+    """start_ranks(worker, *arguments): run worker(rank, *arguments) as ranks 0 and 1, each in a process of its own.
+
+    The processes are copies of a server that has imported the libraries already, which otherwise takes seconds each.
+    """
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "pedgpt.models", "pedgpt.losses"])
+
+    def start(worker, *arguments):
+        mp.start_processes(worker, args=arguments, nprocs=2, start_method="forkserver")
+
+    return start

@@ -13,7 +13,7 @@ from pedgpt.adapters.inject import (
     unmerge_lora,
 )
 from pedgpt.adapters.lora import LoRALinear
-from pedgpt.adapters.storage import adapter_base, load_adapter, save_adapter
+from pedgpt.adapters.storage import adapter_base, check_base, load_adapter, save_adapter
 
 __all__ = [
     "ExpertLoRALinear",
@@ -23,6 +23,7 @@ __all__ = [
     "adapted_layers",
     "adapter_base",
     "adapter_names",
+    "check_base",
     "adapters_disabled",
     "gate_metrics",
     "inject_experts",

@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,11 +29,12 @@ from pedgpt.adapters.inject import (
     set_adapter,
 )
 from pedgpt.adapters.lora import AdaptedLinear
-from pedgpt.files import settle, write_text
+from pedgpt.files import naming_full_disk, settle, write_text
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LORA, EXPERTS, PUBLISHED = "LORA", "PEDGPT_EXPERTS", "the published MoE-Adapter"
 _PREFIX = "base_model.model."
+_BASE = "pedgpt_base_weights"  # in the metadata of the weights' file, so that PEFT finds no key that it does not know
 _KEYS = {
     LORA: re.compile(r"base_model\.model\.(.+)\.(lora_[AB]\.weight)"),
     EXPERTS: re.compile(r"base_model\.model\.(.+)\.((?:lora_[AB]|router|router_noise)\.weight)"),
@@ -51,11 +55,13 @@ def save_adapter(
     folder: str | Path,
     *,
     base_model: str | None = None,
+    base_weights: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors with every tensor of the active adapter.
 
-    LoRA takes PEFT's layout; experts the same files with `"peft_type": "PEDGPT_EXPERTS"`. `state_dict` replaces the
+    LoRA takes PEFT's layout; experts the same files with `"peft_type": "PEDGPT_EXPERTS"`. `base_model` is the name or
+    folder of the base, `base_weights` the fingerprint of its weights, for `check_base`. `state_dict` replaces the
     model's own tensors, for weights gathered from several ranks. Raises ValueError, before anything is written, if the
     model has no adapters, if its layers differ in their settings, and for a tensor that is missing or not whole.
     """
@@ -104,8 +110,12 @@ def save_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHTS}.tmp"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    settle(temporary, folder / WEIGHTS)
+    try:
+        with naming_full_disk(folder / WEIGHTS, sum(weight.nbytes for weight in weights.values())):
+            save_file(weights, temporary, metadata={"format": "pt", **({_BASE: base_weights} if base_weights else {})})
+        settle(temporary, folder / WEIGHTS)
+    finally:
+        temporary.unlink(missing_ok=True)
     write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -152,6 +162,26 @@ def adapter_base(folder: str | Path) -> str:
     if not isinstance(base, str):
         raise ValueError(f"{Path(folder) / CONFIG}: names no base_model_name_or_path")
     return base
+
+
+def check_base(folder: str | Path, model: str | Path, weights: str) -> None:
+    """Raise ValueError if an adapter was trained on other weights than those of the folder `model`.
+
+    `weights` is their fingerprint. An adapter that does not say so (PEFT's, or an old one of ours) is accepted, with a
+    warning where it names a base model of another name.
+    """
+    folder, known = Path(folder), None
+    base = _read_config(folder / CONFIG).get("base_model_name_or_path")
+    with suppress(OSError, SafetensorError), safe_open(folder / WEIGHTS, "pt") as file:  # load_adapter reports these
+        known = (file.metadata() or {}).get(_BASE)
+    if known is None and isinstance(base, str) and Path(base).name != Path(model).resolve().name:
+        warnings.warn(f"{folder} was trained on {base}; make sure that {model} is the same model", stacklevel=2)
+    elif known not in (None, weights):
+        raise ValueError(
+            f"{folder}: this adapter was trained on other weights than those of {model}; its base model was {base} "
+            f"(weights {known}, those given are {weights}). Give the model that it was trained on; or, if you know "
+            "that it fits, --any_base true"
+        )
 
 
 def _by_layer(

@@ -21,15 +21,18 @@ from pedgpt.corpus.build import Step, stages, table_of
 from pedgpt.corpus.decontaminate import Decontaminator
 from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, digest
 from pedgpt.corpus.quality import fault, normalize, scrub
+from pedgpt.corpus.role_play import subject
 from pedgpt.corpus.rows import Built, Dropped, map_texts, question, texts
+from pedgpt.corpus.sections import BETWEEN
 from pedgpt.corpus.sources import Source
-from pedgpt.corpus.split import Split, question_key
+from pedgpt.corpus.split import Names, Split, question_key
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record
 
 KINDS = {Document: "documents", Conversation: "conversations", PreferencePair: "preferences"}
 # Builders whose rows resemble others on purpose: the same fact in several phrasings, an answer as text. They are split
 # by disease and compared exactly alone.
 VARIANTS = ("graph/", "role_play", "preferences", "safety", "self_cognition", "answer")
+LONGEST_NAME = 20  # characters of a disease's or a drug's name; a longer title or fact is a sentence
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Assembly:
     built: Counter[str] = field(default_factory=Counter)  # readable rows by source, each written or listed in the end
     tables: Counter[str] = field(default_factory=Counter)  # rows in the spool, by table
     replaced: Counter[str] = field(default_factory=Counter)  # personal data, by kind
+    names: set[str] = field(default_factory=set)  # of diseases, drugs: rows that name others are no near duplicates
 
     def __post_init__(self) -> None:
         (self.folder / "reports").mkdir(parents=True)
@@ -136,6 +140,10 @@ class Assembly:
         key = digest(f"{KINDS[type(record)]}\n{everything}")
         if (first := self._seen.setdefault(key, len(self))) < len(self):
             return self.drop(Dropped(record.source, "exact duplicate", f"of {self._place(first)}"), source)
+        self.names.add(record.disease)
+        if isinstance(record, Document):
+            headings = (record.title, *record.source.split(BETWEEN)[1:])
+            self.names.update(subject(Document("", "", heading)) for heading in headings)
         if not builder.startswith(VARIANTS):
             self._near.add(everything)
             self._compared.append(len(self))
@@ -162,18 +170,8 @@ class Assembly:
         """Evaluation data: no training row may hold what it asks or answers."""
         for record in records:
             record = map_texts(record, lambda text: self._cleaned(text, count=False))
-            if isinstance(record, Document):
-                self._decontaminator.add(record.source, record.text)
-                continue
-            asked = question(record)
-            self._decontaminator.add(record.source, asked, question=True)
-            # What a patient says later means little by itself: 好的，谢谢医生的建议 is in many dialogues.
-            if isinstance(record, PreferencePair):
-                said = [record.chosen, record.rejected]
-            else:
-                said = [message.content for message in record.messages if message.role == "assistant"]
-            for text in said:
-                self._decontaminator.add(record.source, text)
+            for text in items(record):
+                self._decontaminator.add(record.source, text, not isinstance(record, Document) and text == question(record))
 
     def answers_as_text(self, table: str, conversations: tuple[str, ...], at_least: int = 20) -> None:
         """The answers of some tables' conversations as running text too, for a corpus that has no other."""
@@ -189,7 +187,9 @@ class Assembly:
     def finish(self, sample_share: float) -> Corpus:
         """Write the shards and reports. `sample_share` of the tasks' training rows go to stage 2 as well."""
         gone = bytearray(len(self))
-        similar = {self._compared[i]: (self._compared[j], share) for i, j, share in self._near.find()}
+        names = Names(question_key(name) for name in self.names | self.split.diseases if 1 < len(name) <= LONGEST_NAME)
+        self._decontaminator.names, found = names, self._near.find(names)
+        similar = {self._compared[i]: (self._compared[j], share) for i, j, share in found}
         asked = set()  # diseases share first questions: 孩子发热、头痛，是怎么回事
         for _, (*_, builder, _, _), row in self._rows(
             i for i in range(len(self)) if self._heldout[i] and i not in similar
@@ -199,6 +199,8 @@ class Assembly:
                 asked.add(first)
             if not builder.startswith(VARIANTS):  # those share their wording, not their facts, with training rows
                 self.protect([record])
+        for _, _, row in self._rows(i for i in range(len(self)) if not self._heldout[i] and i not in similar):
+            self._decontaminator.count(messages(_record(row)))
         corpus = Corpus(self.folder, self.limits.shard_rows)
         contradictions = Contradictions(self.folder)
         for number, head, row in self._rows(range(len(self))):
@@ -213,7 +215,7 @@ class Assembly:
                 pass
             elif self._asked(record) in asked:
                 reason, detail = "asks a held-out question", question(record)
-            elif match := self._decontaminator.match(list(dict.fromkeys([question(record), *texts(record)]))):
+            elif match := self._decontaminator.match(messages(record)):
                 reason, detail = "overlaps with evaluation or held-out rows", f"{match[1]:.2f} of {match[0]}"
             if reason:
                 gone[number] = 1
@@ -226,8 +228,8 @@ class Assembly:
             if isinstance(record, Conversation) and len(record.messages) == 2 and not builder.startswith(VARIANTS):
                 contradictions.add(record.source, question(record), record.messages[-1].content)
         with (self.folder / "reports" / "contradictions.jsonl").open("w", encoding="utf-8") as file:
-            for found in contradictions.groups():
-                file.write(json.dumps(found, ensure_ascii=False) + "\n")
+            for group in contradictions.groups():
+                file.write(json.dumps(group, ensure_ascii=False) + "\n")
                 corpus.contradictions += 1
         corpus.close()
         self.close()
@@ -375,11 +377,34 @@ def _as_row(record: Record) -> dict[str, Any]:
     return {"messages": _turns(record.messages), **({"task": record.task} if record.task else {}), **topic}
 
 
+def items(record: Record) -> list[str]:
+    """What an evaluation row asks and answers.
+
+    What a patient says later means little by itself: 好的，谢谢医生的建议 is in many dialogues.
+    """
+    if isinstance(record, Document):
+        return [record.text]
+    if isinstance(record, PreferencePair):
+        return [question(record), record.chosen, record.rejected]
+    return [question(record), *(message.content for message in record.messages if message.role == "assistant")]
+
+
+def messages(record: Record) -> list[str]:
+    """The texts of a record, what it asks first."""
+    return list(dict.fromkeys([question(record), *texts(record)]))
+
+
 def _turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
     return [
-        {"role": message.role, "content": message.content, **({} if message.loss else {"loss": False})}
+        {"role": message.role, "content": message.content}
+        | ({} if message.loss else {"loss": False})
+        | ({"reasoning_content": message.reasoning} if message.reasoning else {})
         for message in messages
     ]
+
+
+def _message(turn: dict[str, Any]) -> Message:
+    return Message(turn["role"], turn["content"], turn.get("loss", True), turn.get("reasoning_content", ""))
 
 
 def _record(row: dict[str, Any]) -> Record:
@@ -388,11 +413,11 @@ def _record(row: dict[str, Any]) -> Record:
     place, topic = row["origin"]["place"], (row.get("disease", ""), row.get("department", ""))
     if "text" in row:
         return Document(row["text"], place, row.get("title", ""), *topic)
-    prompt = tuple(Message(**turn) for turn in row["prompt"])
+    prompt = tuple(map(_message, row["prompt"]))
     return PreferencePair(prompt, row["chosen"], row["rejected"], place, *topic)
 
 
 def _conversation(row: dict[str, Any]) -> Conversation:
-    messages = tuple(Message(**turn) for turn in row["messages"])
+    messages = tuple(map(_message, row["messages"]))
     topic = (row.get("disease", ""), row.get("department", ""))
     return Conversation(messages, row["origin"]["place"], row.get("task", ""), *topic)

@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 
 from pedgpt.corpus.duplicates import gram_hashes
-from pedgpt.corpus.split import question_key
+from pedgpt.corpus.rows import templates
+from pedgpt.corpus.split import Names, question_key
 
 # An item of 13 or more characters with a tenth of them changed keeps a run of six; one of eight it may lose.
 GRAM = 6
-LEAST = 13  # characters, without punctuation, from which an item is recognised inside a longer text
-MANY = 20  # items: a gram that more of them have is boilerplate
+LEAST = 13  # characters of its own from which an item is recognised inside a longer text
+MANY = 20  # items, or rows: a gram that more of them have is boilerplate; of many rows a thousandth
+FEW = 5  # rows: an answer with little of its own that more of them hold is anybody's
 SEEN = 0.2  # share of its grams from which an item is looked at: each edit spoils up to six
 SHARE = 0.8  # of its characters that must be there in runs of three or more; with a tenth changed 0.88 are
+SHORT = 30  # characters of its own: in a shorter item a run of others is another subject, so edits are counted
 
 
 class Decontaminator:
     """Evaluation items, and the rows that contain one.
 
     Items and rows are compared without spaces, punctuation, case and width. What a row contains of an item is the
-    share of its own characters that is found in one place; own are those outside of boilerplate, which is runs of six
-    characters that many items have. An item with fewer than 13 characters of its own must be a whole message.
+    share of its own characters that is found in one place. Own are those outside of numbers, of the stock phrases of
+    consultations (templates/decontaminate.toml) and of boilerplate, which is runs of six characters that many items or
+    rows have. An item with fewer than 13 characters of its own must be a whole message. `names` are words like those of
+    diseases: an item about one is not contained in a row about another.
     """
 
     def __init__(self) -> None:
+        self.names = Names()
         self._places: dict[str, str] = {}  # by key, the first place
         self._questions: set[str] = set()
         self._repeated: set[str] = set()  # keys of several places
         self._built = False
+        self._rows = 0  # that were counted, those that hold each item, and each gram of items without the rest of it
+        self._holding: Counter[str] = Counter()
+        self._common = np.zeros(0, np.uint64)
 
     def add(self, place: str, text: str, question: bool = False) -> None:
         """Take in an item, what is asked (`question`) or another text of an evaluation row at `place`.
 
-        Questions always count. Other texts count if they are in one place only, and have 13 characters or more: 不客气
-        and 多喝水 are anybody's answer.
+        Questions count if they ask anything. Other texts count if they are in one place only, and have 13 characters
+        of their own: 不客气 and 建议您到正规医院就诊 are anybody's answer.
         """
         key = question_key(text)
         if key:
@@ -45,35 +58,57 @@ class Decontaminator:
                 self._questions.add(key)
             self._built = False
 
+    def count(self, texts: Sequence[str]) -> None:
+        """Take note of a training row's messages, all of them before the first `match`: what many rows share is
+        boilerplate, and so is an answer that many of them hold."""
+        if not self._built:
+            self._build()
+        self._rows += 1
+        key, _, at = self._search(texts)
+        if key:
+            self._holding[key] += 1
+        else:
+            self._holders[np.unique(at)] += 1
+
     def match(self, texts: Sequence[str]) -> tuple[str, float] | None:
         """(place, share) of the item of which a row with these messages contains most, if it is contaminated.
 
-        The first message is what the row asks; a question of fewer than 13 characters must be just that.
+        The first message is what the row asks; a question of fewer than 13 characters of its own must be just that.
         """
+        if self._rows:
+            many = max(MANY, self._rows // 1000)
+            self._common = self._hashes[self._holders > many]
+            short = {key for key, own in zip(self._keys, self._own, strict=True) if own.sum() < SHORT}
+            self._repeated |= {key for key, rows in self._holding.items() if rows > (FEW if key in short else many)}
+            self._built, self._rows = False, 0
         if not self._built:
             self._build()
+        key, share, _ = self._search(texts)
+        return (self._places[key], share) if key else None
+
+    def _search(self, texts: Sequence[str]) -> tuple[str, float, npt.NDArray[np.int64]]:
+        """The key of the item of which most is there, or "", the share, and the places of the row's grams in _hashes."""
         keys = [question_key(text) for text in texts]
+        none = np.zeros(0, np.int64)
         if keys and keys[0] in self._short:
-            return self._short[keys[0]], 1.0
+            return keys[0], 1.0, none
         for key in keys:
             if key in self._whole:
-                return self._whole[key], 1.0
+                return key, 1.0, none
         row = "\0".join(keys)  # no gram of an item reaches over a \0
         hashes = gram_hashes(row, GRAM)
         hits = np.flatnonzero(self._filter[hashes >> self._shift])
-        if not len(hits):
-            return None
         at = np.searchsorted(self._hashes, hashes[hits]).clip(max=len(self._hashes) - 1)
         there = self._hashes[at] == hashes[hits]
-        if not there.any():
-            return None
         hits, at = hits[there], at[there]
+        if not len(hits):
+            return "", 0.0, none
         first, counts = self._first[at], self._first[at + 1] - self._first[at]
         entries = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         items = self._items[entries]
         places = np.repeat(hits, counts)
         which, times = np.unique(items, return_counts=True)
-        best: tuple[str, float] | None = None
+        best, most = "", 0.0
         for item in which[times >= self._needed[which]].tolist():
             mine = np.flatnonzero(items == item)
             beginnings = np.sort(places[mine] - self._within[entries[mine]])  # where in the row it would begin
@@ -81,27 +116,41 @@ class Decontaminator:
             if np.count_nonzero(abs(beginnings - start) <= slack) < self._needed[item]:
                 continue
             share = self._share(item, row[max(0, start - slack) : start + len(self._keys[item]) + slack])
-            if share >= SHARE and (best is None or share > best[1]):
-                best = self._places[self._keys[item]], share
-        return best
+            if share > most:
+                best, most = self._keys[item], share
+        return best, most, at
 
     def _share(self, item: int, window: str) -> float:
+        """The share of an item's own characters in a part of a row, or 0 if there are too few."""
         key, own = self._keys[item], self._own[item]
         if key in window:
             return 1.0
-        there = {window[i : i + 3] for i in range(len(window) - 2)}
-        covered = np.zeros(len(key), bool)
-        for i in range(len(key) - 2):
-            if key[i : i + 3] in there:
-                covered[i : i + 3] = True
-        return float((covered & own).sum() / own.sum())
+        # The form of a question is part of what it asks, but in an answer stock phrases are anybody's.
+        whole, count = self._rare[item] if key in self._questions else own, int(own.sum())
+        if count < SHORT:
+            changed = distance(key, own | _digits(key), window)
+            if changed > max(1, count // 10) or distance(key, whole, window) > (1 - SHARE) * whole.sum():
+                return 0.0
+            share = 1 - changed / count
+        else:
+            grams = {window[i : i + 3] for i in range(len(window) - 2)}
+            covered = np.zeros(len(key), bool)
+            for i in range(len(key) - 2):
+                if key[i : i + 3] in grams:
+                    covered[i : i + 3] = True
+            share = float((covered & own).sum() / count)
+            if min(share, (covered & whole).sum() / whole.sum()) < SHARE:
+                return 0.0
+        asked, there = set(self.names.named(key)), set(self.names.named(window))
+        return 0.0 if asked and there and not asked & there else share  # 0 if it is about another disease
 
     def _build(self) -> None:
         """Index the grams of items that are long enough and not boilerplate."""
         counted = [key for key in self._places if key in self._questions or key not in self._repeated]
-        self._short = {key: self._places[key] for key in counted if key in self._questions and len(key) < LEAST}
-        self._whole = {key: self._places[key] for key in counted if len(key) >= LEAST}
-        self._keys = [key for key in counted if len(key) >= LEAST]
+        said = {key: _said(key) for key in counted}
+        self._short = {key for key in counted if key in self._questions and 0 < said[key].sum() < LEAST}
+        self._keys = [key for key in counted if said[key].sum() >= LEAST]
+        self._whole = set(self._keys)
         joined = "\0".join(self._keys)
         lengths = np.array([len(key) for key in self._keys], np.int64)
         item_of = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths + 1)
@@ -116,11 +165,13 @@ class Decontaminator:
         new = np.r_[True, (hashes[1:] != hashes[:-1]) | (items[1:] != items[:-1])][: len(hashes)]  # once an item
         _, kind, count = np.unique(hashes[new], return_inverse=True, return_counts=True)
         rare = (count <= MANY)[kind][np.cumsum(new) - 1] if len(hashes) else np.zeros(0, bool)
+        rare &= ~np.isin(hashes, self._common)
         own = np.zeros(len(joined) + 1, bool)
         for i in range(GRAM):
             own[starts[rare] + i] = True
         offsets = np.cumsum(lengths + 1) - lengths - 1
-        self._own = [own[start : start + length] for start, length in zip(offsets, lengths, strict=True)]
+        self._rare = [own[start : start + len(key)] for start, key in zip(offsets, self._keys, strict=True)]
+        self._own = [rare & said[key] for rare, key in zip(self._rare, self._keys, strict=True)]
         enough = np.array([piece.sum() >= LEAST for piece in self._own], bool)
         keep = rare & new & (enough[items] if len(items) else rare)
         self._items, self._within = items[keep], starts[keep] - offsets[items[keep]]
@@ -130,8 +181,47 @@ class Decontaminator:
         self._hashes = np.append(grams, grams[-1:])  # so that there is one after the last
         if not len(grams):
             self._hashes = np.zeros(1, np.uint64)
+        self._holders = np.zeros(len(self._hashes), np.int64)
         bits = min(max(10, (16 * len(grams)).bit_length()), 26)
         self._shift = np.uint64(64 - bits)
         self._filter = np.zeros(2**bits, bool)  # most grams of a row are in no item: one look tells
         self._filter[grams >> self._shift] = True
         self._built = True
+
+
+def _digits(key: str) -> npt.NDArray[np.bool_]:
+    codes = np.frombuffer(key.encode("utf-32-le"), np.uint32)
+    return (codes >= ord("0")) & (codes <= ord("9"))
+
+
+def _said(key: str) -> npt.NDArray[np.bool_]:
+    """Which characters of a key are neither digits nor of stock phrases."""
+    own = ~_digits(key)
+    for match in _stock().finditer(key):
+        own[match.start() : match.end()] = False
+    return own
+
+
+@cache
+def _stock() -> re.Pattern[str]:
+    phrases = templates("support")["manners"] + templates("decontaminate")["stock"]
+    return re.compile("|".join(sorted(map(question_key, phrases), key=len, reverse=True)))
+
+
+def distance(key: str, own: npt.NDArray[np.bool_], text: str) -> int:
+    """The edits that turn some part of a text into a key, those of characters that are not its own for nothing.
+
+    A replaced character after another one counts twice: two of them are a word for another word.
+    """
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    steps = np.arange(len(codes) + 1)
+    kept, replaced = np.zeros(len(codes) + 1, np.int64), np.full(len(codes) + 1, len(key))  # by what came last
+    for c, cost in zip(key, own.astype(int).tolist(), strict=True):
+        either = np.minimum(kept, replaced)
+        inside = np.minimum(kept[:-1] + cost, replaced[:-1] + 2 * cost)
+        kept = either + cost  # left out
+        kept[1:] = np.where(codes == ord(c), np.minimum(kept[1:], either[:-1]), kept[1:])
+        replaced = np.append(len(key), inside)
+        before = np.minimum.accumulate(np.minimum(kept, replaced) - cost * steps)
+        kept[1:] = np.minimum(kept[1:], before[:-1] + cost * steps[1:])  # characters that the key has not
+    return int(np.minimum(kept, replaced).min())

@@ -1,7 +1,7 @@
 """Repeated and contradicting rows, found in time linear in the rows and a few hundred bytes of memory for each.
 
-Texts are compared by their question_key, so that spaces, punctuation, case and width make no difference. What is long
-waits in temporary files.
+Texts are compared by their question_key, so that spaces, punctuation, case and width make no difference, but numbers
+and signs do. What is long waits in temporary files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import tempfile
 from array import array
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pedgpt.corpus.split import question_key
+from pedgpt.corpus.split import Names, question_key
+from pedgpt.corpus.support import UNIT, UNITS, meanings, numbers
 
 # Five characters are two or three Chinese words: fewer are shared by unrelated texts of one specialty, and of more, one
 # changed character would spoil too many.
@@ -29,6 +31,7 @@ GRAM = 5
 PERMUTATIONS = 120
 BATCH = 2**16  # characters that are hashed at once
 CANDIDATES = 512  # kept rows that a row is compared with at most, those of its rarest buckets first
+NO_NAMES = Names()
 BLUR = 0.11  # three standard errors of a similarity of 0.8 as estimated from the signatures
 
 U32 = npt.NDArray[np.uint32]
@@ -36,7 +39,7 @@ U64 = npt.NDArray[np.uint64]
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that are equal for texts that differ in spaces, punctuation, case and width alone."""
+    """16 bytes that are equal for texts of one question_key."""
     return hashlib.blake2b(question_key(text).encode(), digest_size=16).digest()
 
 
@@ -64,9 +67,25 @@ def jaccard(one: set[str], other: set[str]) -> float:
     return shared / (len(one) + len(other) - shared)
 
 
+# Latin words, signs, results, and what a dose is for (每公斤, /kg). A range is written 3-5天 or 3至5天, and a longer
+# "word" is English without its spaces.
+_WORDS = re.compile(rf"[/每](?:{UNIT}|d)|(?:(?<![a-z0-9°])|(?<=\d))[a-z][a-z0-9]{{0,19}}(?![a-z0-9])"
+                    r"|[+±<>=≤≥≠↑↓‰]|(?<!\d)-|-(?!\d)|[阴阳]性")  # fmt: skip
+
+
+def facts(key: str, names: Names) -> int:
+    """64 bits, equal for keys with the same numbers and units, signs, Latin words and known names in the same order."""
+    found = [(unit if unit == "月" else "", meanings(value, unit)) for _, value, unit in numbers(key)]
+    words = [meanings(Fraction(1), word[1:]) if word[0] in "/每" else word for word in _WORDS.findall(key)
+             if word not in UNITS]  # fmt: skip
+    said = repr((found, words, names.named(key)))
+    return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")
+
+
 class NearDuplicates:
     """Rows that repeat an earlier kept row: Jaccard similarity of their character 5-grams of at least `threshold`.
 
+    Rows of different `facts` never repeat each other: 每次5毫升 is not 每次50毫升, whatever else is alike.
     MinHash and banding propose pairs, one at the threshold with a probability of at least 0.99; each is decided by its
     exact similarity. Only rows that are themselves kept count, so no chain of small changes drops a row unlike all that
     stay. `folder` (by default the system's) holds the temporary files until `close`.
@@ -97,11 +116,18 @@ class NearDuplicates:
             self._sign()
         return len(self._offsets) - 2
 
-    def find(self) -> list[tuple[int, int, float]]:
-        """(row, the kept row that it repeats, their similarity) of each row to drop, in order."""
+    def find(self, names: Names = NO_NAMES) -> list[tuple[int, int, float]]:
+        """(row, the kept row that it repeats, their similarity) of each row to drop, in order.
+
+        `names` are the keys of words like those of diseases and drugs: rows that name others are different.
+        """
         self._sign()
         signatures = _read(self._signatures, np.uint16, PERMUTATIONS)
-        buckets, sizes = _buckets(_read(self._bands, np.uint32, PERMUTATIONS // self._depth + 1))
+        bands = _read(self._bands, np.uint32, PERMUTATIONS // self._depth + 1)
+        said = np.zeros(len(bands), np.uint64)
+        for row in np.flatnonzero((_buckets(bands)[0] >= 0).any(axis=1)).tolist():
+            said[row] = facts(self._key(row), names)
+        buckets, sizes = _buckets(bands ^ said.astype(np.uint32)[:, None])  # rows of other facts are not even compared
         room = np.minimum(sizes, CANDIDATES)
         start = np.cumsum(room) - room
         members = np.zeros(int(room.sum()), np.int32)  # of each bucket, the last rows that were kept
@@ -116,7 +142,8 @@ class NearDuplicates:
                 if here and left > 0:
                     near.append(members[start[bucket] : start[bucket] + min(here, left)])
                     left -= here
-            first = self._first(row, np.unique(np.concatenate(near)), signatures, grams_of) if near else None
+            others = np.unique(np.concatenate(near)) if near else np.zeros(0, np.int32)
+            first = self._first(row, others[said[others] == said[row]], signatures, grams_of)
             if first:
                 found.append((row, *first))
             else:
@@ -139,9 +166,12 @@ class NearDuplicates:
                 return int(near[i]), similarity
         return None
 
-    def _grams(self, row: int) -> set[str]:
+    def _key(self, row: int) -> str:
         start, end = self._offsets[row], self._offsets[row + 1]
-        return grams(os.pread(self._keys.fileno(), end - start, start).decode())
+        return os.pread(self._keys.fileno(), end - start, start).decode()
+
+    def _grams(self, row: int) -> set[str]:
+        return grams(self._key(row))
 
     def _sign(self) -> None:
         self._keys.flush()

@@ -10,7 +10,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Protocol, TypeVar
 
-from pedgpt.data.records import Conversation, Document, PreferencePair, Record
+from pedgpt.data.records import Conversation, Document, Message, PreferencePair, Record
+from pedgpt.endpoint import Unusable as Unusable  # builders take it from here
 
 T = TypeVar("T")
 
@@ -41,26 +42,27 @@ class Ask(Protocol):
     def __call__(self, system: str, user: str, fields: Mapping[str, type]) -> dict[str, Any]: ...
 
 
-class Unusable(ValueError):
-    """A teacher answered, but never what was asked for."""
-
-
 def texts(record: Record) -> list[str]:
-    """All texts of a record, in order: a title is none."""
+    """All texts of a record, in order, an answer with its reasoning: a title is none."""
     if isinstance(record, Document):
         return [record.text]
     if isinstance(record, Conversation):
-        return [message.content for message in record.messages]
-    return [*(message.content for message in record.prompt), record.chosen, record.rejected]
+        return [message.written for message in record.messages]
+    return [*(message.written for message in record.prompt), record.chosen, record.rejected]
 
 
 def map_texts(record: Record, change: Callable[[str], str]) -> Record:
-    """The record with each of its texts changed, the title included."""
+    """The record with each of its texts changed, the title and the reasoning included."""
+
+    def changed(message: Message) -> Message:
+        reasoning = change(message.reasoning) if message.reasoning else ""
+        return replace(message, content=change(message.content), reasoning=reasoning)
+
     if isinstance(record, Document):
         return replace(record, text=change(record.text), title=change(record.title))
     if isinstance(record, Conversation):
-        return replace(record, messages=tuple(replace(m, content=change(m.content)) for m in record.messages))
-    prompt = tuple(replace(message, content=change(message.content)) for message in record.prompt)
+        return replace(record, messages=tuple(changed(message) for message in record.messages))
+    prompt = tuple(changed(message) for message in record.prompt)
     return replace(record, prompt=prompt, chosen=change(record.chosen), rejected=change(record.rejected))
 
 

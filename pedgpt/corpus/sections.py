@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import PurePath
 
-from pedgpt.data.records import HEADING, Document
+from pedgpt.data.records import Document
+from pedgpt.data.tables import HEADING
 
 BETWEEN = " › "  # between the parts of a passage's source
 _SENTENCE = re.compile(r"[^。！？；!?;]*[。！？；!?;]+[”’」』）)\]】》]*|[^。！？；!?;]+")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pedgpt.corpus.classify import DOMAINS, GENERAL, PEDIATRIC, classify, domain_of_texts
-from pedgpt.data.records import SUFFIXES, detect_kind, field_mapping, iter_records
-from pedgpt.files import nearest, read_toml
+from pedgpt.data.records import NoData, detect_kind, field_mapping, files_of, iter_records, parse_columns
+from pedgpt.data.tables import files_in, stem_of
+from pedgpt.files import nearest, printable, read_toml
 
 # A kind of source: how its files are read, and what may be built from it; what is built by default comes first.
 KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -43,6 +44,7 @@ class Source:
     files: tuple[Path, ...] = ()  # key "file": a file or folder beside the TOML, or a list of them
     domain: str = PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
     task: str = ""  # conversations only: what they are; empty: by each row's own task, or its words
+    columns: Mapping[str, str] = field(default_factory=dict)  # key: ["question=ask", "answer=reply"], if not by name
     licence: str = "not stated"
     weight: float = 1.0  # in stage 1's mixture: how often its text is drawn, beside others of its part
     epochs: float = 0.0  # in stage 1's mixture: drawn exactly this often; 0: by weight
@@ -56,22 +58,23 @@ class Source:
         return KINDS[self.kind][0]
 
 
-def read_listing(path: Path) -> list[Source]:
+def read_listing(
+    path: Path, columns: Mapping[str, str] | None = None, left_out: dict[Path, str] | None = None
+) -> list[Source]:
     """The sources that a TOML file lists, or those of a folder: its corpus.toml, or else its files by their content.
 
-    Raises ValueError for a file that is no such listing, naming the table and the key.
+    A single file of data is a folder of one. `columns` are those of files that are found by content; which of them are
+    no data is told in `left_out`, with the reason. Raises ValueError for a file that is no such listing, naming
+    the table and the key, and for all files that hold data which cannot be used.
     """
     if path.is_dir() and (path / "corpus.toml").is_file():
         path = path / "corpus.toml"
-    if path.is_dir():
-        found = list(_found(path))
-        if not found:
-            raise ValueError(f"--source {path}: found no file ending in {' '.join(SUFFIXES)}")
-        return found
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"--source {path}: no such file or folder")
     if path.suffix.lower() != ".toml":
-        raise ValueError(f"--source {path}: expected a folder, or a .toml file that lists sources")
+        return _found(path, columns or {}, {} if left_out is None else left_out)
+    if columns:
+        raise ValueError(f"--columns is for files that are found by content; write `columns` in {path}")
     listing = read_toml(path)
     entries = listing.get("source")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
@@ -118,34 +121,55 @@ def _source(entry: dict[str, Any], listing: Path, number: int) -> Source:
     if not isinstance(build, list) or not set(map(str, build)) <= set(allowed):
         expected = ", ".join(allowed) or "none for this kind"
         raise ValueError(f"{place}: build is {build!r}, expected a list of builders among {expected}")
-    name, task = entry.get("name") or (files[0].stem if files else kind), entry.get("task", "")
+    columns = entry.get("columns", [])
+    if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
+        raise ValueError(f'{place}: columns is {columns!r}, expected a list like ["question=ask", "answer=reply"]')
+    try:
+        columns = parse_columns(columns)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    name, task = entry.get("name") or (stem_of(files[0]) if files else kind), entry.get("task", "")
     for key, value in (("name", name), ("task", task)):
         if value and not is_name(value):
             raise ValueError(f"{place}: {key} {value!r} cannot name a file; choose another")
     rest = {key: entry[key] for key in ("licence", "assistant", "developer") if key in entry}
     weight, epochs = float(entry.get("weight", 1)), float(entry.get("epochs", 0))
-    return Source(kind, name, files, domain, task, weight=weight, epochs=epochs, build=tuple(build), **rest)
+    return Source(kind, name, files, domain, task, columns, weight=weight, epochs=epochs, build=tuple(build), **rest)
 
 
-def _found(folder: Path) -> Iterator[Source]:
-    """Every file of a known extension in the folder, as what its first rows show it to be."""
-    names: set[str] = set()
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.suffix.lower() not in SUFFIXES or path.stem.lower() == "readme":
+def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) -> list[Source]:
+    """Every file of a folder, or the one file, as what its first rows show it to be."""
+    files, others = files_in(folder) if folder.is_dir() else (files_of(folder), {})
+    built = {path.parent for path in files if path.name == "manifest.json" and is_corpus(path.parent)}
+    left_out |= {path: reason for path, reason in others.items() if built.isdisjoint(path.parents)}
+    left_out |= dict.fromkeys(built, "a corpus that was built from sources")
+    sources: dict[str, Source] = {}
+    problems = []
+    for path in (path for path in files if built.isdisjoint(path.parents)):
+        try:
+            kind = _KIND_FOUND[detect_kind(path, columns)]
+        except NoData as reason:
+            left_out[path] = str(reason).removeprefix(f"{path}: ")
             continue
-        kind = _KIND_FOUND[detect_kind(path)]
-        if kind == "instructions" and _are_consultations(path):
+        except (ValueError, OSError) as problem:
+            problems.append(str(problem))
+            continue
+        if kind == "instructions" and _are_consultations(path, columns):
             kind = "dialogues"
-        name = re.sub(r"[^\w&-]", "_", path.stem)[:60]
-        while name in names:
-            name += "_"
-        names.add(name)
-        yield Source(kind, name, (path,), domain="", build=KINDS[kind][1])
+        name = re.sub(r"[^\w&-]", "_", _inside(path.with_name(stem_of(path)), folder))[-60:]
+        while name in sources:
+            name = f"{name[-59:]}_"
+        sources[name] = Source(kind, name, (path,), domain="", columns=columns, build=KINDS[kind][1])
+    if not sources and not problems:
+        problems = [f"found no data; {_shown(left_out, folder)}"]
+    if problems:
+        raise ValueError(f"--source {folder}: " + "\n".join(problems))
+    return list(sources.values())
 
 
-def _are_consultations(path: Path) -> bool:
+def _are_consultations(path: Path, columns: Mapping[str, str]) -> bool:
     """Whether most of a file's first conversations have several turns and speak of medicine."""
-    first = list(islice(iter_records(path, "conversations", on_bad_row="skip"), 20))
+    first = list(islice(iter_records(path, "conversations", on_bad_row="skip", columns=columns), 20))
     return 2 * sum(len(row.messages) > 3 and classify(row) != GENERAL for row in first) > len(first)
 
 
@@ -156,21 +180,45 @@ def in_domain(source: Source, stated: str = "") -> Source:
     """
     if source.domain or not (stated or source.reads == "documents"):
         return source
-    return replace(source, domain=stated or domain_of_texts(iter_records(source.files, "documents", on_bad_row="skip")))
+    texts = iter_records(source.files, "documents", on_bad_row="skip", columns=source.columns)
+    return replace(source, domain=stated or domain_of_texts(texts))
 
 
-def describe_sources(sources: list[Source], folder: Path) -> str:
-    """A table of what each file is read as, field by field; in a folder without a listing also what is not read."""
+def describe_sources(sources: list[Source], folder: Path, left_out: Mapping[Path, str] | None = None) -> str:
+    """A table of what each file is read as, field by field; of files found by content also what is not read."""
     lines = []
     for source in sources:
         lines += [f"{source.name}: {source.kind}, {', '.join(source.build) or 'as it is'}; licence {source.licence}"]
         for file in source.files:
-            mapping = field_mapping(file, source.reads) if file.is_file() else "every file in it"
-            lines.append(f"  {file.name}: {mapping}")
-    if not any(source.domain for source in sources):
-        read = {file for source in sources for file in source.files}
-        lines += [f"{path.name}: not read" for path in sorted(folder.iterdir()) if path not in read]
-    return "\n".join(lines)
+            mapping = field_mapping(file, source.reads, source.columns) if file.is_file() else "every file in it"
+            lines.append(f"  {_inside(file, folder)}: {mapping}")
+    return printable("\n".join([*lines, *([_shown(left_out, folder)] if left_out else [])]))
+
+
+def _shown(left_out: Mapping[Path, str], folder: Path) -> str:
+    """The files that are not read; of a reason that many share the first ten."""
+    alike: dict[str, list[Path]] = {}
+    for path, reason in left_out.items():
+        alike.setdefault(reason, []).append(path)
+    return "\n".join(
+        line
+        for reason, paths in alike.items()
+        for line in (
+            *(f"{_inside(path, folder)}: not read: {reason}" for path in paths[:10]),
+            *[f"… and {len(paths) - 10:,} more files: not read: {reason}"][: len(paths) > 10],
+        )
+    )
+
+
+def _inside(path: Path, folder: Path) -> str:
+    """A file's path in a folder; its name if it lies elsewhere."""
+    return str(path.relative_to(folder)) if folder in path.parents else path.name
+
+
+def is_corpus(folder: Path) -> bool:
+    """Whether a folder is what build_corpus.py wrote."""
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and b'"made_by"' in manifest.read_bytes()[:1000]
 
 
 def is_name(text: str) -> bool:

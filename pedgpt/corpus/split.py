@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -11,12 +12,53 @@ from pedgpt.data.records import Document, Record
 
 
 def question_key(text: str) -> str:
-    """A question without spaces, punctuation, case and width, so that two spellings of it are equal."""
+    """A text without spaces, punctuation, case and width, so that two spellings of it are equal.
+
+    What numbers and signs need stays: 1.5毫升, 3-5天, 1:2000, 120/80, mg/kg, 5%, -2, HBsAg- for HBsAg(-), and a space
+    between two numbers. 1,000 is 1000, and 1.50毫升 is 1.5毫升.
+    """
+    text = _BETWEEN.sub(_separated, _ABOVE.sub(lambda match: f" {unicodedata.normalize('NFKC', match[0])} ", text))
+    if any(dash in text for dash in "-－−—"):
+        text = _SIGN.sub(_HELD["-"], text)
+    if "/" in text or "／" in text:
+        text = _PER.sub(_HELD["/"], text)
     try:
-        return text.translate(_KEYS)
+        key = text.translate(_KEYS)
     except _Composing:
-        composed = unicodedata.normalize("NFKC", text).casefold()
-        return "".join(c for c in composed if unicodedata.category(c)[0] in "LNS")
+        key = "".join(map(_mark, unicodedata.normalize("NFKC", text).casefold()))
+    return _ZEROS.sub(lambda match: match[0].rstrip("0").rstrip("."), key) if "." in key else key
+
+
+_HELD = dict(zip(".-/: ", "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4", strict=True))  # what a key keeps; no text has these
+_MARKS = {held: mark for mark, held in _HELD.items()}
+_ABOVE = re.compile("[²³¹¼-¾⁰-₉①-⒛⓪-⓿❶-➓]")  # numbers by themselves: ①5天 is not 15天, and 10⁹ is not 109
+_BETWEEN = re.compile(r"[0-9０-９]\W+(?=[0-9０-９])")
+# HBsAg(-), HBsAg-, -2 and BE-2.5 are signs, IL-6 is a name; points are held already.
+_SIGN = re.compile(
+    r"[(（][-－−–—][)）]|(?<![A-Za-z－−–—-])[-－−](?=\d)|[-－−](?=\d+(?:\ufdd0\d|mmol|[°℃%]))|(?<=\w)[-－−](?![\w－−–—-])"
+)
+_PER = re.compile(r"[/／](?=\s*(?:kg|d|h|min|次|日|天|周|公斤|千克|小时|分))", re.IGNORECASE)  # mg/kg/d
+# Zeros at the end of a decimal number that a unit follows: 7.10 without one may be a day of July.
+_ZEROS = re.compile(r"(?<=\d)\.\d*0(?=[a-z%‰°μ毫微克升片粒袋支滴度厘])")
+
+
+def _separated(match: re.Match[str]) -> str:
+    """A digit, and as one character what separates it from the next; a comma of thousands does not."""
+    digit, between = match[0][0], unicodedata.normalize("NFKC", match[0][1:])
+    if any(dash in between for dash in "-−–—―〜~"):
+        return digit + _HELD["-"]
+    if any(unicodedata.category(c)[0] == "S" for c in between):  # 3+5
+        return match[0]
+    if between == "," and _THOUSANDS.fullmatch(match.string[max(0, match.start() - 3) : match.end() + 4]):
+        return digit
+    return digit + _HELD["." if between in (".", "·") else next((mark for mark in "/:" if mark in between), " ")]
+
+
+_THOUSANDS = re.compile(r"(?:.*\D)?\d{1,3}[,，]\d{3}(?:\D.*)?", re.DOTALL)
+
+
+def _mark(c: str) -> str:
+    return _MARKS.get(c) or (c if unicodedata.category(c)[0] in "LNS" or c in "%‰" else "")
 
 
 class _Composing(Exception):
@@ -29,11 +71,31 @@ class _Keys(dict[int, str]):
         # Marks, and the vowels and finals of Hangul; nothing else composes with what stands before it.
         if any(unicodedata.category(c)[0] == "M" or "\u1160" <= c <= "\u11ff" for c in plain):
             raise _Composing
-        self[code] = "".join(c for c in plain.casefold() if unicodedata.category(c)[0] in "LNS")
+        self[code] = "".join(map(_mark, plain.casefold()))
         return self[code]
 
 
 _KEYS = _Keys()
+
+
+class Names:
+    """Known names, to be found in texts."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._names = set(names) - {""}
+        self._lengths: dict[str, list[int]] = {}  # of the names that begin with a character, the longest first
+        for name in sorted(self._names, key=lambda name: (-len(name), name)):
+            self._lengths.setdefault(name[0], []).append(len(name))
+
+    def named(self, text: str) -> list[str]:
+        """The names in a text, in order; of names inside one another the longest."""
+        found, at = [], 0
+        while self._names and at < len(text):
+            lengths = self._lengths.get(text[at], ())
+            name = next((text[at : at + n] for n in lengths if text[at : at + n] in self._names), "")
+            found += [name] if name else []
+            at += len(name) or 1
+        return found
 
 
 class Split:
@@ -49,9 +111,7 @@ class Split:
         self.heldout_share, self.seed = heldout_share, seed
         ranked = sorted(self.diseases, key=lambda name: (self._number(f"disease/{name}"), name))
         self._heldout = {f"disease/{name}" for name in ranked[: round(heldout_share * len(ranked))]}
-        self._lengths: dict[str, list[int]] = {}  # of the names that begin with a character, the longest first
-        for name in sorted(self.diseases, key=lambda name: (-len(name), name)):
-            self._lengths.setdefault(name[0], []).append(len(name))
+        self.named = Names(self.diseases).named
 
     def group(self, record: Record) -> str:
         """By the row's own disease, those that its question, title or headings name, the one that it names most often
@@ -77,16 +137,6 @@ class Split:
         if group.removeprefix("disease/") in self.diseases:
             return "heldout" if group in self._heldout else "train"
         return "heldout" if self._number(group) < self.heldout_share else "train"
-
-    def named(self, text: str) -> list[str]:
-        """The known diseases in a text, in order; of names inside one another the longest."""
-        found, at = [], 0
-        while at < len(text):
-            lengths = self._lengths.get(text[at], ())
-            name = next((text[at : at + n] for n in lengths if text[at : at + n] in self.diseases), "")
-            found += [name] if name else []
-            at += len(name) or 1
-        return found
 
     def _number(self, group: str) -> float:
         """In [0, 1), evenly spread."""

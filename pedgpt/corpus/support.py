@@ -17,7 +17,7 @@ _SENTENCE = re.compile(r"[^。！？；!?;\n]+")
 _LATIN = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:-[A-Za-z0-9]+)*")
 
 # What a unit counts, and how many of it. A month is a twelfth of a year of age as of a year; a year is no year of age.
-_UNITS: dict[str, tuple[tuple[str, Fraction | int], ...]] = {
+UNITS: dict[str, tuple[tuple[str, Fraction | int], ...]] = {
     **dict.fromkeys(("岁", "周岁"), (("岁", 12),)),
     "年": (("年", 12),),
     **dict.fromkeys(("个月", "月龄", "月"), (("岁", 1), ("年", 1))),
@@ -26,7 +26,7 @@ _UNITS: dict[str, tuple[tuple[str, Fraction | int], ...]] = {
     **dict.fromkeys(("小时", "个小时", "h"), (("分", 60),)),
     **dict.fromkeys(("分钟", "min"), (("分", 1),)),
     **dict.fromkeys(("秒", "秒钟"), (("分", Fraction(1, 60)),)),
-    **dict.fromkeys(("°C", "℃", "摄氏度", "度"), (("度", 1),)),
+    **dict.fromkeys(("°C", "°c", "℃", "摄氏度", "度"), (("度", 1),)),
     **dict.fromkeys(("kg", "公斤", "千克"), (("克", 1000),)),
     **dict.fromkeys(("g", "克"), (("克", 1),)),
     **dict.fromkeys(("mg", "毫克"), (("克", Fraction(1, 1000)),)),
@@ -40,10 +40,10 @@ _UNITS: dict[str, tuple[tuple[str, Fraction | int], ...]] = {
     "成": (("%", 10),),
     **{
         unit: ((unit, 1),)
-        for unit in ("次", "倍", "片", "粒", "滴", "支", "袋", "剂", "个", "型", "级", "期", "例", "种")
+        for unit in "次 倍 片 粒 滴 支 袋 包 盒 瓶 丸 勺 剂 顿 个 型 级 期 例 种".split()
     },
 }
-_UNIT = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
+UNIT = "|".join(sorted(map(re.escape, UNITS), key=len, reverse=True))
 # Not the unit that it looks like: 百日咳, 三年级, 三成为, 四周围.
 _NO_UNIT = r"(?!(?<=日)咳|(?<=年)级|(?<=成)[为年熟人分]|(?<=周)[围边]|(?<=种)植|(?<=[A-Za-z])[A-Za-z])"
 _CHINESE = "零〇一二两三四五六七八九十百千万亿"
@@ -53,7 +53,7 @@ _NUMBER = re.compile(
     rf"(?P<share>(?:{_INTEGER}|{_DIGITS})分之(?:{_DECIMAL}|{_DIGITS}(?:\.{_DIGITS})?)|一半)"
     rf"|(?P<value>(?<![A-Za-z\d.])(?<![A-Za-z]-){_DIGITS}(?:,\d{{3}}){{0,5}}(?:\.{_DIGITS})?[百千万亿]?"
     rf"|(?<![几数多])(?:半|{_DECIMAL}))"
-    rf"(?P<half>个半)?[多余来]?[ ]?(?P<unit>(?:{_UNIT}){_NO_UNIT})?(?P<after>半(?![天年日夜]))?"
+    rf"(?P<half>个半)?[多余来]?[ ]?(?P<unit>(?:{UNIT}){_NO_UNIT})?(?P<after>半(?![天年日夜]))?"
 )
 _LISTED = re.compile(r"[①-⑳]|(?:^|(?<=[\n。；;:：]))[ \t]*[(（]?\d{1,2}[.)）、](?!\d)", re.MULTILINE)  # 1. of a list
 _RANGE = re.compile("[ ]?[-–—~至到、或]+[ ]?")
@@ -138,19 +138,20 @@ def _content(text: str) -> list[str]:
 
 
 def _missing_numbers(answer: str, *given: str) -> Iterator[str]:
-    numbers = [number for text in given for number in _numbers(text)]
-    known = {meaning for _, value, unit in numbers for meaning in [("any", value), *_meanings(value, unit)]}
-    for written, value, unit in _numbers(answer):
+    there = [number for text in given for number in numbers(text)]
+    known = {meaning for _, value, unit in there for meaning in [("any", value), *meanings(value, unit)]}
+    for written, value, unit in numbers(answer):
         # Without a unit on either side, the value alone counts.
-        if known.isdisjoint([("bare", value), *_meanings(value, unit)] if unit else [("any", value)]):
+        if known.isdisjoint([("bare", value), *meanings(value, unit)] if unit else [("any", value)]):
             yield written
 
 
-def _meanings(value: Fraction, unit: str) -> list[tuple[str, Fraction]]:
-    return [(kind, value * factor) for kind, factor in _UNITS.get(unit, (("bare", 1),))]
+def meanings(value: Fraction, unit: str) -> list[tuple[str, Fraction]]:
+    """What a number with its unit counts, and how many of it: 3天 and 72小时 are 4,320 minutes."""
+    return [(kind, value * factor) for kind, factor in UNITS.get(unit, (("bare", 1),))]
 
 
-def _numbers(text: str) -> list[tuple[str, Fraction, str]]:
+def numbers(text: str) -> list[tuple[str, Fraction, str]]:
     """Numbers as written, their values and units, in order.
 
     Chinese ones only with a unit (三天, not 三凹征), which a range shares: 三至五天 is 3天 5天.

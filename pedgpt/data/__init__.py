@@ -1,6 +1,6 @@
 """Records, tokens, chat formats, packing: everything before the model."""
 
-from pedgpt.data.chat import ChatFormat, Example, chat_format, encode_conversation, encode_prompt
+from pedgpt.data.chat import ChatFormat, Example, chat_format, encode_conversation, encode_prompt, lessons
 from pedgpt.data.hybrid import (
     Mixture,
     PackedRows,
@@ -32,13 +32,14 @@ from pedgpt.data.records import (
     Record,
     Triple,
     iter_records,
+    parse_columns,
     read_conversations,
     read_documents,
     read_preferences,
     read_triples,
 )
-from pedgpt.data.reference import load_reference, reference_key, save_reference
-from pedgpt.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
+from pedgpt.data.reference import load_reference, reference_date, reference_key, save_reference
+from pedgpt.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, taught_folder, train_tokenizer
 
 __all__ = [
     "Batch",
@@ -72,18 +73,22 @@ __all__ = [
     "fingerprint",
     "heldout_files",
     "iter_records",
+    "lessons",
     "load_reference",
     "load_tokenizer",
     "mix",
     "pack",
+    "parse_columns",
     "part_shares",
     "read_conversations",
     "read_documents",
     "read_preferences",
     "read_triples",
+    "reference_date",
     "reference_key",
     "save_reference",
     "stage_sources",
+    "taught_folder",
     "train_tokenizer",
     "utilization",
     "write_tokens",

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
 
-from pedgpt.data.chat_template import ChatTemplate, read_template
-from pedgpt.data.records import Message
-from pedgpt.data.tokenizer import Tokenizer
+from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, opens_thought, read_template
+from pedgpt.data.records import Conversation, Message
+from pedgpt.data.tokenizer import Tokenizer, read_object
+from pedgpt.files import write_text
 
 IGNORE_INDEX = -100
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +48,63 @@ Piece = tuple[int | str, int | None]
 
 
 class ChatFormat:
-    """How a family writes roles. `render` gives segments, `stop_tokens` what ends an answer."""
+    """How a family writes roles. `render` gives segments, `stop_tokens` what ends an answer.
+
+    The last answer is written with its reasoning, if it has any; earlier ones stand in the history without. With
+    `enable_thinking` false no answer has any. `opens_thought` says whether the prompt ends where the reasoning begins,
+    `today` is the day that the format writes, "" if it writes none.
+    """
 
     role_tokens: tuple[str, ...] = ()  # a tokenizer that has them was made for this format
+    jinja = ""  # the format for other tools, as a template
+    enable_thinking: bool | None = None
+    opens_thought = False
+    today = ""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.stop_tokens: tuple[int, ...] = ()
 
+    @property
+    def thinks(self) -> bool:
+        """Whether to expect reasoning before a new answer."""
+        return self.enable_thinking is True
+
     def render(self, messages: Sequence[Message], supervised: set[int], generation_prompt: bool) -> list[Segment]:
         """Segments of `messages`; loss falls on the assistant messages whose indices are in `supervised`."""
         raise NotImplementedError
+
+    def read_answer(self, text: str) -> Message:
+        """What a model wrote after a prompt, as a message: the reasoning apart, empty content if it never ended.
+
+        Besides `<think>…</think>` this knows the headings of HuatuoGPT-o1.
+        """
+        thought, ended, answer = text.partition("## Final Response")
+        if ended and thought.lstrip().startswith("## Thinking"):
+            return Message("assistant", answer.strip(), reasoning=thought.strip().removeprefix("## Thinking").strip())
+        if "</think>" not in text and (self.opens_thought or text.lstrip().startswith("<think>")):
+            return Message("assistant", "", reasoning=text.strip())
+        message = Message("assistant", text)
+        return replace(message, content=message.content.strip())
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files, and what was taught, for other tools: the tokens that end an answer, beside
+        those that are there, and the format as a template, unless the checkpoint's own says the same."""
+        self.tokenizer.save(folder)
+        self.save_ends(folder)
+        known = not self.jinja
+        with suppress(ValueError):  # a template that is not there, or is broken, says something else
+            known = known or _agree(self, TemplateChat(self.tokenizer))
+        if not known:
+            write_text(Path(folder) / TEMPLATE_FILE, self.jinja)
+
+    def save_ends(self, folder: str | Path) -> None:
+        """Name every token that ends an answer in the folder's generation_config.json, as other tools read it."""
+        settings = read_object(Path(folder), GENERATION_FILE)
+        settings.pop("_from_model_config", None)  # transformers would take the end from config.json again
+        ends = list(dict.fromkeys([*_ends_of(settings, Path(folder)), *self.stop_tokens]))
+        settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+        write_text(Path(folder) / GENERATION_FILE, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 class Baichuan2Chat(ChatFormat):
@@ -62,6 +115,14 @@ class Baichuan2Chat(ChatFormat):
     """
 
     role_tokens = ("<reserved_106>", "<reserved_107>")
+    jinja = (
+        "{% for message in messages %}"
+        "{{ {'system': '', 'user': '<reserved_106>', 'assistant': '<reserved_107>'}[message['role']] }}"
+        "{{ message['content'] }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<reserved_107>' }}"
+        "{% elif messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    )
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
@@ -70,12 +131,12 @@ class Baichuan2Chat(ChatFormat):
             raise ValueError("Baichuan2's chat format needs an eos_token in tokenizer_config.json")
         self.eos = tokenizer.eos_id
         # Generation may also run into the next user turn.
-        self.stop_tokens = (self.eos, self.user)
+        self.stop_tokens = _stops(tokenizer, [self.eos, self.user])
 
     def render(self, messages: Sequence[Message], supervised: set[int], generation_prompt: bool) -> list[Segment]:
         segments = []
         for i, message in enumerate(messages):
-            ids = self.tokenizer.encode(message.content)
+            ids = self.tokenizer.encode(_said(messages, i))
             after_answer = self.eos if i - 1 in supervised else IGNORE_INDEX
             if message.role == "system":
                 segments.append(_silent(ids))
@@ -151,6 +212,12 @@ class ChatML(PiecewiseChat):
     """`<|im_start|>role\\n…<|im_end|>\\n`; the `<|im_end|>` after an answer carries loss, the line break does not."""
 
     role_tokens = ("<|im_start|>", "<|im_end|>")
+    jinja = (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
@@ -163,7 +230,7 @@ class ChatML(PiecewiseChat):
         for i, message in enumerate(messages):
             answer = i if message.role == "assistant" else None
             pieces += [(self.start, None), (f"{message.role}\n", None)]
-            pieces += [(message.content, answer), (self.end, answer), ("\n", None)]
+            pieces += [(_said(messages, i), answer), (self.end, answer), ("\n", None)]
         return pieces + ([(self.start, None), ("assistant\n", None)] if generation_prompt else [])
 
 
@@ -174,6 +241,13 @@ class Llama3Chat(PiecewiseChat):
     """
 
     role_tokens = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    jinja = (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+        "{{ message['content'] | trim + '<|eot_id|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    )
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
@@ -190,7 +264,7 @@ class Llama3Chat(PiecewiseChat):
         for i, message in enumerate(messages):
             answer = i if message.role == "assistant" else None
             pieces += [(self.start, None), (message.role, None), (self.header_end, None), ("\n\n", None)]
-            pieces += [(message.content.strip(), answer), (self.end, answer)]
+            pieces += [(_said(messages, i).strip(), answer), (self.end, answer)]
         opening: list[Piece] = [(self.start, None), ("assistant", None), (self.header_end, None), ("\n\n", None)]
         return pieces + (opening if generation_prompt else [])
 
@@ -198,7 +272,7 @@ class Llama3Chat(PiecewiseChat):
 class TemplateChat(PiecewiseChat):
     """The checkpoint's own Jinja template, rendered in a sandbox; see `ChatTemplate` for what carries loss."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, enable_thinking: bool | None = None, today: str = "") -> None:
         super().__init__(tokenizer)
         found = read_template(tokenizer.config, tokenizer.folder)
         if found is None:
@@ -207,20 +281,28 @@ class TemplateChat(PiecewiseChat):
         self.special = {token.content: i for i, token in added.items() if token.special and token.content}
         longest_first = sorted(self.special, key=len, reverse=True)
         pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        self.template = ChatTemplate(*found, _special_names(tokenizer), pattern)
+        day, self.enable_thinking = read_day(today), enable_thinking
+        self.template = ChatTemplate(*found, _special_names(tokenizer), pattern, enable_thinking, day)
+        self.today = day.isoformat() if self.template.is_dated else ""
         ends = []
         with suppress(ValueError):  # a template for another kind of conversation: whoever renders one will be told
+            self.opens_thought = opens_thought(self.template.parts(_PROBES[0][:1], True))
             pieces = self.pieces(_PROBES[0], False)
             for (piece, answer), (after, follower) in zip(pieces, [*pieces[1:], ("", None)], strict=True):
                 if answer is not None and answer != follower:
                     ends.append(piece if isinstance(piece, int) else after)
         self.stop_tokens = _stops(tokenizer, [end for end in ends if isinstance(end, int)])
 
+    @property
+    def thinks(self) -> bool:
+        """Whether to expect reasoning before a new answer."""
+        return self.template.thinks
+
     def pieces(self, messages: Sequence[Message], generation_prompt: bool) -> list[Piece]:
         """What the template writes, in order; special tokens only where it writes them itself."""
         pieces: list[Piece] = []
         for part in self.template.parts(messages, generation_prompt):
-            texts = [part.text] if part.message is not None else self.template.special.split(part.text)
+            texts = [part.text] if part.place is not None else self.template.special.split(part.text)
             # Splitting at a group leaves the special tokens at the odd places.
             pieces += [(self.special[t] if i % 2 else t, part.speaker) for i, t in enumerate(texts) if t]
         return pieces
@@ -246,28 +328,33 @@ _PROBES = [
 ]
 
 
-def chat_format(tokenizer: Tokenizer, name: str = "auto") -> ChatFormat:
+def chat_format(
+    tokenizer: Tokenizer, name: str = "auto", enable_thinking: bool | None = None, today: str = ""
+) -> ChatFormat:
     """The format called "baichuan2", "chatml" or "llama3", or "template" for the checkpoint's own Jinja template.
 
     "auto" is the built-in format whose role tokens the tokenizer has, unless the checkpoint's own template gives other
-    ids; then, and where no format fits, that template.
+    ids; then, and where no format fits, that template. `enable_thinking` is for thinking models: false asks for answers
+    without reasoning, None leaves it to the template. `today`, like "2026-03-31", is for templates that write the date;
+    empty: the day on the clock.
     """
-    if name == "template":
-        return TemplateChat(tokenizer)
-    if name in BUILT_IN:
-        return BUILT_IN[name](tokenizer)
-    if name != "auto":
+    if name not in ("auto", "template", *BUILT_IN):
         names = ", ".join(f'"{known}"' for known in ("auto", *BUILT_IN))
         raise ValueError(f'chat_format {name!r} is unknown; expected {names} or "template"')
-    fitting = next((kind for kind in BUILT_IN.values() if tokenizer.has(*kind.role_tokens)), None)
-    if read_template(tokenizer.config, tokenizer.folder) is None:
-        if fitting is None:
+    own = None
+    if name == "template" or (name == "auto" and read_template(tokenizer.config, tokenizer.folder) is not None):
+        own = TemplateChat(tokenizer, enable_thinking, today)
+    fitting = BUILT_IN.get(name)
+    if name == "auto":
+        fitting = next((kind for kind in BUILT_IN.values() if tokenizer.has(*kind.role_tokens)), None)
+    if fitting is None:
+        if own is None:
             known = ", ".join(kind.role_tokens[0] for kind in BUILT_IN.values())
             raise ValueError(f"the tokenizer has none of {known} and no chat_template: its chat format is unknown")
-        return fitting(tokenizer)
-    own = TemplateChat(tokenizer)
-    built_in = fitting(tokenizer) if fitting else own
-    return built_in if _agree(built_in, own) else own
+        return own
+    built_in = fitting(tokenizer)
+    built_in.enable_thinking = enable_thinking
+    return own if own and (own.thinks or not _agree(built_in, own)) else built_in
 
 
 def encode_conversation(
@@ -275,11 +362,14 @@ def encode_conversation(
 ) -> Example:
     """Tokens and aligned labels of a conversation, with loss on every assistant message, or on the last one only.
 
-    A message whose `loss` is false carries none either way. Raises ValueError naming `source` if the format cannot
-    write the conversation.
+    A message whose `loss` is false carries none either way, nor does an answer whose reasoning the history leaves out:
+    `lessons` gives it an example of its own. Raises ValueError naming `source` if the format cannot write the
+    conversation.
     """
+    messages = _as_thought(messages, chat)
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    supervised = {i for i in (answers[-1:] if last_only else answers) if messages[i].loss}
+    taught = [i for i in answers if i == answers[-1] or not (last_only or messages[i].reasoning)]
+    supervised = {i for i in taught if messages[i].loss}
     try:
         segments = chat.render(messages, supervised, generation_prompt=False)
     except ValueError as error:
@@ -289,10 +379,80 @@ def encode_conversation(
     return Example(tokens[:-1], targets[1:], source)
 
 
+def lessons(conversation: Conversation, chat: ChatFormat) -> list[Conversation]:
+    """The conversation; before it, for each earlier answer with reasoning, the part that ends there, with loss on that
+    answer only. So reasoning and answer are learnt once, and every history holds answers only."""
+    messages = conversation.messages
+    own = [i for i, m in enumerate(messages[:-1]) if m.role == "assistant" and m.reasoning and m.loss]
+    if chat.enable_thinking is False or not own:
+        return [conversation]
+    silent = tuple(replace(m, loss=m.loss and m.role != "assistant") for m in messages)
+    parts = [replace(conversation, messages=(*silent[:i], messages[i])) for i in own]
+    rest = any(m.role == "assistant" and m.loss for i, m in enumerate(messages) if i not in own)
+    return [*parts, conversation] if rest else parts
+
+
+def encode_shortened(
+    prompt: Sequence[Message], answers: Sequence[Message], chat: ChatFormat, row_length: int, *, last_only: bool = False
+) -> list[Example]:
+    """One prompt with each of its answers, as in `encode_conversation`, but cut to `row_length` tokens.
+
+    The prompt loses its oldest turns, and if need be the beginning of its last question; its system text stays. An
+    answer keeps at least half a row; one that is longer stops there, so that no end is learnt where it has none.
+    Raises ValueError if that leaves nothing to learn.
+    """
+    system = list(prompt[:1]) if prompt[0].role == "system" else []
+    turns = prompt[len(system) :]
+
+    def encoded(turns: Sequence[Message]) -> list[Example]:
+        return [encode_conversation([*system, *turns, answer], chat, last_only=last_only) for answer in answers]
+
+    def longest(turns: Sequence[Message]) -> int:
+        return max(len(example.tokens) for example in encoded(turns))
+
+    starts = range(0, len(turns) - 1, 2)
+    first = bisect_left(starts, True, key=lambda start: longest(turns[start:]) <= row_length)
+    turns = turns[2 * first :]
+    if first == len(starts) and (size := longest(turns)) > row_length:
+        (question,) = turns
+
+        def asked(start: int) -> list[Message]:
+            return [*system, replace(question, content=question.content[start:])]
+
+        room = row_length - min(size - len(encode_prompt(asked(0), chat)), row_length // 2)
+        cuts = range(len(question.content))
+        cut = bisect_left(cuts, True, key=lambda start: len(encode_prompt(asked(start), chat)) <= room)
+        if cut == len(cuts):
+            raise ValueError("no question has room beside its system text and half a row of answer")
+        turns = asked(cut)[len(system) :]
+    examples = [Example(one.tokens[:row_length], one.labels[:row_length], one.source) for one in encoded(turns)]
+    if not all(example.supervised for example in examples):
+        raise ValueError("nothing to learn would be left")
+    return examples
+
+
 def encode_prompt(messages: Sequence[Message], chat: ChatFormat) -> list[int]:
     """Tokens after which the model writes the next assistant message."""
-    segments = chat.render(messages, set(), generation_prompt=True)
+    segments = chat.render(_as_thought(messages, chat), set(), generation_prompt=True)
     return [token for segment in segments for token in segment.tokens]
+
+
+def read_day(text: str) -> date:
+    """A day like "2026-03-31", today if empty; ValueError for any other text."""
+    try:
+        return date.fromisoformat(text) if text else date.today()
+    except ValueError:
+        raise ValueError(f"template_date is {text!r}, expected a day like 2026-03-31") from None
+
+
+def _as_thought(messages: Sequence[Message], chat: ChatFormat) -> Sequence[Message]:
+    """The messages, without reasoning where thinking is off."""
+    return [replace(m, reasoning="") for m in messages] if chat.enable_thinking is False else messages
+
+
+def _said(messages: Sequence[Message], i: int) -> str:
+    """The text of message i; of the last one with its reasoning."""
+    return messages[i].written if i == len(messages) - 1 else messages[i].content
 
 
 def _silent(ids: list[int]) -> Segment:
@@ -304,8 +464,19 @@ def _spoken(ids: list[int]) -> Segment:
 
 
 def _stops(tokenizer: Tokenizer, ends: list[int]) -> tuple[int, ...]:
-    """`ends` and the end of a text, each once."""
-    return tuple(dict.fromkeys(ends if tokenizer.eos_id is None else [*ends, tokenizer.eos_id]))
+    """`ends`, the end of a text, and what the checkpoint's generation_config.json calls an end, each once."""
+    folder = tokenizer.folder
+    known = _ends_of(read_object(folder, GENERATION_FILE), folder) if folder else []
+    return tuple(dict.fromkeys([*ends, *([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *known]))
+
+
+def _ends_of(settings: dict[str, Any], folder: Path) -> list[int]:
+    """`eos_token_id` of a generation_config.json as a list."""
+    found = settings.get("eos_token_id")
+    ends = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(end) is int for end in ends):
+        raise ValueError(f"{folder / GENERATION_FILE}: eos_token_id is {found!r}; expected an id or a list of ids")
+    return ends
 
 
 def _special_names(tokenizer: Tokenizer) -> dict[str, str]:

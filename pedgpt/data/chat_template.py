@@ -2,6 +2,10 @@
 
 The template is rendered with a placeholder for every message's text. What stands between the placeholders is the
 template's own writing, the same for all conversations with the same roles; only there are special tokens looked for.
+
+What the model thought before an answer is its `reasoning`, and the template decides where it stands. Published ones
+leave it out of earlier answers. In the last answer Qwen3's writes it; DeepSeek-R1's does not, though its prompt ends
+with `<think>`. There the last answer is what a model writes after the prompt: reasoning, `</think>`, answer.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,13 +40,13 @@ _MARK = re.compile(f"{_LEFT}([0-9]{{1,9}}){_RIGHT}|([{_BEGIN}{_END}])")
 class Part:
     """A stretch of a rendered conversation.
 
-    `speaker` is the index of the answer that it belongs to, for the loss; `message` that of the message whose text it
-    is, None for the template's own writing.
+    `speaker` is the index of the answer that it belongs to, for the loss. `place` tells whose words it is: 2 i for the
+    content of message i, 2 i + 1 for its reasoning, None for the template's own writing.
     """
 
     text: str
     speaker: int | None = None
-    message: int | None = None
+    place: int | None = None
 
 
 class ChatTemplate:
@@ -50,19 +54,29 @@ class ChatTemplate:
 
     An answer's part begins where the generation prompt ends and goes on to the first special token after its text;
     where the template marks answers by `{% generation %}`, those blocks decide. Messages' text may lose whitespace at
-    its ends, as many templates trim it; any other change is a ValueError, as is a text that is left out.
+    its ends, as many templates trim it; any other change is a ValueError, as is a content that is left out.
+    `enable_thinking` is given to the template if it is not None. `today` is the day that `strftime_now` tells.
     Template and output are bounded in size. The sandbox runs no code of the checkpoint, but a hostile template can
     still take time and memory.
     """
 
-    def __init__(self, source: str, file: Path, variables: dict[str, str], special: re.Pattern[str]) -> None:
-        self.file, self.variables, self.special = file, variables, special
+    def __init__(
+        self,
+        source: str,
+        file: Path,
+        variables: dict[str, str],
+        special: re.Pattern[str],
+        enable_thinking: bool | None = None,
+        today: date | None = None,
+    ) -> None:
+        self.file, self.special, self.enable_thinking = file, special, enable_thinking
+        self.variables = variables | ({} if enable_thinking is None else {"enable_thinking": enable_thinking})
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             raise ValueError(f"{file}: its chat template has {len(source):,} characters, more than any real one")
         sandbox = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
-        now = datetime.now()  # one time for a whole run, so that renderings can be compared
+        now = datetime.combine(today or date.today(), time())  # one for a whole run, so that it can be resumed
         sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": now.strftime}
         sandbox.filters["tojson"] = _tojson
         try:
@@ -70,21 +84,48 @@ class ChatTemplate:
         except Exception as error:  # besides TemplateError, Python's own limits on nesting and numbers
             raise ValueError(f"{file}: its chat template is not valid Jinja ({error})") from None
         self.marks_answers = bool(re.search(r"\{%[-+]?\s*generation\b", source))
+        self.thinks = "think>" in source if enable_thinking is None else enable_thinking
+        self.is_dated = "strftime_now" in source
         self._outline = functools.lru_cache(maxsize=4096)(self._new_outline)
 
     def parts(self, messages: Sequence[Message], generation_prompt: bool) -> list[Part]:
         """The rendered conversation; `speaker` of its parts tells the answers. Raises ValueError naming the file."""
-        outline = self._outline(tuple((m.role, bool(m.content)) for m in messages), generation_prompt)
-        for i in {i for i, m in enumerate(messages) if m.content} - {part.message for part in outline}:
-            raise self._error(f"leaves out message {i + 1}, of role {messages[i].role}")
-        text = self._render([{"role": m.role, "content": m.content} for m in messages], generation_prompt)
+        written = self._written(messages, generation_prompt)
+        closing, off = "\n</think>\n\n", self.enable_thinking is False
+        if generation_prompt:
+            return [*written, Part(closing)] if off and opens_thought(written) else written
+        last, places = len(messages) - 1, [part.place for part in written]
+        if last < 1 or messages[last].role != "assistant" or 2 * last not in places:
+            return written
+        reasoning = messages[last].reasoning
+        placed = not reasoning or 2 * last + 1 in places
+        opened = opens_thought(self._outline(_shape(messages[:-1]), True))
+        if placed and not opened:
+            return written
+        prompt = self._written(messages[:-1], True)
+        goes_on = "".join(part.text for part in written).startswith("".join(part.text for part in prompt))
+        if placed and goes_on and not off:
+            return written
+        thought = [Part(reasoning, last, 2 * last + 1)] if reasoning else []
+        opening = [] if opened else [Part("<think>\n", last)]
+        return [*prompt, *opening, *thought, Part(closing, None if off else last), *written[places.index(2 * last) :]]
+
+    def _written(self, messages: Sequence[Message], generation_prompt: bool) -> list[Part]:
+        """`parts` as the template itself writes them."""
+        outline = self._outline(_shape(messages), generation_prompt)
+        places = {part.place for part in outline}
+        for i, message in enumerate(messages):
+            if message.content and 2 * i not in places:
+                raise self._error(f"leaves out message {i + 1}, of role {message.role}")
+        said = [text for message in messages for text in (message.content, message.reasoning)]
+        text = self._render(said, [message.role for message in messages], generation_prompt)
         parts, at = [], 0
         for number, part in enumerate(outline):
-            if part.message is not None:
-                size = _length_written(messages[part.message].content, text, at, _literal_after(outline, number))
+            if part.place is not None:
+                size = _length_written(said[part.place], text, at, _literal_after(outline, number))
                 if size is None:
                     break
-                part = Part(text[at : at + size], part.speaker, part.message)
+                part = Part(text[at : at + size], part.speaker, part.place)
             elif not text.startswith(part.text, at):
                 break
             parts.append(part)
@@ -93,17 +134,18 @@ class ChatTemplate:
             raise self._error("changes the messages' text, so that answers cannot be told from the rest")
         return parts
 
-    def _new_outline(self, shape: tuple[tuple[str, bool], ...], generation_prompt: bool) -> list[Part]:
-        """`parts` of any conversation of these roles, without the messages' text; an empty message has no place."""
+    def _new_outline(self, shape: tuple[tuple[str, bool, bool], ...], generation_prompt: bool) -> list[Part]:
+        """`_written` of any conversation of these roles, without the messages' text; an empty one has no place."""
         pieces = self._pieces(shape, generation_prompt)
-        answers = {i for i, (role, _) in enumerate(shape) if role == "assistant"}
+        answers = {i for i, (role, *_) in enumerate(shape) if role == "assistant"}
         if self.marks_answers:
             return _marked(pieces, answers)
         parts: list[Part] = []
-        for text, message in zip(pieces[::2], [*pieces[1::2], None], strict=True):
-            assert isinstance(text, str) and not isinstance(message, str)  # without marks they take turns
+        for text, place in zip(pieces[::2], [*pieces[1::2], None], strict=True):
+            assert isinstance(text, str) and not isinstance(place, str)  # without marks they take turns
+            message = None if place is None else place // 2
             # The text of an answer goes on to the token that ends it,
-            last = parts[-1].message if parts else None
+            last = parts[-1].place // 2 if parts and parts[-1].place is not None else None
             ended = self.special.search(text) if last in answers else None
             end = ended.end() if ended else 0
             start = len(text)
@@ -112,26 +154,34 @@ class ChatTemplate:
                 opening = self._pieces(shape[:message], True)[-1]
                 if isinstance(opening, str) and text.startswith(opening):
                     start = max(end, len(opening))
+            if message in answers and message == last:  # what stands between reasoning and answer is the model's, too
+                end = start = 0
             said = message if message in answers else None
-            parts += [Part(text[:end], last), Part(text[end:start]), Part(text[start:], said), Part("", said, message)]
-        return [part for part in parts if part.text or part.message is not None]
+            parts += [Part(text[:end], last), Part(text[end:start]), Part(text[start:], said), Part("", said, place)]
+        return [part for part in parts if part.text or part.place is not None]
 
-    def _pieces(self, shape: tuple[tuple[str, bool], ...], generation_prompt: bool) -> list[str | int]:
-        """Literal text, and the index of a message in place of its text; marks of `{% generation %}` stand alone."""
-        marked = [{"role": r, "content": f"{_LEFT}{i}{_RIGHT}" if said else ""} for i, (r, said) in enumerate(shape)]
-        text = self._render(marked, generation_prompt, pedgpt_begin=_BEGIN, pedgpt_end=_END)
+    def _pieces(self, shape: tuple[tuple[str, bool, bool], ...], generation_prompt: bool) -> list[str | int]:
+        """Literal text, and a `place` for each text of a message; marks of `{% generation %}` stand alone."""
+        told = [is_there for _, *both in shape for is_there in both]
+        marked = [f"{_LEFT}{place}{_RIGHT}" if is_there else "" for place, is_there in enumerate(told)]
+        roles = [role for role, *_ in shape]
+        text = self._render(marked, roles, generation_prompt, pedgpt_begin=_BEGIN, pedgpt_end=_END)
         pieces: list[str | int] = []
         at = 0
         for mark in _MARK.finditer(text):
-            if (mark[1] and int(mark[1]) >= len(shape)) or (mark[2] and not self.marks_answers):
+            if (mark[1] and int(mark[1]) >= len(told)) or (mark[2] and not self.marks_answers):
                 raise self._error(f"writes {ascii(mark[0])}, which is no character of any text")
             pieces += [text[at : mark.start()], int(mark[1]) if mark[1] else mark[2]]
             at = mark.end()
         pieces.append(text[at:])
         return pieces
 
-    def _render(self, messages: list[dict[str, str]], generation_prompt: bool, **marks: str) -> str:
-        room = MAX_ADDED_CHARACTERS + 2 * sum(len(message["content"]) for message in messages)
+    def _render(self, said: list[str], roles: list[str], generation_prompt: bool, **marks: str) -> str:
+        """The template's text of these messages; `said` is content and reasoning of each in turn."""
+        room = MAX_ADDED_CHARACTERS + 2 * sum(map(len, said))
+        messages = [{"role": r, "content": c} for r, c in zip(roles, said[::2], strict=True)]
+        for message, reasoning in zip(messages, said[1::2], strict=True):
+            message |= {"reasoning_content": reasoning} if reasoning else {}
         blocks = []
         try:
             for block in self.template.generate(
@@ -190,29 +240,41 @@ def _marked(pieces: list[str | int], answers: set[int]) -> list[Part]:
     last: int | None = None
     block: list[str | int] | None = None
     for piece in pieces:
+        spoken = piece // 2 if isinstance(piece, int) and piece // 2 in answers else None
         if piece == _BEGIN:
             block = []
         elif piece == _END and block is not None:
-            last = next((item for item in block if item in answers and isinstance(item, int)), last)
+            said = [item // 2 for item in block if isinstance(item, int) and item // 2 in answers]
+            last = said[0] if said else last
             parts += [_part(item, last) for item in block]
             block = None
         elif block is not None:
             block.append(piece)
         else:
             parts.append(_part(piece, None))
-            last = piece if isinstance(piece, int) and piece in answers else last
-    return [part for part in parts if part.text or part.message is not None]
+            last = last if spoken is None else spoken
+    return [part for part in parts if part.text or part.place is not None]
 
 
 def _part(piece: str | int, speaker: int | None) -> Part:
     return Part(piece, speaker) if isinstance(piece, str) else Part("", speaker, piece)
 
 
+def _shape(messages: Sequence[Message]) -> tuple[tuple[str, bool, bool], ...]:
+    """Of each message its role, and whether it has content and reasoning."""
+    return tuple((m.role, bool(m.content), bool(m.reasoning)) for m in messages)
+
+
+def opens_thought(prompt: list[Part]) -> bool:
+    """Whether what is written after this prompt is reasoning."""
+    return bool(prompt) and prompt[-1].text.rstrip().endswith("<think>")
+
+
 def _literal_after(outline: list[Part], number: int) -> str | None:
     """The template's text after a message up to the next one; None where the conversation ends without any."""
     literal = ""
     for part in outline[number + 1 :]:
-        if part.message is not None:
+        if part.place is not None:
             return literal
         literal += part.text
     return literal or None

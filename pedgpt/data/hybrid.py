@@ -50,7 +50,7 @@ _REBUILD = "build the corpus again with recipes/build_corpus.py"
 
 
 def as_completion(conversation: Conversation, form: int) -> str:
-    """A conversation as running text in surface form `form` (modulo their number); a system text is left out."""
+    """A conversation as running text in surface form `form` (modulo their number); no system text, no reasoning."""
     template = SURFACE_FORMS[form % len(SURFACE_FORMS)]
     turns = [message for message in conversation.messages if message.role != "system"]
     pairs = zip(turns[::2], turns[1::2], strict=True)
@@ -123,6 +123,7 @@ def write_tokens(
     *,
     seed: int = 0,
     on_bad_row: str = "error",
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[int]:
     """Make `folder` the token store of these sources, yielding the number of texts done after each batch of them.
 
@@ -131,7 +132,7 @@ def write_tokens(
     process; each step is short, so that others can wait for it in a collective. Raises ValueError as the readers do.
     """
     folder = Path(folder)
-    key = _key(sources, tokenizer, seed, on_bad_row)
+    key = _key(sources, tokenizer, seed, on_bad_row, columns)
     with suppress(ValueError):
         if TokenStore(folder).key == key:
             return
@@ -147,7 +148,7 @@ def write_tokens(
         offsets.write(np.zeros(1, "<i8").tobytes())
         for source in sources:
             counts.append(0)
-            for batch in _batches(_texts(source, seed, on_bad_row, summary)):
+            for batch in _batches(_texts(source, seed, on_bad_row, columns, summary)):
                 streams = [
                     document_stream(ids, tokenizer.eos_id, tokenizer.document_prefix)
                     for ids in tokenizer.encode_batch(batch)
@@ -398,8 +399,10 @@ def _shuffled(count: int, key: tuple[int | str, ...]) -> Numbers:
     return np.argsort(np.random.PCG64(entropy).random_raw(count), kind="stable")
 
 
-def _texts(source: TextSource, seed: int, on_bad_row: str, summary: ReadSummary) -> Iterator[str]:
-    records = iter_records(source.paths, source.kind, on_bad_row=on_bad_row, summary=summary)
+def _texts(
+    source: TextSource, seed: int, on_bad_row: str, columns: Mapping[str, str] | None, summary: ReadSummary
+) -> Iterator[str]:
+    records = iter_records(source.paths, source.kind, on_bad_row=on_bad_row, summary=summary, columns=columns)
     for number, record in enumerate(records):
         if isinstance(record, Conversation):
             # Hashed rather than in turn: rows whose kind alternates must not each get forms of their own.
@@ -422,10 +425,16 @@ def _batches(texts: Iterable[str], most: int = 1000, characters: int = 2**18) ->
         yield batch
 
 
-def _key(sources: Sequence[TextSource], tokenizer: Tokenizer, seed: int, on_bad_row: str) -> str:
+def _key(
+    sources: Sequence[TextSource],
+    tokenizer: Tokenizer,
+    seed: int,
+    on_bad_row: str,
+    columns: Mapping[str, str] | None,
+) -> str:
     """Names all that a token store depends on."""
     ends = [tokenizer.eos_id, tokenizer.document_prefix]
-    digest = hashlib.sha256(json.dumps([_STORE_VERSION, SURFACE_FORMS, ends, seed, on_bad_row]).encode())
+    digest = hashlib.sha256(json.dumps([_STORE_VERSION, SURFACE_FORMS, ends, seed, on_bad_row, columns or {}]).encode())
     digest.update(tokenizer.backend.to_str().encode())
     for source in sources:
         files = [(str(path), _sha256(path)[0]) for path in (files_of(source.paths) if source.paths else [])]

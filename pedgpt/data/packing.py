@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pedgpt.data.chat import IGNORE_INDEX, ChatFormat, Example, encode_conversation
+from pedgpt.data.chat import IGNORE_INDEX, ChatFormat, Example, encode_conversation, encode_shortened, lessons
 from pedgpt.data.records import Conversation, ReadSummary
 
 PADDING_DOCUMENT = -1
@@ -148,15 +148,27 @@ def best_fit_arrays(sizes: ArrayLike, row_length: int) -> tuple[NDArray[np.int64
 
 
 def encode_conversations(
-    conversations: Sequence[Conversation], chat: ChatFormat, row_length: int, on_bad_row: str, summary: ReadSummary
+    conversations: Sequence[Conversation],
+    chat: ChatFormat,
+    row_length: int,
+    on_bad_row: str,
+    summary: ReadSummary,
+    on_long_row: str = "error",
 ) -> list[Example]:
-    """Chat-formatted examples; bad rows as in `encode_fitting`."""
+    """Chat-formatted examples; bad and over-long rows as in `encode_fitting`."""
+
+    def shorten(row: Conversation) -> Example:
+        *prompt, answer = row.messages
+        return replace(encode_shortened(prompt, [answer], chat, row_length)[0], source=row.source)
+
     return encode_fitting(
-        conversations,
+        [lesson for row in conversations for lesson in lessons(row, chat)],
         lambda row: encode_conversation(row.messages, chat, source=row.source),
         lambda example: len(example.tokens),
+        shorten,
         row_length,
         on_bad_row,
+        on_long_row,
         summary,
     )
 
@@ -165,29 +177,52 @@ def encode_fitting(
     rows: Sequence[R],
     encode: Callable[[R], E],
     size: Callable[[E], int],
+    shorten: Callable[[R], E],
     row_length: int,
     on_bad_row: str,
+    on_long_row: str,
     summary: ReadSummary,
 ) -> list[E]:
     """Records encoded one by one.
 
-    One longer than a row, or one that the chat format cannot write, is a bad row: an error, or left out and counted
-    in `summary`.
+    One that the chat format cannot write is a bad row: an error, or left out and counted in `summary`. Those longer
+    than a row are one error about all of them, are left out and counted ("skip"), or shortened and counted
+    ("truncate"; `shorten` raises ValueError where nothing would be left to learn, and the row is left out).
     """
-    kept = []
+    if on_long_row not in ("error", "skip", "truncate"):
+        raise ValueError(f'on_long_row is {on_long_row!r}, expected "error", "skip" or "truncate"')
+    kept: list[E] = []
+    long: list[tuple[int, str]] = []
     for row in rows:
         try:
             example = encode(row)
-            if size(example) > row_length:
-                raise ValueError(f"{row.source}: over-long: {size(example)} tokens do not fit a row of {row_length}")
         except ValueError as error:
             reason = str(error).removeprefix(f"{row.source}: ")
             if on_bad_row == "error":
-                hint = 'raise row_length, shorten it, or set on_bad_row = "skip"'
-                raise ValueError(f"{row.source}: {reason}; {hint}") from None
+                raise ValueError(f'{row.source}: {reason}; mend it, or set on_bad_row = "skip"') from None
             summary.drop(row.source, reason)
-        else:
+            continue
+        if (tokens := size(example)) <= row_length:
             kept.append(example)
+            continue
+        long.append((tokens, row.source))
+        reason = f"over-long: {tokens} tokens do not fit a row of {row_length}"
+        if on_long_row == "truncate":
+            try:
+                kept.append(shorten(row))
+                summary.shortened.append(row.source)
+                continue
+            except ValueError as error:
+                reason += f", and {error}"
+        if on_long_row != "error":
+            summary.drop(row.source, reason)
+    if long and on_long_row == "error":
+        others = f" ({len(long)} such rows, the longest of {max(long)[0]}: "
+        others += f"{', '.join(source for _, source in long[:5])}{', …' * (len(long) > 5)})"
+        raise ValueError(
+            f"{long[0][1]}: over-long: {long[0][0]} tokens do not fit a row of {row_length}{others}; raise row_length, "
+            'or set on_long_row = "skip" or "truncate"'
+        )
     return kept
 
 

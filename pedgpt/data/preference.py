@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from pedgpt.data.chat import IGNORE_INDEX, ChatFormat, Example, encode_conversation
+from pedgpt.data.chat import IGNORE_INDEX, ChatFormat, Example, encode_conversation, encode_shortened
 from pedgpt.data.packing import Batch, Row, best_fit, collate, encode_fitting, padded
 from pedgpt.data.records import Message, PreferencePair, ReadSummary
 
@@ -55,18 +55,33 @@ def encode_pair(pair: PreferencePair, chat: ChatFormat) -> EncodedPair:
 
 
 def encode_pairs(
-    pairs: Sequence[PreferencePair], chat: ChatFormat, row_length: int, on_bad_row: str, summary: ReadSummary
+    pairs: Sequence[PreferencePair],
+    chat: ChatFormat,
+    row_length: int,
+    on_bad_row: str,
+    summary: ReadSummary,
+    on_long_row: str = "error",
 ) -> list[EncodedPair]:
-    """`encode_pair` of each; bad rows, those with an answer too long among them, as in `encode_fitting`.
+    """`encode_pair` of each; bad rows, and those with an answer too long, as in `encode_fitting`.
 
     `row_length` bounds prompt and answer together, for each answer; a pair that shares its prompt may take more.
     """
+
+    def shorten(pair: PreferencePair) -> EncodedPair:
+        answers = [Message("assistant", answer) for answer in (pair.chosen, pair.rejected)]
+        chosen, rejected = encode_shortened(pair.prompt, answers, chat, row_length, last_only=True)
+        if chosen.tokens == rejected.tokens:
+            raise ValueError("its answers differ only in what would be cut")
+        return EncodedPair(replace(chosen, source=pair.source), replace(rejected, source=pair.source))
+
     return encode_fitting(
         pairs,
         lambda pair: encode_pair(pair, chat),
         lambda both: max(len(both.chosen.tokens), len(both.rejected.tokens)),
+        shorten,
         row_length,
         on_bad_row,
+        on_long_row,
         summary,
     )
 

@@ -1,18 +1,20 @@
 """Readers of every input format: documents, conversations, preference pairs and knowledge-graph triples.
 
-Paths name files, or folders that stand for every file in them of a known extension. Files are UTF-8, with or without
-a byte-order mark, and lines end at LF or CRLF alone. A .json file is one list: its elements are numbered, from 1, in
-place of lines. Blank lines are no rows; every other row is returned or reported. The readers' common settings:
+Paths name files, or folders that stand for every file in them and in their subfolders that holds data; `tables.py`
+opens them and cuts them into rows. Blank lines are no rows; every other row is returned or reported. A null says as
+much as no field. The readers' common settings:
 
     on_bad_row      "error" raises BadRow at the first bad row; "skip" leaves it out and counts it in the summary
+    columns         which column holds a field, where its name is not one that is known: {"question": "ask"}; a file
+                    with none of these columns is read by its own names, with a warning
     max_characters  bound on a row's text: all messages of a conversation; a pair's prompt and its longer reply
     summary         a ReadSummary to add to; without one, skipped rows are described in a warning
 
 A missing path, an empty folder, an unknown extension, a table's unusable header or a wrong setting is a ValueError.
+Files in a folder that are no data, and rows that must not be learnt from, are left out whatever `on_bad_row` says, and
+stand in the summary with the reason.
 """
 
-import codecs
-import csv
 import json
 import os
 import re
@@ -20,9 +22,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pedgpt.data.tables import SUFFIXES, TEXTS, files_in, format_of, not_utf8, read_rows
+from pedgpt.data.tables import Unfit as _Unfit
+from pedgpt.files import nearest
 
 PathLike = str | os.PathLike[str]
 Paths = PathLike | Iterable[PathLike]
@@ -30,16 +36,34 @@ Row = dict[str, Any]
 T = TypeVar("T")
 Parser = Callable[[Row, str, int | None], T]  # fields, source, max_characters
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv")
 # Of several names, the first that a row has is used. raw_anwser is how the CMD cases spell it.
-QUESTIONS = ("question", "ask", "instruction", "prompt", "query")
-ANSWERS = ("answer", "output", "response", "raw_anwser")
-DEPARTMENTS = ("department", "cate1")
+QUESTIONS = ("question", "ask", "instruction", "prompt", "query", "问题", "提问")
+ANSWERS = ("answer", "output", "response", "completion", "raw_anwser", "回答", "答复", "答案")
+CHOSEN = ("chosen", "response_chosen", "chosen_response")
+REJECTED = ("rejected", "response_rejected", "rejected_response")
+DEPARTMENTS = ("department", "cate1", "科室")
+REASONING = ("reasoning_content", "complex_cot")  # the latter in HuatuoGPT-o1's data
 TURNS = ("conversations", "conversation", "messages")
-USERS, ASSISTANTS = ("user", "human", "patient"), ("assistant", "gpt", "doctor")
+OPTIONS = ("option", "options", "选项")
+UNDESIRABLE = ("label", "kto_tag")  # false: an answer that somebody judged to be bad
+USERS = ("user", "human", "patient", "患者", "病人", "用户")
+ASSISTANTS = ("assistant", "gpt", "doctor", "医生", "大夫", "助手")
 ROLES = {"system": "system"} | dict.fromkeys(USERS, "user") | dict.fromkeys(ASSISTANTS, "assistant")
-HEADING = re.compile(r"#{1,6}[ \t]+(\S.*?)([ \t]+#+)?\s*$")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# The fields that `columns` may name, by kind.
+_TALK = ("messages", "question", "input", "history", "system", "options", "department", "disease")
+FIELDS = {
+    "documents": ("text", "title", "department", "disease"),
+    "conversations": (*_TALK, "answer", "task", "label"),
+    "preferences": (*_TALK, "prompt", "chosen", "rejected"),
+    "triples": ("head", "relation", "tail"),
+}
+# What shows that a row is meant to be of a kind.
+KEYS = {
+    "documents": ("text",),
+    "conversations": (*QUESTIONS, *ANSWERS, *TURNS),
+    "preferences": ("prompt", *CHOSEN, *REJECTED),
+    "triples": FIELDS["triples"],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +71,24 @@ class Message:
     """One turn; `role` is "system", "user" or "assistant".
 
     `loss` says whether an assistant's message is learnt from; on other roles, which never carry loss, it means nothing.
+    `reasoning` is what an assistant thought before its answer; a `<think>…</think>` that begins the content goes there.
     """
 
     role: str
     content: str
     loss: bool = True
+    reasoning: str = ""
+
+    def __post_init__(self) -> None:
+        if self.role == "assistant" and (self.reasoning or "</think>" in self.content):
+            reasoning, answer = split_thought(self.content)
+            object.__setattr__(self, "reasoning", self.reasoning.strip("\n") or reasoning)
+            object.__setattr__(self, "content", answer)
+
+    @property
+    def written(self) -> str:
+        """What a model writes: the reasoning, if there is any, between its tags, and then the answer."""
+        return f"<think>\n{self.reasoning}\n</think>\n\n{self.content}" if self.reasoning else self.content
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +138,14 @@ class Triple:
     source: str
 
 
+class _LeftOut(_Unfit):
+    """Why a row that is in order is not read; it is counted, and no error under any policy."""
+
+
+class NoData(ValueError):
+    """A file in which no field of any row is one that is known."""
+
+
 class BadRow(ValueError):
     """A row that cannot be used: "file:line: fault: what was found, what was expected; how to mend it"."""
 
@@ -120,6 +165,7 @@ class ReadSummary:
 
     rows: dict[str, int] = field(default_factory=dict)
     skipped: list[SkippedRow] = field(default_factory=list)
+    shortened: list[str] = field(default_factory=list)  # sources of rows that were cut to fit
 
     def skip(self, source: str, reason: str) -> None:
         """Count one row left out; `source` is "file:line" or "file"."""
@@ -138,22 +184,43 @@ class ReadSummary:
         skipped = dict.fromkeys(self.rows, 0)
         faults: dict[str, list[str]] = {}
         for row in self.skipped:
-            skipped[row.file] = skipped.get(row.file, 0) + 1
+            if row.line:
+                skipped[row.file] = skipped.get(row.file, 0) + 1
             # A reason begins with its fault; what follows the colon differs from row to row.
-            faults.setdefault(row.reason.partition(":")[0], []).append(f"{row.file}:{row.line}")
+            fault, place = row.reason.partition(":")[0], f"{row.file}:{row.line}" if row.line else row.file
+            faults.setdefault(fault, []).append(place)
         width = max(map(len, ("file", *skipped)))
         lines = [f"{'file':{width}}  {'rows':>9}  {'skipped':>9}"]
         lines += [f"{file:{width}}  {self.rows.get(file, 0):9}  {count:9}" for file, count in skipped.items()]
         for fault, places in faults.items():
-            lines.append(f"{len(places)} skipped, {fault}: {', '.join(places[:3])}{', ...' * (len(places) > 3)}")
+            what = fault if fault.startswith("left out") else f"skipped, {fault}"
+            lines.append(f"{len(places)} {what}: {', '.join(places[:3])}{', ...' * (len(places) > 3)}")
+        if cut := self.shortened:
+            lines.append(f"{len(cut)} over-long, cut to fit: {', '.join(cut[:3])}{', ...' * (len(cut) > 3)}")
         return "\n".join(lines)
 
 
+def split_thought(text: str) -> tuple[str, str]:
+    """(reasoning, answer) of a text `<think>reasoning</think>answer`, whose first tag may be missing; ("", text) of
+    any other. Line breaks around both go."""
+    thought, closed, answer = text.partition("</think>")
+    thought = thought.strip("\n").removeprefix("<think>").strip("\n")
+    return (thought, answer.lstrip("\n")) if closed and "<think>" not in thought else ("", text)
+
+
+Columns = Mapping[str, str] | None
+
+
 def read_documents(
-    paths: Paths, *, on_bad_row: str = "error", max_characters: int | None = None, summary: ReadSummary | None = None
+    paths: Paths,
+    *,
+    on_bad_row: str = "error",
+    max_characters: int | None = None,
+    summary: ReadSummary | None = None,
+    columns: Columns = None,
 ) -> list[Document]:
     """Read whole .txt and .md files, titled by their first markdown heading, and rows of `text`, optionally `title`."""
-    return _read(paths, "documents", _document, on_bad_row, max_characters, summary)
+    return _read(paths, "documents", on_bad_row, max_characters, summary, columns)
 
 
 def read_conversations(
@@ -162,36 +229,46 @@ def read_conversations(
     on_bad_row: str = "error",
     max_characters: int | None = None,
     summary: ReadSummary | None = None,
-    columns: Mapping[str, str] | None = None,
+    columns: Columns = None,
 ) -> list[Conversation]:
     """Read conversations, each row in any of these forms, with optional `system` and `task`.
 
     Alpaca (`instruction`, `input`, `output`, `history`), ShareGPT (`conversations`), OpenAI (`messages`),
-    `conversation` of patient and doctor, `question` and `answer`. A CSV's headers are those names, or the names that
-    `columns` gives: {"question": "ask", "answer": "reply"}. A `title` is not part of the question.
+    `conversation` of patient and doctor, `question` and `answer`, TRL's `prompt` and `completion`. A `title` is not
+    part of the question; an exam's `options` are.
+    What an assistant thought is read from `reasoning_content`, or from `<think>…</think>` before its answer.
     An assistant's message with `"loss": false`, or `"weight": 0` as OpenAI writes it, carries no loss; if none carries
-    any, the row is bad.
+    any, the row is bad. A row whose `label` is false (KTO: an undesirable answer) is left out.
     """
-    if unknown := set(columns or ()) - {"question", "answer", "system", "task"}:
-        raise ValueError(f"columns has {', '.join(unknown)}, expected some of question, answer, system, task")
-    return _read(paths, "conversations", _conversation, on_bad_row, max_characters, summary, columns)
+    return _read(paths, "conversations", on_bad_row, max_characters, summary, columns)
 
 
 def read_preferences(
-    paths: Paths, *, on_bad_row: str = "error", max_characters: int | None = None, summary: ReadSummary | None = None
+    paths: Paths,
+    *,
+    on_bad_row: str = "error",
+    max_characters: int | None = None,
+    summary: ReadSummary | None = None,
+    columns: Columns = None,
 ) -> list[PreferencePair]:
-    """Read `prompt` (or ShareGPT `conversations`), `chosen` and `rejected`, with optional `system`.
+    """Read `prompt` (or ShareGPT `conversations`, or `question`), `chosen` and `rejected`, with optional `system`.
 
     Each is a string or a list of messages; a reply may be one message, or repeat the whole prompt, which is removed.
+    Without a prompt it is what both lists of messages begin with, as in TRL.
     """
-    return _read(paths, "preferences", _preference, on_bad_row, max_characters, summary)
+    return _read(paths, "preferences", on_bad_row, max_characters, summary, columns)
 
 
 def read_triples(
-    paths: Paths, *, on_bad_row: str = "error", max_characters: int | None = None, summary: ReadSummary | None = None
+    paths: Paths,
+    *,
+    on_bad_row: str = "error",
+    max_characters: int | None = None,
+    summary: ReadSummary | None = None,
+    columns: Columns = None,
 ) -> list[Triple]:
     """Read TSV of head, relation, tail (# begins a comment, quotes are text), or rows with those keys."""
-    return _read(paths, "triples", _triple, on_bad_row, max_characters, summary)
+    return _read(paths, "triples", on_bad_row, max_characters, summary, columns)
 
 
 def iter_records(
@@ -201,6 +278,7 @@ def iter_records(
     on_bad_row: str = "error",
     max_characters: int | None = None,
     summary: ReadSummary | None = None,
+    columns: Columns = None,
 ) -> Iterator[Any]:
     """What the reader of that kind returns, one by one, so that a file of any size takes the memory of a row.
 
@@ -209,41 +287,74 @@ def iter_records(
     if kind not in PARSERS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PARSERS)}")
     tally = ReadSummary() if summary is None else summary
-    return _iterate(paths, kind, PARSERS[kind], on_bad_row, max_characters, tally)
+    return _iterate(paths, kind, on_bad_row, max_characters, tally, columns)
 
 
-def detect_kind(path: PathLike) -> str:
-    """Tell "documents", "conversations", "preferences" or "triples" by a file's first rows; ValueError if none fits."""
+def parse_columns(columns: Iterable[str]) -> dict[str, str]:
+    """The setting `columns` of the recipes, ["question=ask", "answer=reply"], as the readers take it."""
+    pairs = [(name.strip(), column.strip()) for name, _, column in (item.partition("=") for item in columns)]
+    known = dict.fromkeys(field for fields in FIELDS.values() for field in fields)
+    for name, column in pairs:
+        if name not in known or not column:
+            hint = nearest(name, known, "fields") if name not in known else "expected the name of a column after ="
+            raise ValueError(f"columns: {name}={column} is not of the form field=column; {hint}")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"columns: {', '.join(name for name, _ in pairs)}: a field is given twice")
+    return dict(pairs)
+
+
+def detect_kind(path: PathLike, columns: Columns = None) -> str:
+    """Tell "documents", "conversations", "preferences" or "triples" by a file's first rows.
+
+    Raises NoData if nothing there has a known field, and ValueError with the reason if rows cannot be used.
+    """
     if Path(path).is_dir():
         raise ValueError(f"{path}: found a folder, expected one file; name a file in it")
     (file,) = files_of(path)
-    parsers: dict[str, Parser[object]] = {"preferences": _preference, "conversations": _conversation}
     # Any TSV of three columns could hold triples, so there they come last; elsewhere their keys are the surer sign.
-    parsers |= {"documents": _document} if file.suffix.lower() == ".tsv" else {}
-    parsers |= {"triples": _triple, "documents": _document}
-    broken = ""
-    for kind, parse in parsers.items():
-        for _, row in islice(_rows(file, kind), 20):
-            with suppress(_Unfit):
-                parse(_fields(row), "", None)
-                return kind
-            broken = broken or (str(row) if isinstance(row, _Unfit) and "UTF-8" in str(row) else "")
-    if broken:
-        raise ValueError(f"{file}: {broken}")
-    raise ValueError(f"{file}: found no row of {', '.join(parsers)} at its start; compare the formats of the readers")
+    kinds = ["preferences", "conversations", *(["documents"] if format_of(file) == ".tsv" else []), "triples"]
+    reasons: list[tuple[bool, int, str]] = []  # what lacks, how few of its keys are known, and why it does not fit
+    unknown = f"{file}: no row in it"
+    for kind in dict.fromkeys([*kinds, "documents"]):
+        own = _own(columns, kind)
+        try:
+            for line, row in islice(_rows(file, kind, columns), 20):
+                try:
+                    PARSERS[kind](_fields(row, own), "", None)
+                    return kind
+                except _LeftOut:
+                    return kind
+                except _Unfit as unfit:
+                    known = len(_fields(row).keys() & {*KEYS[kind], *own.values()}) if isinstance(row, dict) else 0
+                    if known or isinstance(row, _Unfit):
+                        reasons.append(
+                            (str(unfit).startswith("missing field"), -known - len(own), f"{file}:{line}: {unfit}")
+                        )
+                    elif not reasons:
+                        unknown = f"{file}: {_unknown(row)}"
+        except ValueError as error:  # the file, or its columns for this kind
+            reasons.append((False, 0, str(error)))
+    if reasons:
+        raise ValueError(min(reasons, key=lambda reason: reason[:2])[2])
+    raise NoData(unknown)
 
 
-def field_mapping(path: PathLike, kind: str) -> str:
+def _unknown(row: object) -> str:
+    found = f"the fields {', '.join(map(str, row)) or '(none)'}" if isinstance(row, dict) else type(row).__name__
+    return f"no known field, found {found}; if it is data, name its fields by `columns`"
+
+
+def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:
     """Which fields of a file its reader takes for what, and which it ignores, by the first good row; for people.
 
     E.g. "question → user, raw_anwser → assistant, department; ignored: id".
     """
     (file,) = files_of(path)
-    if file.suffix.lower() in (".txt", ".md"):
+    if format_of(file) in TEXTS:
         return "the whole file → text"
-    for _, row in islice(_rows(file, kind), 20):
+    for _, row in islice(_rows(file, kind, columns), 20):
         with suppress(_Unfit):
-            fields = _fields(row)
+            fields = _fields(row, _own(columns, kind))
             PARSERS[kind](fields, "", None)
             return _mapped(fields, kind)
     return "no good row at its start"
@@ -256,13 +367,19 @@ def _mapped(row: Row, kind: str) -> str:
     elif kind == "documents":
         used = {"text": "", "title": ""}
     else:
-        turns = next((name for name in (TURNS if kind == "conversations" else ("prompt", *TURNS)) if name in row), None)
+        first = TURNS if kind == "conversations" else ("prompt", *TURNS)
+        turns = next((name for name in first if row.get(name)), None)
+        asked, answered = (next((name for name in names if name in row), "") for names in (QUESTIONS, ANSWERS))
         if turns:
             used = {turns: "turns"}
+        elif asked:
+            used = {"history": "earlier turns", asked: "user", "input": "user, below it"}
+            used |= dict.fromkeys(OPTIONS, "user, below it") | {answered: "assistant"}
+        if kind == "preferences":
+            used |= dict.fromkeys(CHOSEN, "chosen") | dict.fromkeys(REJECTED, "rejected")
         else:
-            asked, answered = (next(name for name in names if name in row) for names in (QUESTIONS, ANSWERS))
-            used = {"history": "earlier turns", asked: "user", "input": "user, below it", answered: "assistant"}
-        used |= {"chosen": "", "rejected": ""} if kind == "preferences" else {"task": ""}
+            used |= {"task": ""} | dict.fromkeys(REASONING, "reasoning")
+            used |= dict.fromkeys(UNDESIRABLE, "left out where false")
         used |= {"system": ""}
     if kind != "triples":
         used |= {"disease": "", next((name for name in DEPARTMENTS if row.get(name)), DEPARTMENTS[0]): "department"}
@@ -276,164 +393,88 @@ def _mapped(row: Row, kind: str) -> str:
 def _read(
     paths: Paths,
     kind: str,
-    parse: Parser[T],
     on_bad_row: str,
     max_characters: int | None,
     summary: ReadSummary | None,
-    columns: Mapping[str, str] | None = None,
-) -> list[T]:
+    columns: Columns,
+) -> list[Any]:
     tally = ReadSummary() if summary is None else summary
-    records = list(_iterate(paths, kind, parse, on_bad_row, max_characters, tally, columns))
+    records = list(_iterate(paths, kind, on_bad_row, max_characters, tally, columns))
     if summary is None and tally.skipped:
         warnings.warn(f"some rows were skipped\n{tally.describe()}", stacklevel=3)
     return records
 
 
 def _iterate(
-    paths: Paths,
-    kind: str,
-    parse: Parser[T],
-    on_bad_row: str,
-    max_characters: int | None,
-    tally: ReadSummary,
-    columns: Mapping[str, str] | None = None,
-) -> Iterator[T]:
+    paths: Paths, kind: str, on_bad_row: str, max_characters: int | None, tally: ReadSummary, columns: Columns
+) -> Iterator[Any]:
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row is {on_bad_row!r}, expected "error" or "skip"')
     if max_characters is not None and max_characters < 1:
         raise ValueError(f"max_characters is {max_characters}, expected 1 or more, or None for no bound")
-    for path in files_of(paths):
+    own = _own(columns, kind)
+    for path in files_of(paths, tally):
         tally.rows.setdefault(str(path), 0)
+        named, whole = not own, format_of(path) in TEXTS
         for line, row in _rows(path, kind, columns):
             place = f"{path}:{line}"
-            source = str(path) if path.suffix.lower() in (".txt", ".md") else place
+            if not named and isinstance(row, dict):
+                named = True
+                if row.keys().isdisjoint(own.values()):
+                    found = f"found none of the columns {', '.join(own.values())}"
+                    warnings.warn(f"{place}: {found}, so its own names are used", stacklevel=4)
             try:
-                record = parse(_fields(row), source, max_characters)
+                record = PARSERS[kind](_fields(row, own), str(path) if whole else place, max_characters)
             except _Unfit as unfit:
-                if on_bad_row == "error":
+                if on_bad_row == "error" and not isinstance(unfit, _LeftOut):
                     raise BadRow(f"{place}: {unfit}") from None
                 tally.skip(place, str(unfit))
             else:
-                tally.rows[str(path)] += 1
+                file = place.rpartition(":")[0]
+                tally.rows[file] = tally.rows.get(file, 0) + 1
                 yield record
 
 
-def files_of(paths: Paths) -> list[Path]:
-    """The files that paths name, those in folders sorted; ValueError if one is missing or holds none that is known."""
+def files_of(paths: Paths, tally: ReadSummary | None = None) -> list[Path]:
+    """The files that paths name, those in folders sorted; `tally` is told which ones of a folder are left out, and why.
+
+    Raises ValueError about all paths that are missing, of no known format, or folders without data.
+    """
     files: list[Path] = []
+    problems: list[str] = []
     for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
-        if not path.exists():
-            raise ValueError(f"{path}: found no such file or folder; check the path")
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        known = [file for file in inside if file.suffix.lower() in SUFFIXES and file.is_file()]
+        known: list[Path] = [path]
+        left_out: dict[Path, str] = {}
+        if path.is_dir():
+            known, left_out = files_in(path)
+        elif not path.exists():
+            problems.append(f"{path}: found no such file or folder; check the path")
+            continue
+        elif not format_of(path):
+            known = []
         if not known:
-            raise ValueError(f"{path}: found no file ending in {' '.join(SUFFIXES)}; check the path or rename it")
+            problems.append(f"{path}: found no file ending in {' '.join(SUFFIXES)}; check the path or rename it")
         files += known
+        if tally is not None:
+            tally.skipped += [SkippedRow(str(file), 0, f"left out, {reason}") for file, reason in left_out.items()]
+    if problems:
+        raise ValueError("\n".join(problems))
     return files
 
 
-class _Unfit(ValueError):
-    """Why a row cannot be used; the first words name the fault, the same for every row that has it."""
-
-    def __init__(self, fault: str, found: str, expected: str, mend: str = "mend or delete the row") -> None:
-        reason = f"{fault}: found {found}, expected {expected}; {mend}"
-        super().__init__(reason.encode(errors="backslashreplace").decode())  # a broken key must not break the report
-
-
-def _rows(path: Path, kind: str, columns: Mapping[str, str] | None = None) -> Iterator[tuple[int, object]]:
-    # A row that cannot be parsed is yielded as its _Unfit: a generator that raises could not go on to the next row.
-    suffix = path.suffix.lower()
-    if suffix in (".txt", ".md"):
-        yield _whole_text(path, kind)
-    elif suffix == ".jsonl":
-        for number, line in enumerate(_lines(path), 1):
-            if line.strip():
-                yield number, _not_utf8(line) or _json(line, "one object a line; one list belongs in a .json file")
-    elif suffix == ".json":
-        rows = _json("".join(_lines(path)), "one list in the file; one object a line belongs in a .jsonl file")
-        yield from enumerate(rows if isinstance(rows, list) else [rows], 1)
-    else:
-        yield from _table(path, suffix, kind, columns or {})
+def _own(columns: Columns, kind: str) -> dict[str, str]:
+    """Those of the given columns that hold fields of this kind of record."""
+    if unknown := set(columns or ()) - {field for fields in FIELDS.values() for field in fields}:
+        raise ValueError(f"columns has {', '.join(unknown)}, expected some of {', '.join(FIELDS[kind])}")
+    return {name: column for name, column in (columns or {}).items() if name in FIELDS[kind]}
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Lines with their LF; a byte that is not UTF-8 becomes a lone surrogate, so that it costs its own row alone."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file):
-            raw = raw.removeprefix(codecs.BOM_UTF8) if number == 0 else raw
-            yield raw.decode(errors="surrogateescape").replace("\r\n", "\n")
-
-
-def _whole_text(path: Path, kind: str) -> tuple[int, object]:
-    if kind != "documents":
-        return 1, _Unfit("a text file", path.suffix, f"rows of {kind}", "name the files to read, not their folder")
-    lines = list(_lines(path))
-    title = next((heading[1] for line in lines if (heading := HEADING.match(line))), "")
-    broken = next((number for number, line in enumerate(lines, 1) if _not_utf8(line)), 1)
-    return broken, {"text": "".join(lines), "title": title}
-
-
-def _json(text: str, expected: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return _Unfit("invalid JSON", str(error), expected)
-
-
-def _table(path: Path, suffix: str, kind: str, columns: Mapping[str, str]) -> Iterator[tuple[int, object]]:
-    triples = suffix == ".tsv" and kind == "triples"
-    reader = csv.reader(
-        _lines(path),
-        delimiter="," if suffix == ".csv" else "\t",
-        quoting=csv.QUOTE_NONE if triples else csv.QUOTE_MINIMAL,
-        strict=True,  # without it, a quote that is never closed swallows the rest of the file into one cell
-    )
-    names = ["head", "relation", "tail"] if triples else []
-    first = True
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            span = f"{error}, in lines {line} to {reader.line_num}"
-            yield line, _Unfit("invalid CSV", span, "cells closed by a quote", 'write " inside a cell as ""')
-            continue
-        blank = not cells or (len(cells) == 1 and cells[0].isspace())
-        if blank or (triples and cells[0].startswith("#")):
-            continue
-        if first and (not names or [cell.strip() for cell in cells] == names):
-            names = [cell.strip() for cell in cells]
-            _check_header(f"{path}:{line}", names, columns)
-        else:
-            yield line, _named(cells, names, columns)
-        first = False
-
-
-def _check_header(place: str, names: list[str], columns: Mapping[str, str]) -> None:
-    if unfit := _not_utf8(",".join(names)):
-        raise BadRow(f"{place}: {unfit}")
-    if lacking := set(columns.values()) - set(names):
-        raise ValueError(f"{place}: found columns {', '.join(names)}, expected {', '.join(lacking)}; mend `columns`")
-    if twice := {name for name in names if name and names.count(name) > 1}:
-        raise ValueError(f"{place}: found the column {', '.join(twice)} twice, expected it once; rename one")
-
-
-def _named(cells: list[str], names: list[str], columns: Mapping[str, str]) -> object:
-    if len(cells) != len(names):
-        expected = f"{len(names)} ({', '.join(names)})"
-        return _Unfit("wrong number of columns", str(len(cells)), expected, "quote a cell that holds the separator")
-    row = dict(zip(names, cells, strict=True))
-    rest = {name: cell for name, cell in row.items() if name not in columns.values()}
-    return rest | {name: row[column] for name, column in columns.items()}
-
-
-def _not_utf8(text: str) -> _Unfit | None:
-    if broken := LONE_SURROGATE.search(text):
-        found = f"{ascii(broken[0])} at character {broken.start() + 1} (\\udcXX stands for byte XX)"
-        return _Unfit("invalid UTF-8", found, "UTF-8 text", "convert the file, as by iconv -f GB18030 -t UTF-8")
-    return None
+def _rows(path: Path, kind: str, columns: Columns) -> Iterator[tuple[int | str, object]]:
+    if kind != "documents" and format_of(path) in TEXTS:
+        found = path.suffix
+        yield 1, _Unfit("a text file", found, f"rows of {kind}", "name the files to read, not their folder")
+        return
+    yield from read_rows(path, triples=kind == "triples", columns=_own(columns, kind).values())
 
 
 def _check_length(limit: int | None, *texts: str) -> None:
@@ -447,16 +488,24 @@ def _typed(value: object, kind: type[T], name: str) -> T:
     raise _Unfit(f"{name} has the wrong type", "null" if value is None else type(value).__name__, kind.__name__)
 
 
-def _fields(row: object) -> Row:
+def _fields(row: object, columns: Columns = None) -> Row:
+    """A row without its nulls, by names in lower case; `columns` says which of its columns hold which fields."""
     if isinstance(row, _Unfit):
         raise row
-    return _typed(row, dict, "the row")
+    found = _typed(row, dict, "the row")
+    columns = columns if columns and not found.keys().isdisjoint(columns.values()) else {}
+    for column in columns.values():
+        _field(found, [column], f"{column}, which `columns` names")
+    named = {name: found[column] for name, column in columns.items() if found[column] is not None}
+    taken = set(columns.values())
+    return {k.strip().lower(): v for k, v in found.items() if v is not None and k not in taken} | named
 
 
 def _field(row: Row, names: Iterable[str], expected: str) -> str:
     if name := next((name for name in names if name in row), None):
         return name
-    raise _Unfit("missing field", f"the keys {', '.join(row) or '(none)'}", expected, "rename or add the field")
+    mend = "rename or add the field, or name it by `columns`"
+    raise _Unfit("missing field", f"the keys {', '.join(row) or '(none)'}", expected, mend)
 
 
 def _text(row: Row, name: str, *, optional: bool = False) -> str:
@@ -467,7 +516,7 @@ def _text(row: Row, name: str, *, optional: bool = False) -> str:
         if optional:
             return ""
         raise _Unfit(f"{name} is empty", repr(text), "some text")
-    if unfit := _not_utf8(text):  # bytes of a table or .json, or an escaped half of a pair: tokenizers stop at either
+    if unfit := not_utf8(text):  # bytes of a table or .json, or an escaped half of a pair: tokenizers stop at either
         raise unfit
     return text
 
@@ -475,15 +524,35 @@ def _text(row: Row, name: str, *, optional: bool = False) -> str:
 def _messages(row: Row, name: str) -> list[Message]:
     messages = []
     for turn in _typed([row[name]] if isinstance(row[name], dict) else row[name], list, name):
-        fields = _typed(turn, dict, f"a message of {name}")
+        fields = _joined({k: v for k, v in _typed(turn, dict, f"a message of {name}").items() if v is not None})
         written = _text(fields, _field(fields, ("from", "role"), "role or from"))
-        if (role := ROLES.get(written)) is None:
+        if (role := ROLES.get(written.strip(" :：").lower())) is None:
             raise _Unfit("unknown role", repr(written), ", ".join(ROLES))
         # Many exports write an empty system message in every row: it says as much as none.
         content = _text(fields, _field(fields, ("value", "content"), "content or value"), optional=role == "system")
-        loss = _loss(fields, role)
-        messages += [Message(role, content, loss)] if content else []
+        messages += [_message(fields, role, content, _loss(fields, role))] if content else []
     return messages
+
+
+def _message(fields: Row, role: str, content: str, loss: bool = True) -> Message:
+    """A message; what an assistant thought stands in a field of its own, or in the content before the answer."""
+    field = next((name for name in REASONING if role == "assistant" and name in fields), "")
+    message = Message(role, content, loss, _text(fields, field, optional=True))
+    if not message.content.strip():
+        raise _Unfit("no answer after the reasoning", repr(content[-40:]), "an answer after </think>")
+    return message
+
+
+def _joined(fields: Row) -> Row:
+    """A message whose content, where it is a list of parts, is their text."""
+    for name in ("value", "content"):
+        if isinstance(parts := fields.get(name), list):
+            texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+            said = [text for text in texts if isinstance(text, str)]
+            if len(said) < len(texts):
+                raise _Unfit(f"a part of {name} is no text", json.dumps(parts)[:60], "parts with a text")
+            fields = fields | {name: "\n".join(said)}
+    return fields
 
 
 def _loss(fields: Row, role: str) -> bool:
@@ -522,11 +591,16 @@ def _document(row: Row, source: str, limit: int | None) -> Document:
 
 
 def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
-    turns = next((name for name in TURNS if name in row), None)
+    for name in UNDESIRABLE:
+        if name in row and str(row[name]).lower() == "false":
+            raise _LeftOut("an answer judged bad", f"{name} false", "an answer to learn", "its pair may teach DFPO")
+    turns = next((name for name in TURNS if row.get(name)), None)
+    if not turns and row.keys().isdisjoint(QUESTIONS):
+        turns = next((name for name in TURNS if name in row), None)
     messages = _alternating(row, _messages(row, turns) if turns else _question_and_answer(row), "assistant")
     if not any(message.loss for message in messages if message.role == "assistant"):
         raise _Unfit("nothing carries loss", "loss false on every assistant message", "one that is learnt from")
-    _check_length(limit, *(message.content for message in messages))
+    _check_length(limit, *(message.written for message in messages))
     task = row.get("task")
     return Conversation(messages, source, task if isinstance(task, str) else "", *_topic(row))
 
@@ -534,34 +608,69 @@ def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
 def _topic(row: Row) -> tuple[str, str]:
     """(disease, department) where a row names them; what is no text says nothing."""
     disease, department = row.get("disease"), next((row[name] for name in DEPARTMENTS if row.get(name)), "")
-    said = [text if isinstance(text, str) and not _not_utf8(text) else "" for text in (disease, department)]
+    said = [text if isinstance(text, str) and not not_utf8(text) else "" for text in (disease, department)]
     return said[0], said[1]
 
 
 def _question_and_answer(row: Row) -> list[Message]:
     expected = "question and answer, instruction and output, conversations, conversation or messages"
     question, answer = _field(row, QUESTIONS, expected), _field(row, ANSWERS, expected)
+    asked = _messages(row, question) if isinstance(row[question], list | dict) else _asked(row, question)
+    if isinstance(row[answer], list | dict):
+        return [*asked, *_messages(row, answer)]
+    return [*asked, _message(row, "assistant", _text(row, answer))]
+
+
+def _asked(row: Row, question: str) -> list[Message]:
+    """The turns of `history`, then the question with its input and, of an exam, the options."""
     messages = []
     for pair in _typed(row.get("history") or [], list, "history"):
         if len(_typed(pair, list, "a pair of history")) != 2:
             raise _Unfit("history is not in pairs", f"{len(pair)} items", "[question, answer]")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            messages.append(Message(role, _text({"history": text}, "history")))
-    extra = _text(row, "input", optional=True)
-    asked = _text(row, question) + (f"\n{extra}" if extra else "")
-    return [*messages, Message("user", asked), Message("assistant", _text(row, answer))]
+            messages.append(_message({}, role, _text({"history": text}, "history")))
+    extra = [_text(row, question), _text(row, "input", optional=True)]
+    extra += [option for option in _options(row) if option not in extra[0]]
+    return [*messages, Message("user", "\n".join(filter(None, extra)))]
+
+
+def _options(row: Row) -> list[str]:
+    """The choices of an exam's question, "A. fever" each; a list gets letters where it has none."""
+    name = next((name for name in OPTIONS if row.get(name)), None)
+    given = row[name] if name else []
+    if isinstance(given, str):
+        return [_text(row, str(name), optional=True)]
+    if isinstance(given, list):
+        keyed = [{str(key).lower(): value for key, value in each.items()} if isinstance(each, dict) else {"text": each}
+                 for each in given]  # fmt: skip
+        given = {
+            next((str(each[key]) for key in ("key", "label", "option") if each.get(key)), chr(ord("A") + i)):
+            next((each[key] for key in ("value", "text", "content") if each.get(key)), None)
+            for i, each in enumerate(keyed)
+        }  # fmt: skip
+    options = []
+    for letter, text in _typed(given, dict, "options").items():
+        if text is not None and (said := _text({"options": _typed(text, str, "options")}, "options", optional=True)):
+            options.append(said if re.match(r"\(?[A-Z][.、．:：)]", said) else f"{letter}. {said}")
+    return options
 
 
 def _preference(row: Row, source: str, limit: int | None) -> PreferencePair:
-    expected = "prompt (or conversations), chosen and rejected"
-    name = _field(row, ("prompt", *TURNS), expected)
-    written = [Message("user", _text(row, name))] if isinstance(row[name], str) else _messages(row, name)
+    expected = "prompt (or conversations, or question), chosen and rejected"
+    names = [_field(row, names, expected) for names in (CHOSEN, REJECTED)]
+    if "prompt" not in row and not row.keys() & {*TURNS, *QUESTIONS} and isinstance(row[names[0]], list):
+        # TRL's implicit prompt is what both lists begin with, before the reply at their end.
+        both = zip(*(_messages(row, name)[:-1] for name in names), strict=False)
+        written = [one for one, _ in takewhile(lambda at: at[0] == at[1], both)]
+    else:
+        name = _field(row, ("prompt", *TURNS, *QUESTIONS), expected)
+        written = _messages(row, name) if isinstance(row[name], list | dict) else _asked(row, name)
     # Of a pair only the replies carry loss: what the prompt's own flags say is true either way.
     prompt = tuple(replace(message, loss=True) for message in _alternating(row, written, "user"))
-    chosen, rejected = (_reply(row, _field(row, [reply], expected), prompt) for reply in ("chosen", "rejected"))
+    chosen, rejected = (_reply(row, name, prompt) for name in names)
     if chosen.strip() == rejected.strip():
         raise _Unfit("chosen equals rejected", repr(chosen[:40]), "two different replies", "delete the row")
-    _check_length(limit, *(message.content for message in prompt), max(chosen, rejected, key=len))
+    _check_length(limit, *(message.written for message in prompt), max(chosen, rejected, key=len))
     return PreferencePair(prompt, chosen, rejected, source, *_topic(row))
 
 
@@ -577,7 +686,7 @@ def _reply(row: Row, name: str, prompt: tuple[Message, ...]) -> str:
     repeated = tuple(replace(message, loss=True) for message in messages[:-1])
     if repeated not in ((), prompt, prompt[prompt[0].role == "system" :]):
         raise _Unfit(f"{name} repeats another prompt", f"{len(messages) - 1} other messages", "those of the prompt")
-    return last.content
+    return last.written
 
 
 def _triple(row: Row, source: str, limit: int | None) -> Triple:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from pedgpt.data.preference import EncodedPair
 from pedgpt.data.tokenizer import Tokenizer
 from pedgpt.files import atomic_write
 
-_NAME = "logps"
+_NAME, _DATE = "logps", "template_date"
 
 
 def reference_key(*, model: str, chat: ChatFormat, pairs: Sequence[EncodedPair], dtype: str) -> dict[str, str]:
@@ -33,6 +34,7 @@ def reference_key(*, model: str, chat: ChatFormat, pairs: Sequence[EncodedPair],
         "chat_format": chat_fingerprint(chat),
         "data": fingerprint([example for pair in pairs for example in (pair.chosen, pair.rejected)]),
         "dtype": dtype,
+        **({_DATE: chat.today} if chat.today else {}),
     }
 
 
@@ -50,6 +52,13 @@ def chat_fingerprint(chat: ChatFormat) -> str:
     return f"{name} {_short(json.dumps([found and found[0], chat.template.variables], sort_keys=True))}"
 
 
+def reference_date(path: str | Path) -> str:
+    """The day that the prompts of a file name, for a run that shares it; "" if there is no such file, or no day."""
+    with suppress(OSError, SafetensorError), safe_open(path, "pt") as handle:
+        return (handle.metadata() or {}).get(_DATE, "")
+    return ""
+
+
 def save_reference(path: str | Path, logps: Tensor, key: Mapping[str, str]) -> None:
     """Write `logps` [pairs, 2] (chosen, rejected) float32 with its key, at once: the file is whole or not there.
 
@@ -60,8 +69,9 @@ def save_reference(path: str | Path, logps: Tensor, key: Mapping[str, str]) -> N
     if fault := _fault(logps, len(logps)):
         raise ValueError(f"{path}: not written: {fault}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "wb") as handle:
-        handle.write(save({_NAME: logps.detach().cpu().contiguous()}, metadata={"format": "pt", **key}))
+    content = save({_NAME: logps.detach().cpu().contiguous()}, metadata={"format": "pt", **key})
+    with atomic_write(path, "wb", size=len(content)) as handle:
+        handle.write(content)
 
 
 def load_reference(path: str | Path, key: Mapping[str, str], num_pairs: int) -> Tensor | None:

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from pedgpt.data.sentencepiece import convert_sentencepiece
+from pedgpt.data.sentencepiece import LeftmostMerges, convert_sentencepiece
 from pedgpt.files import atomic_write, own_file, write_text
 
 JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
@@ -39,11 +40,18 @@ class Tokenizer:
     """Token ids of plain text; special tokens enter only by id, never from text that spells them.
 
     `bos_id`, `eos_id`, `pad_id` are None where the checkpoint names none. `document_prefix` holds the ids that the
-    checkpoint puts before a document: its bos, or nothing.
+    checkpoint puts before a document: its bos, or nothing. `leftmost` corrects the ids that `backend` gives, where the
+    vocabulary needs it.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path | None = None) -> None:
-        self.backend, self.config, self.folder = backend, config, folder
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        config: dict[str, Any],
+        folder: Path | None = None,
+        leftmost: LeftmostMerges | None = None,
+    ) -> None:
+        self.backend, self.config, self.folder, self.leftmost = backend, config, folder, leftmost
         self.file = (folder or Path()) / (MODEL_FILE if folder and not (folder / JSON_FILE).is_file() else JSON_FILE)
         with _blame((folder or Path()) / CONFIG_FILE):
             self.bos_id, self.eos_id, self.pad_id = (self._named(key) for key in _NAMED[:3])
@@ -55,6 +63,8 @@ class Tokenizer:
             backend.encode_special_tokens = True
             backend.no_truncation()
             backend.no_padding()
+            if leftmost:
+                leftmost.keep(i for i, token in backend.get_added_tokens_decoder().items() if not token.special)
             self.document_prefix = self._document_prefix()
 
     @property
@@ -65,12 +75,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with nothing added before or after."""
         with _blame(self.file):
-            return self.backend.encode(text, add_special_tokens=False).ids
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        return self.leftmost.correct(ids) if self.leftmost else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, in parallel."""
         with _blame(self.file):
-            return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+            found = [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [self.leftmost.correct(ids) for ids in found] if self.leftmost else found
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out."""
@@ -83,6 +95,13 @@ class Tokenizer:
         if found is None:
             raise ValueError(f"the tokenizer has no token {token!r}")
         return found
+
+    def stop_ids(self, strings: Sequence[str]) -> set[int]:
+        """The ids of the special tokens that `strings` spell. No decoded text holds them, so they stop by id."""
+        if isinstance(strings, str) or not all(strings):
+            raise ValueError(f"stop_strings is {strings!r}; expected a list of texts that are not empty")
+        added = self.backend.get_added_tokens_decoder()
+        return {i for i, token in added.items() if token.special and token.content in strings}
 
     def has(self, *names: str) -> bool:
         """Whether the vocabulary has all these tokens."""
@@ -101,7 +120,8 @@ class Tokenizer:
     def save(self, folder: str | Path, *, convert: bool = False, chat_template: str | None = None) -> None:
         """Copy the files that the tokenizer came with; without such, write tokenizer.json and tokenizer_config.json.
 
-        `convert` writes these two in any case, for tools that need no vendor code, with `chat_template` if given.
+        `convert` writes these two in any case, for tools that need no vendor code, with `chat_template` if given, and
+        warns where a tokenizer.json cannot give the ids that this tokenizer gives.
         Raises ValueError naming a file to copy that is a link out of its folder.
         """
         folder = Path(folder)
@@ -116,12 +136,29 @@ class Tokenizer:
             return
         with _blame(self.file):
             write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))
+        if self.leftmost:
+            warnings.warn(f"{folder / JSON_FILE}: {self._what_ranks_lose(self.leftmost)}", stacklevel=2)
         config = self.config
         if convert:
             config = {key: config[key] for key in _NAMED if key in config}
             config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
             config |= {"chat_template": chat_template} if chat_template else {}
         write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+    def _what_ranks_lose(self, leftmost: LeftmostMerges) -> str:
+        texts = list(itertools.islice(leftmost.overlaps(), 20_000))
+        wrong = []
+        for text in texts:
+            ids = [token.id for token in self.backend.model.tokenize(text)]
+            if ids != leftmost.correct(ids):
+                wrong.append(text)
+        examples = ", ".join(map(repr, (wrong or texts)[:3]))
+        return (
+            "this vocabulary has pieces that share a score. SentencePiece merges the leftmost of them first, which a"
+            f" tokenizer.json cannot say. It was tried on {len(texts)} texts in which two such pieces overlap, and"
+            f" gives other ids for {len(wrong)}{f' ({examples})' if examples else ''}. A tool that reads"
+            f" {MODEL_FILE} itself gives equal ids"
+        )
 
     def _named(self, key: str) -> int | None:
         if (value := self.config.get(key)) is None:
@@ -147,12 +184,12 @@ class StreamDecoder:
     """Turns ids that arrive one by one into the text of `Tokenizer.decode`, holding back what is not yet certain.
 
     That is a character until all its bytes are there, and what may begin one of `stop_strings`. `stopped` becomes
-    True when one is complete: the text before it has been given, and the rest is dropped.
+    True when one is complete, or when the special token that one spells arrives: the text before it has been given,
+    and the rest is dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
-        if isinstance(stop_strings, str) or not all(stop_strings):
-            raise ValueError(f"stop_strings is {stop_strings!r}; expected a list of texts that are not empty")
+        self.stop_ids = tokenizer.stop_ids(stop_strings)
         self.tokenizer, self.stop_strings, self.stopped = tokenizer, tuple(stop_strings), False
         self.special = {i for i, t in tokenizer.backend.get_added_tokens_decoder().items() if t.special}
         self.context: list[int] = []  # already given; decoded again so that spacing between tokens is right
@@ -161,6 +198,9 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """The text that this id completes, perhaps empty."""
+        if token in self.stop_ids and not self.stopped:
+            text, self.stopped = self.finish(), True
+            return text
         name = self.tokenizer.backend.id_to_token(token)
         if self.stopped or name is None or token in self.special:
             return ""
@@ -209,21 +249,28 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
     """
     folder = Path(folder)
-    config, names = _read_object(folder, CONFIG_FILE), _read_object(folder, NAMES_FILE)
+    config, names = read_object(folder, CONFIG_FILE), read_object(folder, NAMES_FILE)
     config |= {key: names[key] for key in (*_NAMED, *_LISTED) if key in names and key not in config}
+    leftmost = None
     if path := own_file(folder, JSON_FILE):
         with _blame(path):
             backend = _load_json(path)
     elif path := own_file(folder, MODEL_FILE):
         with _blame(path):
-            backend = convert_sentencepiece(path, _cache_folder())
+            backend, leftmost = convert_sentencepiece(path, _cache_folder())
     else:
         raise ValueError(f"{folder}: no tokenizer; expected {JSON_FILE} or {MODEL_FILE}")
     with _blame(folder / CONFIG_FILE):
         if not isinstance(config.get("add_bos_token"), bool | None):
             raise ValueError(f"add_bos_token is {config['add_bos_token']!r}, expected true or false")
-        _add_tokens(backend, path, config, _read_object(folder, ADDED_FILE))
-    return Tokenizer(backend, config, folder)
+        _add_tokens(backend, path, config, read_object(folder, ADDED_FILE))
+    return Tokenizer(backend, config, folder, leftmost)
+
+
+def taught_folder(model: str, adapter: str = "") -> str:
+    """Where tokenizer, chat template and ends of a model are described: beside its adapter, if the files are there."""
+    beside = adapter and any((Path(adapter) / name).is_file() for name in (JSON_FILE, MODEL_FILE))
+    return adapter if beside else model
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
@@ -345,7 +392,8 @@ def _check_id(backend: tokenizers.Tokenizer, path: Path, token: str, declared: i
         )
 
 
-def _read_object(folder: Path, name: str) -> dict[str, Any]:
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a folder's file; an empty one if there is no such file."""
     path = own_file(folder, name)
     if path is None:
         return {}

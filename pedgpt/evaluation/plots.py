@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pedgpt.evaluation.run import PERPLEXITIES, TASKS, Run, Stage, ordered, split
+from pedgpt.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +55,8 @@ def draw(run: Run) -> list[str] | None:
         with rc_context(STYLE):
             figure = Figure(layout="constrained")
             if paint(run, figure):
-                figure.savefig(run.folder / name, backend="agg")
+                with atomic_write(run.folder / name, "wb") as file:
+                    figure.savefig(file, backend="agg")
                 drawn.append(name)
     return drawn
 

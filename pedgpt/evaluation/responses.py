@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -43,17 +44,39 @@ def thin(rows: Sequence[T], limit: int) -> list[T]:
 
 
 def answer(
-    model: Transformer, chat: ChatFormat, questions: Sequence[Item], *, max_new_tokens: int, batch_size: int = 32
+    model: Transformer,
+    chat: ChatFormat,
+    questions: Sequence[Item],
+    *,
+    max_new_tokens: int,
+    max_thinking_tokens: int = 0,
+    batch_size: int = 32,
 ) -> list[str]:
-    """The model's greedy answers, in order; prompts of like length are decoded together."""
+    """The model's greedy answers, in order; prompts of like length are decoded together.
+
+    Reasoning is no part of an answer. Where the format asks for it, there is room for `max_thinking_tokens` more, as
+    far as the model's window reaches, and an answer after it is cut to `max_new_tokens`. Reasoning without an end is an
+    empty answer.
+    """
     prompts = [encode_prompt(question.history, chat) for question in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
+    unfinished = 0
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        outputs = generate(
-            model, [prompts[i] for i in chosen], max_new_tokens=max_new_tokens, stop_tokens=chat.stop_tokens
-        )
+        window = model.config.max_position_embeddings - len(prompts[chosen[-1]])  # that of the longest
+        room = max(max_new_tokens, min(max_new_tokens + max_thinking_tokens, window)) if chat.thinks else max_new_tokens
+        outputs = generate(model, [prompts[i] for i in chosen], max_new_tokens=room, stop_tokens=chat.stop_tokens)
         for i, ids in zip(chosen, outputs, strict=True):
-            answers[i] = chat.tokenizer.decode(ids).strip()
+            message = chat.read_answer(chat.tokenizer.decode(ids))
+            answers[i] = message.content
+            unfinished += bool(message.reasoning and not message.content)
+            if room > max_new_tokens:
+                cut = chat.tokenizer.encode(answers[i])[:max_new_tokens]
+                answers[i] = chat.tokenizer.decode(cut).strip()
+    if unfinished:
+        more = "raise max_thinking_tokens" if chat.thinks else "set enable_thinking, which gives it max_thinking_tokens"
+        warnings.warn(
+            f"{unfinished} of {len(answers)} answers are empty: their reasoning did not end; {more}", stacklevel=2
+        )
     return answers

@@ -6,7 +6,8 @@ The gradient of log p needs nothing from above but a factor, so it is formed fro
 and scaled in the backward pass (SPEC §3). A frozen head takes two matrix products that way, for any factor a token. A
 head that trains takes three if one factor holds for all tokens, as in a mean (`linear_nll`); with a factor a token
 (`linear_token_logps`) logits are computed again, all but the last chunk's. With `normalize` the head's rows count as of
-unit length (Baichuan2's NormHead) without being copied: z = (h Wᵀ) / ‖w‖.
+unit length (Baichuan2's NormHead) without being copied: z = (h Wᵀ) / ‖w‖. A row of zeros has no direction: its logit
+is 0, and no gradient reaches it, which a division by a small ε would blow up to 1/ε.
 
 Letters: N tokens, D hidden, V vocabulary.
 """
@@ -29,6 +30,7 @@ from pedgpt.kernels.onednn import product, refuse_create_graph
 CHUNK, CHUNK_CUDA = 2**24, 2**26
 # Numbers at a time of a chunk's softmax, and of its product for the head's gradient: they stay in a processor's cache.
 BLOCK, SLICE = 2**19, 2**21
+SHORTEST = 1e-12  # the length below which a row of a normalised head counts as zeros
 
 
 class TokenLogps(NamedTuple):
@@ -149,8 +151,9 @@ class _Head:
         if normalize:
             norms = [torch.linalg.vector_norm(self.given[rows].to(self.wide), dim=-1) for rows in self.slices]
             # The gradient of the logits is multiplied by it, in the products' dtype: it must not overflow there.
-            shortest = 2**-14 if dtype == torch.float16 else 1e-12
-            self.inverse = torch.cat(norms).clamp(min=shortest).reciprocal()
+            shortest = 2**-14 if dtype == torch.float16 else SHORTEST
+            lengths = torch.cat(norms)
+            self.inverse = lengths.clamp(min=shortest).reciprocal().masked_fill_(lengths < SHORTEST, 0)
 
     def chunks(self, tokens: int) -> list[slice]:
         """Parts as equal as they can be; one, empty, of no tokens."""
@@ -286,6 +289,12 @@ class _LinearNLL(torch.autograd.Function):
 # What the library calls
 
 
+def unit_rows(weight: Tensor) -> Tensor:
+    """The rows w/‖w‖ of a normalised head [V, D]; a row of zeros stays as it is, and gets no gradient."""
+    lengths = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+    return torch.where(lengths < SHORTEST, 0.0, weight / lengths.clamp(min=SHORTEST))
+
+
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -336,7 +345,8 @@ def _plain(hidden: Tensor, weight: Tensor, labels: Tensor, normalize: bool, igno
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if normalize:
-        logits = logits / torch.linalg.vector_norm(weight.to(logits.dtype), dim=-1).clamp(min=1e-12)
+        lengths = torch.linalg.vector_norm(weight.to(logits.dtype), dim=-1)
+        logits = torch.where(lengths < SHORTEST, 0.0, logits / lengths.clamp(min=SHORTEST))
     log_p = logits.log_softmax(-1)
     supervised = labels != ignore_index
     logps = log_p.gather(-1, labels.where(supervised, 0)[:, None]).squeeze(-1)

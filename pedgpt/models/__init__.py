@@ -1,6 +1,14 @@
 """The decoder, its configuration, its checkpoints and its decoding."""
 
-from pedgpt.models.checkpoint import export_llama, load_model, load_weights, model_fingerprint, save_model
+from pedgpt.models.checkpoint import (
+    export_llama,
+    load_model,
+    load_weights,
+    model_fingerprint,
+    round_weights,
+    save_model,
+    weights_fingerprint,
+)
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.generation import generate, generate_steps, generation_defaults
 from pedgpt.models.transformer import Transformer
@@ -15,5 +23,7 @@ __all__ = [
     "load_model",
     "load_weights",
     "model_fingerprint",
+    "round_weights",
     "save_model",
+    "weights_fingerprint",
 ]

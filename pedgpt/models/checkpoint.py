@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,13 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pedgpt.files import settle, sync
+from pedgpt.files import naming_full_disk, settle, sync
+from pedgpt.kernels.linear_logps import SHORTEST
 from pedgpt.models.config import ModelConfig, parse_json
 from pedgpt.models.transformer import Transformer
 from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, weight_files, write_json
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 2**30
+COMPARED = 2**20  # numbers of a trained tensor that are compared with what they were
 _DERIVED = "rotary_emb.inv_freq"  # stored by old checkpoints, computed here
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -77,6 +80,57 @@ def save_model(
     _write(model.config, Path(folder), weights.items() if isinstance(weights, Mapping) else weights)
 
 
+def round_weights(
+    weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, since: str | Path
+) -> Iterator[tuple[str, Tensor]]:
+    """Trained weights in the dtype to save, name by name; at the end, print what rounding did to the training.
+
+    It is compared with the weights of the folder `since`, in which the training began. Nothing is printed if no weight
+    was rounded, or if the folder has gone.
+    """
+    start: dict[str, WeightFile] = {}
+    with suppress(ValueError, OSError):  # a result is never lost for a figure
+        start = {key: file for file in map(WeightFile, weight_files(Path(since))) for key in file.tensors}
+    totals = torch.zeros(4, dtype=torch.float64)
+    for name, trained in weights:
+        saved = trained.to(dtype)
+        if saved.dtype != trained.dtype and name in start:
+            with suppress(ValueError, OSError):
+                totals += _rounding(trained, saved, start[name], name)
+        yield name, saved
+    change, rounding, changed, undone = totals.tolist()
+    if change:
+        kind = str(dtype).removeprefix("torch.")
+        print(
+            f"saved in {kind}: rounding moved the weights by {(rounding / change) ** 0.5:.0%} of what training moved "
+            f"them, and {undone / changed:.0%} of the trained numbers are saved as if untrained; "
+            "--save_dtype float32 keeps them"
+        )
+
+
+def _rounding(trained: Tensor, saved: Tensor, file: WeightFile, key: str) -> Tensor:
+    """Σ (trained − start)², Σ (saved − trained)², how many numbers were trained, and how many of these are undone.
+
+    Of a large tensor 16 blocks of rows stand for the whole.
+    """
+    totals = torch.zeros(4, dtype=torch.float64)
+    if file.tensors[key][0] != trained.shape:
+        return totals
+    height = max(1, COMPARED // 16 // trained[:1].numel())
+    blocks = range(0, len(trained), max(height, len(trained) // 16))
+    seen = 0
+    for row in blocks:
+        rows = slice(row, min(row + height, len(trained)))
+        start = file.rows(key, rows.start, rows.stop).to(trained.dtype)
+        seen += len(start)
+        changed = trained[rows] != start
+        totals[0] += (trained[rows] - start).square().sum(dtype=torch.float64)
+        totals[1] += (saved[rows].to(trained.dtype) - trained[rows]).square().sum(dtype=torch.float64)
+        totals[2] += changed.sum()
+        totals[3] += (changed & (saved[rows] == start.to(saved.dtype))).sum()
+    return totals * len(trained) / seen
+
+
 def export_llama(model: Transformer, folder: str | Path) -> None:
     """Write a Baichuan 7B, which rotates, as the Llama it is: W_pack split into q, k and v, NormHead's rows normalised.
 
@@ -115,6 +169,23 @@ def model_fingerprint(folder: str | Path) -> str:
             for place in range(64 * 2**20, size, 2**20):
                 handle.seek(place)
                 digest.update(handle.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """A short name of a folder's weights: of the shape and one row of every tensor but the head, in bfloat16.
+
+    Another folder, other files, another dtype or config.json give the same name; training gives another one.
+    """
+    digest = hashlib.sha256()
+    found = {key: file for file in map(WeightFile, weight_files(Path(folder))) for key in file.tensors}
+    for key in sorted(found):
+        shape = found[key].tensors[key][0]
+        if shape and key != HEAD and not key.endswith(_DERIVED):  # a tied head may be stored or not
+            rows = (shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else (0, shape[0])
+            part = found[key].rows(key, *rows).to(torch.bfloat16).contiguous()
+            digest.update(f"{key} {list(shape)}".encode() + part.view(torch.int16).numpy().tobytes())
+            found[key].close()
     return digest.hexdigest()[:16]
 
 
@@ -169,6 +240,23 @@ def _fill(
     model.load_state_dict(weights, assign=True, strict=False)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
+    if model.config.normalize_head:
+        _warn_of_zero_rows(model.lm_head.weight, files[0].file.parent)
+
+
+def _warn_of_zero_rows(weight: Any, folder: Path) -> None:
+    """Name the tokens whose row of a normalised head is zeros; of a sharded head each rank names its own."""
+    start = _local_rows(weight)[0]
+    local = weight.to_local() if _is_sharded(weight) else weight
+    lengths = [torch.linalg.vector_norm(rows.float(), dim=-1) for rows in local.detach().split(1024)]
+    if ids := [start + row for row in (torch.cat(lengths) < SHORTEST).nonzero().flatten().tolist()]:
+        named = f"{', '.join(map(str, ids[:5]))}{', …' * (len(ids) > 5)} ({len(ids)} in all)"
+        warnings.warn(
+            f"{folder}: the rows of lm_head.weight for the tokens {named} are zeros. A normalised head gives such "
+            "tokens the logit 0 and cannot train them. That is right for padding; where they are new tokens, fill "
+            "their rows first, with the mean of the other rows for example",
+            stacklevel=4,
+        )
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -220,7 +308,8 @@ def _write(config: ModelConfig, folder: Path, weights: Iterable[tuple[str, Tenso
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{WEIGHTS}.{len(parts) + 1}.tmp"
         parts.append((part, list(shard)))
-        save_file(shard, part, metadata={"format": "pt"})
+        with naming_full_disk(folder / WEIGHTS, total):
+            save_file(shard, part, metadata={"format": "pt"})
         shard.clear()
 
     try:

@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says of the network, for all five families."""
+"""What a checkpoint's config.json says of the network, for all families."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("baichuan", "llama", "qwen2", "qwen3")
-BAICHUAN2_VOCAB_SIZE = 125_696
+ARCHITECTURES = {
+    "baichuan": "BaichuanForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",  # Llama's network; only one without a sliding window is supported
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# What the vendor's sizes say: nothing else in a Baichuan's config.json tells its positions and its head.
+BAICHUAN_POSITIONS = {4096: "rope", 5120: "alibi"}  # by hidden_size: 7B and 13B
+BAICHUAN_NORM_HEAD = {64_000: False, 125_696: True}  # by vocab_size: Baichuan-1 and Baichuan2
 
 # Beyond these no checkpoint is real, and the sizes of its tensors overflow.
 MAX_SIZE, MAX_LAYERS = 2**24, 1024
@@ -72,6 +80,12 @@ class ModelConfig:
         if self.rope_scaling:
             for key in _ROPE_SCALING[self.rope_scaling["rope_type"]]:
                 _check_number(f"rope_scaling {key}", self.rope_scaling[key], positive=True)
+            if self.rope_scaling["rope_type"] == "yarn":
+                for key in _YARN_OPTIONS:
+                    if self.rope_scaling.get(key) is not None:
+                        _check_number(f"rope_scaling {key}", self.rope_scaling[key])
+                if self.rope_theta <= 1:
+                    raise ValueError(f"config.json: yarn needs a rope_theta above 1, found {self.rope_theta}")
             if self.rope_scaling["rope_type"] == "llama3":
                 low, high = self.rope_scaling["low_freq_factor"], self.rope_scaling["high_freq_factor"]
                 if high <= low:
@@ -90,23 +104,19 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
-        """Read a checkpoint folder, a config.json, or its dictionary (SPEC: Baichuan 1/2, Llama 2/3, Qwen2/2.5, Qwen3).
+        """Read a checkpoint folder, a config.json, or its dictionary: Baichuan 1/2, Llama 2/3, Mistral, Qwen2/2.5/3.
 
-        Raises ValueError for a missing or broken file, an unknown family, missing keys, or features of the
-        checkpoint that would silently change its outputs if ignored (sliding window, unknown `rope_scaling`).
+        Raises ValueError for a missing or broken file, an unknown family, missing keys, a Baichuan of other sizes than
+        the vendor's without our own keys, or features of the checkpoint that would silently change its outputs if
+        ignored (a sliding window that is used, unknown `rope_scaling`).
         """
         raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
         family = _check_family(raw.get("model_type"))
-        layers = raw.get("layer_types") or []
-        if raw.get("use_sliding_window") or not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}:
-            raise ValueError(
-                "config.json: use_sliding_window or layer_types asks for other than full attention; not supported"
-            )
         for key in ("quantization_config", "dual_chunk_attention_config"):
             if raw.get(key):
                 raise ValueError(f"config.json: {key} is set; such a checkpoint is not supported")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+        if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
+            raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported, only 'silu' or 'swish'")
         missing = [
             key
             for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -115,6 +125,7 @@ class ModelConfig:
         if missing:
             raise ValueError(f"config.json: missing {', '.join(missing)} (found: {', '.join(sorted(raw))})")
 
+        _refuse_sliding_window(family, raw)
         hidden, heads, vocab = raw["hidden_size"], raw["num_attention_heads"], raw["vocab_size"]
         head_dim = raw.get("head_dim", 128 if family == "qwen3" else None)  # Qwen3's default is no quotient
         if head_dim is None:
@@ -123,6 +134,7 @@ class ModelConfig:
             head_dim = hidden // heads
         theta, scaling = _rope_settings(raw)
         baichuan = family == "baichuan"
+        positions, normalize_head = _own_switches(raw, baichuan)
         return cls(
             model_type=family,
             vocab_size=vocab,
@@ -135,30 +147,26 @@ class ModelConfig:
             max_position_embeddings=raw.get("max_position_embeddings") or raw.get("model_max_length") or 4096,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             initializer_range=raw.get("initializer_range", 0.02),
-            # Baichuan's 7B rotates and its 13B uses ALiBi; nothing in the vendor's config.json says so but the width.
-            positions=raw.get(POSITIONS_KEY) or ("alibi" if baichuan and hidden != 4096 else "rope"),
+            positions=positions,
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            normalize_head=bool(raw.get(NORM_HEAD_KEY, baichuan and vocab == BAICHUAN2_VOCAB_SIZE)),
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
+            normalize_head=normalize_head,
             fused_qkv=baichuan,
             # Qwen2 has biases on q, k and v and none on o; no key of its config says so.
-            attention_bias=family == "qwen2" or (not baichuan and bool(raw.get("attention_bias", False))),
-            attention_output_bias=family in ("llama", "qwen3") and bool(raw.get("attention_bias", False)),
-            mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
+            attention_bias=family == "qwen2" or (family in ("llama", "qwen3") and _flag(raw, "attention_bias")),
+            attention_output_bias=family in ("llama", "qwen3") and _flag(raw, "attention_bias"),
+            mlp_bias=family == "llama" and _flag(raw, "mlp_bias"),
             qk_norm=family == "qwen3",
             extra={key: value for key, value in raw.items() if key not in _READ_KEYS},
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json of this model: what it was read from, with the values that pedgpt understands."""
-        architecture = {
-            "baichuan": "BaichuanForCausalLM",
-            "llama": "LlamaForCausalLM",
-            "qwen2": "Qwen2ForCausalLM",
-            "qwen3": "Qwen3ForCausalLM",
-        }[self.model_type]
-        raw: dict[str, Any] = {"architectures": [architecture], "model_type": self.model_type, **self.extra}
+        raw: dict[str, Any] = {"architectures": [ARCHITECTURES[self.model_type]], "model_type": self.model_type}
+        if self.model_type == "mistral":
+            raw["sliding_window"] = None  # where the key is missing, transformers takes 4096
+        raw |= self.extra
         for name in _SHARED_KEYS:
             raw[name] = getattr(self, name)
         raw["hidden_act"] = "silu"
@@ -188,7 +196,10 @@ class ModelConfig:
         """Raise ValueError if rows of so many tokens are longer than the model's positions reach."""
         if tokens > self.max_position_embeddings:
             reach = self.max_position_embeddings
-            raise ValueError(f"row_length {tokens} exceeds the model's max_position_embeddings, {reach}; lower it")
+            hint = ", or raise that key of config.json to what rope_scaling reaches" if self.rope_scaling else ""
+            raise ValueError(
+                f"row_length {tokens} exceeds the model's max_position_embeddings, {reach}; lower it{hint}"
+            )
 
 
 _SHARED_KEYS = (
@@ -204,7 +215,9 @@ _READ_KEYS = {f.name for f in fields(ModelConfig)} | {
 _ROPE_SCALING = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+_YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def _check_number(name: str, value: Any, positive: bool = False) -> float:
@@ -216,9 +229,60 @@ def _check_number(name: str, value: Any, positive: bool = False) -> float:
 
 
 def _check_family(family: Any) -> str:
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(f"config.json: model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"config.json: model_type {family!r} is not supported; expected one of {known}")
     return family
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    """A switch of config.json; false where it is missing or null."""
+    value = raw.get(key) or False
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: {key} must be true or false, found {value!r}")
+    return value
+
+
+def _own_switches(raw: Mapping[str, Any], baichuan: bool) -> tuple[str, bool]:
+    """(positions, normalize_head) by our own keys, or of a Baichuan by the vendor's sizes; nothing else is guessed."""
+    positions, norm_head = raw.get(POSITIONS_KEY), raw.get(NORM_HEAD_KEY)
+    hidden, vocab = raw["hidden_size"], raw["vocab_size"]
+    if positions is None:
+        positions = next((kind for size, kind in BAICHUAN_POSITIONS.items() if size == hidden), None)
+        positions = positions if baichuan else "rope"
+    if norm_head is None:
+        norm_head = next((kind for size, kind in BAICHUAN_NORM_HEAD.items() if size == vocab), None)
+        norm_head = norm_head if baichuan else False
+    if positions is None or norm_head is None:
+        raise ValueError(
+            f"config.json: hidden_size {hidden!r} with vocab_size {vocab!r} is no Baichuan that the vendor published "
+            "(4096 or 5120 with 64000 or 125696), so its positions and its head cannot be told. Add to config.json "
+            f'"{POSITIONS_KEY}": "rope" if the model comes from a 7B, "alibi" if from a 13B; and "{NORM_HEAD_KEY}": '
+            "true if it comes from a Baichuan2 (also with a resized vocabulary), false if from a Baichuan-1"
+        )
+    return positions, _flag({NORM_HEAD_KEY: norm_head}, NORM_HEAD_KEY)
+
+
+def _refuse_sliding_window(family: str, raw: Mapping[str, Any]) -> None:
+    """ValueError if a layer attends to fewer tokens than a text may have; a window that no layer uses is none.
+
+    What is missing counts as in transformers: `sliding_window` is 4096, `max_window_layers` 28.
+    """
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}:
+        raise ValueError(f"config.json: layer_types asks for other than full attention; not supported, found {kinds!r}")
+    window = raw.get("sliding_window", 4096)
+    if family == "mistral":
+        used, fix = window is not None, 'if the checkpoint has no window, write "sliding_window": null'
+    else:
+        first = raw.get("max_window_layers", 28)
+        layers = raw["num_hidden_layers"]
+        inside = isinstance(first, int) and isinstance(layers, int) and first >= layers
+        used = _flag(raw, "use_sliding_window") and window is not None and not kinds and not inside
+        fix = 'if no layer uses it, write "use_sliding_window": false'
+    reach = raw.get("max_position_embeddings")
+    if used and not (isinstance(window, int) and isinstance(reach, int) and window >= reach):
+        raise ValueError(f"config.json: a sliding window of {window!r} tokens is used, which is not supported; {fix}")
 
 
 def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
@@ -228,13 +292,20 @@ def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None
             raise ValueError(f"config.json: {key} must be an object, found {raw[key]!r}")
     parameters = raw.get("rope_parameters") or {}
     scaling = dict(raw.get("rope_scaling") or parameters)
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        raise ValueError("config.json: rope_parameters differ from layer to layer, which is not supported")
     theta = scaling.pop("rope_theta", None) or parameters.get("rope_theta") or raw.get("rope_theta") or 10_000.0
     kind = scaling.pop("type", None)
     kind = scaling.setdefault("rope_type", kind or "default")
     if kind == "default":
         return _check_number("rope_theta", theta, positive=True), None
     if not isinstance(kind, str) or kind not in _ROPE_SCALING:
-        raise ValueError(f"config.json: rope_scaling type {kind!r} is not supported; one of default, linear, llama3")
+        known = ", ".join(_ROPE_SCALING)
+        raise ValueError(f"config.json: rope_scaling type {kind!r} is not supported; one of default, {known}")
+    if kind == "yarn":  # as transformers reads it
+        outside = raw.get("original_max_position_embeddings")
+        length = outside or scaling.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
+        scaling["original_max_position_embeddings"] = length
     missing = [key for key in _ROPE_SCALING[kind] if key not in scaling]
     if missing:
         raise ValueError(f"config.json: rope_scaling of type {kind!r} lacks {', '.join(missing)}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pedgpt.kernels import Linear
 from pedgpt.models.memory import available_memory
-from pedgpt.models.positions import apply_rope, rope_frequencies, rope_tables
+from pedgpt.models.positions import apply_rope, rotary_tables
 
 if TYPE_CHECKING:
     from pedgpt.models.generation import KVCache
@@ -109,8 +109,7 @@ class DecodeStep:
         x = self.model.model.embed_tokens(tokens[:, 0])
         all_positions, all_documents = cache.extend(positions, documents)
         if config.positions == "rope":
-            frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, x.device)
-            cos, sin = rope_tables(positions, frequencies, x.dtype)
+            cos, sin = rotary_tables(config, positions, x.dtype)
         mask = self.model._attention_mask(positions, all_positions, documents, all_documents, x.dtype)
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         if mask is not None and mask.shape[1] > 1:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pedgpt.models.transformer import Transformer
 
 LAY_OUT_FROM = 16  # new tokens: laying out the weights takes as long as decoding five or so, and halves the rest
+MIN_TEMPERATURE = 1e-20  # by less, usual logits would overflow
 
 
 class KVCache:
@@ -116,10 +117,14 @@ def generate_steps(
     running = [True] * len(prompts)
     decoder = None
     for count in range(1, max_new_tokens + 1):
-        logits = logits.float()
+        logits = given = logits.float()
         if repetition_penalty != 1.0:
             penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
             logits = torch.where(seen, penalised, logits)
+        finite = (logits / (temperature or 1.0)).isfinite().all(-1)
+        if not finite.all():
+            _refuse_overflow(given, finite, running, f"{temperature=}, {repetition_penalty=}")
+            logits = logits.where(finite[:, None], 0.0)  # of rows that have stopped, so nothing of them counts
         chosen = _sample(logits, temperature, top_k, top_p, generator)
         if repetition_penalty != 1.0:
             seen[torch.arange(len(prompts), device=device), chosen] = True
@@ -161,7 +166,7 @@ def generate(
     ends once the text that `decode` (a tokenizer's) makes of its ids holds one of `stop_strings`, whose ids are kept:
     the caller cuts the text. Prompts may differ in length. Call with the model in evaluation mode. On the CPU, if
     memory allows, the weights are copied for the call into a layout that is read about twice as fast. Raises ValueError
-    for an empty prompt, an id outside the vocabulary, or a setting out of range.
+    for an empty prompt, an id outside the vocabulary, a setting out of range, and logits that are not finite.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     steps = generate_steps(
@@ -235,6 +240,22 @@ class _StopStrings:
         return any(stop in text for stop in self.strings)
 
 
+def _refuse_overflow(logits: Tensor, finite: Tensor, running: Sequence[bool], settings: str) -> None:
+    """ValueError that names the running rows whose scores are not finite, and whether model or settings did it."""
+    rows = [row for row, fine in enumerate(finite.tolist()) if running[row] and not fine]
+    broken = [row for row in rows if not logits[row].isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"the model computes logits that are not finite for prompts {broken} (counted from 0); its weights are "
+            "damaged, or too large for float16: load it in float32 or bfloat16"
+        )
+    if rows:
+        raise ValueError(
+            f"{settings} makes the logits of prompts {rows} (counted from 0) overflow; a temperature of 0 always takes "
+            "the most probable token"
+        )
+
+
 def _sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
@@ -269,8 +290,11 @@ def _check_sampling(
             raise ValueError(f"prompt {i} holds an id outside the vocabulary of {model.config.vocab_size} tokens")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, found {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, found {temperature}")
+    if temperature < 0 or 0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(
+            f"temperature must be 0, which takes the most probable token, or at least {MIN_TEMPERATURE}, "
+            f"found {temperature}"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1 or None, found {top_k}")
     if not math.isfinite(temperature) or not math.isfinite(repetition_penalty):

@@ -1,4 +1,4 @@
-"""The decoder of all five families, whole, in one file. Module names are those of the HF checkpoints.
+"""The decoder of all families, whole, in one file. Module names are those of the HF checkpoints.
 
 Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value heads, K head_dim, V vocabulary.
 """
@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pedgpt.kernels import Linear, attention, layers_mask, linear, rms_norm, swiglu
+from pedgpt.kernels import Linear, attention, layers_mask, linear, rms_norm, swiglu, unit_rows
 from pedgpt.models.config import ModelConfig
-from pedgpt.models.positions import alibi_slopes, apply_rope, rope_frequencies, rope_tables
+from pedgpt.models.positions import alibi_slopes, apply_rope, rotary_tables
 
 if TYPE_CHECKING:
     from pedgpt.models.generation import KVCache
@@ -202,10 +201,7 @@ class Transformer(nn.Module):
         hidden = self.model.embed_tokens(tokens)
         rotary = None
         if self.config.positions == "rope":
-            frequencies = rope_frequencies(
-                self.config.head_dim, self.config.rope_theta, self.config.rope_scaling, tokens.device
-            )
-            rotary = rope_tables(positions, frequencies, hidden.dtype)
+            rotary = rotary_tables(self.config, positions, hidden.dtype)
         mask = self._attention_mask(positions, all_positions, documents, all_documents, hidden.dtype, branches)
         for i, block in enumerate(self.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
@@ -223,7 +219,7 @@ class Transformer(nn.Module):
     def _normalized_rows(self) -> Iterator[Tensor]:
         """NormHead's matrix in slices: the float32 copy of Baichuan2's whole head would be 2 GB."""
         for rows in self.lm_head.weight.split(8192):
-            yield F.normalize(rows.float(), dim=-1).to(rows.dtype)
+            yield unit_rows(rows.float()).to(rows.dtype)
 
     def _attention_mask(
         self,

@@ -1,9 +1,9 @@
 """One loop, its settings, optimizer, checkpoints and distribution. Knows no model, no data, no loss."""
 
 from pedgpt.training.batches import BatchPlan
-from pedgpt.training.config import TrainingSettings, parse_settings, run_recipe
+from pedgpt.training.config import TrainingSettings, make_printable, parse_settings, run_recipe
 from pedgpt.training.distributed import World, gather_rows, gather_weights, shard, start, stop
-from pedgpt.training.loop import finish, is_finished, mean_loss, train
+from pedgpt.training.loop import finish, is_finished, mean_loss, run_date, train
 from pedgpt.training.metrics import ChosenLikelihoodWatch
 
 __all__ = [
@@ -15,8 +15,10 @@ __all__ = [
     "gather_rows",
     "gather_weights",
     "is_finished",
+    "make_printable",
     "mean_loss",
     "parse_settings",
+    "run_date",
     "run_recipe",
     "shard",
     "start",

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 import os
 import re
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
-from pedgpt.files import nearest, read_toml, toml_place
+from pedgpt.files import (
+    DiskFull,
+    disk_full,
+    full_disk,
+    nearest,
+    printable,
+    read_toml,
+    sole_writer,
+    toml_place,
+    toml_shown,
+    toml_value,
+)
 from pedgpt.training.distributed import stop
 
 C = TypeVar("C")
@@ -37,10 +52,11 @@ class TrainingSettings:
     beta2: float = 0.95  # AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not at all
     dtype: str = "float32"  # of the computation: float32 or bfloat16 (trained weights stay float32)
+    save_dtype: str = ""  # of the trained weights on disk: float32 or bfloat16; empty: a model as dtype, else float32
     activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
     evaluate_every: int = 0  # steps between evaluations on held-out rows; 0: only at the end
-    checkpoint_every: int = 0  # steps between checkpoints; 0: none
-    keep_checkpoints: int = 1  # how many of the last checkpoints stay on disk
+    checkpoint_every: int | str = "auto"  # steps between checkpoints; auto: about 5 % of the time goes to them; 0: none
+    keep_checkpoints: int = 2  # how many of the last checkpoints stay on disk
     seed: int = 0  # of the data order, the initial adapters and all noise
     device: str = "auto"  # auto, cpu or cuda
 
@@ -52,7 +68,10 @@ class TrainingSettings:
         for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("max_steps", "evaluate_every", "checkpoint_every", "max_grad_norm", "weight_decay"):
+        every = self.checkpoint_every
+        if every != "auto" and not (isinstance(every, int) and every >= 0):
+            raise ValueError(f'checkpoint_every must be "auto" or a number of steps, found {every!r}')
+        for name in ("max_steps", "evaluate_every", "max_grad_norm", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
         for name in ("epochs", "learning_rate"):
@@ -61,26 +80,30 @@ class TrainingSettings:
         for name in ("warmup_ratio", "final_learning_rate_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f'dtype must be "float32" or "bfloat16", found {self.dtype!r}')
+        for name in ("dtype", "save_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16", "" if name == "save_dtype" else "float32"):
+                raise ValueError(f'{name} must be "float32" or "bfloat16", found {getattr(self, name)!r}')
 
 
 def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
     """Fill the dataclass `cls` from `--config file.toml` and then from `--key value` flags, which win.
 
-    A list field takes several values. Raises ValueError for an unknown key (with the nearest known one), a value of the
-    wrong type, a missing required field or an unreadable file.
+    A list field takes several values; of a repeated flag the last counts. Raises ValueError for an unknown key (with
+    the nearest known one), a value of the wrong type, a missing required field or an unreadable file.
     """
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     kinds = typing.get_type_hints(cls)
     flags = _split_flags(arguments)
-    values: dict[str, Any] = {}
+    converted: dict[str, Any] = {}
     if "config" in flags:
-        values |= _read_toml(_single("config", flags.pop("config")), known)
+        file = _single("config", flags.pop("config"))
+        for name, value in read_toml(file).items():
+            place = f"{toml_place(file, name)}: {name}"
+            _require_known(name, known, place)
+            converted[name] = _convert(place, value, kinds[name])
     for name, given in flags.items():
         _require_known(name, known, "--" + name.replace("_", "-"))
-        values[name] = given
-    converted = {name: _convert(name, value, kinds[name]) for name, value in values.items()}
+        converted[name] = _convert(name, given, kinds[name], flag=True)
     missing = [
         name
         for name, f in known.items()
@@ -91,24 +114,29 @@ def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
     return cls(**converted)
 
 
-def run_recipe(main: Callable[[C], None], cls: type[C]) -> None:
+def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: bool = True) -> None:
     """Call `main` with settings from the command line; a user's mistake ends in one line instead of a traceback.
 
-    With PEDGPT_TRACEBACK=1 in the environment the traceback is shown.
+    A recipe with a setting `output` holds a lock on that folder; on a file, or a folder that is replaced as a whole,
+    where `cls.lock_beside` is true. Whatever is printed shows on a terminal without acting on it. With
+    PEDGPT_TRACEBACK=1 in the environment the traceback is shown.
     """
+    make_printable(sys.stdout)
+    make_printable(sys.stderr, "\r")  # a progress bar goes back to the start of its line
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
         print(describe_settings(cls))
         return
+    output = ""
     try:
-        main(parse_settings(cls, arguments))
-        stop()
-    except (ValueError, OSError) as error:
-        if os.environ.get("PEDGPT_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # Other ranks may wait for this one in a collective: leave at once, torchrun ends them.
-        os._exit(2)
+        config = parse_settings(cls, arguments)
+        output = str(getattr(config, "output", ""))
+        writes = lock and output and os.environ.get("RANK", "0") == "0"
+        with sole_writer(output, beside=getattr(cls, "lock_beside", False)) if writes else nullcontext():
+            main(config)
+            stop()
+    except BaseException as error:
+        leave(error, output)
     if "RANK" in os.environ:
         # Gloo's threads may still drop tensors while the interpreter shuts down, which aborts a run that has succeeded
         # (pytorch/pytorch#179291): leave without that.
@@ -117,12 +145,60 @@ def run_recipe(main: Callable[[C], None], cls: type[C]) -> None:
         os._exit(0)
 
 
+def leave(error: BaseException, output: str = "") -> NoReturn:
+    """End a recipe: a user's mistake, a full disk or a signal in one line, and anything else with its traceback."""
+    reason, cause = None if isinstance(error, DiskFull) else full_disk(error), True
+    if isinstance(error, SystemExit):  # a run that was stopped has said so
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif isinstance(error, KeyboardInterrupt):
+        code, line = 130, "stopped by Ctrl-C; the same command goes on, or starts anew"
+    elif reason:
+        code, line = 2, f"error: {disk_full(getattr(error, 'filename', None) or output or '.', 0, reason)}"
+    elif isinstance(error, ValueError | OSError):
+        code, line = 2, f"error: {error}"
+    elif isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error)):
+        code, line, cause = 2, "error: another process of this run has ended, and says why", False
+    else:
+        raise error
+    if code == 2 and os.environ.get("PEDGPT_TRACEBACK"):
+        raise error
+    with suppress(OSError):  # standard error may be a file on a full disk
+        if not isinstance(error, SystemExit):
+            tell_torchrun(line, cause)
+            print(printable(line), file=sys.stderr, flush=True)
+    # Other ranks may wait for this one in a collective: leave at once, torchrun ends them.
+    os._exit(code)
+
+
+def make_printable(stream: Any, kept: str = "") -> None:
+    """From now on, write out what a terminal would obey (except the character `kept`) and what the encoding lacks."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    if stream:  # no stream at all is None
+        write = partial(type(stream).write, stream)
+        stream.write = lambda text: write(kept.join(map(printable, text.split(kept))) if kept else printable(text))
+
+
+def tell_torchrun(line: str, cause: bool = True) -> None:
+    """Let torchrun's summary, which it prints last and at length, show this line: as the root cause, or not."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # The root cause is the earliest failure, by whole seconds; what follows from it fails in the same second.
+        when = int(time.time()) + (0 if cause else 60)
+        said = {"message": printable(line), "extraInfo": {"timestamp": str(when)}}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": said}, file)
+
+
 def describe_settings(cls: type) -> str:
     """Every setting with its comment and default, for --help."""
     comments: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), flags=re.MULTILINE))
-    lines = [inspect.getdoc(sys.modules[cls.__module__]) or "", "", "settings (--config FILE.toml, --key value):"]
+    lines = [
+        inspect.getdoc(sys.modules[cls.__module__]) or "",
+        "",
+        "settings (--config FILE.toml, --key value; the last counts):",
+    ]
     for f in dataclasses.fields(cls):
         default = "required"
         if f.default is not dataclasses.MISSING:
@@ -139,7 +215,7 @@ def _split_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
     for argument in arguments:
         if re.match(r"--[A-Za-z]", argument):
             name, equals, value = argument[2:].partition("=")
-            current = flags.setdefault(name.replace("-", "_"), [])
+            current = flags[name.replace("-", "_")] = []  # of a repeated flag the last counts
             if equals:
                 current.append(value)
         elif current is None:
@@ -147,13 +223,6 @@ def _split_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
         else:
             current.append(argument)
     return flags
-
-
-def _read_toml(file: str, known: typing.Iterable[str]) -> dict[str, Any]:
-    values = read_toml(file)
-    for name in values:
-        _require_known(name, known, f"{toml_place(file, name)}: {name}")
-    return values
 
 
 def _require_known(name: str, known: typing.Iterable[str], where: str) -> None:
@@ -168,27 +237,24 @@ def _single(name: str, given: list[str]) -> str:
     return given[0]
 
 
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-
-
-def _convert(name: str, value: Any, kind: Any) -> Any:
+def _convert(name: str, value: Any, kind: Any, flag: bool = False) -> Any:
     """A TOML value, or the list of strings that followed a flag, as the type of the field."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    kind = next(option for option in options if option is not types.NoneType)
+    if isinstance(kind, types.UnionType):  # such as int | str: the first type that fits
+        *first, kind = [option for option in typing.get_args(kind) if option is not types.NoneType]
+        for option in first:
+            with suppress(ValueError):
+                return _convert(name, value, option, flag)
     if typing.get_origin(kind) is list:
         if isinstance(value, str):
             value = [value]
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return value
-        raise ValueError(f"{name} must be a list of strings, found {value!r}")
-    if isinstance(value, list):
-        text = "true" if kind is bool and not value else _single(name, value)
-        try:
-            return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            raise ValueError(f"--{name} must be {_KINDS[kind]}, found {text!r}") from None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{name} must be {_KINDS[kind]}, found {value!r}")
-    return value
+        raise ValueError(f"{name} must be a list of strings, found {toml_shown(value)}")
+    if not flag:
+        return toml_value(name, value, kind)
+    text = "true" if kind is bool and not value else _single(name, value)
+    try:
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        value = text  # which is no such type
+    return toml_value(f"--{name}", value, kind)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 
@@ -41,7 +42,15 @@ def start(device: str = "auto") -> World:
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+        backend, restart = "nccl" if on_cuda else "gloo", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if restart == "0":
+            dist.init_process_group(backend)
+        else:
+            # NOTE: the store still holds the addresses of the processes that torchrun has replaced, and a process that
+            # comes before the others would connect to those; so each restart gets names of its own.
+            store, rank, size = next(rendezvous("env://"))
+            store = dist.PrefixStore(f"restart {restart}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     target = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), target)
 

@@ -9,6 +9,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -19,15 +21,10 @@ from tqdm import tqdm
 
 from pedgpt.files import write_text
 from pedgpt.training.batches import BatchPlan
-from pedgpt.training.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    refuse_changes,
-    save_checkpoint,
-)
+from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, autocast, barrier, reshard, sum_over_ranks
+from pedgpt.training.keeping import Checkpoints, StopRequest
 from pedgpt.training.metrics import MetricsLog
 from pedgpt.training.optim import build_optimizer, learning_rate
 
@@ -72,19 +69,16 @@ def train(
     Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks
     or of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
     Writes a line per step to metrics.jsonl; on the main rank `watch` is then given it, and what text it returns is
-    shown as a warning. Raises ValueError if the loss or the gradient is not finite.
+    shown as a warning. SIGTERM and Ctrl-C end the run after the step, with a checkpoint, by SystemExit(128 + signal).
+    Raises ValueError if the loss, the gradient or a weight is not finite.
     """
     dtype = getattr(torch, settings.dtype)
-    run = describe_run(settings, plan, fingerprint)
-    folder = Path(settings.output) / "checkpoints"
     reshard(model)
     optimizer = build_optimizer(model, settings)
-    checkpoint = latest_checkpoint(folder)
-    first = 0 if checkpoint is None else load_checkpoint(checkpoint, model, optimizer, run, world)
+    checkpoints = Checkpoints(settings, model, optimizer, describe_run(settings, plan, fingerprint), world)
+    first = checkpoints.resume(plan.total_steps)
     log = MetricsLog(Path(settings.output) / "metrics.jsonl", after_step=first) if world.is_main else None
     tokens, seconds = log.totals() if log else (0, 0.0)
-    if world.is_main and first:
-        print(f"resuming from {checkpoint} at step {first} of {plan.total_steps}", file=sys.stderr)
 
     model.train()
     interactive = sys.stderr.isatty()
@@ -92,36 +86,43 @@ def train(
         total=plan.total_steps, initial=first, unit="step", desc=Path(settings.output).name, disable=not world.is_main,
         dynamic_ncols=interactive, mininterval=0.2 if interactive else 10, file=sys.stderr,
     )  # fmt: skip
-    for step in range(first, plan.total_steps):
-        began = time.perf_counter()
-        # Whatever is random in a step depends on the step alone, so that a resumed run repeats it.
-        torch.manual_seed(settings.seed + 1_000_003 * (step * world.size + world.rank + 1))
-        rate = learning_rate(step, plan.total_steps, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batches = [make_batch(rows, ids) for rows, ids in plan.micro_batches(step, world.rank, world.size)]
-        metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world, dtype)
-        took = time.perf_counter() - began
-        tokens, seconds = tokens + num_tokens, seconds + took
-        record: dict[str, Any] = {
-            "step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm,
-            "tokens": tokens, "tokens_per_second": num_tokens / took, "seconds": seconds,
-        }  # fmt: skip
-        last = step + 1 == plan.total_steps
-        if evaluate is not None and (last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)):
-            record |= {f"eval_{name}": value for name, value in evaluate().items()}
-            model.train()
-            reshard(model)
-        if log:
-            log.write(record)
-            bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {num_tokens / took:,.0f} tokens/s", refresh=False)
-            bar.update()
-            if watch and (warning := watch(record)):
-                tqdm.write(f"warning: {warning}", file=sys.stderr)  # above the bar
-        if settings.checkpoint_every and not last and (step + 1) % settings.checkpoint_every == 0:
-            save_checkpoint(folder, step + 1, model, optimizer, run, world)
-            if world.is_main:
-                prune_checkpoints(folder, settings.keep_checkpoints)
+    with StopRequest(world) as stop:
+        for step in range(first, plan.total_steps):
+            began = time.perf_counter()
+            # Whatever is random in a step depends on the step alone, so that a resumed run repeats it.
+            torch.manual_seed(settings.seed + 1_000_003 * (step * world.size + world.rank + 1))
+            rate = learning_rate(step, plan.total_steps, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batches = [make_batch(rows, ids) for rows, ids in plan.micro_batches(step, world.rank, world.size)]
+            metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world, dtype)
+            took = time.perf_counter() - began
+            tokens, seconds = tokens + num_tokens, seconds + took
+            record: dict[str, Any] = {
+                "step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm,
+                "tokens": tokens, "tokens_per_second": num_tokens / took, "seconds": seconds,
+            }  # fmt: skip
+            last, saved = step + 1 == plan.total_steps, False
+            if evaluate is not None and (
+                last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)
+            ):
+                record |= {f"eval_{name}": value for name, value in evaluate().items()}
+                model.train()
+                reshard(model)
+            if log:
+                log.write(record)
+                bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {num_tokens / took:,.0f} tokens/s", refresh=False)
+                bar.update()
+                if watch and (warning := watch(record)):
+                    tqdm.write(f"warning: {warning}", file=sys.stderr)  # above the bar
+            due, sent = stop.agree(checkpoints.due(step + 1))
+            if due or last or sent:
+                if log:
+                    log.sync()  # a checkpoint's steps are in the log, whatever happens
+                saved = checkpoints.save(step + 1, ending=bool(last or sent))
+            if sent:
+                bar.close()
+                stop.leave(sent, f"{settings.output}: step {step + 1} of {plan.total_steps}", saved)
     bar.close()
     model.eval()
 
@@ -162,15 +163,49 @@ def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) 
     return {**chosen, "total_steps": plan.total_steps, "rows_and_base_model": fingerprint}
 
 
+def run_date(output: str | Path, world: World, shared: str = "") -> str:
+    """The day for chat templates that write one, like "2026-03-31", fixed for the whole run.
+
+    It is that of the run in `output`, which is finished or has a checkpoint, or else `shared`, or else today. The main
+    rank decides, so midnight may fall between two ranks.
+    """
+    folder, found = Path(output), ""
+    files = [folder / "done.json", (latest_checkpoint(folder / "checkpoints") or folder) / "state.json"]
+    with suppress(OSError, ValueError, KeyError, TypeError):  # who reads these files in full says what is wrong
+        if path := next((path for path in files if path.is_file()), None):
+            saved = json.loads(path.read_bytes())
+            found = saved.get("run", saved)["template_date"]
+    try:
+        day = date.fromisoformat(found or shared) if found or shared else date.today()
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{output}: its template_date is {found or shared!r}, expected a day like 2026-03-31"
+        ) from None
+    (number,) = sum_over_ranks([day.toordinal() if world.is_main else 0], world)
+    return date.fromordinal(int(number)).isoformat()
+
+
 def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> bool:
     """Whether `settings.output` holds this very run, complete, and say so; ValueError if it holds another one."""
     path = Path(settings.output) / "done.json"
     if not path.exists():
         return False
-    refuse_changes(json.loads(path.read_text(encoding="utf-8")), describe_run(settings, plan, fingerprint), path.parent)
-    if world.is_main:
+    try:
+        saved = json.loads(path.read_bytes())
+        results = saved.pop("result", [])
+        missing = [name for name in results if not (path.parent / name).is_file()]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path}: damaged ({error}); if the result is complete, keep it and use another --output, "
+            "else delete this file to train again"
+        ) from None
+    refuse_changes(saved, describe_run(settings, plan, fingerprint), path.parent)
+    if world.is_main and missing:
+        print(f"{settings.output}: finished, but {missing[0]} is gone: it is trained again", file=sys.stderr)
+    elif world.is_main:
+        _tidy(path.parent)
         print(f"{settings.output}: finished already")
-    return True
+    return not missing
 
 
 def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> None:
@@ -178,9 +213,18 @@ def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world:
     if world.is_main:
         output = Path(settings.output)
         run = describe_run(settings, plan, fingerprint)
+        run["result"] = sorted(str(file.relative_to(output)) for file in output.glob("*/*.safetensors"))
         write_text(output / "done.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        _tidy(output)
     barrier(world)
+
+
+def _tidy(output: Path) -> None:
+    """Delete what a finished run no longer needs, and what a process that was killed left half written."""
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    for file in (*output.glob(".*.tmp"), *output.glob("*/.*.tmp")):
+        if file.is_file():
+            file.unlink()
 
 
 def _step(

@@ -9,23 +9,33 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pedgpt.files import write_text
+from pedgpt.files import naming_full_disk, sync, write_text
 
 
 class MetricsLog:
-    """Appends to a file of one JSON line per step; on resuming, lines after the checkpoint's step are dropped."""
+    """Appends to a file of one JSON line per step; on resuming, lines after the checkpoint's step are dropped.
+
+    Raises ValueError naming the file and the line if one of a step before the checkpoint is damaged.
+    """
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[dict[str, Any]] = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
+                if (kept[-1]["step"] if kept else 0) == after_step:
+                    break  # what follows, perhaps the line that a killed run was writing, is written again
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the line that a killed run was writing
-                if record["step"] > after_step:
+                    later = record["step"] > after_step
+                    float(record["tokens"] + record["seconds"])
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(
+                        f"{path}:{number}: not the record of a step, the file is damaged; "
+                        "delete the line to go on without it"
+                    ) from None
+                if later:
                     break
                 kept.append(record)
         self.last = kept[-1] if kept else None
@@ -33,8 +43,13 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one step."""
-        with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+        line = json.dumps(record) + "\n"
+        with naming_full_disk(self.path, len(line)), open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(line)
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        sync(self.path)
 
     def totals(self) -> tuple[int, float]:
         """(tokens, seconds) spent so far."""

@@ -1,10 +1,12 @@
 """A chat endpoint on 127.0.0.1 that misbehaves as it is told, and keeps account of it. No client should trust it."""
 
+import gzip
+import itertools
 import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +23,20 @@ BODIES = {
     "half a character": b'{"choices": [{"message": {"content": "\\ud83d"}}]}', "not utf-8": b'{"choices": "\xff\xfe"}',
 }  # fmt: skip
 STATUSES = {"408": 408, "409": 409, "425": 425, "429": 429, "500": 500, "502": 502, "503": 503, "529": 529}
+# Sent as they are, for as long as the client listens; 0.02 s between the parts of those that drip.
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+ENDLESS: dict[str, Callable[[], Iterator[bytes]]] = {
+    "endless headers": lambda: itertools.chain([HEAD], (b"X-%d: y\r\n" % i for i in itertools.count())),
+    "drip headers": lambda: itertools.chain([HEAD, b"X: "], itertools.repeat(b"y")),
+    "endless 1xx": lambda: itertools.repeat(b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+    "drip 1xx": lambda: itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "endless gzip": lambda: itertools.chain(
+        [HEAD, b"Content-Encoding: gzip\r\n\r\n", gzip.compress(b"")[:10]],
+        itertools.repeat(b"\0\1\0\xfe\xff "),  # stored blocks of one byte
+    ),
+    "hang": lambda: itertools.chain([HEAD], iter(lambda: time.sleep(0.02) or b"", None)),
+}
+BOMB = gzip.compress(bytes(40 << 20))  # 40 KB that are 40 MB
 PASSING = ("429 retry-after", "slow", "drip", "cut", "refused", *BODIES, *STATUSES)  # faults that a retry mends
 
 
@@ -112,6 +128,16 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(int(fault[:3]), self.error(fault), {"Retry-After": server.retry_after})
             elif fault == "429 date":
                 self.send(429, self.error(fault), {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
+            elif fault in ENDLESS:
+                for part in ENDLESS[fault]():
+                    self.wfile.write(part)
+                    if server.closing.wait(0.02 if "drip" in fault else 0):
+                        break
+                self.close_connection = True
+            elif fault == "gzip bomb":
+                self.send(200, BOMB, {"Content-Encoding": "gzip"})
+            elif fault == "br":
+                self.send(200, b"\x8b\x02\x80", {"Content-Encoding": "br"})
             elif fault == "redirect":
                 self.send(307, b"", {"Location": f"{server.url}/elsewhere"})
             elif fault.isdigit():
@@ -142,6 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.head(200, len(data))
             self.wfile.write(data[: len(data) // 2])
             self.close_connection = True
+        elif request.fault == "gzip":
+            self.send(200, gzip.compress(data), {"Content-Encoding": "GZip"})
         else:
             self.send(200, data)
             request.answered = request.fault == "good"

@@ -6,6 +6,7 @@ The oracles share nothing with the library: keys, similarities, sums and files a
 import hashlib
 import json
 import random
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -167,10 +168,13 @@ def test_every_row_is_written_or_listed_once_and_no_heldout_row_leaks(assembled,
 
     full = {place[id(step)]: key("".join(said_of(step.row.record))) for step in steps if isinstance(step.row, Built)}
     same = {place[id(step)]: step.builder for step in steps}
+    documents = [step.row.record for step in steps if isinstance(step.row, Built) and hasattr(step.row.record, "title")]
+    known = sorted({*DISEASES, *(key(document.title) for document in documents)} - {""}, key=len, reverse=True)
+    named = {place: re.findall("|".join(known), text) for place, text in full.items()}
     for (_, one), (_, other) in combinations(written, 2):
         one, other = one["origin"]["place"], other["origin"]["place"]
         if "role_play" not in (same[one], same[other]):
-            assert jaccard(full[one], full[other]) < threshold
+            assert jaccard(full[one], full[other]) < threshold or named[one] != named[other]
     train, heldout = ([row for side, row in written if side == part] for part in ("train", "heldout"))
     assert not {asked(row) for row in train} & {asked(row) for row in heldout} - {None}
     assert not {row.get("disease") for row in train} & {row.get("disease") for row in heldout} - {None}
@@ -238,6 +242,33 @@ def test_child_of_a_row_that_is_left_out_at_once_or_in_the_end_is_left_out(assem
     assert Counter(row["reason"] for row in left) == {
         parent: 5, "unfit": 1, "exact duplicate": 1, "near duplicate": 1, "a builder's reason": 1,
     }  # fmt: skip
+
+
+def test_four_doses_in_answer_to_one_question_are_all_kept_and_reported(assembled):
+    answer = "按体重用布洛芬混悬液，每次{}毫升，两次之间至少隔六小时，注意多喝水，精神不好就到医院看。"
+    doses = [talk("孩子发热，布洛芬混悬液每次喝多少？", answer.format(dose), source=f"in:{dose}") for dose in ("4.7", "47", "3", "6")]
+    assembly, corpus, rows, left = assembled([[Step("", Built(row))] for row in doses])
+    assert not left and sum(map(len, rows.values())) == 4 and corpus.contradictions == 1
+    (found,) = jsonl(assembly.folder / "reports" / "contradictions.jsonl")
+    assert found["places"] == ["in:4.7", "in:47", "in:3", "in:6"]
+
+
+def test_rows_that_name_another_drug_of_a_graph_or_a_heading_are_no_near_duplicates(assembled):
+    said = "孩子发热，家长先不要着急，让孩子多休息，多喝温开水，穿宽松的衣服，再用{}，观察精神和食欲，" + words(0, 60)
+    inputs = [Built(Document(said.format(name), f"in:{name}")) for name in ("甲芬", "乙芬", "丙芬", "丁芬")]
+    inputs.append(Built(Document(words(1), "book.md:1 › 第一章 退热药 › 乙芬 › 用法", "用法")))
+    _, _, _, left = assembled(
+        [[Step("", row)] for row in inputs], source=TEXTS, before=lambda assembly: assembly.names.add("甲芬")
+    )
+    assert [row["place"] for row in left] == ["in:丁芬"]  # 丙芬 and 丁芬 are names to nobody
+
+
+def test_an_evaluation_row_with_a_stock_answer_removes_no_training_row(assembled):
+    stock = "建议您带孩子到正规医院儿科就诊，在医生指导下用药。"
+    asked = ["咳嗽两周", "嘴角起泡", "夜里磨牙", "走路内八字", "头发稀黄", "耳朵流水"]
+    inputs = [[Step("", Built(talk(f"孩子{name}怎么办？", stock, source=name)))] for name in [*asked, "总揉眼睛"]]
+    _, _, rows, left = assembled(inputs, before=lambda a: a.protect([talk("孩子总揉眼睛怎么办？", stock, source="e:1")]))
+    assert [row["place"] for row in left] == ["总揉眼睛"]  # the one that asks the same
 
 
 ODD = st.text(

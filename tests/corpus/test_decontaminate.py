@@ -4,7 +4,10 @@ import importlib.util
 import random
 from pathlib import Path
 
+import pytest
+
 from pedgpt.corpus.decontaminate import Decontaminator
+from pedgpt.corpus.split import Names
 
 spec = importlib.util.spec_from_file_location(
     "bench_quality", Path(__file__).resolve().parents[2] / "benchmarks" / "bench_quality.py"
@@ -58,7 +61,9 @@ def test_answers_of_several_rows_count_for_none_and_questions_always():
     polite = "不客气，如果还有别的问题可以随时来问我，祝您早日康复。"
     found = against(("e:1", polite), ("e:2", polite), ("e:1", QUESTION, True), ("e:2", QUESTION, True))
     assert found.match(["好的", polite]) is None and found.match([QUESTION]) == ("e:1", 1.0)
-    assert against(("e:1", polite), ("e:1", polite)).match([polite]) == ("e:1", 1.0)
+    fact = "针刺后胳膊红肿是卡介苗的正常反应，三个月左右结痂脱落。"
+    assert against(("e:1", fact), ("e:1", fact)).match([fact]) == ("e:1", 1.0)
+    assert against(("e:1", fact), ("e:2", fact)).match([fact]) is None
 
 
 def test_boilerplate_of_many_items_does_not_decide():
@@ -75,3 +80,62 @@ def test_items_may_be_added_after_a_match():
     assert found.match([QUESTION]) is None
     found.add("e:1", QUESTION)
     assert found.match([QUESTION]) == ("e:1", 1.0)
+
+
+STOCK = "建议您带孩子到正规医院儿科就诊，在医生指导下用药。"
+
+
+def test_an_answer_of_stock_phrases_is_in_no_row_and_a_specific_one_is():
+    found = against(("e:1", "孩子总揉眼睛怎么办？", True), ("e:1", STOCK), ("e:2", "不客气，希望以上建议对您有所帮助，如果还有其他问题，请随时咨询。"))
+    for i in range(6):
+        assert found.match([f"第{i}个问题", "多半是结膜受了刺激。" + STOCK]) is None
+    assert found.match(["问题", "不客气，希望我的建议对您有帮助，如果您还有其他问题，可以随时咨询我。"]) is None
+    fact = against(("e:1", "多半是倒睫刺激了结膜，可用棉签把睫毛拨开，三岁后大多自己好转。" + STOCK))
+    assert fact.match(["眼睛红", "您好，多半是倒睫刺激了结膜，可用棉签把睫毛拨开，三岁后大多自己好转。"])[0] == "e:1"
+
+
+@pytest.mark.parametrize(
+    ("item", "other"),
+    [
+        ("新生儿呕吐的临床表现", "新生儿并发症的临床表现"), ("新生儿呕吐的临床表现有哪些？", "新生儿腹泻的临床表现有哪些？"),
+        ("新生儿呕吐的临床表现有哪些，应该如何护理和预防？", "新生儿黄疸的临床表现有哪些，应该如何护理和预防？"),
+        ("早产儿接种乙肝疫苗以后的不良反应，和足月儿相比有什么不同？", "早产儿接种百白破疫苗以后的不良反应，和足月儿相比有什么不同？"),
+    ],
+)  # fmt: skip
+def test_a_question_with_another_head_noun_is_no_overlap(item, other):
+    found = against(("e:1", item, True))
+    assert found.match([other]) is None and found.match(["有个问题", "您问的是" + other]) is None
+    assert found.match([item + "！"]) == ("e:1", 1.0)
+
+
+def test_an_item_about_another_known_disease_is_no_overlap():
+    asked = "孩子得了{}已经住院一个星期，每天输液，烧退了但是夜里咳得睡不着，还能不能去上幼儿园？"
+    found = against(("e:1", asked.format("肺炎"), True))
+    assert found.match([asked.format("喉炎")])[0] == "e:1"  # one letter, for all that it knows
+    found.names = Names(["肺炎", "喉炎"])
+    assert found.match([asked.format("喉炎")]) is None and found.match([asked.format("肺炎")]) == ("e:1", 1.0)
+
+
+def test_strings_of_digits_are_no_overlap():
+    found = against(("e:1", "1234567890123456789"), ("e:2", "编号 2020-0101-3344-5566 和 7788-9900"))
+    assert found.match(["问", "号码是1234567890123456789，编号2020-0101-3344-5566和7788-9900。"]) is None
+
+
+def test_boilerplate_that_many_rows_share_is_no_overlap():
+    notice = "本平台由王牌健康频道冠名播出，扫描下方二维码领取奶粉试用装，数量有限先到先得。"
+    fact = "川崎病患儿应在起病十天内静脉滴注丙种球蛋白，同时口服阿司匹林。"
+    for item in (notice, fact + notice):
+        found = against(("e:1", item))
+        rows = [["问题", "".join(random.Random(i).choices(planted.COMMON, k=30)) + notice] for i in range(30)]
+        for texts in [*rows, ["川崎病？", fact]]:
+            found.count(texts)
+        assert not any(found.match(texts) for texts in rows)
+        assert (found.match(["川崎病？", fact]) is not None) == (fact in item)
+
+
+def test_short_items_with_a_tenth_of_their_characters_edited_are_found():
+    rng, hits = random.Random(9), 0
+    found = against(("e:1", QUESTION, True))
+    for _ in range(300):
+        hits += found.match(["请问", "家长：" + planted.edited(rng, QUESTION, rng.randint(1, len(QUESTION) // 10))]) is not None
+    assert hits >= 297

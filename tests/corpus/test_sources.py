@@ -122,12 +122,13 @@ def test_folder_without_a_listing_is_read_by_content(folder):
     (folder / "f_g.txt").write_text("小儿肺炎", encoding="utf-8")
     (folder / "README.md").write_text("# 说明", encoding="utf-8")
     (folder / "scan.pdf").write_bytes(b"%PDF")
-    sources = read_listing(folder)
+    left_out = {}
+    sources = read_listing(folder, left_out=left_out)
     assert {source.name: (source.kind, source.domain) for source in sources} == {
         "a": ("instructions", ""), "b": ("encyclopedia", ""), "c": ("dialogues", ""), "d": ("instructions", ""),
         "e": ("preferences", ""), "f_g": ("knowledge_graph", ""), "f_g_": ("encyclopedia", ""),
     }  # fmt: skip
-    told = describe_sources(sources, folder)
+    told = describe_sources(sources, folder, left_out)
     assert "README.md: not read" in told and "scan.pdf: not read" in told
     assert "a.jsonl: question → user, answer → assistant" in told
 

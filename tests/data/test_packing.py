@@ -214,7 +214,7 @@ def spoken(tokenizers_by_name):
 def test_over_long_conversation_is_skipped_and_counted(spoken):
     rows, chat = spoken
     summary = ReadSummary(rows={"talk.jsonl": 3})
-    kept = encode_conversations(rows, chat, 9, "skip", summary)
+    kept = encode_conversations(rows, chat, 9, "error", summary, on_long_row="skip")
     assert [(len(example.tokens), example.source) for example in kept] == [(4, "talk.jsonl:3"), (5, "talk.jsonl:9")]
     assert summary.rows == {"talk.jsonl": 2}
     (skipped,) = summary.skipped
@@ -229,7 +229,7 @@ def test_over_long_conversation_is_an_error_that_names_it(spoken, row_length, fi
     if fit:
         assert [len(e.tokens) for e in encode_conversations(rows, chat, row_length, "error", summary)] == [4, 10, 5]
     else:
-        with pytest.raises(ValueError, match="talk.jsonl:4.*10 tokens.*9.*row_length.*on_bad_row"):
+        with pytest.raises(ValueError, match="talk.jsonl:4.*10 tokens.*9.*row_length.*on_long_row"):
             encode_conversations(rows, chat, row_length, "error", summary)
     assert not summary.skipped
 

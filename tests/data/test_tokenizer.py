@@ -241,6 +241,64 @@ def test_stop_strings_hold_back_only_what_may_begin_one(tokenizers_by_name):
             StreamDecoder(ours, wrong)
 
 
+@pytest.mark.parametrize(("name", "stop"), [("qwen", "<|im_end|>"), ("baichuan_unmarked", "<reserved_106>")])
+def test_a_stop_string_that_spells_a_special_token_stops_by_id(name, stop, tokenizers_by_name):
+    ours = tokenizers_by_name[name]
+    assert ours.stop_ids(["\n", stop, "<|absent|>"]) == {ours.token_id(stop)} and not ours.stop_ids([])
+    begun = ours.encode("多喝水。\n")  # the line break may begin the other stop string, so it is held back
+    stream = StreamDecoder(ours, ["\n\nUser", stop])
+    assert "".join(map(stream.push, begun)) == "多喝水。" and not stream.stopped
+    assert stream.push(ours.token_id(stop)) == "\n" and stream.stopped
+    assert stream.push(ours.encode("再")[0]) + stream.finish() == ""
+    typed = StreamDecoder(ours, [stop])  # a model that spells it in plain text stops as well
+    assert "".join(map(typed.push, ours.encode(f"热{stop}咳"))) == "热" and typed.stopped
+    without = StreamDecoder(ours, ["\n\nUser"])
+    assert without.push(ours.token_id(stop)) == "" and not without.stopped
+
+
+def write_ties(folder, extra):
+    """A tokenizer.model whose words overlap and share the score 0, as a user's extension leaves it."""
+    proto = lambda number, value: bytes([number << 3 | 2, len(value)]) + value  # noqa: E731
+    pieces = [
+        ("<unk>", 2),
+        ("<s>", 3),
+        ("</s>", 3),
+        *[(c, 1) for c in "患儿发热咳嗽三天"],
+        *[(word, 1) for word in extra],
+    ]
+    data = b"".join(proto(1, proto(1, text.encode()) + bytes([24, kind])) for text, kind in pieces)
+    (folder / "tokenizer.model").write_bytes(data + proto(2, b"\x18\x02") + proto(3, b"\x18\x00\x20\x00"))
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def test_an_extended_vocabulary_merges_the_leftmost_of_equal_scores(tmp_path):
+    oracle = write_ties(tmp_path, ["儿发", "发热", "热咳", "咳嗽", "嗽三", "患儿"])
+    ours = load_tokenizer(tmp_path)
+    texts = ["患儿发热咳嗽三天", "儿发热咳嗽三天", "发热咳", "热咳嗽三", "", "天", "龘", "咳嗽三龘儿发热"]
+    assert ours.encode_batch(texts) == [ours.encode(text) for text in texts] == oracle.encode(texts)
+    assert oracle.encode("儿发热咳", out_type=str) == ["儿发", "热咳"]
+    assert copy.deepcopy(ours).encode(texts[0]) == oracle.encode(texts[0])
+
+
+def test_nothing_is_merged_across_an_added_token(tmp_path):
+    write_ties(tmp_path, ["儿发", "发热", "热咳"])
+    (tmp_path / "added_tokens.json").write_text('{"<think>": 14, "</think>": 15}')
+    config = {"added_tokens_decoder": {"11": {"content": "儿发", "normalized": False}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load_tokenizer(tmp_path)
+    names = [ours.backend.id_to_token(i) for i in ours.encode("发<think>热咳儿发热咳</think>")]
+    assert names == ["发", "<think>", "热咳", "儿发", "热咳", "</think>"]
+
+
+def test_a_tokenizer_json_says_which_ties_it_cannot_express(tmp_path):
+    write_ties(tmp_path, ["儿发", "发热", "天三", "三嗽"])
+    ours = load_tokenizer(tmp_path)
+    with pytest.warns(UserWarning, match=r"on 2 texts in which two .* overlap, and gives other ids for 1 \('天三嗽'\)"):
+        ours.save(tmp_path / "llama", convert=True)
+    exported = load_tokenizer(tmp_path / "llama")
+    assert exported.encode("儿发热") == ours.encode("儿发热") and exported.encode("天三嗽") != ours.encode("天三嗽")
+
+
 def test_training_is_deterministic():
     texts = [CHILD, "咳嗽三天了，怎么办？" * 3, "多喝水，观察体温。"] * 5
     first, second = (train_tokenizer(iter(texts), vocab_size=330, special_tokens=SPECIAL) for _ in range(2))
@@ -579,7 +637,7 @@ def test_mutated_files_load_or_are_named(tmp_path, hostile_sources):
     outcomes = {"loaded": 0, "refused": 0}
 
     @given(st.integers(0, 2**32))
-    @settings(max_examples=3000, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=1500, deadline=None, database=None, derandomize=True)
     def check(seed):
         rng = random.Random(seed)
         files = dict(rng.choice(hostile_sources))
@@ -601,7 +659,7 @@ def test_mutated_files_load_or_are_named(tmp_path, hostile_sources):
             outcomes["refused"] += 1
 
     check()
-    assert min(outcomes.values()) > 300
+    assert min(outcomes.values()) > 150
 
 
 def test_a_merge_prefix_that_aborts_the_library_is_refused(folder):

@@ -1,11 +1,11 @@
 """Two gloo processes under FSDP2: the gradients of one process on the whole batch, whoever gathers the head."""
 
 import os
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -111,14 +111,15 @@ def worker(rank, folder):
             direct_loss(name, leaf, head.detach(), labels[rows]).backward()
             torch.testing.assert_close(leaf.grad, before)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
+    while not os.path.exists(f"{folder}/{1 - rank}.pt"):  # a rank that left early would break the other's collectives
+        time.sleep(0.01)
     os._exit(0)  # torch's own threads now and then abort while a spawned process winds down
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, start_ranks):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    start_ranks(worker, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -145,7 +146,7 @@ def test_a_split_model_has_the_gradients_of_one_process(case, found):
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_gradient_of_a_split_head_is_the_mean_over_ranks(name, place, found):
     hidden, weight, labels = direct()
-    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logits = hidden @ F.normalize(weight, dim=-1).T
     logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
     losses = []
@@ -160,6 +161,7 @@ def test_the_gradient_of_a_split_head_is_the_mean_over_ranks(name, place, found)
     dweight, dhidden = torch.autograd.grad((losses[0] + losses[1]) / 2, (weight, hidden))
     for rank in range(2):
         loss, ours, states = found[rank][place, name]
-        assert loss == pytest.approx(losses[rank].item(), rel=2e-6)
+        # A log-probability of 20 nats has a float32 rounding error of 1e-6 or so, and the cosine passes that on whole.
+        assert loss == pytest.approx(losses[rank].item(), rel=2e-6, abs=5e-6 if name == "sequences" else 0)
         close(ours, dweight)
         close(states, 2 * dhidden[torch.tensor([rank, rank + 2])])

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import shutil
 
 import pytest
@@ -12,7 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pedgpt.models import checkpoint, load_model, model_fingerprint, save_model
+from pedgpt.models import (
+    checkpoint,
+    load_model,
+    load_weights,
+    model_fingerprint,
+    round_weights,
+    save_model,
+)
 
 KINDS = ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"]
 
@@ -69,6 +77,53 @@ def test_written_folder_has_the_published_layout(make_model, tmp_path):
     with safe_open(folder / "model.safetensors", framework="pt") as reader:
         assert reader.metadata() == {"format": "pt"}
         assert "lm_head.weight" not in reader.keys()  # tied
+
+
+@pytest.mark.parametrize("load", ["load_model", "load_weights"])
+def test_zero_rows_of_a_normalised_head_are_named_at_load(make_model, random_tokens, tmp_path, load):
+    model, tokens = make_model("baichuan-rope"), random_tokens(2, 12)
+    with torch.no_grad():
+        expected = model(tokens)
+        model.lm_head.weight[[3, *range(120, 127)]] = 0
+    save_model(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"for the tokens 3, 120, 121, 122, 123, … \(8 in all\) are zeros"):
+        loaded = load_model(tmp_path)
+        if load == "load_weights":
+            loaded = load_model(tmp_path, device="meta")
+            load_weights(loaded, tmp_path)
+    with torch.no_grad():
+        logits = loaded(tokens)
+    assert not logits[..., [3, *range(120, 127)]].any()
+    assert torch.equal(logits[..., 4:120], expected[..., 4:120])
+    loaded(tokens).log_softmax(-1)[..., 3].sum().backward()
+    gradient = loaded.lm_head.weight.grad
+    assert not gradient[3].any() and 0 < gradient.norm() < 1e3
+
+
+@pytest.mark.parametrize("compared", [2**20, 2**10], ids=["all", "a sample"])
+def test_the_user_is_told_what_rounding_did_to_the_training(make_model, tmp_path, capsys, monkeypatch, compared):
+    """In bfloat16 the numbers from 1 on are 2^-7 apart: of 1 + k·2^-9 all up to k = 2 are 1 again."""
+    monkeypatch.setattr(checkpoint, "COMPARED", compared)
+    model = make_model("qwen2")  # with a tied head, which the folder does not hold
+    start = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(start)
+    save_model(model.bfloat16(), tmp_path)
+    steps = {name: torch.arange(tensor.numel()).view(tensor.shape) % 5 for name, tensor in start.items()}
+    trained = {name: start[name] + 2**-9 * steps[name] for name in start}
+    saved = dict(round_weights(trained.items(), torch.bfloat16, since=tmp_path))
+    assert all(torch.equal(saved[name], trained[name].bfloat16()) for name in trained)
+    k = torch.cat([step.flatten() for name, step in steps.items() if name != "lm_head.weight"]).double()
+    rounded = torch.where(k < 3, 0.0, 4.0)  # k = 2 is half-way, and goes to the even one
+    share = ((rounded - k).square().sum() / k.square().sum()).sqrt()
+    undone = ((k > 0) & (rounded == 0)).sum() / (k > 0).sum()
+    told = r"rounding moved the weights by (\d+)% of what training moved them, and (\d+)% of the trained numbers"
+    figures = [100 * share.item(), 100 * undone.item()]
+    found = [int(figure) for figure in re.search(told, capsys.readouterr().out).groups()]
+    assert found == pytest.approx(figures, abs=0.5 if compared == 2**20 else 2)
+    # No figure where nothing is rounded or nothing is left to compare with, but always the weights.
+    assert all(torch.equal(v, trained[n]) for n, v in round_weights(trained.items(), torch.float32, since=tmp_path))
+    assert len(dict(round_weights(trained.items(), torch.bfloat16, since=tmp_path / "gone"))) == len(trained)
+    assert not capsys.readouterr().out
 
 
 def test_baichuan_keys_are_the_vendors(make_model, tmp_path):

@@ -173,12 +173,38 @@ def test_both_rope_spellings_are_one_config(raw_config):
 
 
 def test_own_keys_override_what_the_sizes_imply(raw_config):
-    small = raw_config("baichuan-rope")
-    del small["pedgpt_positions"], small["pedgpt_norm_head"]
-    inferred = ModelConfig.from_hf(small)
-    assert (inferred.positions, inferred.normalize_head) == ("alibi", False)
     large = ModelConfig.from_hf({**BAICHUAN2_7B, "pedgpt_positions": "alibi", "pedgpt_norm_head": False})
     assert (large.positions, large.normalize_head) == ("alibi", False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 125_700},  # four tokens were added
+        {"vocab_size": 64_008},
+        {"hidden_size": 2048},
+        {"vocab_size": 125_700, "pedgpt_positions": "rope"},
+        {"hidden_size": 2048, "pedgpt_norm_head": True},
+        {"vocab_size": 125_700, "pedgpt_positions": None, "pedgpt_norm_head": None},
+    ],
+    ids=str,
+)
+def test_a_resized_baichuan_is_not_guessed(changes):
+    with pytest.raises(ValueError, match="is no Baichuan that the vendor published") as found:
+        ModelConfig.from_hf({**BAICHUAN2_7B, **changes})
+    sizes = BAICHUAN2_7B | changes
+    for told in ("pedgpt_positions", "pedgpt_norm_head", str(sizes["vocab_size"]), str(sizes["hidden_size"])):
+        assert told in str(found.value)
+    keys = {"pedgpt_positions": "alibi", "pedgpt_norm_head": True}
+    config = ModelConfig.from_hf({**BAICHUAN2_7B, **changes, **keys})
+    assert (config.positions, config.normalize_head) == ("alibi", True)
+    assert config.to_hf().items() >= keys.items()
+
+
+def test_a_switch_that_is_no_truth_value_is_refused(raw_config):
+    for key in ("pedgpt_norm_head", "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+        with pytest.raises(ValueError, match=f"{key} must be true or false, found 'false'"):
+            ModelConfig.from_hf({**raw_config("llama"), key: "false"})
 
 
 def test_config_is_read_from_folder_file_and_dictionary(tmp_path):
@@ -191,9 +217,19 @@ def test_config_is_read_from_folder_file_and_dictionary(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "'gpt2' is not supported.*baichuan, llama, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "'gpt2' is not supported.*baichuan, llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "model_type None"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        (
+            {"use_sliding_window": True, "max_window_layers": 1, "max_position_embeddings": 4097},
+            "window of 4096 tokens is used.*use_sliding_window",
+        ),
+        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 31}, "window of 31 tokens is used"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types asks for other than full attention"),
+        (
+            {"model_type": "mistral", "max_position_embeddings": 8192},
+            'window of 4096 tokens is used.*"sliding_window": null',
+        ),
+        ({"model_type": "mistral", "sliding_window": 8}, "window of 8 tokens is used"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_size": 50}, "hidden_size 50 is.* multiple of num_attention_heads 6"),
         ({"num_key_value_heads": 4}, "num_attention_heads 6 is.* multiple of num_key_value_heads 4"),
@@ -205,7 +241,10 @@ def test_config_is_read_from_folder_file_and_dictionary(tmp_path):
         ({"hidden_size": None}, "hidden_size None"),
         ({"num_attention_heads": 0}, "num_attention_heads 0"),
         ({"pedgpt_positions": "learned"}, "pedgpt_positions.*'learned'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "lacks factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": "32"}}, "beta_fast must be a number"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 1}, "rope_theta above 1"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "differ from layer to layer"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
@@ -223,7 +262,8 @@ def test_errors_name_missing_keys_and_files(raw_config, tmp_path):
     with pytest.raises(ValueError, match="missing vocab_size, num_hidden_layers"):
         ModelConfig.from_hf({k: v for k, v in raw.items() if k not in ("vocab_size", "num_hidden_layers")})
     with pytest.raises(ValueError, match="W_pack"):
-        ModelConfig.from_hf({**raw, "model_type": "baichuan"})
+        own = {"pedgpt_positions": "rope", "pedgpt_norm_head": False}
+        ModelConfig.from_hf({**raw, "model_type": "baichuan", **own})
     file = tmp_path / "config.json"
     with pytest.raises(ValueError, match=f"{file}: no such file"):
         ModelConfig.from_hf(tmp_path)

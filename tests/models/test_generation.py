@@ -298,6 +298,37 @@ def test_settings_out_of_range_are_errors(make_model, prompts, settings, message
         generate(make_model("llama"), prompts, **{"max_new_tokens": 3, **settings})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 1e-38}, "temperature must be 0, .* or at least 1e-20, found 1e-38"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty=1e.39 makes the logits of prompts .* overflow"),
+    ],
+)
+def test_a_setting_that_makes_logits_overflow_is_an_error(make_model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(make_model("llama"), PROMPTS, max_new_tokens=3, **settings)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_prompts(make_model, temperature, broken):
+    model = make_model("llama")
+    settings = {"max_new_tokens": 18, "temperature": temperature, "seed": 0}
+    whole = generate(model, [[1, 3], [9]], **settings)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = broken
+    with pytest.raises(ValueError, match=r"logits that are not finite for prompts \[1, 2\].*float32"):
+        generate(model, [[1, 2], [7, 3], [1, 7], [4]], **settings)
+    # A row that has stopped hurts nobody: the one beside it goes on as without it.
+    stop = whole[0][0]
+    assert stop not in [1, 3, 9, *whole[1][:2]]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[stop] = broken
+    answers = generate(model, [[1, 3], [9]], **{**settings, "max_new_tokens": 2}, stop_tokens=[stop])
+    assert answers == [[], whole[1][:2]]
+
+
 def test_cache_overflow_is_an_error(make_model, random_tokens):
     model = make_model("llama")
     cache = KVCache(model, 2, 8)

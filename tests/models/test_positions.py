@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from pedgpt.models.positions import alibi_slopes, apply_rope, rope_frequencies, rope_tables
+from pedgpt.models import ModelConfig
+from pedgpt.models.positions import alibi_slopes, apply_rope, rope_frequencies, rope_tables, rotary_tables
 from pedgpt.models.transformer import document_positions
 
 LLAMA31 = {
@@ -95,3 +98,33 @@ def test_positions_restart_with_each_document(documents, expected):
     rows = torch.tensor([documents, [9] * 6])
     assert document_positions(tokens, rows).tolist() == [expected, [0, 1, 2, 3, 4, 5]]
     assert document_positions(tokens, None).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},  # as Qwen2.5's model card says
+        {"rope_type": "yarn", "factor": 4.0},  # the original length is then max_position_embeddings
+        {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0,
+         "mscale_all_dim": 0.8, "beta_fast": 16, "beta_slow": 2},
+        {"rope_type": "yarn", "factor": 2.5, "attention_factor": 0.9, "truncate": False},
+        {"rope_type": "yarn", "factor": 0.5, "original_max_position_embeddings": 7},  # a ramp of no width
+    ],
+    ids=str,
+)  # fmt: skip
+def test_yarn_matches_transformers(scaling):
+    raw = {
+        "model_type": "qwen2", "vocab_size": 9, "hidden_size": 256, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 32768, "rope_theta": 1e6, "rope_scaling": scaling,
+    }  # fmt: skip
+    positions = torch.tensor([[0, 1, 17, 4096, 100_000]])
+    theirs = Qwen2RotaryEmbedding(Qwen2Config(**raw))
+    expected = theirs(torch.zeros(1), positions)
+    ours = rotary_tables(ModelConfig.from_hf(raw), positions, torch.float32)
+    for got, truth in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got[:, 0], truth, atol=2e-2, rtol=0)  # at 100,000 a rounding of f turns far
+        torch.testing.assert_close(got[:, 0, :4], truth[:, :4], atol=1e-3, rtol=0)
+    config = ModelConfig.from_hf(raw)
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    torch.testing.assert_close(frequencies, theirs.inv_freq, rtol=3e-7, atol=0)
+    assert ModelConfig.from_hf(config.to_hf()) == config

@@ -8,13 +8,15 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-from pedgpt.models import ModelConfig, Transformer, load_model, save_model
+from pedgpt.models import ModelConfig, Transformer, generate, load_model, save_model
 
 SIZES = {
     "vocab_size": 131, "hidden_size": 48, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -25,8 +27,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 24,
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 3.0}
-LLAMA, QWEN2, QWEN3 = (
-    (LlamaForCausalLM, LlamaConfig), (Qwen2ForCausalLM, Qwen2Config), (Qwen3ForCausalLM, Qwen3Config)
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 24}
+LLAMA, MISTRAL, QWEN2, QWEN3 = (
+    (LlamaForCausalLM, LlamaConfig), (MistralForCausalLM, MistralConfig), (Qwen2ForCausalLM, Qwen2Config),
+    (Qwen3ForCausalLM, Qwen3Config),
 )  # fmt: skip
 CASES = {
     "llama": (LLAMA, {}),
@@ -38,6 +42,20 @@ CASES = {
     "llama-tied": (LLAMA, {"tie_word_embeddings": True, "num_key_value_heads": 3}),
     "llama-rope-llama3": (LLAMA, {"rope_parameters": LLAMA3, "num_key_value_heads": 2}),
     "llama-rope-linear": (LLAMA, {"rope_parameters": LINEAR}),
+    "mistral-swish": (
+        MISTRAL,
+        {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 10, "hidden_act": "swish"},
+    ),
+    "qwen2-yarn-unused-window": (
+        QWEN2,
+        {"num_key_value_heads": 2, "rope_parameters": YARN, "use_sliding_window": True, "sliding_window": 3,
+         "max_window_layers": 2},
+    ),
+    "qwen3-yarn-attention_factor": (
+        QWEN3,
+        {"num_key_value_heads": 3, "head_dim": 16,
+         "rope_parameters": {**YARN, "attention_factor": 1.4, "beta_fast": 2.0, "beta_slow": 0.3}},
+    ),
     "qwen2": (QWEN2, {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2-tied": (QWEN2, {"num_key_value_heads": 6, "tie_word_embeddings": True}),
     "qwen3": (QWEN3, {"num_key_value_heads": 3, "head_dim": 16}),
@@ -69,6 +87,13 @@ def test_logits_match_transformers(pair, random_tokens, shape):
     logits = ours(tokens)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_greedy_answers_match_transformers(pair, random_tokens):
+    theirs, ours, _ = pair
+    prompt = random_tokens(1, 20)
+    expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert generate(ours, prompt.tolist(), max_new_tokens=20) == expected[:, 20:].tolist()
 
 
 def test_gradients_match_transformers(pair, random_tokens):

@@ -43,6 +43,9 @@ SPECIFIC = {
 }  # fmt: skip
 
 
+TIMES = ("seconds", "tokens_per_second")
+
+
 @dataclass
 class Result:
     """How a command ended."""
@@ -128,13 +131,16 @@ class Lab:
 
     def torchrun(self, script: str | Path, arguments: list[str]) -> Result:
         """`torchrun --nproc-per-node 2`, gloo."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(self.free_port())]
         process = self.start([*launcher, str(script), *arguments])
         out, err = process.communicate(timeout=120)
         return Result(process.returncode, out, err)
+
+    def free_port(self) -> int:
+        """A port that nobody listens on."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return free.getsockname()[1]
 
     def torchrun_all(self, jobs: list[tuple]) -> Result:
         """Several (recipe, output, settings, die_after) one after the other in the same two processes."""
@@ -159,24 +165,40 @@ class Lab:
         (file,) = output.glob("*/*.safetensors")
         return load_file(file)
 
+    def assert_as_if_nothing_happened(self, output: Path, expected: Path) -> None:
+        """The same weights and metrics bit for bit, every step once, and no checkpoint left."""
+        found, wanted = self.weights(output), self.weights(expected)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+        mine, theirs = (
+            [{name: value for name, value in line.items() if name not in TIMES} for line in self.metrics(folder)]
+            for folder in (output, expected)
+        )
+        assert [line["step"] for line in mine] == list(range(1, len(theirs) + 1))
+        assert mine == theirs
+        seconds = [line["seconds"] for line in self.metrics(output)]
+        assert seconds == sorted(seconds)
+        assert {path.name for path in output.iterdir()} == {path.name for path in expected.iterdir()}
+        assert not (output / "checkpoints").exists()
+
 
 JOBS = """
 import json, os, runpy, sys
 from unittest.mock import patch
 from pedgpt import training
-from pedgpt.training import loop
+from pedgpt.training import keeping
 
 class Died(Exception): pass
 
 for path, arguments, die_after in json.loads(sys.argv[1]):
     recipe = runpy.run_path(path)
-    real = loop.save_checkpoint
+    real = keeping.save_checkpoint
     def save(folder, step, *rest):
         real(folder, step, *rest)
         if step == die_after:
             raise Died
     try:
-        with patch.object(loop, "save_checkpoint", save):
+        with patch.object(keeping, "save_checkpoint", save):
             recipe["main"](training.parse_settings(recipe["Config"], arguments))
     except Died:
         print("died as asked")
@@ -188,14 +210,14 @@ os._exit(0)  # as run_recipe does
 
 @contextlib.contextmanager
 def dying_after(step: int | None):
-    real = training.loop.save_checkpoint
+    real = training.keeping.save_checkpoint
 
     def save(folder, at, *rest):
         real(folder, at, *rest)
         if at == step:
             raise Died
 
-    with patch.object(training.loop, "save_checkpoint", save):
+    with patch.object(training.keeping, "save_checkpoint", save):
         yield
 
 

@@ -449,8 +449,8 @@ def test_killed_runs_go_on_and_end_with_the_same_corpus(recipe, source, tmp_path
     (earlier, complete), kills = states, 0
     with ChatServer(answer=answer, pause=0.03) as server, watched(output) as seen:
         teacher = toml(tmp_path / "t.toml", server)
-        # At a random answer twice; then at a random moment after the last one, when the corpus is written.
-        for goal in [*sorted(rng.sample(range(1, total), 2)), total]:
+        # At a random answer; then at a random moment after the last one, when the corpus is written.
+        for goal in (rng.randrange(1, total), total):
             process = start(source, output, teacher)
             while sum(request.answered for request in server.log) < goal and process.poll() is None:
                 time.sleep(0.001)
@@ -472,7 +472,7 @@ def test_killed_runs_go_on_and_end_with_the_same_corpus(recipe, source, tmp_path
         later = asked_of(server.log[sent:])
         assert not set(later) & kept  # what was committed at the last kill is not sent again
     # The last state may have come too late to be looked at; no other was ever there.
-    assert kills >= 2 and seen in ([states[earlier]], [states[earlier], states[complete]])
+    assert kills >= 1 and seen in ([states[earlier]], [states[earlier], states[complete]])
     assert files_of(output) == files_of(reference[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "corpus.teacher.sqlite", "t.toml"]
     # Answers that were on their way at a kill, at most one a worker, are all that was asked twice.

@@ -1,17 +1,22 @@
 """chat.py as its user meets it: Ctrl-C, stop strings, the model's own defaults, templates that refuse."""
 
+import io
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from pedgpt.data import Message, chat_format, encode_prompt, load_tokenizer, train_tokenizer
+from pedgpt.files import printable
 from pedgpt.models import ModelConfig, Transformer, generate, load_model, save_model
 
 CHAT = Path(__file__).resolve().parents[2] / "recipes" / "chat.py"
@@ -44,16 +49,19 @@ def start(folder, *flags):
     return subprocess.Popen(command, env=environment, **pipes)
 
 
-def talk(folder, text, *flags):
-    out, err = start(folder, *flags).communicate(text.encode(), timeout=120)
-    return out.decode(), err.decode()
+def talk(lab, text, folder, *flags):
+    """What is printed when `text` is piped in."""
+    with patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")):
+        result = lab.call("chat", ["--model", str(folder), *map(str, flags)])
+    return result.out, result.err
 
 
 def expected(folder, text, **settings):
     tokenizer = load_tokenizer(folder)
     chat = chat_format(tokenizer)
     prompt = encode_prompt([Message("user", text)], chat)
-    return tokenizer.decode(generate(load_model(folder), [prompt], stop_tokens=chat.stop_tokens, **settings)[0])
+    said = tokenizer.decode(generate(load_model(folder), [prompt], stop_tokens=chat.stop_tokens, **settings)[0])
+    return printable(said)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
@@ -73,30 +81,30 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     assert "Traceback" not in answer and 20 < len(answer) and whole.startswith(answer[:20])
 
 
-def test_a_stop_string_ends_the_answer_before_it(folder):
+def test_a_stop_string_ends_the_answer_before_it(lab, folder):
     whole = expected(folder, "发热", max_new_tokens=60)
     stop = whole[10:13]
-    out, err = talk(folder, "发热\n", "--max_new_tokens", 60, "--stop_strings", stop)
+    out, err = talk(lab, "发热\n", folder, "--max_new_tokens", 60, "--stop_strings", stop)
     assert not err
     assert out.partition("助手> ")[2].strip() == whole[: whole.index(stop)].strip()
 
 
-def test_the_models_own_defaults_hold_unless_a_setting_says_otherwise(folder, tmp_path):
+def test_the_models_own_defaults_hold_unless_a_setting_says_otherwise(lab, folder, tmp_path):
     model = tmp_path / "model"
     subprocess.run(["cp", "-r", str(folder), str(model)], check=True)
     own = {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "max_new_tokens": 25}
     (model / "generation_config.json").write_text(json.dumps(own))
     sampling = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "seed": 0}
-    out, _ = talk(model, "发热\n")
+    out, _ = talk(lab, "发热\n", model)
     assert out.partition("助手> ")[2].strip() == expected(folder, "发热", max_new_tokens=25, **sampling).strip()
-    out, _ = talk(model, "发热\n", "--temperature", 0, "--max_new_tokens", 12)
+    out, _ = talk(lab, "发热\n", model, "--temperature", 0, "--max_new_tokens", 12)
     assert out.partition("助手> ")[2].strip() == expected(folder, "发热", max_new_tokens=12).strip()
     (model / "generation_config.json").write_text('{"do_sample": true, "top_p": 3}')
-    out, err = talk(model, "发热\n")
+    out, err = talk(lab, "发热\n", model)
     assert "助手" not in out and "generation_config.json: top_p is 3" in err
 
 
-def test_a_template_that_refuses_does_not_end_the_chat(folder, tmp_path):
+def test_a_template_that_refuses_does_not_end_the_chat(lab, folder, tmp_path):
     model = tmp_path / "model"
     subprocess.run(["cp", "-r", str(folder), str(model)], check=True)
     (model / "chat_template.jinja").write_text(
@@ -106,8 +114,70 @@ def test_a_template_that_refuses_does_not_end_the_chat(folder, tmp_path):
         "{% if add_generation_prompt %}<reserved_107>{% endif %}"
     )
     flags = ["--chat_format", "template", "--max_new_tokens", 9]
-    out, err = talk(model, "/system 你是医生\n发热\n/system\n发热\n", *flags)
+    out, err = talk(lab, "/system 你是医生\n发热\n/system\n发热\n", model, *flags)
     assert not err
     first, second = out.split("家长> 发热\n")[1:]
     assert "no system text here" in first and "助手" not in first
     assert second.partition("助手> ")[2].strip()
+
+
+def test_commands_are_confirmed_and_unknown_ones_named(lab, folder):
+    typed = "/help\n/systemx 你好\n/reste\n/xyzzy\n/reset\n/system 你是\x1b[31m医生\n/3岁\n/quit\n发热\n"
+    out, err = talk(lab, typed, folder, "--max_new_tokens", 3)
+    assert not err and "\x1b" not in out
+    assert re.search(r"^/help +list the commands$", out, re.MULTILINE)
+    assert "(/systemx is no command; did you mean '/system'?)" in out
+    assert "(/reste is no command; did you mean '/reset'?)" in out
+    assert "(/xyzzy is no command; known commands: /help, /reset, /system, /quit)" in out
+    assert "(a new conversation, without system text)" in out
+    assert "(a new conversation, the system text is '你是\\x1b[31m医生')" in out
+    assert out.count("助手>") == 1 and "家长> /3岁" in out and "家长> 发热" not in out
+
+
+# Reads questions until the input ends, with chat.py's function alone: to import torch takes longer.
+READ = """
+import ast, pathlib, select, sys
+from contextlib import suppress
+tree = ast.parse(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
+tree.body = [node for node in tree.body if getattr(node, "name", "") == "read_question"]
+exec(compile(tree, "chat.py", "exec"))
+while True:
+    try:
+        print(repr(read_question()))
+    except EOFError:
+        break
+"""
+
+
+def test_pasted_lines_are_one_question_and_history_is_kept_in_memory(tmp_path):
+    main, other = pty.openpty()
+    home = {"HOME": str(tmp_path), "TERM": "xterm", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", READ, str(CHAT)]
+    process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env={**os.environ, **home})
+    os.close(other)
+
+    def answer_to(typed):
+        """What is printed after the prompt and what is typed, until the next prompt."""
+        os.write(main, typed.encode())
+        said = b""
+        while not said.endswith("家长> ".encode()):
+            said += os.read(main, 4096)
+        return said.decode()
+
+    answer_to("")
+    # A terminal that does not mark what is pasted; one that does; arrow keys that edit, and bring back a line.
+    assert "'孩子发热\\n三天了\\n怎么办'" in answer_to("孩子发热\n三天了\n怎么办\n")
+    assert "'咳嗽\\n两天'" in answer_to("\x1b[200~咳嗽\r两天\x1b[201~\r")
+    assert "'两一只'" in answer_to("一只\x1b[D\x1b[D两\r")
+    assert "'两一只！'" in answer_to("\x1b[A！\r")
+    os.write(main, b"\x04")
+    assert process.wait(20) == 0
+    os.close(main)
+    assert not list(tmp_path.iterdir())
+
+
+def test_chat_before_the_demo_says_what_to_do(tmp_path):
+    command = ["make", "-C", str(CHAT.parents[1]), "chat", f"RUN={tmp_path}", f"VENV={tmp_path}/venv"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode and f'there is no trained model in {tmp_path} yet; run "make demo" first' in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -83,16 +83,6 @@ def test_the_outputs_own_file_is_made_anew_if_it_does_not_fit(lab, tmp_path):
         assert torch.equal(found.get_tensor("logps"), expected.get_tensor("logps"))
 
 
-def test_two_ranks_compute_the_same_reference(lab, tmp_path):
-    result = lab.torchrun(lab.script("dfpo"), lab.arguments("dfpo", tmp_path, max_steps=1))
-    assert result.code == 0, result.err
-    found, expected = (
-        safe_open(folder / "reference_logps.safetensors", "pt") for folder in (tmp_path, lab.reference("dfpo"))
-    )
-    assert found.metadata() == expected.metadata()
-    torch.testing.assert_close(found.get_tensor("logps"), expected.get_tensor("logps"), rtol=1e-6, atol=1e-4)
-
-
 def test_a_falling_chosen_likelihood_is_told_to_the_user(lab, tmp_path):
     made = []
 

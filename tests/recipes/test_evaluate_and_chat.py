@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from pedgpt.adapters import inject_experts, save_adapter
 from pedgpt.data import Message, chat_format, encode_prompt, load_tokenizer
+from pedgpt.files import printable
 from pedgpt.models import ModelConfig, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,8 +253,14 @@ def test_chat_matches_a_plain_loop_and_repeats_itself(model_folder):
     assert runs[0].stdout == runs[1].stdout
     printed = runs[0].stdout.decode()
     assert "不能代替医生" in printed.splitlines()[0]
-    spoken = "".join(f"\n家长> {text}\n助手> {said}\n" for text, said in expected)
-    assert printed.split("/quit)\n", 1)[1] == spoken + "\n"
+    spoken = "".join(f"\n家长> {text}\n助手> {printable(said)}\n" for text, said in expected)
+    rest = printed.split("/quit)\n", 1)[1]
+    assert re.findall(r"^\(a new conversation, .*\)\n", rest, re.MULTILINE) == [
+        "(a new conversation, without system text)\n",
+        f"(a new conversation, the system text is {SYSTEM!r})\n",
+        "(a new conversation, without system text)\n",
+    ]
+    assert re.sub(r"^\(a new .*\)\n", "", rest, flags=re.MULTILINE) == spoken + "\n"
 
 
 def test_chat_survives_half_a_character_and_a_full_window(model_folder):
@@ -263,7 +271,7 @@ def test_chat_survives_half_a_character_and_a_full_window(model_folder):
     assert done.returncode == 0, done.stderr.decode()
     assert printed.count("助手>") == 2 and "520 tokens" in printed and "不再读" not in printed
     answer = greedy(model_folder, [Message("user", "发烧\ufffd")], 5)
-    assert f"家长> 发烧\ufffd\n助手> {answer}\n" in printed
+    assert f"家长> 发烧\ufffd\n助手> {printable(answer)}\n" in printed
 
 
 def test_chat_refuses_what_it_cannot_use(model_folder, tmp_path):

@@ -165,20 +165,17 @@ def test_another_number_of_ranks_reads_the_same(lab, corpus, whole, two_ranks, w
     assert_as_if_nothing_happened(lab, output, whole[0], exactly=False)
 
 
-def test_another_corpus_is_refused_by_name_and_the_first_one_goes_on(lab, corpus, whole, tmp_path):
+def test_another_corpus_is_refused_by_name_and_the_first_one_goes_on_wherever_it_lies(lab, corpus, whole, tmp_path):
     output, mine = tmp_path / "run", tmp_path / "corpus"
     shutil.copytree(corpus, mine)
     assert run(lab, mine, output, die_after=3).code == -9
-    result = run(lab, corpus, output)  # the same rows elsewhere
-    assert result.code == 2 and f"corpus was '{mine}', is '{corpus}'" in result.err and result.err.count(" was ") == 1
     result = lab.run("continued_pretrain", output, **{**RUN, "text": "text.jsonl", "instructions": "train.jsonl"})
-    assert result.code == 2
+    assert result.code == 2 and "rows_and_base_model was" in result.err
     assert f"corpus was '{mine}', is ''" in result.err and "text was [], is " in result.err
     make_corpus(lab, mine, ("多喝水", "多饮水"))  # other rows under the same name
     result = run(lab, mine, output)
     assert result.code == 2 and "rows_and_base_model was" in result.err and result.err.count(" was ") == 1
-    make_corpus(lab, mine)
-    result = run(lab, mine, output)
+    result = run(lab, corpus, output)  # the same rows elsewhere
     assert result.code == 0 and "at step 3 of 7" in result.err
     assert_as_if_nothing_happened(lab, output, whole[0])
 

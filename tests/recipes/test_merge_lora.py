@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pedgpt.adapters import adapted_layers, inject_experts, inject_lora, load_adapter, save_adapter
 from pedgpt.data import load_tokenizer, train_tokenizer
-from pedgpt.models import ModelConfig, Transformer, load_model, save_model
+from pedgpt.models import ModelConfig, Transformer, checkpoint, load_model, save_model, weights_fingerprint
 
 
 @pytest.fixture
@@ -79,6 +79,41 @@ def test_what_cannot_be_merged_is_refused(lab, folders, changes, settings, messa
     assert {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()} == before
 
 
+def test_an_adapter_of_another_model_is_refused_by_name(lab, folders):
+    """The same weights in another folder, in other files and another dtype are the same model."""
+    model = load_model(folders / "base")
+    load_adapter(model, folders / "lora")
+    trained_on = {"base_model": str(folders / "base"), "base_weights": weights_fingerprint(folders / "base")}
+    save_adapter(model, folders / "lora", **trained_on)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+        save_model(load_model(folders / "base", dtype=torch.bfloat16), folders / "moved")
+    assert (folders / "moved" / "model.safetensors.index.json").exists()
+    other = load_model(folders / "base")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.01)
+    save_model(other, folders / "trained")
+    for name in ("moved", "trained"):
+        load_tokenizer(folders / "base").save(folders / name)
+
+    assert lab.call("merge_lora", arguments(folders, model="moved", output="same")).code == 0
+    result = lab.call("merge_lora", arguments(folders, model="trained", output="other"))
+    assert result.code == 2 and not (folders / "other").exists()
+    for told in (str(folders / "lora"), str(folders / "trained"), str(folders / "base"), "--any_base true"):
+        assert told in result.err
+    (folders / "heldout").mkdir()
+    paths = [*arguments(folders, model="trained")[:4], "--heldout", str(folders / "heldout")]
+    assert "trained on other weights" in lab.call("evaluate", paths).err
+    assert "trained on other weights" in lab.call("chat", paths[:4]).err
+    forced = [*arguments(folders, model="trained", output="other"), "--any_base", "true"]
+    assert lab.call("merge_lora", forced).code == 0
+    # An adapter that does not name its weights is never refused; a name that differs is worth a warning.
+    save_adapter(model, folders / "lora", base_model="Qwen/Qwen2.5-7B")
+    with pytest.warns(UserWarning, match="was trained on Qwen/Qwen2.5-7B; make sure that .*trained is the same model"):
+        assert lab.call("merge_lora", arguments(folders, model="trained", output="third")).code == 0
+
+
 def test_infinite_weights_are_not_written(lab, folders):
     model = load_model(folders / "base")
     load_adapter(model, folders / "lora")
@@ -88,3 +123,25 @@ def test_infinite_weights_are_not_written(lab, folders):
     result = lab.call("merge_lora", [*arguments(folders), "--dtype", "float16"])
     assert result.code == 2 and "give --dtype float32 or bfloat16" in result.err
     assert not (folders / "merged").exists()
+
+
+def test_universal_only_merges_the_expert_that_is_always_on_and_says_what_is_left_out(lab, folders):
+    result = lab.call("merge_lora", [*arguments(folders, "experts"), "--universal_only"])
+    assert result.code == 0, result.err
+    merged, model = load_model(folders / "merged"), load_model(folders / "base")
+    load_adapter(model, folders / "experts")
+    tokens = load_tokenizer(folders / "base").encode(lab.module("merge_lora").TEXT)
+    with torch.no_grad():
+        change = (merged(torch.tensor([tokens])) - model.eval()(torch.tensor([tokens]))).abs()
+        for layer in adapted_layers(model).values():
+            a, b = layer.universal_expert
+            layer.weight += layer.scaling * (b @ a)
+    state = model.state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=1e-6)
+    assert "merged into 8 layers" in result.out and "left out: 3 specific experts with their router" in result.out
+    mean, most = re.search(r"by (\S+) on average and (\S+) at most", result.out).groups()
+    assert float(mean) == pytest.approx(change.mean().item(), rel=0.01) and float(most) > float(mean) > 0
+    assert float(most) == pytest.approx(change.max().item(), rel=0.01)
+    result = lab.call("merge_lora", [*arguments(folders), "--universal_only"])
+    assert result.code == 2 and "universal_only is for experts" in result.err

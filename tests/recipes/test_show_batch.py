@@ -91,6 +91,16 @@ def test_colors_are_the_mask_written_by_hand(show):
     assert bodies(result.out) == [body]
 
 
+def test_among_its_colors_the_data_sends_no_escape_sequence(lab, show, tmp_path):
+    rows = [{"question": "一\x1b[2J", "answer": "三\x1b]0;title\x07\u202e"}]
+    result, path = show("instructions", rows, "--color", "never")
+    hostile = path.rename(tmp_path / "名\x1b[2J.jsonl")
+    flags = ["--model", str(tmp_path / "tokenizer"), "--instructions", str(hostile), "--color", "always"]
+    result = lab.call("show_batch", flags)
+    assert result.code == 0 and "名\\x1b[2J" in result.out and "\\u202e" in result.out
+    assert not re.search("\x1b(?!\\[[0-9;]*m)|\x07|\u202e", result.out)
+
+
 @pytest.mark.parametrize(
     ("mode", "terminal", "no_color", "colored"),
     [
@@ -182,7 +192,7 @@ def test_half_a_character_is_shown_only_where_a_row_cuts_it(show):
     [
         (["--color", "pink"], 'color must be "auto", "always" or "never"'),
         (["--rows", "0"], "rows and row_length must be at least 1"),
-        (["--row_length", "4"], "instructions.jsonl:1: over-long: 5 tokens"),
+        (["--on_long_row", "cut"], "on_long_row is 'cut'"),
         (["--chat_format", "chatml"], "im_start"),
     ],
 )
@@ -196,10 +206,12 @@ def test_nothing_to_show_is_an_error(lab):
     assert result.code == 2 and "--instructions, --text or --preferences" in result.err
 
 
-def test_skipped_rows_are_in_the_table_and_not_shown(show):
+def test_over_long_rows_are_in_the_table_and_never_stop_it(show):
     rows = [{"question": "12", "answer": "3"}, {"question": "1", "answer": "2"}]
-    result, path = show("instructions", rows, "--row_length", "4", "--on_bad_row", "skip")
+    result, path = show("instructions", rows, "--row_length", "4", "--on_long_row", "error")
     assert f"1 skipped, over-long: {path}:1" in result.out
     assert bodies(result.out) == [f"{USER}1{ASSISTANT}«2⟦→</s>⟧»"]
-    nothing, _ = show("instructions", rows[:1], "--row_length", "4", "--on_bad_row", "skip")
+    nothing, _ = show("instructions", rows[:1], "--row_length", "4")
     assert nothing.code == 0 and "0 documents in 0 rows" in nothing.out
+    cut, _ = show("instructions", rows[:1], "--row_length", "4", "--on_long_row", "truncate")
+    assert bodies(cut.out) == [f"{USER}2{ASSISTANT}«3⟦→</s>⟧»"] and "1 over-long, cut to fit" in cut.out

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pedgpt.models import load_model
+from pedgpt.adapters import check_base
+from pedgpt.models import load_model, weights_fingerprint
 from pedgpt.models.transformer import Block
 
 
@@ -31,6 +32,18 @@ def test_bfloat16_runs_and_its_loss_falls(lab, recipe, tmp_path):
     (dtype,) = {tensor.dtype for tensor in lab.weights(tmp_path).values()}
     # A model is saved as it computes; an adapter as it trains.
     assert dtype == (torch.float32 if recipe == "expert_finetune" else torch.bfloat16)
+
+
+@pytest.mark.parametrize(("recipe", "settings"), [("full_finetune", {}), ("dfpo", {}), ("dfpo", {"lora_rank": 2})])
+def test_trained_weights_are_saved_in_the_dtype_that_is_asked_for(lab, tmp_path, recipe, settings):
+    common = {"dtype": "bfloat16", "max_steps": 1, **settings}
+    for name in ("float32", "bfloat16"):
+        result = lab.run(recipe, tmp_path / name, save_dtype=name, **common)
+        assert result.code == 0, result.err
+        assert {tensor.dtype for tensor in lab.weights(tmp_path / name).values()} == {getattr(torch, name)}
+        assert ("saved in bfloat16: rounding moved" in result.out) == (name == "bfloat16" and not settings)
+    whole, rounded = lab.weights(tmp_path / "float32"), lab.weights(tmp_path / "bfloat16")
+    assert all(torch.equal(tensor.bfloat16(), rounded[name]) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("recipe", ["continued_pretrain", "full_finetune", "dfpo", "expert_finetune"])
@@ -112,6 +125,14 @@ def test_dfpo_with_lora_starts_from_the_reference_and_trains_the_adapter_alone(l
         "adapter", "done.json", "metrics.jsonl", "reference_logps.safetensors"
     ]  # fmt: skip
     assert all(".lora_" in name for name in lab.weights(tmp_path))
+
+
+def test_an_adapter_says_which_weights_it_was_trained_on(lab, tmp_path):
+    assert lab.run("dfpo", tmp_path, lora_rank=2, max_steps=1).code == 0
+    for output in (tmp_path, lab.reference("expert_finetune")):
+        check_base(output / "adapter", "moved", weights_fingerprint(lab.folder / "model"))
+        with pytest.raises(ValueError, match=f"than those of tied; its base model was {lab.folder / 'model'}"):
+            check_base(output / "adapter", "tied", weights_fingerprint(lab.folder / "tied"))
 
 
 def test_the_trained_model_keeps_its_tokenizer(lab):

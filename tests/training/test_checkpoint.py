@@ -1,13 +1,17 @@
 """Checkpoints: what was saved comes back, the last complete one is found, and nothing in one is run as code."""
 
+import dataclasses
 import json
 import os
 import pickle
+import random
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from pedgpt.training import World
 from pedgpt.training import checkpoint as checkpoints
@@ -173,16 +177,26 @@ def stack_global(module, name):
 def test_an_index_that_names_code_is_refused_and_nothing_runs(saved, tmp_path, payload, named):
     mark = tmp_path / "ran"
     (saved / ".metadata").write_bytes(payload(mark))
+    sign(saved)
     with pytest.raises(ValueError, match="which is not allowed") as error:
         load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
     assert named in str(error.value) and not mark.exists()
+
+
+def sign(checkpoint):
+    """Make the checksums those of the files as they are, so that what comes after them is tested."""
+    sums = json.loads((checkpoint / "checksums.json").read_text())
+    for name in sums:
+        content = (checkpoint / name).read_bytes()
+        sums[name] = [len(content), zlib.crc32(content)]
+    (checkpoint / "checksums.json").write_text(json.dumps(sums))
 
 
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "state.json"])
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "state.json", "checksums.json"])
 @pytest.mark.parametrize(
     "damage",
     [cut, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"\x80garbage" * 999), Path.unlink,
@@ -198,6 +212,88 @@ def test_a_damaged_checkpoint_is_an_error_in_one_line_that_names_it(saved, file,
     assert not message.endswith("()") and capfd.readouterr().err == ""
 
 
+def test_every_flipped_bit_of_a_checkpoint_is_found(saved):
+    random.seed(1)
+    for file in sorted(saved.iterdir()):
+        content = file.read_bytes()
+        for place in {0, len(content) - 1, *(random.randrange(len(content)) for _ in range(30))}:
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << random.randrange(8)
+            file.write_bytes(flipped)
+            with pytest.raises(ValueError, match="cannot be read") as error:
+                load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
+            assert str(error.value).startswith(str(saved)) and f"rm -r '{saved}'" in str(error.value)
+        file.write_bytes(content)
+    assert load_checkpoint(saved, *make(1, steps=0), RUN, WORLD) == 3
+
+
+def test_a_damaged_checkpoint_says_which_one_is_before_it(tmp_path, saved):
+    save_checkpoint(tmp_path, 4, *make(0), RUN, WORLD)
+    cut(tmp_path / "step_0000004" / "__0_0.distcp")
+    with pytest.raises(ValueError, match="delete it to go on from the one before, step_0000003: rm -r"):
+        load_checkpoint(tmp_path / "step_0000004", *make(1, steps=0), RUN, WORLD)
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(saved):
+    with pytest.raises(ValueError, match="state.json is of step 3"):
+        load_checkpoint(saved.rename(saved.with_name("step_0000009")), *make(1, steps=0), RUN, WORLD)
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "state.json", "checksums.json"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_links_and_pipes_in_a_checkpoint_are_refused(saved, tmp_path, file, kind):
+    (saved / file).rename(tmp_path / "elsewhere")
+    if kind == "link":
+        (saved / file).symlink_to(tmp_path / "elsewhere")
+    else:
+        os.mkfifo(saved / file)
+    with pytest.raises(ValueError, match=f"{file} is missing, or is no plain file"):
+        load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
+
+
+def outside(index):
+    for key, place in index.storage_data.items():
+        index.storage_data[key] = dataclasses.replace(place, relative_path="../elsewhere.distcp")
+
+
+def beyond(index):
+    for key, place in index.storage_data.items():
+        index.storage_data[key] = dataclasses.replace(place, length=10**12)
+
+
+def empty(index):
+    for stored in index.state_dict_metadata.values():
+        stored.chunks.clear()
+
+
+def unpickled(index):
+    for name in index.state_dict_metadata:  # DCP gives such an entry to torch.load(weights_only=False)
+        index.state_dict_metadata[name] = BytesStorageMetadata()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(outside, "bytes outside its files"), (beyond, "bytes outside its files"), (empty, "no whole tensor"),
+     (unpickled, "no whole tensor")],
+)  # fmt: skip
+def test_an_index_that_leads_elsewhere_is_refused(saved, tmp_path, change, message):
+    (tmp_path / "elsewhere.distcp").write_bytes((saved / "__0_0.distcp").read_bytes())
+    index = pickle.loads((saved / ".metadata").read_bytes())
+    change(index)
+    (saved / ".metadata").write_bytes(pickle.dumps(index))
+    sign(saved)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
+
+
+def test_an_index_that_asks_for_gigabytes_is_refused_before_it_gets_them(saved):
+    # A pickle of 8 bytes, and the unpickler makes room for 2^31 references.
+    (saved / ".metadata").write_bytes(b"\x80\x04Nr\xff\xff\xff\x7f.")
+    sign(saved)
+    with pytest.raises(ValueError, match="asks for 2147483647 entries of memory"):
+        load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
+
+
 @pytest.mark.parametrize(("chosen", "named"), [({"width": 6}, "1.weight"), ({"seed": 99}, None)])
 def test_a_checkpoint_of_another_model_is_refused(saved, chosen, named):
     other = make(**{"seed": 1, "steps": 0, **chosen})
@@ -211,7 +307,8 @@ def test_a_checkpoint_of_another_model_is_refused(saved, chosen, named):
 @pytest.mark.parametrize("state", ["[]", "{}", '{"step": 3}', '{"run": {}, "step": "a"}', '{"run": {}, "step": null}'])
 def test_a_state_without_its_fields_is_an_error(saved, state):
     (saved / "state.json").write_text(state, encoding="utf-8")
-    with pytest.raises(ValueError, match="state.json: cannot be read"):
+    sign(saved)
+    with pytest.raises(ValueError, match="step_0000003: cannot be read"):
         load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
 
 

@@ -1,10 +1,12 @@
 """Settings from TOML and flags: what they become, and what a mistake is told."""
 
+import io
 import os
 import sys
 from dataclasses import dataclass, field
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from pedgpt.training import TrainingSettings, parse_settings, run_recipe
 from pedgpt.training.config import describe_settings
@@ -38,7 +40,9 @@ def parse(*flags):
         (["--steps=-7", "--rate", "-2"], Config("m", ["d"], -7, -2.0)),
         (["--fast"], Config("m", ["d"], fast=True)),
         (["--fast", "False", "--limit", "9"], Config("m", ["d"], fast=False, limit=9)),
-        (["--names", "b", "c", "--names=d"], Config("m", ["d"], names=["b", "c", "d"])),
+        (["--names", "b", "c", "--names=d"], Config("m", ["d"], names=["d"])),  # of a repeated flag the last counts
+        (["--steps", "1", "--rate", "1", "--steps=2"], Config("m", ["d"], 2, 1.0)),
+        (["--fast", "--fast=false", "--data", "e"], Config("m", ["e"])),
         (["--names"], Config("m", ["d"], names=[])),
     ],
 )
@@ -67,9 +71,10 @@ def test_flags_win_over_the_file_and_dashes_equal_underscores(tmp_path):
         (["--fast", "perhaps"], "--fast must be true or false, found 'perhaps'"),
         (["--steps"], "--steps takes one value, found 0"),
         (["--steps", "1", "2"], "--steps takes one value, found 2"),
-        (["--steps", "1", "--steps", "2"], "--steps takes one value, found 2"),
+        (["--steps", str(1 << 63)], "--steps must be an integer of at most 64 bits, found 9223372036854775808"),
+        (["--steps", "9" * 5000], "--steps must be an integer, found '9999"),
         (["--config", "a.toml", "b.toml"], "--config takes one value, found 2"),
-        (["--config", "/nowhere/c.toml"], "--config /nowhere/c.toml: cannot be read (No such file or directory)"),
+        (["--config", "/nowhere/c.toml"], "/nowhere/c.toml: cannot be read (No such file or directory)"),
     ],
 )
 def test_mistaken_flags_are_named(flags, message):
@@ -81,13 +86,24 @@ def test_mistaken_flags_are_named(flags, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"setps = 1", "c.toml: setps is no setting of this recipe; did you mean 'steps'?"),
-        (b"[steps]\na = 1", "steps must be an integer, found {'a': 1}"),
-        (b"[training]\na = 1", "c.toml: training is no setting"),
-        (b'steps = "7"', "steps must be an integer, found '7'"),
+        (b"setps = 1", "c.toml line 1: setps is no setting of this recipe; did you mean 'steps'?"),
+        (b"\n[steps]\na = 1", "c.toml line 2: steps must be an integer, found a table"),
+        (b"steps.a.b = 1", "c.toml line 1: steps must be an integer, found a table"),
+        (b"steps = {a = 1}", "c.toml line 1: steps must be an integer, found a table"),
+        (b"rate = 1\n[[names]]\na = 1", "c.toml line 2: names must be a list of strings, found an array of tables"),
+        (b"[names]\na = 1", "c.toml line 1: names must be a list of strings, found a table"),
+        (b"[training]\na = 1", "c.toml line 1: training is no setting"),
+        (b'steps = "7"', "c.toml line 1: steps must be an integer, found '7'"),
         (b"steps = 7.0", "steps must be an integer, found 7.0"),
-        (b"steps = true", "steps must be an integer, found True"),
-        (b"rate = true", "rate must be a number, found True"),
+        (b"steps = true", "steps must be an integer, found true"),
+        (b"rate = true", "rate must be a number, found true"),
+        (b"steps = 2024-02-29", "steps must be an integer, found the date or time 2024-02-29"),
+        (b"model = 2024-02-29T07:32:00Z", "model must be a string, found the date or time 2024-02-29T07:32:00+00:00"),
+        (b"limit = [1]", "c.toml line 1: limit must be an integer, found [1]"),
+        (b"steps = 9223372036854775808", "steps must be an integer of at most 64 bits, found 9223372036854775808"),
+        (b"rate = 0x" + b"f" * 9000, "rate must be a number of at most 64 bits, found one of 36000 bits"),
+        (b"steps = " + b"9" * 5000, "c.toml: not valid TOML ("),
+        (b"names = " + b"[" * 5000, "c.toml: not valid TOML ("),
         (b"fast = 1", "fast must be true or false, found 1"),
         (b"names = [1]", "names must be a list of strings, found [1]"),
         (b"model = 3", "model must be a string, found 3"),
@@ -123,7 +139,7 @@ def test_missing_settings_and_stray_arguments_are_named():
         ("evaluate_every", -1), ("checkpoint_every", -2), ("max_grad_norm", -1.0), ("weight_decay", -0.1),
         ("epochs", 0.0),
         ("learning_rate", 0.0), ("learning_rate", float("nan")), ("epochs", float("inf")), ("beta2", float("nan")),
-        ("warmup_ratio", 1.1), ("final_learning_rate_ratio", -0.1), ("dtype", "float16"),
+        ("warmup_ratio", 1.1), ("final_learning_rate_ratio", -0.1), ("dtype", "float16"), ("save_dtype", "float16"),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(name, value):
@@ -181,3 +197,34 @@ def test_a_bug_keeps_its_traceback(monkeypatch, exits):
     with pytest.raises(ZeroDivisionError):
         run_recipe(lambda config: 1 / 0, Config)
     assert exits == []
+
+
+def test_an_error_on_a_terminal_cannot_act_and_a_plain_one_prints_everything(monkeypatch, exits):
+    def main(config):
+        print("\x1b]0;title\x07 宝宝\u202e", end="\r")
+        print("50 %\r60 %", file=sys.stderr)
+        raise ValueError("\x1b[2J\r from a file: 宝宝")
+
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True) for _ in range(2))
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *NEEDED])
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    run_recipe(main, Config)
+    assert exits == [2]
+    assert out.buffer.getvalue() == rb"\x1b]0;title\x07 \u5b9d\u5b9d\u202e\x0d"
+    assert err.buffer.getvalue() == b"50 %\r60 %\n" + rb"error: \x1b[2J\x0d from a file: \u5b9d\u5b9d" + b"\n"
+
+
+def test_torchruns_summary_shows_the_line_that_says_what_is_wrong(monkeypatch, exits, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *NEEDED])
+    failures = {}
+    for rank, error in enumerate((RuntimeError("Connection closed by peer"), ValueError("rate: found \x1b3"))):
+
+        def main(config, error=error):
+            raise error
+
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"{rank}.json"))
+        run_recipe(main, Config)
+        failures[rank] = ProcessFailure(rank, pid=7, exitcode=2, error_file=str(tmp_path / f"{rank}.json"))
+    root = ChildFailedError("recipe.py", failures).format_msg().partition("Root Cause")[2]
+    assert "traceback : error: rate: found \\x1b3\n" in root

@@ -213,7 +213,7 @@ def test_what_a_run_is_names_all_that_changes_its_weights():
     described = describe_run(settings, BatchPlan.from_settings(7, settings), "data")
     assert set(described) == {
         "epochs", "max_steps", "global_batch_size", "learning_rate", "final_learning_rate_ratio", "warmup_ratio",
-        "weight_decay", "beta1", "beta2", "max_grad_norm", "dtype", "seed", "total_steps",
+        "weight_decay", "beta1", "beta2", "max_grad_norm", "dtype", "save_dtype", "seed", "total_steps",
         "rows_and_base_model",
     }  # fmt: skip
     json.dumps(described)

@@ -1,0 +1,639 @@
+"""An OpenAI-compatible chat endpoint, asked from several threads: deadline, retries, budget, a cache of its answers.
+
+All requests run in one event loop, in a thread of its own: there every request, whatever the server makes it wait for,
+can be cancelled at its deadline or after Ctrl-C. Whoever asks waits for the answer in the thread that asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import html
+import json
+import math
+import os
+import random
+import re
+import sqlite3
+import sys
+import threading
+import time
+import typing
+import zlib
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from pedgpt.files import nearest, printable, read_toml, toml_place, toml_value
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_AHEAD = 4  # items in flight per worker, so that one slow answer does not keep the others waiting
+_RETRIED = {408, 409, 425, 429}  # and all from 500
+_MAX_BODY = 4 << 20  # bytes, as sent and as decompressed
+_APPLICATION, _VERSION = 0x50656447, 1  # of the cache file: SQLite's application_id and user_version
+_RANGES = {
+    "temperature": (0, 2), "max_tokens": (1, 1e9), "concurrency": (1, 1024), "timeout": (1e-3, 86400),
+    "max_retries": (0, 1000), "retry_wait": (1e-6, 86400), "max_wait": (1e-3, 86400), "token_budget": (0, 1e15),
+    "price_per_million_input": (0, 1e9), "price_per_million_output": (0, 1e9),
+}  # fmt: skip
+
+
+@dataclass
+class EndpointSettings:
+    """Where the endpoint is, how it is asked and what it may cost."""
+
+    url: str  # of the API, up to and without /chat/completions: https://api.openai.com/v1
+    model: str  # as the server names it
+    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; "": the server wants none
+    temperature: float = 0.7  # of the sampling, 0 to 2
+    max_tokens: int = 1024  # longest answer, tokens
+    concurrency: int = 8  # requests at the same time
+    timeout: float = 60.0  # seconds for a request, from connecting to the end of its answer
+    max_retries: int = 6  # of one request
+    retry_wait: float = 1.0  # seconds: a random wait of up to this, twice this, four times this, ... between retries
+    max_wait: float = 120.0  # seconds: the longest such wait; a server that asks for a longer one ends the run
+    token_budget: int = 0  # tokens of prompts and answers, over all runs that share the cache; 0: no limit
+    price_per_million_input: float = 0.0  # currency units per million tokens of prompts
+    price_per_million_output: float = 0.0  # currency units per million tokens of answers
+    currency: str = "USD"  # of the prices, for display
+    json_mode: bool = False  # send response_format json_object, for servers that know it
+
+    def check(self) -> None:
+        """Raise ValueError for a value out of range."""
+        try:
+            url = urlsplit(self.url)
+            good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        except ValueError:
+            good = False
+        if not good or re.search(r"[\s@?#]|[^ -~]|/chat/completions/?$", self.url):
+            shown = "" if re.search("[@?#]", self.url) else f", found {self.url!r}"
+            raise ValueError(
+                "url must be http(s)://host[:port]/path, without user and password, ?, # and /chat/completions" + shown
+            )
+        if not re.fullmatch(r"([A-Z_][A-Z0-9_]*)?", self.key_variable):
+            raise ValueError("key_variable must be an environment variable's name in upper case, not the key itself")
+        if not self.model.strip():
+            raise ValueError("model must not be empty")
+        for name, (low, high) in _RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be between {low:g} and {high:g}, found {getattr(self, name)}")
+
+    def read_key(self) -> str:
+        """The key, "" if none is wanted; ValueError if the environment has none or one that cannot be used."""
+        variable = self.key_variable
+        key = os.environ.get(variable, "") if variable else ""
+        if variable and not key:
+            raise ValueError(
+                f"the environment variable {variable} with the endpoint's key is not set; set it, or give "
+                'key_variable = "" for a server that wants no key'
+            )
+        # What no header can hold would be shown by the error; a word as short as "none" cannot be masked in answers.
+        if key and not re.fullmatch(r"[!#-\[\]-~]{8,}", key):
+            raise ValueError(
+                f"the environment variable {variable} must hold at least 8 ASCII characters without spaces, quotes and "
+                'backslashes; give key_variable = "" for a server that wants no key'
+            )
+        return key
+
+
+def load_endpoint(path: str | Path) -> EndpointSettings:
+    """The settings in a flat TOML file, checked; ValueError for a file or a value that cannot be used."""
+    values = read_toml(path)
+    kinds = typing.get_type_hints(EndpointSettings)
+    for name, value in values.items():
+        place = f"{toml_place(path, name)}: {name}"
+        if name not in kinds:
+            raise ValueError(f"{place} is no setting of an endpoint; {nearest(name, kinds, 'settings')}")
+        values[name] = toml_value(place, value, kinds[name])
+    for name in ("url", "model"):
+        if name not in values:
+            raise ValueError(f"{path}: missing setting: {name}")
+    settings = EndpointSettings(**values)
+    try:
+        settings.check()
+    except ValueError as error:
+        raise ValueError(f"{toml_place(path, str(error).partition(' ')[0])}: {error}") from None
+    return settings
+
+
+class EndpointFailure(ValueError):
+    """The endpoint gave no answer: it refused the request, or every retry failed."""
+
+
+class BudgetSpent(ValueError):
+    """The next request could exceed token_budget."""
+
+
+class Unusable(ValueError):
+    """The endpoint answers, but never what was asked for."""
+
+
+class _Again(Exception):
+    """A request failed in a way that may pass. `wait` is what the server asked for, seconds."""
+
+    def __init__(self, problem: str, wait: float = 0.0, everyone: bool = False, answered: bool = False) -> None:
+        super().__init__(problem)
+        self.wait, self.everyone, self.answered = wait, everyone, answered
+
+
+@dataclass
+class Usage:
+    """What an endpoint was asked and what it cost; tokens of this run, and of all runs that share the cache."""
+
+    requests: int = 0  # sent, retries included
+    answered: int = 0  # new answers
+    cached: int = 0  # answers from the cache, or shared with an identical request in flight
+    retries: int = 0
+    failures: int = 0  # questions given up
+    unanswered: int = 0  # requests whose answer never arrived whole; a server may charge for them, no one knows
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    all_prompt_tokens: int = 0
+    all_completion_tokens: int = 0
+    all_cost: float = 0.0
+    estimated: int = 0  # answers, of all runs, whose tokens are estimated by characters
+
+
+class Endpoint:
+    """Asks a chat endpoint from any number of threads; a context manager.
+
+    `cache` is an SQLite file: an answer is committed to it before it is used, and a question answered there is never
+    sent again, so a run that was killed goes on where it ended. Raises ValueError if there is no key, no `httpx`, or a
+    file in the cache's place that is none.
+    """
+
+    title = "endpoint"  # what error messages and the account of the usage call it
+
+    def __init__(self, settings: EndpointSettings, cache: str | Path) -> None:
+        settings.check()
+        self.settings, self.cache = settings, Path(cache)
+        key = settings.read_key()
+        self._secret = _spellings(key) if key else None
+        try:
+            import httpx
+        except ImportError:
+            raise ValueError(f'{self.title}: needs the package httpx: pip install -e ".[corpus]"') from None
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
+        self._url, self._http_error = settings.url.rstrip("/") + "/chat/completions", httpx.HTTPError
+        try:  # redirects are not followed: the key must not go to another host
+            self._client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False)
+            self._client.build_request("POST", self._url)
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise ValueError(self._shown(f"url or proxy of the {self.title} cannot be used: {error}")) from None
+        self._database = _open_cache(self.cache)
+        # Everything that follows is changed in the event loop's thread only, except where `_lock` is held.
+        self._usage, self._spent = Usage(), (0, 0, 0)
+        self._pending: dict[str, asyncio.Task[str]] = {}
+        self._reserved = 0  # tokens, of the requests in flight
+        self._resume = 0.0  # on the clock of time.monotonic: before it nothing is sent
+        self._slots, self._freed = asyncio.Semaphore(settings.concurrency), asyncio.Event()
+        self._halt, self._reason = asyncio.Event(), ""
+        self._lock, self._closed = threading.Lock(), False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Ctrl-C, or a signal that ends the program, waits for no server.
+        self.close(wait=kind is None or issubclass(kind, Exception))
+
+    def close(self, *, wait: bool = True) -> None:
+        """Send nothing more, let what is in flight arrive in the cache, or give it up if not `wait`, and close it."""
+        if self._closed:
+            return
+        try:
+            self._call(self._close(wait), last=True)
+        except KeyboardInterrupt:  # while it waited for answers
+            asyncio.run_coroutine_threadsafe(self._close(wait=False), self._loop).result()
+            raise
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def ask(self, messages: Sequence[Mapping[str, str]], *, attempt: int = 0) -> str:
+        """The text of the answer to chat messages; another `attempt` is another answer to the same question.
+
+        Raises EndpointFailure when the request was refused or all retries failed, and BudgetSpent. Of a server that has
+        answered others, a refusal of what this one says (400, 413, 422) or answers without text are Unusable instead:
+        they cost their row, not the run.
+        """
+        s = self.settings
+        payload: dict[str, Any] = {
+            "model": s.model, "messages": [dict(message) for message in messages], "temperature": s.temperature,
+            "max_tokens": s.max_tokens, "stream": False,
+        }  # fmt: skip
+        if s.json_mode:
+            payload["response_format"] = {"type": "json_object"}
+        named = json.dumps({"url": self._url, "attempt": attempt, **payload}, sort_keys=True, separators=(",", ":"))
+        return self._call(self._answer(hashlib.sha256(named.encode()).hexdigest(), payload))
+
+    @property
+    def usage(self) -> Usage:
+        """The numbers at this moment; of a closed endpoint, the last."""
+        with contextlib.suppress(EndpointFailure):
+            self._call(self._count_spent())
+        now, (prompt, completion, estimated) = dataclasses.replace(self._usage), self._spent
+        now.all_prompt_tokens, now.all_completion_tokens, now.estimated = prompt, completion, estimated
+        now.cost, now.all_cost = self._cost(now.prompt_tokens, now.completion_tokens), self._cost(prompt, completion)
+        return now
+
+    def describe(self) -> str:
+        """The usage, in one paragraph."""
+        u, s = self.usage, self.settings
+        priced = s.price_per_million_input or s.price_per_million_output
+        cost, all_cost = (f", {cost:.4f} {s.currency}" if priced else "" for cost in (u.cost, u.all_cost))
+        text = (
+            f"{self.title} {s.model} at {s.url}: {u.requests} requests sent, {u.answered} answered, {u.cached} answers "
+            f"from {self.cache.name}, {u.retries} retries, {u.failures} failures; {u.prompt_tokens:,} prompt and "
+            f"{u.completion_tokens:,} completion tokens{cost} (all runs with this cache: {u.all_prompt_tokens:,} and "
+            f"{u.all_completion_tokens:,} tokens{all_cost})"
+        )
+        if s.token_budget:
+            text += f"; budget {s.token_budget:,} tokens"
+        if u.estimated:
+            text += f"; the server gave no token counts for {u.estimated} answers: estimated by characters"
+        if u.unanswered:
+            text += f"; {u.unanswered} requests were cut or timed out, the server may charge for them too"
+        return printable(text + ".")
+
+    # All that follows runs in the event loop, `_call` excepted.
+
+    def _call(self, coroutine: Coroutine[Any, Any, T], last: bool = False) -> T:
+        """The result of a coroutine in the event loop; EndpointFailure once the endpoint is closed."""
+        with self._lock:
+            if self._closed:
+                coroutine.close()
+                raise EndpointFailure(self._reason)
+            self._closed = last
+            self._reason = self._reason or last * f"the {self.title} is closed"
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise EndpointFailure(self._reason) from None
+
+    async def _close(self, wait: bool) -> None:
+        self._halt.set()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in () if wait else others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()
+        with contextlib.closing(self._database):
+            await self._count_spent()
+
+    async def _count_spent(self) -> None:
+        self._spent = self._sql("SELECT prompt, completion, estimated FROM spent")
+
+    async def _answer(self, key: str, payload: dict[str, Any]) -> str:
+        """From the cache, from an identical request in flight, or asked for."""
+        if self._reason:
+            raise EndpointFailure(self._reason)
+        found = self._sql("SELECT text FROM answers WHERE key = ?", key)
+        self._usage.cached += bool(found or key in self._pending)
+        if found:
+            return found[0]
+        if key not in self._pending:
+            self._pending[key] = self._loop.create_task(self._send(key, payload))
+            self._pending[key].add_done_callback(lambda task: self._finish(key, task))
+        return await asyncio.shield(self._pending[key])
+
+    def _finish(self, key: str, task: asyncio.Task[str]) -> None:
+        del self._pending[key]
+        self._usage.failures += task.cancelled() or isinstance(task.exception(), EndpointFailure)
+
+    async def _send(self, key: str, payload: dict[str, Any]) -> str:
+        """Send until there is an answer; returns its text, committed."""
+        s, body = self.settings, json.dumps(payload).encode()
+        prompt = sum(len(str(message.get("content", ""))) for message in payload["messages"])
+        unusable = 0
+        for retry in range(s.max_retries + 1):
+            async with self._slots, self._reserve(prompt + s.max_tokens):
+                while (pause := self._resume - time.monotonic()) > 0:
+                    await self._pause(pause + random.uniform(0, s.retry_wait))
+                await self._pause(0)
+                try:
+                    # A server that knows the header repeats what it has answered: after an unusable answer, ask anew.
+                    answer = await self._post(f"{key}-{unusable}" if unusable else key, body, is_retry=retry > 0)
+                    unusable += 1
+                    return self._keep(key, answer, prompt)
+                except _Again as error:
+                    problem, again = str(error), error
+            wait = max(again.wait, random.uniform(0, min(s.max_wait, s.retry_wait * 2.0 ** min(retry, 30))))
+            if again.everyone:
+                self._resume = max(self._resume, time.monotonic() + wait)
+            if retry < s.max_retries:
+                await self._pause(wait)
+        if again.answered and self._has_answered():
+            raise Unusable(problem)
+        raise EndpointFailure(f"no answer from {s.url} in {s.max_retries + 1} requests; the last: {problem}")
+
+    async def _post(self, key: str, body: bytes, is_retry: bool) -> dict[str, Any]:
+        """One request; the JSON object of a good answer, else _Again, EndpointFailure or Unusable."""
+        s, data, sent, whole = self.settings, bytearray(), False, False
+
+        async def trace(event: str, _: object) -> None:
+            nonlocal sent
+            sent = sent or event == "http11.send_request_headers.started"
+
+        options: dict[str, Any] = {"headers": {"Idempotency-Key": key}, "extensions": {"trace": trace}}
+        self._usage.requests += 1
+        self._usage.retries += is_retry
+        try:
+            async with (
+                asyncio.timeout(s.timeout),
+                self._client.stream("POST", self._url, content=body, **options) as response,
+            ):
+                async for part in response.aiter_raw():
+                    data += part
+                    if len(data) > _MAX_BODY:
+                        raise _Again(f"the answer is longer than {_MAX_BODY} bytes")
+            whole = True
+        except TimeoutError:
+            raise _Again(f"no whole answer within {s.timeout:g} seconds") from None
+        except self._http_error as error:
+            raise _Again(self._shown(f"{type(error).__name__}: {error}")) from None
+        finally:
+            self._usage.unanswered += sent and not whole
+        answer = _decoded(data, response.headers.get("Content-Encoding", "identity"))
+        try:
+            found = json.loads(answer)
+        except (ValueError, RecursionError):
+            found = None
+        if 200 <= response.status_code < 300 and isinstance(found, dict):
+            return found
+        said = f"HTTP {response.status_code}: {self._message(found, answer)}"
+        self._refuse(response.status_code, said, response.headers.get("Retry-After"), json.loads(body)["messages"])
+
+    def _refuse(self, status: int, said: str, later: str | None, messages: list[dict[str, Any]]) -> typing.NoReturn:
+        """Raise what follows from an answer that is none."""
+        s, asked = self.settings, self._shown(str(messages[-1].get("content")))[:80]
+        if 200 <= status < 300:
+            raise _Again(f"the answer is no JSON object: {said}")
+        if status in (401, 403):
+            self._stop(f"{s.url} refuses the key in {s.key_variable or 'key_variable'}: {said}")
+            raise EndpointFailure(self._reason)
+        if status not in _RETRIED and status < 500:
+            if status in (400, 413, 422) and self._has_answered():
+                raise Unusable(f"{said}, for {asked!r}")
+            hint = "; redirects are not followed, set url to the final address" if status < 400 else ""
+            raise EndpointFailure(f"{s.url} refuses the request {asked!r}: {said}{hint}")
+        wait = _retry_after(later)
+        if wait is not None and wait > s.max_wait:
+            raise EndpointFailure(
+                f"{s.url} asks to wait {wait:.0f} seconds, longer than max_wait = {s.max_wait:g}; run again later, "
+                f"what was answered is kept in {self.cache} ({said})"
+            )
+        raise _Again(said, wait or 0.0, everyone=status == 429 or wait is not None)
+
+    def _keep(self, key: str, answer: dict[str, Any], prompt_characters: int) -> str:
+        """Commit an answer's text and tokens, and return the text; _Again if there is none."""
+        try:
+            text = answer["choices"][0]["message"]["content"]
+            text.encode()  # raises for half a surrogate pair, which no file can hold
+        except (KeyError, IndexError, TypeError, AttributeError, UnicodeEncodeError):
+            text = ""
+        text = self._mask(text).strip() if isinstance(text, str) else ""
+        usage = answer.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        prompt: Any = usage.get("prompt_tokens")
+        completion: Any = usage.get("completion_tokens")
+        if not (known := all(type(n) is int and bool(text) <= n < 1 << 40 for n in (prompt, completion))):
+            prompt, completion = (prompt_characters, len(text)) if text else (0, 0)
+        with self._database:  # takes back what an interruption leaves half done
+            self._sql("BEGIN IMMEDIATE")
+            if text:
+                self._sql("INSERT OR IGNORE INTO answers VALUES (?, ?)", key, text)
+            spend = "UPDATE spent SET prompt = prompt + ?, completion = completion + ?, estimated = estimated + ?"
+            self._sql(spend, prompt, completion, int(bool(text) and not known))
+            self._sql("COMMIT")
+        self._usage.prompt_tokens += prompt
+        self._usage.completion_tokens += completion
+        self._usage.answered += bool(text)
+        if text:
+            # Another process may have been first.
+            return self._sql("SELECT text FROM answers WHERE key = ?", key)[0]
+        raise _Again(f"the answer has no text: {self._message(answer, b'')}", answered=True)
+
+    def _has_answered(self) -> bool:
+        return self._sql("SELECT EXISTS (SELECT 1 FROM answers)")[0] == 1
+
+    @contextlib.asynccontextmanager
+    async def _reserve(self, tokens: int) -> typing.AsyncIterator[None]:
+        """Set tokens aside for a request; waits while those in flight may turn out to need fewer than they reserved."""
+        budget = self.settings.token_budget
+        while budget:
+            used = self._sql("SELECT prompt + completion FROM spent")[0]
+            if used + self._reserved + tokens <= budget:
+                break
+            if not self._reserved:
+                raise BudgetSpent(
+                    f"token_budget = {budget:,} is spent: {used:,} tokens were used, and the next request may need "
+                    f"{tokens:,}; raise token_budget and run again, what was answered is kept in {self.cache}"
+                )
+            await self._freed.wait()
+        self._reserved += tokens
+        try:
+            yield
+        finally:
+            self._reserved -= tokens
+            self._freed.set()  # wakes all who wait now
+            self._freed.clear()
+
+    async def _pause(self, seconds: float) -> None:
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._halt.wait(), seconds)
+        if self._reason:
+            raise EndpointFailure(self._reason)
+
+    def _stop(self, reason: str) -> None:
+        self._reason = self._reason or reason
+        self._halt.set()
+
+    def _cost(self, prompt: int, completion: int) -> float:
+        s = self.settings
+        return (prompt * s.price_per_million_input + completion * s.price_per_million_output) / 1e6
+
+    def _sql(self, statement: str, *values: object) -> Any:
+        """The first row of a statement's result, or None."""
+        try:
+            return self._database.execute(statement, values).fetchone()
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.rollback()
+            raise ValueError(f"{self.cache}: the cache cannot be used ({error})") from None
+
+    def _mask(self, text: str) -> str:
+        return self._secret.sub("***", text) if self._secret else text
+
+    def _shown(self, text: str) -> str:
+        """The start of what a server says, on one line, without the key and without what a terminal would obey."""
+        text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+        text = self._mask(text[:20_000])
+        return text if len(text) <= 300 else text[:300] + "…"
+
+    def _message(self, found: object, data: bytes | bytearray) -> str:
+        """What a server says is wrong."""
+        said = found.get("error", found) if isinstance(found, dict) else found
+        said = said.get("message", said) if isinstance(said, dict) else said
+        with contextlib.suppress(RecursionError):
+            said = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+        return self._shown(said if found is not None and isinstance(said, str) else data.decode("utf-8", "replace"))
+
+
+def in_order(
+    items: Iterable[T],
+    work: Callable[[T], R],
+    *,
+    workers: int,
+    desc: str = "",
+    endpoints: Sequence[Endpoint] = (),
+) -> Iterator[R]:
+    """`work` of each item, in the order of the items, done in `workers` threads; with 0, in this one.
+
+    At most 4 `workers` items are taken ahead of the last result. An exception of an item stops new work; what is in
+    flight is finished, the results before it are given, and it is raised. With `desc` a progress bar is shown on
+    stderr, without threads after three seconds; with what the `endpoints` have cost.
+    """
+    interactive = sys.stderr.isatty()
+    bar = tqdm(
+        desc=printable(desc), disable=not desc, dynamic_ncols=interactive, mininterval=0.2 if interactive else 10,
+        file=sys.stderr, delay=0 if workers else 3,
+    )  # fmt: skip
+    with bar:
+        for result in _in_threads(items, work, workers) if workers else map(work, items):
+            if desc and endpoints:
+                bar.set_postfix_str("; ".join(map(_cost_so_far, endpoints)), refresh=False)
+            bar.update()
+            yield result
+
+
+def _cost_so_far(endpoint: Endpoint) -> str:
+    u = endpoint.usage
+    tokens = u.prompt_tokens + u.completion_tokens
+    return printable(f"{u.cost:.2f} {endpoint.settings.currency}, {tokens:,} tokens, {u.retries} retries")
+
+
+def _in_threads(items: Iterable[T], work: Callable[[T], R], workers: int) -> Iterator[R]:
+    stopped, wait = threading.Event(), True
+    failed: list[BaseException] = []
+
+    def guarded(item: T) -> R:
+        if stopped.is_set():  # items start in order, so this one comes after that which failed
+            raise CancelledError
+        try:
+            return work(item)
+        except BaseException as error:
+            failed.append(error)
+            stopped.set()
+            raise
+
+    flying: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            flying.append(pool.submit(guarded, item))
+            if len(flying) == _AHEAD * workers:
+                yield flying.popleft().result()
+        while flying:
+            yield flying.popleft().result()
+    except CancelledError:  # an item that had not begun when a later one failed
+        raise failed[0] from None
+    except BaseException as error:
+        wait = isinstance(error, Exception)  # after Ctrl-C the endpoint is closed, which ends what is in flight
+        raise
+    finally:
+        stopped.set()
+        pool.shutdown(wait, cancel_futures=not wait)
+
+
+def _open_cache(path: Path) -> sqlite3.Connection:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+    except (OSError, sqlite3.Error) as error:
+        raise ValueError(f"{path}: the cache of answers cannot be opened ({error})") from None
+    try:
+        database.execute("BEGIN IMMEDIATE")
+        found = [database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+        if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
+            database.execute("CREATE TABLE answers (key TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID")
+            database.execute("CREATE TABLE spent (prompt INTEGER, completion INTEGER, estimated INTEGER)")
+            database.execute("INSERT INTO spent VALUES (0, 0, 0)")
+            database.execute(f"PRAGMA application_id = {_APPLICATION}")
+            database.execute(f"PRAGMA user_version = {_VERSION}")
+        elif found != [_APPLICATION, _VERSION]:
+            what = "of another version" if found[0] == _APPLICATION else "of another program"
+            raise ValueError(f"it is an SQLite file {what}")
+        database.execute("COMMIT")
+        with contextlib.suppress(sqlite3.OperationalError):  # SQLite does not wait here; who is first sets it for all
+            database.execute("PRAGMA journal_mode = WAL")
+        # In WAL mode NORMAL loses nothing to a kill; FULL loses nothing to a power cut either, and a sync per answer
+        # is nothing beside the seconds and the money that the answer took.
+        database.execute("PRAGMA synchronous = FULL")
+        return database
+    except (sqlite3.Error, ValueError) as error:
+        database.close()
+        raise ValueError(f"{path}: cannot be used as a cache of answers ({error}); give another path") from None
+
+
+def _decoded(data: bytearray, encoding: str) -> bytes | bytearray:
+    """The body without a compression that nobody asked for; never more than an answer may have."""
+    try:
+        if encoding.strip().lower() in ("gzip", "x-gzip", "deflate"):
+            decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # by its header
+            whole = decoder.decompress(data, _MAX_BODY)
+            return whole if not decoder.unconsumed_tail else b"(more than %d bytes when decompressed)" % _MAX_BODY
+    except zlib.error as error:
+        return f"(the compression is broken: {error})".encode()
+    return data
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds to wait, from a Retry-After header: seconds or an HTTP date. None: it says nothing that can be used."""
+    with contextlib.suppress(ValueError):
+        return None if value is None or math.isnan(seconds := float(value)) else max(seconds, 0.0)
+    with contextlib.suppress(ValueError, OverflowError, TypeError, IndexError):  # of dates that no calendar has
+        date = parsedate_to_datetime(value or "")
+        return max((date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
+    return None
+
+
+def _spellings(key: str) -> re.Pattern[str]:
+    """Finds a key as it is, and as a server may write it: in a URL, JSON, HTML, as hexadecimal digits or in base64."""
+    forms = [  # repeated escapes are bounded, because a server could send millions of backslashes
+        "".join(
+            rf"(?:\\{{0,4}}(?:{re.escape(char)}|(?:u00|x){ord(char):02x})|%(?:25){{0,3}}{ord(char):02x}|"
+            rf"&(?:amp;){{0,3}}(?:{re.escape(html.escape(char).strip('&;'))}|#0{{0,5}}{ord(char)}|#x0{{0,4}}{ord(char):x});)"
+            for char in key
+        ),
+        key.encode().hex(),
+    ]
+    for before in range(3):  # bytes that share a group of base64 with the key's first
+        text = base64.b64encode(bytes(before) + key.encode()).decode()
+        whole = text[4 if before else 0 : -4 if (before + len(key)) % 3 else None]
+        whole = whole.replace("+", "[-+]").replace("/", "[/_]")
+        forms.append(rf"[A-Za-z0-9+/_-]{{0,4}}(?-i:{whole})[A-Za-z0-9+/_-]{{0,4}}=*")
+    return re.compile("|".join(forms), re.IGNORECASE)

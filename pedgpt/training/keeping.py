@@ -1,0 +1,214 @@
+"""When a run writes checkpoints, how many of them the disk holds, and how a signal ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from pedgpt.files import DiskFull, disk_full, free_space, readable_size
+from pedgpt.training.checkpoint import (
+    all_checkpoints,
+    checkpoint_size,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from pedgpt.training.config import TrainingSettings
+from pedgpt.training.distributed import World, sum_over_ranks
+
+# checkpoint_every = "auto": after so many seconds, or after so many times what writing takes (5 % of the time).
+_SECONDS, _TIMES = 600.0, 20
+_BYTES_A_SECOND = 1e9  # a guess, until the first checkpoint is written
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Checkpoints:
+    """The checkpoints of one run. All ranks call the same methods; the main rank decides what is due and what fits.
+
+    With `checkpoint_every = "auto"` a checkpoint never stops a run: where it does not fit, a warning says so.
+    """
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        run: Mapping[str, Any],
+        world: World,
+    ) -> None:
+        self.folder = Path(settings.output) / "checkpoints"
+        self.every, self.keep = settings.checkpoint_every, settings.keep_checkpoints
+        self.model, self.optimizer, self.run, self.world = model, optimizer, run, world
+        self.size = checkpoint_size(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        whole = all(parameter.requires_grad for parameter in model.parameters())  # no adapter: saved in `dtype`
+        dtype = getattr(torch, settings.dtype)
+        self.result = sum(p.numel() * (dtype.itemsize if whole else p.element_size()) for p in trained)
+        self.written = time.monotonic()
+        self.seconds = self.size / _BYTES_A_SECOND
+
+    def resume(self, total_steps: int) -> int:
+        """Load the last checkpoint, if there is one, and return the step to go on from; check the space on the disk."""
+        checkpoint = latest_checkpoint(self.folder)
+        step = 0
+        if checkpoint is not None:
+            step = load_checkpoint(checkpoint, self.model, self.optimizer, self.run, self.world)
+        if self.world.is_main:
+            self._check_space(total_steps - step)
+            if step:
+                print(f"resuming from {checkpoint} at step {step} of {total_steps}", file=sys.stderr)
+        return step
+
+    def due(self, step: int) -> bool:
+        """Whether the schedule asks for a checkpoint after this step."""
+        if isinstance(self.every, int):
+            return self.every > 0 and step % self.every == 0
+        return time.monotonic() - self.written >= max(_SECONDS, _TIMES * self.seconds)
+
+    def save(self, step: int, *, ending: bool) -> bool:
+        """Write a checkpoint where it fits; at the end of a run it may be missing, else a number of steps is a promise.
+
+        An older checkpoint makes room, but the last good one stays until the new one is complete.
+        """
+        require_finite(self.model, step, self.world)
+        if not self.every:
+            return False
+        optional = ending or not isinstance(self.every, int)
+        began = time.monotonic()
+        try:
+            if not sum_over_ranks([self.world.is_main and self._make_room(optional)], self.world)[0]:
+                raise disk_full(self.folder, self.size)
+            save_checkpoint(self.folder, step, self.model, self.optimizer, self.run, self.world)
+        except DiskFull as error:
+            if not optional:
+                raise
+            if self.world.is_main:
+                tqdm.write(f"warning: no checkpoint after step {step}: {error}", file=sys.stderr)
+            return False
+        finally:
+            self.written = time.monotonic()
+        self.seconds = self.written - began
+        if self.world.is_main:
+            prune_checkpoints(self.folder, self.keep)
+            self._free(self.result)
+        return True
+
+    def _make_room(self, optional: bool) -> bool:
+        free, existing = free_space(self.folder), len(all_checkpoints(self.folder))
+        if free is None:
+            return True
+        if optional and free + (existing - 1) * self.size < self.result:
+            return False  # the result would not fit beside it
+        if free + (existing - 1) * self.size >= self.size:
+            self._free(self.size)
+        return (free_space(self.folder) or 0) >= self.size
+
+    def _free(self, needed: int) -> None:
+        """Delete old checkpoints, never the last one, until so many bytes are free."""
+        while len(existing := all_checkpoints(self.folder)) > 1:
+            free = free_space(self.folder)
+            if free is None or free >= needed:
+                return
+            prune_checkpoints(self.folder, len(existing) - 1)
+
+    def _check_space(self, steps: int) -> None:
+        """Say before the training what will not fit; DiskFull if it certainly can't."""
+        free, existing = free_space(self.folder), len(all_checkpoints(self.folder))
+        if free is None:
+            return
+        if self.every and self.seconds > 20 and "TORCHELASTIC_RUN_ID" in os.environ:
+            print(
+                f"note: a checkpoint takes about {self.seconds:.0f} s, and torchrun kills its processes 30 s after "
+                "SIGTERM or Ctrl-C, which loses what was trained since the last one; give it --shutdown-timeout "
+                f"{60 + 2 * self.seconds:.0f} (torch 2.12 and newer)",
+                file=sys.stderr,
+            )
+        usable = free + max(0, existing - 1) * self.size
+        promised = isinstance(self.every, int) and 0 < self.every < steps
+        if usable < self.result // 2:  # a result in bfloat16 takes half of one in float32
+            raise disk_full(self.folder.parent, self.result)
+        if promised and usable < self.size:
+            raise disk_full(self.folder, self.size)
+        fitting = (free + existing * self.size - self.result) // self.size if self.size else self.keep
+        space = f"{readable_size(free)} free, a checkpoint takes {readable_size(self.size)}"
+        space = f"warning: {self.folder.parent}: {space}, the result {readable_size(self.result)}"
+        if free < self.result:
+            print(f"{space}: free some before the end", file=sys.stderr)
+        elif self.every and fitting < self.keep:
+            kept = f"only {fitting} of {self.keep} checkpoints are kept" if fitting > 0 else "there is no room for one"
+            lost = "" if fitting > 0 else ", so a run that is killed starts anew"
+            print(f"{space}: {kept}{lost}", file=sys.stderr)
+
+
+def require_finite(model: nn.Module, step: int, world: World) -> None:
+    """ValueError, on every rank, if a weight that trains is infinite or not a number."""
+    local: list[tuple[str, Tensor]] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensor = parameter.detach()
+            local.append((name, tensor.to_local() if isinstance(tensor, DTensor) else tensor))
+    # One sum each, as the exact check of a large matrix takes memory; a sum may be infinite where no weight is.
+    finite = torch.stack([tensor.sum(dtype=torch.float32) for _, tensor in local]).isfinite().tolist()
+    bad = [name for (name, tensor), sure in zip(local, finite, strict=True) if not sure and not tensor.isfinite().all()]
+    if sum_over_ranks([len(bad)], world)[0]:
+        which = f", first {bad[0]}" if bad else ""
+        raise ValueError(
+            f"the weights are no longer finite after step {step}{which}: nothing was saved over the last good "
+            "checkpoint; lower learning_rate or max_grad_norm, or use float32"
+        )
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C become the wish to stop after this step; the second signal ends the process at once."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.number = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in STOPPING:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.number = number
+        for other in self.before:
+            signal.signal(other, signal.SIG_DFL)
+        if self.world.is_main:  # a `print` here could interrupt another one
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: the run ends after this step; a second signal ends it at once\n".encode())
+
+    def agree(self, due: bool) -> tuple[bool, int]:
+        """Whether the main rank wants a checkpoint, and the signal that some rank has received, 0 if none.
+
+        Every rank gets the same answer, at the end of the same step: else one would wait for the others for ever.
+        """
+        wanted, *sent = sum_over_ranks([self.world.is_main and due, *(self.number == n for n in STOPPING)], self.world)
+        return bool(wanted), next((number for number, ranks in zip(STOPPING, sent, strict=True) if ranks), 0)
+
+    def leave(self, number: int, place: str, saved: bool) -> NoReturn:
+        """Say how the run goes on, and end with the exit code of the signal."""
+        if self.world.is_main:
+            how = "goes on from there" if saved else "starts anew, or from the checkpoint before"
+            name = signal.Signals(number).name
+            print(f"{place}: stopped by {name}; the same command {how}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)

@@ -1,0 +1,263 @@
+"""Full disks, two runs at once, signals, a death at the very end: what a run says, and that it goes on."""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from pedgpt.files import sole_writer
+from pedgpt.training import keeping, loop
+
+RECIPES = ("continued_pretrain", "full_finetune", "dfpo", "expert_finetune")
+FULL = r"cannot be written \(File too large\): (more than )?[\d.]+ (bytes|[kMGT]B) needed, [\d.]+ (bytes|[kMGT]B) free$"
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """The system refuses to write files beyond this size, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def disk_with(monkeypatch, *free):
+    """A disk with so many free bytes, the last number for ever."""
+    left = list(free)
+    usage = shutil._ntuple_diskusage
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage(10**9, 0, left.pop(0) if len(left) > 1 else left[0])
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(lab, recipe, tmp_path):
+    size = max(file.stat().st_size for file in lab.reference(recipe).glob("*/*.safetensors"))
+    with largest_file(size - 1000):
+        result = lab.run(recipe, tmp_path)
+    *_, warning, line = result.err.splitlines()
+    assert result.code == 2 and "Traceback" not in result.err
+    assert line.startswith(f"error: {tmp_path}/") and re.search(FULL, line)
+    assert f"warning: no checkpoint after step 5: {tmp_path}/checkpoints/step_0000005: cannot be" in result.err
+    assert not list(tmp_path.glob("**/.*"))  # neither a lock nor half a file
+    assert lab.run(recipe, tmp_path).code == 0
+    lab.assert_as_if_nothing_happened(tmp_path, lab.reference(recipe))
+
+
+def test_every_recipe_that_writes_ends_in_one_line_on_a_full_disk(lab, tmp_path):
+    output, adapter = tmp_path / "out", lab.folder / "references" / "lora"
+    if not adapter.exists():
+        assert lab.run("dfpo", adapter, lora_rank=2).code == 0
+    (tmp_path / "held" / "tasks").mkdir(parents=True)
+    shutil.copy(lab.folder / "heldout.jsonl", tmp_path / "held" / "tasks" / "medkqa.jsonl")
+    (tmp_path / "source").mkdir()
+    shutil.copy(lab.folder / "train.jsonl", tmp_path / "source")
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    shutil.copy(lab.reference("full_finetune") / "metrics.jsonl", tmp_path / "run" / "sft")
+    model = ["--model", str(lab.folder / "model")]
+    corpus = ["--text", str(lab.folder / "text.jsonl"), "--instructions", str(lab.folder / "train.jsonl")]
+    tiny = ["--vocab_size", "300", "--hidden_size", "32", "--num_hidden_layers", "1"]
+    for recipe, flags in (
+        ("continued_pretrain", lab.arguments("continued_pretrain", output)),  # the token store
+        ("dfpo", lab.arguments("dfpo", output)),  # the reference's log-probabilities
+        ("init_model", [*corpus, *tiny, "--output", str(output)]),
+        ("merge_lora", [*model, "--adapter", str(adapter / "adapter"), "--output", str(output)]),
+        ("export_llama", [*model, "--output", str(output)]),
+        ("build_corpus", ["--source", str(tmp_path / "source"), "--output", str(tmp_path / "corpus")]),
+        ("evaluate", [*model, "--heldout", str(tmp_path / "held"), "--limit", "1", "--max_new_tokens", "2",
+                      "--output", str(tmp_path / "out.json")]),
+        ("report", ["--run", str(tmp_path / "run")]),
+    ):  # fmt: skip
+        with largest_file(300):
+            result = lab.call(recipe, flags)
+        assert result.code == 2 and "Traceback" not in result.err, (recipe, result.err)
+        line = result.err.splitlines()[-1]
+        assert line.startswith(f"error: {tmp_path}/") and re.search(FULL, line), (recipe, line)
+
+
+def test_space_is_checked_before_the_training_and_what_fits_still_runs(lab, tmp_path, monkeypatch):
+    result_size, checkpoint = 147_000, 441_000
+    disk_with(monkeypatch, 10_000)
+    result = lab.run("full_finetune", tmp_path / "none")
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and line.endswith("147.1 kB needed, 10.0 kB free") and not (tmp_path / "none").exists()
+    disk_with(monkeypatch, result_size + 50_000)
+    result = lab.run("full_finetune", tmp_path / "promised", checkpoint_every=2)
+    assert result.code == 2 and "checkpoints: cannot be written" in result.err and "441.2 kB needed" in result.err
+    result = lab.run("full_finetune", tmp_path / "bare")
+    assert result.code == 0
+    assert "197.0 kB free, a checkpoint takes 441.2 kB, the result 147.1 kB: there is no room for one" in result.err
+    disk_with(monkeypatch, result_size + checkpoint + 9_000)
+    result = lab.run("full_finetune", tmp_path / "one", checkpoint_every=2)
+    assert result.code == 0 and "only 1 of 2 checkpoints are kept" in result.err
+    for name in ("bare", "one"):
+        lab.assert_as_if_nothing_happened(tmp_path / name, lab.reference("full_finetune"))
+
+
+def test_old_checkpoints_make_room_but_the_last_good_one_stays(lab, tmp_path, monkeypatch):
+    assert lab.run("full_finetune", tmp_path, checkpoint_every=1, keep_checkpoints=9, die_after=3).code == -9
+    disk_with(monkeypatch, 9_000_000, 9_000)  # enough when the run starts, then nothing
+    result = lab.run("full_finetune", tmp_path, checkpoint_every=1, keep_checkpoints=9)
+    assert result.code == 2 and "441.2 kB needed, 9.0 kB free" in result.err
+    assert "step_0000003" in [path.name for path in (tmp_path / "checkpoints").iterdir()]
+
+
+def test_checkpoints_are_written_by_the_clock(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(keeping, "_SECONDS", 0.0)
+    monkeypatch.setattr(keeping, "_TIMES", 0)
+    saved = []
+    real = keeping.save_checkpoint
+
+    def save(folder, step, *rest):
+        real(folder, step, *rest)
+        saved.append(step)
+
+    monkeypatch.setattr(keeping, "save_checkpoint", save)
+    assert lab.run("full_finetune", tmp_path / "often").code == 0
+    assert saved == [1, 2, 3, 4, 5]
+    monkeypatch.setattr(keeping, "_SECONDS", 600.0)
+    assert lab.run("full_finetune", tmp_path / "end").code == 0
+    assert saved[5:] == [5]  # before the result is saved
+    assert lab.run("full_finetune", tmp_path / "never", checkpoint_every=0).code == 0
+    assert saved[6:] == []
+    for value in ("often", -1, 1.5):
+        result = lab.run("full_finetune", tmp_path / "no", checkpoint_every=value)
+        assert result.code == 2 and 'checkpoint_every must be "auto" or a number of steps' in result.err
+
+
+def test_two_runs_at_once(lab, tmp_path):
+    with sole_writer(tmp_path):
+        result = lab.run("full_finetune", tmp_path)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith(f"error: {tmp_path} is in use by process {os.getpid()} on ")
+    assert lab.run("full_finetune", tmp_path).code == 0
+    lab.assert_as_if_nothing_happened(tmp_path, lab.reference("full_finetune"))
+
+
+def test_two_ranks_stop_together_and_save_a_checkpoint_when_torchrun_is_told_to_end(lab, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(lab.free_port())]
+    flags = lab.arguments("full_finetune", tmp_path, epochs=20)  # 68 steps
+    process = lab.start([*launcher, lab.script("full_finetune"), *flags])
+    log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 100
+    while (not log.exists() or len(log.read_text().splitlines()) < 3) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    (step,) = map(int, re.findall(rf"{tmp_path}: step (\d+) of 68: stopped by SIGTERM; the same command goes on", err))
+    assert len(lab.metrics(tmp_path)) == step
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{step:07d}"]
+    assert not (tmp_path / ".lock").exists() and "[rank1]" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(lab, tmp_path, monkeypatch, number):
+    real, seen = loop._step, []
+
+    def step(*arguments):
+        os.kill(os.getpid(), number)
+        seen.append(signal.getsignal(number))
+        return real(*arguments)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(loop, "_step", step)
+    result = lab.run("full_finetune", tmp_path)
+    assert result.code == 128 + number and f"step 1 of 5: stopped by {number.name}; the same" in result.err
+    assert seen == [signal.SIG_DFL]  # the system's: it ends a process that hangs in a collective, too
+    assert signal.getsignal(number) == before
+    monkeypatch.undo()
+    assert "at step 1 of 5" in lab.run("full_finetune", tmp_path).err
+    lab.assert_as_if_nothing_happened(tmp_path, lab.reference("full_finetune"))
+
+
+def test_without_checkpoints_a_signal_says_what_is_lost(lab, tmp_path, monkeypatch):
+    real = loop._step
+    monkeypatch.setattr(loop, "_step", lambda *rest: (os.kill(os.getpid(), signal.SIGTERM), real(*rest))[1])
+    result = lab.run("full_finetune", tmp_path, checkpoint_every=0)
+    assert result.code == 143 and "step 1 of 5: stopped by SIGTERM; the same command starts anew" in result.err
+
+
+def test_a_death_at_the_very_end_leaves_nothing_after_the_next_start(lab, tmp_path, monkeypatch):
+    real = shutil.rmtree
+
+    def half(folder, **rest):
+        if folder.name != "checkpoints":
+            return real(folder, **rest)
+        (folder / "step_0000005" / ".metadata").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.shutil, "rmtree", half)
+        assert lab.run("full_finetune", tmp_path).code == 130
+    (tmp_path / "model" / ".config.json.0123abcd.tmp").write_text("half")
+    assert (tmp_path / "checkpoints").exists() and (tmp_path / "done.json").exists()
+    result = lab.run("full_finetune", tmp_path)
+    assert (result.code, result.out) == (0, f"{tmp_path}: finished already\n")
+    lab.assert_as_if_nothing_happened(tmp_path, lab.reference("full_finetune"))
+    assert not list(tmp_path.glob("**/.*"))
+
+
+def test_a_run_whose_result_was_deleted_is_not_finished(lab, tmp_path):
+    shutil.copytree(lab.reference("expert_finetune"), tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "adapter")
+    result = lab.run("expert_finetune", tmp_path)
+    assert result.code == 0 and "finished, but adapter/adapter_model.safetensors is gone: it is trained" in result.err
+    lab.assert_as_if_nothing_happened(tmp_path, lab.reference("expert_finetune"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"seed": 1', '{"result": 3}', '{"result": [3]}'])
+def test_a_damaged_done_json_names_itself(lab, tmp_path, content):
+    (tmp_path / "done.json").write_text(content)
+    result = lab.run("full_finetune", tmp_path)
+    assert result.code == 2 and result.err.startswith(f"error: {tmp_path}/done.json: damaged (")
+
+
+def test_weights_that_are_not_finite_are_no_result_and_replace_no_checkpoint(lab, tmp_path, monkeypatch):
+    real, steps = torch.optim.AdamW.step, []
+
+    def step(self, *rest):
+        real(self, *rest)
+        steps.append(1)
+        if len(steps) == 5:  # the last one, so that no loss tells of it
+            with torch.no_grad():
+                self.param_groups[0]["params"][3][0, 0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    result = lab.run("full_finetune", tmp_path, checkpoint_every=2)
+    assert result.code == 2 and "error: the weights are no longer finite after step 5, first model." in result.err
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_0000002", "step_0000004"}
+    assert not (tmp_path / "model").exists() and not (tmp_path / "done.json").exists()
+
+
+def test_how_a_path_is_spelt_does_not_matter(lab, tmp_path, monkeypatch):
+    assert lab.run("full_finetune", tmp_path / "run", die_after=2, checkpoint_every=2).code == -9
+    shutil.copytree(lab.folder / "model", tmp_path / "moved")
+    shutil.copy(lab.folder / "train.jsonl", tmp_path / "renamed.jsonl")
+    monkeypatch.chdir(tmp_path)
+    result = lab.run("full_finetune", "run", model="moved", instructions="./renamed.jsonl")
+    assert result.code == 0 and "at step 2 of 5" in result.err
+    lab.assert_as_if_nothing_happened(tmp_path / "run", lab.reference("full_finetune"))
+    assert "finished already" in lab.run("full_finetune", tmp_path / "run").out
+
+
+def test_a_damaged_line_of_the_metrics_is_named(lab, tmp_path):
+    assert lab.run("full_finetune", tmp_path, die_after=4, checkpoint_every=2).code == -9
+    log = tmp_path / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    for damage in (b"\x00" * 50 + b"\n", b"{}\n", b"[]\n", b'{"step": "two", "tokens": 1, "seconds": 1}\n'):
+        log.write_bytes(b"".join([lines[0], damage, *lines[2:]]))
+        result = lab.run("full_finetune", tmp_path)
+        assert result.code == 2 and f"error: {log}:2: not the record of a step" in result.err
+    log.write_bytes(b"".join(lines))
+    assert lab.run("full_finetune", tmp_path).code == 0
+    assert json.loads(log.read_bytes().splitlines()[-1])["step"] == 5
+    lab.assert_as_if_nothing_happened(tmp_path, lab.reference("full_finetune"))
