@@ -2,9 +2,10 @@
 
     python benchmarks/bench_classify.py [--data ../shared/data] [--half odd|even] [--show 20]
 
-The word lists were written while looking at rows whose SHA-256 is even; of the odd half only the totals were looked at
-before the lists were finished. Departments are hidden from the classifier, except in the last column. Ends with an
-error if fewer than 97 % of the medical rows are found or more than 2 % of general chat is called medical.
+The word lists were written while looking at rows whose SHA-256 is even. Of the odd half only the totals were looked at,
+and the rows of general chat that are called medical were read; no word comes from it. Departments are hidden from the
+classifier, except in the last column. Ends with an error if fewer than 97 % of the medical rows are found, or more
+than 2 % of general chat that is not about medicine is called medical.
 """
 
 import argparse

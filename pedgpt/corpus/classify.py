@@ -45,7 +45,7 @@ def classify(conversation: Conversation, pediatric: bool = False) -> str:
 def domain_of(asked: str, answered: str) -> str:
     """One of DOMAINS for a question and its answer; for running text the question is empty.
 
-    Medical if its different medical words, less those of general chat, count at least 2; pediatric if it is medical and
+    Medical if its different medical words, less those of general chat, count at least 4; pediatric if it is medical and
     speaks of a child. templates/classify.toml has the words and what each counts.
     """
     asked, answered = (simplified(text).lower() for text in (asked, answered))
@@ -54,8 +54,8 @@ def domain_of(asked: str, answered: str) -> str:
     score = _counted(medical, f"{question}\n{answer}")
     score -= _counted(against_asked, question) + _counted(against_answered, answer)
     if min(chinese_share(question), chinese_share(question + answer)) < 0.5:
-        score -= 10  # a general assistant is asked in any language; a report of letters and digits counts more
-    if score < 2:
+        score -= 20  # a general assistant is asked in any language; a report of letters and digits counts more
+    if score < 4:
         return GENERAL
     child, grown, age = (_pattern(name).search(asked or answered) for name in ("child", "grown", "age"))
     return PEDIATRIC if child and (age or not grown) else GENERAL_MEDICAL
@@ -87,7 +87,11 @@ def _counts() -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     def counted(**counts: int) -> dict[str, int]:
         return {word: count for name, count in counts.items() for word in simplified(lists[name]).split()}
 
-    return counted(words=1, firm=2), counted(general=3, role_play=10, translated=1), counted(general=1, translated=2)
+    return (
+        counted(weak=1, words=2, firm=4),
+        counted(general=6, role_play=20, translated=1),
+        counted(general=2, translated=3),
+    )
 
 
 @cache

@@ -129,7 +129,7 @@ _LANDLINE = re.compile(
 )
 # After their word: numbers without an area code, and those of Taiwan, whose area codes have two or three digits.
 _LOCAL = re.compile(
-    r"(?:电话|手机|座机|固话|传真|联系方式|(?<![a-z])tel|phone|whatsapp)(?:号码|号|是|为|[:. ])*"
+    r"(?:电话|手机|座机|固话|传真|联[系络]方式|(?<![a-z])tel|phone|whatsapp)(?:号码|号|是|为|[:. ])*"
     r"(?P<value>[2-9]\d{2,3}[- ]?\d{4}|09\d\d[- ]?\d{3}[- ]?\d{3}|\(?0[2-8]\d?\)?[- ]?\d{3,4}[- ]?\d{3,4})" + _END,
     re.ASCII | re.IGNORECASE,
 )
@@ -163,10 +163,10 @@ _AMOUNT = re.compile(
     re.IGNORECASE,
 )
 _AMOUNT_OF = re.compile(
-    r"(?:定量|总数|计数|数量|载量|含量|浓度|滴度|活性|拷贝数?|细胞|血小板|精子|菌落|DNA|RNA|HCG)[^，。；,;\n\d]{0,8}$",
+    r"(?:定量|总[数量]|计数|数[量值目]|载量|含量|浓度|滴度|活性|拷贝数?|病毒|细胞|血小板|精子|菌落|DNA|RNA|HCG)[^，。；,;?!\n\d]{0,8}$",
     re.IGNORECASE,
 )
-_CALLED = re.compile(r"电话|手机|号码|联系|拨|致电|tel|phone", re.IGNORECASE)
+_CALLED = re.compile(r"电话|手机|号码|联[系络]|身份|拨|致电|打$|tel|phone", re.IGNORECASE)
 
 Rule = tuple[str, re.Pattern[str], Callable[[re.Match[str]], bool]]
 
