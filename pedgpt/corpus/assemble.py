@@ -171,9 +171,7 @@ class Assembly:
         for record in records:
             record = map_texts(record, lambda text: self._cleaned(text, count=False))
             for text in items(record):
-                self._decontaminator.add(
-                    record.source, text, not isinstance(record, Document) and text == question(record)
-                )
+                self._decontaminator.add(record.source, text, not isinstance(record, Document) and text == question(record))
 
     def answers_as_text(self, table: str, conversations: tuple[str, ...], at_least: int = 20) -> None:
         """The answers of some tables' conversations as running text too, for a corpus that has no other."""
