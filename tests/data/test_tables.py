@@ -93,13 +93,15 @@ SHAPES = {
     "data": dumps({"data": QA}),
     "data behind other members": dumps({"version": "1.0", "count": 3, "data": QA, "licence": {"name": "x"}}, indent=2),
     "data behind an object": dumps({"about": {"x": 1}, "data": QA}),
+    "parts": dumps({"train": QA[:2], "about": {"x": ["y"]}, "test": QA[2:], "n": 3}, indent=1),
+    "parts behind an object": dumps({"about": {"x": 1}, "train": QA[:2], "test": QA[2:]}),
     "two lists": dumps(QA[:1]) + "\n" + dumps(QA[1:]),
     "comma at the end": dumps(QA)[:-1] + ",]",
 }
 
 
 # The shape is told by the first block; what follows may be cut anywhere.
-CUT = [(shape, "a.json", 5) for shape in SHAPES if "data" not in shape]
+CUT = [(shape, "a.json", 5) for shape in SHAPES if "data" not in shape and "parts" not in shape]
 
 
 @pytest.mark.parametrize(
