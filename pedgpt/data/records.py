@@ -48,7 +48,7 @@ TURNS = ("conversations", "conversation", "messages")
 OPTIONS = ("option", "options", "选项")
 UNDESIRABLE = ("label", "kto_tag")  # false: an answer that somebody judged to be bad
 USERS = ("user", "human", "patient", "患者", "病人", "用户")
-ASSISTANTS = ("assistant", "gpt", "doctor", "医生", "大夫", "助手")
+ASSISTANTS = ("assistant", "gpt", "chatgpt", "bot", "model", "doctor", "医生", "大夫", "助手")
 ROLES = {"system": "system"} | dict.fromkeys(USERS, "user") | dict.fromkeys(ASSISTANTS, "assistant")
 # The fields that `columns` may name, by kind.
 _TALK = ("messages", "question", "input", "history", "system", "options", "department", "disease")

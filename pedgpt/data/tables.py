@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import shlex
 import zipfile
@@ -86,6 +87,8 @@ def files_in(folder: Path) -> tuple[list[Path], dict[Path, str]]:
         elif path.is_dir():
             if path.is_symlink():
                 left_out[path] = "a link to a folder; name that folder itself"
+            elif not os.access(path, os.R_OK | os.X_OK):
+                left_out[path] = "a folder that may not be opened"
         elif not path.is_file():
             left_out[path] = "not a plain file"
         elif NOTES.fullmatch(path.name) and path.suffix.lower() in ("", ".json", *TEXTS):
