@@ -425,7 +425,12 @@ def encode_shortened(
         if cut == len(cuts):
             raise ValueError("no question has room beside its system text and half a row of answer")
         turns = asked(cut)[len(system) :]
-    examples = [Example(one.tokens[:row_length], one.labels[:row_length], one.source) for one in encoded(turns)]
+    whole = encoded(turns)
+    for example, answer in zip(whole, answers, strict=True):
+        said = len(chat.tokenizer.encode(answer.content)) if answer.reasoning else 0
+        if said and len(example.tokens) - said >= row_length:
+            raise ValueError("its reasoning leaves no room for the answer")
+    examples = [Example(one.tokens[:row_length], one.labels[:row_length], one.source) for one in whole]
     if not all(example.supervised for example in examples):
         raise ValueError("nothing to learn would be left")
     return examples

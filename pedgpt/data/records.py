@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,7 +48,7 @@ TURNS = ("conversations", "conversation", "messages")
 OPTIONS = ("option", "options", "选项")
 UNDESIRABLE = ("label", "kto_tag")  # false: an answer that somebody judged to be bad
 USERS = ("user", "human", "patient", "患者", "病人", "用户")
-ASSISTANTS = ("assistant", "gpt", "doctor", "医生", "大夫", "助手")
+ASSISTANTS = ("assistant", "gpt", "chatgpt", "bot", "model", "doctor", "医生", "大夫", "助手")
 ROLES = {"system": "system"} | dict.fromkeys(USERS, "user") | dict.fromkeys(ASSISTANTS, "assistant")
 # The fields that `columns` may name, by kind.
 _TALK = ("messages", "question", "input", "history", "system", "options", "department", "disease")
@@ -312,13 +313,19 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
         raise ValueError(f"{path}: found a folder, expected one file; name a file in it")
     (file,) = files_of(path)
     # Any TSV of three columns could hold triples, so there they come last; elsewhere their keys are the surer sign.
-    kinds = ["preferences", "conversations", *(["documents"] if format_of(file) == ".tsv" else []), "triples"]
+    tsv = format_of(file) == ".tsv"
+    kinds = ["preferences", "conversations", *(["documents"] if tsv else []), "triples", "documents"]
+
+    @cache
+    def first_rows(triples: bool, *names: str) -> list[tuple[int | str, object]]:
+        return list(islice(read_rows(file, triples=triples, columns=names), 20))
+
     reasons: list[tuple[bool, int, str]] = []  # what lacks, how few of its keys are known, and why it does not fit
     unknown = f"{file}: no row in it"
-    for kind in dict.fromkeys([*kinds, "documents"]):
+    for kind in ["documents"] if format_of(file) in TEXTS else dict.fromkeys(kinds):
         own = _own(columns, kind)
         try:
-            for line, row in islice(_rows(file, kind, columns), 20):
+            for line, row in first_rows(tsv and kind == "triples", *own.values()):
                 try:
                     PARSERS[kind](_fields(row, own), "", None)
                     return kind

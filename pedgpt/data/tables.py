@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import shlex
 import zipfile
@@ -39,9 +40,10 @@ GAP = re.compile("[\\s,\ufeff]*")
 FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:')
 # The beginning of an object around a list of rows, {"version": 1, "data": [{; other members that come first are plain.
 _STRING = r'"(?:[^"\\]|\\.)*"'
-WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records")
+WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "train", "validation", "dev", "test")
 _MEMBER = rf"{_STRING}\s*:\s*(?:{_STRING}|[\w.+-]+)\s*,"
-WRAPPED = re.compile(rf'\s*\{{(?:\s*{_MEMBER})*\s*"(?:{"|".join(WRAPPERS)})"\s*:\s*\[\s*(?=\{{)')
+_LIST = rf'"(?:{"|".join(WRAPPERS)})"\s*:\s*\[\s*(?=\{{)'
+WRAPPED, FURTHER = re.compile(rf"\s*\{{(?:\s*{_MEMBER})*\s*{_LIST}"), re.compile(_LIST)
 
 
 class Unfit(ValueError):
@@ -85,6 +87,8 @@ def files_in(folder: Path) -> tuple[list[Path], dict[Path, str]]:
         elif path.is_dir():
             if path.is_symlink():
                 left_out[path] = "a link to a folder; name that folder itself"
+            elif not os.access(path, os.R_OK | os.X_OK):
+                left_out[path] = "a folder that may not be opened"
         elif not path.is_file():
             left_out[path] = "not a plain file"
         elif NOTES.fullmatch(path.name) and path.suffix.lower() in ("", ".json", *TEXTS):
@@ -224,9 +228,9 @@ def _parsed(line: str) -> object:
 
 
 def _list_inside(value: object) -> list[object]:
-    """The rows of an object around a list, {"data": [{…}, …]}; none of any other value."""
-    lists = [value.get(name) for name in WRAPPERS] if isinstance(value, dict) else []
-    rows = next((rows for rows in lists if isinstance(rows, list)), [])
+    """The rows of an object around lists, {"data": [{…}, …]}; none of any other value."""
+    lists = [rows for name, rows in value.items() if name in WRAPPERS] if isinstance(value, dict) else []
+    rows = [row for rows in lists if isinstance(rows, list) for row in rows]
     return rows if all(isinstance(row, dict) for row in rows) else []
 
 
@@ -256,8 +260,10 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
             continue
         if buffer[at] == ("]" if in_list else "["):
             at, in_list = at + 1, not in_list
-            if wrapped:
-                return  # what follows describes the list
+            if wrapped:  # what follows describes the list, or is another one
+                buffer, at = _next(FURTHER, text, buffer, at)
+                further = FURTHER.match(buffer, at)
+                at, in_list = (further.end(), True) if further else (at, False)
             continue
         try:
             value, at = decode(buffer, at)
@@ -270,7 +276,9 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
                 continue
             found = f"{getattr(error, 'msg', error)} after {buffer[max(at, place - 20) : place]!r}"
             value, broken = Unfit("invalid JSON", found, "one object a line, or one list"), True
-            buffer, at = _next_object(text, buffer, at)
+            own = FIRST_KEY.match(buffer, at)
+            begins = re.compile(r'\{\s*"' + (re.escape(own[1]) + r'"\s*:' if own else ""))
+            buffer, at = _next(begins, text, buffer, at + 1)
         for row in (not in_list and _list_inside(value)) or [value]:
             number += 1
             yield number, row
@@ -278,12 +286,9 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
         yield number + 1, Unfit("invalid JSON", "the end of the file inside a list", "]", "get the whole file")
 
 
-def _next_object(text: TextIO, buffer: str, at: int) -> tuple[str, int]:
-    """(buffer, place) of the next object that begins like the one at `at`; an empty buffer if there is none."""
-    own = FIRST_KEY.match(buffer, at)
-    begins = re.compile(r'\{\s*"' + (re.escape(own[1]) + r'"\s*:' if own else ""))
-    at += 1
-    while not (found := begins.search(buffer, at)):
+def _next(wanted: re.Pattern[str], text: TextIO, buffer: str, at: int) -> tuple[str, int]:
+    """(buffer, place) where `wanted` is found from `at` on; an empty buffer if it is nowhere."""
+    while not (found := wanted.search(buffer, at)):
         if not (more := text.read(BLOCK)):
             return "", 0
         buffer, at = buffer[max(at, len(buffer) - 1000) :] + more, 0

@@ -22,6 +22,11 @@ def chat(tokenizers_by_name):
     return chat_format(tokenizers_by_name["baichuan"])
 
 
+THOUGHT = Conversation(
+    (Message("user", "1"), Message("assistant", "2", reasoning="34567890" * 20)), "a.jsonl:1"
+)
+
+
 def talk(*texts, system="", line=1, losses=()):
     turns = [Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
     for i, loss in losses:
@@ -73,6 +78,7 @@ def test_a_long_answer_keeps_at_least_half_a_row_and_a_short_one_all(chat):
     [
         (talk("1", "2", system="123456789"), "no question has room beside its system text and half a row of answer"),
         (talk("1", "2", "333", "4", losses=[(3, False)]), "nothing to learn would be left"),
+        (THOUGHT, "its reasoning leaves no room for the answer"),
     ],
 )
 def test_a_row_of_which_nothing_could_be_learnt_is_left_out_and_counted(chat, row, told):
