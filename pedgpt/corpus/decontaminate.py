@@ -87,7 +87,7 @@ class Decontaminator:
         return (self._places[key], share) if key else None
 
     def _search(self, texts: Sequence[str]) -> tuple[str, float, npt.NDArray[np.int64]]:
-        """The key of the item of which most is there, or "", the share, and the places of the row's grams in _hashes."""
+        """The key of the item of which most is there, or "", the share, and where in _hashes the row's grams are."""
         keys = [question_key(text) for text in texts]
         none = np.zeros(0, np.int64)
         if keys and keys[0] in self._short:
