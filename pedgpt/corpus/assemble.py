@@ -171,7 +171,9 @@ class Assembly:
         for record in records:
             record = map_texts(record, lambda text: self._cleaned(text, count=False))
             for text in items(record):
-                self._decontaminator.add(record.source, text, not isinstance(record, Document) and text == question(record))
+                self._decontaminator.add(
+                    record.source, text, not isinstance(record, Document) and text == question(record)
+                )
 
     def answers_as_text(self, table: str, conversations: tuple[str, ...], at_least: int = 20) -> None:
         """The answers of some tables' conversations as running text too, for a corpus that has no other."""
@@ -188,8 +190,8 @@ class Assembly:
         """Write the shards and reports. `sample_share` of the tasks' training rows go to stage 2 as well."""
         gone = bytearray(len(self))
         names = Names(question_key(name) for name in self.names | self.split.diseases if 1 < len(name) <= LONGEST_NAME)
-        self._decontaminator.names, found = names, self._near.find(names)
-        similar = {self._compared[i]: (self._compared[j], share) for i, j, share in found}
+        similar = {self._compared[i]: (self._compared[j], share) for i, j, share in self._near.find(names)}
+        self._decontaminator.names = names
         asked = set()  # diseases share first questions: 孩子发热、头痛，是怎么回事
         for _, (*_, builder, _, _), row in self._rows(
             i for i in range(len(self)) if self._heldout[i] and i not in similar

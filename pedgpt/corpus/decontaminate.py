@@ -17,11 +17,13 @@ from pedgpt.corpus.split import Names, question_key
 # An item of 13 or more characters with a tenth of them changed keeps a run of six; one of eight it may lose.
 GRAM = 6
 LEAST = 13  # characters of its own from which an item is recognised inside a longer text
-MANY = 20  # items, or rows: a gram that more of them have is boilerplate; of many rows a thousandth
+MANY = 20  # items, or rows: a gram that more of them have is boilerplate; of many rows a hundredth
 FEW = 5  # rows: an answer with little of its own that more of them hold is anybody's
 SEEN = 0.2  # share of its grams from which an item is looked at: each edit spoils up to six
 SHARE = 0.8  # of its characters that must be there in runs of three or more; with a tenth changed 0.88 are
-SHORT = 30  # characters of its own: in a shorter item a run of others is another subject, so edits are counted
+OWN_SHARE = 0.7  # of those that are not stock phrases either: they are fewer
+ALL_OWN = 0.9  # of those of an answer, which may lack the rest
+SHORT = 30  # characters outside of boilerplate: in a shorter item a run of others is another subject, so edits are counted
 
 
 class Decontaminator:
@@ -76,7 +78,7 @@ class Decontaminator:
         The first message is what the row asks; a question of fewer than 13 characters of its own must be just that.
         """
         if self._rows:
-            many = max(MANY, self._rows // 1000)
+            many = max(MANY, self._rows // 100)
             self._common = self._hashes[self._holders > many]
             short = {key for key, own in zip(self._keys, self._own, strict=True) if own.sum() < SHORT}
             self._repeated |= {key for key, rows in self._holding.items() if rows > (FEW if key in short else many)}
@@ -87,7 +89,7 @@ class Decontaminator:
         return (self._places[key], share) if key else None
 
     def _search(self, texts: Sequence[str]) -> tuple[str, float, npt.NDArray[np.int64]]:
-        """The key of the item of which most is there, or "", the share, and the places of the row's grams in _hashes."""
+        """The key of the item of which most is there, or "", the share, and where in _hashes the row's grams are."""
         keys = [question_key(text) for text in texts]
         none = np.zeros(0, np.int64)
         if keys and keys[0] in self._short:
@@ -125,11 +127,10 @@ class Decontaminator:
         key, own = self._keys[item], self._own[item]
         if key in window:
             return 1.0
-        # The form of a question is part of what it asks, but in an answer stock phrases are anybody's.
-        whole, count = self._rare[item] if key in self._questions else own, int(own.sum())
-        if count < SHORT:
+        rare, count = self._rare[item], int(own.sum())
+        if rare.sum() < SHORT:
             changed = distance(key, own | _digits(key), window)
-            if changed > max(1, count // 10) or distance(key, whole, window) > (1 - SHARE) * whole.sum():
+            if changed > max(1, count // 10) or distance(key, rare, window) > (1 - SHARE) * rare.sum():
                 return 0.0
             share = 1 - changed / count
         else:
@@ -138,8 +139,10 @@ class Decontaminator:
             for i in range(len(key) - 2):
                 if key[i : i + 3] in grams:
                     covered[i : i + 3] = True
-            share = float((covered & own).sum() / count)
-            if min(share, (covered & whole).sum() / whole.sum()) < SHARE:
+            share, own_share = float((covered & rare).sum() / rare.sum()), float((covered & own).sum() / count)
+            if key not in self._questions and own_share >= ALL_OWN:  # an answer without its stock phrases
+                share = max(share, own_share)
+            if share < SHARE or own_share < OWN_SHARE:
                 return 0.0
         asked, there = set(self.names.named(key)), set(self.names.named(window))
         return 0.0 if asked and there and not asked & there else share  # 0 if it is about another disease

@@ -38,10 +38,7 @@ UNITS: dict[str, tuple[tuple[str, Fraction | int], ...]] = {
     **dict.fromkeys(("mm", "毫米"), (("米", Fraction(1, 1000)),)),
     "%": (("%", 1),),
     "成": (("%", 10),),
-    **{
-        unit: ((unit, 1),)
-        for unit in "次 倍 片 粒 滴 支 袋 包 盒 瓶 丸 勺 剂 顿 个 型 级 期 例 种".split()
-    },
+    **{unit: ((unit, 1),) for unit in "次 倍 片 粒 滴 支 袋 包 盒 瓶 丸 勺 剂 顿 个 型 级 期 例 种".split()},
 }
 UNIT = "|".join(sorted(map(re.escape, UNITS), key=len, reverse=True))
 # Not the unit that it looks like: 百日咳, 三年级, 三成为, 四周围.

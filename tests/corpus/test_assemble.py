@@ -246,7 +246,8 @@ def test_child_of_a_row_that_is_left_out_at_once_or_in_the_end_is_left_out(assem
 
 def test_four_doses_in_answer_to_one_question_are_all_kept_and_reported(assembled):
     answer = "按体重用布洛芬混悬液，每次{}毫升，两次之间至少隔六小时，注意多喝水，精神不好就到医院看。"
-    doses = [talk("孩子发热，布洛芬混悬液每次喝多少？", answer.format(dose), source=f"in:{dose}") for dose in ("4.7", "47", "3", "6")]
+    asked, doses = "孩子发热，布洛芬混悬液每次喝多少？", ("4.7", "47", "3", "6")
+    doses = [talk(asked, answer.format(dose), source=f"in:{dose}") for dose in doses]
     assembly, corpus, rows, left = assembled([[Step("", Built(row))] for row in doses])
     assert not left and sum(map(len, rows.values())) == 4 and corpus.contradictions == 1
     (found,) = jsonl(assembly.folder / "reports" / "contradictions.jsonl")
@@ -267,7 +268,8 @@ def test_an_evaluation_row_with_a_stock_answer_removes_no_training_row(assembled
     stock = "建议您带孩子到正规医院儿科就诊，在医生指导下用药。"
     asked = ["咳嗽两周", "嘴角起泡", "夜里磨牙", "走路内八字", "头发稀黄", "耳朵流水"]
     inputs = [[Step("", Built(talk(f"孩子{name}怎么办？", stock, source=name)))] for name in [*asked, "总揉眼睛"]]
-    _, _, rows, left = assembled(inputs, before=lambda a: a.protect([talk("孩子总揉眼睛怎么办？", stock, source="e:1")]))
+    evaluation = [talk("孩子总揉眼睛怎么办？", stock, source="e:1")]
+    _, _, rows, left = assembled(inputs, before=lambda assembly: assembly.protect(evaluation))
     assert [row["place"] for row in left] == ["总揉眼睛"]  # the one that asks the same
 
 

@@ -86,7 +86,8 @@ STOCK = "建议您带孩子到正规医院儿科就诊，在医生指导下用�
 
 
 def test_an_answer_of_stock_phrases_is_in_no_row_and_a_specific_one_is():
-    found = against(("e:1", "孩子总揉眼睛怎么办？", True), ("e:1", STOCK), ("e:2", "不客气，希望以上建议对您有所帮助，如果还有其他问题，请随时咨询。"))
+    polite = "不客气，希望以上建议对您有所帮助，如果还有其他问题，请随时咨询。"
+    found = against(("e:1", "孩子总揉眼睛怎么办？", True), ("e:1", STOCK), ("e:2", polite))
     for i in range(6):
         assert found.match([f"第{i}个问题", "多半是结膜受了刺激。" + STOCK]) is None
     assert found.match(["问题", "不客气，希望我的建议对您有帮助，如果您还有其他问题，可以随时咨询我。"]) is None
@@ -97,9 +98,11 @@ def test_an_answer_of_stock_phrases_is_in_no_row_and_a_specific_one_is():
 @pytest.mark.parametrize(
     ("item", "other"),
     [
-        ("新生儿呕吐的临床表现", "新生儿并发症的临床表现"), ("新生儿呕吐的临床表现有哪些？", "新生儿腹泻的临床表现有哪些？"),
+        ("新生儿呕吐的临床表现", "新生儿并发症的临床表现"),
+        ("新生儿呕吐的临床表现有哪些？", "新生儿腹泻的临床表现有哪些？"),
         ("新生儿呕吐的临床表现有哪些，应该如何护理和预防？", "新生儿黄疸的临床表现有哪些，应该如何护理和预防？"),
-        ("早产儿接种乙肝疫苗以后的不良反应，和足月儿相比有什么不同？", "早产儿接种百白破疫苗以后的不良反应，和足月儿相比有什么不同？"),
+        ("早产儿接种乙肝疫苗以后的不良反应，和足月儿相比有什么不同？",
+         "早产儿接种百白破疫苗以后的不良反应，和足月儿相比有什么不同？"),
     ],
 )  # fmt: skip
 def test_a_question_with_another_head_noun_is_no_overlap(item, other):
@@ -137,5 +140,6 @@ def test_short_items_with_a_tenth_of_their_characters_edited_are_found():
     rng, hits = random.Random(9), 0
     found = against(("e:1", QUESTION, True))
     for _ in range(300):
-        hits += found.match(["请问", "家长：" + planted.edited(rng, QUESTION, rng.randint(1, len(QUESTION) // 10))]) is not None
+        text = planted.edited(rng, QUESTION, rng.randint(1, len(QUESTION) // 10))
+        hits += found.match(["请问", "家长：" + text]) is not None
     assert hits >= 297
