@@ -435,7 +435,7 @@ def _key(
     """Names all that a token store depends on."""
     ends = [tokenizer.eos_id, tokenizer.document_prefix]
     digest = hashlib.sha256(json.dumps([_STORE_VERSION, SURFACE_FORMS, ends, seed, on_bad_row, columns or {}]).encode())
-    digest.update(tokenizer.backend.to_str().encode())
+    digest.update(tokenizer.description().encode())
     for source in sources:
         files = [(str(path), _sha256(path)[0]) for path in (files_of(source.paths) if source.paths else [])]
         digest.update(json.dumps([asdict(source), files]).encode())

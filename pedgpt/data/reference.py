@@ -40,7 +40,7 @@ def reference_key(*, model: str, chat: ChatFormat, pairs: Sequence[EncodedPair],
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """A short name of the vocabulary, the merges, the added tokens and every step before and after them."""
-    return _short(tokenizer.backend.to_str())
+    return _short(tokenizer.description())
 
 
 def chat_fingerprint(chat: ChatFormat) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -17,7 +18,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from pedgpt.data.sentencepiece import LeftmostMerges, convert_sentencepiece
+from pedgpt.data.leftmost import LeftmostMerges
+from pedgpt.data.sentencepiece import convert_sentencepiece
 from pedgpt.files import atomic_write, own_file, write_text
 
 JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
@@ -106,6 +108,14 @@ class Tokenizer:
     def has(self, *names: str) -> bool:
         """Whether the vocabulary has all these tokens."""
         return all(self.backend.token_to_id(name) is not None for name in names)
+
+    def description(self) -> str:
+        """All that the ids of a text depend on, to make a fingerprint of."""
+        try:
+            return self.backend.to_str() + (" leftmost" if self.leftmost else "")
+        except Exception:  # a character map is Python code, which `tokenizers` cannot write down
+            added = sorted(self.backend.get_added_tokens_decoder().items())
+            return f"{hashlib.sha256(self.file.read_bytes()).hexdigest()} {added}"
 
     def check_fits(self, vocab_size: int, folder: str) -> None:
         """Raise ValueError if the tokenizer has ids beyond the model's vocabulary (which may well be larger)."""

@@ -164,9 +164,11 @@ def generate(
     `temperature` 0 is greedy; `top_k` and `top_p` restrict sampling; `repetition_penalty` > 1 divides (or multiplies,
     if negative) the logits of tokens already seen (Keskar et al. 2019); `seed` makes sampling repeatable. A row also
     ends once the text that `decode` (a tokenizer's) makes of its ids holds one of `stop_strings`, whose ids are kept:
-    the caller cuts the text. Prompts may differ in length. Call with the model in evaluation mode. On the CPU, if
-    memory allows, the weights are copied for the call into a layout that is read about twice as fast. Raises ValueError
-    for an empty prompt, an id outside the vocabulary, a setting out of range, and logits that are not finite.
+    the caller cuts the text. No decoded text holds a special token: give the ids of those that `stop_strings` name, the
+    tokenizer's `stop_ids(stop_strings)`, as `stop_tokens`. Prompts may differ in length. Call with the model in
+    evaluation mode. On the CPU, if memory allows, the weights are copied for the call into a layout that is read about
+    twice as fast. Raises ValueError for an empty prompt, an id outside the vocabulary, a setting out of range, and
+    logits that are not finite.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     steps = generate_steps(

@@ -38,10 +38,10 @@ class Counting:
     """A tokenizer whose text "7+3" is the tokens 7, 8, 9."""
 
     def __init__(self, vocab_size=65_536, eos_id=EOS, prefix=()):
-        self.vocab_size, self.eos_id, self.document_prefix, self.backend = vocab_size, eos_id, list(prefix), self
+        self.vocab_size, self.eos_id, self.document_prefix = vocab_size, eos_id, list(prefix)
         self.encoded = 0
 
-    def to_str(self):
+    def description(self):
         return "counting"
 
     def encode_batch(self, texts):
@@ -205,7 +205,7 @@ def test_a_store_is_used_again_exactly_if_nothing_it_depends_on_has_changed(tmp_
 
     assert made() == 2 and made() == 0
     other = Counting()
-    other.to_str = lambda: "other"
+    other.description = lambda: "other"
     for changes in (
         {"seed": 1}, {"on_bad_row": "skip"}, {"tokenizer": other}, {"tokenizer": Counting(eos_id=3)},
         {"tokenizer": Counting(prefix=[1])}, {"sources": change(weight=2.0)}, {"sources": change(epochs=2.0)},

@@ -299,6 +299,22 @@ def test_a_tokenizer_json_says_which_ties_it_cannot_express(tmp_path):
     assert exported.encode("儿发热") == ours.encode("儿发热") and exported.encode("天三嗽") != ours.encode("天三嗽")
 
 
+def test_every_tokenizer_has_a_description_for_fingerprints(tmp_path, sp_folders):
+    for name in SETTINGS:  # the default one has a character map, which is Python code
+        folder = tmp_path / name
+        shutil.copytree(sp_folders[name], folder)
+        before = load_tokenizer(folder).description()
+        assert load_tokenizer(folder).description() == before
+        size = load_tokenizer(folder).vocab_size
+        (folder / "added_tokens.json").write_text(json.dumps({"<new>": size}))
+        assert load_tokenizer(folder).description() != before
+    write_ties(tmp_path, ["儿发", "发热"])
+    ours = load_tokenizer(tmp_path)
+    with pytest.warns(UserWarning, match="share a score"):
+        ours.save(tmp_path / "json", convert=True)
+    assert load_tokenizer(tmp_path / "json").description() != ours.description()
+
+
 def test_training_is_deterministic():
     texts = [CHILD, "咳嗽三天了，怎么办？" * 3, "多喝水，观察体温。"] * 5
     first, second = (train_tokenizer(iter(texts), vocab_size=330, special_tokens=SPECIAL) for _ in range(2))
