@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from pedgpt.data import Message, chat_format, encode_prompt, load_tokenizer, train_tokenizer
+from pedgpt.data import Message, StreamDecoder, chat_format, encode_prompt, load_tokenizer, train_tokenizer
 from pedgpt.files import printable
 from pedgpt.models import ModelConfig, Transformer, generate, load_model, save_model
 
@@ -87,6 +87,14 @@ def test_a_stop_string_ends_the_answer_before_it(lab, folder):
     out, err = talk(lab, "发热\n", folder, "--max_new_tokens", 60, "--stop_strings", stop)
     assert not err
     assert out.partition("助手> ")[2].strip() == whole[: whole.index(stop)].strip()
+
+
+def test_a_stop_string_that_names_a_special_token_ends_the_answer(lab, folder):
+    tokenizer = load_tokenizer(folder)
+    ids = [*tokenizer.encode("多喝水。"), tokenizer.token_id("<reserved_107>"), *tokenizer.encode("及时就医")]
+    for stop, told in (("<reserved_107>", "多喝水。"), ("<s>", "多喝水。及时就医")):
+        steps = iter([(token,) for token in ids])
+        assert lab.module("chat").stream(steps, StreamDecoder(tokenizer, [stop]), {2, 3}) == told
 
 
 def test_the_models_own_defaults_hold_unless_a_setting_says_otherwise(lab, folder, tmp_path):
