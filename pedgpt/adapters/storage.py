@@ -167,8 +167,8 @@ def adapter_base(folder: str | Path) -> str:
 def check_base(folder: str | Path, model: str | Path, weights: str) -> None:
     """Raise ValueError if an adapter was trained on other weights than those of the folder `model`.
 
-    `weights` is their fingerprint. An adapter that does not say so (PEFT's, or an old one of ours) is accepted, with a
-    warning where it names a base model of another name.
+    `weights` is their fingerprint. An adapter without a fingerprint (PEFT's, or an old one of ours) is accepted,
+    with a warning if its base model has another name than `model`.
     """
     folder, known = Path(folder), None
     base = _read_config(folder / CONFIG).get("base_model_name_or_path")
