@@ -145,7 +145,7 @@ def load_adapter(
         tensors.setdefault(path, {})
     names = [path for path in layers if path in tensors]
     shapes = {path: _shapes(kind, layers[path], config["r"], experts) for path in names}
-    _check_tensors(file, kind, tensors, shapes, uniform_routing)
+    _check_tensors(file, tensors, shapes, uniform_routing)
     _attach_or_select(model, name, names, experts, config, folder / CONFIG)
     adapted = adapted_layers(model)
     with torch.no_grad():
@@ -214,7 +214,6 @@ def _by_layer(
 
 def _check_tensors(
     file: Path,
-    kind: str,
     tensors: Mapping[str, dict[str, Tensor]],
     shapes: Mapping[str, Mapping[str, list[int]]],
     uniform_routing: bool,

@@ -110,7 +110,7 @@ class Tokenizer:
         return all(self.backend.token_to_id(name) is not None for name in names)
 
     def description(self) -> str:
-        """All that the ids of a text depend on, to make a fingerprint of."""
+        """All that the ids of a text depend on, as text, from which a fingerprint is made."""
         try:
             return self.backend.to_str() + (" leftmost" if self.leftmost else "")
         except Exception:  # a character map is Python code, which `tokenizers` cannot write down
@@ -278,7 +278,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def taught_folder(model: str, adapter: str = "") -> str:
-    """Where tokenizer, chat template and ends of a model are described: beside its adapter, if the files are there."""
+    """The folder with a model's tokenizer, template and end tokens: the adapter's, if it holds a tokenizer."""
     beside = adapter and any((Path(adapter) / name).is_file() for name in (JSON_FILE, MODEL_FILE))
     return adapter if beside else model
 
