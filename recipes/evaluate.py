@@ -59,9 +59,9 @@ class Config:
     row_length: int = 0  # tokens a row, longer rows are skipped and counted; 0: what the model takes, at most 1024
     batch_size: int = 8  # rows per scoring pass
     generation_batch_size: int = 32  # answers decoded together
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, where names are not known ones
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, for columns with other names
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; without it, as its template
+    enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; unset, the template decides
     template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
     dtype: str = "float32"  # of the weights: float32 or bfloat16
     device: str = "auto"  # auto, cpu or cuda

@@ -79,7 +79,8 @@ def _complete(temporary: Path, target: Path, state: Mapping[str, Any], sums: lis
     with naming_full_disk(target, 2**12):
         write_text(temporary / _STATE, json.dumps(state, indent=2, ensure_ascii=False))
         pairs = zip(map(int, sums[::2]), map(int, sums[1::2]), strict=True)
-        found = {f"__{rank}_0.distcp": list(pair) for rank, pair in enumerate(pairs) if pair[0]}  # some write nothing
+        # A rank that holds nothing wrote no file.
+        found = {f"__{rank}_0.distcp": list(pair) for rank, pair in enumerate(pairs) if pair[0]}
         found |= {name: _checksum(temporary / name) for name in (_INDEX, _STATE)}
         write_text(temporary / _SUMS, json.dumps(found, indent=2) + "\n")
         _remove(target)
@@ -141,7 +142,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _verify(checkpoint: Path, run: Mapping[str, Any], world: World) -> tuple[int, dict[str, int]]:
-    """The step of a checkpoint and its files with their sizes, once every byte is what was written.
+    """Check that every byte of a checkpoint is what was written; returns its step, and its files with their sizes.
 
     The ranks share the reading, and raise ValueError together if one of them finds damage.
     """
@@ -239,7 +240,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 
 
 class _Writer(dcp.FileSystemWriter):
-    """DCP's writer, but a full disk is told as one: torch's own error is about a wrong position in the file."""
+    """DCP's writer, which reports a full disk: torch's error speaks only of a wrong position in the file."""
 
     def __init__(self, target: Path, folder: Path, size: int) -> None:
         super().__init__(folder)
@@ -251,7 +252,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """DCP's reader, but its pickled index may name DCP's own record types only, and places inside its own files."""
+    """DCP's reader, whose pickled index may name only DCP's record types and bytes inside the checkpoint's files."""
 
     def __init__(self, checkpoint: Path, sizes: Mapping[str, int]) -> None:
         super().__init__(checkpoint)
@@ -265,7 +266,7 @@ class _SafeReader(dcp.FileSystemReader):
             if not isinstance(index, Metadata):
                 raise pickle.UnpicklingError(f"the index of the checkpoint holds a {type(index).__name__}")
             for name, stored in index.state_dict_metadata.items():
-                # DCP unpickles what is no tensor, which runs code, and leaves what has no chunks as it was.
+                # DCP would unpickle what is no tensor, which runs code, and would not fill a tensor without chunks.
                 whole = isinstance(stored, TensorStorageMetadata) and stored.size.numel() == sum(
                     chunk.sizes.numel() for chunk in stored.chunks
                 )
