@@ -67,6 +67,11 @@ def write_text(path: str | Path, text: str) -> None:
         handle.write(text)
 
 
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file for people and programs, with `atomic_write`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 def settle(temporary: str | Path, path: str | Path) -> None:
     """Give a finished temporary file, which another library wrote, its permissions (the umask's) and its name."""
     umask = os.umask(0o077)

@@ -8,7 +8,6 @@ Each of tasks/medkqa, text/pediatric and so on may be a folder of JSONL files or
 """
 
 import dataclasses
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from pedgpt.data import (
 from pedgpt.evaluation.generation_metrics import generation_scores, signature
 from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
 from pedgpt.evaluation.responses import answer, items, thin
-from pedgpt.files import write_text
+from pedgpt.files import write_json
 from pedgpt.models import ModelConfig, load_model, weights_fingerprint
 from pedgpt.training import run_recipe, start
 
@@ -144,7 +143,7 @@ def main(config: Config) -> None:
     if config.output:
         path = Path(config.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, results)
 
 
 def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSummary):

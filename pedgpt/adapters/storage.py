@@ -29,7 +29,7 @@ from pedgpt.adapters.inject import (
     set_adapter,
 )
 from pedgpt.adapters.lora import AdaptedLinear
-from pedgpt.files import naming_full_disk, settle, write_text
+from pedgpt.files import naming_full_disk, settle, write_json
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LORA, EXPERTS, PUBLISHED = "LORA", "PEDGPT_EXPERTS", "the published MoE-Adapter"
@@ -116,7 +116,7 @@ def save_adapter(
         settle(temporary, folder / WEIGHTS)
     finally:
         temporary.unlink(missing_ok=True)
-    write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / CONFIG, config)
 
 
 def load_adapter(

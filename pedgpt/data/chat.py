@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, opens_thought, read_template
 from pedgpt.data.records import Conversation, Message
 from pedgpt.data.tokenizer import Tokenizer, read_object
-from pedgpt.files import write_text
+from pedgpt.files import write_json, write_text
 
 IGNORE_INDEX = -100
 GENERATION_FILE = "generation_config.json"
@@ -107,7 +106,7 @@ class ChatFormat:
         settings.pop("_from_model_config", None)  # transformers would take the end from config.json again
         ends = list(dict.fromkeys([*_ends_of(settings, Path(folder)), *self.stop_tokens]))
         settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends
-        write_text(Path(folder) / GENERATION_FILE, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        write_json(Path(folder) / GENERATION_FILE, settings)
 
 
 class Baichuan2Chat(ChatFormat):

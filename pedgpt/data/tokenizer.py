@@ -20,7 +20,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from pedgpt.data.leftmost import LeftmostMerges
 from pedgpt.data.sentencepiece import convert_sentencepiece
-from pedgpt.files import atomic_write, own_file, write_text
+from pedgpt.files import atomic_write, own_file, write_json, write_text
 
 JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 ADDED_FILE, NAMES_FILE = "added_tokens.json", "special_tokens_map.json"
@@ -153,7 +153,7 @@ class Tokenizer:
             config = {key: config[key] for key in _NAMED if key in config}
             config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
             config |= {"chat_template": chat_template} if chat_template else {}
-        write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / CONFIG_FILE, config)
 
     def _what_ranks_lose(self, leftmost: LeftmostMerges) -> str:
         texts = list(itertools.islice(leftmost.overlaps(), 20_000))

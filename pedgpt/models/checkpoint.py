@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pedgpt.files import naming_full_disk, settle, sync
+from pedgpt.files import naming_full_disk, settle, sync, write_json
 from pedgpt.kernels.linear_logps import SHORTEST
 from pedgpt.models.config import ModelConfig, parse_json
 from pedgpt.models.transformer import Transformer
-from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, weight_files, write_json
+from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, weight_files
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 2**30

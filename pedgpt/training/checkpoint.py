@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from pedgpt.files import DiskFull, naming_full_disk, sync, write_text
+from pedgpt.files import DiskFull, naming_full_disk, sync, write_json
 from pedgpt.training.distributed import World, barrier, sum_over_ranks
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -77,12 +77,12 @@ def save_checkpoint(
 def _complete(temporary: Path, target: Path, state: Mapping[str, Any], sums: list[float]) -> None:
     """Add the state and the checksums to what the ranks wrote, and give the folder its name."""
     with naming_full_disk(target, 2**12):
-        write_text(temporary / _STATE, json.dumps(state, indent=2, ensure_ascii=False))
+        write_json(temporary / _STATE, state)
         pairs = zip(map(int, sums[::2]), map(int, sums[1::2]), strict=True)
         # A rank that holds nothing wrote no file.
         found = {f"__{rank}_0.distcp": list(pair) for rank, pair in enumerate(pairs) if pair[0]}
         found |= {name: _checksum(temporary / name) for name in (_INDEX, _STATE)}
-        write_text(temporary / _SUMS, json.dumps(found, indent=2) + "\n")
+        write_json(temporary / _SUMS, found)
         _remove(target)
         os.replace(temporary, target)
         sync(target.parent)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from pedgpt.files import write_text
+from pedgpt.files import write_json
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
@@ -215,7 +215,7 @@ def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world:
         output = Path(settings.output)
         run = describe_run(settings, plan, fingerprint)
         run["result"] = sorted(str(file.relative_to(output)) for file in output.glob("*/*.safetensors"))
-        write_text(output / "done.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+        write_json(output / "done.json", run)
         _tidy(output)
     barrier(world)
 
