@@ -170,10 +170,13 @@ class Decontaminator:
         new = np.r_[True, (hashes[1:] != hashes[:-1]) | (items[1:] != items[:-1])][: len(hashes)]  # once an item
         _, kind, count = np.unique(hashes[new], return_inverse=True, return_counts=True)
         rare = (count <= MANY)[kind][np.cumsum(new) - 1] if len(hashes) else np.zeros(0, bool)
-        rare &= ~np.isin(hashes, self._common)
+        common = np.isin(hashes, self._common)
+        rare &= ~common
         own = np.zeros(len(joined) + 1, bool)
         for i in range(GRAM):
             own[starts[rare] + i] = True
+        for i in range(GRAM):
+            own[starts[common] + i] = False
         offsets = np.cumsum(lengths + 1) - lengths - 1
         self._rare = [own[start : start + len(key)] for start, key in zip(offsets, self._keys, strict=True)]
         self._own = [rare & said[key] for rare, key in zip(self._rare, self._keys, strict=True)]
