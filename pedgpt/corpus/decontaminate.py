@@ -21,10 +21,10 @@ MANY = 20  # a gram that more items, or more rows, have is boilerplate; of many 
 FEW = 5  # a short answer that more rows than this hold is anybody's answer
 SEEN = 0.2  # share of its grams from which an item is looked at: each edit spoils up to six
 SHARE = 0.8  # of its characters that must be there in runs of three or more; with a tenth changed 0.88 are
-OWN_SHARE = 0.7  # the same share of the characters outside of stock phrases, which are fewer
+OWN_SHARE = 0.77  # the same share of the characters outside of stock phrases, which are fewer
 ALL_OWN = 0.9  # with this share of them an answer is recognised even without its stock phrases
 # Characters outside of boilerplate. In a shorter item one changed run is another subject, so its edits are counted.
-SHORT = 30
+SHORT = 36
 
 
 class Decontaminator:
@@ -173,10 +173,13 @@ class Decontaminator:
         new = np.r_[True, (hashes[1:] != hashes[:-1]) | (items[1:] != items[:-1])][: len(hashes)]  # once an item
         _, kind, count = np.unique(hashes[new], return_inverse=True, return_counts=True)
         rare = (count <= MANY)[kind][np.cumsum(new) - 1] if len(hashes) else np.zeros(0, bool)
-        rare &= ~np.isin(hashes, self._common)
+        common = np.isin(hashes, self._common)
+        rare &= ~common
         own = np.zeros(len(joined) + 1, bool)
         for i in range(GRAM):
             own[starts[rare] + i] = True
+        for i in range(GRAM):  # after the rare ones, which may reach into boilerplate
+            own[starts[common] + i] = False
         offsets = np.cumsum(lengths + 1) - lengths - 1
         self._rare = [own[start : start + len(key)] for start, key in zip(offsets, self._keys, strict=True)]
         self._own = [rare & said[key] for rare, key in zip(self._rare, self._keys, strict=True)]
