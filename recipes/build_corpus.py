@@ -52,7 +52,7 @@ class Config:
     lock_beside: ClassVar[bool] = True
     source: str  # TOML that lists the sources, or a folder of them, or one file
     output: str  # folder for the corpus; an earlier corpus in it is replaced once the new one is complete
-    domain: str = ""  # of files found by content: pediatric, general_medical or general; empty: their words tell
+    domain: str = ""  # of files found by content: pediatric, general_medical or general; empty: told by their words
     teacher: str = ""  # TOML of an OpenAI-compatible chat endpoint; empty: offline, by templates
     plain_teacher: str = ""  # TOML of the model whose plain answers become the rejected ones of pairs
     columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, for files found by content

@@ -38,11 +38,11 @@ class Config:
     uniform_routing: bool = False  # equal gates where an adapter of the published code lacks its routers
     system: str = ""  # system text
     temperature: float | None = None  # 0 is greedy
-    top_k: int | None = None  # sample among so many tokens; 0: all
+    top_k: int | None = None  # sample among this many most probable tokens; 0: all
     top_p: float | None = None  # sample among the most probable tokens of this total
     repetition_penalty: float | None = None  # above 1 makes repeated tokens less likely
-    max_new_tokens: int | None = None  # of each answer; without it or the model's own word, 256
-    max_thinking_tokens: int = 1024  # more for the reasoning of a thinking model
+    max_new_tokens: int | None = None  # of each answer; unset: what the model's files say, else 256
+    max_thinking_tokens: int = 1024  # additional tokens for the reasoning of a thinking model
     stop_strings: list[str] = field(default_factory=list)  # texts that end an answer, beside the format's own tokens
     seed: int = 0  # of the sampling
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)

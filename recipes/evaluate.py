@@ -54,11 +54,11 @@ class Config:
     limit: int = 60  # answers to generate a task
     text_limit: int = 300  # documents of each text to measure perplexity on
     max_new_tokens: int = 96  # of each answer
-    max_thinking_tokens: int = 1024  # more for the reasoning of a thinking model, which is not scored
+    max_thinking_tokens: int = 1024  # additional tokens for the reasoning of a thinking model, which is not scored
     row_length: int = 0  # tokens a row, longer rows are skipped and counted; 0: what the model takes, at most 1024
     batch_size: int = 8  # rows per scoring pass
     generation_batch_size: int = 32  # answers decoded together
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, for columns with other names
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
     enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; unset, the template decides
     template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today

@@ -47,7 +47,7 @@ class Config(training.TrainingSettings):
     enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
     template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: the day when the run began
     row_length: int = 4096  # tokens a packed row
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, for columns with other names
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
     on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
 
