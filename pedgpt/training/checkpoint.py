@@ -157,7 +157,8 @@ def _verify(checkpoint: Path, run: Mapping[str, Any], world: World) -> tuple[int
         step = int(state["step"])
         if checkpoint.name != f"step_{step:07d}":
             raise OSError(f"{_STATE} is of step {step}")
-        for number, name in enumerate(sorted({*sums, _STATE, _INDEX}, key=lambda name: name != _STATE)):
+        names = [_STATE, *sorted({*sums, _INDEX} - {_STATE})]  # in the same order on every rank
+        for number, name in enumerate(names):
             path = _plain(checkpoint, name)
             if (number == 0 or number % world.size == world.rank) and _checksum(path) != sums[name]:
                 raise OSError(f"{name} is not what was written: its size or checksum differs")
