@@ -92,7 +92,7 @@ class ChatTemplate:
         """The rendered conversation; `speaker` of its parts tells the answers. Raises ValueError naming the file."""
         written = self._written(messages, generation_prompt)
         closing, off = "\n</think>\n\n", self.enable_thinking is False
-        if generation_prompt:
+        if generation_prompt:  # where thinking is off, a thought that the template opens is closed at once
             return [*written, Part(closing)] if off and opens_thought(written) else written
         last, places = len(messages) - 1, [part.place for part in written]
         if last < 1 or messages[last].role != "assistant" or 2 * last not in places:
@@ -106,6 +106,7 @@ class ChatTemplate:
         goes_on = "".join(part.text for part in written).startswith("".join(part.text for part in prompt))
         if placed and goes_on and not off:
             return written
+        # The template drops the reasoning, or does not go on from its own prompt: write what a model would write there.
         thought = [Part(reasoning, last, 2 * last + 1)] if reasoning else []
         opening = [] if opened else [Part("<think>\n", last)]
         return [*prompt, *opening, *thought, Part(closing, None if off else last), *written[places.index(2 * last) :]]
