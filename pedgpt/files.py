@@ -68,7 +68,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file for people and programs, with `atomic_write`."""
+    """Write a value as an indented JSON file with `atomic_write`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -208,7 +208,7 @@ def _here() -> dict[str, str]:
 def _is_free(handle: int, holder: dict[str, Any] | None, file: Path, output: str | Path) -> bool:
     """Lock the file; false if another process holds it.
 
-    `flock` does not know of a holder on another host or on a disk without locks: its sign of life is waited for.
+    `flock` cannot know of a holder on another host or on a disk without locks: there this waits for a sign of life.
     """
     locked = True
     try:

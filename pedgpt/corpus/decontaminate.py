@@ -30,11 +30,11 @@ SHORT = 36
 class Decontaminator:
     """Evaluation items, and the rows that contain one.
 
-    Items and rows are compared without spaces, punctuation, case and width. What counts is the share of
-    the item's own characters that stands in one place of the row. An item's own characters are those outside of
-    numbers, of the stock phrases of consultations (templates/decontaminate.toml) and of boilerplate, which is runs of
-    six characters that many items or rows have. An item with fewer than 13 characters of its own matches only a whole
-    message. `names` are those of diseases and the like: a row about one does not contain an item about another.
+    Items and rows are compared without spaces, punctuation, case and width. What counts is the share of the item's own
+    characters that stands in one place of the row. An item's own characters are those outside of numbers, of the stock
+    phrases of consultations (templates/decontaminate.toml) and of boilerplate, which is runs of six characters that
+    many items or rows have. An item with fewer than 13 characters of its own matches only a whole message. `names` are
+    those of diseases and the like: a row about one does not contain an item about another.
     """
 
     def __init__(self) -> None:

@@ -44,7 +44,7 @@ class Source:
     files: tuple[Path, ...] = ()  # key "file": a file or folder beside the TOML, or a list of them
     domain: str = PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
     task: str = ""  # conversations only: what they are; empty: by each row's own task, or its words
-    columns: Mapping[str, str] = field(default_factory=dict)  # key: ["question=ask", …], for other names
+    columns: Mapping[str, str] = field(default_factory=dict)  # key: ["question=ask", …], if names are unknown
     licence: str = "not stated"
     weight: float = 1.0  # in stage 1's mixture: how often its text is drawn, beside others of its part
     epochs: float = 0.0  # in stage 1's mixture: drawn exactly this often; 0: by weight

@@ -182,7 +182,8 @@ def make_printable(stream: Any, kept: str = "") -> None:
 def tell_torchrun(line: str, cause: bool = True) -> None:
     """Let torchrun's summary, which it prints last and at length, show this line: as the root cause, or not."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        # torchrun calls the earliest failure the root cause. It compares whole seconds, so what follows comes later.
+        # torchrun calls the earliest failure the root cause. It compares whole seconds, so a failure that
+        # only follows from another one gets a later time.
         when = int(time.time()) + (0 if cause else 60)
         said = {"message": printable(line), "extraInfo": {"timestamp": str(when)}}
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:
