@@ -175,7 +175,8 @@ def model_fingerprint(folder: str | Path) -> str:
 def weights_fingerprint(folder: str | Path) -> str:
     """A short name of a folder's weights: of the shape and one row of every tensor but the head, in bfloat16.
 
-    Another folder, other files, another dtype or config.json give the same name; training gives another one.
+    Another folder, other files, another config.json, or a copy in another dtype give the same name (float16 only of
+    weights that were bfloat16); training gives another one.
     """
     digest = hashlib.sha256()
     found = {key: file for file in map(WeightFile, weight_files(Path(folder))) for key in file.tensors}
@@ -184,6 +185,7 @@ def weights_fingerprint(folder: str | Path) -> str:
         if shape and key != HEAD and not key.endswith(_DERIVED):  # a tied head may be stored or not
             rows = (shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else (0, shape[0])
             part = found[key].rows(key, *rows).to(torch.bfloat16).contiguous()
+            part = part.masked_fill(part.abs() < 2**-14, 0)  # float16 has fewer digits there
             digest.update(f"{key} {list(shape)}".encode() + part.view(torch.int16).numpy().tobytes())
             found[key].close()
     return digest.hexdigest()[:16]
