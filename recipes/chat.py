@@ -12,6 +12,7 @@ import select
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -59,6 +60,8 @@ def main(config: Config) -> None:
         if not config.adapter:
             raise ValueError("give --model, or --adapter with the model that it names")
         config.model = adapter_base(config.adapter)
+        if not Path(config.model).is_dir():
+            raise ValueError(f"{config.adapter}: was trained on {config.model}, which is not there; give its --model")
     if config.adapter and not config.any_base:
         check_base(config.adapter, config.model, weights_fingerprint(config.model))
     taught = taught_folder(config.model, config.adapter)

@@ -106,6 +106,10 @@ def test_an_adapter_of_another_model_is_refused_by_name(lab, folders):
     paths = [*arguments(folders, model="trained")[:4], "--heldout", str(folders / "heldout")]
     assert "trained on other weights" in lab.call("evaluate", paths).err
     assert "trained on other weights" in lab.call("chat", paths[:4]).err
+    (folders / "base").rename(folders / "away")
+    gone = lab.call("chat", paths[2:4])
+    assert gone.code == 2 and f"was trained on {folders / 'base'}, which is not there; give its --model" in gone.err
+    (folders / "away").rename(folders / "base")
     forced = [*arguments(folders, model="trained", output="other"), "--any_base", "true"]
     assert lab.call("merge_lora", forced).code == 0
     # An adapter that does not name its weights is never refused; a name that differs is worth a warning.
