@@ -20,6 +20,7 @@ from pedgpt.models import (
     model_fingerprint,
     round_weights,
     save_model,
+    weight_files,
     weights_fingerprint,
 )
 
@@ -536,3 +537,11 @@ def test_a_copy_in_another_dtype_is_the_same_base_and_a_trained_one_is_not(folde
         model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
     save_model(model, tmp_path / "trained")
     assert weights_fingerprint(tmp_path / "trained") != names[0]
+
+
+def test_a_fingerprint_opens_an_old_bin_file_once_and_not_for_every_tensor(folder, tmp_path, monkeypatch):
+    opened, reader = [], weight_files._BinReader
+    monkeypatch.setattr(weight_files, "_BinReader", lambda file: opened.append(file) or reader(file))
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    assert weights_fingerprint(tmp_path) == weights_fingerprint(folder) and len(opened) == 1
