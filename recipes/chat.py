@@ -7,12 +7,12 @@ a line and bring back earlier ones, which are kept in memory only: medical quest
 How to sample is read from the model's generation_config.json where no setting says otherwise.
 """
 
+import os
 import re
 import select
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -60,7 +60,7 @@ def main(config: Config) -> None:
         if not config.adapter:
             raise ValueError("give --model, or --adapter with the model that it names")
         config.model = adapter_base(config.adapter)
-        if not Path(config.model).is_dir():
+        if not os.path.isdir(config.model):
             raise ValueError(f"{config.adapter}: was trained on {config.model}, which is not there; give its --model")
     if config.adapter and not config.any_base:
         check_base(config.adapter, config.model, weights_fingerprint(config.model))

@@ -116,6 +116,12 @@ def test_an_adapter_of_another_model_is_refused_by_name(lab, folders):
     save_adapter(model, folders / "lora", base_model="Qwen/Qwen2.5-7B")
     with pytest.warns(UserWarning, match="was trained on Qwen/Qwen2.5-7B; make sure that .*trained is the same model"):
         assert lab.call("merge_lora", arguments(folders, model="trained", output="third")).code == 0
+    # Every stage calls its result "model": the name alone tells nothing while the folder itself is there.
+    (folders / "sft").mkdir()
+    (folders / "base").rename(folders / "sft" / "trained")
+    save_adapter(model, folders / "lora", base_model=str(folders / "sft" / "trained"))
+    with pytest.warns(UserWarning, match=r"was trained on .*sft/trained; make sure that .*trained is the same model"):
+        assert lab.call("merge_lora", arguments(folders, model="trained", output="fourth")).code == 0
 
 
 def test_infinite_weights_are_not_written(lab, folders):
