@@ -7,6 +7,7 @@ edit a line and bring back earlier ones, which are kept only in memory, because 
 How to sample is read from the model's generation_config.json where no setting says otherwise.
 """
 
+import os
 import re
 import select
 import sys
@@ -59,6 +60,8 @@ def main(config: Config) -> None:
         if not config.adapter:
             raise ValueError("give --model, or --adapter with the model that it names")
         config.model = adapter_base(config.adapter)
+        if not os.path.isdir(config.model):
+            raise ValueError(f"{config.adapter}: was trained on {config.model}, which is not there; give its --model")
     if config.adapter and not config.any_base:
         check_base(config.adapter, config.model, weights_fingerprint(config.model))
     taught = taught_folder(config.model, config.adapter)

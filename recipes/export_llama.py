@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pedgpt.data import chat_format, load_tokenizer
 from pedgpt.data.chat import BUILT_IN
+from pedgpt.data.chat_template import read_template
 from pedgpt.models import export_llama, load_model
 from pedgpt.training import run_recipe
 
@@ -25,11 +26,13 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model)
     tokenizer.check_fits(model.config.vocab_size, config.model)
+    own = read_template(tokenizer.config, tokenizer.folder)  # another format may have been taught
+    speaks = own or any(tokenizer.has(*kind.role_tokens) for kind in BUILT_IN.values())
+    chat = chat_format(tokenizer) if speaks else None
     export_llama(model, config.output)
-    baichuan2 = tokenizer.has("<reserved_106>", "<reserved_107>")
-    tokenizer.save(config.output, convert=True, chat_template=BUILT_IN["baichuan2"].jinja if baichuan2 else None)
-    if baichuan2:
-        chat_format(tokenizer, "baichuan2").save_ends(config.output)
+    tokenizer.save(config.output, convert=True, chat_template=own[0] if own else chat and chat.jinja)
+    if chat:
+        chat.save_ends(config.output)
     print(f"{config.output}: a Llama of {sum(p.numel() for p in model.parameters()):,} parameters")
 
 

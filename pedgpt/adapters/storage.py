@@ -4,6 +4,7 @@ published MoE-Adapter, which is read only."""
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import warnings
@@ -168,14 +169,16 @@ def check_base(folder: str | Path, model: str | Path, weights: str) -> None:
     """Raise ValueError if an adapter was trained on other weights than those of the folder `model`.
 
     `weights` is their fingerprint. An adapter without a fingerprint (PEFT's, or an old one of ours) is accepted,
-    with a warning if its base model has another name than `model`.
+    with a warning if its base model has another name than `model`, or lies in another folder that is there.
     """
     folder, known = Path(folder), None
     base = _read_config(folder / CONFIG).get("base_model_name_or_path")
     with suppress(OSError, SafetensorError), safe_open(folder / WEIGHTS, "pt") as file:  # load_adapter reports these
         known = (file.metadata() or {}).get(_BASE)
-    if known is None and isinstance(base, str) and Path(base).name != Path(model).resolve().name:
-        warnings.warn(f"{folder} was trained on {base}; make sure that {model} is the same model", stacklevel=2)
+    if known is None and isinstance(base, str):
+        given = Path(model).resolve()
+        if Path(base).name != given.name or (os.path.isdir(base) and Path(base).resolve() != given):
+            warnings.warn(f"{folder} was trained on {base}; make sure that {model} is the same model", stacklevel=2)
     elif known not in (None, weights):
         raise ValueError(
             f"{folder}: this adapter was trained on other weights than those of {model}; its base model was {base} "

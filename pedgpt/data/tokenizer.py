@@ -140,9 +140,13 @@ class Tokenizer:
             # Code that auto_map names is copied, for tools that run it; pedgpt does not.
             for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
                 source = own_file(self.folder, name)
-                if source and self.folder.resolve() != folder.resolve():
+                if self.folder.resolve() == folder.resolve():
+                    continue
+                if source:
                     with atomic_write(folder / name, "wb") as target, source.open("rb") as origin:
                         shutil.copyfileobj(origin, target)
+                elif name == "chat_template.jinja":  # an earlier one would hide that of tokenizer_config.json
+                    (folder / name).unlink(missing_ok=True)
             return
         with _blame(self.file):
             write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))

@@ -121,7 +121,7 @@ def generate_steps(
         if repetition_penalty != 1.0:
             penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
             logits = torch.where(seen, penalised, logits)
-        finite = (logits / (temperature or 1.0)).isfinite().all(-1)
+        finite = (logits.abs().amax(-1) / (temperature or 1.0)).isfinite()  # NaN is the largest of all
         if not finite.all():
             _refuse_overflow(given, finite, running, f"{temperature=}, {repetition_penalty=}")
             logits = logits.where(finite[:, None], 0.0)  # only in rows that have stopped and no longer count

@@ -20,6 +20,8 @@ from pedgpt.models import (
     model_fingerprint,
     round_weights,
     save_model,
+    weight_files,
+    weights_fingerprint,
 )
 
 KINDS = ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"]
@@ -518,3 +520,28 @@ def test_a_broken_folder_can_be_saved_over(folder, make_model, random_tokens, mo
         save(model, folder)
         with torch.no_grad():
             assert torch.equal(load_model(folder)(tokens), model(tokens))
+
+
+def test_a_copy_in_another_dtype_is_the_same_base_and_a_trained_one_is_not(folder, tmp_path):
+    model = load_model(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):  # some numbers so small that float16 rounds them
+            parameter.copy_(parameter * torch.logspace(-9, 0, parameter.shape[-1]).roll(number))
+    names = []
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        save_model(model.to(dtype), tmp_path / str(dtype))
+        names.append(weights_fingerprint(tmp_path / str(dtype)))
+        model = load_model(tmp_path / str(torch.bfloat16))
+    assert len(set(names)) == 1
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    save_model(model, tmp_path / "trained")
+    assert weights_fingerprint(tmp_path / "trained") != names[0]
+
+
+def test_a_fingerprint_opens_an_old_bin_file_once_and_not_for_every_tensor(folder, tmp_path, monkeypatch):
+    opened, reader = [], weight_files._BinReader
+    monkeypatch.setattr(weight_files, "_BinReader", lambda file: opened.append(file) or reader(file))
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    assert weights_fingerprint(tmp_path) == weights_fingerprint(folder) and len(opened) == 1

@@ -66,6 +66,17 @@ def test_transformers_gives_equal_logits_and_ids(lab, folder, tmp_path, dtype):
     assert chat_format(load_tokenizer(tmp_path / "llama")).stop_tokens == chat.stop_tokens
 
 
+def test_a_format_of_its_own_is_exported_instead_of_the_familys(lab, folder, tmp_path):
+    own = "{% for m in messages %}{{ '问' if m.role == 'user' else '答' }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    own += "{% if add_generation_prompt %}答{% endif %}"
+    (folder / "chat_template.jinja").write_text(own, encoding="utf-8")
+    assert lab.call("export_llama", ["--model", str(folder), "--output", str(tmp_path / "llama")]).code == 0
+    asked = [{"role": "user", "content": "发热"}]
+    reader = AutoTokenizer.from_pretrained(tmp_path / "llama")
+    assert reader.apply_chat_template(asked, add_generation_prompt=True, tokenize=False) == "问发热</s>答"
+    assert json.loads((tmp_path / "llama" / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
 def test_a_tied_normalised_head_is_written_out(lab, folder, tmp_path):
     """The embedding keeps its lengths, the head does not: a Llama needs both."""
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}

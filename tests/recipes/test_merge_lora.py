@@ -106,12 +106,22 @@ def test_an_adapter_of_another_model_is_refused_by_name(lab, folders):
     paths = [*arguments(folders, model="trained")[:4], "--heldout", str(folders / "heldout")]
     assert "trained on other weights" in lab.call("evaluate", paths).err
     assert "trained on other weights" in lab.call("chat", paths[:4]).err
+    (folders / "base").rename(folders / "away")
+    gone = lab.call("chat", paths[2:4])
+    assert gone.code == 2 and f"was trained on {folders / 'base'}, which is not there; give its --model" in gone.err
+    (folders / "away").rename(folders / "base")
     forced = [*arguments(folders, model="trained", output="other"), "--any_base", "true"]
     assert lab.call("merge_lora", forced).code == 0
     # An adapter that does not name its weights is never refused; a name that differs is worth a warning.
     save_adapter(model, folders / "lora", base_model="Qwen/Qwen2.5-7B")
     with pytest.warns(UserWarning, match="was trained on Qwen/Qwen2.5-7B; make sure that .*trained is the same model"):
         assert lab.call("merge_lora", arguments(folders, model="trained", output="third")).code == 0
+    # Every stage calls its result "model": the name alone tells nothing while the folder itself is there.
+    (folders / "sft").mkdir()
+    (folders / "base").rename(folders / "sft" / "trained")
+    save_adapter(model, folders / "lora", base_model=str(folders / "sft" / "trained"))
+    with pytest.warns(UserWarning, match=r"was trained on .*sft/trained; make sure that .*trained is the same model"):
+        assert lab.call("merge_lora", arguments(folders, model="trained", output="fourth")).code == 0
 
 
 def test_infinite_weights_are_not_written(lab, folders):

@@ -135,6 +135,10 @@ def test_a_template_of_its_own_stays_unless_another_format_was_taught(tmp_path):
     (folder / "chat_template.jinja").write_text(greeting, encoding="utf-8")
     chat_format(load_tokenizer(folder)).save(tmp_path / "auto")
     assert (tmp_path / "auto" / "chat_template.jinja").read_text(encoding="utf-8") == greeting
+    (folder / "chat_template.jinja").unlink()  # a template of an earlier save would hide that of the tokenizer
+    (folder / "tokenizer_config.json").write_text(json.dumps(load_tokenizer(folder).config | {"chat_template": same}))
+    chat_format(load_tokenizer(folder)).save(tmp_path / "auto")
+    assert AutoTokenizer.from_pretrained(tmp_path / "auto").chat_template == same
 
 
 def test_ends_of_the_generation_config_end_answers_everywhere(tmp_path):
