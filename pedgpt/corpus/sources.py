@@ -156,9 +156,11 @@ def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) 
             continue
         if kind == "instructions" and _are_consultations(path, columns):
             kind = "dialogues"
-        name = re.sub(r"[^\w&-]", "_", _inside(path.with_name(stem_of(path)), folder))[-60:]
+        name = stem = re.sub(r"[^\w&-]", "_", _inside(path.with_name(stem_of(path)), folder))[-60:]
+        number = 1
         while name in sources:
-            name = f"{name[-59:]}_"
+            number += 1
+            name = f"{stem[-50:]}_{number}"
         sources[name] = Source(kind, name, (path,), domain="", columns=columns, build=KINDS[kind][1])
     if not sources and not problems:
         problems = [f"found no data; {_shown(left_out, folder)}"]

@@ -496,16 +496,17 @@ def _typed(value: object, kind: type[T], name: str) -> T:
 
 
 def _fields(row: object, columns: Columns = None) -> Row:
-    """A row without its nulls, by names in lower case; `columns` says which of its columns hold which fields."""
+    """A row without its nulls and NaNs, by names in lower case; `columns` says which of its columns hold which fields."""
     if isinstance(row, _Unfit):
         raise row
     found = _typed(row, dict, "the row")
     columns = columns if columns and not found.keys().isdisjoint(columns.values()) else {}
     for column in columns.values():
         _field(found, [column], f"{column}, which `columns` names")
-    named = {name: found[column] for name, column in columns.items() if found[column] is not None}
+    found = {k: v for k, v in found.items() if v is not None and v == v}  # pandas writes NaN for an empty cell
+    named = {name: found[column] for name, column in columns.items() if column in found}
     taken = set(columns.values())
-    return {k.strip().lower(): v for k, v in found.items() if v is not None and k not in taken} | named
+    return {k.strip().lower(): v for k, v in found.items() if k not in taken} | named
 
 
 def _field(row: Row, names: Iterable[str], expected: str) -> str:

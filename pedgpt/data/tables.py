@@ -1,7 +1,7 @@
 """Files as rows: which files of a folder hold data, and how each format is opened, decoded and cut into rows.
 
-Text may be gzipped (.gz) and is UTF-8, UTF-16 or GB18030, with or without a byte-order mark; lines end at LF or CRLF
-alone. What decides is a file's content: JSON is one object a line, one list, objects over several lines, or an object
+Text may be gzipped (.gz) and is UTF-8, UTF-16 or GB18030, with or without a byte-order mark; lines end at LF or CRLF,
+or at CR in a file without LF. What decides is a file's content: JSON is one object a line, one list, objects over several lines, or an object
 around a list, whatever the name says; a table's cells are separated by the sign that its header has most of.
 .parquet and .xlsx need the extra "tables".
 """
@@ -151,14 +151,20 @@ def _whole_text(text: TextIO) -> tuple[int, object]:
 
 
 def open_text(path: Path) -> TextIO:
-    """A text file of any encoding that is recognised, unpacked; a line ends at LF, and has its LF or CRLF."""
+    """A text file of any encoding that is recognised, unpacked; a line ends at LF, and has its LF or CRLF.
+
+    Where there is no LF, as in tables that Excel saves for the Macintosh, a line ends at CR.
+    """
 
     def binary() -> BinaryIO:
         return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
 
     with binary() as file:
         encoding = _encoding(path, file)
-    return io.TextIOWrapper(binary(), encoding, errors="pedgpt_byte_by_byte", newline="\n")
+        file.seek(0)
+        sample = file.read(BLOCK)
+    newline = None if b"\r" in sample and b"\n" not in sample else "\n"
+    return io.TextIOWrapper(binary(), encoding, errors="pedgpt_byte_by_byte", newline=newline)
 
 
 def _encoding(path: Path, file: BinaryIO) -> str:
@@ -391,6 +397,7 @@ def _workbook(path: Path, columns: Collection[str]) -> Iterator[tuple[int | str,
             for sheet in book.worksheets:
                 sheet.reset_dimensions()  # some programs write a wrong size
                 names: list[str] = []
+                titled = False  # whether all that came so far is one cell, which may be a title above the header
                 for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
                     line = number if sheet is book.worksheets[0] else f"{sheet.title}:{number}"
                     values = [_cell(cell) for cell in cells]
@@ -398,11 +405,20 @@ def _workbook(path: Path, columns: Collection[str]) -> Iterator[tuple[int | str,
                         values.pop()
                     if all(value == "" for value in values):
                         continue
-                    if names:
+                    if names and not (titled and len(values) > 1):
+                        titled = False
                         yield line, _named([*values, *[""] * (len(names) - len(values))], names)
-                    else:
-                        names = [str(value).strip() for value in values]
+                        continue
+                    names = [str(value).strip() for value in values]
+                    titled = len(names) == 1
+                    try:
                         check_header(f"{path}:{line}", names, columns)
+                    except ValueError as error:
+                        if sheet is book.worksheets[0]:
+                            raise
+                        found = str(error).removeprefix(f"{path}:{line}: ")
+                        yield line, Unfit("a sheet that is not read", found, "a header like the first sheet's")
+                        break
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, SyntaxError) as error:
         yield _after(line), Unfit("damaged file", str(error), "an .xlsx workbook", "save it again")
 
