@@ -44,6 +44,7 @@ class Source:
     files: tuple[Path, ...] = ()  # key "file": a file or folder beside the TOML, or a list of them
     domain: str = PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
     task: str = ""  # conversations only: what they are; empty: by each row's own task, or its words
+    root: Path | None = None  # the folder in which it was found by content; places name files from there
     columns: Mapping[str, str] = field(default_factory=dict)  # key: ["question=ask", "answer=reply"], if not by name
     licence: str = "not stated"
     weight: float = 1.0  # in stage 1's mixture: how often its text is drawn, beside others of its part
@@ -90,7 +91,7 @@ def read_listing(
 
 def _source(entry: dict[str, Any], listing: Path, number: int) -> Source:
     place = f"{listing}: source {number}"
-    known = {f.name for f in fields(Source)} - {"files"} | {"file"}
+    known = {f.name for f in fields(Source)} - {"files", "root"} | {"file"}
     for key in entry.keys() - known:
         raise ValueError(f"{place}: unknown key {key!r}; {nearest(key, sorted(known), 'keys')}")
     kind, domain = entry.get("kind"), entry.get("domain", PEDIATRIC)
@@ -134,7 +135,8 @@ def _source(entry: dict[str, Any], listing: Path, number: int) -> Source:
             raise ValueError(f"{place}: {key} {value!r} cannot name a file; choose another")
     rest = {key: entry[key] for key in ("licence", "assistant", "developer") if key in entry}
     weight, epochs = float(entry.get("weight", 1)), float(entry.get("epochs", 0))
-    return Source(kind, name, files, domain, task, columns, weight=weight, epochs=epochs, build=tuple(build), **rest)
+    rest |= {"columns": columns, "weight": weight, "epochs": epochs, "build": tuple(build)}
+    return Source(kind, name, files, domain, task, **rest)
 
 
 def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) -> list[Source]:
@@ -161,7 +163,8 @@ def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) 
         while name in sources:
             number += 1
             name = f"{stem[-50:]}_{number}"
-        sources[name] = Source(kind, name, (path,), domain="", columns=columns, build=KINDS[kind][1])
+        root = folder if folder.is_dir() else None
+        sources[name] = Source(kind, name, (path,), "", root=root, columns=columns, build=KINDS[kind][1])
     if not sources and not problems:
         problems = [f"found no data; {_shown(left_out, folder)}"]
     if problems:

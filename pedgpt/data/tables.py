@@ -1,8 +1,9 @@
 """Files as rows: which files of a folder hold data, and how each format is opened, decoded and cut into rows.
 
 Text may be gzipped (.gz) and is UTF-8, UTF-16 or GB18030, with or without a byte-order mark; lines end at LF or CRLF,
-or at CR in a file without LF. What decides is a file's content: JSON is one object a line, one list, objects over several lines, or an object
-around a list, whatever the name says; a table's cells are separated by the sign that its header has most of.
+or at CR in a file without LF. What decides is a file's content: JSON is one object a line, one list, objects over
+several lines, or an object around a list, whatever the name says; a table's cells are separated by the sign that its
+header has most of.
 .parquet and .xlsx need the extra "tables".
 """
 
@@ -226,9 +227,18 @@ def _json_rows(text: TextIO, suffix: str) -> Iterator[tuple[int, object]]:
         yield from _json_stream(text)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; json would keep the last of several values of one key and lose the others."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)} twice")
+    return found
+
+
 def _parsed(line: str) -> object:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         return Unfit("invalid JSON", str(error), "one object a line, or one list")
 
@@ -256,7 +266,7 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
     buffer = text.read(BLOCK)
     wrapped = WRAPPED.match(buffer)
     at, in_list, number, broken = (wrapped.end() if wrapped else 0), bool(wrapped), 0, False
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(object_pairs_hook=_once).raw_decode
     while True:
         at = cast(re.Match[str], GAP.match(buffer, at)).end()
         if at == len(buffer):
@@ -274,7 +284,7 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
         try:
             value, at = decode(buffer, at)
             broken = False
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             place = getattr(error, "pos", at)
             cut = place > len(buffer) - 10 or "Unterminated" in str(error)
             if cut and (more := text.read(max(BLOCK, len(buffer)))):  # doubled, so that a long row is not read often
@@ -416,7 +426,7 @@ def _workbook(path: Path, columns: Collection[str]) -> Iterator[tuple[int | str,
                     except ValueError as error:
                         if sheet is book.worksheets[0]:
                             raise
-                        found = str(error).removeprefix(f"{path}:{line}: ")
+                        found = str(error).partition(": found ")[2].partition(", expected")[0]
                         yield line, Unfit("a sheet that is not read", found, "a header like the first sheet's")
                         break
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, SyntaxError) as error:
