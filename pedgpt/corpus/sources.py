@@ -44,7 +44,6 @@ class Source:
     files: tuple[Path, ...] = ()  # key "file": a file or folder beside the TOML, or a list of them
     domain: str = PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
     task: str = ""  # conversations only: what they are; empty: by each row's own task, or its words
-    root: Path | None = None  # the folder in which it was found by content; places name files from there
     columns: Mapping[str, str] = field(default_factory=dict)  # key: ["question=ask", "answer=reply"], if not by name
     licence: str = "not stated"
     weight: float = 1.0  # in stage 1's mixture: how often its text is drawn, beside others of its part
@@ -52,6 +51,7 @@ class Source:
     build: tuple[str, ...] = ()  # builders; by default those of its kind
     assistant: str = "儿科小助手"  # self_cognition only
     developer: str = "PedGPT 研究项目"  # self_cognition only
+    root: Path | None = None  # the folder in which it was found by content; places name files from there
 
     @property
     def reads(self) -> str:
@@ -135,8 +135,7 @@ def _source(entry: dict[str, Any], listing: Path, number: int) -> Source:
             raise ValueError(f"{place}: {key} {value!r} cannot name a file; choose another")
     rest = {key: entry[key] for key in ("licence", "assistant", "developer") if key in entry}
     weight, epochs = float(entry.get("weight", 1)), float(entry.get("epochs", 0))
-    rest |= {"columns": columns, "weight": weight, "epochs": epochs, "build": tuple(build)}
-    return Source(kind, name, files, domain, task, **rest)
+    return Source(kind, name, files, domain, task, columns, weight=weight, epochs=epochs, build=tuple(build), **rest)
 
 
 def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) -> list[Source]:
