@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Collection, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
@@ -39,12 +39,10 @@ GB2312 = re.compile(rb"([\xa1-\xa9\xb0-\xf7][\xa1-\xfe])|[\x80-\xff][\x40-\xfe]?
 USUAL = re.compile("[\t\n\r -~\xa0-\xff\u2000-\u206f\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]")
 GAP = re.compile("[\\s,\ufeff]*")
 FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:')
-# The beginning of an object around a list of rows, {"version": 1, "data": [{; other members that come first are plain.
-_STRING = r'"(?:[^"\\]|\\.)*"'
+# An object around a list of rows, {"version": 1, "data": [{
 WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "train", "validation", "dev", "test")
-_MEMBER = rf"{_STRING}\s*:\s*(?:{_STRING}|[\w.+-]+)\s*,"
-_LIST = rf'"(?:{"|".join(WRAPPERS)})"\s*:\s*\[\s*(?=\{{)'
-WRAPPED, FURTHER = re.compile(rf"\s*\{{(?:\s*{_MEMBER})*\s*{_LIST}"), re.compile(_LIST)
+MEMBER = re.compile(r'\s*[{,]\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
+FURTHER = re.compile(rf'"(?:{"|".join(WRAPPERS)})"\s*:\s*\[\s*(?=\{{)')
 
 
 class Unfit(ValueError):
@@ -216,10 +214,12 @@ def _json_rows(text: TextIO, suffix: str) -> Iterator[tuple[int, object]]:
     head = text.read(BLOCK)
     text.seek(0)
     start = GAP.match(head)
-    first, _, _ = head[start.end() if start else 0 :].partition("\n")
-    whole = _parsed(first)
-    whole = not isinstance(whole, Unfit) and not _list_inside(whole)
-    if first[:1] != "[" and not WRAPPED.match(head) and (whole or not (suffix == ".json" or _begins_object(head))):
+    first, _, rest = head[start.end() if start else 0 :].partition("\n")
+    row = _parsed(first)
+    whole = not isinstance(row, Unfit) and not _list_inside(row)
+    lines = isinstance(row, dict) and rest.lstrip()[:1] == "{"  # a list in a row of many lines is the row's own
+    around = first[:1] == "[" or _wrapped(head)
+    if lines or not around and (whole or not (suffix == ".json" or _begins_object(head))):
         for number, line in enumerate(text, 1):
             if line := line.strip("\ufeff \t\r\n"):
                 yield number, not_utf8(line) or _parsed(line)
@@ -250,6 +250,17 @@ def _list_inside(value: object) -> list[object]:
     return rows if all(isinstance(row, dict) for row in rows) else []
 
 
+def _wrapped(head: str) -> int:
+    """Where the first row of an object around a list begins; 0 if a text does not begin with such an object."""
+    at = cast(re.Match[str], GAP.match(head)).end()
+    with suppress(ValueError, RecursionError):
+        while member := MEMBER.match(head, at):
+            if member[1] in WRAPPERS and (rows := re.compile(r"\[\s*(?=\{)").match(head, member.end())):
+                return rows.end()
+            at = json.JSONDecoder().raw_decode(head, member.end())[1]
+    return 0
+
+
 def _begins_object(head: str) -> bool:
     """Whether a text begins with an object over several lines."""
     try:
@@ -264,8 +275,8 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
     After a row that is broken, reading goes on at the next object whose first key is that row's first key.
     """
     buffer = text.read(BLOCK)
-    wrapped = WRAPPED.match(buffer)
-    at, in_list, number, broken = (wrapped.end() if wrapped else 0), bool(wrapped), 0, False
+    at = wrapped = _wrapped(buffer)
+    in_list, number, broken = bool(wrapped), 0, False
     decode = json.JSONDecoder(object_pairs_hook=_once).raw_decode
     while True:
         at = cast(re.Match[str], GAP.match(buffer, at)).end()

@@ -140,9 +140,17 @@ def test_a_json_list_that_ends_too_early_is_told(tmp_path):
         assert [row.reason.partition(":")[0] for row in summary.skipped] == ["invalid JSON"]
 
 
-def test_a_large_json_list_is_not_held_twice(tmp_path):
+def test_a_list_in_rows_of_their_own_lines_is_not_the_data(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(dumps(row | {"records": [{"text": "别处"}]}) + "\n" for row in QA), encoding="utf-8")
+    assert detect_kind(path) == "conversations" and said(read_conversations(path)) == SAID
+
+
+@pytest.mark.parametrize("around", ["{}", '{{"about": {{"x": [1]}}, "data": {}}}'])
+def test_a_large_json_list_is_not_held_twice(tmp_path, around):
     path = tmp_path / "a.json"
-    path.write_text(dumps([{"text": "文" * 10_000}] * 1_000), encoding="utf-8")  # 10 million characters
+    text = around.format(dumps([{"text": "文" * 10_000}] * 1_000))  # 10 million characters
+    path.write_text(text, encoding="utf-8")
     tracemalloc.start()
     rows = sum(1 for _ in tables.read_rows(path))
     peak = tracemalloc.get_traced_memory()[1]
