@@ -513,7 +513,7 @@ def _fields(row: object, columns: Columns = None) -> Row:
 
 
 def _field(row: Row, names: Iterable[str], expected: str) -> str:
-    if name := next((name for name in names if name in row), None):
+    if (name := next((name for name in names if name in row), None)) is not None:
         return name
     mend = "rename or add the field, or name it by `columns`"
     raise _Unfit("missing field", f"the keys {_some(row)}", expected, mend)
@@ -553,8 +553,8 @@ def _messages(row: Row, name: str) -> list[Message]:
 
 def _message(fields: Row, role: str, content: str, loss: bool = True) -> Message:
     """A message; what an assistant thought stands in a field of its own, or in the content before the answer."""
-    field = next((name for name in REASONING if role == "assistant" and name in fields), "")
-    message = Message(role, content, loss, _text(fields, field, optional=True))
+    field = next((name for name in REASONING if role == "assistant" and name in fields), None)
+    message = Message(role, content, loss, _text(fields, field, optional=True) if field else "")
     if not message.content.strip():
         raise _Unfit("no answer after the reasoning", repr(content[-40:]), "an answer after </think>")
     return message

@@ -170,6 +170,13 @@ def test_a_table_is_cut_at_the_sign_that_its_header_has(tmp_path, separator):
     assert said(read_conversations(path)) == [("问，一", "答；一"), (f"问{separator}二", "答")]
 
 
+@pytest.mark.parametrize("unnamed", ["0", ""])
+def test_a_column_without_a_name_is_ignored(tmp_path, unnamed):
+    path = tmp_path / "a.csv"  # as pandas writes the index, and Excel an empty last column
+    path.write_text("".join(f"{n},{','.join(row)}\n" for n, row in [("", ("question", "answer")), (unnamed, SAID[0])]))
+    assert said(read_conversations(path)) == [SAID[0]] and detect_kind(path) == "conversations"
+
+
 def test_a_cell_may_be_longer_than_131072_characters(tmp_path):
     path, long = tmp_path / "a.csv", "长" * 200_000
     path.write_text(f'question,answer\n问,"{long}\n第二行"\n问二,答二\n', encoding="utf-8")
