@@ -21,9 +21,11 @@ MANY = 20  # items, or rows: a gram that more of them have is boilerplate; of ma
 FEW = 5  # rows: an answer with little of its own that more of them hold is anybody's
 SEEN = 0.2  # share of its grams from which an item is looked at: each edit spoils up to six
 SHARE = 0.8  # of its characters that must be there in runs of three or more; with a tenth changed 0.88 are
-OWN_SHARE = 0.7  # of those that are not stock phrases either: they are fewer
+OWN_SHARE = 0.77  # of those that are not stock phrases either: they are fewer
 ALL_OWN = 0.9  # of those of an answer, which may lack the rest
-SHORT = 30  # characters outside of boilerplate: in a shorter item a run of others is another subject, so edits are counted
+SHORT = (
+    36  # characters outside of boilerplate: in a shorter item a run of others is another subject, so edits are counted
+)
 
 
 class Decontaminator:
@@ -168,10 +170,13 @@ class Decontaminator:
         new = np.r_[True, (hashes[1:] != hashes[:-1]) | (items[1:] != items[:-1])][: len(hashes)]  # once an item
         _, kind, count = np.unique(hashes[new], return_inverse=True, return_counts=True)
         rare = (count <= MANY)[kind][np.cumsum(new) - 1] if len(hashes) else np.zeros(0, bool)
-        rare &= ~np.isin(hashes, self._common)
+        common = np.isin(hashes, self._common)
+        rare &= ~common
         own = np.zeros(len(joined) + 1, bool)
         for i in range(GRAM):
             own[starts[rare] + i] = True
+        for i in range(GRAM):
+            own[starts[common] + i] = False
         offsets = np.cumsum(lengths + 1) - lengths - 1
         self._rare = [own[start : start + len(key)] for start, key in zip(offsets, self._keys, strict=True)]
         self._own = [rare & said[key] for rare, key in zip(self._rare, self._keys, strict=True)]

@@ -136,6 +136,16 @@ def test_boilerplate_that_many_rows_share_is_no_overlap():
         assert (found.match(["川崎病？", fact]) is not None) == (fact in item)
 
 
+def test_an_answer_that_many_rows_give_to_other_questions_is_no_overlap_but_a_question_always_is():
+    saying = "家长把心放到肚子里面，抱去小区门口溜达溜达吹吹风，睡一觉醒来准保啥事都没有啦。"
+    found = against(("e:1", saying), ("e:2", QUESTION, True))
+    rows = [[f"第{i}问", saying] for i in range(6)] + [[QUESTION, f"答{i}"] for i in range(30)]
+    assert found.match(rows[0]) is not None
+    for texts in rows:
+        found.count(texts)
+    assert [found.match(texts) is not None for texts in rows] == [False] * 6 + [True] * 30
+
+
 def test_short_items_with_a_tenth_of_their_characters_edited_are_found():
     rng, hits = random.Random(9), 0
     found = against(("e:1", QUESTION, True))
