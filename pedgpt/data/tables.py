@@ -272,7 +272,8 @@ def _begins_object(head: str) -> bool:
 def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
     """JSON values one after the other, with those of a list as rows of their own; one block and one row in memory.
 
-    After a row that is broken, reading goes on at the next object whose first key is that row's first key.
+    After a row that is broken, reading goes on at the next object whose first key is that row's first key, or that
+    begins a line at the same indent.
     """
     buffer = text.read(BLOCK)
     at = wrapped = _wrapped(buffer)
@@ -304,8 +305,11 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
             found = f"{getattr(error, 'msg', error)} after {buffer[max(at, place - 20) : place]!r}"
             value, broken = Unfit("invalid JSON", found, "one object a line, or one list"), True
             own = FIRST_KEY.match(buffer, at)
-            begins = re.compile(r'\{\s*"' + (re.escape(own[1]) + r'"\s*:' if own else ""))
-            buffer, at = _next(begins, text, buffer, at + 1)
+            begins = r'\{\s*"' + (re.escape(own[1]) + r'"\s*:' if own else "")
+            line = buffer.rfind("\n", 0, at) + 1
+            if line and not (indent := buffer[line:at]).strip():
+                begins += rf'|(?<=\n{indent})\{{\s*"'
+            buffer, at = _next(re.compile(begins), text, buffer, at + 1)
         for row in (not in_list and _list_inside(value)) or [value]:
             number += 1
             yield number, row

@@ -131,6 +131,17 @@ def test_a_broken_element_of_a_json_list_costs_only_itself(tmp_path, monkeypatch
     assert [(row.line, row.reason.partition(":")[0]) for row in summary.skipped] == [(2, "invalid JSON")]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_broken_element_costs_no_row_whose_first_key_is_another(tmp_path, indent):
+    talk = [{"messages": turns("问", "答")}, {"id": 1, "messages": turns("甲", "乙")}, {"messages": turns("丙", "丁")}]
+    path = tmp_path / "a.json"
+    text = dumps(talk, indent=indent) if indent else "[\n" + ",\n".join(map(dumps, talk)) + "\n]"
+    path.write_text(text.replace('"问"', '"问', 1), encoding="utf-8")
+    summary = ReadSummary()
+    found = read_conversations(path, on_bad_row="skip", summary=summary)
+    assert said(found) == [("甲", "乙"), ("丙", "丁")] and len(summary.skipped) == 1
+
+
 def test_a_json_list_that_ends_too_early_is_told(tmp_path):
     path = tmp_path / "a.json"
     for cut in (1, 12):
