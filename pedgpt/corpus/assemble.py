@@ -357,11 +357,13 @@ class Corpus:
 
 
 def _place(place: str, source: Source) -> str:
-    """ "file:line" with the file's name, or its last two parts, so that no path of this machine is written."""
+    """ "file:line" with the file's path in the source's folder, or its name, or its last two parts: a path of this
+    machine is never written."""
     for file in source.files:
         if place.startswith(str(file)):
             alike = sum(other.name == file.name for other in source.files) > 1
-            place = "/".join(file.parts[-2 if alike else -1 :]) + place[len(str(file)) :]
+            parts = file.relative_to(source.root).parts if source.root else file.parts[-2 if alike else -1 :]
+            place = "/".join(parts) + place[len(str(file)) :]
             break
     return place.encode(errors="replace").decode()  # a file's name may be no UTF-8
 

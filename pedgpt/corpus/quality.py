@@ -103,7 +103,7 @@ def chinese_share(text: str) -> float:
 # Personal data, sought in a copy of equal length: ASCII in place of full-width forms, simplified characters in place of
 # traditional ones. What goes is group "value".
 _HALF = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x3000: 0x20, 0x2010: 0x2D, 0x2013: 0x2D, 0x2014: 0x2D}
-_DIGITS = re.compile(r"[0-9０-９](?:[-－—‐– 　()（）]{0,2}[0-9０-９]){6}")
+_DIGITS = re.compile(r"[0-9０-９](?:[-－—‐– 　()（）.·_]{0,2}[0-9０-９]){6}")
 _CONTACT = re.compile(r"[微威薇Vv]信|[Qq]{2}|扣扣|[Ww]e[Cc]hat|[VvWw][Xx]|[+加][Vv]")
 _END = r"(?!\d|[-.]\d)"
 _EMAIL = re.compile(
@@ -118,7 +118,8 @@ _IDENTITY = re.compile(
 _MOBILE = re.compile(
     r"(?<!\d)(?<!\d[-.])(?P<value>(?:\(?(?:(?:\+|00) ?)?86\)?[- ]{0,2})?"
     r"(?=1[- ]?(?:3|4[- ]?[014-9]|5[- ]?[0-35-9]|6[- ]?[2567]|7[- ]?[0-8]|8|9))"  # what is given to networks
-    r"(?:\d{11}|(?:\d{3}([- ])\d{4}\2\d{4}|\d{4}([- ])\d{3}\3\d{4}|\d{4}([- ])\d{4}\4\d{3}|\d([- ])\d(?:\5\d){9})"
+    r"(?:\d{11}|(?:\d{3}-(?!20[0-2]\d[01])\d{8}|\d{3}([-. ·_])\d{4}\2\d{4}"  # behind 139- a date is no number
+    r"|\d{4}([- ])\d{3}\3\d{4}|\d{4}([- ])\d{4}\4\d{3}|\d([- ])\d(?:\5\d){9})"
     r"(?! ?\d)))" + _END,
     re.ASCII,
 )
@@ -130,7 +131,8 @@ _LANDLINE = re.compile(
 # Only after a word such as 电话: numbers without an area code, and those of Taiwan with one of two or three digits.
 _LOCAL = re.compile(
     r"(?:电话|手机|座机|固话|传真|联[系络]方式|(?<![a-z])tel|phone|whatsapp)(?:号码|号|是|为|[:. ])*"
-    r"(?P<value>[2-9]\d{2,3}[- ]?\d{4}|09\d\d[- ]?\d{3}[- ]?\d{3}|\(?0[2-8]\d?\)?[- ]?\d{3,4}[- ]?\d{3,4})" + _END,
+    r"(?P<value>[2-9]\d{2,3}[- ]?\d{4}|(?:886[- ]?|0)9\d\d[- ]?\d{3}[- ]?\d{3}|85[23][- ]?\d{4}[- ]?\d{4}"
+    r"|\(?0[2-8]\d?\)?[- ]?\d{3,4}[- ]?\d{3,4})" + _END,
     re.ASCII | re.IGNORECASE,
 )
 _ABROAD = re.compile(  # Taiwan, Hong Kong, Macau
@@ -251,7 +253,7 @@ def _names() -> re.Pattern[str]:
     person = f"(?:{lists['persons']})的?"
     given = rf"(?:(?![{lists['never']}])[\u4e00-\u9fff]){{1,2}}"
     return re.compile(
-        rf"(?:我的名字[叫是]|我的?名叫|我叫|姓 ?名[:是为叫 ]+|{person}(?:名字叫|[大小]?名叫|叫做?|名字是)) ?"
+        rf"(?:我的名字[叫是]|我的?名叫|我叫做?|姓 ?名[:是为叫 ]+|{person}(?:名字叫|[大小]?名叫|叫做?|名字是)) ?"
         rf"(?P<value>(?!{lists['words']})(?P<first>{surname})(?!{lists['titles']}|(?P=first)){given})"
         rf"(?=$|[^\u4e00-\u9fff·•・]|{lists['follows']})"
     )

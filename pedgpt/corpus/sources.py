@@ -51,6 +51,7 @@ class Source:
     build: tuple[str, ...] = ()  # builders; by default those of its kind
     assistant: str = "儿科小助手"  # self_cognition only
     developer: str = "PedGPT 研究项目"  # self_cognition only
+    root: Path | None = None  # the folder in which it was found by content; places name files from there
 
     @property
     def reads(self) -> str:
@@ -90,7 +91,7 @@ def read_listing(
 
 def _source(entry: dict[str, Any], listing: Path, number: int) -> Source:
     place = f"{listing}: source {number}"
-    known = {f.name for f in fields(Source)} - {"files"} | {"file"}
+    known = {f.name for f in fields(Source)} - {"files", "root"} | {"file"}
     for key in entry.keys() - known:
         raise ValueError(f"{place}: unknown key {key!r}; {nearest(key, sorted(known), 'keys')}")
     kind, domain = entry.get("kind"), entry.get("domain", PEDIATRIC)
@@ -156,10 +157,13 @@ def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) 
             continue
         if kind == "instructions" and _are_consultations(path, columns):
             kind = "dialogues"
-        name = re.sub(r"[^\w&-]", "_", _inside(path.with_name(stem_of(path)), folder))[-60:]
+        name = stem = re.sub(r"[^\w&-]", "_", _inside(path.with_name(stem_of(path)), folder))[-60:]
+        number = 1
         while name in sources:
-            name = f"{name[-59:]}_"
-        sources[name] = Source(kind, name, (path,), domain="", columns=columns, build=KINDS[kind][1])
+            number += 1
+            name = f"{stem[-50:]}_{number}"
+        root = folder if folder.is_dir() else None
+        sources[name] = Source(kind, name, (path,), "", root=root, columns=columns, build=KINDS[kind][1])
     if not sources and not problems:
         problems = [f"found no data; {_shown(left_out, folder)}"]
     if problems:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import islice, takewhile
+from itertools import count, islice, takewhile, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,8 +45,10 @@ REJECTED = ("rejected", "response_rejected", "rejected_response")
 DEPARTMENTS = ("department", "cate1", "科室")
 REASONING = ("reasoning_content", "complex_cot")  # the latter in HuatuoGPT-o1's data
 TURNS = ("conversations", "conversation", "messages")
-OPTIONS = ("option", "options", "选项")
-UNDESIRABLE = ("label", "kto_tag")  # false: an answer that somebody judged to be bad
+OPTIONS = ("option", "options", "choices", "选项")
+LETTERS = tuple("abcdefgh")  # the columns of an exam's options in tables like CMMLU's
+UNDESIRABLE = ("label", "kto_tag")  # one of BAD: an answer that somebody judged to be bad
+BAD = ("false", "0", "0.0", "-1", "no", "bad", "undesirable", "rejected", "否", "差")
 USERS = ("user", "human", "patient", "患者", "病人", "用户")
 ASSISTANTS = ("assistant", "gpt", "chatgpt", "bot", "model", "doctor", "医生", "大夫", "助手")
 ROLES = {"system": "system"} | dict.fromkeys(USERS, "user") | dict.fromkeys(ASSISTANTS, "assistant")
@@ -350,7 +352,7 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
 
 
 def _unknown(row: object) -> str:
-    found = f"the fields {', '.join(map(str, row)) or '(none)'}" if isinstance(row, dict) else type(row).__name__
+    found = f"the fields {_some(row)}" if isinstance(row, dict) else type(row).__name__
     return f"no known field, found {found}; if it is data, name its fields by `columns`"
 
 
@@ -384,7 +386,8 @@ def _mapped(row: Row, kind: str) -> str:
             used = {turns: "turns"}
         elif asked:
             used = {"history": "earlier turns", asked: "user", "input": "user, below it"}
-            used |= dict.fromkeys(OPTIONS, "user, below it") | {answered: "assistant"}
+            lettered = LETTERS if {"a", "b"} <= row.keys() else ()
+            used |= dict.fromkeys((*OPTIONS, *lettered), "user, below it") | {answered: "assistant"}
         if kind == "preferences":
             used |= dict.fromkeys(CHOSEN, "chosen") | dict.fromkeys(REJECTED, "rejected")
         else:
@@ -499,23 +502,30 @@ def _typed(value: object, kind: type[T], name: str) -> T:
 
 
 def _fields(row: object, columns: Columns = None) -> Row:
-    """A row without its nulls, by names in lower case; `columns` says which of its columns hold which fields."""
+    """A row without nulls and NaNs, by names in lower case; `columns` says which of its columns hold which fields."""
     if isinstance(row, _Unfit):
         raise row
     found = _typed(row, dict, "the row")
     columns = columns if columns and not found.keys().isdisjoint(columns.values()) else {}
     for column in columns.values():
         _field(found, [column], f"{column}, which `columns` names")
-    named = {name: found[column] for name, column in columns.items() if found[column] is not None}
+    found = {k: v for k, v in found.items() if v is not None and v == v}  # pandas writes NaN for an empty cell
+    named = {name: found[column] for name, column in columns.items() if column in found}
     taken = set(columns.values())
-    return {k.strip().lower(): v for k, v in found.items() if v is not None and k not in taken} | named
+    return {k.strip().lower(): v for k, v in found.items() if k not in taken} | named
 
 
 def _field(row: Row, names: Iterable[str], expected: str) -> str:
-    if name := next((name for name in names if name in row), None):
+    if (name := next((name for name in names if name in row), None)) is not None:
         return name
     fix = "rename or add the field, or name it by `columns`"
-    raise _Unfit("missing field", f"the keys {', '.join(row) or '(none)'}", expected, fix)
+    raise _Unfit("missing field", f"the keys {_some(row)}", expected, fix)
+
+
+def _some(names: Iterable[str]) -> str:
+    """Names for a message, the first 20: an object by id may have thousands."""
+    first = list(islice(names, 21))
+    return ", ".join([*first[:20], *["…"] * (len(first) > 20)]) or "(none)"
 
 
 def _text(row: Row, name: str, *, optional: bool = False) -> str:
@@ -546,8 +556,8 @@ def _messages(row: Row, name: str) -> list[Message]:
 
 def _message(fields: Row, role: str, content: str, loss: bool = True) -> Message:
     """A message; what an assistant thought stands in a field of its own, or in the content before the answer."""
-    field = next((name for name in REASONING if role == "assistant" and name in fields), "")
-    message = Message(role, content, loss, _text(fields, field, optional=True))
+    field = next((name for name in REASONING if role == "assistant" and name in fields), None)
+    message = Message(role, content, loss, _text(fields, field, optional=True) if field else "")
     if not message.content.strip():
         raise _Unfit("no answer after the reasoning", repr(content[-40:]), "an answer after </think>")
     return message
@@ -602,8 +612,8 @@ def _document(row: Row, source: str, limit: int | None) -> Document:
 
 def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
     for name in UNDESIRABLE:
-        if name in row and str(row[name]).lower() == "false":
-            raise _LeftOut("an answer judged bad", f"{name} false", "an answer to learn", "its pair may teach DFPO")
+        if name in row and str(row[name]).strip().lower() in BAD:
+            raise _LeftOut("an answer judged bad", f"{name} {row[name]}", "true or 1", "its pair may teach DFPO")
     turns = next((name for name in TURNS if row.get(name)), None)
     if not turns and row.keys().isdisjoint(QUESTIONS):
         turns = next((name for name in TURNS if name in row), None)
@@ -640,29 +650,40 @@ def _asked(row: Row, question: str) -> list[Message]:
         for role, text in zip(("user", "assistant"), pair, strict=True):
             messages.append(_message({}, role, _text({"history": text}, "history")))
     extra = [_text(row, question), _text(row, "input", optional=True)]
-    extra += [option for option in _options(row) if option not in extra[0]]
+    options = _options(row)
+    extra += [] if all(option in extra[0] for option in options) else options
     return [*messages, Message("user", "\n".join(filter(None, extra)))]
 
 
 def _options(row: Row) -> list[str]:
-    """The choices of an exam's question, each like "A. fever"; those of a list without letters get letters."""
+    """The choices of an exam's question, each like "A. fever"; those without letters get letters."""
     name = next((name for name in OPTIONS if row.get(name)), None)
-    given = row[name] if name else []
+    given = row[name] if name else {key.upper(): row[key] for key in LETTERS if key in row and {"a", "b"} <= row.keys()}
     if isinstance(given, str):
         return [_text(row, str(name), optional=True)]
-    if isinstance(given, list):
-        keyed = [{str(key).lower(): value for key, value in each.items()} if isinstance(each, dict) else {"text": each}
-                 for each in given]  # fmt: skip
-        given = {
-            next((str(each[key]) for key in ("key", "label", "option") if each.get(key)), chr(ord("A") + i)):
-            next((each[key] for key in ("value", "text", "content") if each.get(key)), None)
-            for i, each in enumerate(keyed)
-        }  # fmt: skip
-    options = []
-    for letter, text in _typed(given, dict, "options").items():
-        if text is not None and (said := _text({"options": _typed(text, str, "options")}, "options", optional=True)):
-            options.append(said if re.match(r"\(?[A-Z][.、．:：)]", said) else f"{letter}. {said}")
-    return options
+    if isinstance(given, dict) and isinstance(given.get("text"), list):  # as ARC writes them
+        given = [{"key": key, "text": text} for key, text in zip_longest(given.get("label") or [], given["text"])]
+    pairs = list(map(_option, count(), given)) if isinstance(given, list) else _typed(given, dict, "options").items()
+    options: dict[str, str] = {}
+    for letter, text in pairs:
+        text = str(text) if type(text) in (int, float) else _typed("" if text is None else text, str, "options")
+        if said := _text({"options": text}, "options", optional=True):
+            options[letter] = said
+    begin = [match[1] for said in options.values() if (match := re.match(r"\(?([A-Z])[.、．:：)]", said))]
+    own = sorted(begin) == sorted(options)  # E.coli begins with no letter of its own
+    return [said if own else f"{letter}. {said}" for letter, said in options.items()]
+
+
+def _option(number: int, each: object) -> tuple[str, object]:
+    """(letter, text) of an element of a list of options."""
+    fields = {str(key).lower(): value for key, value in each.items()} if isinstance(each, dict) else {"text": each}
+    text = next((name for name in ("value", "text", "content") if name in fields), None)
+    if not text and len(fields) == 1:
+        return next((letter.upper(), said) for letter, said in fields.items())
+    if not text:
+        raise _Unfit("an option without text", json.dumps(each, ensure_ascii=False)[:60], "value, text or content")
+    key = next((str(fields[key]) for key in ("key", "label", "option") if fields.get(key)), chr(ord("A") + number))
+    return key, fields[text]
 
 
 def _preference(row: Row, source: str, limit: int | None) -> PreferencePair:

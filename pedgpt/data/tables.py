@@ -1,8 +1,8 @@
 """Files as rows: which files of a folder hold data, and how each format is opened, decoded and cut into rows.
 
-Text may be gzipped (.gz) and is UTF-8, UTF-16 or GB18030, with or without a byte-order mark; only LF or CRLF ends a
-line. A file's content decides, not its name: JSON is one object a line, one list, objects over several lines, or an
-object around a list; a table's cells are separated by the sign that its header contains most often.
+Text may be gzipped (.gz) and is UTF-8, UTF-16 or GB18030, with or without a byte-order mark; lines end at LF or CRLF,
+or at CR in a file without LF. A file's content decides, not its name: JSON is one object a line, one list, objects over
+several lines, or an object around a list; a table's cells are separated by the sign that its header contains most often.
 .parquet and .xlsx need the extra "tables".
 """
 
@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Collection, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
@@ -38,12 +38,10 @@ GB2312 = re.compile(rb"([\xa1-\xa9\xb0-\xf7][\xa1-\xfe])|[\x80-\xff][\x40-\xfe]?
 USUAL = re.compile("[\t\n\r -~\xa0-\xff\u2000-\u206f\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]")
 GAP = re.compile("[\\s,\ufeff]*")
 FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:')
-# An object around a list of rows begins like {"version": 1, "data": [{; members before the list are plain values.
-_STRING = r'"(?:[^"\\]|\\.)*"'
+# An object around a list of rows, like {"version": 1, "data": [{
 WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "train", "validation", "dev", "test")
-_MEMBER = rf"{_STRING}\s*:\s*(?:{_STRING}|[\w.+-]+)\s*,"
-_LIST = rf'"(?:{"|".join(WRAPPERS)})"\s*:\s*\[\s*(?=\{{)'
-WRAPPED, FURTHER = re.compile(rf"\s*\{{(?:\s*{_MEMBER})*\s*{_LIST}"), re.compile(_LIST)
+MEMBER = re.compile(r'\s*[{,]\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
+FURTHER = re.compile(rf'"(?:{"|".join(WRAPPERS)})"\s*:\s*\[\s*(?=\{{)')
 
 
 class Unfit(ValueError):
@@ -151,14 +149,20 @@ def _whole_text(text: TextIO) -> tuple[int, object]:
 
 
 def open_text(path: Path) -> TextIO:
-    """Open a text file, unpacked and in its encoding as recognised; lines end at LF only, and keep their LF or CRLF."""
+    """Open a text file, unpacked and in its encoding as recognised; lines end at LF, and keep their LF or CRLF.
+
+    Where there is no LF, as in tables that Excel saves for the Macintosh, a line ends at CR.
+    """
 
     def binary() -> BinaryIO:
         return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
 
     with binary() as file:
         encoding = _encoding(path, file)
-    return io.TextIOWrapper(binary(), encoding, errors="pedgpt_byte_by_byte", newline="\n")
+        file.seek(0)
+        sample = file.read(BLOCK)
+    newline = None if b"\r" in sample and b"\n" not in sample else "\n"
+    return io.TextIOWrapper(binary(), encoding, errors="pedgpt_byte_by_byte", newline=newline)
 
 
 def _encoding(path: Path, file: BinaryIO) -> str:
@@ -209,10 +213,12 @@ def _json_rows(text: TextIO, suffix: str) -> Iterator[tuple[int, object]]:
     head = text.read(BLOCK)
     text.seek(0)
     start = GAP.match(head)
-    first, _, _ = head[start.end() if start else 0 :].partition("\n")
-    whole = _parsed(first)
-    whole = not isinstance(whole, Unfit) and not _list_inside(whole)
-    if first[:1] != "[" and not WRAPPED.match(head) and (whole or not (suffix == ".json" or _begins_object(head))):
+    first, _, rest = head[start.end() if start else 0 :].partition("\n")
+    row = _parsed(first)
+    whole = not isinstance(row, Unfit) and not _list_inside(row)
+    lines = isinstance(row, dict) and rest.lstrip()[:1] == "{"  # a list in a row of many lines is the row's own
+    around = first[:1] == "[" or _wrapped(head)
+    if lines or not around and (whole or not (suffix == ".json" or _begins_object(head))):
         for number, line in enumerate(text, 1):
             if line := line.strip("\ufeff \t\r\n"):
                 yield number, not_utf8(line) or _parsed(line)
@@ -220,9 +226,18 @@ def _json_rows(text: TextIO, suffix: str) -> Iterator[tuple[int, object]]:
         yield from _json_stream(text)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; json would keep the last of several values of one key and lose the others."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)} twice")
+    return found
+
+
 def _parsed(line: str) -> object:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         return Unfit("invalid JSON", str(error), "one object a line, or one list")
 
@@ -232,6 +247,17 @@ def _list_inside(value: object) -> list[object]:
     lists = [rows for name, rows in value.items() if name in WRAPPERS] if isinstance(value, dict) else []
     rows = [row for rows in lists if isinstance(rows, list) for row in rows]
     return rows if all(isinstance(row, dict) for row in rows) else []
+
+
+def _wrapped(head: str) -> int:
+    """Where the first row of an object around a list begins; 0 if a text does not begin with such an object."""
+    at = cast(re.Match[str], GAP.match(head)).end()
+    with suppress(ValueError, RecursionError):
+        while member := MEMBER.match(head, at):
+            if member[1] in WRAPPERS and (rows := re.compile(r"\[\s*(?=\{)").match(head, member.end())):
+                return rows.end()
+            at = json.JSONDecoder().raw_decode(head, member.end())[1]
+    return 0
 
 
 def _begins_object(head: str) -> bool:
@@ -245,12 +271,13 @@ def _begins_object(head: str) -> bool:
 def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
     """JSON values one after the other, with those of a list as rows of their own; one block and one row in memory.
 
-    After a row that is broken, reading goes on at the next object whose first key is that row's first key.
+    After a row that is broken, reading goes on at the next object whose first key is that row's first key, or that
+    begins a line at the same indent.
     """
     buffer = text.read(BLOCK)
-    wrapped = WRAPPED.match(buffer)
-    at, in_list, number, broken = (wrapped.end() if wrapped else 0), bool(wrapped), 0, False
-    decode = json.JSONDecoder().raw_decode
+    at = wrapped = _wrapped(buffer)
+    in_list, number, broken = bool(wrapped), 0, False
+    decode = json.JSONDecoder(object_pairs_hook=_once).raw_decode
     while True:
         at = cast(re.Match[str], GAP.match(buffer, at)).end()
         if at == len(buffer):
@@ -268,7 +295,7 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
         try:
             value, at = decode(buffer, at)
             broken = False
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             place = getattr(error, "pos", at)
             cut = place > len(buffer) - 10 or "Unterminated" in str(error)
             if cut and (more := text.read(max(BLOCK, len(buffer)))):  # doubled, so that a long row is not read often
@@ -277,8 +304,11 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
             found = f"{getattr(error, 'msg', error)} after {buffer[max(at, place - 20) : place]!r}"
             value, broken = Unfit("invalid JSON", found, "one object a line, or one list"), True
             own = FIRST_KEY.match(buffer, at)
-            begins = re.compile(r'\{\s*"' + (re.escape(own[1]) + r'"\s*:' if own else ""))
-            buffer, at = _next(begins, text, buffer, at + 1)
+            begins = r'\{\s*"' + (re.escape(own[1]) + r'"\s*:' if own else "")
+            line = buffer.rfind("\n", 0, at) + 1
+            if line and not (indent := buffer[line:at]).strip():
+                begins += rf'|(?<=\n{indent})\{{\s*"'
+            buffer, at = _next(re.compile(begins), text, buffer, at + 1)
         for row in (not in_list and _list_inside(value)) or [value]:
             number += 1
             yield number, row
@@ -391,6 +421,7 @@ def _workbook(path: Path, columns: Collection[str]) -> Iterator[tuple[int | str,
             for sheet in book.worksheets:
                 sheet.reset_dimensions()  # some programs write a wrong size
                 names: list[str] = []
+                titled = False  # whether all that came so far is one cell, which may be a title above the header
                 for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
                     line = number if sheet is book.worksheets[0] else f"{sheet.title}:{number}"
                     values = [_cell(cell) for cell in cells]
@@ -398,11 +429,20 @@ def _workbook(path: Path, columns: Collection[str]) -> Iterator[tuple[int | str,
                         values.pop()
                     if all(value == "" for value in values):
                         continue
-                    if names:
+                    if names and not (titled and len(values) > 1):
+                        titled = False
                         yield line, _named([*values, *[""] * (len(names) - len(values))], names)
-                    else:
-                        names = [str(value).strip() for value in values]
+                        continue
+                    names = [str(value).strip() for value in values]
+                    titled = len(names) == 1
+                    try:
                         check_header(f"{path}:{line}", names, columns)
+                    except ValueError as error:
+                        if sheet is book.worksheets[0]:
+                            raise
+                        found = str(error).partition(": found ")[2].partition(", expected")[0]
+                        yield line, Unfit("a sheet that is not read", found, "a header like the first sheet's")
+                        break
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, SyntaxError) as error:
         yield _after(line), Unfit("damaged file", str(error), "an .xlsx workbook", "save it again")
 

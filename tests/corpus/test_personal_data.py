@@ -61,6 +61,20 @@ def test_medicine_in_real_questions_and_answers_is_left_as_it_is():
     assert [sentence for sentence in sentences if scrub(sentence)[0] != sentence] == []
 
 
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("打138.1234.5678找我", "打【电话】找我"),
+        ("139-12345678，139·1234·5678或139_1234_5678", "【电话】，【电话】或【电话】"),
+        ("电话：852-91234567，電話 886-912-345-678", "电话：【电话】，電話 【电话】"),
+        ("我叫做陈一鸣", "我叫做【姓名】"),
+        ("批次139-20231215，比例138.12.34，Na 139.1", "批次139-20231215，比例138.12.34，Na 139.1"),
+    ],
+)
+def test_odd_spellings_of_numbers_and_names_go_and_dates_stay(text, left):
+    assert scrub(text)[0] == left
+
+
 def test_a_hundred_sentences_with_personal_data_lose_it_in_simplified_and_traditional_characters():
     cases = [(c, v, kind) for kind, values, contexts in CONTEXTS for c, v in product(contexts.split("|"), values)]
     wrong = []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.corpus.sources import describe_sources, read_listing
+from pedgpt.corpus.sources import describe_sources, is_name, read_listing
 from pedgpt.data.records import field_mapping
 
 SAMPLE = Path(__file__).resolve().parents[2] / "recipes" / "sample_corpus"
@@ -112,6 +112,16 @@ def turns(*texts):
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
+def test_many_folders_with_one_long_name_inside_are_sources_of_their_own(tmp_path):
+    inside = "a_name_of_more_than_sixty_characters_that_many_folders_have_inside"
+    for n in range(70):  # more than a name has characters
+        path = tmp_path / f"part{n:02}" / inside / "train.jsonl"
+        path.parent.mkdir(parents=True)
+        write(path, [{"question": "问", "answer": "答"}])
+    sources = read_listing(tmp_path)
+    assert len({source.name for source in sources}) == 70 and all(is_name(source.name) for source in sources)
+
+
 def test_folder_without_a_listing_is_read_by_content(folder):
     talk = turns("宝宝发热两天了", "有没有咳嗽？", "有咳嗽，痰多", "考虑支气管炎，建议检查。")
     write(folder / "c.jsonl", [{"messages": talk}] * 3 + [{"messages": talk[:2]}])
@@ -126,7 +136,7 @@ def test_folder_without_a_listing_is_read_by_content(folder):
     sources = read_listing(folder, left_out=left_out)
     assert {source.name: (source.kind, source.domain) for source in sources} == {
         "a": ("instructions", ""), "b": ("encyclopedia", ""), "c": ("dialogues", ""), "d": ("instructions", ""),
-        "e": ("preferences", ""), "f_g": ("knowledge_graph", ""), "f_g_": ("encyclopedia", ""),
+        "e": ("preferences", ""), "f_g": ("knowledge_graph", ""), "f_g_2": ("encyclopedia", ""),
     }  # fmt: skip
     told = describe_sources(sources, folder, left_out)
     assert "README.md: not read" in told and "scan.pdf: not read" in told

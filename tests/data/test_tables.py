@@ -131,6 +131,17 @@ def test_a_broken_element_of_a_json_list_costs_only_itself(tmp_path, monkeypatch
     assert [(row.line, row.reason.partition(":")[0]) for row in summary.skipped] == [(2, "invalid JSON")]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_broken_element_costs_no_row_whose_first_key_is_another(tmp_path, indent):
+    talk = [{"messages": turns("问", "答")}, {"id": 1, "messages": turns("甲", "乙")}, {"messages": turns("丙", "丁")}]
+    path = tmp_path / "a.json"
+    text = dumps(talk, indent=indent) if indent else "[\n" + ",\n".join(map(dumps, talk)) + "\n]"
+    path.write_text(text.replace('"问"', '"问', 1), encoding="utf-8")
+    summary = ReadSummary()
+    found = read_conversations(path, on_bad_row="skip", summary=summary)
+    assert said(found) == [("甲", "乙"), ("丙", "丁")] and len(summary.skipped) == 1
+
+
 def test_a_json_list_that_ends_too_early_is_told(tmp_path):
     path = tmp_path / "a.json"
     for cut in (1, 12):
@@ -140,9 +151,17 @@ def test_a_json_list_that_ends_too_early_is_told(tmp_path):
         assert [row.reason.partition(":")[0] for row in summary.skipped] == ["invalid JSON"]
 
 
-def test_a_large_json_list_is_not_held_twice(tmp_path):
+def test_a_list_in_rows_of_their_own_lines_is_not_the_data(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(dumps(row | {"records": [{"text": "别处"}]}) + "\n" for row in QA), encoding="utf-8")
+    assert detect_kind(path) == "conversations" and said(read_conversations(path)) == SAID
+
+
+@pytest.mark.parametrize("around", ["{}", '{{"about": {{"x": [1]}}, "data": {}}}'])
+def test_a_large_json_list_is_not_held_twice(tmp_path, around):
     path = tmp_path / "a.json"
-    path.write_text(dumps([{"text": "文" * 10_000}] * 1_000), encoding="utf-8")  # 10 million characters
+    text = around.format(dumps([{"text": "文" * 10_000}] * 1_000))  # 10 million characters
+    path.write_text(text, encoding="utf-8")
     tracemalloc.start()
     rows = sum(1 for _ in tables.read_rows(path))
     peak = tracemalloc.get_traced_memory()[1]
@@ -160,6 +179,13 @@ def test_a_table_is_cut_at_the_sign_that_its_header_has(tmp_path, separator):
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter=separator).writerows(rows)
     assert said(read_conversations(path)) == [("问，一", "答；一"), (f"问{separator}二", "答")]
+
+
+@pytest.mark.parametrize("unnamed", ["0", ""])
+def test_a_column_without_a_name_is_ignored(tmp_path, unnamed):
+    path = tmp_path / "a.csv"  # as pandas writes the index, and Excel an empty last column
+    path.write_text("".join(f"{n},{','.join(row)}\n" for n, row in [("", ("question", "answer")), (unnamed, SAID[0])]))
+    assert said(read_conversations(path)) == [SAID[0]] and detect_kind(path) == "conversations"
 
 
 def test_a_cell_may_be_longer_than_131072_characters(tmp_path):
@@ -213,6 +239,54 @@ def test_parquet_and_excel_are_read(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_title_above_the_header_and_a_sheet_of_sums_cost_no_row(tmp_path):
+    path = tmp_path / "a.xlsx"
+    book = openpyxl.Workbook()
+    for row in (["儿科问答", None], ["问题", "回答"], ["一", "甲"]):
+        book.active.append(row)
+    book.active.merge_cells("A1:B1")
+    book.create_sheet("统计").append(["合计", "合计"])
+    book.create_sheet("更多").append(["question", "answer"])
+    book["更多"].append(["二", "乙"])
+    book.save(path)
+    summary = ReadSummary()
+    assert said(read_conversations(path, on_bad_row="skip", summary=summary)) == [("一", "甲"), ("二", "乙")]
+    assert [(row.file, row.reason.partition(",")[0]) for row in summary.skipped] == [
+        (f"{path}:统计", "a sheet that is not read: found the column 合计 twice")
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_lines_that_end_at_a_carriage_return_are_lines(tmp_path, name):
+    path = tmp_path / name
+    rows = ["question,answer", *(",".join(texts) for texts in SAID)] if name == "a.csv" else map(dumps, QA)
+    path.write_bytes("\r".join(["# 发热", "甲"] if name == "a.txt" else rows).encode())
+    if name == "a.txt":
+        assert [(row.text, row.title) for row in read_documents(path)] == [("# 发热\n甲", "发热")]
+    else:
+        assert said(read_conversations(path)) == SAID
+        assert [line for line, _ in tables.read_rows(path)] == ([2, 3, 4] if name == "a.csv" else [1, 2, 3])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_of_a_key_that_comes_twice_no_value_is_lost_silently(tmp_path, name):
+    rows = [dumps(row) for row in QA]
+    rows[1] = rows[1][:-1] + ', "answer": "另一个回答"}'
+    path = tmp_path / name
+    path.write_text("\n".join(rows) if name == "a.jsonl" else f"[{','.join(rows)}]", encoding="utf-8")
+    summary = ReadSummary()
+    assert said(read_conversations(path, on_bad_row="skip", summary=summary)) == [SAID[0], SAID[2]]
+    assert [(row.line, "the key answer twice" in row.reason) for row in summary.skipped] == [(2, True)]
+
+
+def test_an_object_by_id_is_named_by_a_few_of_its_keys(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(dumps({str(n): QA[0] for n in range(5_000)}), encoding="utf-8")
+    with pytest.raises(NoData, match="found the fields 0, 1, .*, 19, …; if it is data") as error:
+        detect_kind(path)
+    assert len(str(error.value)) < 400
+
+
 # Rows of other projects
 
 
@@ -239,6 +313,15 @@ def test_parquet_and_excel_are_read(tmp_path):
         ({"question": "问", "options": [{"key": "A", "value": "甲"}], "answer": "A"}, ("问\nA. 甲", "A")),
         ({"Question": "问", "Options": "A 甲\nB 乙", "Answer": "A"}, ("问\nA 甲\nB 乙", "A")),
         ({"question": "问\nA. 甲", "option": {"A": "甲"}, "answer": "A"}, ("问\nA. 甲", "A")),
+        ({"question": "问", "option": {"A": "E.coli", "B": "B.fragilis"}, "answer": "A"},
+         ("问\nA. E.coli\nB. B.fragilis", "A")),
+        ({"question": "问", "choices": {"label": ["A", "B"], "text": ["甲", "乙"]}, "answer": "B"},
+         ("问\nA. 甲\nB. 乙", "B")),
+        ({"question": "问", "options": [{"A": "甲"}, {"B": 10.5}], "answer": "B"}, ("问\nA. 甲\nB. 10.5", "B")),
+        ({"Question": "问", "A": "5", "B": "50", "C": None, "D": "丁", "Answer": "B"},
+         ("问\nA. 5\nB. 50\nD. 丁", "B")),
+        ({"question": "问A. 50", "options": {"A": 5, "B": 50}, "answer": "B"}, ("问A. 50\nA. 5\nB. 50", "B")),
+        ({"question": "问", "answer": "答", "input": float("nan"), "system": float("nan")}, ("问", "答")),
     ],
 )  # fmt: skip
 def test_rows_of_other_projects_are_understood(tmp_path, row, texts):
@@ -247,7 +330,9 @@ def test_rows_of_other_projects_are_understood(tmp_path, row, texts):
     assert said(read_conversations(path)) == [texts] and detect_kind(path) == "conversations"
 
 
-@pytest.mark.parametrize("label", ['"label": false', '"kto_tag": false', '"label": "False"'])
+@pytest.mark.parametrize(
+    "label", ['"label": false', '"kto_tag": false', '"label": "False"', '"label": 0', '"Label": "0"']
+)
 @pytest.mark.parametrize("policy", ["error", "skip"])
 def test_an_answer_that_was_judged_bad_is_never_learnt(tmp_path, label, policy):
     path = tmp_path / "a.jsonl"

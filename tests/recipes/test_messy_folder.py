@@ -112,12 +112,12 @@ def test_a_messy_folder_of_twenty_files_builds_in_one_go_with_one_report(lab, fo
                     assert f"{asked(29)[0]}\\nA. 先测体温\\nB. 立即用药" in line
     assert sorted(kept) == [n for n in range(30) if n != 26]
     assert [kept[n] for n in (2, 3, 7, 12, 15, 18, 24, 27)] == [
-        "儿科 问答 (最终版).xlsx:4", "儿科 问答 (最终版).xlsx:第二页:2", "门诊导出.csv:5", "no_mark.jsonl:2",
-        "part-0.parquet:2", "talk.jsonl.gz:4", "data.json:2", "dpo.jsonl:1",
+        "儿科 问答 (最终版).xlsx:4", "儿科 问答 (最终版).xlsx:第二页:2", "门诊导出.csv:5", "export/no_mark.jsonl:2",
+        "export/part-0.parquet:2", "export/talk.jsonl.gz:4", "其他 项目/data.json:2", "其他 项目/dpo.jsonl:1",
     ]  # fmt: skip
     dropped = [json.loads(line) for line in (tmp_path / "corpus/reports/dropped.jsonl").read_text("utf-8").splitlines()]
     assert [row["place"] for row in dropped if "unreadable" in row["reason"]] == [
-        "talk.jsonl.gz:3", "kto.jsonl:2", "门诊导出.csv:4",
+        "export/talk.jsonl.gz:3", "其他 项目/kto.jsonl:2", "门诊导出.csv:4",
     ]  # fmt: skip
 
 
