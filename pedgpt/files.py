@@ -290,15 +290,16 @@ def printable(text: str) -> str:
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
-def toml_value(place: str, value: Any, kind: type) -> Any:
-    """A TOML value of `kind` (int, float, bool or str), an integer also as a float; ValueError naming the place."""
+def toml_value(place: str, value: Any, *kinds: type) -> Any:
+    """A TOML value of one of `kinds` (int, float, bool, str), an integer also as a float; ValueError names the place."""
     fits = type(value) is not int or -(1 << 63) <= value < 1 << 63
-    if kind is float and type(value) is int and fits:
-        return float(value)
-    if type(value) is kind and fits:
+    if type(value) in kinds and fits:
         return value
+    if float in kinds and type(value) is int and fits:
+        return float(value)
     size = "" if fits else " of at most 64 bits"
-    raise ValueError(f"{place} must be {_KINDS[kind]}{size}, found {toml_shown(value)}")
+    expected = " or ".join(_KINDS[kind] for kind in kinds)
+    raise ValueError(f"{place} must be {expected}{size}, found {toml_shown(value)}")
 
 
 def toml_shown(value: Any) -> str:

@@ -23,7 +23,9 @@ SEEN = 0.2  # share of its grams from which an item is looked at: each edit spoi
 SHARE = 0.8  # of its characters that must be there in runs of three or more; with a tenth changed 0.88 are
 OWN_SHARE = 0.7  # of those that are not stock phrases either: they are fewer
 ALL_OWN = 0.9  # of those of an answer, which may lack the rest
-SHORT = 30  # characters outside of boilerplate: in a shorter item a run of others is another subject, so edits are counted
+SHORT = (
+    30  # characters outside of boilerplate: in a shorter item a run of others is another subject, so edits are counted
+)
 
 
 class Decontaminator:

@@ -239,11 +239,9 @@ def _single(name: str, given: list[str]) -> str:
 
 def _convert(name: str, value: Any, kind: Any, flag: bool = False) -> Any:
     """A TOML value, or the list of strings that followed a flag, as the type of the field."""
-    if isinstance(kind, types.UnionType):  # such as int | str: the first type that fits
-        *first, kind = [option for option in typing.get_args(kind) if option is not types.NoneType]
-        for option in first:
-            with suppress(ValueError):
-                return _convert(name, value, option, flag)
+    kinds = [kind]
+    if isinstance(kind, types.UnionType):  # such as int | str; of a flag, the first type that fits
+        kinds = [option for option in typing.get_args(kind) if option is not types.NoneType]
     if typing.get_origin(kind) is list:
         if isinstance(value, str):
             value = [value]
@@ -251,10 +249,9 @@ def _convert(name: str, value: Any, kind: Any, flag: bool = False) -> Any:
             return value
         raise ValueError(f"{name} must be a list of strings, found {toml_shown(value)}")
     if not flag:
-        return toml_value(name, value, kind)
-    text = "true" if kind is bool and not value else _single(name, value)
-    try:
-        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        value = text  # which is no such type
-    return toml_value(f"--{name}", value, kind)
+        return toml_value(name, value, *kinds)
+    value = text = "true" if bool in kinds and not value else _single(name, value)
+    for kind in reversed(kinds):  # the text stays where it is no such type
+        with suppress(ValueError, KeyError):
+            value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    return toml_value(f"--{name}", value, *kinds)
