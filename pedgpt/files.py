@@ -291,7 +291,7 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a s
 
 
 def toml_value(place: str, value: Any, *kinds: type) -> Any:
-    """A TOML value of one of `kinds` (int, float, bool, str), an integer also as a float; ValueError names the place."""
+    """A TOML value of one of `kinds` (int, float, bool, str), an integer also as a float; ValueError names `place`."""
     fits = type(value) is not int or -(1 << 63) <= value < 1 << 63
     if type(value) in kinds and fits:
         return value

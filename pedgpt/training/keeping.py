@@ -137,13 +137,13 @@ class Checkpoints:
                 file=sys.stderr,
             )
         usable = free + max(0, existing - 1) * self.size
-        promised = isinstance(self.every, int) and 0 < self.every < steps
+        every = self.every if isinstance(self.every, int) else 0
         needed = self.size  # beside the last one, which stays until the next is complete
-        if promised and not existing:
-            needed += self.size if 2 * self.every <= steps else self.result
+        if not existing:
+            needed += self.size if 2 * every <= steps else self.result
         if usable < self.result:
             raise disk_full(self.folder.parent, self.result)
-        if promised and usable < needed:
+        if 0 < every < steps and usable < needed:
             raise disk_full(self.folder, needed)
         fitting = (free + existing * self.size - self.result) // self.size if self.size else self.keep
         space = f"{readable_size(free)} free, a checkpoint takes {readable_size(self.size)}"

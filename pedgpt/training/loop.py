@@ -235,7 +235,7 @@ def _tidy(output: Path) -> None:
 def _prepare(
     step: int, plan: BatchPlan, optimizer: torch.optim.Optimizer, settings: TrainingSettings, world: World
 ) -> float:
-    """Seed whatever is random in a step from the step alone, so that a resumed run repeats it; set the learning rate."""
+    """Seed what is random from the step alone, so that a resumed run repeats it; set and return the learning rate."""
     torch.manual_seed(settings.seed + 1_000_003 * (step * world.size + world.rank + 1))
     rate = learning_rate(step, plan.total_steps, settings)
     for group in optimizer.param_groups:
