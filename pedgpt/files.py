@@ -150,7 +150,12 @@ def sole_writer(output: str | Path, *, beside: bool = False) -> Iterator[None]:
     path = Path(os.path.abspath(output))
     file = path.with_name(f".{path.name}.lock") if beside else path / ".lock"
     made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(
+            f"{file.parent}: cannot be a folder, as a file is in its place; choose another --output"
+        ) from None
     try:
         handle = _take_lock(file, output)
     except OSError as error:
@@ -228,7 +233,7 @@ def _read_holder(handle: int) -> dict[str, Any] | None:
     """What the holder of a lock wrote into its file; None for anything else."""
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         return None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         holder = json.loads(os.pread(handle, 4096, 0))
         if isinstance(holder, dict) and {"process", "host", "since", "run"} <= holder.keys():
             return holder

@@ -174,7 +174,7 @@ def run_date(output: str | Path, world: World, shared: str = "") -> str:
     """
     folder, found = Path(output), ""
     files = [folder / "done.json", (latest_checkpoint(folder / "checkpoints") or folder) / "state.json"]
-    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # told when read in full
+    with suppress(Exception):  # damage is told when they are read in full
         if path := next((path for path in files if path.is_file()), None):
             saved = json.loads(path.read_bytes())
             found = saved.get("run", saved)["template_date"]
@@ -197,7 +197,7 @@ def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, w
         saved = json.loads(path.read_bytes())
         results = saved.pop("result", [])
         missing = [name for name in results if not (path.parent / name).is_file()]
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}: damaged ({error}); if the result is complete, keep it and use another --output, "
             "else delete this file to train again"

@@ -236,7 +236,7 @@ def test_a_run_whose_result_was_deleted_is_not_finished(lab, tmp_path):
     lab.assert_as_if_nothing_happened(tmp_path, lab.reference("expert_finetune"))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"seed": 1', '{"result": 3}', '{"result": [3]}'])
+@pytest.mark.parametrize("content", ["", "[]", "[" * 5000, '{"seed": 1', '{"result": 3}', '{"result": [3]}'])
 def test_a_damaged_done_json_names_itself(lab, tmp_path, content):
     (tmp_path / "done.json").write_text(content)
     result = lab.run("full_finetune", tmp_path)
@@ -275,7 +275,8 @@ def test_a_damaged_line_of_the_metrics_is_named(lab, tmp_path):
     assert lab.run("full_finetune", tmp_path, die_after=4, checkpoint_every=2).code == -9
     log = tmp_path / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
-    for damage in (b"\x00" * 50 + b"\n", b"{}\n", b"[]\n", b'{"step": "two", "tokens": 1, "seconds": 1}\n'):
+    odd = b'{"step": "two", "tokens": 1, "seconds": 1}\n'
+    for damage in (b"\x00" * 50 + b"\n", b"{}\n", b"[" * 5000 + b"\n", b"[]\n", odd):
         log.write_bytes(b"".join([lines[0], damage, *lines[2:]]))
         result = lab.run("full_finetune", tmp_path)
         assert result.code == 2 and f"error: {log}:2: not the record of a step" in result.err
