@@ -80,6 +80,9 @@ class TrainingSettings:
         for name in ("warmup_ratio", "final_learning_rate_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
         for name in ("dtype", "save_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16", "" if name == "save_dtype" else "float32"):
                 raise ValueError(f'{name} must be "float32" or "bfloat16", found {getattr(self, name)!r}')
@@ -107,7 +110,9 @@ def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
     missing = [
         name
         for name, f in known.items()
-        if name not in converted and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if converted.get(name, "") == ""  # an output "" would be the folder in which the command runs
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"missing setting: {', '.join(missing)}; give --{missing[0]} or set it in the --config file")
