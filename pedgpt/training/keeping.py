@@ -31,7 +31,7 @@ from pedgpt.training.distributed import World, sum_over_ranks
 # checkpoint_every = "auto": after so many seconds, or after so many times what writing takes (5 % of the time).
 _SECONDS, _TIMES = 600.0, 20
 _BYTES_A_SECOND = 1e9  # a guess, until the first checkpoint is written
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SAME_WISH = 1.0  # seconds
 
 
@@ -173,7 +173,7 @@ def require_finite(model: nn.Module, step: int, world: World) -> None:
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C become the wish to stop after this step; a second signal ends the process at once.
+    """SIGTERM, Ctrl-C and a closed terminal are the wish to stop after this step; a second signal ends the run at once.
 
     NOTE: what comes within a second is the same wish, because `timeout` and service managers send their signal to
     every process, and torchrun passes it on to those that already have it.
@@ -205,7 +205,10 @@ class StopRequest:
     def _note(self, number: int, frame: object) -> None:
         if self.world.is_main and not self.number:  # a `print` here could interrupt another one
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: the run ends after this step; a second signal ends it at once\n".encode())
+            try:
+                os.write(2, f"\n{name}: the run ends after this step; a second signal ends it at once\n".encode())
+            except OSError:  # the terminal is gone, so nothing can be written to it any more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         self.number = self.number or number
 
     def _watch(self, pipe: int) -> None:
