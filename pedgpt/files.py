@@ -155,7 +155,12 @@ def sole_writer(output: str | Path, *, beside: bool = False) -> Iterator[None]:
     path = Path(os.path.abspath(output))
     file = path.with_name(f".{path.name}.lock") if beside else path / ".lock"
     made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(
+            f"{file.parent}: cannot be a folder, as a file is in its place; choose another --output"
+        ) from None
     try:
         handle = _take_lock(file, output)
     except OSError as error:
@@ -236,7 +241,7 @@ def _read_holder(handle: int) -> dict[str, Any] | None:
     """What the holder of a lock wrote into its file; None for anything else."""
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         return None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         holder = json.loads(os.pread(handle, 4096, 0))
         if isinstance(holder, dict) and {"process", "host", "since", "run"} <= holder.keys():
             return holder
@@ -298,15 +303,16 @@ def printable(text: str) -> str:
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
-def toml_value(place: str, value: Any, kind: type) -> Any:
-    """A TOML value of `kind` (int, float, bool or str), an integer also as a float; ValueError naming the place."""
+def toml_value(place: str, value: Any, *kinds: type) -> Any:
+    """A TOML value of one of `kinds` (int, float, bool, str), an integer also as a float; ValueError names `place`."""
     fits = type(value) is not int or -(1 << 63) <= value < 1 << 63
-    if kind is float and type(value) is int and fits:
-        return float(value)
-    if type(value) is kind and fits:
+    if type(value) in kinds and fits:
         return value
+    if float in kinds and type(value) is int and fits:
+        return float(value)
     size = "" if fits else " of at most 64 bits"
-    raise ValueError(f"{place} must be {_KINDS[kind]}{size}, found {toml_shown(value)}")
+    expected = " or ".join(_KINDS[kind] for kind in kinds)
+    raise ValueError(f"{place} must be {expected}{size}, found {toml_shown(value)}")
 
 
 def toml_shown(value: Any) -> str:

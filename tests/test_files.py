@@ -97,6 +97,13 @@ def test_another_host_holds_a_folder_as_long_as_it_shows_signs_of_life(abroad, c
     assert not list(abroad.iterdir())
 
 
+@pytest.mark.parametrize("content", ["", "[]", "[" * 5000, "\x00"])
+def test_a_damaged_lock_file_holds_nothing(tmp_path, content):
+    (tmp_path / ".lock").write_text(content)
+    with sole_writer(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
+
+
 def test_a_torchrun_restart_takes_the_folder_over_at_once(abroad, monkeypatch):
     monkeypatch.setattr(files, "HEARTBEAT", 100.0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a\x1b[31mb")

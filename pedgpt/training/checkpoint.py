@@ -151,6 +151,8 @@ def _verify(checkpoint: Path, run: Mapping[str, Any], world: World) -> tuple[int
     try:
         if checkpoint.is_symlink():
             raise OSError("it is a link")
+        if not (checkpoint / _SUMS).exists():
+            raise OSError(f"it has no {_SUMS}: damaged, or of an older version of pedgpt, with which it can go on")
         sums = json.loads(_plain(checkpoint, _SUMS).read_bytes())
         sizes = {str(name): int(size) for name, (size, _) in sums.items()}
         state = json.loads(_plain(checkpoint, _STATE).read_bytes())
@@ -166,7 +168,7 @@ def _verify(checkpoint: Path, run: Mapping[str, Any], world: World) -> tuple[int
                 refuse_changes(state["run"], run, checkpoint)
     except _Changed as error:
         fault = error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # damaged JSON raises almost anything
         fault = _damaged(checkpoint, error)
     if sum_over_ranks([fault is not None], world)[0]:
         raise fault or ValueError(f"{checkpoint}: cannot be read; another rank says why")

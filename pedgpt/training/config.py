@@ -80,6 +80,9 @@ class TrainingSettings:
         for name in ("warmup_ratio", "final_learning_rate_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
         for name in ("dtype", "save_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16", "" if name == "save_dtype" else "float32"):
                 raise ValueError(f'{name} must be "float32" or "bfloat16", found {getattr(self, name)!r}')
@@ -107,7 +110,9 @@ def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
     missing = [
         name
         for name, f in known.items()
-        if name not in converted and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if converted.get(name, "") == ""  # an output "" would be the folder in which the command runs
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"missing setting: {', '.join(missing)}; give --{missing[0]} or set it in the --config file")
@@ -240,11 +245,9 @@ def _single(name: str, given: list[str]) -> str:
 
 def _convert(name: str, value: Any, kind: Any, flag: bool = False) -> Any:
     """A TOML value, or the list of strings that followed a flag, as the type of the field."""
-    if isinstance(kind, types.UnionType):  # such as int | str: the first type that fits
-        *first, kind = [option for option in typing.get_args(kind) if option is not types.NoneType]
-        for option in first:
-            with suppress(ValueError):
-                return _convert(name, value, option, flag)
+    kinds = [kind]
+    if isinstance(kind, types.UnionType):  # such as int | str; of a flag, the first type that fits
+        kinds = [option for option in typing.get_args(kind) if option is not types.NoneType]
     if typing.get_origin(kind) is list:
         if isinstance(value, str):
             value = [value]
@@ -252,10 +255,9 @@ def _convert(name: str, value: Any, kind: Any, flag: bool = False) -> Any:
             return value
         raise ValueError(f"{name} must be a list of strings, found {toml_shown(value)}")
     if not flag:
-        return toml_value(name, value, kind)
-    text = "true" if kind is bool and not value else _single(name, value)
-    try:
-        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        value = text  # which is no such type
-    return toml_value(f"--{name}", value, kind)
+        return toml_value(name, value, *kinds)
+    value = text = "true" if bool in kinds and not value else _single(name, value)
+    for kind in reversed(kinds):  # the text stays where it is no such type
+        with suppress(ValueError, KeyError):
+            value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    return toml_value(f"--{name}", value, *kinds)

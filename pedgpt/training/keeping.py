@@ -25,13 +25,14 @@ from pedgpt.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from pedgpt.training.config import TrainingSettings
+from pedgpt.training.config import TrainingSettings, tell_torchrun
 from pedgpt.training.distributed import World, sum_over_ranks
 
 # checkpoint_every = "auto" waits _SECONDS, or _TIMES as long as writing takes (5 % of the time) if that is longer.
 _SECONDS, _TIMES = 600.0, 20
 _BYTES_A_SECOND = 1e9  # a guess, until the first checkpoint is written
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SAME_WISH = 1.0  # seconds
 
 
 class Checkpoints:
@@ -137,11 +138,14 @@ class Checkpoints:
                 file=sys.stderr,
             )
         usable = free + max(0, existing - 1) * self.size
-        promised = isinstance(self.every, int) and 0 < self.every < steps
+        every = self.every if isinstance(self.every, int) else 0
+        needed = self.size  # beside the last one, which stays until the next is complete
+        if not existing:
+            needed += self.size if 2 * every <= steps else self.result
         if usable < self.result:
             raise disk_full(self.folder.parent, self.result)
-        if promised and usable < self.size:
-            raise disk_full(self.folder, self.size)
+        if 0 < every < steps and usable < needed:
+            raise disk_full(self.folder, needed)
         fitting = (free + existing * self.size - self.result) // self.size if self.size else self.keep
         space = f"{readable_size(free)} free, a checkpoint takes {readable_size(self.size)}"
         space = f"warning: {self.folder.parent}: {space}, the result {readable_size(self.result)}"
@@ -170,7 +174,11 @@ def require_finite(model: nn.Module, step: int, world: World) -> None:
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C become the wish to stop after this step; the second signal ends the process at once."""
+    """SIGTERM, Ctrl-C and a closed terminal are the wish to stop after this step; a second signal ends the run at once.
+
+    NOTE: what comes within a second is the same wish, because `timeout` and service managers send their signal to
+    every process, and torchrun passes it on to those that already have it.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -179,6 +187,10 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            read, self.pipe = os.pipe()
+            os.set_blocking(self.pipe, False)
+            self.pipe_before = signal.set_wakeup_fd(self.pipe)  # gets each signal that Python handles
+            threading.Thread(target=self._watch, args=(read,), daemon=True).start()
             for number in STOPPING:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self._note)
@@ -187,14 +199,28 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self.pipe_before)
+            os.close(self.pipe)  # ends the thread
 
     def _note(self, number: int, frame: object) -> None:
-        self.number = number
-        for other in self.before:
-            signal.signal(other, signal.SIG_DFL)
-        if self.world.is_main:  # a `print` here could interrupt another one
+        if self.world.is_main and not self.number:  # a `print` here could interrupt another one
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: the run ends after this step; a second signal ends it at once\n".encode())
+            try:
+                os.write(2, f"\n{name}: the run ends after this step; a second signal ends it at once\n".encode())
+            except OSError:  # the terminal is gone, so nothing can be written to it any more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        self.number = self.number or number
+
+    def _watch(self, pipe: int) -> None:
+        """End the process at the second wish, also where it hangs in a collective and Python calls no handler."""
+        first = float("inf")
+        while received := os.read(pipe, 1):
+            if received[0] in STOPPING:
+                first = min(first, time.monotonic())
+                if time.monotonic() - first > _SAME_WISH:
+                    os._exit(128 + received[0])
+        os.close(pipe)
 
     def agree(self, due: bool) -> tuple[bool, int]:
         """Whether the main rank wants a checkpoint, and the signal that some rank has received, 0 if none.
@@ -206,8 +232,9 @@ class StopRequest:
 
     def leave(self, number: int, place: str, saved: bool) -> NoReturn:
         """Say how the run goes on, and end with the exit code of the signal."""
+        how = "goes on from there" if saved else "starts anew, or from the checkpoint before"
+        line = f"{place}: stopped by {signal.Signals(number).name}; the same command {how}"
+        tell_torchrun(line)
         if self.world.is_main:
-            how = "goes on from there" if saved else "starts anew, or from the checkpoint before"
-            name = signal.Signals(number).name
-            print(f"{place}: stopped by {name}; the same command {how}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
         raise SystemExit(128 + number)

@@ -72,59 +72,62 @@ def train(
     shown as a warning. SIGTERM and Ctrl-C end the run after the step, with a checkpoint, by SystemExit(128 + signal).
     Raises ValueError if the loss, the gradient or a weight is not finite.
     """
-    dtype = getattr(torch, settings.dtype)
     reshard(model)
     optimizer = build_optimizer(model, settings)
-    checkpoints = Checkpoints(settings, model, optimizer, describe_run(settings, plan, fingerprint), world)
+    run = describe_run(settings, plan, fingerprint)
+    del run["save_dtype"]  # only the result is written in it, so until then a run may go on with another one
+    checkpoints = Checkpoints(settings, model, optimizer, run, world)
     first = checkpoints.resume(plan.total_steps)
     log = MetricsLog(Path(settings.output) / "metrics.jsonl", after_step=first) if world.is_main else None
     tokens, seconds = log.totals() if log else (0, 0.0)
 
     model.train()
-    interactive = sys.stderr.isatty()
-    bar = tqdm(
-        total=plan.total_steps, initial=first, unit="step", desc=Path(settings.output).name, disable=not world.is_main,
-        dynamic_ncols=interactive, mininterval=0.2 if interactive else 10, file=sys.stderr,
-    )  # fmt: skip
-    with StopRequest(world) as stop:
+    with StopRequest(world) as stop, _progress_bar(settings, first, plan.total_steps, world) as bar:
         for step in range(first, plan.total_steps):
             began = time.perf_counter()
-            # Whatever is random in a step depends on the step alone, so that a resumed run repeats it.
-            torch.manual_seed(settings.seed + 1_000_003 * (step * world.size + world.rank + 1))
-            rate = learning_rate(step, plan.total_steps, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            rate = _prepare(step, plan, optimizer, settings, world)
             batches = [make_batch(rows, ids) for rows, ids in plan.micro_batches(step, world.rank, world.size)]
-            metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world, dtype)
+            metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world)
             took = time.perf_counter() - began
             tokens, seconds = tokens + num_tokens, seconds + took
             record: dict[str, Any] = {
                 "step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm,
                 "tokens": tokens, "tokens_per_second": num_tokens / took, "seconds": seconds,
             }  # fmt: skip
-            last, saved = step + 1 == plan.total_steps, False
-            if evaluate is not None and (
-                last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)
-            ):
+            last = step + 1 == plan.total_steps
+            if evaluate and (last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)):
                 record |= {f"eval_{name}": value for name, value in evaluate().items()}
                 model.train()
                 reshard(model)
             if log:
                 log.write(record)
-                bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {num_tokens / took:,.0f} tokens/s", refresh=False)
-                bar.update()
-                if watch and (warning := watch(record)):
-                    tqdm.write(f"warning: {warning}", file=sys.stderr)  # above the bar
+                _show(record, bar, watch)
             due, sent = stop.agree(checkpoints.due(step + 1))
             if due or last or sent:
                 if log:
                     log.sync()  # a checkpoint's steps are in the log, whatever happens
                 saved = checkpoints.save(step + 1, ending=bool(last or sent))
-            if sent:
-                bar.close()
-                stop.leave(sent, f"{settings.output}: step {step + 1} of {plan.total_steps}", saved)
-    bar.close()
+                if sent:
+                    bar.close()
+                    stop.leave(sent, f"{settings.output}: step {step + 1} of {plan.total_steps}", saved)
     model.eval()
+
+
+def _progress_bar(settings: TrainingSettings, first: int, total: int, world: World) -> tqdm:
+    """The steps done, on the main rank's standard error."""
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        total=total, initial=first, unit="step", desc=Path(settings.output).name, disable=not world.is_main,
+        dynamic_ncols=interactive, mininterval=0.2 if interactive else 10, file=sys.stderr,
+    )  # fmt: skip
+
+
+def _show(record: dict[str, float], bar: tqdm, watch: Callable[[dict[str, float]], str | None] | None) -> None:
+    """Move the progress bar on by one step, and print what `watch` warns of above it."""
+    bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False)
+    bar.update()
+    if watch and (warning := watch(record)):
+        tqdm.write(f"warning: {warning}", file=sys.stderr)
 
 
 def mean_loss(
@@ -171,8 +174,7 @@ def run_date(output: str | Path, world: World, shared: str = "") -> str:
     """
     folder, found = Path(output), ""
     files = [folder / "done.json", (latest_checkpoint(folder / "checkpoints") or folder) / "state.json"]
-    # A fault in the file is reported where it is read in full.
-    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    with suppress(Exception):  # a fault in these files is reported where they are read in full
         if path := next((path for path in files if path.is_file()), None):
             saved = json.loads(path.read_bytes())
             found = saved.get("run", saved)["template_date"]
@@ -195,14 +197,16 @@ def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, w
         saved = json.loads(path.read_bytes())
         results = saved.pop("result", [])
         missing = [name for name in results if not (path.parent / name).is_file()]
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}: damaged ({error}); if the result is complete, keep it and use another --output, "
             "else delete this file to train again"
         ) from None
     refuse_changes(saved, describe_run(settings, plan, fingerprint), path.parent)
+    barrier(world)  # all ranks have read the file
     if world.is_main and missing:
         print(f"{settings.output}: finished, but {missing[0]} is gone: it is trained again", file=sys.stderr)
+        path.unlink()  # else a death between two files of the new result would count as finished
     elif world.is_main:
         _tidy(path.parent)
         print(f"{settings.output}: finished already")
@@ -228,6 +232,17 @@ def _tidy(output: Path) -> None:
             file.unlink()
 
 
+def _prepare(
+    step: int, plan: BatchPlan, optimizer: torch.optim.Optimizer, settings: TrainingSettings, world: World
+) -> float:
+    """Seed what is random from the step alone, so that a resumed run repeats it; set and return the learning rate."""
+    torch.manual_seed(settings.seed + 1_000_003 * (step * world.size + world.rank + 1))
+    rate = learning_rate(step, plan.total_steps, settings)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
 def _step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -235,7 +250,6 @@ def _step(
     loss_function: LossFunction,
     settings: TrainingSettings,
     world: World,
-    dtype: torch.dtype,
 ) -> tuple[dict[str, float], int, float]:
     """One update; returns the metrics, the tokens and the gradient norm of the whole global batch."""
     weight, num_tokens = sum_over_ranks(
@@ -243,7 +257,7 @@ def _step(
     )
     sums: dict[str, Any] = {}
     for batch in batches:
-        with autocast(world, dtype):
+        with autocast(world, getattr(torch, settings.dtype)):
             loss, metrics = loss_function(model, batch.to(world.device))
         # FSDP averages gradients over ranks; the sum is wanted.
         (loss * (world.size / max(weight, 1))).backward()

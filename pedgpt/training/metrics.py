@@ -30,7 +30,7 @@ class MetricsLog:
                     record = json.loads(line)
                     later = record["step"] > after_step
                     float(record["tokens"] + record["seconds"])
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     raise ValueError(
                         f"{path}:{number}: not the record of a step, the file is damaged; "
                         "delete the line to go on without it"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import queue
 import re
 import resource
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from pedgpt.files import sole_writer
-from pedgpt.training import keeping, loop
+from pedgpt.training import World, keeping, loop
 
 RECIPES = ("continued_pretrain", "full_finetune", "dfpo", "expert_finetune")
 FULL = r"cannot be written \(File too large\): (more than )?[\d.]+ (bytes|[kMGT]B) needed, [\d.]+ (bytes|[kMGT]B) free$"
@@ -92,12 +93,14 @@ def test_space_is_checked_before_the_training_and_what_fits_still_runs(lab, tmp_
     assert result.code == 2 and line.endswith("147.1 kB needed, 10.0 kB free") and not (tmp_path / "none").exists()
     disk_with(monkeypatch, result_size + 50_000)
     result = lab.run("full_finetune", tmp_path / "promised", checkpoint_every=2)
-    assert result.code == 2 and "checkpoints: cannot be written" in result.err and "441.2 kB needed" in result.err
+    assert result.code == 2 and "checkpoints: cannot be written" in result.err and "882.4 kB needed" in result.err
     result = lab.run("full_finetune", tmp_path / "bare")
     assert result.code == 0
     assert "197.0 kB free, a checkpoint takes 441.2 kB, the result 147.1 kB: there is no room for one" in result.err
     disk_with(monkeypatch, result_size + checkpoint + 9_000)
-    result = lab.run("full_finetune", tmp_path / "one", checkpoint_every=2)
+    result = lab.run("full_finetune", tmp_path / "no", checkpoint_every=2)  # the second one would not fit beside it
+    assert result.code == 2 and "checkpoints: cannot be written" in result.err and "882.4 kB needed" in result.err
+    result = lab.run("full_finetune", tmp_path / "one")
     assert result.code == 0 and "only 1 of 2 checkpoints are kept" in result.err
     for name in ("bare", "one"):
         lab.assert_as_if_nothing_happened(tmp_path / name, lab.reference("full_finetune"))
@@ -129,6 +132,10 @@ def test_checkpoints_are_written_by_the_clock(lab, tmp_path, monkeypatch):
     assert saved[5:] == [5]  # before the result is saved
     assert lab.run("full_finetune", tmp_path / "never", checkpoint_every=0).code == 0
     assert saved[6:] == []
+    settings = tmp_path / "settings.toml"
+    settings.write_text("checkpoint_every = 1.5", encoding="utf-8")
+    result = lab.run("full_finetune", tmp_path / "no", config=settings)
+    assert "settings.toml line 1: checkpoint_every must be an integer or a string, found 1.5" in result.err
     for value in ("often", -1, 1.5):
         result = lab.run("full_finetune", tmp_path / "no", checkpoint_every=value)
         assert result.code == 2 and 'checkpoint_every must be "auto" or a number of steps' in result.err
@@ -160,23 +167,55 @@ def test_two_ranks_stop_together_and_save_a_checkpoint_when_torchrun_is_told_to_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_at_once(lab, tmp_path, monkeypatch, number):
-    real, seen = loop._step, []
+def test_a_signal_that_comes_twice_is_one_wish_to_stop(lab, tmp_path, monkeypatch, number):
+    real = loop._step
 
-    def step(*arguments):
+    def step(*arguments):  # as `timeout` does, and a service manager together with torchrun
         os.kill(os.getpid(), number)
-        seen.append(signal.getsignal(number))
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
     before = signal.getsignal(number)
     monkeypatch.setattr(loop, "_step", step)
     result = lab.run("full_finetune", tmp_path)
     assert result.code == 128 + number and f"step 1 of 5: stopped by {number.name}; the same" in result.err
-    assert seen == [signal.SIG_DFL]  # the system's: it ends a process that hangs in a collective, too
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == before and signal.set_wakeup_fd(-1) == -1
     monkeypatch.undo()
     assert "at step 1 of 5" in lab.run("full_finetune", tmp_path).err
     lab.assert_as_if_nothing_happened(tmp_path, lab.reference("full_finetune"))
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    ended = queue.Queue()
+    monkeypatch.setattr(os, "_exit", ended.put)
+    with keeping.StopRequest(World(1, 2, torch.device("cpu"))):
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(queue.Empty):
+            ended.get(timeout=0.05)
+        monkeypatch.setattr(keeping, "_SAME_WISH", 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.get(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_a_closed_terminal_is_survived(lab, tmp_path, monkeypatch):
+    real, stderr = loop._step, os.dup(2)
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def step(*arguments):
+        os.dup2(writer, 2)  # what is written to it fails from now on
+        os.kill(os.getpid(), signal.SIGHUP)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "_step", step)
+    try:
+        assert lab.run("full_finetune", tmp_path).code == 128 + signal.SIGHUP
+        assert os.write(2, b"lost") == 4
+    finally:
+        os.dup2(stderr, 2)
+    monkeypatch.undo()
+    assert "at step 1 of 5" in lab.run("full_finetune", tmp_path).err
 
 
 def test_without_checkpoints_a_signal_says_what_is_lost(lab, tmp_path, monkeypatch):
@@ -209,12 +248,15 @@ def test_a_death_at_the_very_end_leaves_nothing_after_the_next_start(lab, tmp_pa
 def test_a_run_whose_result_was_deleted_is_not_finished(lab, tmp_path):
     shutil.copytree(lab.reference("expert_finetune"), tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "adapter")
+    assert lab.run("expert_finetune", tmp_path, die_after=5).code == -9
+    assert not (tmp_path / "done.json").exists()  # half of a new result is not finished either
+    shutil.copy(lab.reference("expert_finetune") / "done.json", tmp_path)
     result = lab.run("expert_finetune", tmp_path)
     assert result.code == 0 and "finished, but adapter/adapter_model.safetensors is gone: it is trained" in result.err
     lab.assert_as_if_nothing_happened(tmp_path, lab.reference("expert_finetune"))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"seed": 1', '{"result": 3}', '{"result": [3]}'])
+@pytest.mark.parametrize("content", ["", "[]", "[" * 5000, '{"seed": 1', '{"result": 3}', '{"result": [3]}'])
 def test_a_damaged_done_json_names_itself(lab, tmp_path, content):
     (tmp_path / "done.json").write_text(content)
     result = lab.run("full_finetune", tmp_path)
@@ -253,7 +295,8 @@ def test_a_damaged_line_of_the_metrics_is_named(lab, tmp_path):
     assert lab.run("full_finetune", tmp_path, die_after=4, checkpoint_every=2).code == -9
     log = tmp_path / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
-    for damage in (b"\x00" * 50 + b"\n", b"{}\n", b"[]\n", b'{"step": "two", "tokens": 1, "seconds": 1}\n'):
+    odd = b'{"step": "two", "tokens": 1, "seconds": 1}\n'
+    for damage in (b"\x00" * 50 + b"\n", b"{}\n", b"[" * 5000 + b"\n", b"[]\n", odd):
         log.write_bytes(b"".join([lines[0], damage, *lines[2:]]))
         result = lab.run("full_finetune", tmp_path)
         assert result.code == 2 and f"error: {log}:2: not the record of a step" in result.err
@@ -261,3 +304,10 @@ def test_a_damaged_line_of_the_metrics_is_named(lab, tmp_path):
     assert lab.run("full_finetune", tmp_path).code == 0
     assert json.loads(log.read_bytes().splitlines()[-1])["step"] == 5
     lab.assert_as_if_nothing_happened(tmp_path, lab.reference("full_finetune"))
+
+
+def test_an_unfinished_run_may_go_on_with_another_dtype_for_its_result(lab, tmp_path):
+    assert lab.run("expert_finetune", tmp_path, die_after=2, checkpoint_every=2).code == -9
+    assert "at step 2 of 5" in lab.run("expert_finetune", tmp_path, save_dtype="bfloat16").err
+    assert {tensor.dtype for tensor in lab.weights(tmp_path).values()} == {torch.bfloat16}
+    assert "save_dtype was 'bfloat16', is 'float32'" in lab.run("expert_finetune", tmp_path, save_dtype="float32").err

@@ -177,7 +177,9 @@ def test_an_output_that_cannot_be_a_folder(lab, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine", encoding="utf-8")
     result = lab.run("full_finetune", file)
-    assert result.code == 2 and result.err.splitlines()[-1].startswith("error: ") and str(file) in result.err
+    assert result.code == 2 and result.err == f"error: {file}: cannot be a folder, as a file is in its place; " + (
+        "choose another --output\n"
+    )
     assert file.read_text(encoding="utf-8") == "mine"
 
 

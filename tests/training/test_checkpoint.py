@@ -200,8 +200,9 @@ def cut(path):
 @pytest.mark.parametrize(
     "damage",
     [cut, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"\x80garbage" * 999), Path.unlink,
-     lambda path: path.write_bytes(pickle.dumps({"step": 3}))],
-    ids=["cut", "empty", "garbage", "missing", "other"],
+     lambda path: path.write_bytes(pickle.dumps({"step": 3})), lambda path: path.write_bytes(b"[" * 5000),
+     lambda path: path.write_bytes(b'{"step": 1e400}')],
+    ids=["cut", "empty", "garbage", "missing", "other", "deep", "infinite"],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_an_error_in_one_line_that_names_it(saved, file, damage, capfd):
     damage(saved / file)
@@ -245,6 +246,12 @@ def test_a_damaged_checkpoint_says_which_one_is_before_it(tmp_path, saved):
     cut(tmp_path / "step_0000004" / "__0_0.distcp")
     with pytest.raises(ValueError, match="delete it to go on from the one before, step_0000003: rm -r"):
         load_checkpoint(tmp_path / "step_0000004", *make(1, steps=0), RUN, WORLD)
+
+
+def test_a_checkpoint_of_an_older_version_says_so(saved):
+    (saved / "checksums.json").unlink()
+    with pytest.raises(ValueError, match="no checksums.json: damaged, or of an older version of pedgpt, with which it"):
+        load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
 
 
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(saved):

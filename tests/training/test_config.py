@@ -128,6 +128,8 @@ def test_a_string_in_the_file_may_stand_for_a_list(tmp_path):
 def test_missing_settings_and_stray_arguments_are_named():
     with pytest.raises(ValueError, match=r"missing setting: model, data; give --model or set it in the --config file"):
         parse_settings(Config, [])
+    with pytest.raises(ValueError, match=r"missing setting: model; give"):  # --model "$UNSET"
+        parse_settings(Config, ["--model", "", "--data", "d"])
     with pytest.raises(ValueError, match="unexpected argument 'm'; settings are given as --key value"):
         parse_settings(Config, ["m", *NEEDED])
 
@@ -140,6 +142,7 @@ def test_missing_settings_and_stray_arguments_are_named():
         ("epochs", 0.0),
         ("learning_rate", 0.0), ("learning_rate", float("nan")), ("epochs", float("inf")), ("beta2", float("nan")),
         ("warmup_ratio", 1.1), ("final_learning_rate_ratio", -0.1), ("dtype", "float16"), ("save_dtype", "float16"),
+        ("beta1", 1.0), ("beta2", -0.1),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(name, value):
