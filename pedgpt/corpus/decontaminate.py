@@ -73,8 +73,7 @@ class Decontaminator:
         key, _, at = self._search(texts)
         if key:
             self._holding[key] += 1
-        else:
-            self._holders[np.unique(at)] += 1
+        self._holders[np.unique(at)] += 1
 
     def match(self, texts: Sequence[str]) -> tuple[str, float] | None:
         """(place, share) of the item of which a row with these messages contains most, if it is contaminated.

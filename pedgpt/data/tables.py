@@ -1,8 +1,8 @@
 """Files as rows: which files of a folder hold data, and how each format is opened, decoded and cut into rows.
 
 Text may be gzipped (.gz) and is UTF-8, UTF-16 or GB18030, with or without a byte-order mark; lines end at LF or CRLF,
-or at CR in a file without LF. A file's content decides, not its name: JSON is one object a line, one list, objects over
-several lines, or an object around a list; a table's cells are separated by the sign that its header contains most often.
+or at CR in a file without LF. A file's content decides, not its name: JSON is one object a line, one list, objects
+over several lines, or an object around a list; a table's cells are separated by the sign that its header contains most.
 .parquet and .xlsx need the extra "tables".
 """
 
