@@ -1,11 +1,11 @@
-"""How well words alone tell what a row is about, on real rows that people labelled by a department or a file name.
+"""Measure how well words tell what a row is about, on real rows that people labelled by a department or a file name.
 
     python benchmarks/bench_classify.py [--data ../shared/data] [--half odd|even] [--show 20]
 
-The word lists were written while looking at rows whose SHA-256 is even. Of the odd half only the totals were looked at,
-and the rows of general chat that are called medical were read; no word comes from it. Departments are hidden from the
-classifier, except in the last column. Ends with an error if fewer than 97 % of the medical rows are found, or more
-than 2 % of general chat that is not about medicine is called medical.
+The word lists were tuned on rows whose SHA-256 is even. Of the odd half only the totals were looked at, and the rows of
+general chat that are called medical were read; no word was taken from it. The classifier does not see departments,
+except in the last column. The script ends with an error if fewer than 97 % of the medical rows are found, or if more
+than 2 % of the general chat that is not about medicine is called medical.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from pedgpt.corpus.classify import GENERAL, GENERAL_MEDICAL, PEDIATRIC, classify
 from pedgpt.data.records import Conversation, iter_records
 
-MEDICAL = "medical"  # of whom is not said
+MEDICAL = "medical"  # this label does not say whether the patient is a child
 FILES = {  # each file's label; "" where a column gives it
     "pediatric_qa.jsonl": PEDIATRIC,
     "general_medical_qa.jsonl": GENERAL_MEDICAL,
@@ -29,9 +29,9 @@ FILES = {  # each file's label; "" where a column gives it
     "medical_sharegpt.jsonl": MEDICAL,
     "general_sharegpt.jsonl": GENERAL,
 }
-# Rows of general chat that the classifier called medical and a reader found to be so: a case of thrombocytopenia, how
-# to sit when out of breath, magnesium before potassium chloride, side effects of a vaccine, an operation, toothache and
-# the like. They are no general chat; the table shows the share with and without them.
+# The classifier called these rows of general chat medical, and a person who read them agreed: a case of
+# thrombocytopenia, how to sit when out of breath, magnesium before potassium chloride, side effects of a vaccine, an
+# operation, toothache and the like. The table shows the share with and without them.
 READ_AS_MEDICAL = """
 0404d9d006dd 346fa8ec4a62 eaaf67a95f43 8dfdd5016658 f5899242f57e ef8706c364ba f5914e60c025 fda982b17985 e19955395b21
 41dcb3055874
@@ -55,7 +55,7 @@ def domain(row: Conversation) -> str:
 
 
 def measure(file: Path, odd: bool, show: int = 0) -> dict[str, float]:
-    """Of a file's half: its rows, how many are called medical, are called as labelled, and with their department."""
+    """Count one half of a file: its rows, those called medical, those called as labelled, and with the department."""
     counts = dict.fromkeys(("rows", "medical", "read as medical", "as labelled", "with department"), 0)
     for row in read(file, odd):
         found = domain(replace(row, department=""))
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[1].parent / "shared" / "data")
     parser.add_argument("--half", choices=("odd", "even"), default="odd")
-    parser.add_argument("--show", type=int, default=0, help="print so many of the rows of each file that are wrong")
+    parser.add_argument("--show", type=int, default=0, help="print this many wrong rows of each file")
     arguments = parser.parse_args()
     rows = found = 0
     print(f"{'file':32}{'rows':>7}{'medical':>9}{'as labelled':>13}{'with department':>17}")

@@ -6,8 +6,8 @@
 30,000 synthetic rows with planted duplicates; evaluation items planted in as many training rows; sentences with and
 without made-up personal data. All text is synthetic and means nothing medically.
 
-With --real, of the rows of real files whose hash is even or odd a fifth are taken as evaluation data: the rest that is
-found to overlap with it, and the near duplicates among all, are listed beside what they match, to be judged by eye.
+With --real it reads the rows of real files whose hash is even or odd, and takes a fifth of them as evaluation data. It
+lists the other rows that overlap with these, and all near duplicates, each beside its match, to be judged by eye.
 """
 
 # ruff: noqa: E501, for the lists of words
@@ -105,7 +105,7 @@ def respelled(rng: random.Random, text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Letters, digits, decimal points and symbols; this, `similarity` and NUMBERS are the oracle, not the library."""
+    """The letters, digits, decimal points and symbols of a text, found without the library, which this is to test."""
     text = unicodedata.normalize("NFKC", text).casefold()
     points = {match.start() for match in re.finditer(r"(?<=\d)\.(?=\d)", text)}
     return "".join(c for i, c in enumerate(text) if unicodedata.category(c)[0] in "LNS" or i in points)
@@ -119,13 +119,13 @@ def similarity(one: str, other: str) -> float:
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
-# The numbers and Latin letters of a row. One of these among the letters would make another.
+# The numbers and Latin letters of a row. A character of COUNTING that an edit adds could make another number.
 NUMBERS = re.compile(r"\d+(?:\.\d+)?(?:个月|岁半?|天)?|一个多星期|半个月|两三周|一年|每天|[A-Za-z]")
 COUNTING = set("一个年分时成种")
 
 
 def changed_to(rng: random.Random, text: str, low: float, high: float) -> str:
-    """The text edited until its similarity to itself as it was lies between the two; from 0.9 its numbers stay."""
+    """Edit a text until its similarity to the original lies between `low` and `high`; from 0.9 on its numbers stay."""
     while True:
         copy = text
         while (found := similarity(text, copy)) > high:
@@ -137,7 +137,7 @@ def changed_to(rng: random.Random, text: str, low: float, high: float) -> str:
 
 
 def recounted(rng: random.Random, text: str) -> str:
-    """The text with one of its numbers replaced by another, or moved by a decimal point."""
+    """The text with another number in place of one of its numbers, or with a decimal point added or removed."""
     if not (found := list(re.finditer(r"\d+(?:\.\d+)?", text))):
         return text + "共5天。"
     match = rng.choice(found)
@@ -146,8 +146,11 @@ def recounted(rng: random.Random, text: str) -> str:
 
 
 def planted_duplicates(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """(text, what it is: "row", or a copy "exact", "near" of 0.9 to 0.97, "far" of 0.45 to 0.55 or "number", with one
-    changed), shuffled so that no copy stands before its original. Of each kind there is one in thirty."""
+    """Pairs of (text, kind), shuffled so that no copy stands before its original; one in thirty is of each kind of copy.
+
+    A text is a "row" or a copy of one: "exact", "near" (similarity 0.9 to 0.97), "far" (0.45 to 0.55), or "number"
+    (one number is changed).
+    """
     texts = ["\n".join(row(rng)) for _ in range(count - count // 30 * 4)]
     placed = [(rng.random(), text, "row") for text in texts]
     ways = {
@@ -316,7 +319,7 @@ def personal(rng: random.Random, count: int) -> Iterator[tuple[str, str, str]]:
 
 
 def list_real(folder: Path, half: str) -> None:
-    """Print the real rows of one half that the rules take, each with what it matches."""
+    """Print the real rows of one half that the rules would remove, each beside what it matches."""
     from pedgpt.corpus.assemble import items, messages
     from pedgpt.corpus.decontaminate import Decontaminator
     from pedgpt.corpus.duplicates import NearDuplicates, digest
@@ -359,7 +362,7 @@ def list_real(folder: Path, half: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", type=Path, help="folder of real rows")
-    parser.add_argument("--half", choices=("even", "odd"), default="even", help="rules are tuned on even rows alone")
+    parser.add_argument("--half", choices=("even", "odd"), default="even", help="rows to read; rules are tuned on even rows only")
     arguments = parser.parse_args()
     if arguments.real:
         list_real(arguments.real, arguments.half)

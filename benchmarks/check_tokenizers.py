@@ -2,12 +2,12 @@
 
     python benchmarks/check_tokenizers.py --data ../shared/data --baichuan2 ../shared/tokenizers/baichuan2
 
-Trains SentencePiece BPE models with Baichuan2's, Llama 2's and default settings, and byte-level tokenizer.json files
-with the patterns of Llama 3 and Qwen; adds 2,000 pieces of score 0 to the first; loads each, and the genuine Baichuan2
-file where it lies, with `load_tokenizer`; compares every string. Where scores are shared, the strings include every
-overlap of equal scores (at most 20,000), and the time is compared with that of `tokenizers`, which ranks them.
-`<reserved_106>` and its like are control symbols for the sentencepiece at the other side, because text never becomes
-one with pedgpt. Ends with status 1 on any mismatch. Needs the `test` extra.
+It trains SentencePiece BPE models with Baichuan2's, Llama 2's and default settings, and byte-level tokenizer.json files
+with the patterns of Llama 3 and Qwen, and adds 2,000 pieces of score 0 to the first. It loads each, and the genuine
+Baichuan2 file if it is there, with `load_tokenizer`, and compares every string. Where pieces share a score, the strings
+include every overlap of equal scores (at most 20,000), and the time is compared with that of `tokenizers` without the
+correction. For the sentencepiece that it compares with, `<reserved_106>` and its like are made control symbols, because
+in pedgpt text never becomes one. A mismatch ends the script with status 1. Needs the `test` extra.
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Row:
     wrong_texts: list[str]
     first: float
     again: float
-    slower: str = ""  # times of `tokenizers` that encoding takes, where pieces share scores
+    slower: str = ""  # our time over that of `tokenizers`, where pieces share scores
 
     def __str__(self) -> str:
         wrong = f"{len(self.wrong_ids):>9}  {len(self.wrong_texts):>10}"
@@ -128,7 +128,7 @@ def train_sentencepiece(folder: Path, corpus: Path, vocabulary: int, options: di
 
 
 def extend(file: Path, extended: Path, texts: Sequence[str], count: int = 2000) -> list[str]:
-    """Add pieces of score 0 to a model, all substrings of a running text, as users extend one; texts of them."""
+    """Add pieces of score 0, substrings of one running text, to a model, as users do; returns texts made of them."""
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(file))
     known = set(map(oracle.id_to_piece, range(len(oracle))))
     running = "".join(char for text in texts[: count * 10] for char in text if char > "\u4e00" and char in known)[
@@ -163,7 +163,7 @@ def overlaps(oracle: sentencepiece.SentencePieceProcessor, most: int) -> list[st
 
 
 def slowdown(ours: Tokenizer, texts: Sequence[str]) -> str:
-    """Our time over that of the same `tokenizers` without the correction: with nothing remembered, then again."""
+    """Our time over that of `tokenizers` without the correction: cold, with nothing remembered, and warm."""
     seconds = {}
     for name in ("tokenizers", "cold", "warm", "tokenizers", "warm"):
         if name == "cold":

@@ -1,7 +1,7 @@
 """An OpenAI-compatible chat endpoint, asked from several threads: deadline, retries, budget, a cache of its answers.
 
-All requests run in one event loop, in a thread of its own: there every request, whatever the server makes it wait for,
-can be cancelled at its deadline or after Ctrl-C. Whoever asks waits for the answer in the thread that asked.
+All requests run in one event loop, in a separate thread, so that each can be cancelled at its deadline or after Ctrl-C,
+whatever the server makes it wait for. A thread that asks waits for its answer.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class EndpointSettings:
                 f"the environment variable {variable} with the endpoint's key is not set; set it, or give "
                 'key_variable = "" for a server that wants no key'
             )
-        # What no header can hold would be shown by the error; a word as short as "none" cannot be masked in answers.
+        # An error would show a key that no header can hold, and a word as short as "none" cannot be masked in answers.
         if key and not re.fullmatch(r"[!#-\[\]-~]{8,}", key):
             raise ValueError(
                 f"the environment variable {variable} must hold at least 8 ASCII characters without spaces, quotes and "
@@ -158,7 +158,7 @@ class Usage:
     cached: int = 0  # answers from the cache, or shared with an identical request in flight
     retries: int = 0
     failures: int = 0  # questions given up
-    unanswered: int = 0  # requests whose answer never arrived whole; a server may charge for them, no one knows
+    unanswered: int = 0  # requests whose answer never arrived whole; the server may charge for them
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
@@ -173,7 +173,7 @@ class Endpoint:
 
     `cache` is an SQLite file: an answer is committed to it before it is used, and a question answered there is never
     sent again, so a run that was killed goes on where it ended. Raises ValueError if there is no key, no `httpx`, or a
-    file in the cache's place that is none.
+    file at `cache` that is no cache.
     """
 
     title = "endpoint"  # what error messages and the account of the usage call it
@@ -218,7 +218,7 @@ class Endpoint:
         self.close(wait=kind is None or issubclass(kind, Exception))
 
     def close(self, *, wait: bool = True) -> None:
-        """Send nothing more, let what is in flight arrive in the cache, or give it up if not `wait`, and close it."""
+        """Send nothing more and close the cache; requests in flight are waited for, or given up if not `wait`."""
         if self._closed:
             return
         try:
@@ -234,9 +234,9 @@ class Endpoint:
     def ask(self, messages: Sequence[Mapping[str, str]], *, attempt: int = 0) -> str:
         """The text of the answer to chat messages; another `attempt` is another answer to the same question.
 
-        Raises EndpointFailure when the request was refused or all retries failed, and BudgetSpent. Of a server that has
-        answered others, a refusal of what this one says (400, 413, 422) or answers without text are Unusable instead:
-        they cost their row, not the run.
+        Raises EndpointFailure when the request was refused or all retries failed, and BudgetSpent. Once the server has
+        answered another request, it raises Unusable for a refusal of what this one says (400, 413, 422) and for answers
+        without text: these cost one row, not the run.
         """
         s = self.settings
         payload: dict[str, Any] = {
@@ -277,7 +277,7 @@ class Endpoint:
             text += f"; {u.unanswered} requests were cut or timed out, the server may charge for them too"
         return printable(text + ".")
 
-    # All that follows runs in the event loop, `_call` excepted.
+    # All methods that follow run in the event loop, except `_call`.
 
     def _call(self, coroutine: Coroutine[Any, Any, T], last: bool = False) -> T:
         """The result of a coroutine in the event loop; EndpointFailure once the endpoint is closed."""
@@ -307,7 +307,7 @@ class Endpoint:
         self._spent = self._sql("SELECT prompt, completion, estimated FROM spent")
 
     async def _answer(self, key: str, payload: dict[str, Any]) -> str:
-        """From the cache, from an identical request in flight, or asked for."""
+        """The answer from the cache, from an identical request in flight, or from the server."""
         if self._reason:
             raise EndpointFailure(self._reason)
         found = self._sql("SELECT text FROM answers WHERE key = ?", key)
@@ -387,7 +387,7 @@ class Endpoint:
         self._refuse(response.status_code, said, response.headers.get("Retry-After"), json.loads(body)["messages"])
 
     def _refuse(self, status: int, said: str, later: str | None, messages: list[dict[str, Any]]) -> typing.NoReturn:
-        """Raise what follows from an answer that is none."""
+        """Raise the error for a response that holds no answer."""
         s, asked = self.settings, self._shown(str(messages[-1].get("content")))[:80]
         if 200 <= status < 300:
             raise _Again(f"the answer is no JSON object: {said}")
@@ -441,7 +441,7 @@ class Endpoint:
 
     @contextlib.asynccontextmanager
     async def _reserve(self, tokens: int) -> typing.AsyncIterator[None]:
-        """Set tokens aside for a request; waits while those in flight may turn out to need fewer than they reserved."""
+        """Reserve tokens for a request; if too few are left, wait for those in flight, which may need fewer."""
         budget = self.settings.token_budget
         while budget:
             used = self._sql("SELECT prompt + completion FROM spent")[0]
@@ -513,9 +513,9 @@ def in_order(
 ) -> Iterator[R]:
     """`work` of each item, in the order of the items, done in `workers` threads; with 0, in this one.
 
-    At most 4 `workers` items are taken ahead of the last result. An exception of an item stops new work; what is in
-    flight is finished, the results before it are given, and it is raised. With `desc` a progress bar is shown on
-    stderr, without threads after three seconds; with what the `endpoints` have cost.
+    At most 4 × `workers` items are taken ahead of the last result. After an exception no new work begins, work in
+    flight is finished, the results before the failed item are given, and the exception is raised. With `desc` a
+    progress bar on stderr also shows what the `endpoints` have cost; without threads it appears after three seconds.
     """
     interactive = sys.stderr.isatty()
     bar = tqdm(
@@ -600,7 +600,7 @@ def _open_cache(path: Path) -> sqlite3.Connection:
 
 
 def _decoded(data: bytearray, encoding: str) -> bytes | bytearray:
-    """The body without a compression that nobody asked for; never more than an answer may have."""
+    """The body, at most `_MAX_BODY` bytes of it, decompressed if the server compressed it without being asked."""
     try:
         if encoding.strip().lower() in ("gzip", "x-gzip", "deflate"):
             decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # by its header

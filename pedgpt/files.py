@@ -67,6 +67,11 @@ def write_text(path: str | Path, text: str) -> None:
         handle.write(text)
 
 
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as an indented JSON file with `atomic_write`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 def settle(temporary: str | Path, path: str | Path) -> None:
     """Give a finished temporary file, which another library wrote, its permissions (the umask's) and its name."""
     umask = os.umask(0o077)
@@ -142,10 +147,10 @@ _UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
 def sole_writer(output: str | Path, *, beside: bool = False) -> Iterator[None]:
     """Hold a lock on `output` in this block; ValueError names the process, the host and the time if another holds it.
 
-    The lock is `flock` on a file in the folder, or `beside` it, with that information, so it ends with the process
-    whatever kills it. Not every disk locks across hosts: a thread touches the file every few seconds, and a process on
-    another host takes the lock only after a while without this sign of life. A folder that cannot be written needs no
-    lock. A folder that the block leaves empty is removed.
+    The lock is `flock` on a file in the folder, or `beside` it, that names the holder, so it ends with the process,
+    whatever kills that. Not every disk locks across hosts: a thread touches the file every few seconds, and a process
+    on another host takes the lock only after a while without this sign of life. A folder that cannot be written needs
+    no lock. A folder that was made for the lock is removed if the block leaves it empty.
     """
     path = Path(os.path.abspath(output))
     file = path.with_name(f".{path.name}.lock") if beside else path / ".lock"
@@ -180,7 +185,7 @@ def _take_lock(file: Path, output: str | Path) -> int:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         holder = _read_holder(handle)
         free = _is_free(handle, holder, file, output)
-        with suppress(FileNotFoundError):  # the holder removes the file at its end: what is locked then is no file
+        with suppress(FileNotFoundError):  # the holder may have removed the file, so that this lock is on none
             if free and os.path.samestat(os.fstat(handle), os.stat(file)):
                 with suppress(OSError):  # a full disk
                     os.ftruncate(handle, 0)
@@ -201,7 +206,10 @@ def _here() -> dict[str, str]:
 
 
 def _is_free(handle: int, holder: dict[str, Any] | None, file: Path, output: str | Path) -> bool:
-    """Lock the file; what `flock` cannot know, as another host holds it or the disk has no locks, its touches tell."""
+    """Lock the file; false if another process holds it.
+
+    `flock` cannot know of a holder on another host or on a disk without locks: there this waits for a sign of life.
+    """
     locked = True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -216,7 +224,7 @@ def _is_free(handle: int, holder: dict[str, Any] | None, file: Path, output: str
     who = printable("{process} on {host}".format_map(holder))
     print(f"{output}: waiting {seconds:.0f} s for a sign of life of process {who}", file=sys.stderr)
     end = time.monotonic() + seconds
-    while time.monotonic() < end:  # the times of two hosts are never compared
+    while time.monotonic() < end:  # two hosts' clocks may differ, so only a change of the file's time counts
         time.sleep(HEARTBEAT / 5)
         with suppress(FileNotFoundError):
             if os.stat(file).st_mtime_ns != before:
@@ -244,7 +252,7 @@ def _show_life(file: Path, ended: threading.Event) -> None:
 def own_file(folder: Path, name: str) -> Path | None:
     """The file of this name, None if there is none; ValueError if it is a link that leaves the folder.
 
-    In a hub's cache, `snapshots/<revision>/` links to `blobs/` beside `snapshots/`.
+    One link is allowed: in a hub's cache, `snapshots/<revision>/` links to `blobs/` beside `snapshots/`.
     """
     target, root = Path(os.path.realpath(folder / name)), folder.resolve()
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]

@@ -52,10 +52,10 @@ class Config:
     lock_beside: ClassVar[bool] = True
     source: str  # TOML that lists the sources, or a folder of them, or one file
     output: str  # folder for the corpus; an earlier corpus in it is replaced once the new one is complete
-    domain: str = ""  # of files found by content: pediatric, general_medical or general; empty: their words tell
+    domain: str = ""  # of files found by content: pediatric, general_medical or general; empty: told by their words
     teacher: str = ""  # TOML of an OpenAI-compatible chat endpoint; empty: offline, by templates
     plain_teacher: str = ""  # TOML of the model whose plain answers become the rejected ones of pairs
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, in files found by content
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, for files found by content
     evaluation: list[str] = field(default_factory=list)  # evaluation files: no training row may hold what is in them
     pediatric_share: float = 0.3  # share of the three tasks' training rows that stage 2 sees already, as its dialogues
     heldout_share: float = 0.1  # share of the diseases (of the questions, where no disease is named) held out
@@ -202,13 +202,13 @@ def absent(files: list[dict]) -> Iterator[str]:
         return not any(table.startswith(beginnings) for table in tables)
 
     if lacks("text/pediatric", "text/general_medical"):
-        yield "absent: running text on medicine, so stage 1 has instructions alone, if there are any"
+        yield "absent: running text on medicine, so stage 1 has only instructions, if there are any"
     if lacks("generalist/", "tasks_sample"):
-        yield "absent: conversations, so stage 1 has text alone, if there is any, and stage 2 nothing to train on"
+        yield "absent: conversations, so stage 1 has only text, if there is any, and stage 2 nothing to train on"
     if lacks("preferences"):
         yield "absent: preference pairs, so stage 3 has nothing to train on"
     if lacks("tasks/"):
-        other = "nothing to train on" if lacks("generalist/general_medical") else "general medicine alone"
+        other = "nothing to train on" if lacks("generalist/general_medical") else "only general medicine"
         yield f"absent: rows of the three pediatric tasks, so stage 4 has {other}"
     if all(file["side"] == "train" for file in files):
         yield "absent: held-out rows, so there is nothing to evaluate on; more rows or a higher --heldout_share help"

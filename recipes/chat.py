@@ -2,8 +2,8 @@
 
     python recipes/chat.py --adapter runs/demo/experts/adapter
 
-What is pasted at once is one question, whatever its lines; /help lists the commands. On a terminal, the arrow keys edit
-a line and bring back earlier ones, which are kept in memory only: medical questions are nobody else's business.
+Text that is pasted at once is one question, with all its lines; /help lists the commands. On a terminal, the arrow keys
+edit a line and bring back earlier ones, which are kept only in memory, because medical questions are private.
 How to sample is read from the model's generation_config.json where no setting says otherwise.
 """
 
@@ -38,15 +38,15 @@ class Config:
     uniform_routing: bool = False  # equal gates where an adapter of the published code lacks its routers
     system: str = ""  # system text
     temperature: float | None = None  # 0 is greedy
-    top_k: int | None = None  # sample among so many tokens; 0: all
+    top_k: int | None = None  # sample among this many most probable tokens; 0: all
     top_p: float | None = None  # sample among the most probable tokens of this total
     repetition_penalty: float | None = None  # above 1 makes repeated tokens less likely
-    max_new_tokens: int | None = None  # of each answer; without it or the model's own word, 256
-    max_thinking_tokens: int = 1024  # more for the reasoning of a thinking model
+    max_new_tokens: int | None = None  # of each answer; unset: what the model's files say, else 256
+    max_thinking_tokens: int = 1024  # additional tokens for the reasoning of a thinking model
     stop_strings: list[str] = field(default_factory=list)  # texts that end an answer, beside the format's own tokens
     seed: int = 0  # of the sampling
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; without it, as its template
+    enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; unset, the template decides
     template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
     dtype: str = "float32"  # of the weights: float32 or bfloat16
     device: str = "auto"  # auto, cpu or cuda

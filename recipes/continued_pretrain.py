@@ -52,7 +52,7 @@ class Config(training.TrainingSettings):
     domain_to_general: float = 9.0  # tokens of domain text for each token of general text
     total_tokens: int = 0  # tokens to draw; 0: as many as use the domain text (without a share, the instructions) once
     row_length: int = 4096  # tokens a packed row; a longer text goes on in the next
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. text=body, where names are not known ones
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. text=body, if the column's name is unknown
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
 
 

@@ -8,7 +8,6 @@ Each of tasks/medkqa, text/pediatric and so on may be a folder of JSONL files or
 """
 
 import dataclasses
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from pedgpt.data import (
 from pedgpt.evaluation.generation_metrics import generation_scores, signature
 from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
 from pedgpt.evaluation.responses import answer, items, thin
-from pedgpt.files import write_text
+from pedgpt.files import write_json
 from pedgpt.models import ModelConfig, load_model, weights_fingerprint
 from pedgpt.training import run_recipe, start
 
@@ -55,13 +54,13 @@ class Config:
     limit: int = 60  # answers to generate a task
     text_limit: int = 300  # documents of each text to measure perplexity on
     max_new_tokens: int = 96  # of each answer
-    max_thinking_tokens: int = 1024  # more for the reasoning of a thinking model, which is not scored
+    max_thinking_tokens: int = 1024  # additional tokens for the reasoning of a thinking model, which is not scored
     row_length: int = 0  # tokens a row, longer rows are skipped and counted; 0: what the model takes, at most 1024
     batch_size: int = 8  # rows per scoring pass
     generation_batch_size: int = 32  # answers decoded together
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, where names are not known ones
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; without it, as its template
+    enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; unset, the template decides
     template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
     dtype: str = "float32"  # of the weights: float32 or bfloat16
     device: str = "auto"  # auto, cpu or cuda
@@ -144,7 +143,7 @@ def main(config: Config) -> None:
     if config.output:
         path = Path(config.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, results)
 
 
 def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSummary):

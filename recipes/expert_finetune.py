@@ -44,12 +44,12 @@ class Config(training.TrainingSettings):
     dropout: float = 0.0  # on the experts' input
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # names or patterns of linear layers
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; without it, as its template
-    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: that on which the run began
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: the day when the run began
     row_length: int = 4096  # tokens a packed row
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, where names are not known ones
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
-    on_long_row: str = "error"  # "error" names those longer than a row, "skip" leaves them out, "truncate" cuts them
+    on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
 
 
 def main(config: Config) -> None:
@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     sizes.check_length(config.row_length)
     today = config.template_date or training.run_date(config.output, world)
     chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, today)
-    config.template_date = chat.today  # goes into the checkpoints, so that the run can go on on another day
+    config.template_date = chat.today  # goes into the checkpoints, so that the run can be resumed on another day
     summary = ReadSummary()
     read = {"on_bad_row": config.on_bad_row, "summary": summary}
 

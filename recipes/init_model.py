@@ -21,7 +21,7 @@ class Config:
     output: str  # folder for the model and its tokenizer
     text: list[str]  # documents to train the tokenizer on
     instructions: list[str]  # conversations to train the tokenizer on
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. text=body, where names are not known ones
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. text=body, if the column's name is unknown
     vocab_size: int = 4096  # tokens
     hidden_size: int = 256
     intermediate_size: int = 688

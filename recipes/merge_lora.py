@@ -2,9 +2,9 @@
 
     python recipes/merge_lora.py --model runs/7b/sft/model --adapter runs/7b/dfpo/adapter --output runs/7b/dfpo/model
 
-Each weight is summed in float32 and rounded once. Printed is by how much this rounding changed a logit at most, on 128
-random tokens. Experts are refused: what they add depends on the input. With --universal_only the one that is always on
-is merged, which is exact for it, and the others are left out; printed is what that changes on a short text.
+Each weight is summed in float32 and rounded once. It prints by how much this rounding changed a logit at most, on 128
+random tokens. Experts are refused, because what they add depends on the input. With --universal_only the expert that is
+always on is merged, which is exact for it, and the others are left out; it prints what that changes on a short text.
 """
 
 import math
@@ -27,7 +27,7 @@ class Config:
     model: str  # folder of the base model that the adapter was trained on
     adapter: str  # folder of a LoRA, ours or PEFT's
     output: str  # folder to write
-    universal_only: bool = False  # of experts, merge the one that is always on and leave the others out
+    universal_only: bool = False  # merge the expert that is always on and leave the others out
     any_base: bool = False  # use the adapter although it was trained on another model
     dtype: str = ""  # of the weights, before the merge and after: float32, bfloat16 or float16; empty: as stored
 
@@ -48,11 +48,11 @@ def main(config: Config) -> None:
     change = merge_lora(model, universal_only=config.universal_only)
     if not math.isfinite(change):
         raise ValueError("the merged model computes infinities; give --dtype float32 or bfloat16, which reach further")
-    layers = adapted_layers(model)  # that hold experts still
+    layers = adapted_layers(model)  # those that still hold experts
     left_out = {f"{name}.{key}" for name, layer in layers.items() for key in layer.adapter_parameters()}
     save_model(model, config.output, {key: w for key, w in model.state_dict().items() if key not in left_out})
     load_tokenizer(config.model).save(config.output)
-    tokenizer.save(config.output)  # what the adapter's training taught of ends and template
+    tokenizer.save(config.output)  # the end tokens and the template that training taught
     print(f"{config.output}: merged into {len(names)} layers; the largest change of a logit is {change:.3g}")
     if config.universal_only:
         for layer in layers.values():

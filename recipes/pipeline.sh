@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 # A stage that was stopped by Ctrl-C or SIGTERM ends with 128 + the signal, after it has saved a checkpoint.
 trap '[ $? -lt 128 ] || echo "stopped; the same command goes on from here" >&2' EXIT
-trap 'exit 130' INT # also where a stage that was only starting was killed by Ctrl-C
+trap 'exit 130' INT # also if Ctrl-C killed a stage that was only starting
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 present() { # present FOLDER...: those that the corpus has, into the array `found`

@@ -51,18 +51,18 @@ Span = tuple[str, bool, bool]  # text, whether it is a special token's name, whe
 
 @dataclass
 class Config:
-    model: str  # folder of a model, or of its tokenizer's files alone
+    model: str  # folder of a model, or of its tokenizer's files only
     instructions: list[str] = field(default_factory=list)  # conversations: files or folders
     text: list[str] = field(default_factory=list)  # documents: files or folders
     preferences: list[str] = field(default_factory=list)  # preference pairs: files or folders
     rows: int = 2  # rows (pairs) of each kind to print, spread over all of them
     row_length: int = 512  # tokens a packed row
     chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; without it, as its template
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
     template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, where names are not known ones
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
-    on_long_row: str = "skip"  # "truncate" shows rows longer than a row as training cuts them; else they are counted
+    on_long_row: str = "skip"  # "truncate" shows rows that do not fit as training cuts them; else they are only counted
     color: str = "auto"  # auto: on a terminal, unless NO_COLOR is set; always; never
 
 
@@ -75,12 +75,12 @@ def main(config: Config) -> None:
         raise ValueError(f'color must be "auto", "always" or "never", found {config.color!r}')
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     paint = in_color if config.color == "always" or (config.color == "auto" and wanted) else in_marks
-    make_printable(sys.stdout, "\x1b")  # for the colours; what stands between them is made printable below
+    make_printable(sys.stdout, "\x1b")  # lets colours through; the text between them is made printable below
     tokenizer = load_tokenizer(config.model)
     summary = ReadSummary()
     policy = {"on_bad_row": config.on_bad_row, "summary": summary}
     read = {"columns": parse_columns(config.columns), **policy}
-    if config.on_long_row == "error":  # what stops a training is only shown here
+    if config.on_long_row == "error":  # what would stop a training run is only counted here
         config.on_long_row = "skip"
     length = config.row_length
 

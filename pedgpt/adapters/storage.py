@@ -29,7 +29,7 @@ from pedgpt.adapters.inject import (
     set_adapter,
 )
 from pedgpt.adapters.lora import AdaptedLinear
-from pedgpt.files import naming_full_disk, settle, write_text
+from pedgpt.files import naming_full_disk, settle, write_json
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LORA, EXPERTS, PUBLISHED = "LORA", "PEDGPT_EXPERTS", "the published MoE-Adapter"
@@ -116,7 +116,7 @@ def save_adapter(
         settle(temporary, folder / WEIGHTS)
     finally:
         temporary.unlink(missing_ok=True)
-    write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / CONFIG, config)
 
 
 def load_adapter(
@@ -145,7 +145,7 @@ def load_adapter(
         tensors.setdefault(path, {})
     names = [path for path in layers if path in tensors]
     shapes = {path: _shapes(kind, layers[path], config["r"], experts) for path in names}
-    _check_tensors(file, kind, tensors, shapes, uniform_routing)
+    _check_tensors(file, tensors, shapes, uniform_routing)
     _attach_or_select(model, name, names, experts, config, folder / CONFIG)
     adapted = adapted_layers(model)
     with torch.no_grad():
@@ -167,8 +167,8 @@ def adapter_base(folder: str | Path) -> str:
 def check_base(folder: str | Path, model: str | Path, weights: str) -> None:
     """Raise ValueError if an adapter was trained on other weights than those of the folder `model`.
 
-    `weights` is their fingerprint. An adapter that does not say so (PEFT's, or an old one of ours) is accepted, with a
-    warning where it names a base model of another name.
+    `weights` is their fingerprint. An adapter without a fingerprint (PEFT's, or an old one of ours) is accepted,
+    with a warning if its base model has another name than `model`.
     """
     folder, known = Path(folder), None
     base = _read_config(folder / CONFIG).get("base_model_name_or_path")
@@ -214,7 +214,6 @@ def _by_layer(
 
 def _check_tensors(
     file: Path,
-    kind: str,
     tensors: Mapping[str, dict[str, Tensor]],
     shapes: Mapping[str, Mapping[str, list[int]]],
     uniform_routing: bool,

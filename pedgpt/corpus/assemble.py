@@ -70,7 +70,7 @@ class Assembly:
     built: Counter[str] = field(default_factory=Counter)  # readable rows by source, each written or listed in the end
     tables: Counter[str] = field(default_factory=Counter)  # rows in the spool, by table
     replaced: Counter[str] = field(default_factory=Counter)  # personal data, by kind
-    names: set[str] = field(default_factory=set)  # of diseases, drugs: rows that name others are no near duplicates
+    names: set[str] = field(default_factory=set)  # of diseases, drugs; rows that name different ones are different
 
     def __post_init__(self) -> None:
         (self.folder / "reports").mkdir(parents=True)
@@ -384,7 +384,7 @@ def _as_row(record: Record) -> dict[str, Any]:
 def items(record: Record) -> list[str]:
     """What an evaluation row asks and answers.
 
-    What a patient says later means little by itself: 好的，谢谢医生的建议 is in many dialogues.
+    What a patient says later is left out, as it means little by itself: 好的，谢谢医生的建议 is in many dialogues.
     """
     if isinstance(record, Document):
         return [record.text]
@@ -394,7 +394,7 @@ def items(record: Record) -> list[str]:
 
 
 def messages(record: Record) -> list[str]:
-    """The texts of a record, what it asks first."""
+    """The texts of a record, each once, beginning with its question."""
     return list(dict.fromkeys([question(record), *texts(record)]))
 
 

@@ -16,15 +16,15 @@ from pedgpt.data.records import Conversation, Document
 DOMAINS = PEDIATRIC, GENERAL_MEDICAL, GENERAL = "pediatric", "general_medical", "general"
 
 _TREATMENT = re.compile(r"怎么治|如何治|怎样治|治疗|吃什么药|用什么药|怎么办|怎么处理|怎么调理|如何缓解|用药|方案")
-_WINDOW = 300  # characters that are looked at, of what is asked and of what is answered
+_WINDOW = 300  # how many characters of the question, and of the answer, are looked at
 
 
 def classify(conversation: Conversation, pediatric: bool = False) -> str:
     """One of the three tasks for pediatric conversations, else "general_medical" or "general".
 
-    `pediatric`: known to be so, whatever its words. A department that the row names decides; without one `domain_of`
-    does. Of pediatric conversations those of several turns are EviDiag, those that ask for treatment TreRecom, the
-    others MedKQ&A.
+    `pediatric` says that the conversation is known to be about children. Otherwise the department that the row names
+    decides, and without one `domain_of` does. A pediatric conversation of several turns is EviDiag, one that asks for
+    treatment is TreRecom, and any other is MedKQ&A.
     """
     asked, answered = (
         "\n".join(message.content for message in conversation.messages if message.role == role)
@@ -45,8 +45,8 @@ def classify(conversation: Conversation, pediatric: bool = False) -> str:
 def domain_of(asked: str, answered: str) -> str:
     """One of DOMAINS for a question and its answer; for running text the question is empty.
 
-    Medical if its different medical words, less those of general chat, count at least 4; pediatric if it is medical and
-    speaks of a child. templates/classify.toml has the words and what each counts.
+    It is medical if its medical words, minus those of general chat, have at least 4 points; a word counts once. It is
+    pediatric if it is medical and speaks of a child. The words and their points are in templates/classify.toml.
     """
     asked, answered = (simplified(text).lower() for text in (asked, answered))
     question, answer = asked[:_WINDOW], answered[:_WINDOW]
@@ -54,7 +54,7 @@ def domain_of(asked: str, answered: str) -> str:
     score = _counted(medical, f"{question}\n{answer}")
     score -= _counted(against_asked, question) + _counted(against_answered, answer)
     if min(chinese_share(question), chinese_share(question + answer)) < 0.5:
-        score -= 20  # a general assistant is asked in any language; a report of letters and digits counts more
+        score -= 20  # a general assistant is asked in any language; a report of letters and digits has more points
     if score < 4:
         return GENERAL
     child, grown, age = (_pattern(name).search(asked or answered) for name in ("child", "grown", "age"))
@@ -64,8 +64,8 @@ def domain_of(asked: str, answered: str) -> str:
 def domain_of_texts(documents: Iterable[Document], most: int = 200) -> str:
     """One of DOMAINS for a file of running text, by its first `most` pieces of 300 characters.
 
-    Medical if half of them are; pediatric if a third of the medical ones speak of a child, because a book on children
-    does not say so in every paragraph.
+    It is medical if half of them are. It is pediatric if a third of the medical ones speak of a child, because a book
+    on children does not name them in every paragraph.
     """
     pieces = (d.text[i : i + _WINDOW] for d in documents for i in range(0, len(d.text), _WINDOW))
     found = Counter(domain_of("", piece) for piece in islice(pieces, most))
@@ -81,7 +81,7 @@ def _counted(words: Mapping[str, int], text: str) -> int:
 
 @cache
 def _counts() -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """What a word counts for medicine, against it in a question, and against it in an answer."""
+    """The points of each word for medicine, against it in a question, and against it in an answer."""
     lists = templates("classify")
 
     def counted(**counts: int) -> dict[str, int]:

@@ -16,26 +16,25 @@ from pedgpt.corpus.split import Names, question_key
 
 # An item of 13 or more characters with a tenth of them changed keeps a run of six; one of eight it may lose.
 GRAM = 6
-LEAST = 13  # characters of its own from which an item is recognised inside a longer text
-MANY = 20  # items, or rows: a gram that more of them have is boilerplate; of many rows a hundredth
-FEW = 5  # rows: an answer with little of its own that more of them hold is anybody's
+LEAST = 13  # an item with fewer characters of its own is not looked for inside a longer text
+MANY = 20  # a gram that more items, or more rows, have is boilerplate; of many rows the limit is a hundredth
+FEW = 5  # a short answer that more rows than this hold is anybody's answer
 SEEN = 0.2  # share of its grams from which an item is looked at: each edit spoils up to six
 SHARE = 0.8  # of its characters that must be there in runs of three or more; with a tenth changed 0.88 are
-OWN_SHARE = 0.77  # of those that are not stock phrases either: they are fewer
-ALL_OWN = 0.9  # of those of an answer, which may lack the rest
-SHORT = (
-    36  # characters outside of boilerplate: in a shorter item a run of others is another subject, so edits are counted
-)
+OWN_SHARE = 0.77  # the same share of the characters outside of stock phrases, which are fewer
+ALL_OWN = 0.9  # with this share of them an answer is recognised even without its stock phrases
+# Characters outside of boilerplate. In a shorter item one changed run is another subject, so its edits are counted.
+SHORT = 36
 
 
 class Decontaminator:
     """Evaluation items, and the rows that contain one.
 
-    Items and rows are compared without spaces, punctuation, case and width. What a row contains of an item is the
-    share of its own characters that is found in one place. Own are those outside of numbers, of the stock phrases of
-    consultations (templates/decontaminate.toml) and of boilerplate, which is runs of six characters that many items or
-    rows have. An item with fewer than 13 characters of its own must be a whole message. `names` are words like those of
-    diseases: an item about one is not contained in a row about another.
+    Items and rows are compared without spaces, punctuation, case and width. What counts is the share of the item's own
+    characters that stands in one place of the row. An item's own characters are those outside of numbers, of the stock
+    phrases of consultations (templates/decontaminate.toml) and of boilerplate, which is runs of six characters that
+    many items or rows have. An item with fewer than 13 characters of its own matches only a whole message. `names` are
+    those of diseases and the like: a row about one does not contain an item about another.
     """
 
     def __init__(self) -> None:
@@ -44,7 +43,8 @@ class Decontaminator:
         self._questions: set[str] = set()
         self._repeated: set[str] = set()  # keys of several places
         self._built = False
-        self._rows = 0  # that were counted, those that hold each item, and each gram of items without the rest of it
+        # Counted rows: all, those that hold each item, and in `_holders` those that have a gram of items but no item.
+        self._rows = 0
         self._holding: Counter[str] = Counter()
         self._common = np.zeros(0, np.uint64)
 
@@ -63,8 +63,10 @@ class Decontaminator:
             self._built = False
 
     def count(self, texts: Sequence[str]) -> None:
-        """Take note of a training row's messages, all of them before the first `match`: what many rows share is
-        boilerplate, and so is an answer that many of them hold."""
+        """Count a training row's messages. Every row is counted before the first `match`.
+
+        What many rows share is boilerplate, and so is an answer that many rows hold.
+        """
         if not self._built:
             self._build()
         self._rows += 1
@@ -77,7 +79,8 @@ class Decontaminator:
     def match(self, texts: Sequence[str]) -> tuple[str, float] | None:
         """(place, share) of the item of which a row with these messages contains most, if it is contaminated.
 
-        The first message is what the row asks; a question of fewer than 13 characters of its own must be just that.
+        The first message is what the row asks. A question with fewer than 13 characters of its own matches only a row
+        whose first message is just that question.
         """
         if self._rows:
             many = max(MANY, self._rows // 100)
@@ -91,7 +94,7 @@ class Decontaminator:
         return (self._places[key], share) if key else None
 
     def _search(self, texts: Sequence[str]) -> tuple[str, float, npt.NDArray[np.int64]]:
-        """The key of the item of which most is there, or "", the share, and where in _hashes the row's grams are."""
+        """(key of the item that is there most, or "", its share, where in _hashes the row's grams are)."""
         keys = [question_key(text) for text in texts]
         none = np.zeros(0, np.int64)
         if keys and keys[0] in self._short:
@@ -175,7 +178,7 @@ class Decontaminator:
         own = np.zeros(len(joined) + 1, bool)
         for i in range(GRAM):
             own[starts[rare] + i] = True
-        for i in range(GRAM):
+        for i in range(GRAM):  # after the rare ones, which may reach into boilerplate
             own[starts[common] + i] = False
         offsets = np.cumsum(lengths + 1) - lengths - 1
         self._rare = [own[start : start + len(key)] for start, key in zip(offsets, self._keys, strict=True)]
@@ -217,13 +220,13 @@ def _stock() -> re.Pattern[str]:
 
 
 def distance(key: str, own: npt.NDArray[np.bool_], text: str) -> int:
-    """The edits that turn some part of a text into a key, those of characters that are not its own for nothing.
+    """How many edits turn some part of a text into a key; edits of characters that are not its own cost nothing.
 
-    A replaced character after another one counts twice: two of them are a word for another word.
+    A character that is replaced right after another one counts twice, because two of them make another word.
     """
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     steps = np.arange(len(codes) + 1)
-    kept, replaced = np.zeros(len(codes) + 1, np.int64), np.full(len(codes) + 1, len(key))  # by what came last
+    kept, replaced = np.zeros(len(codes) + 1, np.int64), np.full(len(codes) + 1, len(key))  # edits, by the last one
     for c, cost in zip(key, own.astype(int).tolist(), strict=True):
         either = np.minimum(kept, replaced)
         inside = np.minimum(kept[:-1] + cost, replaced[:-1] + 2 * cost)
@@ -231,5 +234,5 @@ def distance(key: str, own: npt.NDArray[np.bool_], text: str) -> int:
         kept[1:] = np.where(codes == ord(c), np.minimum(kept[1:], either[:-1]), kept[1:])
         replaced = np.append(len(key), inside)
         before = np.minimum.accumulate(np.minimum(kept, replaced) - cost * steps)
-        kept[1:] = np.minimum(kept[1:], before[:-1] + cost * steps[1:])  # characters that the key has not
+        kept[1:] = np.minimum(kept[1:], before[:-1] + cost * steps[1:])  # characters of the text that the key lacks
     return int(np.minimum(kept, replaced).min())

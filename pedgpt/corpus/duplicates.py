@@ -67,8 +67,8 @@ def jaccard(one: set[str], other: set[str]) -> float:
     return shared / (len(one) + len(other) - shared)
 
 
-# Latin words, signs, results, and what a dose is for (每公斤, /kg). A range is written 3-5天 or 3至5天, and a longer
-# "word" is English without its spaces.
+# Latin words, signs, results, and what a dose refers to (每公斤, /kg). A hyphen between digits is no sign, because a
+# range is written 3-5天 or 3至5天. A Latin "word" of more than 20 characters is English that has lost its spaces.
 _WORDS = re.compile(rf"[/每](?:{UNIT}|d)|(?:(?<![a-z0-9°])|(?<=\d))[a-z][a-z0-9]{{0,19}}(?![a-z0-9])"
                     r"|[+±<>=≤≥≠↑↓‰]|(?<!\d)-|-(?!\d)|[阴阳]性")  # fmt: skip
 
@@ -119,7 +119,7 @@ class NearDuplicates:
     def find(self, names: Names = NO_NAMES) -> list[tuple[int, int, float]]:
         """(row, the kept row that it repeats, their similarity) of each row to drop, in order.
 
-        `names` are the keys of words like those of diseases and drugs: rows that name others are different.
+        `names` are the keys of names such as those of diseases and drugs: rows that name different ones are different.
         """
         self._sign()
         signatures = _read(self._signatures, np.uint16, PERMUTATIONS)

@@ -128,7 +128,7 @@ _LANDLINE = re.compile(
     r"(?:(?:10|2\d)\)?[- ]{0,2}[2-9]\d{3}|[3-9]\d{2}\)?[- ]{0,2}[2-9]\d{2,3})[- ]?\d{4}(?:(?:-|转)\d{1,5})?)" + _END,
     re.ASCII,
 )
-# After their word: numbers without an area code, and those of Taiwan, whose area codes have two or three digits.
+# Only after a word such as 电话: numbers without an area code, and those of Taiwan with one of two or three digits.
 _LOCAL = re.compile(
     r"(?:电话|手机|座机|固话|传真|联[系络]方式|(?<![a-z])tel|phone|whatsapp)(?:号码|号|是|为|[:. ])*"
     r"(?P<value>[2-9]\d{2,3}[- ]?\d{4}|(?:886[- ]?|0)9\d\d[- ]?\d{3}[- ]?\d{3}|85[23][- ]?\d{4}[- ]?\d{4}"
@@ -158,7 +158,7 @@ _OF_A_THING = re.compile(
     r"|(?:https?:/|www\.)[!-~]*$|[a-z_](?<!tel)(?<!phone)(?<!mobile)(?<![+加]v)(?<!vx)(?<!wx)(?<!qq)$",
     re.IGNORECASE,
 )
-# A count, a concentration or a price of as many digits as a telephone number: by what stands behind or before it.
+# What stands behind or before a count, a concentration or a price that has as many digits as a telephone number.
 _AMOUNT = re.compile(
     r" ?(?:(?:iu|u|copies|cfu|cells?|[mnuμ]?g|[mu]?l|[mnu]?mol|元|次|%)(?![a-z])|拷贝|个(?!人)|[万亿×*^]|x ?10"
     r"|/ ?[a-zμ毫升])",
@@ -203,7 +203,7 @@ def scrub(text: str) -> tuple[str, Counter[str]]:
 
 
 def simplified(text: str) -> str:
-    """The text, character by character, in simplified characters and half width, to be compared and not to be kept."""
+    """The text, of equal length, in simplified characters and half width: for comparisons only, never to be stored."""
     return text.translate(_simple_forms())
 
 

@@ -43,7 +43,7 @@ class Ask(Protocol):
 
 
 def texts(record: Record) -> list[str]:
-    """All texts of a record, in order, an answer with its reasoning: a title is none."""
+    """All texts of a record, in order; an answer includes its reasoning, and a title does not count."""
     if isinstance(record, Document):
         return [record.text]
     if isinstance(record, Conversation):

@@ -44,7 +44,7 @@ class Source:
     files: tuple[Path, ...] = ()  # key "file": a file or folder beside the TOML, or a list of them
     domain: str = PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
     task: str = ""  # conversations only: what they are; empty: by each row's own task, or its words
-    columns: Mapping[str, str] = field(default_factory=dict)  # key: ["question=ask", "answer=reply"], if not by name
+    columns: Mapping[str, str] = field(default_factory=dict)  # key: ["question=ask", …], if names are unknown
     licence: str = "not stated"
     weight: float = 1.0  # in stage 1's mixture: how often its text is drawn, beside others of its part
     epochs: float = 0.0  # in stage 1's mixture: drawn exactly this often; 0: by weight
@@ -64,9 +64,9 @@ def read_listing(
 ) -> list[Source]:
     """The sources that a TOML file lists, or those of a folder: its corpus.toml, or else its files by their content.
 
-    A single file of data is a folder of one. `columns` are those of files that are found by content; which of them are
-    no data is told in `left_out`, with the reason. Raises ValueError for a file that is no such listing, naming
-    the table and the key, and for all files that hold data which cannot be used.
+    A single data file is read like a folder that holds nothing else. `columns` is for files that are found by content;
+    those of them that hold no data are put into `left_out` with the reason. Raises ValueError for a wrong listing,
+    naming the table and the key, and one about all files whose data cannot be used.
     """
     if path.is_dir() and (path / "corpus.toml").is_file():
         path = path / "corpus.toml"
@@ -178,9 +178,9 @@ def _are_consultations(path: Path, columns: Mapping[str, str]) -> bool:
 
 
 def in_domain(source: Source, stated: str = "") -> Source:
-    """A source that was found by content, with the domain that is `stated`, or for running text with that of its words.
+    """The source with a domain, if it was found by content: the `stated` one, or for running text that of its words.
 
-    Without a stated domain conversations keep none: each row's words tell.
+    Conversations without a stated domain keep none, because each row is classified by its own words.
     """
     if source.domain or not (stated or source.reads == "documents"):
         return source
@@ -189,7 +189,7 @@ def in_domain(source: Source, stated: str = "") -> Source:
 
 
 def describe_sources(sources: list[Source], folder: Path, left_out: Mapping[Path, str] | None = None) -> str:
-    """A table of what each file is read as, field by field; of files found by content also what is not read."""
+    """A table of how each file is read, field by field, and of the files that are not read."""
     lines = []
     for source in sources:
         lines += [f"{source.name}: {source.kind}, {', '.join(source.build) or 'as it is'}; licence {source.licence}"]
@@ -200,18 +200,16 @@ def describe_sources(sources: list[Source], folder: Path, left_out: Mapping[Path
 
 
 def _shown(left_out: Mapping[Path, str], folder: Path) -> str:
-    """The files that are not read; of a reason that many share the first ten."""
+    """A line for each file that is not read; of many files with the same reason only the first ten are named."""
     alike: dict[str, list[Path]] = {}
     for path, reason in left_out.items():
         alike.setdefault(reason, []).append(path)
-    return "\n".join(
-        line
-        for reason, paths in alike.items()
-        for line in (
-            *(f"{_inside(path, folder)}: not read: {reason}" for path in paths[:10]),
-            *[f"… and {len(paths) - 10:,} more files: not read: {reason}"][: len(paths) > 10],
-        )
-    )
+    lines: list[str] = []
+    for reason, paths in alike.items():
+        lines += [f"{_inside(path, folder)}: not read: {reason}" for path in paths[:10]]
+        if len(paths) > 10:
+            lines.append(f"… and {len(paths) - 10:,} more files: not read: {reason}")
+    return "\n".join(lines)
 
 
 def _inside(path: Path, folder: Path) -> str:

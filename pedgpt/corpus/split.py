@@ -14,8 +14,8 @@ from pedgpt.data.records import Document, Record
 def question_key(text: str) -> str:
     """A text without spaces, punctuation, case and width, so that two spellings of it are equal.
 
-    What numbers and signs need stays: 1.5毫升, 3-5天, 1:2000, 120/80, mg/kg, 5%, -2, HBsAg- for HBsAg(-), and a space
-    between two numbers. 1,000 is 1000, and 1.50毫升 is 1.5毫升.
+    The marks that numbers and signs need stay: 1.5毫升, 3-5天, 1:2000, 120/80, mg/kg, 5%, -2, HBsAg- for HBsAg(-),
+    and a space between two numbers. 1,000 is 1000, and 1.50毫升 is 1.5毫升.
     """
     text = _BETWEEN.sub(_separated, _ABOVE.sub(lambda match: f" {unicodedata.normalize('NFKC', match[0])} ", text))
     if any(dash in text for dash in "-－−—"):
@@ -29,11 +29,12 @@ def question_key(text: str) -> str:
     return _ZEROS.sub(lambda match: match[0].rstrip("0").rstrip("."), key) if "." in key else key
 
 
-_HELD = dict(zip(".-/: ", "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4", strict=True))  # what a key keeps; no text has these
+# Stand for the marks that a key keeps; no text has these characters.
+_HELD = dict(zip(".-/: ", "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4", strict=True))
 _MARKS = {held: mark for mark, held in _HELD.items()}
 _ABOVE = re.compile("[²³¹¼-¾⁰-₉①-⒛⓪-⓿❶-➓]")  # numbers by themselves: ①5天 is not 15天, and 10⁹ is not 109
 _BETWEEN = re.compile(r"[0-9０-９]\W+(?=[0-9０-９])")
-# HBsAg(-), HBsAg-, -2 and BE-2.5 are signs, IL-6 is a name; points are held already.
+# The hyphen is a sign in HBsAg(-), HBsAg-, -2 and BE-2.5, but not in the name IL-6. Points are \ufdd0 by now.
 _SIGN = re.compile(
     r"[(（][-－−–—][)）]|(?<![A-Za-z－−–—-])[-－−](?=\d)|[-－−](?=\d+(?:\ufdd0\d|mmol|[°℃%]))|(?<=\w)[-－−](?![\w－−–—-])"
 )
@@ -43,7 +44,7 @@ _ZEROS = re.compile(r"(?<=\d)\.\d*0(?=[a-z%‰°μ毫微克升片粒袋支滴度
 
 
 def _separated(match: re.Match[str]) -> str:
-    """A digit, and as one character what separates it from the next; a comma of thousands does not."""
+    """A digit, and one character for what separates it from the next digit; a comma of thousands separates nothing."""
     digit, between = match[0][0], unicodedata.normalize("NFKC", match[0][1:])
     if any(dash in between for dash in "-−–—―〜~"):
         return digit + _HELD["-"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, opens_thought, read_template
 from pedgpt.data.records import Conversation, Message
 from pedgpt.data.tokenizer import Tokenizer, read_object
-from pedgpt.files import write_text
+from pedgpt.files import write_json, write_text
 
 IGNORE_INDEX = -100
 GENERATION_FILE = "generation_config.json"
@@ -50,13 +49,13 @@ Piece = tuple[int | str, int | None]
 class ChatFormat:
     """How a family writes roles. `render` gives segments, `stop_tokens` what ends an answer.
 
-    The last answer is written with its reasoning, if it has any; earlier ones stand in the history without. With
-    `enable_thinking` false no answer has any. `opens_thought` says whether the prompt ends where the reasoning begins,
-    `today` is the day that the format writes, "" if it writes none.
+    The last answer is written with its reasoning, if it has any; earlier answers are written without theirs. With
+    `enable_thinking` false no answer has reasoning. `opens_thought` says whether the prompt ends with `<think>`, after
+    which the model goes on with its reasoning. `today` is the day that the format writes, or "" if it writes none.
     """
 
     role_tokens: tuple[str, ...] = ()  # a tokenizer that has them was made for this format
-    jinja = ""  # the format for other tools, as a template
+    jinja = ""  # the same format as a Jinja template, for other tools
     enable_thinking: bool | None = None
     opens_thought = False
     today = ""
@@ -75,7 +74,7 @@ class ChatFormat:
         raise NotImplementedError
 
     def read_answer(self, text: str) -> Message:
-        """What a model wrote after a prompt, as a message: the reasoning apart, empty content if it never ended.
+        """What a model wrote after a prompt, as a message; its content is empty if the reasoning never ended.
 
         Besides `<think>…</think>` this knows the headings of HuatuoGPT-o1.
         """
@@ -88,12 +87,15 @@ class ChatFormat:
         return replace(message, content=message.content.strip())
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files, and what was taught, for other tools: the tokens that end an answer, beside
-        those that are there, and the format as a template, unless the checkpoint's own says the same."""
+        """Write the tokenizer's files and, for other tools, what was taught.
+
+        That is the tokens that end an answer, beside those that are there already, and the format as a template, unless
+        the checkpoint's own template writes the same.
+        """
         self.tokenizer.save(folder)
         self.save_ends(folder)
         known = not self.jinja
-        with suppress(ValueError):  # a template that is not there, or is broken, says something else
+        with suppress(ValueError):  # a missing or broken template does not write the same
             known = known or _agree(self, TemplateChat(self.tokenizer))
         if not known:
             write_text(Path(folder) / TEMPLATE_FILE, self.jinja)
@@ -104,7 +106,7 @@ class ChatFormat:
         settings.pop("_from_model_config", None)  # transformers would take the end from config.json again
         ends = list(dict.fromkeys([*_ends_of(settings, Path(folder)), *self.stop_tokens]))
         settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends
-        write_text(Path(folder) / GENERATION_FILE, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        write_json(Path(folder) / GENERATION_FILE, settings)
 
 
 class Baichuan2Chat(ChatFormat):
@@ -362,9 +364,9 @@ def encode_conversation(
 ) -> Example:
     """Tokens and aligned labels of a conversation, with loss on every assistant message, or on the last one only.
 
-    A message whose `loss` is false carries none either way, nor does an answer whose reasoning the history leaves out:
-    `lessons` gives it an example of its own. Raises ValueError naming `source` if the format cannot write the
-    conversation.
+    A message whose `loss` is false never carries loss. Neither does an earlier answer with reasoning, because its
+    reasoning is left out here: `lessons` gives it a separate example. Raises ValueError naming `source` if the format
+    cannot write the conversation.
     """
     messages = _as_thought(messages, chat)
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
@@ -380,8 +382,11 @@ def encode_conversation(
 
 
 def lessons(conversation: Conversation, chat: ChatFormat) -> list[Conversation]:
-    """The conversation; before it, for each earlier answer with reasoning, the part that ends there, with loss on that
-    answer only. So reasoning and answer are learnt once, and every history holds answers only."""
+    """The examples that teach a conversation, so that each reasoning is learnt once and no history holds any.
+
+    For each earlier answer with reasoning there is the part that ends with it, with loss on this answer only. Then
+    comes the whole conversation, if another answer carries loss.
+    """
     messages = conversation.messages
     own = [i for i, m in enumerate(messages[:-1]) if m.role == "assistant" and m.reasoning and m.loss]
     if chat.enable_thinking is False or not own:
@@ -397,8 +402,8 @@ def encode_shortened(
 ) -> list[Example]:
     """One prompt with each of its answers, as in `encode_conversation`, but cut to `row_length` tokens.
 
-    The prompt loses its oldest turns, and if need be the beginning of its last question; its system text stays. An
-    answer keeps at least half a row; one that is longer stops there, so that no end is learnt where it has none.
+    The prompt loses its oldest turns and, where that is not enough, the beginning of its last question; its system text
+    stays. An answer keeps at least half a row. A longer one is cut, and the cut is not taught as the end of an answer.
     Raises ValueError if that leaves nothing to learn.
     """
     system = list(prompt[:1]) if prompt[0].role == "system" else []
@@ -456,7 +461,7 @@ def _as_thought(messages: Sequence[Message], chat: ChatFormat) -> Sequence[Messa
 
 
 def _said(messages: Sequence[Message], i: int) -> str:
-    """The text of message i; of the last one with its reasoning."""
+    """The text of message i; the last message includes its reasoning."""
     return messages[i].written if i == len(messages) - 1 else messages[i].content
 
 

@@ -3,9 +3,9 @@
 The template is rendered with a placeholder for every message's text. What stands between the placeholders is the
 template's own writing, the same for all conversations with the same roles; only there are special tokens looked for.
 
-What the model thought before an answer is its `reasoning`, and the template decides where it stands. Published ones
-leave it out of earlier answers. In the last answer Qwen3's writes it; DeepSeek-R1's does not, though its prompt ends
-with `<think>`. There the last answer is what a model writes after the prompt: reasoning, `</think>`, answer.
+What the model thought before an answer is its `reasoning`, and the template decides where it stands. Published
+templates leave it out of earlier answers. Qwen3's writes it in the last answer. DeepSeek-R1's does not, although its
+prompt ends with `<think>`: here its last answer is what a model writes after that, reasoning, `</think>` and answer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MARK = re.compile(f"{_LEFT}([0-9]{{1,9}}){_RIGHT}|([{_BEGIN}{_END}])")
 class Part:
     """A stretch of a rendered conversation.
 
-    `speaker` is the index of the answer that it belongs to, for the loss. `place` tells whose words it is: 2 i for the
+    `speaker` is the index of the answer that it belongs to, for the loss. `place` says which text it is: 2 i for the
     content of message i, 2 i + 1 for its reasoning, None for the template's own writing.
     """
 
@@ -55,7 +55,7 @@ class ChatTemplate:
     An answer's part begins where the generation prompt ends and goes on to the first special token after its text;
     where the template marks answers by `{% generation %}`, those blocks decide. Messages' text may lose whitespace at
     its ends, as many templates trim it; any other change is a ValueError, as is a content that is left out.
-    `enable_thinking` is given to the template if it is not None. `today` is the day that `strftime_now` tells.
+    `enable_thinking` is given to the template if it is not None. `today` is the day that `strftime_now` writes.
     Template and output are bounded in size. The sandbox runs no code of the checkpoint, but a hostile template can
     still take time and memory.
     """
@@ -92,7 +92,7 @@ class ChatTemplate:
         """The rendered conversation; `speaker` of its parts tells the answers. Raises ValueError naming the file."""
         written = self._written(messages, generation_prompt)
         closing, off = "\n</think>\n\n", self.enable_thinking is False
-        if generation_prompt:
+        if generation_prompt:  # where thinking is off, a thought that the template opens is closed at once
             return [*written, Part(closing)] if off and opens_thought(written) else written
         last, places = len(messages) - 1, [part.place for part in written]
         if last < 1 or messages[last].role != "assistant" or 2 * last not in places:
@@ -106,6 +106,7 @@ class ChatTemplate:
         goes_on = "".join(part.text for part in written).startswith("".join(part.text for part in prompt))
         if placed and goes_on and not off:
             return written
+        # The template drops the reasoning, or does not go on from its own prompt: write what a model would write there.
         thought = [Part(reasoning, last, 2 * last + 1)] if reasoning else []
         opening = [] if opened else [Part("<think>\n", last)]
         return [*prompt, *opening, *thought, Part(closing, None if off else last), *written[places.index(2 * last) :]]
@@ -135,7 +136,7 @@ class ChatTemplate:
         return parts
 
     def _new_outline(self, shape: tuple[tuple[str, bool, bool], ...], generation_prompt: bool) -> list[Part]:
-        """`_written` of any conversation of these roles, without the messages' text; an empty one has no place."""
+        """`_written` for these roles, without the messages' text; an empty text has no part with a `place`."""
         pieces = self._pieces(shape, generation_prompt)
         answers = {i for i, (role, *_) in enumerate(shape) if role == "assistant"}
         if self.marks_answers:
@@ -161,7 +162,7 @@ class ChatTemplate:
         return [part for part in parts if part.text or part.place is not None]
 
     def _pieces(self, shape: tuple[tuple[str, bool, bool], ...], generation_prompt: bool) -> list[str | int]:
-        """Literal text, and a `place` for each text of a message; marks of `{% generation %}` stand alone."""
+        """Literal text, a `place` for each text of a message, and the marks of `{% generation %}`, in order."""
         told = [is_there for _, *both in shape for is_there in both]
         marked = [f"{_LEFT}{place}{_RIGHT}" if is_there else "" for place, is_there in enumerate(told)]
         roles = [role for role, *_ in shape]
@@ -196,8 +197,8 @@ class ChatTemplate:
         return "".join(blocks)
 
     def _error(self, fault: str) -> ValueError:
-        mend = "mend the conversation or the template, or set chat_format to another format than this template"
-        return ValueError(f"the chat template {fault}: {self.file}; {mend}")
+        fix = "fix the conversation or the template, or set chat_format to another format than this template"
+        return ValueError(f"the chat template {fault}: {self.file}; {fix}")
 
 
 def read_template(config: dict[str, Any], folder: Path | None) -> tuple[str, Path] | None:

@@ -101,7 +101,7 @@ def stage_sources(folder: str | Path, stage: int = 1) -> list[TextSource]:
         for key, value in (("weight", weight), ("epochs", epochs)):
             if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
                 raise ValueError(
-                    f"{path}: sources: {key} of {name!r} is {value!r}, expected a number that is not negative; mend it "
+                    f"{path}: sources: {key} of {name!r} is {value!r}, expected a number that is not negative; fix it "
                     "where the sources are listed, and build the corpus again"
                 )
         kind = "conversations" if part == INSTRUCTIONS else "documents"

@@ -185,9 +185,10 @@ def encode_fitting(
 ) -> list[E]:
     """Records encoded one by one.
 
-    One that the chat format cannot write is a bad row: an error, or left out and counted in `summary`. Those longer
-    than a row are one error about all of them, are left out and counted ("skip"), or shortened and counted
-    ("truncate"; `shorten` raises ValueError where nothing would be left to learn, and the row is left out).
+    One that the chat format cannot write is a bad row: an error, or left out and counted in `summary`. For those longer
+    than a row, `on_long_row` decides: "error" raises one ValueError about all of them, "skip" leaves them out and
+    counts them, "truncate" shortens and counts them. A row is left out where `shorten` raises ValueError, because
+    nothing would be left to learn.
     """
     if on_long_row not in ("error", "skip", "truncate"):
         raise ValueError(f'on_long_row is {on_long_row!r}, expected "error", "skip" or "truncate"')
@@ -199,7 +200,7 @@ def encode_fitting(
         except ValueError as error:
             reason = str(error).removeprefix(f"{row.source}: ")
             if on_bad_row == "error":
-                raise ValueError(f'{row.source}: {reason}; mend it, or set on_bad_row = "skip"') from None
+                raise ValueError(f'{row.source}: {reason}; fix it, or set on_bad_row = "skip"') from None
             summary.drop(row.source, reason)
             continue
         if (tokens := size(example)) <= row_length:

@@ -1,18 +1,18 @@
 """Readers of every input format: documents, conversations, preference pairs and knowledge-graph triples.
 
-Paths name files, or folders that stand for every file in them and in their subfolders that holds data; `tables.py`
-opens them and cuts them into rows. Blank lines are no rows; every other row is returned or reported. A null says as
-much as no field. The readers' common settings:
+A path names a file, or a folder, which stands for all files of data in it and in its subfolders; `tables.py` opens the
+files and cuts them into rows. Blank lines are no rows; every other row is returned or reported. A field that is null
+counts as missing. The readers' common settings:
 
     on_bad_row      "error" raises BadRow at the first bad row; "skip" leaves it out and counts it in the summary
-    columns         which column holds a field, where its name is not one that is known: {"question": "ask"}; a file
-                    with none of these columns is read by its own names, with a warning
+    columns         the column of each field whose column has no known name: {"question": "ask"}; a file without any
+                    of these columns is read by its own names, with a warning
     max_characters  bound on a row's text: all messages of a conversation; a pair's prompt and its longer reply
     summary         a ReadSummary to add to; without one, skipped rows are described in a warning
 
 A missing path, an empty folder, an unknown extension, a table's unusable header or a wrong setting is a ValueError.
-Files in a folder that are no data, and rows that must not be learnt from, are left out whatever `on_bad_row` says, and
-stand in the summary with the reason.
+Files in a folder that are no data, and rows that must not be learnt from, are left out whatever `on_bad_row` says; the
+summary gives the reason.
 """
 
 import json
@@ -60,7 +60,7 @@ FIELDS = {
     "preferences": (*_TALK, "prompt", "chosen", "rejected"),
     "triples": ("head", "relation", "tail"),
 }
-# What shows that a row is meant to be of a kind.
+# A row with one of these fields is meant to be of this kind, even if other fields are missing.
 KEYS = {
     "documents": ("text",),
     "conversations": (*QUESTIONS, *ANSWERS, *TURNS),
@@ -74,7 +74,8 @@ class Message:
     """One turn; `role` is "system", "user" or "assistant".
 
     `loss` says whether an assistant's message is learnt from; on other roles, which never carry loss, it means nothing.
-    `reasoning` is what an assistant thought before its answer; a `<think>…</think>` that begins the content goes there.
+    `reasoning` is what an assistant thought before its answer; a `<think>…</think>` at the beginning of the content
+    is moved there.
     """
 
     role: str
@@ -142,7 +143,7 @@ class Triple:
 
 
 class _LeftOut(_Unfit):
-    """Why a row that is in order is not read; it is counted, and no error under any policy."""
+    """Why a good row is not read. It is counted, and under no policy is it an error."""
 
 
 class NoData(ValueError):
@@ -150,7 +151,7 @@ class NoData(ValueError):
 
 
 class BadRow(ValueError):
-    """A row that cannot be used: "file:line: fault: what was found, what was expected; how to mend it"."""
+    """A row that cannot be used: "file:line: fault: what was found, what was expected; how to fix it"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +205,10 @@ class ReadSummary:
 
 
 def split_thought(text: str) -> tuple[str, str]:
-    """(reasoning, answer) of a text `<think>reasoning</think>answer`, whose first tag may be missing; ("", text) of
-    any other. Line breaks around both go."""
+    """(reasoning, answer) of a text `<think>reasoning</think>answer`, whose first tag may be missing; else ("", text).
+
+    Line breaks around both are removed.
+    """
     thought, closed, answer = text.partition("</think>")
     thought = thought.strip("\n").removeprefix("<think>").strip("\n")
     return (thought, answer.lstrip("\n")) if closed and "<think>" not in thought else ("", text)
@@ -322,7 +325,7 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
     def first_rows(triples: bool, *names: str) -> list[tuple[int | str, object]]:
         return list(islice(read_rows(file, triples=triples, columns=names), 20))
 
-    reasons: list[tuple[bool, int, str]] = []  # what lacks, how few of its keys are known, and why it does not fit
+    reasons: list[tuple[bool, int, str]] = []  # (a field is missing, −known fields, why); the smallest is told
     unknown = f"{file}: no row in it"
     for kind in ["documents"] if format_of(file) in TEXTS else dict.fromkeys(kinds):
         own = _own(columns, kind)
@@ -432,7 +435,7 @@ def _iterate(
                 named = True
                 if row.keys().isdisjoint(own.values()):
                     found = f"found none of the columns {', '.join(own.values())}"
-                    warnings.warn(f"{place}: {found}, so its own names are used", stacklevel=4)
+                    warnings.warn(f"{place}: {found}, so the file's own names are used", stacklevel=4)
             try:
                 record = PARSERS[kind](_fields(row, own), str(path) if whole else place, max_characters)
             except _Unfit as unfit:
@@ -446,7 +449,7 @@ def _iterate(
 
 
 def files_of(paths: Paths, tally: ReadSummary | None = None) -> list[Path]:
-    """The files that paths name, those in folders sorted; `tally` is told which ones of a folder are left out, and why.
+    """The files that paths name, sorted within a folder; what a folder leaves out goes into `tally` with the reason.
 
     Raises ValueError about all paths that are missing, of no known format, or folders without data.
     """
@@ -473,7 +476,7 @@ def files_of(paths: Paths, tally: ReadSummary | None = None) -> list[Path]:
 
 
 def _own(columns: Columns, kind: str) -> dict[str, str]:
-    """Those of the given columns that hold fields of this kind of record."""
+    """The given columns, without those for fields that this kind of record does not have."""
     if unknown := set(columns or ()) - {field for fields in FIELDS.values() for field in fields}:
         raise ValueError(f"columns has {', '.join(unknown)}, expected some of {', '.join(FIELDS[kind])}")
     return {name: column for name, column in (columns or {}).items() if name in FIELDS[kind]}
@@ -515,8 +518,8 @@ def _fields(row: object, columns: Columns = None) -> Row:
 def _field(row: Row, names: Iterable[str], expected: str) -> str:
     if (name := next((name for name in names if name in row), None)) is not None:
         return name
-    mend = "rename or add the field, or name it by `columns`"
-    raise _Unfit("missing field", f"the keys {_some(row)}", expected, mend)
+    fix = "rename or add the field, or name it by `columns`"
+    raise _Unfit("missing field", f"the keys {_some(row)}", expected, fix)
 
 
 def _some(names: Iterable[str]) -> str:
@@ -561,7 +564,7 @@ def _message(fields: Row, role: str, content: str, loss: bool = True) -> Message
 
 
 def _joined(fields: Row) -> Row:
-    """A message whose content, where it is a list of parts, is their text."""
+    """The message; if its content is a list of parts, their texts take its place."""
     for name in ("value", "content"):
         if isinstance(parts := fields.get(name), list):
             texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
@@ -653,7 +656,7 @@ def _asked(row: Row, question: str) -> list[Message]:
 
 
 def _options(row: Row) -> list[str]:
-    """The choices of an exam's question, "A. fever" each; they get letters where they have none."""
+    """The choices of an exam's question, each like "A. fever"; they get letters where they have none."""
     name = next((name for name in OPTIONS if row.get(name)), None)
     given = row[name] if name else {key.upper(): row[key] for key in LETTERS if key in row and {"a", "b"} <= row.keys()}
     if isinstance(given, str):

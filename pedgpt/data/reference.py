@@ -53,7 +53,7 @@ def chat_fingerprint(chat: ChatFormat) -> str:
 
 
 def reference_date(path: str | Path) -> str:
-    """The day that the prompts of a file name, for a run that shares it; "" if there is no such file, or no day."""
+    """The day that is written in the prompts of a file, for a run that shares it; "" without a file or a day."""
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as handle:
         return (handle.metadata() or {}).get(_DATE, "")
     return ""

@@ -73,7 +73,7 @@ def read_sentencepiece(path: str | Path) -> SentencePieceModel:
 def convert_sentencepiece(path: str | Path, cache: Path | None = None) -> tuple[Tokenizer, LeftmostMerges | None]:
     """Convert a SentencePiece BPE model to a tokenizer with the same ids, the pieces' positions in the file.
 
-    Where several pieces share a score, the second result corrects the ids of the first; without such it is None.
+    Where several pieces share a score, the second result corrects the ids of the first; otherwise it is None.
     Merges: every split of a normal piece into two pieces, by the whole's score (descending), then the halves' ids.
     Control pieces become special tokens, which text never yields while `encode_special_tokens` is set (`to_str` drops
     it); user-defined pieces become added tokens. No bos or eos is added. With a character map the normalizer is

@@ -1,9 +1,9 @@
 """Files as rows: which files of a folder hold data, and how each format is opened, decoded and cut into rows.
 
-Text may be gzipped (.gz) and is UTF-8, UTF-16 or GB18030, with or without a byte-order mark; lines end at LF or CRLF,
-or at CR in a file without LF. What decides is a file's content: JSON is one object a line, one list, objects over
-several lines, or an object around a list, whatever the name says; a table's cells are separated by the sign that its
-header has most of.
+Text may be gzipped (.gz) and is UTF-8, UTF-16 or GB18030, with or without a byte-order mark; LF or CRLF ends a line, or
+CR in a file without LF. A file's content decides, not its name: JSON is one object a line, one list, objects over
+several lines, or an object around a list; a table's cells are separated by the sign that its header contains most
+often.
 .parquet and .xlsx need the extra "tables".
 """
 
@@ -34,12 +34,12 @@ ADVICE |= dict.fromkeys((".doc", ".docx"), ADVICE[".pdf"])
 BLOCK = 2**18  # characters, or bytes, that are read at once
 HEADING = re.compile(r"#{1,6}[ \t]+(\S.*?)([ \t]+#+)?\s*$")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# Two bytes of GB2312, which has the characters that simplified Chinese texts consist of; or anything beyond ASCII.
+# A character of GB2312, of which simplified Chinese texts consist, is in the group; others beyond ASCII are not.
 GB2312 = re.compile(rb"([\xa1-\xa9\xb0-\xf7][\xa1-\xfe])|[\x80-\xff][\x40-\xfe]?")
 USUAL = re.compile("[\t\n\r -~\xa0-\xff\u2000-\u206f\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]")
 GAP = re.compile("[\\s,\ufeff]*")
 FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:')
-# An object around a list of rows, {"version": 1, "data": [{
+# An object around a list of rows begins like {"version": 1, "data": [{.
 WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "train", "validation", "dev", "test")
 MEMBER = re.compile(r'\s*[{,]\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
 FURTHER = re.compile(rf'"(?:{"|".join(WRAPPERS)})"\s*:\s*\[\s*(?=\{{)')
@@ -48,8 +48,8 @@ FURTHER = re.compile(rf'"(?:{"|".join(WRAPPERS)})"\s*:\s*\[\s*(?=\{{)')
 class Unfit(ValueError):
     """Why a row cannot be used; the first words name the fault, the same for every row that has it."""
 
-    def __init__(self, fault: str, found: str, expected: str, mend: str = "mend or delete the row") -> None:
-        reason = f"{fault}: found {found}, expected {expected}; {mend}"
+    def __init__(self, fault: str, found: str, expected: str, fix: str = "fix or delete the row") -> None:
+        reason = f"{fault}: found {found}, expected {expected}; {fix}"
         super().__init__(reason.encode(errors="backslashreplace").decode())  # a broken key must not break the report
 
 
@@ -104,7 +104,7 @@ def files_in(folder: Path) -> tuple[list[Path], dict[Path, str]]:
 def read_rows(
     path: Path, *, triples: bool = False, columns: Collection[str] = ()
 ) -> Iterator[tuple[int | str, object]]:
-    """(line, row) of a file: fields by name, or the `Unfit` that says why there are none.
+    """Yield (line, row) for each row of a file: its fields by name, or the `Unfit` that says why it has none.
 
     Elements of a JSON list and rows of a .parquet or .xlsx are numbered, from 1, in place of lines; those of a
     workbook's second and later sheets are "sheet:row". With `triples` a .tsv needs no header and its quotes are text.
@@ -150,9 +150,9 @@ def _whole_text(text: TextIO) -> tuple[int, object]:
 
 
 def open_text(path: Path) -> TextIO:
-    """A text file of any encoding that is recognised, unpacked; a line ends at LF, and has its LF or CRLF.
+    """Open a text file, unpacked and in its encoding as recognised; lines end at LF and keep their LF or CRLF.
 
-    Where there is no LF, as in tables that Excel saves for the Macintosh, a line ends at CR.
+    In a file without LF, like the tables that Excel saves for the Macintosh, lines end at CR.
     """
 
     def binary() -> BinaryIO:
@@ -167,11 +167,11 @@ def open_text(path: Path) -> TextIO:
 
 
 def _encoding(path: Path, file: BinaryIO) -> str:
-    """By the byte-order mark, or by the first bytes that are not ASCII; ValueError if most of them are no text."""
+    """The encoding, by the byte-order mark or the first bytes that are not ASCII; ValueError if those are no text."""
     sample = file.read(BLOCK)
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    for _ in range(256):  # of a larger file of ASCII, a later row in another encoding is a bad row
+    for _ in range(256):  # 64 MB at most: if all of it is ASCII, a later row in another encoding is bad
         if not sample.isascii() or b"\0" in sample or not (more := file.read(BLOCK)):
             break
         sample = more
@@ -385,8 +385,8 @@ def check_header(place: str, names: list[str], columns: Collection[str]) -> None
     """Raise ValueError if a table's columns cannot be told apart, are no text, or are only some of `columns`."""
     if unfit := not_utf8(",".join(names)):
         raise ValueError(f"{place}: {unfit}")
-    if (lacking := set(columns) - set(names)) and lacking != set(columns):  # without any, its own names are known ones
-        raise ValueError(f"{place}: found columns {', '.join(names)}, expected {', '.join(lacking)}; mend `columns`")
+    if (lacking := set(columns) - set(names)) and lacking != set(columns):  # without any, its own names are used
+        raise ValueError(f"{place}: found columns {', '.join(names)}, expected {', '.join(lacking)}; fix `columns`")
     if twice := {name for name in names if name and names.count(name) > 1}:
         raise ValueError(f"{place}: found the column {', '.join(twice)} twice, expected it once; rename one")
 
@@ -449,7 +449,7 @@ def _workbook(path: Path, columns: Collection[str]) -> Iterator[tuple[int | str,
 
 
 def _cell(value: object) -> Any:
-    """A cell as a CSV would have it, but for true and false; Excel writes a carriage return as _x000D_."""
+    """A cell as text, as in a CSV, except true and false; Excel writes a carriage return as _x000D_."""
     if isinstance(value, bool):
         return value
     return "" if value is None else str(value).replace("_x000D_\n", "\n")

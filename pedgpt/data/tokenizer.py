@@ -20,7 +20,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from pedgpt.data.leftmost import LeftmostMerges
 from pedgpt.data.sentencepiece import convert_sentencepiece
-from pedgpt.files import atomic_write, own_file, write_text
+from pedgpt.files import atomic_write, own_file, write_json, write_text
 
 JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 ADDED_FILE, NAMES_FILE = "added_tokens.json", "special_tokens_map.json"
@@ -110,7 +110,7 @@ class Tokenizer:
         return all(self.backend.token_to_id(name) is not None for name in names)
 
     def description(self) -> str:
-        """All that the ids of a text depend on, to make a fingerprint of."""
+        """All that the ids of a text depend on, as text, from which a fingerprint is made."""
         try:
             return self.backend.to_str() + (" leftmost" if self.leftmost else "")
         except Exception:  # a character map is Python code, which `tokenizers` cannot write down
@@ -153,7 +153,7 @@ class Tokenizer:
             config = {key: config[key] for key in _NAMED if key in config}
             config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
             config |= {"chat_template": chat_template} if chat_template else {}
-        write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / CONFIG_FILE, config)
 
     def _what_ranks_lose(self, leftmost: LeftmostMerges) -> str:
         texts = list(itertools.islice(leftmost.overlaps(), 20_000))
@@ -278,7 +278,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def taught_folder(model: str, adapter: str = "") -> str:
-    """Where tokenizer, chat template and ends of a model are described: beside its adapter, if the files are there."""
+    """The folder with a model's tokenizer, template and end tokens: the adapter's, if it holds a tokenizer."""
     beside = adapter and any((Path(adapter) / name).is_file() for name in (JSON_FILE, MODEL_FILE))
     return adapter if beside else model
 

@@ -61,7 +61,7 @@ def _import_tools() -> SimpleNamespace:
             from nltk.translate.gleu_score import sentence_gleu
             from rouge import Rouge
     except ImportError as error:
-        raise ValueError('evaluation needs the extra: pip install "pedgpt[eval]"') from error
+        raise ValueError('evaluation needs the extra: pip install -e ".[eval]"') from error
     jieba.setLogLevel(logging.WARNING)  # it announces the loading of its dictionary on stderr
     return SimpleNamespace(
         cut=jieba.cut, bleu=sentence_bleu, smoothing=SmoothingFunction().method3, gleu=sentence_gleu, rouge=Rouge()

@@ -120,7 +120,7 @@ def write_report(run: Run) -> Path:
     page = [
         f"# Run report: {_escape(run.folder.resolve().name)}",
         f"*{DISCLAIMER}*",
-        *([] if plots is not None else ['No plots: matplotlib is missing, `pip install "pedgpt[plot]"` brings it.']),
+        *([] if plots is not None else ['No plots: matplotlib is missing, `pip install -e ".[plot]"` brings it.']),
         "## Stage by stage",
         _markdown_table(_stage_rows(run)),
         "ROUGE-L × 100, higher is better; perplexity per token, lower is better; log-probability in nats. Preference: "

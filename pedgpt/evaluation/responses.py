@@ -54,9 +54,9 @@ def answer(
 ) -> list[str]:
     """The model's greedy answers, in order; prompts of like length are decoded together.
 
-    Reasoning is no part of an answer. Where the format asks for it, there is room for `max_thinking_tokens` more, as
-    far as the model's window reaches, and an answer after it is cut to `max_new_tokens`. Reasoning without an end is an
-    empty answer.
+    Reasoning is not part of an answer. Where the format asks for reasoning, the model may write `max_thinking_tokens`
+    more, as far as its window reaches, and the answer after it is cut to `max_new_tokens`. Reasoning that does not end
+    gives an empty answer.
     """
     prompts = [encode_prompt(question.history, chat) for question in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -64,7 +64,7 @@ def answer(
     unfinished = 0
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        window = model.config.max_position_embeddings - len(prompts[chosen[-1]])  # that of the longest
+        window = model.config.max_position_embeddings - len(prompts[chosen[-1]])  # of the longest prompt
         room = max(max_new_tokens, min(max_new_tokens + max_thinking_tokens, window)) if chat.thinks else max_new_tokens
         outputs = generate(model, [prompts[i] for i in chosen], max_new_tokens=room, stop_tokens=chat.stop_tokens)
         for i, ids in zip(chosen, outputs, strict=True):

@@ -122,9 +122,9 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: broken JSON ({error.msg}): mend or delete the line") from None
+            raise ValueError(f"{path}:{number}: broken JSON ({error.msg}): fix or delete the line") from None
         if not isinstance(row, dict) or not _is_number(row.get("step")):
-            raise ValueError(f'{path}:{number}: expected a JSON object with a number under "step": mend the line')
+            raise ValueError(f'{path}:{number}: expected a JSON object with a number under "step": fix the line')
         # A resumed run logs some steps again: what it says last counts.
         rows.setdefault(row["step"], {}).update(row)
     return [rows[step] for step in sorted(rows)]

@@ -7,7 +7,7 @@ and scaled in the backward pass (SPEC §3). A frozen head takes two matrix produ
 head that trains takes three if one factor holds for all tokens, as in a mean (`linear_nll`); with a factor a token
 (`linear_token_logps`) logits are computed again, all but the last chunk's. With `normalize` the head's rows count as of
 unit length (Baichuan2's NormHead) without being copied: z = (h Wᵀ) / ‖w‖. A row of zeros has no direction: its logit
-is 0, and no gradient reaches it, which a division by a small ε would blow up to 1/ε.
+is 0 and it gets no gradient, because a division by a small ε would multiply that by 1/ε.
 
 Letters: N tokens, D hidden, V vocabulary.
 """

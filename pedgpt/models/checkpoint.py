@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pedgpt.files import naming_full_disk, settle, sync
+from pedgpt.files import naming_full_disk, settle, sync, write_json
 from pedgpt.kernels.linear_logps import SHORTEST
 from pedgpt.models.config import ModelConfig, parse_json
 from pedgpt.models.transformer import Transformer
-from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, weight_files, write_json
+from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, weight_files
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 2**30
-COMPARED = 2**20  # numbers of a trained tensor that are compared with what they were
+COMPARED = 2**20  # numbers of a trained tensor that are compared with those before training
 _DERIVED = "rotary_emb.inv_freq"  # stored by old checkpoints, computed here
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -83,13 +83,13 @@ def save_model(
 def round_weights(
     weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, since: str | Path
 ) -> Iterator[tuple[str, Tensor]]:
-    """Trained weights in the dtype to save, name by name; at the end, print what rounding did to the training.
+    """Yield trained weights in the dtype to save; at the end, print how much of the training the rounding undid.
 
-    It is compared with the weights of the folder `since`, in which the training began. Nothing is printed if no weight
-    was rounded, or if the folder has gone.
+    This is measured against the weights in the folder `since`, from which the training began. Nothing is printed if no
+    weight was rounded, or if the folder is gone.
     """
     start: dict[str, WeightFile] = {}
-    with suppress(ValueError, OSError):  # a result is never lost for a figure
+    with suppress(ValueError, OSError):  # the result is saved even where this cannot be measured
         start = {key: file for file in map(WeightFile, weight_files(Path(since))) for key in file.tensors}
     totals = torch.zeros(4, dtype=torch.float64)
     for name, trained in weights:
@@ -109,7 +109,7 @@ def round_weights(
 
 
 def _rounding(trained: Tensor, saved: Tensor, file: WeightFile, key: str) -> Tensor:
-    """Σ (trained − start)², Σ (saved − trained)², how many numbers were trained, and how many of these are undone.
+    """Σ (trained − start)², Σ (saved − trained)², how many numbers changed, and how many of these are saved unchanged.
 
     Of a large tensor 16 blocks of rows stand for the whole.
     """
@@ -173,9 +173,10 @@ def model_fingerprint(folder: str | Path) -> str:
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """A short name of a folder's weights: of the shape and one row of every tensor but the head, in bfloat16.
+    """A short name of a folder's weights: a checksum of the shape and one bfloat16 row of every tensor but the head.
 
-    Another folder, other files, another dtype or config.json give the same name; training gives another one.
+    It stays the same in another folder, in other files, in another dtype and with another config.json; training
+    changes it.
     """
     digest = hashlib.sha256()
     found = {key: file for file in map(WeightFile, weight_files(Path(folder))) for key in file.tensors}
@@ -329,7 +330,7 @@ def _write(config: ModelConfig, folder: Path, weights: Iterable[tuple[str, Tenso
             raise ValueError(f"{folder}: the weights to save lack {', '.join(missing[:5])} ({len(missing)} in all)")
         flush()
         for part, _ in parts:
-            sync(part)  # all are complete on the disk before the first gets its name
+            sync(part)  # every part is complete on the disk before the first one gets its name
     except BaseException:
         for part, _ in parts:
             part.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# What the vendor's sizes say: nothing else in a Baichuan's config.json tells its positions and its head.
+# A Baichuan's config.json has no key for its positions and its head: only the vendor's sizes tell them.
 BAICHUAN_POSITIONS = {4096: "rope", 5120: "alibi"}  # by hidden_size: 7B and 13B
 BAICHUAN_NORM_HEAD = {64_000: False, 125_696: True}  # by vocab_size: Baichuan-1 and Baichuan2
 
@@ -256,7 +256,7 @@ def _own_switches(raw: Mapping[str, Any], baichuan: bool) -> tuple[str, bool]:
     if positions is None or norm_head is None:
         raise ValueError(
             f"config.json: hidden_size {hidden!r} with vocab_size {vocab!r} is no Baichuan that the vendor published "
-            "(4096 or 5120 with 64000 or 125696), so its positions and its head cannot be told. Add to config.json "
+            "(4096 or 5120 with 64000 or 125696), so its positions and its head are not known. Add to config.json "
             f'"{POSITIONS_KEY}": "rope" if the model comes from a 7B, "alibi" if from a 13B; and "{NORM_HEAD_KEY}": '
             "true if it comes from a Baichuan2 (also with a resized vocabulary), false if from a Baichuan-1"
         )
@@ -264,13 +264,13 @@ def _own_switches(raw: Mapping[str, Any], baichuan: bool) -> tuple[str, bool]:
 
 
 def _refuse_sliding_window(family: str, raw: Mapping[str, Any]) -> None:
-    """ValueError if a layer attends to fewer tokens than a text may have; a window that no layer uses is none.
+    """ValueError if a layer attends to fewer tokens than a text may have; a window that no layer uses is accepted.
 
-    What is missing counts as in transformers: `sliding_window` is 4096, `max_window_layers` 28.
+    A missing key counts as in transformers: `sliding_window` is 4096, `max_window_layers` 28.
     """
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}:
-        raise ValueError(f"config.json: layer_types asks for other than full attention; not supported, found {kinds!r}")
+        raise ValueError(f"config.json: layer_types is {kinds!r}; only full_attention is supported")
     window = raw.get("sliding_window", 4096)
     if family == "mistral":
         used, fix = window is not None, 'if the checkpoint has no window, write "sliding_window": null'

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pedgpt.models.transformer import Transformer
 
 LAY_OUT_FROM = 16  # new tokens: laying out the weights takes as long as decoding five or so, and halves the rest
-MIN_TEMPERATURE = 1e-20  # by less, usual logits would overflow
+MIN_TEMPERATURE = 1e-20  # a division by less makes usual logits overflow
 
 
 class KVCache:
@@ -124,7 +124,7 @@ def generate_steps(
         finite = (logits / (temperature or 1.0)).isfinite().all(-1)
         if not finite.all():
             _refuse_overflow(given, finite, running, f"{temperature=}, {repetition_penalty=}")
-            logits = logits.where(finite[:, None], 0.0)  # of rows that have stopped, so nothing of them counts
+            logits = logits.where(finite[:, None], 0.0)  # only in rows that have stopped and no longer count
         chosen = _sample(logits, temperature, top_k, top_p, generator)
         if repetition_penalty != 1.0:
             seen[torch.arange(len(prompts), device=device), chosen] = True

@@ -58,7 +58,7 @@ def rope_frequencies(
 
 
 def attention_factor(scaling: Mapping[str, Any] | None) -> float:
-    """What YaRN multiplies cos and sin with: 0.1 ln(factor) + 1 unless the checkpoint says otherwise; else 1."""
+    """The factor of cos and sin: with YaRN 0.1 ln(factor) + 1 unless the checkpoint says otherwise, else 1."""
     if scaling is None or scaling["rope_type"] != "yarn":
         return 1.0
     if (given := scaling.get("attention_factor")) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import pickletools
@@ -17,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pedgpt.files import write_text
 from pedgpt.models.config import inside_folder, parse_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -158,8 +156,3 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / single).is_file():
             return [inside_folder(folder / single)]
     raise ValueError(f"{folder}: no weights; expected {WEIGHTS}, {INDEX} or {BIN}")
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file at once: under a temporary name, synced, renamed."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

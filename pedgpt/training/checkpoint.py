@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from pedgpt.files import DiskFull, naming_full_disk, sync, write_text
+from pedgpt.files import DiskFull, naming_full_disk, sync, write_json
 from pedgpt.training.distributed import World, barrier, sum_over_ranks
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -77,11 +77,12 @@ def save_checkpoint(
 def _complete(temporary: Path, target: Path, state: Mapping[str, Any], sums: list[float]) -> None:
     """Add the state and the checksums to what the ranks wrote, and give the folder its name."""
     with naming_full_disk(target, 2**12):
-        write_text(temporary / _STATE, json.dumps(state, indent=2, ensure_ascii=False))
+        write_json(temporary / _STATE, state)
         pairs = zip(map(int, sums[::2]), map(int, sums[1::2]), strict=True)
-        found = {f"__{rank}_0.distcp": list(pair) for rank, pair in enumerate(pairs) if pair[0]}  # some write nothing
+        # A rank that holds nothing wrote no file.
+        found = {f"__{rank}_0.distcp": list(pair) for rank, pair in enumerate(pairs) if pair[0]}
         found |= {name: _checksum(temporary / name) for name in (_INDEX, _STATE)}
-        write_text(temporary / _SUMS, json.dumps(found, indent=2) + "\n")
+        write_json(temporary / _SUMS, found)
         _remove(target)
         os.replace(temporary, target)
         sync(target.parent)
@@ -141,7 +142,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _verify(checkpoint: Path, run: Mapping[str, Any], world: World) -> tuple[int, dict[str, int]]:
-    """The step of a checkpoint and its files with their sizes, once every byte is what was written.
+    """Check that every byte of a checkpoint is what was written; returns its step, and its files with their sizes.
 
     The ranks share the reading, and raise ValueError together if one of them finds damage.
     """
@@ -156,7 +157,8 @@ def _verify(checkpoint: Path, run: Mapping[str, Any], world: World) -> tuple[int
         step = int(state["step"])
         if checkpoint.name != f"step_{step:07d}":
             raise OSError(f"{_STATE} is of step {step}")
-        for number, name in enumerate(sorted({*sums, _STATE, _INDEX}, key=lambda name: name != _STATE)):
+        names = [_STATE, *sorted({*sums, _INDEX} - {_STATE})]  # in the same order on every rank
+        for number, name in enumerate(names):
             path = _plain(checkpoint, name)
             if (number == 0 or number % world.size == world.rank) and _checksum(path) != sums[name]:
                 raise OSError(f"{name} is not what was written: its size or checksum differs")
@@ -239,7 +241,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 
 
 class _Writer(dcp.FileSystemWriter):
-    """DCP's writer, but a full disk is told as one: torch's own error is about a wrong position in the file."""
+    """DCP's writer, which reports a full disk: torch's error speaks only of a wrong position in the file."""
 
     def __init__(self, target: Path, folder: Path, size: int) -> None:
         super().__init__(folder)
@@ -251,7 +253,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """DCP's reader, but its pickled index may name DCP's own record types only, and places inside its own files."""
+    """DCP's reader, whose pickled index may name only DCP's record types and bytes inside the checkpoint's files."""
 
     def __init__(self, checkpoint: Path, sizes: Mapping[str, int]) -> None:
         super().__init__(checkpoint)
@@ -265,7 +267,7 @@ class _SafeReader(dcp.FileSystemReader):
             if not isinstance(index, Metadata):
                 raise pickle.UnpicklingError(f"the index of the checkpoint holds a {type(index).__name__}")
             for name, stored in index.state_dict_metadata.items():
-                # DCP unpickles what is no tensor, which runs code, and leaves what has no chunks as it was.
+                # DCP would unpickle what is no tensor, which runs code, and would not fill a tensor without chunks.
                 whole = isinstance(stored, TensorStorageMetadata) and stored.size.numel() == sum(
                     chunk.sizes.numel() for chunk in stored.chunks
                 )

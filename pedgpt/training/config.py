@@ -52,7 +52,7 @@ class TrainingSettings:
     beta2: float = 0.95  # AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not at all
     dtype: str = "float32"  # of the computation: float32 or bfloat16 (trained weights stay float32)
-    save_dtype: str = ""  # of the trained weights on disk: float32 or bfloat16; empty: a model as dtype, else float32
+    save_dtype: str = ""  # of the trained weights on disk: float32 or bfloat16; empty: dtype, for adapters float32
     activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
     evaluate_every: int = 0  # steps between evaluations on held-out rows; 0: only at the end
     checkpoint_every: int | str = "auto"  # steps between checkpoints; auto: about 5 % of the time goes to them; 0: none
@@ -117,8 +117,8 @@ def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
 def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: bool = True) -> None:
     """Call `main` with settings from the command line; a user's mistake ends in one line instead of a traceback.
 
-    A recipe with a setting `output` holds a lock on that folder; on a file, or a folder that is replaced as a whole,
-    where `cls.lock_beside` is true. Whatever is printed shows on a terminal without acting on it. With
+    A recipe with a setting `output` holds a lock in that folder, or beside it where `cls.lock_beside` is true, because
+    it is a file or is replaced as a whole. Terminal commands in what is printed are shown, not obeyed. With
     PEDGPT_TRACEBACK=1 in the environment the traceback is shown.
     """
     make_printable(sys.stdout)
@@ -148,7 +148,7 @@ def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: bool = True) ->
 def leave(error: BaseException, output: str = "") -> NoReturn:
     """End a recipe: a user's mistake, a full disk or a signal in one line, and anything else with its traceback."""
     reason, cause = None if isinstance(error, DiskFull) else full_disk(error), True
-    if isinstance(error, SystemExit):  # a run that was stopped has said so
+    if isinstance(error, SystemExit):  # whoever stopped the run has said so
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     elif isinstance(error, KeyboardInterrupt):
         code, line = 130, "stopped by Ctrl-C; the same command goes on, or starts anew"
@@ -171,7 +171,7 @@ def leave(error: BaseException, output: str = "") -> NoReturn:
 
 
 def make_printable(stream: Any, kept: str = "") -> None:
-    """From now on, write out what a terminal would obey (except the character `kept`) and what the encoding lacks."""
+    """From now on, escape in this stream what a terminal would obey, except `kept`, and what its encoding lacks."""
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
     if stream:  # no stream at all is None
@@ -182,7 +182,8 @@ def make_printable(stream: Any, kept: str = "") -> None:
 def tell_torchrun(line: str, cause: bool = True) -> None:
     """Let torchrun's summary, which it prints last and at length, show this line: as the root cause, or not."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        # The root cause is the earliest failure, by whole seconds; what follows from it fails in the same second.
+        # torchrun calls the earliest failure the root cause. It compares whole seconds, so a failure that
+        # only follows from another one gets a later time.
         when = int(time.time()) + (0 if cause else 60)
         said = {"message": printable(line), "extraInfo": {"timestamp": str(when)}}
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:

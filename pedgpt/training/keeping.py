@@ -28,7 +28,7 @@ from pedgpt.training.checkpoint import (
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, sum_over_ranks
 
-# checkpoint_every = "auto": after so many seconds, or after so many times what writing takes (5 % of the time).
+# checkpoint_every = "auto" waits _SECONDS, or _TIMES as long as writing takes (5 % of the time) if that is longer.
 _SECONDS, _TIMES = 600.0, 20
 _BYTES_A_SECOND = 1e9  # a guess, until the first checkpoint is written
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -78,9 +78,10 @@ class Checkpoints:
         return time.monotonic() - self.written >= max(_SECONDS, _TIMES * self.seconds)
 
     def save(self, step: int, *, ending: bool) -> bool:
-        """Write a checkpoint where it fits; at the end of a run it may be missing, else a number of steps is a promise.
+        """Write a checkpoint; false if there is none.
 
-        An older checkpoint makes room, but the last good one stays until the new one is complete.
+        One that does not fit is an error only if `checkpoint_every` is a number of steps and the run is not ending.
+        Older checkpoints make room, but the last good one stays until the new one is complete.
         """
         require_finite(self.model, step, self.world)
         if not self.every:
@@ -116,7 +117,7 @@ class Checkpoints:
         return (free_space(self.folder) or 0) >= self.size
 
     def _free(self, needed: int) -> None:
-        """Delete old checkpoints, never the last one, until so many bytes are free."""
+        """Delete old checkpoints, never the last one, until `needed` bytes are free."""
         while len(existing := all_checkpoints(self.folder)) > 1:
             free = free_space(self.folder)
             if free is None or free >= needed:
@@ -124,7 +125,7 @@ class Checkpoints:
             prune_checkpoints(self.folder, len(existing) - 1)
 
     def _check_space(self, steps: int) -> None:
-        """Say before the training what will not fit; DiskFull if it certainly can't."""
+        """Warn before the training of what will not fit; DiskFull if the result or a promised checkpoint cannot fit."""
         free, existing = free_space(self.folder), len(all_checkpoints(self.folder))
         if free is None:
             return
@@ -157,7 +158,7 @@ def require_finite(model: nn.Module, step: int, world: World) -> None:
         if parameter.requires_grad:
             tensor = parameter.detach()
             local.append((name, tensor.to_local() if isinstance(tensor, DTensor) else tensor))
-    # One sum each, as the exact check of a large matrix takes memory; a sum may be infinite where no weight is.
+    # First a sum of each, as an exact check of a large matrix takes memory; a sum may be infinite where no weight is.
     finite = torch.stack([tensor.sum(dtype=torch.float32) for _, tensor in local]).isfinite().tolist()
     bad = [name for (name, tensor), sure in zip(local, finite, strict=True) if not sure and not tensor.isfinite().all()]
     if sum_over_ranks([len(bad)], world)[0]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from pedgpt.files import write_text
+from pedgpt.files import write_json
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
@@ -166,12 +166,13 @@ def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) 
 def run_date(output: str | Path, world: World, shared: str = "") -> str:
     """The day for chat templates that write one, like "2026-03-31", fixed for the whole run.
 
-    It is that of the run in `output`, which is finished or has a checkpoint, or else `shared`, or else today. The main
-    rank decides, so midnight may fall between two ranks.
+    It is the day of the run in `output` if that is finished or has a checkpoint, else `shared`, else today. The main
+    rank decides for all ranks, because midnight may pass while they start.
     """
     folder, found = Path(output), ""
     files = [folder / "done.json", (latest_checkpoint(folder / "checkpoints") or folder) / "state.json"]
-    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # told when read in full
+    # A fault in the file is reported where it is read in full.
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         if path := next((path for path in files if path.is_file()), None):
             saved = json.loads(path.read_bytes())
             found = saved.get("run", saved)["template_date"]
@@ -214,7 +215,7 @@ def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world:
         output = Path(settings.output)
         run = describe_run(settings, plan, fingerprint)
         run["result"] = sorted(str(file.relative_to(output)) for file in output.glob("*/*.safetensors"))
-        write_text(output / "done.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+        write_json(output / "done.json", run)
         _tidy(output)
     barrier(world)
 

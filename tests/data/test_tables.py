@@ -396,7 +396,7 @@ def test_columns_may_have_any_name(tmp_path, name):
     assert detect_kind(path, columns) == "conversations"
     with pytest.raises(ValueError, match="nowhere"):
         read_conversations(path, columns={"question": "q text", "answer": "nowhere"})
-    with pytest.warns(UserWarning, match="found none of the columns body, so its own names are used"):
+    with pytest.warns(UserWarning, match="found none of the columns body, so the file's own names are used"):
         with pytest.raises(ValueError, match="missing field"):
             read_conversations(path, columns={"answer": "body"})
 

@@ -116,7 +116,7 @@ def test_unusable_rows_are_refused(references, hypotheses, message):
 def test_missing_package_names_the_extra(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
     for call in (lambda: generation_scores(["a"], ["a"]), signature):
-        with pytest.raises(ValueError, match=r'pip install "pedgpt\[eval\]"'):
+        with pytest.raises(ValueError, match=r'pip install -e "\.\[eval\]"'):
             call()
 
 

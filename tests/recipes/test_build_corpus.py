@@ -439,7 +439,7 @@ def adult(i):
     [
         ("pairs", {"preferences"}, "no: running text on medicine; conversations; rows of the three pediatric tasks"),
         ("guideline", {"text/pediatric"}, "no: conversations; preference pairs; rows of the three pediatric tasks"),
-        ("medicine", {"text/general_medical", "generalist/general_medical"}, "stage 4 has general medicine alone"),
+        ("medicine", {"text/general_medical", "generalist/general_medical"}, "stage 4 has only general medicine"),
     ],
 )
 def test_a_corpus_of_one_kind_alone_builds_and_says_what_it_lacks(build, tmp_path, capsys, kind, tables, told):

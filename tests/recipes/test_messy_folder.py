@@ -191,7 +191,7 @@ def test_every_stage_takes_named_columns_and_cuts_long_rows(lab, tmp_path, recip
     settings = {data: path, "columns": columns, "max_steps": 1, "instruction_share": 0, "instructions": None}
     if recipe != "continued_pretrain":  # there a long text goes on in the next row
         settings = {data: path, "columns": columns, "max_steps": 1, "on_long_row": "truncate"}
-    with pytest.warns(UserWarning, match="heldout.*found none of the columns .*, so its own names are used"):
+    with pytest.warns(UserWarning, match="heldout.*found none of the columns .*, so the file's own names are used"):
         result = lab.run(recipe, tmp_path / "run", **settings)
     assert result.code == 0, result.err
     assert ("1 over-long, cut to fit" in result.out) == (recipe != "continued_pretrain")

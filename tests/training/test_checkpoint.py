@@ -227,6 +227,19 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(saved):
     assert load_checkpoint(saved, *make(1, steps=0), RUN, WORLD) == 3
 
 
+def test_ranks_that_share_the_reading_leave_no_file_unread(saved, monkeypatch):
+    """Each rank takes every n-th file, so all need the same order; that of a set differs from process to process."""
+    sums = json.loads((saved / "checksums.json").read_text())
+    for rank in range(1, 9):
+        (saved / f"__{rank}_0.distcp").touch()
+        sums[f"__{rank}_0.distcp"] = [0, 0]
+    (saved / "checksums.json").write_text(json.dumps(sums))
+    read = []
+    monkeypatch.setattr(checkpoints, "_checksum", lambda path: read.append(path.name) or sums[path.name])
+    checkpoints._verify(saved, RUN, WORLD)
+    assert read == ["state.json", *sorted(sums.keys() - {"state.json"})]
+
+
 def test_a_damaged_checkpoint_says_which_one_is_before_it(tmp_path, saved):
     save_checkpoint(tmp_path, 4, *make(0), RUN, WORLD)
     cut(tmp_path / "step_0000004" / "__0_0.distcp")
