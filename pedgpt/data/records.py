@@ -656,7 +656,7 @@ def _asked(row: Row, question: str) -> list[Message]:
 
 
 def _options(row: Row) -> list[str]:
-    """The choices of an exam's question, each like "A. fever"; those without letters get letters."""
+    """The choices of an exam's question, each like "A. fever"; they get letters where they have none."""
     name = next((name for name in OPTIONS if row.get(name)), None)
     given = row[name] if name else {key.upper(): row[key] for key in LETTERS if key in row and {"a", "b"} <= row.keys()}
     if isinstance(given, str):

@@ -1,8 +1,9 @@
 """Files as rows: which files of a folder hold data, and how each format is opened, decoded and cut into rows.
 
-Text may be gzipped (.gz) and is UTF-8, UTF-16 or GB18030, with or without a byte-order mark; lines end at LF or CRLF,
-or at CR in a file without LF. A file's content decides, not its name: JSON is one object a line, one list, objects
-over several lines, or an object around a list; a table's cells are separated by the sign that its header contains most.
+Text may be gzipped (.gz) and is UTF-8, UTF-16 or GB18030, with or without a byte-order mark; LF or CRLF ends a line, or
+CR in a file without LF. A file's content decides, not its name: JSON is one object a line, one list, objects over
+several lines, or an object around a list; a table's cells are separated by the sign that its header contains most
+often.
 .parquet and .xlsx need the extra "tables".
 """
 
@@ -38,7 +39,7 @@ GB2312 = re.compile(rb"([\xa1-\xa9\xb0-\xf7][\xa1-\xfe])|[\x80-\xff][\x40-\xfe]?
 USUAL = re.compile("[\t\n\r -~\xa0-\xff\u2000-\u206f\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]")
 GAP = re.compile("[\\s,\ufeff]*")
 FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:')
-# An object around a list of rows, like {"version": 1, "data": [{
+# An object around a list of rows begins like {"version": 1, "data": [{.
 WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "train", "validation", "dev", "test")
 MEMBER = re.compile(r'\s*[{,]\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
 FURTHER = re.compile(rf'"(?:{"|".join(WRAPPERS)})"\s*:\s*\[\s*(?=\{{)')
@@ -149,9 +150,9 @@ def _whole_text(text: TextIO) -> tuple[int, object]:
 
 
 def open_text(path: Path) -> TextIO:
-    """Open a text file, unpacked and in its encoding as recognised; lines end at LF, and keep their LF or CRLF.
+    """Open a text file, unpacked and in its encoding as recognised; lines end at LF and keep their LF or CRLF.
 
-    Where there is no LF, as in tables that Excel saves for the Macintosh, a line ends at CR.
+    In a file without LF, like the tables that Excel saves for the Macintosh, lines end at CR.
     """
 
     def binary() -> BinaryIO:
