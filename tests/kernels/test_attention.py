@@ -141,7 +141,12 @@ def blocks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("scale", "mask", "B", "H", "G", "T", "K"),
-    [(1 if (i + j) % 2 else 8, mask, *shape) for i, mask in enumerate(MASKS) for j, shape in enumerate(SHAPES)],
+    [
+        (1 if i % 2 else 8, mask, *shape)
+        for i, mask in enumerate(MASKS)
+        for j, shape in enumerate(SHAPES)
+        if (i + j) % 2 or mask == "documents"
+    ],
 )
 def test_output_and_gradients_are_as_close_to_float64_as_torchs_kernel(B, H, G, T, K, mask, scale, blocks):
     q, k, v, dout = operands(B, H, G, T, K)

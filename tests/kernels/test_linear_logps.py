@@ -98,8 +98,10 @@ def error(found, truth):
 @both_heads
 @frozen_or_not
 @both_operators
-@pytest.mark.parametrize("masked", [0.0, 0.4, 1.1], ids=["all count", "some count", "none counts"])
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    ("sizes", "masked"),
+    [*((size, (0.0, 0.4)[i % 2]) for i, size in enumerate(SIZES)), (SIZES[0], 0.4), (SIZES[0], 1.1)],
+)
 def test_values_and_gradients_match_float64(sizes, masked, operator, frozen, normalize, impl, chunks):
     given = draw(*sizes, masked)
     for name, found, truth in both(operator, *given, normalize, frozen, impl):

@@ -321,7 +321,7 @@ def test_equal_gates_give_the_mean_of_the_experts(experts, bias, impl):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("experts", [0, 3])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(), (67,), (4, 9), (2, 3, 5)])
+@pytest.mark.parametrize("shape", [(), (2, 3, 5)])
 def test_with_b_of_zero_it_is_the_base_layer_bit_for_bit(shape, bias, experts, dtype, onednn, impl):
     """Which is F.linear, and in float32 on the CPU, where oneDNN is used, `pedgpt.kernels.onednn`.
 
@@ -426,7 +426,7 @@ def poisoned(monkeypatch):
 @both_impls
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @with_and_without_noise
-@pytest.mark.parametrize(SHAPES, [CASES[0], CASES[1], CASES[5], CASES[6], CASES[9], CASES[10]])
+@pytest.mark.parametrize(SHAPES, [CASES[0], CASES[5], CASES[9]])
 def test_memory_poisoned_with_nan_changes_nothing(
     size_in, size_out, rank, experts, bias, shape, noisy, dtype, impl, poisoned
 ):

@@ -79,7 +79,7 @@ def test_greedy_matches_uncached_token_by_token(make_model, kind):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_greedy_matches_transformers_generate_for_200_tokens(make_model, tmp_path, kind, penalty):
+def test_greedy_matches_transformers_generate_for_100_tokens(make_model, tmp_path, kind, penalty):
     """One prompt at a time, and all of them padded on the left in one batch."""
     model = make_model(kind)
     save_model(model, tmp_path)
@@ -90,12 +90,12 @@ def test_greedy_matches_transformers_generate_for_200_tokens(make_model, tmp_pat
         padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
         expected = theirs.generate(
-            padded, attention_mask=mask, max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0,
+            padded, attention_mask=mask, max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0,
             repetition_penalty=penalty,
         )  # fmt: skip
-        got = generate(model, batch, max_new_tokens=200, repetition_penalty=penalty)
+        got = generate(model, batch, max_new_tokens=100, repetition_penalty=penalty)
         assert got == expected[:, width:].tolist()
-        assert {len(answer) for answer in got} == {200}
+        assert {len(answer) for answer in got} == {100}
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4, 0.8])
