@@ -289,7 +289,7 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
         if buffer[at] == ("]" if in_list else "["):
             at, in_list = at + 1, not in_list
             if wrapped:  # what follows describes the list, or is another one
-                buffer, at = _next(FURTHER, text, buffer, at)
+                buffer, at, _ = _next(FURTHER, text, buffer, at)
                 further = FURTHER.match(buffer, at)
                 at, in_list = (further.end(), True) if further else (at, False)
             continue
@@ -303,13 +303,14 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
                 buffer, at = buffer[at:] + more, 0
                 continue
             found = f"{getattr(error, 'msg', error)} after {buffer[max(at, place - 20) : place]!r}"
-            value, broken = Unfit("invalid JSON", found, "one object a line, or one list"), True
             own = FIRST_KEY.match(buffer, at)
             begins = r'\{\s*"' + (re.escape(own[1]) + r'"\s*:' if own else "")
             line = buffer.rfind("\n", 0, at) + 1
             if line and not (indent := buffer[line:at]).strip():
                 begins += rf'|(?<=\n{indent})\{{\s*"'
-            buffer, at = _next(re.compile(begins), text, buffer, at + 1)
+            buffer, at, passed = _next(re.compile(begins), text, buffer, at + 1)
+            found += f" ({passed + 1:,} characters are left out)"
+            value, broken = Unfit("invalid JSON", found, "one object a line, or one list"), True
         for row in (not in_list and _list_inside(value)) or [value]:
             number += 1
             yield number, row
@@ -317,13 +318,16 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
         yield number + 1, Unfit("invalid JSON", "the end of the file inside a list", "]", "get the whole file")
 
 
-def _next(wanted: re.Pattern[str], text: TextIO, buffer: str, at: int) -> tuple[str, int]:
-    """(buffer, place) where `wanted` is found from `at` on; an empty buffer if it is nowhere."""
+def _next(wanted: re.Pattern[str], text: TextIO, buffer: str, at: int) -> tuple[str, int, int]:
+    """(buffer, place, characters passed over) of `wanted`, looked for from `at` on; an empty buffer if it is nowhere."""
+    passed = -at
     while not (found := wanted.search(buffer, at)):
         if not (more := text.read(BLOCK)):
-            return "", 0
-        buffer, at = buffer[max(at, len(buffer) - 1000) :] + more, 0
-    return buffer, found.start()
+            return "", 0, passed + len(buffer)
+        kept = max(at, len(buffer) - 1000)
+        passed += kept
+        buffer, at = buffer[kept:] + more, 0
+    return buffer, found.start(), passed + found.start()
 
 
 def _table(

@@ -131,6 +131,17 @@ def test_a_broken_element_of_a_json_list_costs_only_itself(tmp_path, monkeypatch
     assert [(row.line, row.reason.partition(":")[0]) for row in summary.skipped] == [(2, "invalid JSON")]
 
 
+@pytest.mark.parametrize("more", [0, 300_000])
+def test_what_is_passed_over_after_a_broken_element_is_counted(tmp_path, more):
+    """On one line nothing shows where the next row begins if its keys are in another order."""
+    lost = '{"question":"二","answer":bad},{"answer":"' + "三" * (more + 1) + '","question":"三"},'
+    text = '[{"question":"一","answer":"一"},' + lost + '{"question":"四","answer":"四"}]'
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    summary = ReadSummary()
+    found = [row.messages[0].content for row in read_conversations(tmp_path, on_bad_row="skip", summary=summary)]
+    assert found == ["一", "四"] and f"({len(lost):,} characters are left out)" in summary.skipped[0].reason
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_broken_element_costs_no_row_whose_first_key_is_another(tmp_path, indent):
     talk = [{"messages": turns("问", "答")}, {"id": 1, "messages": turns("甲", "乙")}, {"messages": turns("丙", "丁")}]
