@@ -319,7 +319,7 @@ def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
 
 
 def _next(wanted: re.Pattern[str], text: TextIO, buffer: str, at: int) -> tuple[str, int, int]:
-    """(buffer, place, characters passed over) of `wanted`, looked for from `at` on; an empty buffer if it is nowhere."""
+    """(buffer, place, characters passed over) of `wanted` from `at` on; an empty buffer if it is nowhere."""
     passed = -at
     while not (found := wanted.search(buffer, at)):
         if not (more := text.read(BLOCK)):
