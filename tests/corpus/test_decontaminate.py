@@ -153,3 +153,15 @@ def test_short_items_with_a_tenth_of_their_characters_edited_are_found():
         text = planted.edited(rng, QUESTION, rng.randint(1, len(QUESTION) // 10))
         hits += found.match(["请问", "家长：" + text]) is not None
     assert hits >= 297
+
+
+def test_rows_on_the_same_form_as_an_evaluation_item_are_no_overlap():
+    """They match the item because of the form, so a match must not keep the form from being counted."""
+    form = "姓名：某某 性别：男 主诉：{} 现病史：患儿无明显诱因出现上述症状，精神可，食欲一般，大小便正常。"
+    form += "既往史：体健，否认药物过敏史。查体：神清，咽部充血，双肺呼吸音粗。请给出初步诊断。"
+    found = Decontaminator()
+    found.add("e:1", form.format("面色苍白乏力"), True)
+    rows = [[form.format(f"发热咳嗽{i}天"), f"答复{i}"] for i in range(120)]
+    for row in rows:
+        found.count(row)
+    assert not any(map(found.match, rows))
