@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Σ_j softmax_j(q_i·k_j / √K + bias_ij) v_j over the keys j that query i sees; q [B, H, T, K], k, v [B, G, S, K]."""
+    """Σ_j softmax_j(q_i·k_j / √K + bias_ij) v_j over the keys that query i sees; q [B, H, T, K], k, v [B, G, S, K]."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.mT / q.shape[-1] ** 0.5 + bias(layout)
     return scores.masked_fill(~visible(layout)[:, None], -torch.inf).softmax(-1).to(v.dtype) @ v
