@@ -1,4 +1,4 @@
-"""Causal attention on the CPU beside torch's fused kernel with the mask that it needs, forward and backward, in one run.
+"""Causal attention on the CPU beside torch's fused kernel with the mask that it needs, forward and backward.
 
     python benchmarks/bench_attention.py
 

@@ -1,12 +1,10 @@
 """Causal attention within documents and branches, with ALiBi, and without a [T, T] tensor on a GPU.
 
-- `Layout` says who sees whom. It is made once a batch and keeps what the layers derive from it.
-- On a GPU whole rows are computed by FlexAttention: torch compiles the rules into its kernel, forward and backward, and
-  a block mask names the blocks of 128 queries and 128 keys that the kernel visits.
-- The CPU has forms of its own in `kernels/cpu/attention.py`.
-- Few queries, and whatever remains, go to torch's fused kernels, with a dense mask where they need one.
+A `Layout` says who sees whom, and keeps what the layers derive from it. FlexAttention computes whole rows on a GPU: torch
+compiles the rules into its kernel, and a block mask names the blocks of queries and keys that the kernel visits. The
+CPU has forms of its own in `kernels/cpu/`. The rest goes to torch's fused kernels, with a dense mask where they need it.
 
-Letters: B batch, H heads, G key-value heads, T queries, S keys, K head_dim, I blocks of queries, J blocks of keys.
+Letters: B batch, H heads, G key-value heads, T queries, S keys, K head_dim, I and J blocks of queries and keys.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # queries, and keys, of a block of FlexAttention's kernel
-COMPILATIONS = 64  # per process: of dtypes, head sizes, one row or more, one length or any, with gradients or without
+COMPILATIONS = 64  # at most: for each dtype, head size, one row or more, one length or any, with gradients or without
 
 
 @dataclass(eq=False)
@@ -38,8 +36,7 @@ class Layout:
     """Which keys each query of a batch sees: `naive.visible` and `naive.bias` are its definition.
 
     Query i sees key j if j ≤ first + i, if both have the same document, and if j is in the trunk (branch 0) or in the
-    branch of i. Every query must see a key. `first` is a tensor [] (int64, on the device) for a static cache, in which
-    S may exceed first + T.
+    branch of i. Every query must see a key.
     """
 
     positions: Tensor  # [B, T], of the queries
@@ -48,12 +45,12 @@ class Layout:
     key_documents: Tensor | None = None  # [B, S]
     branches: Tensor | None = None  # [B, T], only where S = T
     slopes: Tensor | None = None  # [H] float32, for ALiBi
-    first: int | Tensor = 0  # how many keys stand before the first query
+    first: int | Tensor = 0  # keys before the first query; int64 [] on the device for a static cache: S ≥ first + T
     kept: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Find out whether causality says it all, or a single query sees all keys, so that no mask is needed."""
         queries, keys = self.positions.shape[1], self.key_positions.shape[1]
+        # Whether causality says it all, or a single query sees all keys, so that no mask is needed.
         ends = isinstance(self.first, int) and self.first + queries == keys and queries in (1, keys)
         self.plain = ends and self.documents is None and self.branches is None and self.slopes is None
 
@@ -64,14 +61,11 @@ class Layout:
         return self.kept[make, *arguments]
 
     def mask(self, dtype: torch.dtype, shared: int = 1) -> Tensor:
-        """What is added to the scores, [B or 1, 1 or H, T, S].
-
-        If `shared` heads over one key-value head are queries beside each other, [B or 1, 1 or G, shared · T, S].
-        """
+        """What is added to the scores, [B or 1, 1 or H, T, S]; [B or 1, 1 or G, shared · T, S] for heads side by side."""
         return self.once(_mask, dtype, shared)
 
     def square(self, row: int, start: int, stop: int) -> Layout:
-        """That of the tokens from `start` to `stop` of one row, where there is no cache; documents only if several."""
+        """The layout of a part of one row, where there is no cache; without documents if there is only one."""
         part = slice(row, row + 1), slice(start, stop)
         documents, branches = (None if ids is None else ids[part] for ids in (self.documents, self.branches))
         if documents is not None and bool((documents == documents[:, :1]).all()):
@@ -118,15 +112,15 @@ def _mask(layout: Layout, dtype: torch.dtype, shared: int) -> Tensor:
     mask = torch.where(naive.visible(layout)[:, None], naive.bias(layout), -torch.inf).to(dtype)
     rows, heads, queries, keys = mask.shape
     if shared > 1:
-        mask = mask.expand(rows, max(heads, shared), queries, keys).reshape(rows, -1, shared * queries, keys)
+        mask = mask.expand(rows, max(heads, shared), queries, keys)
+        mask = mask.reshape(rows, max(heads // shared, 1), shared * queries, keys)
     # NOTE: the width is a multiple of 8, because CUDA's kernels copy rows that do not begin at 16 bytes.
     return F.pad(mask, (0, -keys % 8))[..., :keys] if mask.is_cuda and keys % 8 else mask
 
 
 def _suits_flex(q: Tensor) -> bool:
-    """Whether FlexAttention's kernel takes these queries and pays for them."""
-    _, _, queries, size = q.shape
-    return q.is_cuda and queries >= BLOCK and size >= 16 and q.dtype != torch.float64 and not transformed()
+    """Whether FlexAttention's kernel takes these queries, and they are enough for it."""
+    return q.is_cuda and q.shape[2] >= BLOCK and q.shape[3] >= 16 and q.dtype != torch.float64 and not transformed()
 
 
 @functools.cache
@@ -139,8 +133,7 @@ def _flex_attention() -> Callable:
 def _flex_arguments(layout: Layout) -> tuple[Callable | None, BlockMask]:
     """FlexAttention's `score_mod` and `block_mask`: `naive.bias` and `naive.visible` for a query i and a key j.
 
-    NOTE: the functions read nothing but tensors that are made here in one form, because a number or another memory
-    layout would make torch compile anew for each batch.
+    NOTE: both read only tensors made here in one form, because for another number or stride torch compiles anew.
     """
 
     def stack(positions: Tensor, *ids: Tensor | None) -> Tensor:
@@ -164,19 +157,18 @@ def _flex_arguments(layout: Layout) -> tuple[Callable | None, BlockMask]:
 def _block_mask(queries: Tensor, keys: Tensor, last: Tensor, mask_mod: Callable) -> BlockMask:
     """The blocks that may hold a pair seen, by the least and the largest document and branch [2, B, T or S] of each.
 
-    Blocks seen whole are listed apart, because there the kernel need not ask `mask_mod`.
+    Blocks that are seen whole have a list of their own, because there the kernel need not ask `mask_mod`.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     def ends(ids: Tensor) -> tuple[Tensor, Tensor]:
         size = ids.shape[-1]
-        index = torch.arange(-(-size // BLOCK) * BLOCK, device=ids.device).clamp(max=size - 1)
+        index = torch.arange(size + -size % BLOCK, device=ids.device).clamp(max=size - 1)
         blocks = ids[..., index].unflatten(-1, (-1, BLOCK))
         return blocks.amin(-1), blocks.amax(-1)
 
     def in_order(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """How many blocks each block of queries visits, [B, 1, I], and all blocks, those first, [B, 1, I, J]."""
-        chosen = chosen[:, None].int()
+        chosen = chosen[:, None].int()  # [B, 1, I, J]
         return chosen.sum(-1, dtype=torch.int32), torch.argsort(chosen, dim=-1, descending=True, stable=True).int()
 
     lengths = queries.shape[-1], keys.shape[-1]
