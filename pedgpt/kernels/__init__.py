@@ -1,7 +1,7 @@
 """Fused operators with hand-written backward passes, in torch and in Triton; they import nothing of ours."""
 
 from pedgpt.kernels._transforms import transformed
-from pedgpt.kernels.blocked_attention import attention, layers_mask
+from pedgpt.kernels.attention import Layout, attention
 from pedgpt.kernels.cross_entropy import token_logps
 from pedgpt.kernels.linear_logps import linear_nll, linear_token_logps, unit_rows
 from pedgpt.kernels.lora_matmul import lora_linear
@@ -9,9 +9,9 @@ from pedgpt.kernels.onednn import Linear, linear
 from pedgpt.kernels.pointwise import rms_norm, swiglu
 
 __all__ = [
+    "Layout",
     "Linear",
     "attention",
-    "layers_mask",
     "linear",
     "linear_nll",
     "linear_token_logps",

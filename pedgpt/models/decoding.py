@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pedgpt.kernels import Linear
 from pedgpt.models.memory import available_memory
-from pedgpt.models.positions import apply_rope, rotary_tables
+from pedgpt.models.positions import alibi_slopes, apply_rope, rotary_tables
 
 if TYPE_CHECKING:
     from pedgpt.models.generation import KVCache
@@ -107,13 +107,12 @@ class DecodeStep:
         config, rows = self.model.config, len(tokens)
         cache.check_room(rows, 1)
         x = self.model.model.embed_tokens(tokens[:, 0])
-        all_positions, all_documents = cache.extend(positions, documents)
+        slopes = alibi_slopes(config.num_attention_heads) if config.positions == "alibi" else None
+        layout = cache.extend(positions, documents, slopes)
         if config.positions == "rope":
             cos, sin = rotary_tables(config, positions, x.dtype)
-        mask = self.model._attention_mask(positions, all_positions, documents, all_documents, x.dtype)
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask.reshape(len(mask), groups, heads // groups, -1)
+        mask = None if layout.plain else layout.mask(x.dtype, heads // groups)
         for i, (block, (qkv, out, gate_up, down)) in enumerate(self.layers):
             packed = qkv(block.input_layernorm(x)).view(rows, -1, 1, config.head_dim)
             qk, v = packed.split((heads + groups, groups), dim=1)

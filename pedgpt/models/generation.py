@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.kernels import Layout
 from pedgpt.models.config import inside_folder, parse_json
 from pedgpt.models.decoding import decode_step_for
 
@@ -52,8 +53,8 @@ class KVCache:
         start = self.positions[:, self.length - 1 : self.length] + 1 if self.length else self.positions[:, :1]
         return start + torch.arange(count, device=self.positions.device)
 
-    def extend(self, positions: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Make room for positions [B, T]; returns all positions and, if any token has one, all document ids."""
+    def extend(self, positions: Tensor, documents: Tensor | None, slopes: Tensor | None = None) -> Layout:
+        """Make room for positions [B, T]; returns what these tokens see of all that is held, themselves included."""
         if documents is None and self.isolated:
             raise ValueError("the cache holds document ids; pass `documents` for the new tokens too")
         end = self.length + positions.shape[1]
@@ -62,7 +63,8 @@ class KVCache:
         if documents is not None:
             self.documents[:, self.start : end] = documents
             self.isolated = True
-        return self.positions[:, :end], self.documents[:, :end] if self.isolated else None
+        held = self.documents[:, :end] if self.isolated else None
+        return Layout(positions, self.positions[:, :end], documents, held, slopes=slopes, first=self.start)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values [B, G, T, K]; returns all [B, G, S, K]."""

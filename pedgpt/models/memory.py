@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from pedgpt.kernels import linear_logps as head
-from pedgpt.kernels.blocked_attention import BLOCK, SCORES
+from pedgpt.kernels.cpu.attention import BLOCK, SCORES
 from pedgpt.models.config import ModelConfig
 
 QKV = ("W_pack", "q_proj", "k_proj", "v_proj")

@@ -89,5 +89,24 @@ def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
     With m the largest power of two ≤ H: 2^(−8(i+1)/m) for i < m, then 2^(−4(2j+1)/m) for the heads that remain.
     """
     m = 1 << (num_heads.bit_length() - 1)
-    exponents = [-8 * (i + 1) / m for i in range(m)] + [-4 * (2 * j + 1) / m for j in range(num_heads - m)]
-    return torch.tensor([2.0**e for e in exponents], dtype=torch.float32, device=device)
+    i = torch.arange(num_heads, dtype=torch.float64, device=device)  # made there, so that a CUDA graph can hold it
+    return torch.where(i < m, -8 * (i + 1) / m, -4 * (2 * (i - m) + 1) / m).exp2().float()
+
+
+def document_positions(tokens: Tensor, documents: Tensor | None, branches: Tensor | None = None) -> Tensor:
+    """Positions [B, T] that count from 0 and restart wherever `documents` changes, in each branch after the trunk."""
+    index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    if documents is None and branches is None:
+        return index
+    starts = torch.zeros_like(index)
+    if documents is not None:
+        starts[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], index[:, 1:], 0)
+        starts = starts.cummax(dim=1).values
+    if branches is None:
+        return index - starts
+    forks = starts.clone()  # where the run that a token belongs to begins
+    forks[:, 1:] = torch.where(branches[:, 1:] != branches[:, :-1], index[:, 1:], starts[:, 1:])
+    # Where its document's trunk ends: at its own start if it has none, for an earlier document's lies before that.
+    ends = torch.where(branches == 0, index + 1, starts).cummax(dim=1).values
+    trunk = torch.where(branches == 0, 0, ends - starts)
+    return index - forks.cummax(dim=1).values + trunk

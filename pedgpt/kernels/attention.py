@@ -1,0 +1,184 @@
+"""Causal attention within documents and branches, with ALiBi, and without a [T, T] tensor on a GPU.
+
+A `Layout` says who sees whom, and keeps what the layers derive from it. FlexAttention computes whole rows on a GPU: torch
+compiles the rules into its kernel, and a block mask names the blocks of queries and keys that the kernel visits. The
+CPU has forms of its own in `kernels/cpu/`. The rest goes to torch's fused kernels, with a dense mask where they need it.
+
+Letters: B batch, H heads, G key-value heads, T queries, S keys, K head_dim, I and J blocks of queries and keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from pedgpt.kernels import naive
+from pedgpt.kernels._transforms import transformed
+from pedgpt.kernels.cpu import attention as on_cpu
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128  # queries, and keys, of a block of FlexAttention's kernel
+COMPILATIONS = 64  # at most: for each dtype, head size, one row or more, one length or any, with gradients or without
+
+
+@dataclass(eq=False)
+class Layout:
+    """Which keys each query of a batch sees: `naive.visible` and `naive.bias` are its definition.
+
+    Query i sees key j if j ≤ first + i, if both have the same document, and if j is in the trunk (branch 0) or in the
+    branch of i. Every query must see a key.
+    """
+
+    positions: Tensor  # [B, T], of the queries
+    key_positions: Tensor  # [B, S]; `positions` itself where there is no cache
+    documents: Tensor | None = None  # [B, T]
+    key_documents: Tensor | None = None  # [B, S]
+    branches: Tensor | None = None  # [B, T], only where S = T
+    slopes: Tensor | None = None  # [H] float32, for ALiBi
+    first: int | Tensor = 0  # keys before the first query; int64 [] on the device for a static cache: S ≥ first + T
+    kept: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        queries, keys = self.positions.shape[1], self.key_positions.shape[1]
+        # Whether causality says it all, or a single query sees all keys, so that no mask is needed.
+        ends = isinstance(self.first, int) and self.first + queries == keys and queries in (1, keys)
+        self.plain = ends and self.documents is None and self.branches is None and self.slopes is None
+
+    def once(self, make: Callable[..., Any], *arguments: Hashable) -> Any:
+        """make(self, *arguments), computed at the first call and kept for the other layers."""
+        if (make, *arguments) not in self.kept:
+            self.kept[make, *arguments] = make(self, *arguments)
+        return self.kept[make, *arguments]
+
+    def mask(self, dtype: torch.dtype, shared: int = 1) -> Tensor:
+        """What is added to the scores, [B or 1, 1 or H, T, S]; [B or 1, 1 or G, shared · T, S] for heads side by side."""
+        return self.once(_mask, dtype, shared)
+
+    def square(self, row: int, start: int, stop: int) -> Layout:
+        """The layout of a part of one row, where there is no cache; without documents if there is only one."""
+        part = slice(row, row + 1), slice(start, stop)
+        documents, branches = (None if ids is None else ids[part] for ids in (self.documents, self.branches))
+        if documents is not None and bool((documents == documents[:, :1]).all()):
+            documents = None
+        return Layout(self.positions[part], self.positions[part], documents, documents, branches, self.slopes)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
+    """softmax(q kᵀ / √K + bias) v [B, H, T, K] over what each query sees, for q [B, H, T, K] and k, v [B, G, S, K].
+
+    Without a layout a query sees the keys up to its own, if T = S, or all of them, if T = 1. In bfloat16 on the CPU
+    differentiable once.
+    """
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
+    if layout is not None and isinstance(q, FakeTensor):  # Only its sizes count: take them as one document's.
+        layout = dataclasses.replace(layout, documents=None, key_documents=None, branches=None)
+    if q.device.type == "cpu" and not transformed() and q.shape[2] == k.shape[2]:
+        if layout is None:
+            at = torch.arange(q.shape[2], device=q.device).expand(len(q), -1)
+        if (found := on_cpu.attention(q, k, v, layout or Layout(at, at))) is not None:
+            return found
+    if layout is not None and layout.plain:
+        layout = None
+    (rows, heads, queries, size), groups = q.shape, k.shape[1]
+    if layout is not None and _suits_flex(q):
+        if isinstance(q, FakeTensor):  # A causal kernel keeps the same tensors.
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != groups)
+        score_mod, block_mask = layout.once(_flex_arguments)
+        with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
+            return _flex_attention()(q, k, v, score_mod, block_mask, enable_gqa=heads != groups)
+    causal = layout is None and queries > 1
+    assert layout is not None or queries in (1, k.shape[2])
+    # Few queries: heads that share a key-value head become queries beside each other, so that nothing is expanded.
+    shared = 1 if causal or queries >= BLOCK or heads % groups else heads // groups
+    mask = None if layout is None else layout.mask(q.dtype, shared)
+    if shared > 1:
+        q = q.reshape(rows, groups, shared * queries, size)
+    found = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != groups)
+    return found if shared == 1 else found.reshape(rows, heads, queries, size)
+
+
+def _mask(layout: Layout, dtype: torch.dtype, shared: int) -> Tensor:
+    mask = torch.where(naive.visible(layout)[:, None], naive.bias(layout), -torch.inf).to(dtype)
+    rows, heads, queries, keys = mask.shape
+    if shared > 1:
+        mask = mask.expand(rows, max(heads, shared), queries, keys)
+        mask = mask.reshape(rows, max(heads // shared, 1), shared * queries, keys)
+    # NOTE: the width is a multiple of 8, because CUDA's kernels copy rows that do not begin at 16 bytes.
+    return F.pad(mask, (0, -keys % 8))[..., :keys] if mask.is_cuda and keys % 8 else mask
+
+
+def _suits_flex(q: Tensor) -> bool:
+    """Whether FlexAttention's kernel takes these queries, and they are enough for it."""
+    return q.is_cuda and q.shape[2] >= BLOCK and q.shape[3] >= 16 and q.dtype != torch.float64 and not transformed()
+
+
+@functools.cache
+def _flex_attention() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention  # Its import and that of the compiler take seconds.
+
+    return torch.compile(flex_attention)
+
+
+def _flex_arguments(layout: Layout) -> tuple[Callable | None, BlockMask]:
+    """FlexAttention's `score_mod` and `block_mask`: `naive.bias` and `naive.visible` for a query i and a key j.
+
+    NOTE: both read only tensors made here in one form, because for another number or stride torch compiles anew.
+    """
+
+    def stack(positions: Tensor, *ids: Tensor | None) -> Tensor:
+        return torch.stack([positions, *(torch.zeros_like(positions) if each is None else each for each in ids)])
+
+    queries = stack(layout.positions, layout.documents, layout.branches)  # [3, B, T]
+    keys = stack(layout.key_positions, layout.key_documents, layout.branches)  # [3, B, S]
+    last = layout.first + torch.arange(queries.shape[-1], device=queries.device)  # the key of a query itself
+    slopes = layout.slopes
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        same, branch = queries[1, b, i] == keys[1, b, j], keys[2, b, j]
+        return (j <= last[i]) & same & ((branch == 0) | (branch == queries[2, b, i]))
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + slopes[h] * (keys[0, b, j] - queries[0, b, i])  # type: ignore[index]
+
+    return None if slopes is None else score_mod, _block_mask(queries[1:], keys[1:], last, mask_mod)
+
+
+def _block_mask(queries: Tensor, keys: Tensor, last: Tensor, mask_mod: Callable) -> BlockMask:
+    """The blocks that may hold a pair seen, by the least and the largest document and branch [2, B, T or S] of each.
+
+    Blocks that are seen whole have a list of their own, because there the kernel need not ask `mask_mod`.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def ends(ids: Tensor) -> tuple[Tensor, Tensor]:
+        size = ids.shape[-1]
+        index = torch.arange(size + -size % BLOCK, device=ids.device).clamp(max=size - 1)
+        blocks = ids[..., index].unflatten(-1, (-1, BLOCK))
+        return blocks.amin(-1), blocks.amax(-1)
+
+    def in_order(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = chosen[:, None].int()  # [B, 1, I, J]
+        return chosen.sum(-1, dtype=torch.int32), torch.argsort(chosen, dim=-1, descending=True, stable=True).int()
+
+    lengths = queries.shape[-1], keys.shape[-1]
+    (low, high), (key_low, key_high) = ((x[..., None] for x in ends(queries)), (x[..., None, :] for x in ends(keys)))
+    overlap, equal = (low <= key_high) & (key_low <= high), (low == key_high) & (key_low == high)  # [2, B, I, J]
+    trunk, all_trunk = (key_low[1] <= 0) & (key_high[1] >= 0), (key_low[1] == 0) & (key_high[1] == 0)
+    # In a last block that is not whole the kernel must ask: it has a query that sees nothing or a key that none sees.
+    last = F.pad(last, (0, -lengths[0] % BLOCK), value=-1).view(-1, 1, BLOCK)
+    start = torch.arange(0, lengths[1], BLOCK, device=keys.device)
+    some = (start <= last.amax(-1)) & overlap[0] & (trunk | overlap[1])
+    full = (start + BLOCK - 1 <= last.amin(-1)) & equal[0] & (all_trunk | equal[1])
+    blocks = (*in_order(some & ~full), *in_order(full))
+    return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths)
