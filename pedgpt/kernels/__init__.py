@@ -1,6 +1,7 @@
 """Fused operators with hand-written backward passes, in torch and in Triton; they import nothing of ours."""
 
 from pedgpt.kernels._transforms import transformed
+from pedgpt.kernels.attention import Layout
 from pedgpt.kernels.blocked_attention import attention, layers_mask
 from pedgpt.kernels.cross_entropy import token_logps
 from pedgpt.kernels.linear_logps import linear_nll, linear_token_logps, unit_rows
@@ -9,6 +10,7 @@ from pedgpt.kernels.onednn import Linear, linear
 from pedgpt.kernels.pointwise import rms_norm, swiglu
 
 __all__ = [
+    "Layout",
     "Linear",
     "attention",
     "layers_mask",

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pedgpt.kernels import Linear, attention, layers_mask, linear, rms_norm, swiglu, unit_rows
+from pedgpt.kernels import Linear, linear, rms_norm, swiglu, unit_rows
+from pedgpt.kernels.attention import Layout, attention
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.positions import alibi_slopes, apply_rope, rotary_tables
 
 if TYPE_CHECKING:
-    from pedgpt.models.generation import KVCache
+    from pedgpt.models.cache import KVCache
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key-value heads; `mask` is boolean, additive, or None for plainly causal."""
+    """Causal self-attention with grouped key-value heads."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -55,19 +55,18 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        layout: Layout,
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
         packed = self.W_pack(x).chunk(3, -1) if self.fused_qkv else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (rearrange(part, "B T (H K) -> B H T K", K=self.head_dim) for part in packed)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in packed)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = attention(q, k, v, mask)
-        return self.o_proj(rearrange(out, "B H T K -> B T (H K)"))
+        return self.o_proj(attention(q, k, v, layout).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -97,11 +96,11 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        layout: Layout,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, layer)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, layout, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -194,20 +193,23 @@ class Transformer(nn.Module):
                 positions = cache.next_positions(tokens.shape[1])
             else:
                 positions = document_positions(tokens, documents, branches)
-        all_positions, all_documents = positions, documents
+        slopes = None
+        if self.config.positions == "alibi":
+            slopes = alibi_slopes(self.config.num_attention_heads, positions.device)
         if cache is not None:
-            all_positions, all_documents = cache.extend(positions, documents)
+            layout = cache.extend(positions, documents, slopes)
+        else:
+            layout = Layout(positions, positions, documents, documents, branches, slopes)
 
         hidden = self.model.embed_tokens(tokens)
         rotary = None
         if self.config.positions == "rope":
             rotary = rotary_tables(self.config, positions, hidden.dtype)
-        mask = self._attention_mask(positions, all_positions, documents, all_documents, hidden.dtype, branches)
         for i, block in enumerate(self.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                hidden = checkpoint(block, hidden, rotary, mask, use_reentrant=False)
+                hidden = checkpoint(block, hidden, rotary, layout, use_reentrant=False)
             else:
-                hidden = block(hidden, rotary, mask, cache, i)
+                hidden = block(hidden, rotary, layout, cache, i)
         return self.model.norm(hidden)
 
     def head_weight(self) -> Tensor:
@@ -220,39 +222,6 @@ class Transformer(nn.Module):
         """NormHead's matrix in slices: the float32 copy of Baichuan2's whole head would be 2 GB."""
         for rows in self.lm_head.weight.split(8192):
             yield unit_rows(rows.float()).to(rows.dtype)
-
-    def _attention_mask(
-        self,
-        positions: Tensor,
-        all_positions: Tensor,
-        documents: Tensor | None,
-        all_documents: Tensor | None,
-        dtype: torch.dtype,
-        branches: Tensor | None = None,
-    ) -> Tensor | None:
-        """What attention adds or forbids, [B or 1, H or 1, T, S]; None where plain causality suffices.
-
-        ALiBi's bias is computed in float32 and then rounded to `dtype`, as the fused attention kernels require.
-        """
-        queries, keys = positions.shape[1], all_positions.shape[1]
-        alibi = self.config.positions == "alibi"
-        if all_documents is None and branches is None and not alibi and (queries == keys or queries == 1):
-            return None
-        index = torch.arange(keys, device=positions.device)
-        allowed = (index <= index[keys - queries :, None])[None]
-        if all_documents is not None:
-            assert documents is not None
-            allowed = allowed & (documents[:, :, None] == all_documents[:, None, :])
-        if branches is not None:
-            seen = branches[:, :, None] == branches[:, None, :]
-            seen |= branches[:, None, :] == 0
-            allowed = seen.logical_and_(allowed)  # in place: [B, T, T] is large
-        if not alibi:
-            return layers_mask(allowed[:, None], dtype)
-        slopes = alibi_slopes(self.config.num_attention_heads, positions.device)
-        distance = (all_positions[:, None, :] - positions[:, :, None]).float()
-        bias = slopes[:, None, None] * distance[:, None]
-        return bias.masked_fill(~allowed[:, None], -torch.inf).to(dtype)
 
 
 def document_positions(tokens: Tensor, documents: Tensor | None, branches: Tensor | None = None) -> Tensor:

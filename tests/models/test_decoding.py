@@ -9,7 +9,7 @@ import torch
 from pedgpt.adapters import ExpertLoRALinear, LoRALinear, adapters_disabled, inject_experts, inject_lora, record_gates
 from pedgpt.models import decoding, generate, generation
 from pedgpt.models.decoding import DecodeStep, SharedInput, decode_step_for
-from pedgpt.models.generation import KVCache
+from pedgpt.models.cache import KVCache
 
 KINDS = ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"]
 ADAPTERS = {
