@@ -103,17 +103,15 @@ class KVCache:
         """Make room for positions [B, T]; returns how they see all that is held. `slopes` are ALiBi's, by head."""
         if documents is None and self.isolated:
             raise ValueError("the cache holds document ids; pass `documents` for the new tokens too")
-        if self.cursor is not None:
-            end, first = self.bucket, self.cursor[0]
-        else:
-            first, end = self.length, self.length + positions.shape[1]
-            self.start, self.length = first, end
+        if self.cursor is None:
+            self.start, self.length = self.length, self.length + positions.shape[1]
         self._write(self.positions, 1, positions)
         if documents is not None:
             self._write(self.documents, 1, documents)
             self.isolated = True
+        end, first = (self.length, self.start) if self.cursor is None else (self.bucket, self.cursor[0])
         held = self.documents[:, :end] if self.isolated else None
-        return Layout(positions, self.positions[:, :end], documents, held, None, slopes, first)
+        return Layout(positions, self.positions[:, :end], documents, held, slopes=slopes, first=first)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values [B, G, T, K]; returns all [B, G, S, K]."""

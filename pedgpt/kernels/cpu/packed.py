@@ -56,9 +56,11 @@ def find(x: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def _suits(weight: Tensor) -> bool:
-    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or not weight.is_contiguous():
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" and weight.is_contiguous()
+    return plain and weight.numel() > 0 and _multiplies(weight.dtype)
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled or not weight.numel():
-        return False
-    half = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return half or weight.dtype == torch.float32
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
