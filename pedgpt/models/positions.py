@@ -89,5 +89,5 @@ def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
     With m the largest power of two ≤ H: 2^(−8(i+1)/m) for i < m, then 2^(−4(2j+1)/m) for the heads that remain.
     """
     m = 1 << (num_heads.bit_length() - 1)
-    head = torch.arange(num_heads, dtype=torch.float64, device=device)  # made there: a graph can record no copy
-    return torch.where(head < m, -8 * (head + 1) / m, -4 * (2 * (head - m) + 1) / m).exp2().float()
+    i = torch.arange(num_heads, dtype=torch.float64, device=device)  # made there, so that a CUDA graph can hold it
+    return torch.where(i < m, -8 * (i + 1) / m, -4 * (2 * (i - m) + 1) / m).exp2().float()
