@@ -191,7 +191,7 @@ def test_products_read_the_copy_of_their_own_matrix_only():
         with torch.no_grad():
             torch.testing.assert_close(linear(x[:5], weight, bias), x[:5] @ other.t() + bias)
             torch.testing.assert_close(linear(x.view(2, 3, 4, 24), weight), (x @ other.t()).view(2, 3, 4, 24))
-            y, _ = lora_linear(x[:5], weight, None, A, B, scaling=2.0)
+            y, *_ = lora_linear(x[:5], weight, None, A, B, scaling=2.0)
             torch.testing.assert_close(y, x[:5] @ (other + 2 * B @ A).t(), atol=1e-4, rtol=0)
             for w in (weight.t(), weight.clone(), weight[:12]):
                 torch.testing.assert_close(linear(x[:5], w), x[:5] @ w.t(), atol=1e-5, rtol=0)
