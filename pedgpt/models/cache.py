@@ -5,8 +5,7 @@ Letters: L layers, B batch, G key-value heads, T new tokens, S tokens held, K he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +24,8 @@ class KVCache:
 
     `extend` is called once a forward pass, `append` once a layer; both return everything held so far. The memory is
     taken once; only `reserve` takes more. `ids` are the tokens of a cache of one row, as far as `generate` read them.
+    Where `cursor` (int64 [1], on the device) is set, one token a row is written there, and the first `bucket` keys are
+    returned, of which no query sees those after it: nothing depends on `length`, so a CUDA graph can record it.
     """
 
     def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None:
@@ -32,51 +33,44 @@ class KVCache:
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.empty_like(self.keys)
-        self.positions = torch.zeros(batch_size, capacity, dtype=torch.long, device=weight.device)
-        self.documents = torch.zeros_like(self.positions)
+        self.positions = torch.empty(batch_size, capacity, dtype=torch.long, device=weight.device)
+        self.documents = torch.empty_like(self.positions)
         self.isolated = False  # whether any token came with a document id
         self.capacity, self.start, self.length = capacity, 0, 0
         self.ids: list[int] = []
-        self.cursor: Tensor | None = None  # where a static cache writes, int64 [1] on the device
+        self.cursor: Tensor | None = None
         self.bucket = 0
 
     def check_room(self, batch_size: int, count: int) -> None:
         """Raise ValueError unless `count` more tokens of a batch of this size fit."""
         end = self.length + count
-        if batch_size != self.positions.shape[0] or end > self.capacity:
+        if batch_size != len(self.positions) or end > self.capacity:
             raise ValueError(
-                f"the cache holds {self.positions.shape[0]} x {self.capacity} tokens; "
+                f"the cache holds {len(self.positions)} x {self.capacity} tokens; "
                 f"asked for a batch of {batch_size} up to token {end}"
             )
 
     def next_positions(self, count: int) -> Tensor:
         """Positions [B, count] that follow the last one held."""
-        last = self.positions[:, self.length - 1 : self.length] if self.length else self.positions.new_full((1, 1), -1)
-        return (last + torch.arange(1, count + 1, device=last.device)).expand(len(self.positions), -1)
+        after = torch.arange(count, device=self.positions.device).expand(len(self.positions), -1)
+        return after + self.positions[:, self.length - 1 : self.length] + 1 if self.length else after
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens in all. What is held stays."""
-        if capacity > self.capacity:
-            self.keys, self.values = (self._enlarged(held, 3, capacity) for held in (self.keys, self.values))
-            self.positions, self.documents = (
-                self._enlarged(held, 1, capacity) for held in (self.positions, self.documents)
-            )
-            self.capacity = capacity
-
-    def _enlarged(self, held: Tensor, axis: int, capacity: int) -> Tensor:
-        shape = list(held.shape)
-        shape[axis] = capacity
-        larger = held.new_empty(shape) if axis == 3 else held.new_zeros(shape)
-        larger.narrow(axis, 0, self.length).copy_(held.narrow(axis, 0, self.length))
-        return larger
+        if capacity <= self.capacity:
+            return
+        for name, axis in (("keys", 3), ("values", 3), ("positions", 1), ("documents", 1)):
+            held = getattr(self, name)
+            larger = held.new_empty(*held.shape[:axis], capacity, *held.shape[axis + 1 :])
+            larger.narrow(axis, 0, self.length).copy_(held.narrow(axis, 0, self.length))
+            setattr(self, name, larger)
+        self.capacity = capacity
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
         if not 0 <= length <= self.length:
             raise ValueError(f"the cache holds {self.length} tokens; asked to keep {length}")
-        self.length = length
-        self.documents[:, length:] = 0
-        self.isolated = self.isolated and length > 0
+        self.length, self.isolated = length, self.isolated and length > 0
         del self.ids[length:]
 
     def share(self, prompt: Sequence[int]) -> int:
@@ -87,28 +81,15 @@ class KVCache:
         self.truncate(common)
         return common
 
-    @contextmanager
-    def static(self, cursor: Tensor, bucket: int) -> Iterator[None]:
-        """Within it, one token a row is written at `cursor`, and the first `bucket` keys are returned, some unwritten.
-
-        So a CUDA graph can record a step. `length` is left to the caller.
-        """
-        self.cursor, self.bucket = cursor, bucket
-        try:
-            yield
-        finally:
-            self.cursor = None
-
     def extend(self, positions: Tensor, documents: Tensor | None, slopes: Tensor | None = None) -> Layout:
         """Make room for positions [B, T]; returns how they see all that is held. `slopes` are ALiBi's, by head."""
         if documents is None and self.isolated:
             raise ValueError("the cache holds document ids; pass `documents` for the new tokens too")
         if self.cursor is None:
             self.start, self.length = self.length, self.length + positions.shape[1]
+        self.isolated = documents is not None
         self._write(self.positions, 1, positions)
-        if documents is not None:
-            self._write(self.documents, 1, documents)
-            self.isolated = True
+        self._write(self.documents, 1, torch.zeros_like(positions) if documents is None else documents)
         end, first = (self.length, self.start) if self.cursor is None else (self.bucket, self.cursor[0])
         held = self.documents[:, :end] if self.isolated else None
         return Layout(positions, self.positions[:, :end], documents, held, slopes=slopes, first=first)
@@ -116,23 +97,21 @@ class KVCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values [B, G, T, K]; returns all [B, G, S, K]."""
         end = self.length if self.cursor is None else self.bucket
-        all_keys, all_values = self.keys[layer], self.values[layer]
-        self._write(all_keys, 2, keys)
-        self._write(all_values, 2, values)
-        return all_keys[:, :, :end], all_values[:, :, :end]
+        keys, values = self._write(self.keys[layer], 2, keys), self._write(self.values[layer], 2, values)
+        return keys[:, :, :end], values[:, :, :end]
 
-    def _write(self, held: Tensor, axis: int, new: Tensor) -> None:
+    def _write(self, held: Tensor, axis: int, new: Tensor) -> Tensor:
         if self.cursor is not None:
-            held.index_copy_(axis, self.cursor, new.to(held.dtype))
-        else:
-            held.narrow(axis, self.start, new.shape[axis]).copy_(new)
+            return held.index_copy_(axis, self.cursor, new.to(held.dtype))
+        held.narrow(axis, self.start, new.shape[axis]).copy_(new)
+        return held
 
 
 class StaticStep:
     """A step of decoding over tensors that stay where they are: `step(tokens, positions, documents)` [B, 1] → [B, V].
 
-    On CUDA it is recorded as a graph and replayed, once for each number of keys that is read (`bucket`). Python then
-    runs once a graph, so nothing in it may depend on what it computes.
+    On CUDA it is recorded as a graph and replayed, once for each number of keys that is read. Python then runs once a
+    graph, so nothing in the step may depend on what it computes.
     """
 
     def __init__(self, step: Callable[..., Tensor], cache: KVCache) -> None:
@@ -162,21 +141,24 @@ class StaticStep:
         return self.logits
 
     def _run(self) -> Tensor:
-        with self.cache.static(self.cursor, self.bucket):
+        self.cache.cursor, self.cache.bucket = self.cursor, self.bucket
+        try:
             return self.step(*self.inputs)
+        finally:
+            self.cache.cursor = None
 
     def _record(self) -> torch.cuda.CUDAGraph | None:
         """A graph that leaves its result in `self.logits`; None, now and later, if the step cannot be recorded."""
-        mode, device = torch.cuda.get_sync_debug_mode(), self.cursor.device
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        mode, main = torch.cuda.get_sync_debug_mode(), torch.cuda.current_stream(self.cursor.device)
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.cursor.device)
+        side.wait_stream(main)
         try:
             with torch.cuda.stream(side):
                 self._run()  # Compiles kernels and takes workspaces, which cannot be recorded.
                 torch.cuda.set_sync_debug_mode("error")  # What waits for the device cannot be recorded either.
                 self._run()
-                torch.cuda.set_sync_debug_mode(mode)
-            with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            torch.cuda.set_sync_debug_mode(mode)
+            with torch.cuda.device(self.cursor.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.logits = self._run()
             return graph
         except RuntimeError:
@@ -184,4 +166,4 @@ class StaticStep:
             return None
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-            torch.cuda.current_stream(device).wait_stream(side)
+            main.wait_stream(side)

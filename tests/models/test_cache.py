@@ -245,8 +245,9 @@ def test_a_static_step_makes_no_tensor_from_the_hosts_numbers_and_reads_none(wit
 
     model = with_experts(kind)
     cache, tokens = KVCache(model, 2, 9), torch.tensor([[3], [4]])
+    cache.cursor, cache.bucket = torch.tensor([0]), 9
     documents, positions = torch.ones_like(tokens), torch.zeros_like(tokens)
-    with torch.no_grad(), cache.static(torch.tensor([0]), 9), NoHost():
+    with torch.no_grad(), NoHost():
         model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
 
 

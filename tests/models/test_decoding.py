@@ -105,7 +105,7 @@ def test_bfloat16_is_as_near_the_truth_as_the_whole_forward_pass(adapted, random
         truth = model.float()(tokens)[:, 6:]
     assert found.dtype == torch.bfloat16
     assert 0 < rms(found - truth) <= 1.1 * rms(whole - truth)
-    assert bool(laid_out[0].copies) == packed._multiplies(torch.bfloat16)
+    assert bool(laid_out[0].copies) == packed.multiplies_bfloat16()
 
 
 def test_biases_of_every_layer_are_added(adapted, random_tokens):
@@ -173,7 +173,7 @@ def test_where_a_copy_would_not_do_there_is_none(make_model, monkeypatch):
     assert not PackedWeights(weights, 1).copies
     monkeypatch.setattr(packed, "available_memory", lambda: 2 * size)
     assert len(PackedWeights([*weights, *weights], 1).copies) == len(weights)  # tied ones count once
-    monkeypatch.setattr(packed, "_multiplies", lambda dtype: dtype == torch.float32)  # most without AVX-512
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)  # most without AVX-512
     half = model.bfloat16()
     assert not PackedWeights([m.weight for m in half.modules() if isinstance(m, nn.Linear)], 1).copies
     assert len(generate(half, [[5]], max_new_tokens=20)[0]) == 20
