@@ -19,7 +19,7 @@ import torch
 from pedgpt.adapters import adapter_base, check_base, load_adapter
 from pedgpt.data import Message, StreamDecoder, chat_format, encode_prompt, load_tokenizer, taught_folder
 from pedgpt.files import nearest, printable
-from pedgpt.models import generate_steps, generation_defaults, load_model, weights_fingerprint
+from pedgpt.models import KVCache, generate_steps, generation_defaults, load_model, weights_fingerprint
 from pedgpt.training import run_recipe, start
 
 DISCLAIMER = "仅供研究演示，不能代替医生。For research only; no substitute for a doctor."
@@ -84,6 +84,7 @@ def main(config: Config) -> None:
     sys.stdin.reconfigure(errors="replace")  # a terminal's backspace may leave half a character behind
     system = config.system
     history: list[Message] = []
+    cache = KVCache(model, 1, 0)  # what the model has read is not read again in the next turn
     print(f"{DISCLAIMER}\n(/help, /reset, /system TEXT, /quit)")
     while True:
         try:
@@ -100,6 +101,7 @@ def main(config: Config) -> None:
                 print(f"({command} is no command; {nearest(command, COMMANDS, 'commands')})")
             else:
                 history, system = [], said if command == "/system" else system
+                cache = KVCache(model, 1, 0)
                 print(f"(a new conversation, {f'the system text is {system!r}' if system else 'without system text'})")
             continue
         if not text:
@@ -120,7 +122,7 @@ def main(config: Config) -> None:
             continue
         print("助手> ", end="", flush=True)
         sampling["max_new_tokens"] = min(limit, room)
-        steps = generate_steps(model, [prompt], seed=config.seed, **sampling)
+        steps = generate_steps(model, [prompt], seed=config.seed, cache=cache, **sampling)
         written = stream(steps, StreamDecoder(tokenizer, config.stop_strings), sampling["stop_tokens"])
         answer = chat.read_answer(written)
         if answer.content or not answer.reasoning:

@@ -26,11 +26,12 @@ import torch
 
 from pedgpt import training
 from pedgpt.adapters import ExpertLoRALinear, adapted_layers, inject_experts, inject_lora
+from pedgpt.files import available_memory
+from pedgpt.kernels.cpu.packed import MAX_ROWS
 from pedgpt.kernels.expert_gate import MAX_COLUMNS
 from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import ModelConfig, Transformer, generate, memory
 from pedgpt.models.config import NORM_HEAD_KEY, POSITIONS_KEY
-from pedgpt.models.decoding import MAX_ROWS, copy_fits
 from pedgpt.models.generation import LAY_OUT_FROM
 
 STAGES = {
@@ -221,7 +222,7 @@ def free_memory(on_cuda: bool) -> int:
         if not torch.cuda.is_available():
             raise ValueError("torch sees no CUDA device; give --memory_gib, what one of yours has")
         return torch.cuda.mem_get_info()[0]
-    if (free := memory.available_memory()) is None:
+    if (free := available_memory()) is None:
         raise ValueError("cannot tell how much memory is free here; give --memory_gib")
     return free
 
@@ -278,7 +279,7 @@ def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host
     cache = [memory.cache_bytes(sizes, batch, length + config.max_new_tokens, dtype)]
     always = {"weights": [p.nbytes for p in model.parameters()]}
     lays_out = batch <= MAX_ROWS and config.max_new_tokens >= LAY_OUT_FROM and not host.on_cuda
-    laid_out = always["weights"] if lays_out and copy_fits(sum(always["weights"])) else []
+    laid_out = always["weights"] if lays_out and 2 * sum(always["weights"]) <= (available_memory() or 0) else []
     return {
         "scoring": {**always, "activations": scoring},
         # On a CPU the pages of the cache come when they are written, which is later.

@@ -12,7 +12,15 @@ import time
 import pytest
 
 from pedgpt import files
-from pedgpt.files import DiskFull, atomic_write, full_disk, naming_full_disk, sole_writer, write_text
+from pedgpt.files import (
+    DiskFull,
+    atomic_write,
+    available_memory,
+    full_disk,
+    naming_full_disk,
+    sole_writer,
+    write_text,
+)  # fmt: skip
 
 
 def no_space(*arguments):
@@ -147,3 +155,20 @@ def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", denied)
     with sole_writer(tmp_path):
         pass
+
+
+def test_available_memory_is_what_the_system_says():
+    lines = dict(line.split(":") for line in open("/proc/meminfo"))
+    total = 1024 * int(lines["MemTotal"].split()[0])
+    assert 0 < available_memory() < total
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", 5000 * 1024), ("3000000", 2_000_000), ("900000", 0)])
+def test_available_memory_respects_the_control_group(monkeypatch, limit, expected):
+    files = {
+        "/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n", "/sys/fs/cgroup/memory.max": f"{limit}\n",
+        "/sys/fs/cgroup/memory.current": "1000000\n",
+    }  # fmt: skip
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: str(path) in files)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: files[str(path)])
+    assert available_memory() == expected

@@ -1,5 +1,6 @@
 """The decoder, its configuration, its checkpoints and its decoding."""
 
+from pedgpt.models.cache import KVCache
 from pedgpt.models.checkpoint import (
     export_llama,
     load_model,
@@ -14,6 +15,7 @@ from pedgpt.models.generation import generate, generate_steps, generation_defaul
 from pedgpt.models.transformer import Transformer
 
 __all__ = [
+    "KVCache",
     "ModelConfig",
     "Transformer",
     "export_llama",

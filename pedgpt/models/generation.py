@@ -1,76 +1,26 @@
-"""Decoding: a preallocated key-value cache, sampling, and generation one token at a time."""
+"""Decoding: one token at a time by the model's own forward pass over a cache, sampled or greedy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from pedgpt.kernels import Layout
+from pedgpt.kernels import linear
+from pedgpt.kernels.cpu.packed import PackedWeights
+from pedgpt.models.cache import KVCache, StaticStep
 from pedgpt.models.config import inside_folder, parse_json
-from pedgpt.models.decoding import decode_step_for
 
 if TYPE_CHECKING:
     from pedgpt.models.transformer import Transformer
 
-LAY_OUT_FROM = 16  # new tokens: laying out the weights takes as long as decoding five or so, and halves the rest
+LAY_OUT_FROM = 16  # new tokens; to lay out the weights or to record a graph takes as long as decoding about five
 MIN_TEMPERATURE = 1e-20  # a division by less makes usual logits overflow
-
-
-class KVCache:
-    """Keys, values, positions and document ids of `capacity` tokens for a batch, allocated once.
-
-    `extend` is called once a forward pass, `append` once a layer; both return everything held so far.
-    """
-
-    def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None:
-        config, weight = model.config, model.model.embed_tokens.weight
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.empty_like(self.keys)
-        self.positions = torch.zeros(batch_size, capacity, dtype=torch.long, device=weight.device)
-        self.documents = torch.zeros_like(self.positions)
-        self.isolated = False  # whether any token came with a document id
-        self.length = 0
-        self.capacity = capacity
-
-    def check_room(self, batch_size: int, count: int) -> None:
-        """Raise ValueError unless `count` more tokens of a batch of this size fit."""
-        end = self.length + count
-        if batch_size != self.positions.shape[0] or end > self.capacity:
-            raise ValueError(
-                f"the cache holds {self.positions.shape[0]} x {self.capacity} tokens; "
-                f"asked for a batch of {batch_size} up to token {end}"
-            )
-
-    def next_positions(self, count: int) -> Tensor:
-        """Positions [B, count] that follow the last one held."""
-        start = self.positions[:, self.length - 1 : self.length] + 1 if self.length else self.positions[:, :1]
-        return start + torch.arange(count, device=self.positions.device)
-
-    def extend(self, positions: Tensor, documents: Tensor | None, slopes: Tensor | None = None) -> Layout:
-        """Make room for positions [B, T]; returns what these tokens see of all that is held, themselves included."""
-        if documents is None and self.isolated:
-            raise ValueError("the cache holds document ids; pass `documents` for the new tokens too")
-        end = self.length + positions.shape[1]
-        self.start, self.length = self.length, end
-        self.positions[:, self.start : end] = positions
-        if documents is not None:
-            self.documents[:, self.start : end] = documents
-            self.isolated = True
-        held = self.documents[:, :end] if self.isolated else None
-        return Layout(positions, self.positions[:, :end], documents, held, slopes=slopes, first=self.start)
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values [B, G, T, K]; returns all [B, G, S, K]."""
-        self.keys[layer, :, :, self.start : self.length] = keys
-        self.values[layer, :, :, self.start : self.length] = values
-        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
 
 
 @torch.no_grad()
@@ -87,49 +37,30 @@ def generate_steps(
     stop_strings: Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None,
     seed: int | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the next id of every prompt; None for one that has stopped. Arguments as `generate`."""
-    _check_sampling(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    _check_prompts(model, prompts, max_new_tokens)
+    sampling = _Sampling(temperature, top_k, top_p, repetition_penalty)
     stop = _StopStrings(stop_strings, decode, len(prompts))
     if not prompts or max_new_tokens == 0:
         return
-    device = model.model.embed_tokens.weight.device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width = int(lengths.max())
-    # Prompts are aligned on the right; the padding is a document of its own, which nothing attends to.
-    tokens = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-    real = torch.arange(width, device=device) >= (width - lengths)[:, None]
-    ragged = bool((lengths != width).any())
-    positions = (torch.arange(width, device=device) - (width - lengths)[:, None]).clamp(min=0)
-    documents = real.long() if ragged else None
-    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+    room = max(map(len, prompts)) + max_new_tokens
+    if cache is None:
+        cache = KVCache(model, len(prompts), room)
+    elif len(prompts) > 1:
+        raise ValueError(f"a cache that is kept serves one prompt at a time, found {len(prompts)}")
+    cache.reserve(room)
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=cache.keys.device)
     if repetition_penalty != 1.0:
         for row, prompt in enumerate(prompts):
             seen[row, list(prompt)] = True
-
-    cache = KVCache(model, len(prompts), width + max_new_tokens)
-    hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
-    head = model.head_weight()
-    logits = F.linear(hidden[:, -1], head)
-    documents = real[:, -1:].long() if ragged else None
-    positions = positions[:, -1:]
+    generator = None if seed is None else torch.Generator(seen.device).manual_seed(seed)
     running = [True] * len(prompts)
-    decoder = None
+    reader = _read(model, prompts, cache, for_many=max_new_tokens >= LAY_OUT_FROM)
+    logits = next(reader)
     for count in range(1, max_new_tokens + 1):
-        logits = given = logits.float()
-        if repetition_penalty != 1.0:
-            penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-            logits = torch.where(seen, penalised, logits)
-        finite = (logits.abs().amax(-1) / (temperature or 1.0)).isfinite()  # NaN is the largest of all
-        if not finite.all():
-            _refuse_overflow(given, finite, running, f"{temperature=}, {repetition_penalty=}")
-            logits = logits.where(finite[:, None], 0.0)  # only in rows that have stopped and no longer count
-        chosen = _sample(logits, temperature, top_k, top_p, generator)
-        if repetition_penalty != 1.0:
-            seen[torch.arange(len(prompts), device=device), chosen] = True
+        chosen = sampling.choose(logits, seen, running, generator)
         step: list[int | None] = []
         for row, token in enumerate(chosen.tolist()):
             step.append(token if running[row] else None)
@@ -137,14 +68,54 @@ def generate_steps(
         yield step
         if not any(running) or count == max_new_tokens:
             return
-        tokens, positions = chosen[:, None], positions + 1
-        if count == 1 and max_new_tokens >= LAY_OUT_FROM:
-            decoder = decode_step_for(model, len(prompts))
-        if decoder is not None:
-            logits = decoder(tokens, positions, documents, cache)
-        else:
-            hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
-            logits = F.linear(hidden[:, -1], head)
+        logits = reader.send(chosen)
+
+
+def _read(
+    model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache, for_many: bool
+) -> Generator[Tensor, Tensor, None]:
+    """Logits [B, V] of what follows the prompts, then of what follows the ids [B] that are sent.
+
+    A single prompt is read from where it differs from what the cache holds. `for_many` new tokens it pays to lay out
+    the weights or to record a graph.
+    """
+    if single := len(prompts) == 1:
+        prompts = [prompts[0][cache.share(prompts[0]) :]]
+    width, device, head = max(map(len, prompts)), cache.keys.device, model.head_weight()
+
+    def step(tokens: Tensor, positions: Tensor, documents: Tensor | None) -> Tensor:
+        hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
+        return linear(hidden[:, -1], head)
+
+    # Prompts are aligned on the right; the padding is a document of its own, which nothing attends to.
+    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    padding = torch.tensor([[width - len(prompt)] for prompt in prompts], device=device)
+    positions = torch.arange(width, device=device) - padding
+    documents = (positions >= 0).long() if padding.any() else None
+    positions = positions.clamp(min=0) + cache.length
+    logits = step(tokens, positions, documents)
+    cache.ids += prompts[0] if single else []
+    chosen = yield logits
+    positions, documents = positions[:, -1:], None if documents is None else documents[:, -1:]
+    weights = [module.weight for module in model.model.modules() if isinstance(module, nn.Linear)]
+    packed = PackedWeights([*weights, head] if for_many else [], len(prompts))
+    advance = StaticStep(step, cache) if for_many and _recordable(model) else step
+    while True:
+        positions = positions + 1
+        with packed:
+            logits = advance(chosen[:, None], positions, documents)
+        cache.ids += chosen.tolist() if single else []
+        chosen = yield logits
+
+
+def _recordable(model: Transformer) -> bool:
+    """Whether a CUDA graph may stand for the model: in evaluation mode, and nobody watches its modules."""
+    watched = (
+        module.training or module._forward_hooks or module._forward_pre_hooks
+        or getattr(module, "gate_record", None) is not None
+        for module in model.modules()
+    )  # fmt: skip
+    return model.model.embed_tokens.weight.is_cuda and not any(watched)
 
 
 def generate(
@@ -160,6 +131,7 @@ def generate(
     stop_strings: Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None,
     seed: int | None = None,
+    cache: KVCache | None = None,
 ) -> list[list[int]]:
     """The continuation of each prompt (a list of token ids), without the prompt and without the stop token.
 
@@ -176,7 +148,7 @@ def generate(
     steps = generate_steps(
         model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         repetition_penalty=repetition_penalty, stop_tokens=stop_tokens, stop_strings=stop_strings, decode=decode,
-        seed=seed,
+        seed=seed, cache=cache,
     )  # fmt: skip
     for step in steps:
         for answer, token in zip(answers, step, strict=True):
@@ -244,20 +216,59 @@ class _StopStrings:
         return any(stop in text for stop in self.strings)
 
 
-def _refuse_overflow(logits: Tensor, finite: Tensor, running: Sequence[bool], settings: str) -> None:
-    """ValueError that names the running rows whose scores are not finite, and whether model or settings did it."""
-    rows = [row for row, fine in enumerate(finite.tolist()) if running[row] and not fine]
-    broken = [row for row in rows if not logits[row].isfinite().all()]
-    if broken:
-        raise ValueError(
-            f"the model computes logits that are not finite for prompts {broken} (counted from 0); its weights are "
-            "damaged, or too large for float16: load it in float32 or bfloat16"
-        )
-    if rows:
-        raise ValueError(
-            f"{settings} makes the logits of prompts {rows} (counted from 0) overflow; a temperature of 0 always takes "
-            "the most probable token"
-        )
+@dataclass
+class _Sampling:
+    """How the next id is chosen."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float
+
+    def __post_init__(self) -> None:
+        temperature, penalty = self.temperature, self.repetition_penalty
+        if temperature < 0 or 0 < temperature < MIN_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be 0, which takes the most probable token, or at least {MIN_TEMPERATURE}, "
+                f"found {temperature}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, found {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1] or None, found {self.top_p}")
+        if not math.isfinite(temperature) or not math.isfinite(penalty) or penalty <= 0:
+            raise ValueError(f"temperature {temperature} and repetition_penalty {penalty} must be finite and positive")
+
+    def choose(
+        self, logits: Tensor, seen: Tensor, running: Sequence[bool], generator: torch.Generator | None
+    ) -> Tensor:
+        """Ids [B] from logits [B, V]; `seen` [B, V] marks the tokens so far, and is kept."""
+        given = logits = logits.float()
+        if self.repetition_penalty != 1.0:
+            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(seen, penalised, logits)
+        finite = (logits.abs().amax(-1) / (self.temperature or 1.0)).isfinite()  # NaN is the largest of all
+        if not finite.all():
+            self._refuse_overflow(given, finite, running)
+            logits = logits.where(finite[:, None], 0.0)  # only in rows that have stopped and no longer count
+        chosen = _sample(logits, self.temperature, self.top_k, self.top_p, generator)
+        if self.repetition_penalty != 1.0:
+            seen.scatter_(1, chosen[:, None], True)
+        return chosen
+
+    def _refuse_overflow(self, logits: Tensor, finite: Tensor, running: Sequence[bool]) -> None:
+        """ValueError that names the running rows whose scores are not finite, and whether model or settings did it."""
+        rows = [row for row, fine in enumerate(finite.tolist()) if running[row] and not fine]
+        if broken := [row for row in rows if not logits[row].isfinite().all()]:
+            raise ValueError(
+                f"the model computes logits that are not finite for prompts {broken} (counted from 0); its weights are "
+                "damaged, or too large for float16: load it in float32 or bfloat16"
+            )
+        if rows:
+            raise ValueError(
+                f"temperature={self.temperature}, repetition_penalty={self.repetition_penalty} makes the logits of "
+                f"prompts {rows} (counted from 0) overflow; a temperature of 0 always takes the most probable token"
+            )
 
 
 def _sample(
@@ -278,15 +289,7 @@ def _sample(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
-def _check_sampling(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    repetition_penalty: float,
-) -> None:
+def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty; give at least one token")
@@ -294,16 +297,3 @@ def _check_sampling(
             raise ValueError(f"prompt {i} holds an id outside the vocabulary of {model.config.vocab_size} tokens")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, found {max_new_tokens}")
-    if temperature < 0 or 0 < temperature < MIN_TEMPERATURE:
-        raise ValueError(
-            f"temperature must be 0, which takes the most probable token, or at least {MIN_TEMPERATURE}, "
-            f"found {temperature}"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, found {top_k}")
-    if not math.isfinite(temperature) or not math.isfinite(repetition_penalty):
-        raise ValueError(f"temperature {temperature} and repetition_penalty {repetition_penalty} must be finite")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1] or None, found {top_p}")
-    if repetition_penalty <= 0:
-        raise ValueError(f"repetition_penalty must be positive, found {repetition_penalty}")

@@ -9,10 +9,8 @@ lists of tensors, each by its bytes, since allocators treat large ones and small
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -235,19 +233,6 @@ def cache_bytes(config: ModelConfig, batch_size: int, capacity: int, dtype: torc
     """A KVCache: 2·L·B·G·capacity·K numbers in `dtype`, and a position and a document id a token (int64)."""
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize + 16
     return batch_size * capacity * token
-
-
-def available_memory() -> int | None:
-    """Bytes that this host can still give, within its control group's limit; None where it does not say."""
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-    if found is None:
-        return None
-    free = 1024 * int(found[1])
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, max(0, int(text) - int(used.read_text())))
-    return free
 
 
 def _norm(n: int, size: int, itemsize: int) -> list[int]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +17,7 @@ from pedgpt.models.config import ModelConfig
 from pedgpt.models.positions import alibi_slopes, apply_rope, document_positions, rotary_tables
 
 if TYPE_CHECKING:
-    from pedgpt.models.generation import KVCache
+    from pedgpt.models.cache import KVCache
 
 
 class RMSNorm(nn.Module):
@@ -60,14 +59,13 @@ class Attention(nn.Module):
         layer: int,
     ) -> Tensor:
         packed = self.W_pack(x).chunk(3, -1) if self.fused_qkv else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (rearrange(part, "B T (H K) -> B H T K", K=self.head_dim) for part in packed)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in packed)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = attention(q, k, v, layout)
-        return self.o_proj(rearrange(out, "B H T K -> B T (H K)"))
+        return self.o_proj(attention(q, k, v, layout).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from pedgpt.data import Example, collate_pairs
 from pedgpt.data.preference import EncodedPair
 from pedgpt.models import load_model
-from pedgpt.models.generation import KVCache
+from pedgpt.models.cache import KVCache
 from pedgpt.models.transformer import document_positions
 
 KINDS = ["llama", "qwen3", "baichuan-rope", "baichuan-alibi"]

@@ -1,22 +1,27 @@
-"""One token at a time over weights laid out for it, against the model's own whole forward pass."""
+"""Decoding over weights laid out for few rows, against the model's own whole forward pass."""
 
 import copy
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 
-from pedgpt.adapters import ExpertLoRALinear, LoRALinear, adapters_disabled, inject_experts, inject_lora, record_gates
-from pedgpt.models import decoding, generate, generation
-from pedgpt.models.decoding import DecodeStep, SharedInput, decode_step_for
-from pedgpt.models.generation import KVCache
+from pedgpt.adapters import ExpertLoRALinear, adapters_disabled, inject_experts, inject_lora, record_gates
+from pedgpt.kernels import linear, lora_linear
+from pedgpt.kernels.cpu import packed
+from pedgpt.kernels.cpu.packed import PackedWeights
+from pedgpt.models import generate, generate_steps, generation
+from pedgpt.models.cache import KVCache
 
 KINDS = ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"]
+PROMPTS = [[5], [17, 3, 99, 4, 61], [130, 0, 0, 7, 12, 55, 8, 9, 101]]
 ADAPTERS = {
     "none": lambda model: None,
     "experts": lambda model: inject_experts(model, rank=3, num_specific_experts=2, alpha=5),
     "lora": lambda model: inject_lora(model, rank=4, alpha=6),
-    # The second of three layers that share an input, and one that has its input for itself.
     "lora-some": lambda model: inject_lora(model, rank=2, target_modules=["up_proj", "o_proj"]),
     "experts-some": lambda model: inject_experts(model, rank=2, target_modules=["gate_proj", "down_proj"]),
 }
@@ -39,23 +44,36 @@ def adapted(make_model):
     return make
 
 
-@torch.no_grad()
-def stepwise(model, tokens, prompt, documents=None):
-    """Logits [B, T - prompt, V]: the prompt as the model reads it, then token by token, as `generate` decodes.
+@pytest.fixture
+def laid_out(monkeypatch):
+    """Every PackedWeights that generation makes, in order."""
+    made = []
 
-    A processor that cannot multiply bfloat16 has no decoder for it, and the model itself reads every token.
-    """
-    decoder, cache = decode_step_for(model, len(tokens)), KVCache(model, *tokens.shape)
-    assert (decoder is None) == (model.head_weight().dtype == torch.bfloat16 and not decoding._supports_bfloat16())
-    model.hidden_states(tokens[:, :prompt], documents=documents, cache=cache)
-    steps = []
-    for t in range(prompt, tokens.shape[1]):
-        token, last = tokens[:, t : t + 1], None if documents is None else documents[:, -1:]
-        if decoder is None:
-            steps.append(model(token, documents=last, cache=cache)[:, 0])
-        else:
-            steps.append(decoder(token, cache.next_positions(1), last, cache))
-    return torch.stack(steps, dim=1)
+    class Seen(PackedWeights):
+        def __init__(self, weights, rows):
+            super().__init__(weights, rows)
+            made.append(self)
+
+    monkeypatch.setattr(generation, "PackedWeights", Seen)
+    return made
+
+
+@torch.no_grad()
+def stepwise(model, tokens, prompt):
+    """Logits [B, T - prompt, V], as `generate` computes them for the tokens that follow the first `prompt`."""
+    cache = KVCache(model, *tokens.shape)
+    reader = generation._read(model, tokens[:, :prompt].tolist(), cache, for_many=True)
+    next(reader)
+    return torch.stack([reader.send(column) for column in tokens[:, prompt:].unbind(1)], dim=1)
+
+
+@torch.no_grad()
+def alone(model, prompt, count):
+    """Greedy continuation, the whole sequence computed again for every token."""
+    tokens = torch.tensor([prompt])
+    for _ in range(count):
+        tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return tokens[0, len(prompt) :].tolist()
 
 
 def rms(value):
@@ -64,7 +82,7 @@ def rms(value):
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_match_float64_as_the_whole_forward_pass_does(adapted, random_tokens, kind, adapter):
+def test_logits_match_float64_as_the_whole_forward_pass_does(adapted, random_tokens, laid_out, kind, adapter):
     model, tokens = adapted(kind, adapter), random_tokens(1 if "some" in adapter else 3, 15)
     precise = copy.deepcopy(model).double()
     for disabled in [False] if adapter == "none" else [False, True]:
@@ -75,17 +93,19 @@ def test_logits_match_float64_as_the_whole_forward_pass_does(adapted, random_tok
             truth, whole, found = precise(tokens)[:, 6:], model(tokens)[:, 6:], stepwise(model, tokens, 6)
         assert rms(found - truth) <= 2 * rms(whole - truth) + 1e-7
         assert (rms(truth - base) > 0.1) == (adapter != "none" and not disabled)
+    assert all(len(weights.copies) == 2 * (5 if "baichuan" in kind else 7) + 1 for weights in laid_out)
 
 
 @pytest.mark.parametrize("adapter", ["none", "experts"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_is_as_near_the_truth_as_the_whole_forward_pass(adapted, random_tokens, kind, adapter):
+def test_bfloat16_is_as_near_the_truth_as_the_whole_forward_pass(adapted, random_tokens, laid_out, kind, adapter):
     model, tokens = adapted(kind, adapter).bfloat16(), random_tokens(3, 15)
     with torch.no_grad():
         found, whole = stepwise(model, tokens, 6), model(tokens)[:, 6:]
         truth = model.float()(tokens)[:, 6:]
     assert found.dtype == torch.bfloat16
     assert 0 < rms(found - truth) <= 1.1 * rms(whole - truth)
+    assert bool(laid_out[0].copies) == packed.multiplies_bfloat16()
 
 
 def test_biases_of_every_layer_are_added(adapted, random_tokens):
@@ -96,23 +116,15 @@ def test_biases_of_every_layer_are_added(adapted, random_tokens):
 
 @pytest.mark.parametrize("adapter", ["none", "experts"])
 @pytest.mark.parametrize("kind", ["llama", "baichuan-alibi"])
-@pytest.mark.parametrize("laid_out_from", [20, 21])
-def test_generation_is_the_same_whether_or_not_weights_are_laid_out(adapted, monkeypatch, kind, adapter, laid_out_from):
-    """A ragged batch against one prompt at a time, all of it decoded by the model itself."""
-    model, prompts = adapted(kind, adapter), [[5], [17, 3, 99, 4, 61], [130, 0, 0, 7, 12, 55, 8, 9, 101]]
-    monkeypatch.setattr(generation, "LAY_OUT_FROM", 10**9)
-    expected = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in prompts]
-    monkeypatch.setattr(generation, "LAY_OUT_FROM", laid_out_from)
-    made = []
-    monkeypatch.setattr(generation, "decode_step_for", lambda *given: made.append(decode_step_for(*given)) or made[-1])
-    assert generate(model, prompts, max_new_tokens=20) == expected
-    assert [type(decoder) for decoder in made] == ([DecodeStep] if laid_out_from <= 20 else [])
-
-
-def test_short_answers_do_not_pay_for_the_layout(make_model, monkeypatch):
-    monkeypatch.setattr(generation, "decode_step_for", None)
-    model = make_model("llama")
-    assert len(generate(model, [[5]], max_new_tokens=generation.LAY_OUT_FROM - 1)[0]) == generation.LAY_OUT_FROM - 1
+def test_generation_is_the_same_whether_or_not_weights_are_laid_out(adapted, monkeypatch, laid_out, kind, adapter):
+    """A ragged batch against one prompt at a time; short answers do not pay for the layout."""
+    model = adapted(kind, adapter)
+    monkeypatch.setattr(generation, "LAY_OUT_FROM", 21)
+    expected = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in PROMPTS]
+    assert [len(weights.copies) for weights in laid_out] == [0, 0, 0]
+    monkeypatch.setattr(generation, "LAY_OUT_FROM", 20)
+    assert generate(model, PROMPTS, max_new_tokens=20) == expected
+    assert len(laid_out[-1].copies) > 10
 
 
 def test_weights_are_read_anew_by_every_call(make_model):
@@ -123,79 +135,144 @@ def test_weights_are_read_anew_by_every_call(make_model):
         parameter.data.mul_(torch.linspace(0.5, 1.5, parameter.shape[-1]))
     after = generate(model, [[5, 6]], max_new_tokens=20)
     assert after != before
-    tokens = torch.tensor([[5, 6, *after[0]]])
-    with torch.no_grad():
-        assert model(tokens)[0, 1:-1].argmax(-1).tolist() == after[0]
+    assert after[0] == alone(model, [5, 6], 20)
 
 
-def test_where_a_copy_would_not_do_there_is_none(adapted, monkeypatch):
-    model = adapted("llama", "experts")
-    assert isinstance(decode_step_for(model, 4), DecodeStep)
-    assert decode_step_for(model, 65) is None
-    assert decode_step_for(model.train(), 4) is None  # the gates are noisy
-    with record_gates(model.eval()):
-        assert decode_step_for(model, 4) is None  # the records would miss what it decodes
-    assert decode_step_for(model.double(), 4) is None
-    model.float()
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    monkeypatch.setattr(decoding, "available_memory", lambda: 2 * size - 1)
-    assert decode_step_for(model, 4) is None
-    monkeypatch.setattr(decoding, "available_memory", lambda: 2 * size)
-    assert decode_step_for(model, 4) is not None
+@pytest.mark.parametrize("how", ["ended", "closed", "failed"])
+def test_copies_are_read_within_a_step_only_and_go_with_the_call(make_model, laid_out, how):
+    model = make_model("llama")
+    steps = generate_steps(model, [[5, 6]], max_new_tokens=20)
+    for _ in range(3):
+        next(steps)
+        assert not packed._ACTIVE.copies
+    alive = weakref.ref(laid_out.pop())
+    if how == "ended":
+        list(steps)
+    elif how == "closed":
+        steps.close()
+    else:
+        with torch.no_grad():
+            model.model.norm.weight.fill_(torch.nan)
+        with pytest.raises(ValueError, match="not finite"):
+            next(steps)
+    del steps
+    gc.collect()
+    assert alive() is None and not packed._ACTIVE.copies
 
 
-def test_available_memory_is_what_the_system_says():
-    lines = dict(line.split(":") for line in open("/proc/meminfo"))
-    total = 1024 * int(lines["MemTotal"].split()[0])
-    assert 0 < decoding.available_memory() < total
-
-
-def test_layers_that_share_an_input_are_two_products_at_most(adapted):
-    model = adapted("llama", "experts")
-    attention = model.model.layers[0].self_attn
-    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-    x = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = torch.cat([layer(x) for layer in layers], dim=-1)
-        found = SharedInput(layers, 2)(x)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-
-
-def test_models_that_the_decoder_does_not_know_are_left_alone(adapted, monkeypatch):
-    mixed = adapted("llama", "none")
-    attention = mixed.model.layers[1].self_attn
-    attention.q_proj, attention.v_proj = LoRALinear(attention.q_proj, rank=2), LoRALinear(attention.v_proj, rank=4)
-    assert decode_step_for(mixed.eval(), 2) is None  # two ranks in one product
-    attention.v_proj = ExpertLoRALinear(attention.k_proj, rank=2)
-    assert decode_step_for(mixed.eval(), 2) is None  # two kinds
-
-    class Doubled(torch.nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    other = adapted("llama", "none")
-    assert isinstance(decode_step_for(other, 2), DecodeStep)
-    other.model.layers[0].mlp.down_proj = Doubled(50, 48, bias=False).eval()
-    assert decode_step_for(other, 2) is None
-
-    hooked = adapted("llama", "none")
-    handle = hooked.model.layers[0].register_forward_hook(lambda *_: None)
-    assert decode_step_for(hooked, 2) is None
-    handle.remove()
-    assert isinstance(decode_step_for(hooked, 2), DecodeStep)
-
-    half = adapted("llama", "none").bfloat16()
-    monkeypatch.setattr(decoding, "_supports_bfloat16", lambda: False)  # most processors without AVX512
-    assert decode_step_for(half, 2) is None
+def test_where_a_copy_would_not_do_there_is_none(make_model, monkeypatch):
+    model = make_model("llama")
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    assert len(PackedWeights(weights, 64).copies) == len(weights)
+    assert not PackedWeights(weights, 65).copies
+    assert not PackedWeights([weight.double() for weight in weights], 1).copies
+    assert not PackedWeights([weight.t() for weight in weights], 1).copies
+    assert not PackedWeights([weight.to("meta") for weight in weights], 1).copies
+    size = sum(weight.nbytes for weight in weights)
+    monkeypatch.setattr(packed, "available_memory", lambda: 2 * size - 1)
+    assert not PackedWeights(weights, 1).copies
+    monkeypatch.setattr(packed, "available_memory", lambda: 2 * size)
+    assert len(PackedWeights([*weights, *weights], 1).copies) == len(weights)  # tied ones count once
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)  # most without AVX-512
+    half = model.bfloat16()
+    assert not PackedWeights([m.weight for m in half.modules() if isinstance(m, nn.Linear)], 1).copies
     assert len(generate(half, [[5]], max_new_tokens=20)[0]) == 20
 
 
-@pytest.mark.parametrize(("limit", "expected"), [("max", 5000 * 1024), ("3000000", 2_000_000), ("900000", 0)])
-def test_available_memory_respects_the_control_group(monkeypatch, limit, expected):
-    files = {
-        "/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n", "/sys/fs/cgroup/memory.max": f"{limit}\n",
-        "/sys/fs/cgroup/memory.current": "1000000\n",
-    }  # fmt: skip
-    monkeypatch.setattr("pathlib.Path.exists", lambda path: str(path) in files)
-    monkeypatch.setattr("pathlib.Path.read_text", lambda path: files[str(path)])
-    assert decoding.available_memory() == expected
+def test_products_read_the_copy_of_their_own_matrix_only():
+    """The copies are of other numbers here, which shows who reads them."""
+    generator = torch.Generator().manual_seed(0)
+    weight, other, x = (torch.randn(24, 24, generator=generator) for _ in range(3))
+    copies = PackedWeights([weight], 4)
+    (key,) = copies.copies
+    copies.copies[key] = weight, torch.ops.mkldnn._reorder_linear_weight(other, 4)
+    A, B, bias = torch.randn(3, 24, generator=generator), torch.randn(24, 3, generator=generator), x[0].clone()
+    with copies:
+        with torch.no_grad():
+            torch.testing.assert_close(linear(x[:5], weight, bias), x[:5] @ other.t() + bias)
+            torch.testing.assert_close(linear(x.view(2, 3, 4, 24), weight), (x @ other.t()).view(2, 3, 4, 24))
+            y, *_ = lora_linear(x[:5], weight, None, A, B, scaling=2.0)
+            torch.testing.assert_close(y, x[:5] @ (other + 2 * B @ A).t(), atol=1e-4, rtol=0)
+            for w in (weight.t(), weight.clone(), weight[:12]):
+                torch.testing.assert_close(linear(x[:5], w), x[:5] @ w.t(), atol=1e-5, rtol=0)
+            many = x.repeat(3, 1)
+            torch.testing.assert_close(linear(many, weight), many @ weight.t(), atol=1e-5, rtol=0)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert linear(x, weight).dtype == torch.bfloat16
+        leaf = x[:5].clone().requires_grad_()
+        linear(leaf, weight).sum().backward()  # a copy has no gradients
+        torch.testing.assert_close(leaf.grad, weight.sum(0).expand(5, -1), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x[:5], weight), x[:5] @ weight.t(), atol=1e-5, rtol=0)
+
+
+class TopOne(ExpertLoRALinear):
+    """Only the expert with the largest gate speaks."""
+
+    def forward(self, x):
+        gates = (x.float() @ self.router.float().t()).softmax(-1)
+        gates = torch.where(gates == gates.amax(-1, keepdim=True), 1.0, 0.0)
+        A, B = self.universal_expert
+        y = nn.functional.linear(x, self.weight, self.bias) + self.scaling * x @ A.t() @ B.t()
+        for j, (A, B) in enumerate(self.specific_experts):
+            y = y + self.scaling * gates[..., j, None] * (x @ A.t() @ B.t())
+        return y
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class GELU(nn.Module):
+    """Two matrices, no gate, and none of the names that the decoder's own MLP has."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.rise = nn.Parameter(torch.randn(70, 48, generator=generator) / 7)
+        self.fall = nn.Parameter(torch.randn(48, 70, generator=generator) / 8)
+
+    def forward(self, x):
+        return linear(nn.functional.gelu(linear(x, self.rise)), self.fall)
+
+
+def change_gates(model):
+    for module in model.modules():
+        if isinstance(module, ExpertLoRALinear):
+            module.__class__ = TopOne
+
+
+def change_mlp(model):
+    for block in model.model.layers:
+        block.mlp = GELU().eval()
+
+
+def change_down(model):
+    for block in model.model.layers:
+        doubled = Doubled(50, 48, bias=False).eval()
+        doubled.weight = block.mlp.down_proj.weight
+        block.mlp.down_proj = doubled
+
+
+@pytest.mark.parametrize(
+    ("change", "adapter"), [(change_gates, "experts"), (change_mlp, "none"), (change_down, "none")]
+)
+def test_an_unknown_gate_or_module_is_computed_by_its_own_forward(adapted, change, adapter):
+    model = adapted("llama", adapter)
+    known = generate(model, PROMPTS, max_new_tokens=24)
+    change(model)
+    expected = [alone(model, prompt, 24) for prompt in PROMPTS]
+    assert expected != known
+    assert generate(model, PROMPTS, max_new_tokens=24) == expected
+    assert [generate(model, [prompt], max_new_tokens=24)[0] for prompt in PROMPTS] == expected
+
+
+def test_hooks_and_gate_records_see_every_token(adapted):
+    model, seen = adapted("llama", "experts"), []
+    handle = model.model.layers[0].register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
+    with record_gates(model) as records:
+        generate(model, [[5, 6, 7]], max_new_tokens=20)
+    handle.remove()
+    assert seen == [3] + [1] * 19
+    assert {record.count for record in records.values()} == {22}

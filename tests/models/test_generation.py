@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from pedgpt.models import generate, generate_steps, generation_defaults, save_model
-from pedgpt.models.generation import KVCache, _sample
+from pedgpt.models.cache import KVCache
+from pedgpt.models.generation import _sample
 
 KINDS = ["llama", "qwen3", "baichuan-rope", "baichuan-alibi"]
 PROMPTS = [[5], [17, 3, 99, 4, 61], [130, 0, 0, 7, 12, 55, 8, 9, 101], [0, 2, 0]]

@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from pedgpt.models import ModelConfig, Transformer, memory
-from pedgpt.models.generation import KVCache
+from pedgpt.models.cache import KVCache
 
 BASE = {
     "vocab_size": 131, "hidden_size": 48, "intermediate_size": 50, "num_hidden_layers": 3, "num_attention_heads": 6,

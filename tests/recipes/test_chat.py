@@ -81,6 +81,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     assert "Traceback" not in answer and 20 < len(answer) and whole.startswith(answer[:20])
 
 
+def test_a_turn_reads_only_what_is_new_and_answers_as_if_it_read_all(lab, folder, monkeypatch):
+    chat, asked = lab.module("chat"), []
+
+    def steps(model, prompts, *, cache, **settings):
+        held = cache.share(prompts[0])
+        ids = list(chat.pedgpt_steps(model, prompts, cache=cache, **settings))
+        asked.append((len(prompts[0]), held, ids == list(chat.pedgpt_steps(model, prompts, **settings))))
+        return ids
+
+    monkeypatch.setattr(chat, "pedgpt_steps", chat.generate_steps, raising=False)
+    monkeypatch.setattr(chat, "generate_steps", steps)
+    out, err = talk(lab, "发热\n咳嗽\n/reset\n发热\n", folder, "--max_new_tokens", 20)
+    assert not err and out.count("助手>") == 3
+    (first, none, *_), (second, held, _), (again, forgotten, _) = asked
+    assert [equal for _, _, equal in asked] == [True, True, True]
+    assert (none, again, forgotten) == (0, first, 0) and first <= held < second
+
+
 def test_a_stop_string_ends_the_answer_before_it(lab, folder):
     whole = expected(folder, "发热", max_new_tokens=60)
     stop = whole[10:13]

@@ -1,0 +1,169 @@
+"""The keys and values of the tokens that a model has read, so that they are not computed again.
+
+Letters: L layers, B batch, G key-value heads, T new tokens, S tokens held, K head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pedgpt.kernels.attention import Layout
+
+if TYPE_CHECKING:
+    from pedgpt.models.transformer import Transformer
+
+BUCKET = 256  # keys; a static cache reads a multiple of them
+
+
+class KVCache:
+    """Keys and values [L, B, G, capacity, K], positions and document ids [B, capacity] of the tokens that were read.
+
+    `extend` is called once a forward pass, `append` once a layer; both return everything held so far. The memory is
+    taken once; only `reserve` takes more. `ids` are the tokens of a cache of one row, as far as `generate` read them.
+    Where `cursor` (int64 [1], on the device) is set, one token a row is written there, and the first `bucket` keys are
+    returned, of which no query sees those after it: nothing depends on `length`, so a CUDA graph can record it.
+    """
+
+    def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None:
+        config, weight = model.config, model.model.embed_tokens.weight
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.empty_like(self.keys)
+        self.positions = torch.empty(batch_size, capacity, dtype=torch.long, device=weight.device)
+        self.documents = torch.empty_like(self.positions)
+        self.isolated = False  # whether any token came with a document id
+        self.capacity, self.start, self.length = capacity, 0, 0
+        self.ids: list[int] = []
+        self.cursor: Tensor | None = None
+        self.bucket = 0
+
+    def check_room(self, batch_size: int, count: int) -> None:
+        """Raise ValueError unless `count` more tokens of a batch of this size fit."""
+        end = self.length + count
+        if batch_size != len(self.positions) or end > self.capacity:
+            raise ValueError(
+                f"the cache holds {len(self.positions)} x {self.capacity} tokens; "
+                f"asked for a batch of {batch_size} up to token {end}"
+            )
+
+    def next_positions(self, count: int) -> Tensor:
+        """Positions [B, count] that follow the last one held."""
+        after = torch.arange(count, device=self.positions.device).expand(len(self.positions), -1)
+        return after + self.positions[:, self.length - 1 : self.length] + 1 if self.length else after
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` tokens in all. What is held stays."""
+        if capacity <= self.capacity:
+            return
+        for name, axis in (("keys", 3), ("values", 3), ("positions", 1), ("documents", 1)):
+            held = getattr(self, name)
+            larger = held.new_empty(*held.shape[:axis], capacity, *held.shape[axis + 1 :])
+            larger.narrow(axis, 0, self.length).copy_(held.narrow(axis, 0, self.length))
+            setattr(self, name, larger)
+        self.capacity = capacity
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"the cache holds {self.length} tokens; asked to keep {length}")
+        self.length, self.isolated = length, self.isolated and length > 0
+        del self.ids[length:]
+
+    def share(self, prompt: Sequence[int]) -> int:
+        """Forget what differs from `prompt`; returns how many of its tokens are held. The last one never is."""
+        common, longest = 0, min(len(self.ids), len(prompt) - 1)
+        while common < longest and self.ids[common] == prompt[common]:
+            common += 1
+        self.truncate(common)
+        return common
+
+    def extend(self, positions: Tensor, documents: Tensor | None, slopes: Tensor | None = None) -> Layout:
+        """Make room for positions [B, T]; returns how they see all that is held. `slopes` are ALiBi's, by head."""
+        if documents is None and self.isolated:
+            raise ValueError("the cache holds document ids; pass `documents` for the new tokens too")
+        if self.cursor is None:
+            self.start, self.length = self.length, self.length + positions.shape[1]
+        self.isolated = documents is not None
+        self._write(self.positions, 1, positions)
+        self._write(self.documents, 1, torch.zeros_like(positions) if documents is None else documents)
+        end, first = (self.length, self.start) if self.cursor is None else (self.bucket, self.cursor[0])
+        held = self.documents[:, :end] if self.isolated else None
+        return Layout(positions, self.positions[:, :end], documents, held, slopes=slopes, first=first)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values [B, G, T, K]; returns all [B, G, S, K]."""
+        end = self.length if self.cursor is None else self.bucket
+        keys, values = self._write(self.keys[layer], 2, keys), self._write(self.values[layer], 2, values)
+        return keys[:, :, :end], values[:, :, :end]
+
+    def _write(self, held: Tensor, axis: int, new: Tensor) -> Tensor:
+        if self.cursor is not None:
+            return held.index_copy_(axis, self.cursor, new.to(held.dtype))
+        held.narrow(axis, self.start, new.shape[axis]).copy_(new)
+        return held
+
+
+class StaticStep:
+    """A step of decoding over tensors that stay where they are: `step(tokens, positions, documents)` [B, 1] → [B, V].
+
+    On CUDA it is recorded as a graph and replayed, once for each number of keys that is read. Python then runs once a
+    graph, so nothing in the step may depend on what it computes.
+    """
+
+    def __init__(self, step: Callable[..., Tensor], cache: KVCache) -> None:
+        self.step, self.cache, self.bucket = step, cache, 0
+        self.cursor = cache.positions.new_zeros(1)
+        self.inputs: list[Tensor | None] = []
+        self.records = self.cursor.is_cuda
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        cache = self.cache
+        self.inputs = self.inputs or [None if given is None else given.clone() for given in inputs]
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            if mine is not None and given is not None:
+                mine.copy_(given)
+        self.cursor.fill_(cache.length)
+        if cache.length >= self.bucket:  # A quarter more than is held, so that few graphs are recorded.
+            self.bucket = min(-(-(5 * cache.length // 4 + 1) // BUCKET) * BUCKET, cache.capacity)
+            for held in (cache.keys, cache.values):  # What is read before it is written may be anything but NaN.
+                held[:, :, :, cache.length : self.bucket] = 0
+            self.graph = self._record() if self.records else None
+        if self.graph is None:
+            self.logits = self._run()
+        else:
+            self.graph.replay()
+        cache.length += 1
+        return self.logits
+
+    def _run(self) -> Tensor:
+        self.cache.cursor, self.cache.bucket = self.cursor, self.bucket
+        try:
+            return self.step(*self.inputs)
+        finally:
+            self.cache.cursor = None
+
+    def _record(self) -> torch.cuda.CUDAGraph | None:
+        """A graph that leaves its result in `self.logits`; None, now and later, if the step cannot be recorded."""
+        mode, main = torch.cuda.get_sync_debug_mode(), torch.cuda.current_stream(self.cursor.device)
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.cursor.device)
+        side.wait_stream(main)
+        try:
+            with torch.cuda.stream(side):
+                self._run()  # Compiles kernels and takes workspaces, which cannot be recorded.
+                torch.cuda.set_sync_debug_mode("error")  # What waits for the device cannot be recorded either.
+                self._run()
+            torch.cuda.set_sync_debug_mode(mode)
+            with torch.cuda.device(self.cursor.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self._run()
+            return graph
+        except RuntimeError:
+            self.records = False
+            return None
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            main.wait_stream(side)

@@ -1,0 +1,267 @@
+"""The cache: cut back, enlarged, kept between answers, and static, as a CUDA graph needs it."""
+
+import gc
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pedgpt.adapters import inject_experts, record_gates
+from pedgpt.models import cache as cache_module
+from pedgpt.models import generate, generate_steps, generation
+from pedgpt.models.cache import KVCache, StaticStep
+
+KINDS = ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"]
+PROMPTS = [[5], [17, 3, 99, 4, 61], [130, 0, 0, 7, 12, 55, 8, 9, 101], [0, 2, 0]]
+WITH_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=WITH_GPU)]
+
+
+@pytest.fixture
+def with_experts(make_model):
+    """with_experts(kind): a tiny model whose experts and routers matter, in evaluation mode."""
+
+    def make(kind):
+        model = make_model(kind)
+        inject_experts(model, rank=3, num_specific_experts=2)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name or "router" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def static(monkeypatch):
+    """static(device): answers are decoded by static steps from now on; the list of those steps.
+
+    On a GPU they are recorded and replayed; on the CPU the same steps run as they are, over memory full of NaN.
+    """
+
+    def enable(device):
+        made = []
+
+        class Seen(StaticStep):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                self.runs = 0
+                made.append(self)
+
+            def _run(self):
+                self.runs += 1
+                return super()._run()
+
+        class Poisoned(KVCache):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                for tensor in (self.keys, self.values):
+                    tensor.fill_(torch.nan)
+
+        monkeypatch.setattr(generation, "StaticStep", Seen)
+        monkeypatch.setattr(generation, "KVCache", Poisoned)
+        monkeypatch.setattr(cache_module, "BUCKET", 8)
+        if device == "cpu":
+            monkeypatch.setattr(generation, "_recordable", lambda model: True)
+        return made
+
+    return enable
+
+
+@torch.no_grad()
+def alone(model, prompt, count):
+    """Greedy continuation, the whole sequence computed again for every token."""
+    tokens = torch.tensor([prompt])
+    for _ in range(count):
+        tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return tokens[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_that_was_cut_back_and_enlarged_goes_on_as_if_new(make_model, random_tokens, kind):
+    model, tokens, other = make_model(kind), random_tokens(2, 12), random_tokens(2, 12, seed=1)
+    documents = torch.tensor([[7] * 12, [7] * 12])
+    cache = KVCache(model, 2, 9)
+    with torch.no_grad():
+        model(torch.cat((tokens[:, :5], other[:, 5:9]), dim=1), cache=cache)
+        cache.truncate(5)
+        cache.reserve(12)
+        found = torch.cat([model(part, cache=cache) for part in tokens[:, 5:].split([4, 1, 2], dim=1)], dim=1)
+        torch.testing.assert_close(found, model(tokens)[:, 5:], atol=1e-5, rtol=0)
+        cache.truncate(0)
+        model(other, documents=documents, cache=cache)
+        cache.truncate(0)  # no document ids are left, nor positions
+        torch.testing.assert_close(model(tokens, cache=cache), model(tokens), atol=1e-5, rtol=0)
+    assert (cache.length, cache.capacity, cache.keys.shape[3]) == (12, 12, 12)
+    with pytest.raises(ValueError, match="holds 12 tokens; asked to keep 13"):
+        cache.truncate(13)
+
+
+def test_reserve_takes_nothing_where_there_is_room(make_model):
+    cache = KVCache(make_model("llama"), 1, 9)
+    before = cache.keys
+    cache.reserve(9)
+    assert cache.keys is before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_with_a_kept_cache_are_those_without(make_model, kind):
+    """Turns that continue the last, change its end, leave some of it out, repeat it, or share nothing with it."""
+    model, cache = make_model(kind), KVCache(make_model(kind), 1, 1)
+    prompt, read = [5, 17, 3], []
+    for turn in range(7):
+        read.append(cache.share(prompt))
+        answer = generate(model, [prompt], max_new_tokens=20 if turn % 2 else 9, cache=cache)[0]
+        assert answer == alone(model, prompt, len(answer)) and len(answer) > 8
+        assert cache.ids == [*prompt, *answer[:-1]] and cache.length == len(cache.ids)
+        prompt = {
+            0: [*prompt, *answer, 9, 4],  # the next turn
+            1: [*prompt, *answer[:5], 8, 8, 8],  # what was said is changed
+            2: prompt[:4],  # and taken back
+            3: prompt,  # the same again
+            4: [99, *prompt],
+            5: [*prompt, *answer],  # nothing new is said
+        }.get(turn, prompt)
+    # Nobody needed the keys of an answer's last token, and of a prompt that is held whole the last is read again.
+    assert read == [0, 11, 19, 3, 3, 0, 24]
+
+
+def test_only_what_differs_is_read(make_model, monkeypatch):
+    model, read = make_model("llama"), []
+    forward = model.hidden_states
+    def counted(tokens, **rest):
+        read.append(tokens.shape[1])
+        return forward(tokens, **rest)
+
+    monkeypatch.setattr(model, "hidden_states", counted)
+    cache = KVCache(model, 1, 40)
+    prompt = [5, 17, 3, 4, 8]
+    answer = generate(model, [prompt], max_new_tokens=4, cache=cache)[0]
+    assert read == [5, 1, 1, 1]
+    read.clear()
+    generate(model, [[*prompt, *answer, 6]], max_new_tokens=1, cache=cache)
+    assert read == [2]  # the answer's last token, and the new one
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped", "interrupted", "interrupted within"])
+def test_an_interrupted_answer_leaves_the_cache_usable(make_model, how, monkeypatch):
+    model, cache = make_model("qwen3"), KVCache(make_model("qwen3"), 1, 1)
+    prompt = [5, 17, 3]
+    steps = generate_steps(model, [prompt], max_new_tokens=30, cache=cache)
+    said = [next(steps)[0] for _ in range(5)]
+    if how == "closed":
+        steps.close()
+    elif how == "dropped":
+        del steps
+        gc.collect()
+    elif how == "interrupted":
+        with pytest.raises(KeyboardInterrupt):
+            steps.throw(KeyboardInterrupt)
+    else:  # after the first layer has stored what the second has not
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(steps)
+        handle.remove()
+    prompt = [*prompt, *said, 7, 7]
+    assert generate(model, [prompt], max_new_tokens=20, cache=cache)[0] == alone(model, prompt, 20)
+
+
+def test_a_kept_cache_serves_one_prompt(make_model):
+    model = make_model("llama")
+    with pytest.raises(ValueError, match="one prompt at a time, found 2"):
+        generate(model, [[1], [2]], max_new_tokens=2, cache=KVCache(model, 2, 9))
+    with pytest.raises(ValueError, match="the cache holds 2 x"):
+        generate(model, [[1]], max_new_tokens=2, cache=KVCache(model, 2, 9))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("experts", [False, True], ids=["base", "experts"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_static_steps_give_the_same_answers(make_model, with_experts, static, kind, experts, device):
+    """Ragged and alone, sampled and greedy, over several buckets; a GPU records a graph for each."""
+    model = (with_experts if experts else make_model)(kind).to(device)
+    runs = [
+        (prompts, settings)
+        for prompts in (PROMPTS, [PROMPTS[1]])
+        for settings in ({}, {"temperature": 0.8, "top_k": 20, "seed": 3, "repetition_penalty": 1.2})
+    ]
+    expected = [generate(model, prompts, max_new_tokens=15, **settings) for prompts, settings in runs]
+    made = static(device)
+    found = [generate(model, prompts, max_new_tokens=24, **settings) for prompts, settings in runs]
+    assert [[answer[:15] for answer in answers] for answers in found] == expected
+    assert len(made) == len(runs)
+    for step in made:
+        assert step.bucket >= 24 and (step.graph is not None) == (device == "cuda")
+        assert step.runs <= 9 if device == "cuda" else step.runs == 23
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_kept_cache_and_static_steps_work_together(make_model, static, device):
+    model, prompt = make_model("llama").to(device), [5, 17, 3]
+    cache, made = KVCache(model, 1, 1), static(device)
+    for _ in range(3):
+        answer = generate(model, [prompt], max_new_tokens=18, cache=cache)[0]
+        assert answer == alone(model.cpu(), prompt, 18)
+        model.to(device)
+        prompt = [*prompt, *answer, 8]
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_that_asks_the_device_while_it_runs_is_not_recorded(make_model, static, device):
+    class Undecided(torch.nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x):
+            return self.mlp(x) if x.sum().item() > 0 else 2 * self.mlp(x)
+
+    model = make_model("llama").to(device)
+    model.model.layers[0].mlp = Undecided(model.model.layers[0].mlp).eval()
+    made = static(device)
+    prompt = [5, 17, 3]
+    assert generate(model, [prompt], max_new_tokens=20)[0] == alone(model.cpu(), prompt, 20)
+    assert made[0].graph is None and not made[0].records
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_static_step_makes_no_tensor_from_the_hosts_numbers_and_reads_none(with_experts, kind):
+    """Neither can be recorded: a graph would repeat the number of the first time."""
+
+    class NoHost(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            assert function.overloadpacket not in (
+                torch.ops.aten.lift_fresh, torch.ops.aten.lift_fresh_copy, torch.ops.aten._local_scalar_dense,
+                torch.ops.aten.nonzero,
+            ), function  # fmt: skip
+            return function(*arguments, **(keywords or {}))
+
+    model = with_experts(kind)
+    cache, tokens = KVCache(model, 2, 9), torch.tensor([[3], [4]])
+    cache.cursor, cache.bucket = torch.tensor([0]), 9
+    documents, positions = torch.ones_like(tokens), torch.zeros_like(tokens)
+    with torch.no_grad(), NoHost():
+        model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
+
+
+def test_models_that_are_watched_or_noisy_are_not_recorded(with_experts, monkeypatch):
+    model = with_experts("llama")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert generation._recordable(model)
+    with record_gates(model):
+        assert not generation._recordable(model)
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert not generation._recordable(model)
+    handle.remove()
+    model.model.layers[1].mlp.up_proj.train()
+    assert not generation._recordable(model)
+    model.eval()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", False)
+    assert not generation._recordable(model)
