@@ -19,3 +19,17 @@ if torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET")
         triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
     except ImportError:
         pass
+
+
+def by_triton(impl: str | None, x: torch.Tensor, fits: bool = True) -> bool:
+    """Whether x goes to a Triton kernel: as `impl`, "torch" or "triton", asks; for None if it is on CUDA and fits.
+
+    Raises ValueError for another name, and where Triton is asked for and cannot be had.
+    """
+    if impl not in (None, "torch", "triton"):
+        raise ValueError(f'impl must be "torch", "triton" or None, found {impl!r}')
+    suits = triton is not None and fits and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if impl == "triton" and not suits:
+        found = "no Triton" if triton is None else f"{x.dtype} {list(x.shape)}"
+        raise ValueError(f'impl="triton" needs Triton with a GPU, no float64 and sizes that fit, found {found}')
+    return suits if impl is None and x.is_cuda else impl == "triton"
