@@ -112,10 +112,8 @@ def _saved_by_mlp(config: ModelConfig, run: Pass) -> list[int]:
 def _normed(config: ModelConfig, run: Pass, readers: Collection[str]) -> list[int]:
     """What a norm keeps, and the linear layers that read its output."""
     shapes, size = linear_shapes(config), run.compute.itemsize * run.tokens * config.hidden_size
-    keeping = sum(name in shapes and run.keeps(name) for name in readers)
-    # The output is one tensor for all that read it, unless autocast makes each its own copy.
-    copies = min(keeping, 1) if run.stream == run.compute else keeping
-    return _norm(run.tokens, config.hidden_size, run.stream.itemsize) + [size] * copies
+    keeping = any(name in shapes and run.keeps(name) for name in readers)
+    return _norm(run.tokens, config.hidden_size, run.stream.itemsize) + [size] * keeping
 
 
 def by_blocks(run: Pass) -> bool:
