@@ -1,12 +1,14 @@
 """Triton where it can run: torch built for GPUs, or its interpreter (TRITON_INTERPRET=1); else both names are None.
 
-Importing it takes 70 MB and 0.15 s, which a CPU-only installation is spared. It exists for Linux alone.
+Importing it takes 70 MB and 0.15 s, which a CPU-only installation is spared unless it has been imported already, as
+benchmarks/compile_kernels.py does. It exists only for Linux.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ import torch
 triton: Any = None
 tl: Any = None
 # Whether there is a GPU is not asked: that would start CUDA, which a process that forks later must not.
-if torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1":
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+if torch.version.cuda or torch.version.hip or interpreted or "triton" in sys.modules:
     try:
         triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
     except ImportError:

@@ -150,7 +150,7 @@ def test_output_and_gradients_match_the_definition(name, shape, dtype, limit, im
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_close_to_float64_as_autograd(name, dtype, impl, poisoned):
     ours, plain, definition, shapes = OPERATORS[name]
-    # NOTE: Triton's interpreter cuts bfloat16 off where a GPU rounds it, so its errors may be twice as large, and two such steps add up.
+    # NOTE: Triton's interpreter cuts bfloat16 off where a GPU rounds it, so its errors are two to three times as large.
     slack = 3.0 if impl == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu" else 1.02
     errors = torch.zeros(2, 5)
     for seed in range(8):
@@ -177,6 +177,7 @@ def plain_rotary_in_float64(dtype):
 
 
 @all_operators
+@pytest.mark.filterwarnings("ignore:There is a performance drop because")
 def test_gradients_and_their_gradients_match_finite_differences(name):
     shape = (2, 2, 2, 1, 4) if name == "rotary" else (3, 2, 5)
     leaves = [value.requires_grad_() for value in draw(OPERATORS[name][3](shape), torch.float64)]
