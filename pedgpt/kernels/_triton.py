@@ -34,5 +34,5 @@ def by_triton(impl: str | None, x: torch.Tensor, fits: bool = True) -> bool:
     suits = triton is not None and fits and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if impl == "triton" and not suits:
         found = "no Triton" if triton is None else f"{x.dtype} {list(x.shape)}"
-        raise ValueError(f'impl="triton" needs Triton with a GPU, no float64 and sizes that fit, found {found}')
+        raise ValueError(f'impl="triton" needs Triton with a GPU, sizes that fit and no float64, found {found}')
     return suits if impl is None and x.is_cuda else impl == "triton"

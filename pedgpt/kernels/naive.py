@@ -33,3 +33,25 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up (Shazeer 2020)."""
     return F.silu(gate) * up
+
+
+# The head
+
+
+def linear_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, normalize: bool, ignore_index: int
+) -> tuple[Tensor, ...]:
+    """log softmax(z)[label] [N] with z = h Wᵀ, divided by ‖w‖ to `normalize`; the entropy; whether no z is larger.
+
+    In float32 at least, and 0 where there is no label. Rows of zeros give z = 0. Only the first has a gradient.
+    """
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if normalize:
+        lengths = torch.linalg.vector_norm(weight.to(logits.dtype), dim=-1)
+        logits = torch.where(lengths < SHORTEST, 0.0, logits / lengths.clamp(min=SHORTEST))
+    log_p = logits.log_softmax(-1)
+    supervised = labels != ignore_index
+    logps = log_p.gather(-1, labels.where(supervised, 0)[:, None]).squeeze(-1)
+    entropy, correct = -(log_p.exp() * log_p).sum(-1), (logps >= log_p.amax(-1)).to(logps.dtype)
+    return tuple(torch.where(supervised, value, 0.0) for value in (logps, entropy.detach(), correct.detach()))

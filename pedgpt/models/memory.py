@@ -203,8 +203,8 @@ def head_peaks(config: ModelConfig, run: Pass, *, by_sequence: bool = False) -> 
     made = [s * states] + [sums * weights] * run.trains
     rounded = [s * weights] * (run.trains and sums != s)
     first = [c * weights, c * states] * cast + logits_at_once(config, run)
-    part = min(weights, head.SLICE)  # of the head's gradient at a time
-    walk = first + made + [c * part] * run.trains
+    part = min(weights, head.SLICE_CUDA if run.on_cuda else head.SLICE)  # of the head's gradient at a time
+    walk = first + made + [c * part] * (run.trains and not run.on_cuda)
     if run.trains and config.normalize_head:
         walk = max(walk, first[:-2] + made + [4 * part] * 2, key=sum)
     if by_sequence and run.trains:
