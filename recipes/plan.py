@@ -134,6 +134,8 @@ def main(config: Any) -> None:
         check_generation(config)
     else:
         config.check()
+        if config.activation_checkpointing == "selective":
+            raise ValueError('activation_checkpointing = "selective" is not known to plan; give "none" or "block"')
     sizes = model_sizes(config.model, config.file)
     sizes.check_length(length_of(config, sizes))
     if length_of(config, sizes) < 1:
@@ -199,7 +201,7 @@ def rehearse(stage: str, dtype: str) -> int:
         return resident()
     if stage == "experts":
         inject_experts(model.to(getattr(torch, dtype)))
-    model.activation_checkpointing = True
+    model.activation_checkpointing = "block"
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     tokens = torch.zeros(1, 256, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -254,7 +256,7 @@ def estimate(stage: str, config: Any, sizes: ModelConfig, host: Host) -> tuple[M
         slack = SLACK_PINNED
         if stage != "generate":
             accumulates = config.micro_batch_size * config.ranks < config.global_batch_size
-            slack = SLACK + SLACK_PINNED * (config.activation_checkpointing + accumulates)
+            slack = SLACK + SLACK_PINNED * ((config.activation_checkpointing == "block") + accumulates)
         for name, parts in moments.items():
             parts["malloc"] = [int(max(small.values()) * (1 + slack)) - small[name]]
     return {name: {**parts, "libraries": [host.libraries]} for name, parts in moments.items()}, counts
@@ -313,7 +315,7 @@ def training_moments(stage: str, config: Any, sizes: ModelConfig, model: Transfo
     block = memory.saved_by_block(sizes, run) + adapters[len(adapters) - len(adapters) // blocks :]
     ends_kept = memory.saved_once(sizes, run)
     last = ends_kept + block + transient
-    if config.activation_checkpointing:
+    if config.activation_checkpointing == "block":
         kept = memory.saved_by_checkpointing(sizes, run)
         # The block's input is kept already, where its first norm keeps it as it is.
         recomputed = kept + block[run.stream == torch.float32 :] + transient
@@ -337,7 +339,8 @@ def training_moments(stage: str, config: Any, sizes: ModelConfig, model: Transfo
         copies["embedding"] = ends * (1 + leaving)
     elif run.stream != run.compute:
         every = blocks * whole
-        released = config.activation_checkpointing  # the graph holds none, and autocast's cache ends with the forward
+        # The graph holds none, and autocast's cache ends with the forward pass.
+        released = config.activation_checkpointing == "block"
         copies = {"loss": every, "its gradient": [] if released else every}
         copies |= {"last block": 2 * whole if released else every + whole, "first block": 2 * whole}
 
@@ -381,8 +384,7 @@ def adapter_tensors(name: str, layer: Any, run: memory.Pass) -> list[int]:
     if layer.dropout:
         leaf, size = name.rpartition(".")[2], n * layer.in_features
         inner = not (name.startswith("model.layers.0.") and leaf in memory.QKV)  # its input needs a gradient
-        came_in = run.compute if leaf in ("o_proj", "down_proj") else run.stream
-        kept += [c * size] + [size * (1 if run.on_cuda else came_in.itemsize)] * inner
+        kept += [c * size] + [size * (1 if run.on_cuda else c)] * inner
     return kept + [c * n * columns] * (c == 2)
 
 
@@ -394,7 +396,7 @@ def changes(stage: str, config: Any, sizes: ModelConfig) -> Iterable[tuple[str, 
         options += [{name: 1} for name in ("batch_size", "generation_batch_size")]
         options += [{"max_new_tokens": max(1, config.max_new_tokens // 2)}]
     else:
-        options += [{"micro_batch_size": 1}, {"activation_checkpointing": True}]
+        options += [{"micro_batch_size": 1}, {"activation_checkpointing": "block"}]
         options += [{"ranks": config.ranks * factor} for factor in (2, 4, 8)]
     options += [{"row_length": max(1, length // 2)}, {"dtype": "bfloat16"}]
     options += [{"shared_prompt": False}] * (stage == "dfpo")

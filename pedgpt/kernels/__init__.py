@@ -6,17 +6,19 @@ from pedgpt.kernels.cross_entropy import token_logps
 from pedgpt.kernels.linear_logps import linear_nll, linear_token_logps, unit_rows
 from pedgpt.kernels.lora_matmul import lora_linear
 from pedgpt.kernels.onednn import Linear, linear
-from pedgpt.kernels.pointwise import rms_norm, swiglu
+from pedgpt.kernels.pointwise import add_rms_norm, rms_norm, rotary, swiglu
 
 __all__ = [
     "Layout",
     "Linear",
+    "add_rms_norm",
     "attention",
     "linear",
     "linear_nll",
     "linear_token_logps",
     "lora_linear",
     "rms_norm",
+    "rotary",
     "swiglu",
     "token_logps",
     "transformed",

@@ -18,19 +18,20 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels._transforms import transformed
-from pedgpt.kernels._triton import tl, triton
+from pedgpt.kernels import naive
+from pedgpt.kernels._transforms import autocast_dtype, transformed
+from pedgpt.kernels._triton import by_triton, tl, triton
+from pedgpt.kernels.naive import SHORTEST
 from pedgpt.kernels.onednn import product, refuse_create_graph
 
-# Logits of a chunk in float32, and twice as many in half precision: 64 MiB on the CPU, 256 MiB on a GPU, which needs
-# more tokens at once.
-CHUNK, CHUNK_CUDA = 2**24, 2**26
-# Numbers at a time of a chunk's softmax, and of its product for the head's gradient: they stay in a processor's cache.
-BLOCK, SLICE = 2**19, 2**21
-SHORTEST = 1e-12  # the length below which a row of a normalised head counts as zeros
+# Logits of a chunk in float32, and twice as many in half precision: 64 MiB on the CPU, 512 MiB on a GPU. For V 125,696
+# that is n = 2,135 tokens: adding to the head's gradient, 8 V D bytes, takes an eighth of the products, 6 n V D FLOP.
+CHUNK, CHUNK_CUDA = 2**24, 2**27
+# Numbers at a time of a chunk's softmax on the CPU, and of its product for the head's gradient: they stay in a
+# processor's cache. On a GPU that product is one, and only what a normalised head needs goes by (larger) slices.
+BLOCK, SLICE, SLICE_CUDA = 2**19, 2**21, 2**25
 
 
 class TokenLogps(NamedTuple):
@@ -138,14 +139,15 @@ def _softmax_triton(
 class _Head:
     """The output matrix [V, D] as the products see it."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, normalize: bool, impl: str) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, normalize: bool, softmax: Any) -> None:
         self.given = weight.detach()
         self.weight = self.given.to(dtype)
         self.wide = torch.promote_types(dtype, torch.float32)
-        self.softmax = _softmax_triton if impl == "triton" else _softmax
-        logits = (CHUNK_CUDA if weight.is_cuda else CHUNK) * 4 // self.weight.element_size()
+        self.softmax = softmax
+        self.on_cpu = weight.device.type == "cpu"
+        logits = (CHUNK if self.on_cpu else CHUNK_CUDA) * 4 // self.weight.element_size()
         self.chunk = max(1, logits // max(1, len(weight)))
-        height = max(1, SLICE // max(1, weight.shape[1]))
+        height = max(1, (SLICE if self.on_cpu else SLICE_CUDA) // max(1, weight.shape[1]))
         self.slices = [slice(start, start + height) for start in range(0, len(weight), height)]
         self.inverse: Tensor | None = None  # 1/‖w‖ [V]
         if normalize:
@@ -207,12 +209,12 @@ class _Head:
         return stats, dhidden, dweight
 
     def _add_product(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
+        if not self.on_cpu:
+            return _multiply_onto(dweight, dlogits.t(), hidden, beta=0 if first else 1)
         for rows in self.slices:
             left, right = dlogits[:, rows].t(), hidden.t()
             if dweight.dtype == left.dtype:
                 part = product(left, right)
-            elif left.is_cuda:
-                part = torch.mm(left, right.t(), out_dtype=dweight.dtype)
             elif self.given.dtype == dweight.dtype:  # autocast: rounded as its own products are
                 part = product(left, right)
             else:
@@ -222,8 +224,16 @@ class _Head:
     def _project(self, dweight: Tensor, inverse: Tensor) -> None:
         """From the gradient of ŵ = w/‖w‖, divided by ‖w‖, to that of w: what is along w goes."""
         for rows in self.slices:
-            unit = self.given[rows] * inverse[rows, None]
-            dweight[rows] -= unit * (unit * dweight[rows]).sum(-1, keepdim=True)
+            part, unit = dweight[rows], self.given[rows] * inverse[rows, None]
+            part.sub_(unit * (unit * part).sum(-1, keepdim=True))
+
+
+def _multiply_onto(total: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
+    """beta · total + left right, in place, the sum in the dtype of total; in half precision only on CUDA."""
+    if total.dtype == left.dtype:
+        torch.addmm(total, left, right, beta=beta, out=total)
+    else:
+        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, beta=beta, out=total)
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -312,7 +322,7 @@ def linear_token_logps(
     or labels that do not fit.
     """
     if transformed():
-        return _plain(hidden, weight, labels, normalize, ignore_index)
+        return TokenLogps(*naive.linear_logps(hidden, weight, labels, normalize, ignore_index))
     kept, rows, *head = _prepare(hidden, weight, labels, normalize, ignore_index, impl)
     found = _LinearLogps.apply(kept, weight, labels[rows], torch.is_grad_enabled(), *head)
     if isinstance(rows, slice):
@@ -335,23 +345,10 @@ def linear_nll(
     Its gradient comes with it, in one pass over the head even if that trains; so the backward pass runs once.
     """
     if transformed():
-        logps, entropy, correct = _plain(hidden, weight, labels, normalize, ignore_index)
+        logps, entropy, correct = naive.linear_logps(hidden, weight, labels, normalize, ignore_index)
         return TokenLogps(-logps.sum() / count, entropy.sum() / count, correct.sum() / count)
     kept, rows, *head = _prepare(hidden, weight, labels, normalize, ignore_index, impl)
     return TokenLogps(*_LinearNLL.apply(kept, weight, labels[rows], count, torch.is_grad_enabled(), *head))
-
-
-def _plain(hidden: Tensor, weight: Tensor, labels: Tensor, normalize: bool, ignore_index: int) -> TokenLogps:
-    logits = F.linear(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if normalize:
-        lengths = torch.linalg.vector_norm(weight.to(logits.dtype), dim=-1)
-        logits = torch.where(lengths < SHORTEST, 0.0, logits / lengths.clamp(min=SHORTEST))
-    log_p = logits.log_softmax(-1)
-    supervised = labels != ignore_index
-    logps = log_p.gather(-1, labels.where(supervised, 0)[:, None]).squeeze(-1)
-    entropy, correct = -(log_p.exp() * log_p).sum(-1), (logps >= log_p.amax(-1)).to(logps.dtype)
-    return TokenLogps(*(torch.where(supervised, value, 0.0) for value in (logps, entropy.detach(), correct.detach())))
 
 
 def _prepare(
@@ -361,22 +358,15 @@ def _prepare(
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (hidden, weight, labels))
         raise ValueError(f"expected hidden [N, D], weight [V, D] and labels [N], found {shapes}")
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    elif dtype != weight.dtype:
+    dtype = autocast_dtype(hidden, hidden.dtype)
+    if hidden.dtype != weight.dtype and not (torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64):
         raise ValueError(f"hidden is {dtype} and weight {weight.dtype}: convert one of them, or use autocast")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are token ids in int64, found {labels.dtype}")
     supervised = labels != ignore_index
     if (wrong := labels[supervised & ((labels < 0) | (labels >= len(weight)))]).numel():
         raise ValueError(f"label {wrong[0].item()} is outside of the vocabulary of {len(weight)}")
-    if impl not in (None, "torch", "triton"):
-        raise ValueError(f'impl must be "torch", "triton" or None, found {impl!r}')
-    if impl == "triton" and (triton is None or dtype == torch.float64):
-        raise ValueError(f'impl="triton" needs Triton, a GPU and no float64, found {dtype if triton else "no Triton"}')
-    if impl is None:
-        impl = "triton" if hidden.is_cuda and triton is not None and dtype != torch.float64 else "torch"
+    softmax = _softmax_triton if by_triton(impl, hidden) else _softmax
     found = supervised.nonzero().squeeze(1)
     rows = slice(None) if len(found) == len(labels) else found
-    return hidden[rows], rows, dtype, normalize, impl
+    return hidden[rows], rows, dtype, normalize, softmax

@@ -1,6 +1,9 @@
-"""RMSNorm and SwiGLU that keep their inputs alone for the backward pass and compute the rest again.
+"""RMSNorm, rotary embedding and SwiGLU, which cost what it takes to read and write their numbers.
 
-Autograd would keep the normed states and silu(gate) too: of a block's activations in float32 about a sixth.
+The backward pass finds no more than the inputs of RMSNorm and SwiGLU and computes the rest again; of the rotary
+embedding it finds the tables. On a GPU each pass is one Triton kernel.
+
+Letters: B batch, T tokens, H heads, G key-value heads, K head_dim, D width of a row.
 """
 
 from __future__ import annotations
@@ -11,63 +14,290 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels._transforms import transformed
+from pedgpt.kernels import naive
+from pedgpt.kernels._transforms import autocast_dtype, transformed
+from pedgpt.kernels._triton import by_triton, tl, triton
+from pedgpt.kernels.recompute import recomputable
+
+WIDEST = 8192  # Numbers of a row that fit into the registers of one program.
+PROGRAMS = 264  # Two for each multiprocessor of an H100 share the rows whose sum is the gradient of a norm's weight.
+
+# The torch forms
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """w · x / √(mean(x²) + ε) over the last axis [..., D] (Zhang & Sennrich 2019), in float32 up to the weight."""
-    if torch.is_grad_enabled() and not transformed():
-        return _RMSNorm.apply(x, weight, eps)
-    return weight * _normed(x, eps)[0].to(x.dtype)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up (Shazeer 2020), of one shape and dtype."""
-    if torch.is_grad_enabled() and not transformed():
-        return _SwiGLU.apply(gate, up)
-    return F.silu(gate) * up
-
-
-def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The result, x + residual, and 1/rms."""
+    total = x if residual is None else x + residual
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return wide * scale, scale
+    return (weight * (wide * scale).to(total.dtype)).to(dtype), total, scale
+
+
+def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, needed: Any) -> tuple[Tensor | None, ...]:
+    normed = x * scale
+    along = dy * normed
+    dweight = along.reshape(-1, len(weight)).sum(0) if needed[2] else None
+    if not (needed[0] or needed[1]):
+        return None, dweight
+    inner = (along * weight).mean(-1, keepdim=True)
+    return (dy * weight).to(scale.dtype).addcmul_(normed, inner, value=-1).mul_(scale), dweight
+
+
+def _swiglu_backward(gate: Tensor, up: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() or transformed():  # create_graph=True, many gradients at once: nothing in place
+        slope = gate.sigmoid() * (1 + gate * (1 - gate.sigmoid()))
+        return dout * up * slope, dout * F.silu(gate)
+    dup, dsilu = F.silu(gate).mul_(dout), dout * up
+    return torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dsilu), dup
+
+
+# The Triton forms
+
+if triton is not None:
+
+    @triton.jit
+    def rms_norm_fwd_kernel(
+        x, residual, weight, y, total, scale, rows, width, eps,
+        ADD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """BLOCK_R whole rows [D]: x + residual, rounded and stored, if ADD; then the norm of it."""
+        row, column = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+        at, mask = row[:, None] * width + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
+        rounded = tl.load(x + at, mask=mask, other=0.0)
+        if ADD:
+            rounded = rounded.to(tl.float32) + tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+            rounded = rounded.to(total.dtype.element_ty)
+            tl.store(total + at, rounded, mask=mask)
+        value = rounded.to(tl.float32)
+        factor = tl.rsqrt(tl.sum(value * value, axis=1) / width + eps)
+        tl.store(scale + row, factor, mask=row < rows)
+        normed = (value * factor[:, None]).to(rounded.dtype).to(tl.float32)
+        w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+        tl.store(y + at, (normed * w[None, :]).to(y.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def rms_norm_bwd_kernel(
+        dy, dtotal, total, weight, scale, dx, dweight, rows, width,
+        ADD: tl.constexpr, TRAINS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """dx, dtotal included if ADD, of every so many rows; their share [D] of the weight's gradient if TRAINS."""
+        column = tl.arange(0, BLOCK_D)
+        w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+        share = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
+            row = tile * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+            at, mask = row[:, None] * width + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
+            factor = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
+            gradient = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+            normed = tl.load(total + at, mask=mask, other=0.0).to(tl.float32) * factor
+            if TRAINS:
+                share += gradient * normed
+            gradient *= w
+            gradient = (gradient - normed * (tl.sum(gradient * normed, axis=1) / width)[:, None]) * factor
+            if ADD:
+                gradient += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=mask)
+        if TRAINS:
+            tl.store(dweight + tl.program_id(0) * width + column, tl.sum(share, axis=0), mask=column < width)
+
+    @triton.jit
+    def _rotate(x, out, strides, tokens, heads, half, c, s, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        head, column = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_K)[None, :]
+        x += row // tokens * strides[0] + row % tokens * strides[1] + head * strides[2] + column
+        first = tl.load(x, mask=(head < heads) & (column < half), other=0.0).to(tl.float32)
+        second = tl.load(x + half, mask=(head < heads) & (column < half), other=0.0).to(tl.float32)
+        out += (row * heads + head) * 2 * half + column
+        tl.store(out, (first * c - second * s).to(out.dtype.element_ty), mask=(head < heads) & (column < half))
+        tl.store(out + half, (second * c + first * s).to(out.dtype.element_ty), mask=(head < heads) & (column < half))
+
+    @triton.jit
+    def rotary_kernel(
+        q, k, cos, sin, q_out, k_out, q_strides, k_strides, tokens, heads, groups, half,
+        BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """All heads of q and k of one token."""
+        column = tl.arange(0, BLOCK_K)
+        at = tl.program_id(0).to(tl.int64) * 2 * half + column
+        c = tl.load(cos + at, mask=column < half, other=0.0).to(tl.float32)[None, :]
+        s = tl.load(sin + at, mask=column < half, other=0.0).to(tl.float32)[None, :]
+        _rotate(q, q_out, q_strides, tokens, heads, half, c, s, BLOCK_H, BLOCK_K)
+        _rotate(k, k_out, k_strides, tokens, groups, half, c, s, BLOCK_G, BLOCK_K)
+
+    @triton.jit
+    def swiglu_kernel(
+        gate, up, dout, out, dup, width, gate_stride, up_stride, BACKWARD: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        """A stretch of one row [D] of silu(gate) · up, or of its gradients: the gate's into `out`, and dup."""
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at, mask = row * width + column, column < width
+        g = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(g)
+        if BACKWARD:
+            d = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dup + at, (d * g * sigmoid).to(dup.dtype.element_ty), mask=mask)
+            u *= d * (1.0 + g * (1.0 - sigmoid))
+        else:
+            u *= g
+        tl.store(out + at, (u * sigmoid).to(out.dtype.element_ty), mask=mask)
+
+
+def _blocks(x: Tensor) -> tuple[int, dict[str, int]]:
+    """Tiles of a norm's rows, and its launch settings: 16 numbers or more a thread."""
+    width = triton.next_power_of_2(x.shape[-1])
+    height = max(1, 2048 // width)
+    settings = {"BLOCK_R": height, "BLOCK_D": width, "num_warps": max(4, min(16, height * width // 512))}
+    return triton.cdiv(x.numel() // max(1, x.shape[-1]), height), settings
+
+
+def _norm_triton(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, ...]:  # fmt: skip
+    x, total = x.contiguous(), None
+    if residual is not None:
+        residual = residual.contiguous()
+        total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+    y, scale = torch.empty_like(x, dtype=dtype), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    tiles, settings = _blocks(x)
+    if tiles:
+        rms_norm_fwd_kernel[(tiles,)](
+            x, residual, weight, y, total, scale, scale.numel(), len(weight), eps, ADD=total is not None, **settings
+        )
+    return y, x if total is None else total, scale
+
+
+def _norm_backward_triton(
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor, trains: bool
+) -> tuple[Tensor, Tensor | None]:
+    dy, dtotal = dy.contiguous(), None if dtotal is None else dtotal.contiguous()
+    tiles, settings = _blocks(total)
+    dx, shares = torch.empty_like(total), scale.new_empty(min(PROGRAMS, tiles), len(weight)) if trains else None
+    if tiles:
+        rms_norm_bwd_kernel[(min(PROGRAMS, tiles),)](
+            dy, dtotal, total, weight, scale, dx, shares, scale.numel(), len(weight),
+            ADD=dtotal is not None, TRAINS=trains, **settings,
+        )  # fmt: skip
+    return dx, None if shares is None else shares.sum(0)
+
+
+def _rotary_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    (rows, tokens, heads, size), groups = q.shape, k.shape[2]
+    found = q.new_empty(q.shape), k.new_empty(k.shape)
+    if q.numel():
+        h, g, half = (triton.next_power_of_2(n) for n in (heads, groups, size // 2))
+        rotary_kernel[(rows * tokens,)](
+            q, k, cos.contiguous(), sin.contiguous(), *found, q.stride()[:3], k.stride()[:3], tokens, heads, groups,
+            size // 2, BLOCK_H=h, BLOCK_G=g, BLOCK_K=half, num_warps=max(1, min(8, h * half // 512)),
+        )  # fmt: skip
+    return found
+
+
+def _swiglu_triton(gate: Tensor, up: Tensor, dout: Tensor | None = None) -> Any:
+    found = gate.new_empty(gate.shape), None if dout is None else up.new_empty(up.shape)
+    gate, up = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
+    gate, up = (x if x.stride(1) == 1 else x.contiguous() for x in (gate, up))
+    if gate.numel():
+        swiglu_kernel[(len(gate), triton.cdiv(gate.shape[1], 1024))](
+            gate, up, None if dout is None else dout.contiguous(), *found,
+            gate.shape[1], gate.stride(0), up.stride(0), BACKWARD=dout is not None, BLOCK=1024,
+        )  # fmt: skip
+    return found[0] if dout is None else found
+
+
+# One backward pass for both
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed, scale = _normed(x, eps)
-        ctx.save_for_backward(x, weight, scale)
-        ctx.eps = eps
-        return weight * normed.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, *settings: Any) -> Any:
+        ctx.eps, _, ctx.form = settings
+        y, total, scale = ctx.form(x, residual, weight, *settings[:2])
+        ctx.save_for_backward(total, weight, scale)
+        return y if residual is None else (y, total)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the scale depends on x
-            scale = _normed(x, ctx.eps)[1]
-        normed = x * scale
-        along = dy * normed
-        dweight = along.reshape(-1, len(weight)).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, dweight, None
-        inner = (along * weight).mean(-1, keepdim=True)
-        dx = (dy * weight).to(scale.dtype).addcmul_(normed, inner, value=-1).mul_(scale)
-        return dx.to(x.dtype), dweight, None
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        (total, weight, scale), needed = ctx.saved_tensors, ctx.needs_input_grad
+        dx: Tensor | None
+        if ctx.form is not _norm and not (torch.is_grad_enabled() or transformed()):
+            dx, dweight = _norm_backward_triton(dy, dtotal, total, weight, scale, needed[2])
+        else:
+            if torch.is_grad_enabled():  # create_graph=True: the scale depends on x
+                scale = _norm(total, None, weight, ctx.eps, dy.dtype)[2]
+            dx, dweight = _norm_backward(dy, total, weight, scale, needed)
+            dx = dx if dx is None or dtotal is None else dx + dtotal
+        return dx, dx if needed[1] else None, dweight, None, None, None  # autograd converts each to its dtype
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _rotary_triton(q, k, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return *rotary(dq, dk, cos, -sin, impl="triton"), None, None
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, form: Any) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        ctx.form = form
+        return form(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        plain = ctx.form is naive.swiglu or torch.is_grad_enabled() or transformed()
         gate, up = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed():  # create_graph=True, many gradients at once: nothing in place
-            slope = gate.sigmoid() * (1 + gate * (1 - gate.sigmoid()))
-            return dout * up * slope, dout * F.silu(gate)
-        dup, dsilu = F.silu(gate).mul_(dout), dout * up
-        return torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dsilu), dup
+        return *(_swiglu_backward if plain else _swiglu_triton)(gate, up, dout), None
+
+
+# What the library calls
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str | None = None) -> Tensor:
+    """w · x / √(mean(x²) + ε) over the last axis [..., D] (Zhang & Sennrich 2019), in float32 up to the weight.
+
+    Under autocast the result has autocast's dtype, in which the products that follow read it.
+    """
+    return add_rms_norm(x, None, weight, eps, impl)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """(`rms_norm` of x + residual, x + residual), for x and residual of one shape."""
+    dtype = autocast_dtype(x, torch.promote_types(x.dtype, weight.dtype))
+    if transformed():
+        total = x if residual is None else x + residual
+        return naive.rms_norm(total, weight, eps).to(dtype), total
+    form = _norm_triton if by_triton(impl, x, x.shape[-1] <= WIDEST) else _norm
+    if not torch.is_grad_enabled():
+        y, total, _ = form(x, residual, weight, eps, dtype)
+        return y, total
+    found = _RMSNorm.apply(x, residual, weight, eps, dtype, form)
+    y, total = (found, x) if residual is None else found
+    return recomputable(y, lambda total, weight: form(total, None, weight, eps, dtype)[0], total, weight), total
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """x·cos + (−x₂, x₁)·sin of q [B, T, H, K] and k [B, T, G, K] (Su et al. 2021), both possibly views of one tensor.
+
+    cos and sin [B, 1, T, K] have two equal halves. On the Triton form they get no gradient.
+    """
+    if transformed() or not by_triton(impl, q):
+        return naive.rotary(q, cos, sin), naive.rotary(k, cos, sin)
+    return _Rotary.apply(q, k, cos, sin) if torch.is_grad_enabled() else _rotary_triton(q, k, cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
+    """silu(gate) · up (Shazeer 2020), of one shape [..., D] and dtype; both may be parts of wider rows."""
+    form = _swiglu_triton if not transformed() and by_triton(impl, gate) else naive.swiglu
+    if transformed() or not torch.is_grad_enabled():
+        return form(gate, up)
+    return recomputable(_SwiGLU.apply(gate, up, form), form, gate, up)

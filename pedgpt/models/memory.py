@@ -110,10 +110,8 @@ def _saved_by_mlp(config: ModelConfig, run: Pass) -> list[int]:
 def _normed(config: ModelConfig, run: Pass, readers: Collection[str]) -> list[int]:
     """What a norm keeps, and the linear layers that read its output."""
     shapes, size = linear_shapes(config), run.compute.itemsize * run.tokens * config.hidden_size
-    keeping = sum(name in shapes and run.keeps(name) for name in readers)
-    # The output is one tensor for all that read it, unless autocast makes each its own copy.
-    copies = min(keeping, 1) if run.stream == run.compute else keeping
-    return _norm(run.tokens, config.hidden_size, run.stream.itemsize) + [size] * copies
+    keeping = any(name in shapes and run.keeps(name) for name in readers)
+    return _norm(run.tokens, config.hidden_size, run.stream.itemsize) + [size] * keeping
 
 
 def by_blocks(run: Pass) -> bool:
@@ -203,8 +201,8 @@ def head_peaks(config: ModelConfig, run: Pass, *, by_sequence: bool = False) -> 
     made = [s * states] + [sums * weights] * run.trains
     rounded = [s * weights] * (run.trains and sums != s)
     first = [c * weights, c * states] * cast + logits_at_once(config, run)
-    part = min(weights, head.SLICE)  # of the head's gradient at a time
-    walk = first + made + [c * part] * run.trains
+    part = min(weights, head.SLICE_CUDA if run.on_cuda else head.SLICE)  # of the head's gradient at a time
+    walk = first + made + [c * part] * (run.trains and not run.on_cuda)
     if run.trains and config.normalize_head:
         walk = max(walk, first[:-2] + made + [4 * part] * 2, key=sum)
     if by_sequence and run.trains:

@@ -6,15 +6,26 @@ Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pedgpt.kernels import Layout, Linear, attention, linear, rms_norm, swiglu, unit_rows
+from pedgpt.kernels import (
+    Layout,
+    Linear,
+    add_rms_norm,
+    attention,
+    linear,
+    rms_norm,
+    rotary,
+    swiglu,
+    unit_rows,
+)
+from pedgpt.kernels.recompute import CHECKPOINTING, selective
 from pedgpt.models.config import ModelConfig
-from pedgpt.models.positions import alibi_slopes, apply_rope, document_positions, rotary_tables
+from pedgpt.models.positions import alibi_slopes, document_positions, rotary_tables
 
 if TYPE_CHECKING:
     from pedgpt.models.cache import KVCache
@@ -28,7 +39,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm of x; given `residual`, the norm of x + residual and that sum."""
+        if residual is not None:
+            return add_rms_norm(x, residual, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -53,16 +67,17 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
+        tables: tuple[Tensor, Tensor] | None,
         layout: Layout | None,
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
         packed = self.W_pack(x).chunk(3, -1) if self.fused_qkv else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in packed)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in packed)
         q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
+        if tables is not None:
+            q, k = rotary(q, k, *tables)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if cache is not None:
             k, v = cache.append(layer, k, v)
         return self.o_proj(attention(q, k, v, layout).transpose(1, 2).flatten(2))
@@ -94,13 +109,14 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
+        tables: tuple[Tensor, Tensor] | None,
         layout: Layout | None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, layout, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), tables, layout, cache, layer)
+        normed, x = self.post_attention_layernorm(attended, x)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -120,19 +136,29 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """A causal language model of any supported family, with random weights until a checkpoint fills them.
 
-    `model(tokens)` gives logits [B, T, V]. Set `activation_checkpointing = True` to recompute each block in the
-    backward pass instead of keeping its activations.
+    `model(tokens)` gives logits [B, T, V]. `activation_checkpointing` says what the backward pass computes again in
+    place of keeping it: "none", "selective" (norms and SwiGLU, which are cheap) or "block" (all but a block's input).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing = "none"
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_parameters()
+
+    @property
+    def activation_checkpointing(self) -> str:
+        return self._checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, how: str) -> None:
+        if how not in CHECKPOINTING:
+            raise ValueError(f'activation_checkpointing must be "none", "selective" or "block", found {how!r}')
+        self._checkpointing = how
 
     def reset_parameters(self) -> None:
         """Normal(0, initializer_range) for matrices, zeros for biases, ones for norms."""
@@ -200,14 +226,16 @@ class Transformer(nn.Module):
             layout = Layout(positions, positions, documents, documents, branches, slopes)
 
         hidden = self.model.embed_tokens(tokens)
-        rotary = None
+        tables = None
         if self.config.positions == "rope":
-            rotary = rotary_tables(self.config, positions, hidden.dtype)
+            tables = rotary_tables(self.config, positions, hidden.dtype)
+        how = self.activation_checkpointing if torch.is_grad_enabled() and cache is None else "none"
         for i, block in enumerate(self.model.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                hidden = checkpoint(block, hidden, rotary, layout, use_reentrant=False)
+            if how == "block":
+                hidden = checkpoint(block, hidden, tables, layout, use_reentrant=False)
             else:
-                hidden = block(hidden, rotary, layout, cache, i)
+                with selective(how == "selective"):
+                    hidden = block(hidden, tables, layout, cache, i)
         return self.model.norm(hidden)
 
     def head_weight(self) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from pedgpt.files import (
     DiskFull,
@@ -33,6 +33,7 @@ from pedgpt.files import (
 from pedgpt.training.distributed import stop
 
 C = TypeVar("C")
+Recompute = Literal["none", "selective", "block"]
 
 
 @dataclass
@@ -53,7 +54,7 @@ class TrainingSettings:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not at all
     dtype: str = "float32"  # of the computation: float32 or bfloat16 (trained weights stay float32)
     save_dtype: str = ""  # of the trained weights on disk: float32 or bfloat16; empty: dtype, for adapters float32
-    activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
+    activation_checkpointing: Recompute = "none"  # computed again to save memory: none, selective (cheap parts), block
     evaluate_every: int = 0  # steps between evaluations on held-out rows; 0: only at the end
     checkpoint_every: int | str = "auto"  # steps between checkpoints; auto: about 5 % of the time goes to them; 0: none
     keep_checkpoints: int = 2  # how many of the last checkpoints stay on disk
@@ -254,6 +255,13 @@ def _convert(name: str, value: Any, kind: Any, flag: bool = False) -> Any:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return value
         raise ValueError(f"{name} must be a list of strings, found {toml_shown(value)}")
+    if typing.get_origin(kind) is Literal:
+        words, value = typing.get_args(kind), _single(name, value) if flag else value
+        if value in words and isinstance(value, str):
+            return value
+        expected = f"{', '.join(map(json.dumps, words[:-1]))} or {json.dumps(words[-1])}"
+        hint = {"true": f"; {json.dumps(words[-1])} is what true was"}.get(str(value).lower(), "")
+        raise ValueError(f"{'--' * flag}{name} must be {expected}, found {toml_shown(value)}{hint}")
     if not flag:
         return toml_value(name, value, *kinds)
     value = text = "true" if bool in kinds and not value else _single(name, value)

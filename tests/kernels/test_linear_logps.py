@@ -14,6 +14,7 @@ from pedgpt.kernels import linear_logps as module
 from pedgpt.kernels import linear_nll, linear_token_logps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 needs_triton = pytest.mark.skipif(module.triton is None, reason="needs Triton")
 both_impls = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 both_heads = pytest.mark.parametrize("normalize", [False, True], ids=["plain", "NormHead"])
@@ -33,8 +34,10 @@ def chunks(request, monkeypatch):
 
 
 def small(monkeypatch, chunk=40, block=25, slice_=30):
-    for name, value in (("CHUNK", chunk), ("CHUNK_CUDA", chunk), ("BLOCK", block), ("SLICE", slice_)):
+    for name, value in (("CHUNK", chunk), ("CHUNK_CUDA", chunk), ("BLOCK", block)):
         monkeypatch.setattr(module, name, value)
+    for name in ("SLICE", "SLICE_CUDA"):
+        monkeypatch.setattr(module, name, slice_)
 
 
 def draw(tokens, size, vocabulary, masked=0.3, dtype=torch.float32, seed=0):
@@ -387,17 +390,27 @@ class Products:
             self.dtypes |= {x.dtype, weight.dtype}
             return true(x, weight)
 
+        def multiply_onto(total, left, right, beta, true=module._multiply_onto):
+            self.kinds.append("dweight")
+            self.tokens["dweight"] += left.shape[1]
+            self.dtypes |= {left.dtype, right.dtype}
+            return true(total, left, right, beta)
+
         monkeypatch.setattr(module, "product", product)
+        monkeypatch.setattr(module, "_multiply_onto", multiply_onto)
+
+
+SLICES = 1 if DEVICE == "cuda" else 5  # of the product for the head's gradient
 
 
 @pytest.mark.parametrize(
     ("operator", "frozen", "grad", "expected"),
     [
-        # 9 of 12 tokens count, 3 a chunk: logits, dhidden and dweight; the last in 5 slices a chunk.
+        # 9 of 12 tokens count, 3 a chunk: logits, dhidden and dweight; on a CPU the last in 5 slices a chunk.
         (linear_token_logps, True, True, (9, 9, 0)),
         (linear_nll, True, True, (9, 9, 0)),
-        (linear_nll, False, True, (9, 9, 5 * 9)),
-        (linear_token_logps, False, True, (9 + 6, 9, 5 * 9)),  # all but the last chunk's logits again
+        (linear_nll, False, True, (9, 9, SLICES * 9)),
+        (linear_token_logps, False, True, (9 + 6, 9, SLICES * 9)),  # all but the last chunk's logits again
         (linear_token_logps, False, False, (9, 0, 0)),
         (linear_nll, False, False, (9, 0, 0)),
         (linear_token_logps, True, None, (9, 0, 0)),  # nothing requires a gradient
@@ -433,6 +446,45 @@ def test_only_the_gradient_that_is_wanted_is_computed(which, operator, monkeypat
     sign = 1.0 if operator is linear_token_logps else -1.0
     truth = definition(hidden, weight, labels, torch.full_like(factors, sign), False)
     assert error(leaf.grad, truth[f"d{which}"]) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_cuda)])
+def test_a_product_onto_what_is_there_matches_float64(dtype):
+    left, right, _, _ = draw(300, 17, 9, dtype=dtype)
+    left, right = left[:, :7], torch.randn(7, 9, device=DEVICE).to(dtype)
+    total = torch.full((300, 9), torch.nan, device=DEVICE)
+    module._multiply_onto(total, left, right, 0)
+    module._multiply_onto(total, left, right, 1)
+    assert error(total, 2 * left.double() @ right.double()) <= 1e-6
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32], ids=["bfloat16", "autocast"])
+def test_a_gpu_takes_three_products_a_chunk_of_which_there_are_few(given, normalize):
+    """On the meta device, which takes the same way as a GPU."""
+
+    class Products(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.found, self.small = [], 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "mm" in str(func):
+                self.found.append((str(func), tuple(out.shape), out.dtype))
+            self.small += isinstance(out, torch.Tensor) and out.shape[-1:] == (5120,)
+            return out
+
+    with torch.device("meta"):
+        hidden, weight = torch.empty(8192, 5120, dtype=given), torch.empty(125_696, 5120, dtype=given)
+        labels, factors = torch.empty(8192, dtype=torch.int64), torch.empty(8192)
+        head = module._Head(weight, torch.bfloat16, normalize, lambda *_: None)
+        with Products() as seen:
+            stats, dhidden, dweight = head.gradients(hidden, labels, factors, of_hidden=True, of_weight=True)
+    assert (dhidden.dtype, dweight.dtype, len(stats)) == (given, torch.float32, 3)
+    sums = [entry for entry in seen.found if entry[1] == (125_696, 5120)]
+    assert sums == [("aten.addmm.dtype_out", (125_696, 5120), torch.float32)] * 4
+    assert len(seen.found) == 3 * 4 and seen.small < 300  # operations over rows of the head
 
 
 class Sizes(TorchDispatchMode):

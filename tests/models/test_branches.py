@@ -206,11 +206,11 @@ def answer_loss(model, tokens, at, targets, weights, **layout):
 @pytest.mark.parametrize(
     ("kind", "dtype", "checkpointing"),
     [
-        *((kind, torch.float32, False) for kind in KINDS),
-        ("qwen3", torch.float64, False),
-        ("baichuan-alibi", torch.float64, False),
-        ("llama", torch.float32, True),
-        ("baichuan-alibi", torch.float32, True),
+        *((kind, torch.float32, "none") for kind in KINDS),
+        ("qwen3", torch.float64, "none"),
+        ("baichuan-alibi", torch.float64, "none"),
+        ("llama", torch.float32, "selective"),
+        ("baichuan-alibi", torch.float32, "block"),
     ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

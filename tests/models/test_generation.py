@@ -62,7 +62,7 @@ def test_cached_documents_match_uncached(make_model, random_tokens, kind):
 def test_cache_works_while_gradients_are_recorded(make_model, random_tokens):
     """Checkpointed blocks would be run without the cache."""
     model, tokens = make_model("llama"), random_tokens(1, 6)
-    model.activation_checkpointing = True
+    model.activation_checkpointing = "block"
     cache = KVCache(model, 1, 6)
     with torch.no_grad():
         expected = model(tokens)

@@ -91,10 +91,10 @@ ROW = {"micro_batch_size": 1, "global_batch_size": 1}
 CASES = [
     ("sft", {}, {}),
     ("sft", {"tie_word_embeddings": True, "pedgpt_norm_head": False, "model_type": "llama"}, {}),
-    ("cpt", {"vocab_size": 40}, {"activation_checkpointing": True}),
-    ("cpt", {"pedgpt_positions": "alibi"}, {"activation_checkpointing": True, "dtype": "bfloat16"}),
+    ("cpt", {"vocab_size": 40}, {"activation_checkpointing": "block"}),
+    ("cpt", {"pedgpt_positions": "alibi"}, {"activation_checkpointing": "block", "dtype": "bfloat16"}),
     ("cpt", {"pedgpt_positions": "alibi", "vocab_size": 40, "num_attention_heads": 16}, {
-        "activation_checkpointing": True, "row_length": 256, "micro_batch_size": 1, "global_batch_size": 1,
+        "activation_checkpointing": "block", "row_length": 256, "micro_batch_size": 1, "global_batch_size": 1,
     }),
     ("sft", {}, {"dtype": "bfloat16", "global_batch_size": 4}),
     ("cpt", {"vocab_size": 20_000}, {"row_length": 16, "dtype": "bfloat16"}),
@@ -103,14 +103,16 @@ CASES = [
     ("dfpo", {}, {"lora_rank": 4, "dtype": "bfloat16"}),
     ("dfpo", {"vocab_size": 20_000}, {"row_length": 16, "lora_rank": 4}),
     ("experts", {}, {}),
-    ("experts", {}, {"dtype": "bfloat16", "activation_checkpointing": True}),
+    ("experts", {}, {"dtype": "bfloat16", "activation_checkpointing": "block"}),
     # Few words, so that the blocks are the peak and not the head.
     ("cpt", {"vocab_size": 40, "pedgpt_positions": "alibi", "num_attention_heads": 16}, {"dtype": "bfloat16"}),
     *(
         ("experts", {"vocab_size": 40, "num_attention_heads": heads}, {
             "dtype": dtype, "activation_checkpointing": checkpointing, "row_length": 256, **ROW,
         })
-        for dtype, checkpointing, heads in (("float32", False, 16), ("bfloat16", False, 4), ("bfloat16", True, 16))
+        for dtype, checkpointing, heads in (
+            ("float32", "none", 16), ("bfloat16", "none", 4), ("bfloat16", "block", 16),
+        )
     ),
     ("experts", {"vocab_size": 40, "pedgpt_positions": "alibi"}, {"dtype": "bfloat16", "row_length": 256, **ROW}),
     ("experts", {"vocab_size": 40}, {"dtype": "bfloat16", "dropout": 0.1}),
@@ -209,7 +211,7 @@ def test_adapters_keep_what_autograd_keeps(plan, positions, inject, settings, st
 def test_checkpointing_holds_what_is_said(positions, documents, length, stored, compute):
     sizes = ModelConfig.from_hf({**SHAPE, "pedgpt_positions": positions})
     model = Transformer(sizes).to(stored)
-    model.activation_checkpointing = True
+    model.activation_checkpointing = "block"
     tokens = torch.arange(2 * length).view(2, length)
     with LiveBytes(model) as live:
         before = live.now
@@ -275,6 +277,7 @@ def test_decodings_copy_of_the_weights_counts_where_there_is_one(new, rows, copi
         (["--config", "demo/sft.toml", "--num_specific_experts", "3"], "is no setting of this recipe"),
         (["--config", "demo/sft.toml", "--row_length", "5000"], "max_position_embeddings, 768"),
         (["--config", "demo/sft.toml", "--micro_batch_size", "0"], "micro_batch_size must be at least 1"),
+        (["--config", "demo/sft.toml", "--activation_checkpointing", "selective"], '"selective" is not known to plan'),
         (["--config", "demo/base.toml"], "vocab_size is no setting"),
         (["--config", "demo/experts.toml", "--target_modules", "q_proj"], "'q_proj' matches no linear layer"),
         (["--config", "demo/evaluate.toml", "--ranks", "2"], "one process"),

@@ -57,16 +57,18 @@ def test_activation_checkpointing_matches_training_without_it(lab, recipe, tmp_p
 
     monkeypatch.setattr(Block, "forward", counted)
     counts, metrics, weights = [], [], []
-    for on in ("false", "true"):
+    for how in ("none", "selective", "block"):
         calls.clear()
-        assert lab.run(recipe, tmp_path / on, activation_checkpointing=on).code == 0
+        assert lab.run(recipe, tmp_path / how, activation_checkpointing=how).code == 0
         counts.append(sum(calls))
-        metrics.append([(line["loss"], line.get("eval_loss", 0.0)) for line in lab.metrics(tmp_path / on)])
-        weights.append(lab.weights(tmp_path / on))
-    assert counts[1] == 2 * counts[0] > 0  # every block of a training pass is computed again, and no other
-    assert metrics[0] == [pytest.approx(pair, abs=1e-6) for pair in metrics[1]]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5)
+        metrics.append([(line["loss"], line.get("eval_loss", 0.0)) for line in lab.metrics(tmp_path / how)])
+        weights.append(lab.weights(tmp_path / how))
+    # "block" computes every block of a training pass again, and no other; "selective" computes none again.
+    assert counts[2] == 2 * counts[1] == 2 * counts[0] > 0
+    for other in (1, 2):
+        assert metrics[0] == [pytest.approx(pair, abs=1e-6) for pair in metrics[other]]
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(weights[other][name], tensor, rtol=0, atol=1e-5)
 
 
 def test_evaluation_matches_cross_entropy_of_the_saved_model(lab, tmp_path):

@@ -52,10 +52,11 @@ def test_flags_become_typed_fields(flags, expected):
 
 def test_flags_win_over_the_file_and_dashes_equal_underscores(tmp_path):
     file = tmp_path / "c.toml"
-    file.write_text('output = "文件"\nmax_steps = 5\nepochs = 2\nseed = 1\nactivation_checkpointing = true\n', "utf-8")
+    given = 'output = "文件"\nmax_steps = 5\nepochs = 2\nseed = 1\nactivation_checkpointing = "block"\n'
+    file.write_text(given, "utf-8")
     found = parse_settings(TrainingSettings, ["--seed", "9", "--config", str(file), "--keep-checkpoints", "4"])
     assert found == TrainingSettings(
-        "文件", max_steps=5, epochs=2.0, seed=9, activation_checkpointing=True, keep_checkpoints=4
+        "文件", max_steps=5, epochs=2.0, seed=9, activation_checkpointing="block", keep_checkpoints=4
     )
     assert isinstance(found.epochs, float)
 
@@ -117,6 +118,31 @@ def test_mistakes_in_the_file_are_named(tmp_path, content, message):
     with pytest.raises(ValueError) as error:
         parse_settings(Config, ["--data", "d", "--config", str(file)])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("true", 'true; "block" is what true was'),
+        ("false", "false"),
+        ("1", "1"),
+        ('"blocks"', "'blocks'"),
+        ("['block']", "['block']"),
+    ],
+)
+def test_one_of_three_words_is_named_where_another_stands(tmp_path, content, found):
+    file = tmp_path / "c.toml"
+    file.write_text(f'output = "o"\nactivation_checkpointing = {content}\n', encoding="utf-8")
+    said = f'activation_checkpointing must be "none", "selective" or "block", found {found}'
+    with pytest.raises(ValueError) as error:
+        parse_settings(TrainingSettings, ["--config", str(file)])
+    assert str(error.value) == f"{file} line 2: {said}"
+    for flag in ("--activation_checkpointing=True", "--activation-checkpointing"):
+        with pytest.raises(ValueError, match="^--activation_checkpointing (must be|takes one value)"):
+            parse_settings(TrainingSettings, ["--output", "o", flag])
+    assert parse_settings(TrainingSettings, ["--output", "o", "--activation-checkpointing", "selective"]) == (
+        TrainingSettings("o", activation_checkpointing="selective")
+    )
 
 
 def test_a_string_in_the_file_may_stand_for_a_list(tmp_path):

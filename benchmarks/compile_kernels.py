@@ -1,0 +1,167 @@
+"""Compile every Triton kernel of pedgpt for an H100 (sm_90); it needs Triton's wheel and no GPU.
+
+    python benchmarks/compile_kernels.py
+
+Each operator below is called as the library calls it, and whatever it would launch is compiled with the same arguments
+and settings instead. Printed are, for each kernel and case, registers a thread, bytes spilled, shared memory and warps.
+Exit code 1: a kernel spills, needs more shared memory than a program may have, or is compiled by no case.
+
+To add a kernel, add calls of its operator to `cases`. NOTE: Triton is imported before pedgpt, because with a torch that
+has no GPU pedgpt leaves it out unless it is loaded already.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from pedgpt import kernels
+from pedgpt.kernels import linear_logps, lora_linear, pointwise
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED = 227 * 1024  # bytes of shared memory that a program may have on sm_90
+TOKENS, DTYPES = 32, (torch.bfloat16, torch.float32)
+
+
+def cases() -> Iterator[tuple[torch.dtype, str, Callable[[], Any]]]:
+    """(dtype, what is called, the call) of every operator, for the shapes of Baichuan2 and Llama."""
+    for dtype in DTYPES:
+        for operator in (pointwise_cases, head_cases, expert_cases):
+            for what, call in operator(dtype):
+                yield dtype, what, call
+
+
+def pointwise_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for width in (128, 4096, 8192):
+        x, weight = random(TOKENS, width, dtype=dtype), random(width, dtype=dtype)
+        yield f"norm {width}", trained(lambda *t: pointwise.rms_norm(*t, 1e-5, impl="triton"), x, weight)
+        both = functools.partial(pointwise.add_rms_norm, eps=1e-5, impl="triton")
+        yield f"norm {width} of a sum", trained(lambda *t, both=both: both(*t), x, x, weight)
+        frozen = weight.detach()
+        yield f"norm {width}, frozen", trained(lambda *t, both=both, frozen=frozen: both(*t, frozen), x, x)
+    with_master = [random(TOKENS, 4096, dtype=d) for d in (torch.bfloat16, torch.float32)]
+    yield "norm 4096, autocast", trained(
+        lambda *t: pointwise._RMSNorm.apply(*t, 1e-5, torch.bfloat16, pointwise._norm_triton),
+        *with_master, random(4096, dtype=torch.float32),
+    )  # fmt: skip
+    for heads, groups, size in ((32, 32, 128), (32, 8, 128), (64, 8, 128), (16, 2, 64)):
+        q, k = random(2, TOKENS, heads, size, dtype=dtype), random(2, TOKENS, groups, size, dtype=dtype)
+        table = random(2, 1, TOKENS, size, dtype=dtype).detach()
+        yield (
+            f"{heads} and {groups} heads of {size}",
+            trained(lambda *t, table=table: pointwise.rotary(*t, table, table, impl="triton"), q, k),
+        )
+    halves = random(TOKENS, 2 * 13696, dtype=dtype).chunk(2, -1)
+    yield "13696, halves of one product", trained(lambda *t: pointwise.swiglu(*t, impl="triton"), *halves)
+
+
+def head_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    labels, stats = torch.zeros(TOKENS, dtype=torch.int64), torch.zeros(3, TOKENS)
+    for vocabulary in (125_696, 32_000):
+        logits, factors, inverse = torch.zeros(TOKENS, vocabulary, dtype=dtype), stats[0], torch.ones(vocabulary)
+        for head, lengths in (("head", None), ("NormHead", inverse)):
+            for what, given in (("values", None), ("gradients", factors)):
+                yield (
+                    f"{head} {vocabulary}, {what}",
+                    functools.partial(linear_logps._softmax_triton, logits, labels, lengths, given, stats),
+                )
+
+
+def expert_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for rank, experts in ((8, 3), (16, 3), (64, 3), (16, 0), (64, 0)):
+        x, weight = random(TOKENS, 1024, dtype=dtype), random(512, 1024, dtype=dtype)
+        lora = [random((experts + 1) * rank, 1024, dtype=dtype), random(512, (experts + 1) * rank, dtype=dtype)]
+        name = f"rank {rank}, " + (f"E {experts + 1}" if experts else "LoRA")
+        gate = {} if not experts else {
+            "router": random(experts, 1024, dtype=dtype), "router_noise": random(experts, 1024, dtype=dtype),
+        }  # fmt: skip
+        for noise in (None, torch.zeros(TOKENS, experts)) if experts else (None,):
+            call = functools.partial(lora_linear, scaling=2.0, noise=noise, impl="triton", **gate)
+            yield (
+                name + ", noise" * (noise is not None),
+                trained(lambda *t, call=call, given=(x, weight, None): call(*given, *t)[0], *lora),
+            )
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+def trained(function: Callable[..., Any], *leaves: torch.Tensor) -> Callable[[], None]:
+    """A call of the function and of its backward pass."""
+
+    def call() -> None:
+        found = function(*leaves)
+        outputs = found if isinstance(found, tuple) else (found,)
+        torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+
+    return call
+
+
+def registers(compiled: Any) -> tuple[int, int]:
+    """(registers a thread, bytes of a thread's local memory: what does not fit into registers is spilled there)."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [cuobjdump, "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return used["REG"], used["STACK"] + used["LOCAL"]
+
+
+def own_kernels() -> set[str]:
+    """The names of all functions under pedgpt.kernels that Triton compiles and that end in _kernel."""
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(kernels.__path__, "pedgpt.kernels.")]
+    jit = triton.runtime.KernelInterface
+    return {name for m in modules for name, f in vars(m).items() if name.endswith("_kernel") and isinstance(f, jit)}
+
+
+def main() -> None:
+    stub = SimpleNamespace(
+        get_current_target=lambda: TARGET, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+    )
+    triton.runtime.driver.set_active(stub)
+    run, rows, seen = triton.JITFunction.run, {}, set()
+
+    def compile_instead(self: Any, *arguments: Any, grid: Any, warmup: bool, **settings: Any) -> Any:
+        compiled = run(self, *arguments, grid=grid, warmup=True, **settings)
+        seen.add(self.__name__)
+        rows.setdefault((self.__name__, compiled.hash), (what, str(dtype).removeprefix("torch."), compiled))
+        return compiled
+
+    triton.JITFunction.run = compile_instead
+    for dtype, what, call in cases():  # noqa: B007 (compile_instead reads it)
+        call()
+    bad = 0
+    print(f"{'kernel':<26}{'case':<32}{'dtype':<10}{'registers':>10}{'spilled':>9}{'shared':>9}{'warps':>7}")
+    for (name, _), (what, numbers, compiled) in sorted(rows.items(), key=lambda row: row[0][0]):
+        used, spilled = registers(compiled)
+        shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+        bad += spilled > 0 or shared > SHARED
+        print(f"{name:<26}{what:<32}{numbers:<10}{used:>10}{spilled:>9}{shared:>9}{warps:>7}")
+    missing = sorted(own_kernels() - seen)
+    print(f"{len(rows)} compiled for sm_90 by Triton {triton.__version__}; {bad} that spill or need too much memory")
+    if missing:
+        print(f"no case compiles {', '.join(missing)}")
+    sys.exit(bool(bad or missing))
+
+
+if __name__ == "__main__":
+    main()

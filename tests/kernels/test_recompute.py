@@ -1,0 +1,206 @@
+"""Rules in place of tensors: what a graph keeps, when it computes it again, and that gradients are the same bits."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from pedgpt.kernels import rms_norm, swiglu
+from pedgpt.kernels.recompute import recomputable, selective
+
+
+@pytest.fixture
+def calls():
+    return []
+
+
+@pytest.fixture
+def double(calls):
+    """double(x): 2 x, which a scope computes again; each call of its rule is noted."""
+
+    def again(x):
+        calls.append(1)
+        return 2 * x
+
+    return lambda x: recomputable(2 * x, again, x)
+
+
+def leaf(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def gradients(function, *leaves, on=True):
+    with selective(on):
+        out = function(*leaves)
+    return torch.autograd.grad(out.sum(), leaves)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda y: y * y,
+        lambda y: (y.view(-1).sin() * y.flatten(0, 1).flatten().cos()).sum() + y[1:, ::2].exp().sum(),
+        lambda y: y.t() @ y.chunk(2, 0)[0].new_ones(len(y), 2) + (y.t() ** 2)[:, :2],
+        lambda y: y.as_strided((2, 2), (1, 3), 1) ** 3,
+        lambda y: y.expand(2, *y.shape) ** 2,
+    ],
+)
+def test_views_get_the_same_gradient_and_the_rule_runs_once(use, double, calls):
+    x = leaf(4, 6)
+    expected = gradients(lambda x: use(2 * x), x, on=False)
+    assert torch.equal(gradients(lambda x: use(double(x)), x)[0], expected[0])
+    assert len(calls) == 1
+
+
+def test_outside_of_a_scope_nothing_is_computed_again(double, calls):
+    x = leaf(3)
+    y = double(x)
+    with selective():
+        z = y * y  # made before the scope began
+    with selective(False):
+        z = z + double(x).square()
+    (z + double(x).square()).sum().backward()
+    assert not calls and torch.equal(x.grad, 24 * x)
+
+
+def test_scopes_nest_and_end_even_by_an_error(double, calls):
+    x = leaf(3)
+    with selective():
+        outer = double(x)
+        with pytest.raises(ZeroDivisionError), selective():
+            inner = double(x)
+            1 / 0  # noqa: B018
+        with selective():
+            kept = outer.square()  # by a scope that does not know the rule
+        again = outer.square() + double(x).square()
+    late = inner.square()
+    (kept + again + late).sum().backward()
+    assert len(calls) == 2 and torch.equal(x.grad, 4 * 8 * x)
+
+
+def test_the_result_is_freed_and_computed_for_all_who_need_it_until_the_last_is_done(double, calls):
+    x = leaf(64)
+    with selective():
+        y = double(x)
+        z = y.sin() + y.cos() + y.exp()
+    result = weakref.ref(y.untyped_storage())
+    del y
+    assert result() is None and not calls
+    z.sum().backward(retain_graph=True)
+    assert len(calls) == 1
+    z.sum().backward()
+    assert len(calls) == 1
+    expected = 2 * 2 * ((2 * x).cos() - (2 * x).sin() + (2 * x).exp())
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_a_graph_without_a_backward_pass_leaves_nothing(double):
+    x = leaf(64)
+    with selective():
+        z = double(x).exp().exp()  # exp keeps its own output
+    gone = weakref.ref(z.untyped_storage())
+    del z
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_address_that_is_given_away_again_is_not_confused(double, calls):
+    x = leaf(1000)
+    with selective():
+        out = sum(double(x).sum() for _ in range(5))  # each result dies at once, and its memory may serve the next
+        out = out + sum((x + i).square().sum() for i in range(5))
+    out.backward()
+    assert not calls
+    torch.testing.assert_close(x.grad, 10.0 + sum(2 * (x + i) for i in range(5)))
+
+
+def test_in_place_changes_are_noticed_or_harmless(double, calls):
+    x = leaf(5)
+    with selective():
+        y = double(x).mul_(3)  # before it is kept: kept as it is
+        z = y * y
+    z.sum().backward()
+    assert not calls
+    torch.testing.assert_close(x.grad, 72 * x)
+
+    x = leaf(5)
+    with selective():
+        y = double(x)
+        z = y * y
+        y.detach().zero_()  # after: without a rule an error, with it the value from before
+    z.sum().backward()
+    torch.testing.assert_close(x.grad, 8 * x)
+
+    x = leaf(5)
+    for change in (lambda x, y: x.zero_(), lambda x, y: y.zero_()):
+        inner = x + 0
+        with selective():
+            z = double(inner) ** 2  # keeps the rule, and with it `inner`
+            y = x * 1
+            z = z + y * y  # keeps y as it is
+        change(inner.detach(), y.detach())
+        with pytest.raises(RuntimeError, match=r"\[5\] of the graph was modified by an inplace operation"):
+            z.sum().backward()
+
+
+def test_second_derivatives_are_those_without_it(double):
+    x = leaf(2, 3)
+    found = []
+    for on in (False, True):
+        with selective(on):
+            y = (double(x) ** 3).sum()
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        found.append((first.detach(), *torch.autograd.grad((first**2).sum(), x)))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_an_outer_checkpoint_may_hold_a_scope(double, reentrant):
+    x = leaf(2, 3)
+
+    def inside(x):
+        with selective():
+            return double(x.sin()) ** 2
+
+    checkpoint(inside, x, use_reentrant=reentrant).sum().backward()
+    torch.testing.assert_close(x.grad, 8 * x.sin() * x.cos())
+
+
+def test_torch_func_and_a_compiler_see_no_difference(double):
+    x = leaf(2, 3).detach()
+
+    def function(x):
+        with selective():
+            return (double(x) ** 2).sum()
+
+    torch.testing.assert_close(torch.func.grad(function)(x), 8 * x)
+    torch.testing.assert_close(torch.func.vmap(function)(x), (4 * x * x).sum(1))
+    y = x.clone().requires_grad_()
+    torch.compile(lambda x: rms_norm(x, x[0], 1e-5), backend="aot_eager", fullgraph=True)(y).sum().backward()
+    with selective():
+        other = x.clone().requires_grad_()
+        rms_norm(other, other[0], 1e-5).sum().backward()
+    torch.testing.assert_close(other.grad, y.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_swiglu_give_the_same_bits_and_free_their_results(dtype):
+    x, weight = leaf(7, 8).to(dtype).detach().requires_grad_(), leaf(8, seed=1).to(dtype).detach().requires_grad_()
+    up, down = (leaf(8, 8, seed=s).to(dtype).detach().requires_grad_() for s in (2, 3))
+
+    def block(x, weight, up, down):
+        normed = rms_norm(x, weight, 1e-5)
+        inner = swiglu(normed @ up, normed @ down)
+        results.extend(weakref.ref(t.untyped_storage()) for t in (normed, inner))
+        return inner @ down
+
+    found = []
+    for on in (False, True):
+        results = []
+        with selective(on):
+            out = block(x, weight, up, down)
+        assert [result() is None for result in results] == [on, on]
+        found.append(torch.autograd.grad(out.float().square().sum(), (x, weight, up, down)))
+    assert all(map(torch.equal, *found))
