@@ -10,66 +10,68 @@ and slope. Letters as in expert_gate.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pedgpt.kernels.expert_gate import down_gate, down_gate_backward, implementation
+from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, NoiseStream, down_gate, down_gate_backward, implementation
 from pedgpt.kernels.onednn import product, product_onto, refuse_create_graph
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Sequence[Tensor | None], packed: Sequence[Tensor | None],
+    dropped: Tensor | None, noise: Tensor | NoiseStream | None, count: Tensor | bool, scaling: float, impl: str,
+) -> tuple[Tensor, Gated]:  # fmt: skip
+    lora_A, _, router, _ = adapter
+    experts = 0 if router is None else len(router)
+    P, B = _pack(adapter, packed, x.dtype, impl)
+    gated = down_gate(
+        x, P, noise,
+        experts=experts, rank=len(lora_A) // (experts + 1), scaling=scaling, dropped=dropped, count=count, impl=impl,
+    )  # fmt: skip
+    return product_onto(product(gated.h, B, bias), x, weight), gated
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        router: Tensor | None,
-        router_noise: Tensor | None,
-        noise: Tensor | None,
-        dropped: Tensor | None,
-        scaling: float,
-        impl: str,
-    ) -> tuple[Tensor, Tensor | None]:
-        experts = 0 if router is None else len(router)
-        packed = _pack(lora_A, router, router_noise, x.dtype)
-        h, s, gates, slope = down_gate(
-            x, packed, noise,
-            experts=experts, rank=len(lora_A) // (experts + 1), scaling=scaling, dropped=dropped, impl=impl,
-        )  # fmt: skip
-        y = product_onto(product(h, lora_B.to(x.dtype), bias), x, weight)
-        ctx.save_for_backward(
-            x, weight, lora_A, lora_B, router, router_noise, s if s.element_size() == 2 else None, gates, slope, dropped
-        )
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+        lora_A: Tensor, lora_B: Tensor, router: Tensor | None, router_noise: Tensor | None,
+        dropped: Tensor | None, P: Tensor | None, B: Tensor | None,
+        noise: Tensor | NoiseStream | None, count: Tensor | bool, scaling: float, impl: str,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        adapter = (lora_A, lora_B, router, router_noise)
+        y, gated = _forward(x, weight, bias, adapter, (P, B), dropped, noise, count, scaling, impl)
+        s = gated.s if gated.s.element_size() == 2 else None
+        ctx.save_for_backward(x, weight, *adapter, dropped, P, B, s, gated.gates, gated.slope)
         ctx.scaling, ctx.impl = scaling, impl
-        ctx.set_materialize_grads(False)  # gates never have one
-        if gates is not None:
-            ctx.mark_non_differentiable(gates)
-        return y, gates
+        ctx.set_materialize_grads(False)  # gates and totals never have one
+        ctx.mark_non_differentiable(*(t for t in (gated.gates, gated.totals) if t is not None))
+        return y, gated.gates, gated.totals
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         refuse_create_graph("lora_linear")
         if dy is None:
-            return (None,) * 11
-        x, weight, lora_A, lora_B, router, router_noise, s, gates, slope, dropped = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router, needs_noise, _, needs_dropped = (
-            ctx.needs_input_grad[:9]
+            return (None,) * 14
+        x, weight, lora_A, lora_B, router, router_noise, dropped, P, B, s, gates, slope = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router, needs_noise, needs_dropped = (
+            ctx.needs_input_grad[:8]
         )
-        packed, dy = _pack(lora_A, router, router_noise, x.dtype), dy.contiguous()
+        P, B = _pack((lora_A, lora_B, router, router_noise), (P, B), x.dtype, ctx.impl)
+        dy, columns = dy.contiguous(), len(lora_A)
         if s is None:
-            s = product(x if dropped is None else dropped, packed[: len(lora_A)])
-        ds, h = down_gate_backward(dy, lora_B.to(x.dtype), s, gates, slope, scaling=ctx.scaling, impl=ctx.impl)
+            s = product(x if dropped is None else dropped, P[:columns])
+        ds, h = down_gate_backward(dy, B, s, gates, slope, scaling=ctx.scaling, columns=len(P), impl=ctx.impl)
+        P = P[: ds.shape[1]]
         dx = dweight = dbias = dA = dB = drouter = dnoise = ddropped = None
-        columns = slice(len(lora_A) if dropped is not None else 0, None)  # of ds that x itself gave
+        own = slice(0 if dropped is None else columns, None)  # the columns of ds that x itself gave
         if needs_x:
-            dx = product_onto(product(ds[:, columns], packed[columns].t()), dy, weight.t())
+            dx = product_onto(product(ds[:, own], P[own].t()), dy, weight.t())
         if needs_dropped:
-            ddropped = product(ds[:, : len(lora_A)], packed[: len(lora_A)].t())
+            ddropped = product(ds[:, :columns], P[:columns].t())
         if needs_weight:
             dweight = product(dy.t(), x.t())
         if needs_bias:
@@ -77,21 +79,28 @@ class _LoRALinear(torch.autograd.Function):
         if needs_B:
             dB = (dy.t() @ h).to(lora_B.dtype)
         if needs_A or needs_router or needs_noise:
-            dpacked = product(ds[:, columns].t(), x.t()).to(lora_A.dtype)
+            dP = product(ds[:, own].t(), x.t()).to(lora_A.dtype)
             if dropped is not None:
-                dpacked = torch.cat((product(ds[:, : len(lora_A)].t(), dropped.t()).to(lora_A.dtype), dpacked))
-            dA = dpacked[: len(lora_A)]
+                dP = torch.cat((product(ds[:, :columns].t(), dropped.t()).to(lora_A.dtype), dP))
+            dA = dP[:columns]
             if router is not None:
-                drouter = dpacked[len(lora_A) :][: len(router)]
+                drouter = dP[columns:][: len(router)]
             if router_noise is not None:
-                dnoise = dpacked[len(dpacked) - len(router_noise) :]
-        return dx, dweight, dbias, dA, dB, drouter, dnoise, None, ddropped, None, None
+                dnoise = dP[columns + len(router_noise) :][: len(router_noise)]
+        return dx, dweight, dbias, dA, dB, drouter, dnoise, ddropped, None, None, None, None, None, None
 
 
-def _pack(lora_A: Tensor, router: Tensor | None, router_noise: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """P [C, D]. It is cheap, so the backward pass makes it again."""
-    parts = [part for part in (lora_A, router, router_noise) if part is not None]
-    return (torch.cat(parts) if len(parts) > 1 else lora_A).to(dtype)
+def _pack(
+    adapter: Sequence[Tensor | None], packed: Sequence[Tensor | None], dtype: torch.dtype, impl: str
+) -> Sequence[Tensor]:
+    """`packed`, or (P, B) made now. That is cheap, so the backward pass makes them again."""
+    if packed[0] is not None:
+        return packed
+    lora_A, lora_B, *routers = (part for part in adapter if part is not None)
+    parts = [lora_A, *routers]
+    if impl == "triton":
+        parts += [lora_A.new_zeros(rest, lora_A.shape[1])] if (rest := -sum(map(len, parts)) % ALIGNMENT) else []
+    return (torch.cat(parts) if len(parts) > 1 else lora_A).to(dtype), lora_B.to(dtype)
 
 
 def lora_linear(
@@ -104,52 +113,58 @@ def lora_linear(
     scaling: float,
     router: Tensor | None = None,
     router_noise: Tensor | None = None,
-    noise: Tensor | None = None,
+    noise: Tensor | NoiseStream | None = None,
     dropped: Tensor | None = None,
+    count: Tensor | bool = False,
+    packed: tuple[Tensor, Tensor] | None = None,
     impl: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(y [..., O], gates [..., N] in float32 or None) of a linear layer with N gated experts, or with plain LoRA.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y [..., O], gates [..., N], totals [N + 2]) of a linear layer with N gated experts; without gates, plain LoRA.
 
         y = x Wᵀ (+ b) + c ( B_u A_u x + Σ_j G(x)_j B_j A_j x ),  G(x) = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ))
 
     x [..., D], weight [O, D], bias [O]; lora_A [R, D] and lora_B [O, R], the universal expert's r rows first, then
-    those of each specific one; `router` W_g and `router_noise` W_n [N, D]; `noise` ε [..., N], None in evaluation;
-    c = `scaling`. Without a router it is LoRA of rank R. `dropped` [..., D] is what A reads instead of x: LoRA dropout,
-    which costs a second copy of x and a product more, on the torch form. All parameters may have their own dtypes;
-    products are made in the dtype of x, or in autocast's, gates in float32. Differentiable once, in all but `noise`;
-    gates carry no gradient. `impl`: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
-    Raises ValueError for shapes that do not fit.
+    those of each specific one; `router` W_g and `router_noise` W_n [N, D]; `noise` ε [..., N], or the stream that
+    gives it for x [B, T, D], None in evaluation; c = `scaling`. Without a router it is LoRA of rank R. `dropped`
+    [..., D] is what A reads instead of x: LoRA dropout, which costs a second copy of x and a product more. `count`
+    [...] (bool) or True asks for `totals`, sums in float64 over those tokens or over all: of the gates, of their
+    entropy, and the number of tokens. `packed`: (P, B) as `pack_adapters` makes them, used if in the products' dtype.
+
+    All parameters may have their own dtypes; products are made in the dtype of x, or in autocast's, gates in float32.
+    Differentiable once, in all but `noise`; gates and totals carry no gradient. `impl`: "torch", "triton", or None
+    for Triton on CUDA and torch elsewhere. Raises ValueError for shapes that do not fit.
     """
-    _check(x, weight, bias, lora_A, lora_B, router, router_noise, noise, dropped)
-    dtype = x.dtype
+    _check(x, weight, bias, lora_A, lora_B, router, router_noise, noise, dropped, count)
+    dtype, leading = x.dtype, x.shape[:-1]
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
 
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])
+    def rows(tensor: Any) -> Any:
+        return tensor.reshape(-1, tensor.shape[-1]) if isinstance(tensor, Tensor) else tensor
 
-    bias = None if bias is None else bias.to(dtype)
-    dropped = None if dropped is None else dropped.to(dtype)
-    y, gates = _LoRALinear.apply(
-        rows(x.to(dtype)), weight.to(dtype), bias, lora_A, lora_B, router, None if noise is None else router_noise,
-        rows(noise), rows(dropped), scaling,
-        implementation(impl, x, len(lora_A), 0 if router is None else len(router)),
+    impl = implementation(impl, x)
+    if isinstance(noise, NoiseStream) and impl == "torch":
+        assert router is not None
+        wide = torch.promote_types(dtype, torch.float32)
+        noise = noise.normal(torch.empty(*leading, len(router), dtype=wide, device=x.device))
+    adapter = (lora_A, lora_B, router, None if noise is None else router_noise)
+    operands = rows(x.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype)
+    others = (
+        None if dropped is None else rows(dropped.to(dtype)), rows(noise),
+        count.reshape(-1) if isinstance(count, Tensor) else count, scaling, impl,
     )  # fmt: skip
-    leading = x.shape[:-1]
-    return y.view(*leading, len(weight)), None if gates is None else gates.view(*leading, gates.shape[-1])
+    fitting = packed if packed is not None and packed[0].dtype == dtype else (None, None)
+    if torch.is_grad_enabled():
+        y, gates, totals = _LoRALinear.apply(*operands, *adapter, others[0], *fitting, *others[1:])
+    else:
+        y, (_, _, gates, _, totals) = _forward(*operands, adapter, fitting, *others)
+    return y.view(*leading, len(weight)), None if gates is None else gates.view(*leading, gates.shape[-1]), totals
 
 
 def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    router: Tensor | None,
-    router_noise: Tensor | None,
-    noise: Tensor | None,
-    dropped: Tensor | None,
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, router: Tensor | None,
+    router_noise: Tensor | None, noise: Tensor | NoiseStream | None, dropped: Tensor | None, count: Tensor | bool,
+) -> None:  # fmt: skip
     if weight.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"weight must be [out, in] and x floating, found {list(weight.shape)} and {x.dtype}")
     size_out, size_in = weight.shape
@@ -161,12 +176,15 @@ def _check(
         "lora_B": (lora_B, (size_out, len(lora_A))),
         "router": (router, (experts, size_in)),
         "router_noise": (router_noise, (experts, size_in)),
-        "noise": (noise, (*x.shape[:-1], experts)),
+        "noise": (None if isinstance(noise, NoiseStream) else noise, (*x.shape[:-1], experts)),
         "dropped": (dropped, tuple(x.shape)),
+        "count": (count if isinstance(count, Tensor) else None, tuple(x.shape[:-1])),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}, found {list(tensor.shape)}")
+    if isinstance(noise, NoiseStream):
+        noise.check(x.shape)
     if len(lora_A) % (experts + 1) or not len(lora_A):
         raise ValueError(f"lora_A has {len(lora_A)} rows, which {experts + 1} experts cannot share")
     if router is not None and not experts:
