@@ -26,7 +26,6 @@ import torch
 
 from pedgpt import training
 from pedgpt.adapters import ExpertLoRALinear, adapted_layers, inject_experts, inject_lora
-from pedgpt.kernels.expert_gate import MAX_COLUMNS
 from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import ModelConfig, Transformer, generate, memory
 from pedgpt.models.config import NORM_HEAD_KEY, POSITIONS_KEY
@@ -375,7 +374,7 @@ def adapter_tensors(name: str, layer: Any, run: memory.Pass) -> list[int]:
     if isinstance(layer, ExpertLoRALinear):
         experts = layer.num_specific_experts
         kept += [4 * n * experts] * 2
-        apart = layer.dropout > 0 or (run.on_cuda and columns <= MAX_COLUMNS)  # of the routes
+        apart = run.on_cuda  # of the routes
         columns += 0 if apart else 2 * experts
     if layer.dropout:
         leaf, size = name.rpartition(".")[2], n * layer.in_features

@@ -5,15 +5,16 @@ Letters: N specific experts, R rank, one universal expert first: (N+1)·R rows o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pedgpt.adapters.lora import AdaptedLinear
 from pedgpt.kernels import lora_linear
-from pedgpt.kernels.expert_gate import NoiseStream
 
 
 class ExpertLoRALinear(AdaptedLinear):
@@ -83,8 +84,11 @@ class ExpertLoRALinear(AdaptedLinear):
 
     def noise(self, x: Tensor) -> Tensor | NoiseStream | None:
         """ε [..., N] for x [..., in] while training, in float32 or float64, or its stream; None in evaluation."""
-        if not self.training or self.noise_stream is not None:
-            return self.noise_stream if self.training else None
+        if not self.training:
+            return None
+        if self.noise_stream is not None:
+            self.noise_stream.check(x.shape)
+            return self.noise_stream
         dtype = torch.promote_types(x.dtype, torch.float32)
         return torch.randn(*x.shape[:-1], self.num_specific_experts, dtype=dtype, device=x.device)
 
@@ -156,6 +160,32 @@ def gate_metrics(records: Mapping[str, GateRecord]) -> dict[str, Tensor]:
     return dict(zip(names, totals[:-1].unbind(), strict=True))
 
 
+class NoiseStream:
+    """One layer's gate noise: a function of (seed, row, token, layer, expert), however rows are spread over ranks.
+
+    A counter-based generator: each number is a 64-bit hash of its coordinates, turned normal by Box-Muller. So one
+    process or many, any micro-batch size, and activation checkpointing's recomputation all draw the same noise.
+    """
+
+    def __init__(self, seed: int, layer: int, rows: Tensor) -> None:
+        self.key, self.rows = _hash(_signed(_hash(_signed(seed)) + layer)), rows.long()
+
+    def check(self, shape: torch.Size) -> None:
+        """Raise ValueError unless there are as many rows [B, T, …] as this stream has."""
+        if len(shape) != 3 or shape[0] != len(self.rows):
+            raise ValueError(f"gate noise for {len(self.rows)} rows needs [rows, tokens, in], found {list(shape)}")
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal numbers of the shape and dtype of `like` [B, T, N]; B must be the number of rows."""
+        self.check(like.shape)
+        stream = _hash(self.key + self.rows)[:, None]
+        stream = _hash(stream + torch.arange(like.shape[1], device=like.device))[..., None]
+        bits = _hash(stream + torch.arange(like.shape[2], device=like.device))
+        first = (_shift_right(bits, 32) + 1).double() / 2**32  # in (0, 1], so that its logarithm is finite
+        second = (bits & 0xFFFFFFFF).double() / 2**32
+        return ((-2 * first.log()).sqrt() * (2 * math.pi * second).cos()).to(like.dtype)
+
+
 def set_noise_rows(model: nn.Module, seed: int, rows: Tensor | None) -> None:
     """From now on, expert layers draw the noise of batch row i as `rows[i]` (int64 [B]) says; None: at random.
 
@@ -164,3 +194,22 @@ def set_noise_rows(model: nn.Module, seed: int, rows: Tensor | None) -> None:
     layers = [m for m in model.modules() if isinstance(m, ExpertLoRALinear)]
     for number, layer in enumerate(layers):
         layer.noise_stream = None if rows is None else NoiseStream(seed, number, rows)
+
+
+def _hash(x: Any) -> Any:
+    """SplitMix64 (Steele et al. 2014) of an int or of int64 tensors, whose sums and products wrap modulo 2^64."""
+    wrapped = _signed if isinstance(x, int) else lambda x: x
+    x = wrapped(x + _signed(0x9E3779B97F4A7C15))
+    x = wrapped((x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9))
+    x = wrapped((x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB))
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Any, bits: int) -> Any:
+    """x >> bits on the 64 bits as they stand; torch's own shift repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    """The int64 with the low 64 bits of x."""
+    return (x + 2**63) % 2**64 - 2**63

@@ -12,8 +12,7 @@ W_n where there is no noise. N = 0 is plain LoRA, which has no gate.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,49 +38,14 @@ class Gated(NamedTuple):
     totals: Tensor | None = None
 
 
-class NoiseStream:
-    """One layer's gate noise: a function of (seed, row, token, layer, expert), however rows are spread over ranks.
+class Stream(Protocol):
+    """Counter-based noise: ε of (row, token, expert) is `normal_noise` in the kernel, and `normal` in torch."""
 
-    A counter-based generator: each number is a 64-bit hash of its coordinates, turned normal by Box-Muller. So one
-    process or many, any micro-batch size, and activation checkpointing's recomputation all draw the same noise.
-    """
-
-    def __init__(self, seed: int, layer: int, rows: Tensor) -> None:
-        self.key, self.rows = _hash(_signed(_hash(_signed(seed)) + layer)), rows.long()
-
-    def check(self, shape: torch.Size) -> None:
-        """Raise ValueError unless there are as many rows [B, T, …] as this stream has."""
-        if len(shape) != 3 or shape[0] != len(self.rows):
-            raise ValueError(f"gate noise for {len(self.rows)} rows needs [rows, tokens, in], found {list(shape)}")
+    key: int
+    rows: Tensor  # [B] int64
 
     def normal(self, like: Tensor) -> Tensor:
-        """Standard normal numbers of the shape and dtype of `like` [B, T, N]; B must be the number of rows."""
-        self.check(like.shape)
-        stream = _hash(self.key + self.rows)[:, None]
-        stream = _hash(stream + torch.arange(like.shape[1], device=like.device))[..., None]
-        bits = _hash(stream + torch.arange(like.shape[2], device=like.device))
-        first = (_shift_right(bits, 32) + 1).double() / 2**32  # in (0, 1], so that its logarithm is finite
-        second = (bits & 0xFFFFFFFF).double() / 2**32
-        return ((-2 * first.log()).sqrt() * (2 * math.pi * second).cos()).to(like.dtype)
-
-
-def _hash(x: Any) -> Any:
-    """SplitMix64 (Steele et al. 2014) of an int or of int64 tensors, whose sums and products wrap modulo 2^64."""
-    wrapped = _signed if isinstance(x, int) else lambda x: x
-    x = wrapped(x + _signed(0x9E3779B97F4A7C15))
-    x = wrapped((x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9))
-    x = wrapped((x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB))
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Any, bits: int) -> Any:
-    """x >> bits on the 64 bits as they stand; torch's own shift repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(x: int) -> int:
-    """The int64 with the low 64 bits of x."""
-    return (x + 2**63) % 2**64 - 2**63
+        """ε of the shape and dtype of `like` [B, T, N]."""
 
 
 # The torch form
@@ -110,29 +74,23 @@ def gate_totals(gates: Tensor, where: Tensor | None = None) -> Tensor:
     return (values if where is None else values * where.reshape(-1, 1)).sum(0, dtype=torch.float64)
 
 
-def _down_gate(
-    x: Tensor, packed: Tensor, noise: Tensor | None, experts: int, rank: int, scaling: float, dropped: Tensor | None
+def _gate(
+    product: Tensor, noise: Tensor | None, experts: int, rank: int, scaling: float, count: Tensor | bool
 ) -> Gated:
-    columns = (experts + 1) * rank
-    packed = packed[: columns + experts * (1 if noise is None else 2)]
-    if dropped is None:
-        s, routes = product(x, packed).split((columns, len(packed) - columns), dim=-1)
-    else:
-        s, routes = product(dropped, packed[:columns]), product(x, packed[columns:])
+    s, routes = product.tensor_split([(experts + 1) * rank], dim=-1)
     if experts == 0:
-        return Gated(s * scaling, s, None, None)
+        return Gated(s * scaling, s, None, None, None)
     gates, slope = expert_gate(routes, noise)
-    return Gated(_scaled(s, gates, scaling), s, gates, slope)
+    totals = None if count is False else gate_totals(gates, count if isinstance(count, Tensor) else None)
+    return Gated(_scaled(s, gates, scaling), s, gates, slope, totals)
 
 
-def _down_gate_backward(
-    dy: Tensor, lora_B: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, scaling: float
+def _gate_backward(
+    dh: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    dh = product(dy, lora_B.t())
     if gates is None:
         return dh * scaling, s * scaling
-    experts = gates.shape[-1]
-    each = (dh.to(gates.dtype) * s).unflatten(-1, (experts + 1, -1))[:, 1:].sum(-1)
+    each = (dh.to(gates.dtype) * s).unflatten(-1, (gates.shape[-1] + 1, -1))[:, 1:].sum(-1)
     droutes = expert_gate_backward(scaling * each, gates, slope)
     return torch.cat((_scaled(dh, gates, scaling), droutes.to(dh.dtype)), dim=-1), _scaled(s, gates, scaling)
 
@@ -186,7 +144,7 @@ if triton is not None:
 
     @triton.jit
     def _normal(key, rows, length, token, expert, some_token):
-        """`NoiseStream.normal` of tokens [BLOCK_T] and experts [EXPERT_BLOCK], in float32."""
+        """`Stream.normal` of tokens [BLOCK_T] and experts [EXPERT_BLOCK], in float32."""
         row = tl.load(rows + token // length, mask=some_token, other=0)
         stream = _hash_bits((row + key).to(tl.uint64, bitcast=True))
         stream = _hash_bits(stream + (token % length).to(tl.uint64))
@@ -305,63 +263,60 @@ def _skinny(x: Tensor, w: Tensor) -> Tensor:
     (tokens, width), columns = x.shape, len(w)
     block_t, block_c = 64 if tokens < 8192 else 128, min(128, max(16, triton.next_power_of_2(columns)))
     blocks = triton.cdiv(tokens, block_t)
-    # About 256 programs keep an H100's 132 multiprocessors busy; each sums 512 numbers at least. A power of two,
-    # because the kernels that follow are compiled for it.
+    # About 256 programs keep an H100's 132 multiprocessors busy, and each should sum 512 numbers at least. A power of
+    # two, because the kernels that follow are compiled for it.
     splits = triton.next_power_of_2(max(1, min(256 // blocks, width // 512, 16)))
     out = x.new_empty(splits, tokens, columns, dtype=torch.float32)
-    interpreted = type(skinny_kernel).__name__ == "InterpretedFunction"
+    # The interpreter multiplies the bit patterns of bfloat16.
+    upcast = type(skinny_kernel).__name__ == "InterpretedFunction" and x.dtype == torch.bfloat16
     skinny_kernel[(triton.cdiv(columns, block_c), blocks, splits)](
-        x, w, out, tokens, width, columns, triton.cdiv(triton.cdiv(width, splits), 64) * 64, *w.stride(),
-        # The interpreter multiplies the bit patterns of bfloat16.
-        UPCAST=interpreted and x.dtype == torch.bfloat16, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_D=64,
+        x.contiguous(), w, out, tokens, width, columns, triton.cdiv(triton.cdiv(width, splits), 64) * 64, *w.stride(),
+        UPCAST=upcast, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_D=64,
         num_warps=8 if block_t * block_c > 8192 else 4, num_stages=3,
     )  # fmt: skip
     return out
 
 
-def _blocks(experts: int, rank: int, product: Tensor) -> dict[str, int]:
-    """Settings of the pointwise kernels, whose tiles of tokens × experts must fit into registers."""
+def _settings(product: Tensor, experts: int, rank: int) -> tuple[int, dict[str, int]]:
+    """(programs, settings) of the pointwise kernels, whose tiles of tokens × experts must fit into registers."""
     block = triton.next_power_of_2(max(2, experts))
-    return {
-        "EXPERTS": experts, "RANK": rank, "SPLITS": len(product), "EXPERT_BLOCK": block,
-        "BLOCK_T": max(2, min(32, 512 // block)), "RANK_BLOCK": min(64, triton.next_power_of_2(rank)),
+    block_t = max(2, min(32, 512 // block))
+    return triton.cdiv(product.shape[1], block_t), {
+        "EXPERTS": experts, "RANK": rank, "SPLITS": len(product), "EXPERT_BLOCK": block, "BLOCK_T": block_t,
+        "RANK_BLOCK": min(64, triton.next_power_of_2(rank)),
     }  # fmt: skip
 
 
-def _down_gate_triton(
-    x: Tensor, packed: Tensor, noise: Tensor | NoiseStream | None, experts: int, rank: int, scaling: float,
-    dropped: Tensor | None, count: Tensor | bool,
+def _gate_triton(
+    product: Tensor, noise: Tensor | Stream | None, experts: int, rank: int, scaling: float, count: Tensor | bool,
+    dtype: torch.dtype,
 ) -> Gated:  # fmt: skip
-    tokens, columns = len(x), (experts + 1) * rank
-    if dropped is None:
-        product = _skinny(x, packed)
-    else:
-        product = torch.cat((_skinny(dropped, packed[:columns]), _skinny(x, packed[columns:])), dim=-1)
-    h, s = x.new_empty(tokens, columns), x.new_empty(tokens, columns)
-    gates = x.new_empty(tokens, experts, dtype=torch.float32) if experts else None
-    slope = None if noise is None else torch.empty_like(gates)
-    blocks = _blocks(experts, rank, product)
-    programs = triton.cdiv(tokens, blocks["BLOCK_T"])
-    totals = x.new_empty(programs, experts + 2, dtype=torch.float32) if experts and count is not False else None
-    stream = noise if isinstance(noise, NoiseStream) else None
+    (_, tokens, columns), (programs, settings) = product.shape, _settings(product, experts, rank)
+    h, s = (product.new_empty(tokens, (experts + 1) * rank, dtype=dtype) for _ in range(2))
+    gates = product.new_empty(tokens, experts) if experts else None
+    slope = None if noise is None or gates is None else torch.empty_like(gates)
+    totals = product.new_empty(programs, experts + 2) if experts and count is not False else None
+    source: tuple[Any, ...] = (None, None, 0, 0)
+    if isinstance(noise, Tensor):
+        source = (noise.float().contiguous(), None, 0, 0)
+    elif noise is not None:
+        source = (None, noise.rows, noise.key, tokens // max(1, len(noise.rows)))
     if tokens:
         gate_fwd_kernel[(programs,)](
-            product, None if stream else noise, stream and stream.rows, stream.key if stream else 0,
-            tokens // len(stream.rows) if stream else 0, count if isinstance(count, Tensor) else None,
-            h, s, gates, slope, totals, tokens, product.shape[-1], scaling, **blocks,
+            product, *source, count if isinstance(count, Tensor) else None, h, s, gates, slope, totals,
+            tokens, columns, scaling, **settings,
         )  # fmt: skip
     return Gated(h, s, gates, slope, None if totals is None else totals.sum(0, dtype=torch.float64))
 
 
-def _down_gate_backward_triton(
-    dy: Tensor, lora_B: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, scaling: float, columns: int
+def _gate_backward_triton(
+    dh: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, scaling: float, columns: int
 ) -> tuple[Tensor, Tensor]:
     experts = 0 if gates is None else gates.shape[1]
-    ds, h, product = s.new_empty(len(s), columns), torch.empty_like(s), _skinny(dy, lora_B.t())
-    blocks = _blocks(experts, s.shape[1] // (experts + 1), product)
+    programs, settings = _settings(dh, experts, s.shape[1] // (experts + 1))
+    ds, h = s.new_empty(len(s), columns), torch.empty_like(s)
     if len(s):
-        programs = triton.cdiv(len(s), blocks["BLOCK_T"])
-        gate_bwd_kernel[(programs,)](product, s, gates, slope, ds, h, len(s), columns, scaling, **blocks)
+        gate_bwd_kernel[(programs,)](dh, s, gates, slope, ds, h, len(s), columns, scaling, **settings)
     return ds, h
 
 
@@ -369,47 +324,35 @@ def _down_gate_backward_triton(
 
 
 def down_gate(
-    x: Tensor,
-    packed: Tensor,
-    noise: Tensor | NoiseStream | None,
-    *,
-    experts: int,
-    rank: int,
-    scaling: float,
-    dropped: Tensor | None = None,
-    count: Tensor | bool = False,
-    impl: str,
-) -> Gated:
-    """From x [T, D] and P = `packed` [C, D] to h. `noise`: ε [T, N] or a stream; `dropped` [T, D]: what A reads for x;
-    `count` [T]: of which tokens to return the totals, True: of all."""
+    x: Tensor, packed: Tensor, noise: Tensor | Stream | None, *, experts: int, rank: int, scaling: float,
+    dropped: Tensor | None = None, count: Tensor | bool = False, impl: str,
+) -> Gated:  # fmt: skip
+    """From x [T, D] and P = `packed` [C, D] to h. `noise`: ε [T, N], in Triton also a stream; `dropped` [T, D]: what A
+    reads for x; `count`: True, or the tokens [T] of which to return the totals."""
+    times, columns = _skinny if impl == "triton" else product, (experts + 1) * rank
+    if impl == "torch":
+        packed = packed[: columns + experts * (1 if noise is None else 2)]
+    if dropped is None:
+        both = times(x, packed)
+    else:
+        both = torch.cat((times(dropped, packed[:columns]), times(x, packed[columns:])), dim=-1)
     if impl == "triton":
-        noise = noise.float().contiguous() if isinstance(noise, Tensor) else noise
-        dropped = None if dropped is None else dropped.contiguous()
-        return _down_gate_triton(x.contiguous(), packed, noise, experts, rank, scaling, dropped, count)
-    gated = _down_gate(x, packed, noise, experts, rank, scaling, dropped)
-    if gated.gates is None or count is False:
-        return gated
-    return gated._replace(totals=gate_totals(gated.gates, count if isinstance(count, Tensor) else None))
+        return _gate_triton(both, noise, experts, rank, scaling, count, x.dtype)
+    assert noise is None or isinstance(noise, Tensor)
+    return _gate(both, noise, experts, rank, scaling, count)
 
 
 def down_gate_backward(
-    dy: Tensor,
-    lora_B: Tensor,
-    s: Tensor,
-    gates: Tensor | None,
-    slope: Tensor | None,
-    *,
-    scaling: float,
-    columns: int,
+    dy: Tensor, lora_B: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, *, scaling: float, columns: int,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    """From dy [T, O] to (d(x Pᵀ), h [T, R]), with B [O, R] and what `down_gate` gave.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """From dy [T, O] to (d(x Pᵀ) [T, C], h [T, R]), with B [O, R] and what `down_gate` gave.
 
-    The first is [T, C], or in Triton [T, `columns`], for all rows of P.
+    In Triton the first is [T, `columns`], for all rows of P.
     """
     if impl == "triton":
-        return _down_gate_backward_triton(dy.contiguous(), lora_B, s.contiguous(), gates, slope, scaling, columns)
-    return _down_gate_backward(dy, lora_B, s, gates, slope, scaling)
+        return _gate_backward_triton(_skinny(dy, lora_B.t()), s.contiguous(), gates, slope, scaling, columns)
+    return _gate_backward(product(dy, lora_B.t()), s, gates, slope, scaling)
 
 
 def implementation(impl: str | None, x: Tensor) -> str:
@@ -421,9 +364,7 @@ def implementation(impl: str | None, x: Tensor) -> str:
         raise ValueError(f'impl must be "torch", "triton" or None, found {impl!r}')
     suits = triton is not None and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if impl == "triton" and not suits:
-        raise ValueError(
-            'impl="triton" needs Triton with a GPU, and float32, bfloat16 or float16; found '
-            f"{'both' if triton else 'one of the two missing'}, and {x.dtype}"
-        )
+        found = f"{'both' if triton else 'one of the two missing'}, and {x.dtype}"
+        raise ValueError(f'impl="triton" needs Triton with a GPU, and float32, bfloat16 or float16; found {found}')
     # A subclass, such as a tensor that only stands for its shape, has no memory that a kernel could read.
     return impl or ("triton" if suits and x.is_cuda and type(x) in (Tensor, nn.Parameter) else "torch")

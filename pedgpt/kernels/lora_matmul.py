@@ -10,23 +10,24 @@ and slope. Letters as in expert_gate.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, NoiseStream, down_gate, down_gate_backward, implementation
+from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, Stream, down_gate, down_gate_backward, implementation
 from pedgpt.kernels.onednn import product, product_onto, refuse_create_graph
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Sequence[Tensor | None], packed: Sequence[Tensor | None],
-    dropped: Tensor | None, noise: Tensor | NoiseStream | None, count: Tensor | bool, scaling: float, impl: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None,
+    lora_A: Tensor, lora_B: Tensor, router: Tensor | None, router_noise: Tensor | None,
+    dropped: Tensor | None, P: Tensor | None, B: Tensor | None,
+    noise: Tensor | Stream | None, count: Tensor | bool, scaling: float, impl: str,
 ) -> tuple[Tensor, Gated]:  # fmt: skip
-    lora_A, _, router, _ = adapter
+    if P is None or B is None:
+        P, B = _pack(lora_A, lora_B, router, router_noise, x.dtype, impl)
     experts = 0 if router is None else len(router)
-    P, B = _pack(adapter, packed, x.dtype, impl)
     gated = down_gate(
         x, P, noise,
         experts=experts, rank=len(lora_A) // (experts + 1), scaling=scaling, dropped=dropped, count=count, impl=impl,
@@ -36,20 +37,13 @@ def _forward(
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
-        lora_A: Tensor, lora_B: Tensor, router: Tensor | None, router_noise: Tensor | None,
-        dropped: Tensor | None, P: Tensor | None, B: Tensor | None,
-        noise: Tensor | NoiseStream | None, count: Tensor | bool, scaling: float, impl: str,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        adapter = (lora_A, lora_B, router, router_noise)
-        y, gated = _forward(x, weight, bias, adapter, (P, B), dropped, noise, count, scaling, impl)
-        s = gated.s if gated.s.element_size() == 2 else None
-        ctx.save_for_backward(x, weight, *adapter, dropped, P, B, s, gated.gates, gated.slope)
-        ctx.scaling, ctx.impl = scaling, impl
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        y, (_, s, gates, slope, totals) = _forward(*operands)
+        x, weight, _, *others, _, _, ctx.scaling, ctx.impl = operands
+        ctx.save_for_backward(x, weight, *others, s if s.element_size() == 2 else None, gates, slope)
         ctx.set_materialize_grads(False)  # gates and totals never have one
-        ctx.mark_non_differentiable(*(t for t in (gated.gates, gated.totals) if t is not None))
-        return y, gated.gates, gated.totals
+        ctx.mark_non_differentiable(*(t for t in (gates, totals) if t is not None))
+        return y, gates, totals
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -60,7 +54,8 @@ class _LoRALinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router, needs_noise, needs_dropped = (
             ctx.needs_input_grad[:8]
         )
-        P, B = _pack((lora_A, lora_B, router, router_noise), (P, B), x.dtype, ctx.impl)
+        if P is None:
+            P, B = _pack(lora_A, lora_B, router, router_noise, x.dtype, ctx.impl)
         dy, columns = dy.contiguous(), len(lora_A)
         if s is None:
             s = product(x if dropped is None else dropped, P[:columns])
@@ -91,34 +86,21 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _pack(
-    adapter: Sequence[Tensor | None], packed: Sequence[Tensor | None], dtype: torch.dtype, impl: str
-) -> Sequence[Tensor]:
-    """`packed`, or (P, B) made now. That is cheap, so the backward pass makes them again."""
-    if packed[0] is not None:
-        return packed
-    lora_A, lora_B, *routers = (part for part in adapter if part is not None)
-    parts = [lora_A, *routers]
-    if impl == "triton":
-        parts += [lora_A.new_zeros(rest, lora_A.shape[1])] if (rest := -sum(map(len, parts)) % ALIGNMENT) else []
+    lora_A: Tensor, lora_B: Tensor, router: Tensor | None, router_noise: Tensor | None, dtype: torch.dtype, impl: str
+) -> tuple[Tensor, Tensor]:
+    """(P, B) in the dtype of the products. They are cheap, so the backward pass makes them again."""
+    parts = [part for part in (lora_A, router, router_noise) if part is not None]
+    if impl == "triton" and (rest := -sum(map(len, parts)) % ALIGNMENT):
+        parts.append(lora_A.new_zeros(rest, lora_A.shape[1]))
     return (torch.cat(parts) if len(parts) > 1 else lora_A).to(dtype), lora_B.to(dtype)
 
 
 def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    scaling: float,
-    router: Tensor | None = None,
-    router_noise: Tensor | None = None,
-    noise: Tensor | NoiseStream | None = None,
-    dropped: Tensor | None = None,
-    count: Tensor | bool = False,
-    packed: tuple[Tensor, Tensor] | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *, scaling: float,
+    router: Tensor | None = None, router_noise: Tensor | None = None, noise: Tensor | Stream | None = None,
+    dropped: Tensor | None = None, count: Tensor | bool = False, packed: tuple[Tensor, Tensor] | None = None,
     impl: str | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(y [..., O], gates [..., N], totals [N + 2]) of a linear layer with N gated experts; without gates, plain LoRA.
 
         y = x Wᵀ (+ b) + c ( B_u A_u x + Σ_j G(x)_j B_j A_j x ),  G(x) = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ))
@@ -135,35 +117,29 @@ def lora_linear(
     for Triton on CUDA and torch elsewhere. Raises ValueError for shapes that do not fit.
     """
     _check(x, weight, bias, lora_A, lora_B, router, router_noise, noise, dropped, count)
-    dtype, leading = x.dtype, x.shape[:-1]
+    dtype, leading, impl = x.dtype, x.shape[:-1], implementation(impl, x)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-
-    def rows(tensor: Any) -> Any:
-        return tensor.reshape(-1, tensor.shape[-1]) if isinstance(tensor, Tensor) else tensor
-
-    impl = implementation(impl, x)
-    if isinstance(noise, NoiseStream) and impl == "torch":
-        assert router is not None
-        wide = torch.promote_types(dtype, torch.float32)
-        noise = noise.normal(torch.empty(*leading, len(router), dtype=wide, device=x.device))
-    adapter = (lora_A, lora_B, router, None if noise is None else router_noise)
-    operands = rows(x.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype)
-    others = (
-        None if dropped is None else rows(dropped.to(dtype)), rows(noise),
+    if impl == "torch" and router is not None and noise is not None and not isinstance(noise, Tensor):
+        noise = noise.normal(x.new_empty(*leading, len(router), dtype=torch.promote_types(dtype, torch.float32)))
+    operands = (
+        x.to(dtype).reshape(-1, x.shape[-1]), weight.to(dtype), None if bias is None else bias.to(dtype),
+        lora_A, lora_B, router, None if noise is None else router_noise,
+        None if dropped is None else dropped.to(dtype).reshape(-1, x.shape[-1]),
+        *(packed if packed is not None and packed[0].dtype == dtype else (None, None)),
+        noise.reshape(-1, noise.shape[-1]) if isinstance(noise, Tensor) else noise,
         count.reshape(-1) if isinstance(count, Tensor) else count, scaling, impl,
     )  # fmt: skip
-    fitting = packed if packed is not None and packed[0].dtype == dtype else (None, None)
     if torch.is_grad_enabled():
-        y, gates, totals = _LoRALinear.apply(*operands, *adapter, others[0], *fitting, *others[1:])
+        y, gates, totals = _LoRALinear.apply(*operands)
     else:
-        y, (_, _, gates, _, totals) = _forward(*operands, adapter, fitting, *others)
+        y, (_, _, gates, _, totals) = _forward(*operands)
     return y.view(*leading, len(weight)), None if gates is None else gates.view(*leading, gates.shape[-1]), totals
 
 
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, router: Tensor | None,
-    router_noise: Tensor | None, noise: Tensor | NoiseStream | None, dropped: Tensor | None, count: Tensor | bool,
+    router_noise: Tensor | None, noise: Tensor | Stream | None, dropped: Tensor | None, count: Tensor | bool,
 ) -> None:  # fmt: skip
     if weight.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"weight must be [out, in] and x floating, found {list(weight.shape)} and {x.dtype}")
@@ -176,15 +152,13 @@ def _check(
         "lora_B": (lora_B, (size_out, len(lora_A))),
         "router": (router, (experts, size_in)),
         "router_noise": (router_noise, (experts, size_in)),
-        "noise": (None if isinstance(noise, NoiseStream) else noise, (*x.shape[:-1], experts)),
+        "noise": (noise, (*x.shape[:-1], experts)) if isinstance(noise, Tensor | None) else (noise.rows, x.shape[:-2]),
         "dropped": (dropped, tuple(x.shape)),
         "count": (count if isinstance(count, Tensor) else None, tuple(x.shape[:-1])),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}, found {list(tensor.shape)}")
-    if isinstance(noise, NoiseStream):
-        noise.check(x.shape)
     if len(lora_A) % (experts + 1) or not len(lora_A):
         raise ValueError(f"lora_A has {len(lora_A)} rows, which {experts + 1} experts cannot share")
     if router is not None and not experts:

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from pedgpt.adapters.experts import NoiseStream
 from pedgpt.kernels import expert_gate as module
 from pedgpt.kernels.expert_gate import (
-    NoiseStream,
     down_gate,
     down_gate_backward,
     expert_gate,
@@ -169,8 +169,8 @@ def launch(x, packed, noise, dy, lora_B, rank, experts, dtype, splits=1, blocks=
     slope = guarded.new(tokens, experts, dtype=torch.float32) if noisy else None
     ds = guarded.new(tokens, len(packed), dtype=dtype)
     forward, backward = skinny(x, packed, splits, blocks or {}, guarded), skinny(dy, lora_B.t(), splits, {}, guarded)
-    settings = module._blocks(experts, rank, forward)
-    grid = (math.ceil(tokens / settings["BLOCK_T"]),)
+    programs, settings = module._settings(forward, experts, rank)
+    grid = (programs,)
     totals = guarded.new(*grid, experts + 2, dtype=torch.float32) if experts else None
     module.gate_fwd_kernel[grid](
         forward, noise, None, 0, 0, None, h, s, gates, slope, totals, tokens, len(packed), 1.7, **settings

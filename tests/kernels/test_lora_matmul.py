@@ -209,28 +209,17 @@ def rounded_to_nearest(monkeypatch):
     if torch.cuda.is_available() or expert_gate.triton is None:
         return
 
-    new_empty = torch.Tensor.new_empty
+    forward, backward = expert_gate._gate_triton, expert_gate._gate_backward_triton
 
-    def in_float32(tensor, *shape, **options):
-        # With a device it is the interpreter's own.
-        return new_empty(tensor, *shape, **(options if "device" in options else {"dtype": torch.float32}))
+    def rounded_forward(*args):
+        gated = forward(*args[:-1], torch.float32)
+        return gated._replace(h=gated.h.to(args[-1]), s=gated.s.to(args[-1]))
 
-    def through_float32(function):
-        def call(first, *args):
-            if first.dtype != torch.bfloat16:
-                return function(first, *args)
-            with monkeypatch.context() as patch:
-                patch.setattr(torch.Tensor, "new_empty", in_float32)
-                patch.setattr(torch, "empty_like", lambda t: in_float32(t, t.shape))
-                results = function(first, *args)
-            assert all(result.dtype == torch.float32 for result in results[:2])
-            low = [result.to(first.dtype) for result in results[:2]]  # h and s, or ds and h
-            return expert_gate.Gated(*low, *results[2:]) if isinstance(results, expert_gate.Gated) else tuple(low)
+    def rounded_backward(dh, s, *args):
+        return tuple(result.to(s.dtype) for result in backward(dh, s.float(), *args))
 
-        return call
-
-    for name in ("_down_gate_triton", "_down_gate_backward_triton"):
-        monkeypatch.setattr(expert_gate, name, through_float32(getattr(expert_gate, name)))
+    monkeypatch.setattr(expert_gate, "_gate_triton", rounded_forward)
+    monkeypatch.setattr(expert_gate, "_gate_backward_triton", rounded_backward)
 
 
 def mean_errors(form, shapes, noisy, dtype, scaling=2.0):
