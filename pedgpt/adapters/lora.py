@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,20 +27,20 @@ def _count_step(*_: Any) -> None:
 class Packed:
     """An adapter's P = [A; W_g; W_n] and B in the dtype of the computation, while its parameters stay what they are."""
 
-    def __init__(self, P: Tensor, B: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, P: Tensor, B: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
         self.tensors = (P, B)
         self.steps = _optimizer_steps
         # An alias keeps the memory in use, so that a later tensor cannot have the same address.
-        self.sources = [(parameter.detach(), parameter._version) for parameter in parameters]
+        self.aliases = [parameter.detach() for parameter in parameters.values()]
+        self.sources = [(name, p.data_ptr(), p._version) for name, p in parameters.items()]
 
-    def is_current(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether the parameters still have the memory and the values from which this was made."""
-        if self.steps != _optimizer_steps:
-            return False
-        for parameter, (source, version) in zip(parameters, self.sources, strict=True):
-            if parameter.data_ptr() != source.data_ptr() or parameter._version != version:
+    def is_current(self, parameters: Mapping[str, Tensor | None]) -> bool:
+        """Whether the parameters have the memory and the values from which this was made."""
+        for name, pointer, version in self.sources:
+            parameter = parameters[name]
+            if parameter is None or parameter.data_ptr() != pointer or parameter._version != version:
                 return False
-        return True
+        return self.steps == _optimizer_steps
 
 
 class AdaptedLinear(nn.Linear):
@@ -90,7 +90,7 @@ class AdaptedLinear(nn.Linear):
         """(P, B) as `pack_adapters` made them; None if the parameters have changed since, or if it was not called."""
         if self.packed is None or transformed():
             return None
-        if not self.packed.is_current(list(self.adapter_parameters().values())):
+        if not self.packed.is_current(self._parameters):
             self.packed = None
             return None
         return self.packed.tensors
@@ -148,11 +148,11 @@ def pack_adapters(model: nn.Module) -> None:
         sources: list[Tensor] = []
         targets: list[Tensor] = []
         for i, layer in enumerate(layers):
-            lora_A, lora_B, *routers = parameters = list(layer.adapter_parameters().values())
+            lora_A, lora_B, *routers = layer.adapter_parameters().values()
             P = parts[2 * i][: sizes[2 * i]].view(rows[i], -1)
             B = parts[2 * i + 1][: sizes[2 * i + 1]].view_as(lora_B)
             stacked = [lora_A, *routers]
             sources += [*stacked, lora_B]
             targets += [*P[: sum(map(len, stacked))].split([len(p) for p in stacked]), B]
-            layer.packed = Packed(P, B, parameters)
+            layer.packed = Packed(P, B, layer.adapter_parameters())
         torch._foreach_copy_(targets, sources)

@@ -97,8 +97,9 @@ def _gate_backward(
 
 def _scaled(s: Tensor, gates: Tensor, scaling: float) -> Tensor:
     """c · s ⊙ [1, G_1 … G_N], every weight over the r columns of its expert."""
-    weights = F.pad(gates, (1, 0), value=1.0) * scaling
-    return (s.unflatten(-1, (weights.shape[-1], -1)) * weights[..., None]).flatten(-2).to(s.dtype)
+    weights = F.pad(gates, (1, 0), value=1.0).mul_(scaling)[..., None]
+    (tokens, columns), experts = s.shape, weights.shape[1]
+    return (s.view(tokens, experts, columns // experts) * weights).flatten(-2).to(s.dtype)
 
 
 # The Triton form

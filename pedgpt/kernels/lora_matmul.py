@@ -143,24 +143,24 @@ def _check(
 ) -> None:  # fmt: skip
     if weight.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"weight must be [out, in] and x floating, found {list(weight.shape)} and {x.dtype}")
-    size_out, size_in = weight.shape
-    experts = 0 if router is None else len(router)
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "x": (x, (*x.shape[:-1], size_in)),
-        "bias": (bias, (size_out,)),
-        "lora_A": (lora_A, (len(lora_A), size_in)),
-        "lora_B": (lora_B, (size_out, len(lora_A))),
-        "router": (router, (experts, size_in)),
-        "router_noise": (router_noise, (experts, size_in)),
-        "noise": (noise, (*x.shape[:-1], experts)) if isinstance(noise, Tensor | None) else (noise.rows, x.shape[:-2]),
-        "dropped": (dropped, tuple(x.shape)),
-        "count": (count if isinstance(count, Tensor) else None, tuple(x.shape[:-1])),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
+    (size_out, size_in), leading = weight.shape, x.shape[:-1]
+    columns, experts = lora_A.shape[0], 0 if router is None else router.shape[0]
+    expected: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
+        ("x", x, (*leading, size_in)),
+        ("bias", bias, (size_out,)),
+        ("lora_A", lora_A, (columns, size_in)),
+        ("lora_B", lora_B, (size_out, columns)),
+        ("router", router, (experts, size_in)),
+        ("router_noise", router_noise, (experts, size_in)),
+        ("noise", *((noise, (*leading, experts)) if isinstance(noise, Tensor | None) else (noise.rows, leading[:-1]))),
+        ("dropped", dropped, x.shape),
+        ("count", count if isinstance(count, Tensor) else None, leading),
+    )
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}, found {list(tensor.shape)}")
-    if len(lora_A) % (experts + 1) or not len(lora_A):
-        raise ValueError(f"lora_A has {len(lora_A)} rows, which {experts + 1} experts cannot share")
+    if columns % (experts + 1) or not columns:
+        raise ValueError(f"lora_A has {columns} rows, which {experts + 1} experts cannot share")
     if router is not None and not experts:
         raise ValueError("router has no rows; leave it out for plain LoRA")
     if noise is not None and router_noise is None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from pedgpt.adapters import ExpertLoRALinear, LoRALinear, set_noise_rows
-from pedgpt.kernels import expert_gate, linear, lora_linear
+from pedgpt.kernels import expert_gate, linear, lora_linear, naive
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(expert_gate.triton is None, reason="needs Triton")
@@ -143,6 +143,20 @@ def truth_of(values, dy, **settings):
 
 
 # Accuracy
+
+
+def naive_form(x, weight, bias, lora_A, lora_B, router, router_noise, noise, dropped, scaling):
+    gates = x.new_empty(*x.shape[:-1], 0) if router is None else naive.expert_gate(x, router, router_noise, noise)
+    return naive.lora_linear(x, weight, bias, lora_A, lora_B, gates, scaling)
+
+
+@with_and_without_noise
+@pytest.mark.parametrize(SHAPES, CASES)
+def test_the_naive_form_matches_the_definition(size_in, size_out, rank, experts, bias, shape, noisy):
+    values, dy = draw(size_in, size_out, rank, experts, bias, shape, noisy, dtype=torch.float64)
+    found = output_and_gradients(naive_form, values, dy)
+    for name, truth in truth_of(values, dy).items():
+        assert error(found[name], truth) <= 1e-13, name
 
 
 @both_impls
