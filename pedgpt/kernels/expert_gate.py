@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pedgpt.kernels._triton import tl, triton
 from pedgpt.kernels.onednn import product
 
-ALIGNMENT = 8  # a GPU reads 16 bytes at once, so P gets rows of zeros up to a multiple of 8
+ALIGNMENT = 16  # P gets rows of zeros up to such a number on a GPU, which then reads and writes 16 bytes at once
 
 
 class Gated(NamedTuple):
@@ -272,8 +272,7 @@ def _skinny(x: Tensor, w: Tensor) -> Tensor:
     upcast = type(skinny_kernel).__name__ == "InterpretedFunction" and x.dtype == torch.bfloat16
     skinny_kernel[(triton.cdiv(columns, block_c), blocks, splits)](
         x.contiguous(), w, out, tokens, width, columns, triton.cdiv(triton.cdiv(width, splits), 64) * 64, *w.stride(),
-        UPCAST=upcast, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_D=64,
-        num_warps=8 if block_t * block_c > 8192 else 4, num_stages=3,
+        UPCAST=upcast, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_D=64, num_warps=block_t // 16, num_stages=3,
     )  # fmt: skip
     return out
 
