@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pedgpt.adapters import adapter_base, check_base, load_adapter
+from pedgpt.adapters import adapter_base, check_base, load_adapter, pack_adapters
 from pedgpt.data import Message, StreamDecoder, chat_format, encode_prompt, load_tokenizer, taught_folder
 from pedgpt.files import nearest, printable
 from pedgpt.models import KVCache, generate_steps, generation_defaults, load_model, weights_fingerprint
@@ -77,6 +77,7 @@ def main(config: Config) -> None:
     tokenizer.check_fits(model.config.vocab_size, config.model)
     if config.adapter:
         load_adapter(model, config.adapter, uniform_routing=config.uniform_routing)
+        pack_adapters(model)
     model.eval()
     sampling["stop_tokens"] = {*chat.stop_tokens, *sampling.get("stop_tokens", ())}
     limit = sampling["max_new_tokens"] + (config.max_thinking_tokens if chat.thinks else 0)

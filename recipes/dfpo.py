@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from pedgpt import training
-from pedgpt.adapters import adapters_disabled, inject_lora, save_adapter
+from pedgpt.adapters import adapters_disabled, inject_lora, pack_adapters, save_adapter
 from pedgpt.data import (
     ReadSummary,
     chat_format,
@@ -159,6 +159,7 @@ def main(config: Config) -> None:
     def loss_function(model, batch):
         if batch.weight == 0:
             return response_logps(batch).sum(), dict.fromkeys(METRICS, torch.zeros(()))
+        pack_adapters(model)
         head = {}
         operands, settings = states_and_head(batch)
         result = linear_dfpo_loss(

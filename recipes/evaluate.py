@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from pedgpt.adapters import ExpertLoRALinear, check_base, load_adapter, record_gates
+from pedgpt.adapters import ExpertLoRALinear, check_base, load_adapter, pack_adapters, record_gates
 from pedgpt.data import (
     ReadSummary,
     chat_format,
@@ -99,6 +99,7 @@ def main(config: Config) -> None:
     model = load(config.model)
     if config.adapter:
         load_adapter(model, config.adapter, uniform_routing=config.uniform_routing)
+        pack_adapters(model)
     model.eval()
 
     scores, samples, gates, entropy = {}, [], {}, {}

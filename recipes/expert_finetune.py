@@ -15,7 +15,14 @@ from pathlib import Path
 import torch
 
 from pedgpt import training
-from pedgpt.adapters import gate_metrics, inject_experts, record_gates, save_adapter, set_noise_rows
+from pedgpt.adapters import (
+    gate_metrics,
+    inject_experts,
+    pack_adapters,
+    record_gates,
+    save_adapter,
+    set_noise_rows,
+)
 from pedgpt.data import (
     ReadSummary,
     chat_format,
@@ -105,6 +112,7 @@ def main(config: Config) -> None:
     # Loss: as in stage 2; the gate's noise follows the row, so it does not depend on ranks or accumulation.
     def loss_function(model, batch):
         set_noise_rows(model, config.seed, batch.row_ids)
+        pack_adapters(model)
         with record_gates(model, where=batch.labels != IGNORE_INDEX) as gates:
             hidden = model.hidden_states(batch.tokens, documents=batch.documents)
         metrics = gate_metrics(gates)

@@ -12,7 +12,7 @@ from pedgpt.adapters.inject import (
     set_adapter,
     unmerge_lora,
 )
-from pedgpt.adapters.lora import LoRALinear
+from pedgpt.adapters.lora import LoRALinear, pack_adapters
 from pedgpt.adapters.storage import adapter_base, check_base, load_adapter, save_adapter
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "inject_lora",
     "load_adapter",
     "merge_lora",
+    "pack_adapters",
     "record_gates",
     "save_adapter",
     "set_adapter",

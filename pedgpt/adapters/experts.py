@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,43 +65,43 @@ class ExpertLoRALinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base_type.forward(self, x)
-        y, gates = lora_linear(
+        y, _, totals = lora_linear(
             x, self.weight, self.bias, self.lora_A, self.lora_B,
             scaling=self.scaling, router=self.router, router_noise=self.router_noise, noise=self.noise(x),
-            dropped=self.dropped(x), impl=self.impl,
+            dropped=self.dropped(x), count=self.counted(),
+            packed=self.packed_parameters(), impl=self.impl,
         )  # fmt: skip
         if self.gate_record is not None:
-            assert gates is not None
-            self.gate_record.add(gates)
+            assert totals is not None
+            self.gate_record.add(totals)
         return y
 
-    def noise(self, x: Tensor) -> Tensor | None:
-        """ε [..., N] for x [..., in] while training, in float32 or float64; None in evaluation."""
+    def counted(self) -> Tensor | bool:
+        """The tokens [...] of which gates are recorded: True for all, False for none."""
+        if self.gate_record is None:
+            return False
+        return True if self.gate_record.where is None else self.gate_record.where
+
+    def noise(self, x: Tensor) -> Tensor | NoiseStream | None:
+        """ε [..., N] for x [..., in] while training, in float32 or float64, or its stream; None in evaluation."""
         if not self.training:
             return None
+        if self.noise_stream is not None:
+            self.noise_stream.check(x.shape)
+            return self.noise_stream
         dtype = torch.promote_types(x.dtype, torch.float32)
-        like = torch.empty(*x.shape[:-1], self.num_specific_experts, dtype=dtype, device=x.device)
-        return torch.randn_like(like) if self.noise_stream is None else self.noise_stream.normal(like)
+        return torch.randn(*x.shape[:-1], self.num_specific_experts, dtype=dtype, device=x.device)
 
 
 class GateRecord:
     """Sums over tokens of one layer's gates and of their entropy, on the layer's device until they are read."""
 
     def __init__(self, where: Tensor | None = None) -> None:
-        self.where = where
+        self.where = where  # [...] bool: the tokens that count; None: all
         self.totals: Tensor | None = None  # [N + 2] float64: gates, entropy, number of tokens
 
-    def add(self, gates: Tensor) -> None:
-        """Count the tokens of gates [..., N], or those of them where `where` [...] is true."""
-        if self.where is not None and self.where.shape != gates.shape[:-1]:
-            raise ValueError(f"where has the shape {list(self.where.shape)}, the tokens {list(gates.shape[:-1])}")
-        gates = gates.detach()
-        values = torch.cat(
-            (gates, torch.special.entr(gates).sum(-1, keepdim=True), torch.ones_like(gates[..., :1])), dim=-1
-        )
-        if self.where is not None:
-            values = values * self.where[..., None]
-        totals = values.reshape(-1, values.shape[-1]).sum(0, dtype=torch.float64)
+    def add(self, totals: Tensor) -> None:
+        """Add what `lora_linear` counted in one pass."""
         self.totals = totals if self.totals is None else self.totals + totals
 
     @property
@@ -167,17 +168,19 @@ class NoiseStream:
     """
 
     def __init__(self, seed: int, layer: int, rows: Tensor) -> None:
-        self.seed, self.layer, self.rows = seed, layer, rows.long()
+        self.key, self.rows = _hash(_signed(_hash(_signed(seed)) + layer)), rows.long()
+
+    def check(self, shape: torch.Size) -> None:
+        """Raise ValueError unless there are as many rows [B, T, …] as this stream has."""
+        if len(shape) != 3 or shape[0] != len(self.rows):
+            raise ValueError(f"gate noise for {len(self.rows)} rows needs [rows, tokens, in], found {list(shape)}")
 
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers of the shape and dtype of `like` [B, T, N]; B must be the number of rows."""
-        if like.ndim != 3 or like.shape[0] != len(self.rows):
-            raise ValueError(f"gate noise for {len(self.rows)} rows needs [rows, tokens, in], found {list(like.shape)}")
-        _, tokens, experts = like.shape
-        stream = _hash(_hash(torch.full_like(self.rows, _signed(self.seed))) + self.layer)
-        stream = _hash(stream + self.rows)[:, None]
-        stream = _hash(stream + torch.arange(tokens, device=like.device))[..., None]
-        bits = _hash(stream + torch.arange(experts, device=like.device))
+        self.check(like.shape)
+        stream = _hash(self.key + self.rows)[:, None]
+        stream = _hash(stream + torch.arange(like.shape[1], device=like.device))[..., None]
+        bits = _hash(stream + torch.arange(like.shape[2], device=like.device))
         first = (_shift_right(bits, 32) + 1).double() / 2**32  # in (0, 1], so that its logarithm is finite
         second = (bits & 0xFFFFFFFF).double() / 2**32
         return ((-2 * first.log()).sqrt() * (2 * math.pi * second).cos()).to(like.dtype)
@@ -193,15 +196,16 @@ def set_noise_rows(model: nn.Module, seed: int, rows: Tensor | None) -> None:
         layer.noise_stream = None if rows is None else NoiseStream(seed, number, rows)
 
 
-def _hash(x: Tensor) -> Tensor:
-    """SplitMix64 (Steele et al. 2014) on int64 tensors, whose sums and products wrap modulo 2^64."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+def _hash(x: Any) -> Any:
+    """SplitMix64 (Steele et al. 2014) of an int or of int64 tensors, whose sums and products wrap modulo 2^64."""
+    wrapped = _signed if isinstance(x, int) else lambda x: x
+    x = wrapped(x + _signed(0x9E3779B97F4A7C15))
+    x = wrapped((x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9))
+    x = wrapped((x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB))
     return x ^ _shift_right(x, 31)
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
+def _shift_right(x: Any, bits: int) -> Any:
     """x >> bits on the 64 bits as they stand; torch's own shift repeats the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 

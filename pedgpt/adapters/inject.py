@@ -297,6 +297,7 @@ def _detach(layer: AdaptedLinear) -> None:
     """Let go of the base: its parameters may be replaced while the layer is away, and nobody else should keep them."""
     layer.register_parameter("weight", None)
     layer.register_parameter("bias", None)
+    layer.packed = None
     if isinstance(layer, ExpertLoRALinear):
         layer.noise_stream = None  # of a batch that is long gone when the layer returns
 

@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pedgpt.kernels import lora_linear
+from pedgpt.kernels import lora_linear, transformed
+from pedgpt.kernels.expert_gate import ALIGNMENT
+
+_optimizer_steps = 0
+
+
+@register_optimizer_step_post_hook
+def _count_step(*_: Any) -> None:
+    """NOTE: a fused optimizer changes parameters without counting up their `_version`, so steps are counted here."""
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+class Packed:
+    """An adapter's P = [A; W_g; W_n] and B in the dtype of the computation, while its parameters stay what they are."""
+
+    def __init__(self, P: Tensor, B: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.tensors = (P, B)
+        self.steps = _optimizer_steps
+        # An alias keeps the memory in use, so that a later tensor cannot have the same address.
+        self.aliases = [parameter.detach() for parameter in parameters.values()]
+        self.sources = [(name, p.data_ptr(), p._version) for name, p in parameters.items()]
+
+    def is_current(self, parameters: Mapping[str, Tensor | None]) -> bool:
+        """Whether the parameters have the memory and the values from which this was made."""
+        for name, pointer, version in self.sources:
+            parameter = parameters[name]
+            if parameter is None or parameter.data_ptr() != pointer or parameter._version != version:
+                return False
+        return self.steps == _optimizer_steps
 
 
 class AdaptedLinear(nn.Linear):
@@ -36,6 +68,7 @@ class AdaptedLinear(nn.Linear):
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = dropout
         self.enabled = True
+        self.packed: Packed | None = None
         # Adapters train in float32 over a bf16 base: at bf16 a small update would round away.
         dtype = torch.float32 if base.weight.dtype in (torch.bfloat16, torch.float16) else base.weight.dtype
         # A base on the meta device is filled later; the adapter is made now, where torch makes new tensors.
@@ -49,6 +82,18 @@ class AdaptedLinear(nn.Linear):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's own tensors by name, everything that training changes."""
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": None}  # a copy, also one on disk, has parameters of its own
+
+    def packed_parameters(self) -> tuple[Tensor, Tensor] | None:
+        """(P, B) as `pack_adapters` made them; None if the parameters have changed since, or if it was not called."""
+        if self.packed is None or transformed():
+            return None
+        if not self.packed.is_current(self._parameters):
+            self.packed = None
+            return None
+        return self.packed.tensors
 
     def dropped(self, x: Tensor) -> Tensor | None:
         """dropout(x) for A to read while training with dropout; None where it reads x."""
@@ -69,8 +114,45 @@ class LoRALinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base_type.forward(self, x)
-        y, _ = lora_linear(
+        y, _, _ = lora_linear(
             x, self.weight, self.bias, self.lora_A, self.lora_B,
-            scaling=self.scaling, dropped=self.dropped(x), impl=self.impl,
+            scaling=self.scaling, dropped=self.dropped(x), packed=self.packed_parameters(), impl=self.impl,
         )  # fmt: skip
         return y
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def pack_adapters(model: nn.Module) -> None:
+    """Cast and stack the parameters of all active adapters at once, by few kernels; call it before a forward pass.
+
+    Layers use the result until a parameter or an optimizer's step changes them, and without it stack at each call. It
+    takes memory as large as the adapters in the dtype of the base. Layers that FSDP2 has split are left out.
+    NOTE: a change in place through `parameter.data` is not noticed, because torch does not count it; call this again.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[AdaptedLinear]] = {}
+    for layer in (module for module in model.modules() if isinstance(module, AdaptedLinear)):
+        layer.packed = None
+        parameters = list(layer.adapter_parameters().values())
+        copied = len(parameters) > 2 or layer.lora_A.dtype != layer.weight.dtype
+        if copied and all(type(p) is nn.Parameter and not p.is_meta and not p.is_inference() for p in parameters):
+            groups.setdefault((layer.lora_A.device, layer.weight.dtype), []).append(layer)
+    for (device, dtype), layers in groups.items():
+        rows = [sum(len(p) for name, p in layer.adapter_parameters().items() if name != "lora_B") for layer in layers]
+        if device.type == "cuda":
+            rows = [-(-number // ALIGNMENT) * ALIGNMENT for number in rows]
+        sizes = [n for c, a in zip(rows, layers, strict=True) for n in (c * a.in_features, a.lora_B.numel())]
+        # Each part begins at a multiple of 64 numbers, where a GPU can read 16 bytes at once.
+        memory = torch.zeros(sum(-(-n // 64) * 64 for n in sizes), dtype=dtype, device=device)
+        parts = memory.split([-(-n // 64) * 64 for n in sizes])
+        sources: list[Tensor] = []
+        targets: list[Tensor] = []
+        for i, layer in enumerate(layers):
+            lora_A, lora_B, *routers = layer.adapter_parameters().values()
+            P = parts[2 * i][: sizes[2 * i]].view(rows[i], -1)
+            B = parts[2 * i + 1][: sizes[2 * i + 1]].view_as(lora_B)
+            stacked = [lora_A, *routers]
+            sources += [*stacked, lora_B]
+            targets += [*P[: sum(map(len, stacked))].split([len(p) for p in stacked]), B]
+            layer.packed = Packed(P, B, layer.adapter_parameters())
+        torch._foreach_copy_(targets, sources)

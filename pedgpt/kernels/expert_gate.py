@@ -3,38 +3,49 @@
     s = x Aᵀ,  G = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ)),  h = c · s ⊙ [1, G_1 … G_N]
 
 `down_gate` goes from x to h, `down_gate_backward` from dy back to d(x Pᵀ), where P stacks A, W_g and W_n. In Triton
-each is one kernel: a matrix product that reads its large operand once and ends in the gate.
+each is a skinny product, split along its long axis so that every multiprocessor has work, and one pointwise kernel.
 
 Letters: T tokens, D width of x, O width of y, N specific experts, r rank, R = (N+1)·r columns of s and h (universal
-expert first), C = R + 2N rows of P while there is noise and R + N without. N = 0 is plain LoRA, which has no gate.
+expert first), C = R + 2N rows of P, or R + N without noise. P may have more rows: zeros that align its products, and
+W_n where there is no noise. N = 0 is plain LoRA, which has no gate.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pedgpt.kernels._triton import tl, triton
 from pedgpt.kernels.onednn import product
 
-# Beyond so many columns a tile no longer fits beside its operands, and cuBLAS is the better product anyway; the loops
-# over experts are unrolled, so many of them take long to compile.
-MAX_COLUMNS, MAX_EXPERTS = 256, 64
+ALIGNMENT = 16  # P gets rows of zeros up to such a number on a GPU, which then reads and writes 16 bytes at once
 
 
 class Gated(NamedTuple):
     """`down_gate`'s results: h and s [T, R] in the dtype of x; gates and slope [T, N] in float32 at least.
 
     `slope` is ε ⊙ sigmoid(x W_nᵀ), the derivative of the noise term; None without noise. gates is None if N = 0.
+    `totals` [N + 2] float64: sums over tokens of the gates, of their entropy, and the number of tokens, if asked for.
     """
 
     h: Tensor
     s: Tensor
     gates: Tensor | None
     slope: Tensor | None
+    totals: Tensor | None = None
+
+
+class Stream(Protocol):
+    """Counter-based noise: ε of (row, token, expert) is `normal_noise` in the kernel, and `normal` in torch."""
+
+    key: int
+    rows: Tensor  # [B] int64
+
+    def normal(self, like: Tensor) -> Tensor:
+        """ε of the shape and dtype of `like` [B, T, N]."""
 
 
 # The torch form
@@ -56,36 +67,39 @@ def expert_gate_backward(dgates: Tensor, gates: Tensor, slope: Tensor | None) ->
     return dclean if slope is None else torch.cat((dclean, dclean * slope), dim=-1)
 
 
-def _down_gate(
-    x: Tensor, packed: Tensor, noise: Tensor | None, experts: int, rank: int, scaling: float, dropped: Tensor | None
+def gate_totals(gates: Tensor, where: Tensor | None = None) -> Tensor:
+    """Sums over the tokens of gates [..., N], or over those where `where` [...] is true, as `Gated.totals`."""
+    parts = (gates, torch.special.entr(gates).sum(-1, keepdim=True), torch.ones_like(gates[..., :1]))
+    values = torch.cat(parts, dim=-1).flatten(0, -2)
+    return (values if where is None else values * where.reshape(-1, 1)).sum(0, dtype=torch.float64)
+
+
+def _gate(
+    product: Tensor, noise: Tensor | None, experts: int, rank: int, scaling: float, count: Tensor | bool
 ) -> Gated:
-    columns = (experts + 1) * rank
-    if dropped is None:
-        s, routes = product(x, packed).split((columns, len(packed) - columns), dim=-1)
-    else:
-        s, routes = product(dropped, packed[:columns]), product(x, packed[columns:])
+    s, routes = product.tensor_split([(experts + 1) * rank], dim=-1)
     if experts == 0:
-        return Gated(s * scaling, s, None, None)
+        return Gated(s * scaling, s, None, None, None)
     gates, slope = expert_gate(routes, noise)
-    return Gated(_scaled(s, gates, scaling), s, gates, slope)
+    totals = None if count is False else gate_totals(gates, count if isinstance(count, Tensor) else None)
+    return Gated(_scaled(s, gates, scaling), s, gates, slope, totals)
 
 
-def _down_gate_backward(
-    dy: Tensor, lora_B: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, scaling: float
+def _gate_backward(
+    dh: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    dh = product(dy, lora_B.t())
     if gates is None:
         return dh * scaling, s * scaling
-    experts = gates.shape[-1]
-    each = (dh.to(gates.dtype) * s).unflatten(-1, (experts + 1, -1))[:, 1:].sum(-1)
+    each = (dh.to(gates.dtype) * s).unflatten(-1, (gates.shape[-1] + 1, -1))[:, 1:].sum(-1)
     droutes = expert_gate_backward(scaling * each, gates, slope)
     return torch.cat((_scaled(dh, gates, scaling), droutes.to(dh.dtype)), dim=-1), _scaled(s, gates, scaling)
 
 
 def _scaled(s: Tensor, gates: Tensor, scaling: float) -> Tensor:
     """c · s ⊙ [1, G_1 … G_N], every weight over the r columns of its expert."""
-    weights = F.pad(gates, (1, 0), value=1.0) * scaling
-    return (s.unflatten(-1, (weights.shape[-1], -1)) * weights[..., None]).flatten(-2).to(s.dtype)
+    weights = F.pad(gates, (1, 0), value=1.0).mul_(scaling)[..., None]
+    (tokens, columns), experts = s.shape, weights.shape[1]
+    return (s.view(tokens, experts, columns // experts) * weights).flatten(-2).to(s.dtype)
 
 
 # The Triton form
@@ -93,160 +107,216 @@ def _scaled(s: Tensor, gates: Tensor, scaling: float) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def _weight_of_column(gates, column, EXPERTS: tl.constexpr, RANK: tl.constexpr, EXPERT_BLOCK: tl.constexpr):
-        """[1, G_1 … G_N] [BLOCK_T, columns] from gates [BLOCK_T, EXPERT_BLOCK], without the scaling."""
-        weight = (column < RANK).to(tl.float32)[None, :]
-        for expert in tl.static_range(EXPERTS):
-            gate = tl.sum(tl.where(tl.arange(0, EXPERT_BLOCK)[None, :] == expert, gates, 0.0), axis=1)
-            weight += tl.where((column // RANK == expert + 1)[None, :], gate[:, None], 0.0)
-        return weight
-
-    @triton.jit
-    def down_gate_fwd_kernel(
-        x, packed, noise, h, s, gates, slope, tokens, width, scaling,
-        EXPERTS: tl.constexpr, RANK: tl.constexpr, NOISY: tl.constexpr, UPCAST: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, COLUMN_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr,
+    def skinny_kernel(
+        x, w, out, tokens, width, columns, part, stride_column, stride_k,
+        UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
-        """h, s, gates and slope of BLOCK_T tokens: x [T, D] and packed [C, D] are read once along D."""
-        COLUMNS: tl.constexpr = (EXPERTS + 1) * RANK
-        row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        column = tl.arange(0, COLUMN_BLOCK).to(tl.int64)
-        expert = tl.arange(0, EXPERT_BLOCK).to(tl.int64)
-        some_row, some_column, some_expert = row < tokens, column < COLUMNS, expert < EXPERTS
-        s_tile = tl.zeros((BLOCK_T, COLUMN_BLOCK), tl.float32)
-        clean = tl.zeros((BLOCK_T, EXPERT_BLOCK), tl.float32)
-        spread = tl.zeros((BLOCK_T, EXPERT_BLOCK), tl.float32)
-        for start in range(0, width, BLOCK_D):
-            k = start + tl.arange(0, BLOCK_D)
-            some_k = (k < width)[None, :]
-            x_tile = tl.load(x + row[:, None] * width + k[None, :], mask=some_row[:, None] & some_k, other=0.0)
-            a = tl.load(packed + column[:, None] * width + k[None, :], mask=some_column[:, None] & some_k, other=0.0)
-            if UPCAST:
-                x_tile, a = x_tile.to(tl.float32), a.to(tl.float32)
-            s_tile = tl.dot(x_tile, tl.trans(a), s_tile, input_precision="ieee")
-            if EXPERTS > 0:
-                w = packed + (COLUMNS + expert)[:, None] * width + k[None, :]
-                w_g = tl.load(w, mask=some_expert[:, None] & some_k, other=0.0)
-                if UPCAST:
-                    w_g = w_g.to(tl.float32)
-                clean = tl.dot(x_tile, tl.trans(w_g), clean, input_precision="ieee")
-                if NOISY:
-                    w_n = tl.load(w + EXPERTS * width, mask=some_expert[:, None] & some_k, other=0.0)
-                    if UPCAST:
-                        w_n = w_n.to(tl.float32)
-                    spread = tl.dot(x_tile, tl.trans(w_n), spread, input_precision="ieee")
-        s_at = row[:, None] * COLUMNS + column[None, :]
-        s_mask = some_row[:, None] & some_column[None, :]
-        tl.store(s + s_at, s_tile.to(s.dtype.element_ty), mask=s_mask)
-        if EXPERTS > 0:
-            gate_at = row[:, None] * EXPERTS + expert[None, :]
-            gate_mask = some_row[:, None] & some_expert[None, :]
-            if NOISY:
-                epsilon = tl.load(noise + gate_at, mask=gate_mask, other=0.0)
-                # log(1 + e^z) and its derivative, from e^-|z|, which cannot overflow
-                decay = tl.exp(-tl.abs(spread))
-                clean += epsilon * (tl.maximum(spread, 0.0) + tl.log(1.0 + decay))
-                sigmoid = tl.where(spread >= 0, 1.0, decay) / (1.0 + decay)
-                tl.store(slope + gate_at, epsilon * sigmoid, mask=gate_mask)
-            clean = tl.where(some_expert[None, :], clean, float("-inf"))
-            exponential = tl.exp(clean - tl.max(clean, axis=1)[:, None])
-            gate = exponential / tl.sum(exponential, axis=1)[:, None]
-            tl.store(gates + gate_at, gate, mask=gate_mask)
-            s_tile *= _weight_of_column(gate, column, EXPERTS, RANK, EXPERT_BLOCK)
-        tl.store(h + s_at, (scaling * s_tile).to(h.dtype.element_ty), mask=s_mask)
-
-    @triton.jit
-    def down_gate_bwd_kernel(
-        dy, lora_B, s, gates, slope, ds, h, tokens, width, scaling,
-        EXPERTS: tl.constexpr, RANK: tl.constexpr, NOISY: tl.constexpr, UPCAST: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, COLUMN_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """ds [T, C] and h [T, R] of BLOCK_T tokens: dy [T, O] and lora_B [O, R] are read once along O = width."""
-        COLUMNS: tl.constexpr = (EXPERTS + 1) * RANK
-        ALL: tl.constexpr = COLUMNS + EXPERTS * (2 if NOISY else 1)
-        row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        column = tl.arange(0, COLUMN_BLOCK).to(tl.int64)
-        expert = tl.arange(0, EXPERT_BLOCK).to(tl.int64)
-        some_row, some_column, some_expert = row < tokens, column < COLUMNS, expert < EXPERTS
-        dh = tl.zeros((BLOCK_T, COLUMN_BLOCK), tl.float32)
-        for start in range(0, width, BLOCK_D):
+        """out [splits, T, C] float32 from x [T, D] and w [C, D] of any strides: each program sums `part` of D."""
+        column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+        row = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        split = tl.program_id(2)
+        some_row, some_column = (row < tokens)[:, None], (column < columns)[None, :]
+        total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+        for start in range(split * part, (split + 1) * part, BLOCK_D):
             k = start + tl.arange(0, BLOCK_D)
             some_k = k < width
-            dy_at = dy + row[:, None] * width + k[None, :]
-            dy_tile = tl.load(dy_at, mask=some_row[:, None] & some_k[None, :], other=0.0)
-            b_at = lora_B + k.to(tl.int64)[:, None] * COLUMNS + column[None, :]
-            b = tl.load(b_at, mask=some_k[:, None] & some_column[None, :], other=0.0)
+            x_tile = tl.load(x + row[:, None] * width + k[None, :], mask=some_row & some_k[None, :], other=0.0)
+            w_at = w + k.to(tl.int64)[:, None] * stride_k + column.to(tl.int64)[None, :] * stride_column
+            w_tile = tl.load(w_at, mask=some_k[:, None] & some_column, other=0.0)
             if UPCAST:
-                dy_tile, b = dy_tile.to(tl.float32), b.to(tl.float32)
-            dh = tl.dot(dy_tile, b, dh, input_precision="ieee")
-        s_at = row[:, None] * COLUMNS + column[None, :]
-        s_mask = some_row[:, None] & some_column[None, :]
-        s_tile = tl.load(s + s_at, mask=s_mask, other=0.0).to(tl.float32)
-        ds_row = ds + row[:, None] * ALL
+                x_tile, w_tile = x_tile.to(tl.float32), w_tile.to(tl.float32)
+            total = tl.dot(x_tile, w_tile, total, input_precision="ieee")
+        out += (split * tokens.to(tl.int64) + row)[:, None] * columns + column[None, :]
+        tl.store(out, total, mask=some_row & some_column)
+
+    @triton.jit
+    def _sum_splits(at, mask, size, SPLITS: tl.constexpr):
+        total = tl.load(at, mask=mask, other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            total += tl.load(at + split * size, mask=mask, other=0.0)
+        return total
+
+    @triton.jit
+    def _hash_bits(x):
+        x += 0x9E3779B97F4A7C15
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+        return x ^ (x >> 31)
+
+    @triton.jit
+    def _normal(key, rows, length, token, expert, some_token):
+        """`Stream.normal` of tokens [BLOCK_T] and experts [EXPERT_BLOCK], in float32."""
+        row = tl.load(rows + token // length, mask=some_token, other=0)
+        stream = _hash_bits((row + key).to(tl.uint64, bitcast=True))
+        stream = _hash_bits(stream + (token % length).to(tl.uint64))
+        bits = _hash_bits(stream[:, None] + expert.to(tl.uint64)[None, :])
+        first = ((bits >> 32) + 1).to(tl.float64) * 2.3283064365386963e-10
+        angle = (bits & 0xFFFFFFFF).to(tl.float64) * 1.4629180792671596e-09  # 2π / 2^32
+        return (tl.sqrt(-2.0 * tl.log(first)) * tl.cos(angle)).to(tl.float32)
+
+    @triton.jit(do_not_specialize=["key", "length", "tokens"])
+    def gate_fwd_kernel(
+        product, noise, rows, key, length, where, h, s, gates, slope, totals, tokens, columns, scaling,
+        EXPERTS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
+        BLOCK_T: tl.constexpr, RANK_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """h, s, gates, slope and this program's totals of BLOCK_T tokens, from product [splits, T, columns] = x Pᵀ.
+
+        The noise is `noise` [T, N], or the stream of `key` and `rows` [B], or none if both are None.
+        """
+        HIDDEN: tl.constexpr = (EXPERTS + 1) * RANK
+        token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        some, size, expert = token < tokens, tokens.to(tl.int64) * columns, tl.arange(0, EXPERT_BLOCK)
+        gate = tl.zeros((BLOCK_T, EXPERT_BLOCK), tl.float32)
         if EXPERTS > 0:
-            gate_at = row[:, None] * EXPERTS + expert[None, :]
-            gate_mask = some_row[:, None] & some_expert[None, :]
-            gate = tl.load(gates + gate_at, mask=gate_mask, other=0.0)
-            both = scaling * dh * s_tile
-            dgate = tl.zeros((BLOCK_T, EXPERT_BLOCK), tl.float32)
-            for j in tl.static_range(EXPERTS):
-                one = tl.sum(tl.where((column // RANK == j + 1)[None, :], both, 0.0), axis=1)
-                dgate += tl.where((expert == j)[None, :], one[:, None], 0.0)
-            dclean = gate * (dgate - tl.sum(gate * dgate, axis=1)[:, None])
-            droutes = ds_row + COLUMNS + expert[None, :]
-            tl.store(droutes, dclean.to(ds.dtype.element_ty), mask=gate_mask)
-            if NOISY:
-                dspread = dclean * tl.load(slope + gate_at, mask=gate_mask, other=0.0)
-                tl.store(droutes + EXPERTS, dspread.to(ds.dtype.element_ty), mask=gate_mask)
-            weight = scaling * _weight_of_column(gate, column, EXPERTS, RANK, EXPERT_BLOCK)
-        else:
-            weight = scaling
-        tl.store(ds_row + column[None, :], (dh * weight).to(ds.dtype.element_ty), mask=s_mask)
-        tl.store(h + s_at, (s_tile * weight).to(h.dtype.element_ty), mask=s_mask)
+            mask = some[:, None] & (expert < EXPERTS)[None, :]
+            route_at = product + token[:, None] * columns + (HIDDEN + expert)[None, :]
+            gate_at = token[:, None] * EXPERTS + expert[None, :]
+            route = _sum_splits(route_at, mask, size, SPLITS)
+            if slope is not None:
+                if rows is not None:
+                    epsilon = _normal(key, rows, length, token, expert, some)
+                else:
+                    epsilon = tl.load(noise + gate_at, mask=mask, other=0.0)
+                spread = _sum_splits(route_at + EXPERTS, mask, size, SPLITS)
+                # log(1 + e^z) and its derivative, from e^-|z|, which cannot overflow
+                decay = tl.exp(-tl.abs(spread))
+                route += epsilon * (tl.maximum(spread, 0.0) + tl.log(1.0 + decay))
+                tl.store(slope + gate_at, epsilon * tl.where(spread >= 0, 1.0, decay) / (1.0 + decay), mask=mask)
+            route = tl.where((expert < EXPERTS)[None, :], route, float("-inf"))
+            exponential = tl.exp(route - tl.max(route, axis=1)[:, None])
+            gate = exponential / tl.sum(exponential, axis=1)[:, None]
+            tl.store(gates + gate_at, gate, mask=mask)
+            if totals is not None:
+                counts = some
+                if where is not None:
+                    counts = some & (tl.load(where + token, mask=some, other=0) != 0)
+                counted = tl.where(counts[:, None], gate, 0.0)
+                entropy = -counted * tl.log(tl.where(counted > 0, counted, 1.0))
+                totals += tl.program_id(0) * (EXPERTS + 2)
+                tl.store(totals + expert, tl.sum(counted, axis=0), mask=expert < EXPERTS)
+                tl.store(totals + EXPERTS, tl.sum(tl.sum(entropy, axis=1), axis=0))
+                tl.store(totals + EXPERTS + 1, tl.sum(counts.to(tl.float32), axis=0))
+        for j in range(EXPERTS + 1):
+            weight = tl.sum(tl.where((expert + 1 == j)[None, :], gate, 0.0), axis=1)
+            weight = scaling * tl.where(j == 0, 1.0, weight)[:, None]
+            for start in range(0, RANK, RANK_BLOCK):
+                inner = start + tl.arange(0, RANK_BLOCK)
+                some_inner = some[:, None] & (inner < RANK)[None, :]
+                column = (j * RANK + inner)[None, :]
+                s_tile = _sum_splits(product + token[:, None] * columns + column, some_inner, size, SPLITS)
+                at = token[:, None] * HIDDEN + column
+                tl.store(s + at, s_tile.to(s.dtype.element_ty), mask=some_inner)
+                tl.store(h + at, (weight * s_tile).to(h.dtype.element_ty), mask=some_inner)
+
+    @triton.jit(do_not_specialize=["tokens"])
+    def gate_bwd_kernel(
+        product, s, gates, slope, ds, h, tokens, columns, scaling,
+        EXPERTS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
+        BLOCK_T: tl.constexpr, RANK_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """ds [T, columns] and h [T, R] of BLOCK_T tokens, from product [splits, T, R] = dy B."""
+        HIDDEN: tl.constexpr = (EXPERTS + 1) * RANK
+        token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        some, size, expert = token < tokens, tokens.to(tl.int64) * HIDDEN, tl.arange(0, EXPERT_BLOCK)
+        mask = some[:, None] & (expert < EXPERTS)[None, :]
+        gate_at = token[:, None] * EXPERTS + expert[None, :]
+        gate = tl.zeros((BLOCK_T, EXPERT_BLOCK), tl.float32)
+        dgate = tl.zeros((BLOCK_T, EXPERT_BLOCK), tl.float32)
+        if EXPERTS > 0:
+            gate = tl.load(gates + gate_at, mask=mask, other=0.0)
+        for j in range(EXPERTS + 1):
+            weight = tl.sum(tl.where((expert + 1 == j)[None, :], gate, 0.0), axis=1)
+            weight = scaling * tl.where(j == 0, 1.0, weight)[:, None]
+            inner_product = tl.zeros((BLOCK_T,), tl.float32)
+            for start in range(0, RANK, RANK_BLOCK):
+                inner = start + tl.arange(0, RANK_BLOCK)
+                some_inner = some[:, None] & (inner < RANK)[None, :]
+                column = (j * RANK + inner)[None, :]
+                at = token[:, None] * HIDDEN + column
+                dh = _sum_splits(product + at, some_inner, size, SPLITS)
+                s_tile = tl.load(s + at, mask=some_inner, other=0.0).to(tl.float32)
+                inner_product += tl.sum(dh * s_tile, axis=1)
+                ds_at = ds + token[:, None] * columns + column
+                tl.store(ds_at, (weight * dh).to(ds.dtype.element_ty), mask=some_inner)
+                tl.store(h + at, (weight * s_tile).to(h.dtype.element_ty), mask=some_inner)
+            dgate += tl.where((expert + 1 == j)[None, :], scaling * inner_product[:, None], 0.0)
+        # What follows the columns of A: the routes', then zeros for the rows of P that played no part.
+        at = ds + token[:, None] * columns + (HIDDEN + expert)[None, :]
+        dclean = gate * (dgate - tl.sum(gate * dgate, axis=1)[:, None])
+        tl.store(at, dclean.to(ds.dtype.element_ty), mask=mask)
+        used = EXPERTS
+        if slope is not None:
+            dspread = dclean * tl.load(slope + gate_at, mask=mask, other=0.0)
+            tl.store(at + EXPERTS, dspread.to(ds.dtype.element_ty), mask=mask)
+            used = 2 * EXPERTS
+        for start in range(HIDDEN + used, columns, EXPERT_BLOCK):
+            rest = start + expert
+            rest_mask = some[:, None] & (rest < columns)[None, :]
+            zeros = tl.zeros((BLOCK_T, EXPERT_BLOCK), ds.dtype.element_ty)
+            tl.store(ds + token[:, None] * columns + rest[None, :], zeros, mask=rest_mask)
 
 
-def _blocks(x: Tensor, experts: int, columns: int) -> dict[str, Any]:
-    """Launch settings: 64 tokens are the least that an H100's tensor cores take whole; wide tiles need more warps."""
-    interpreted = type(down_gate_fwd_kernel).__name__ == "InterpretedFunction"
-    return {
-        "num_warps": 8 if columns > 128 else 4,
-        "BLOCK_T": 64,
-        "BLOCK_D": 64 if x.element_size() == 2 else 32,
-        "COLUMN_BLOCK": max(16, triton.next_power_of_2(columns)),
-        "EXPERT_BLOCK": max(16, triton.next_power_of_2(experts)),
-        # The interpreter multiplies the bit patterns of bfloat16.
-        "UPCAST": interpreted and x.dtype == torch.bfloat16,
-    }
+def _skinny(x: Tensor, w: Tensor) -> Tensor:
+    """Sums [splits, T, C] in float32 whose total is x wᵀ. In float32 the product is cuBLAS's, which splits as well."""
+    if x.dtype == torch.float32 or not x.numel():
+        return (x @ w.t()).float()[None]
+    (tokens, width), columns = x.shape, len(w)
+    block_t, block_c = 64 if tokens < 8192 else 128, min(128, max(16, triton.next_power_of_2(columns)))
+    blocks = triton.cdiv(tokens, block_t)
+    # About 256 programs keep an H100's 132 multiprocessors busy, and each should sum 512 numbers at least. A power of
+    # two, because the kernels that follow are compiled for it.
+    splits = triton.next_power_of_2(max(1, min(256 // blocks, width // 512, 16)))
+    out = x.new_empty(splits, tokens, columns, dtype=torch.float32)
+    # The interpreter multiplies the bit patterns of bfloat16.
+    upcast = type(skinny_kernel).__name__ == "InterpretedFunction" and x.dtype == torch.bfloat16
+    skinny_kernel[(triton.cdiv(columns, block_c), blocks, splits)](
+        x.contiguous(), w, out, tokens, width, columns, triton.cdiv(triton.cdiv(width, splits), 64) * 64, *w.stride(),
+        UPCAST=upcast, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_D=64, num_warps=block_t // 16, num_stages=3,
+    )  # fmt: skip
+    return out
 
 
-def _down_gate_triton(
-    x: Tensor, packed: Tensor, noise: Tensor | None, experts: int, rank: int, scaling: float
-) -> Gated:
-    (tokens, width), columns = x.shape, (experts + 1) * rank
-    h, s = x.new_empty(tokens, columns), x.new_empty(tokens, columns)
-    gates = x.new_empty(tokens, experts, dtype=torch.float32) if experts else None
-    slope = None if gates is None or noise is None else torch.empty_like(gates)
-    blocks = _blocks(x, experts, columns)
+def _settings(product: Tensor, experts: int, rank: int) -> tuple[int, dict[str, int]]:
+    """(programs, settings) of the pointwise kernels, whose tiles of tokens × experts must fit into registers."""
+    block = triton.next_power_of_2(max(2, experts))
+    block_t = max(2, min(32, 512 // block))
+    return triton.cdiv(product.shape[1], block_t), {
+        "EXPERTS": experts, "RANK": rank, "SPLITS": len(product), "EXPERT_BLOCK": block, "BLOCK_T": block_t,
+        "RANK_BLOCK": min(64, triton.next_power_of_2(rank)),
+    }  # fmt: skip
+
+
+def _gate_triton(
+    product: Tensor, noise: Tensor | Stream | None, experts: int, rank: int, scaling: float, count: Tensor | bool,
+    dtype: torch.dtype,
+) -> Gated:  # fmt: skip
+    (_, tokens, columns), (programs, settings) = product.shape, _settings(product, experts, rank)
+    h, s = (product.new_empty(tokens, (experts + 1) * rank, dtype=dtype) for _ in range(2))
+    gates = product.new_empty(tokens, experts) if experts else None
+    slope = None if noise is None or gates is None else torch.empty_like(gates)
+    totals = product.new_empty(programs, experts + 2) if experts and count is not False else None
+    source: tuple[Any, ...] = (None, None, 0, 0)
+    if isinstance(noise, Tensor):
+        source = (noise.float().contiguous(), None, 0, 0)
+    elif noise is not None:
+        source = (None, noise.rows, noise.key, tokens // max(1, len(noise.rows)))
     if tokens:
-        down_gate_fwd_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
-            x, packed, noise, h, s, gates, slope, tokens, width, scaling,
-            EXPERTS=experts, RANK=rank, NOISY=noise is not None, **blocks,
+        gate_fwd_kernel[(programs,)](
+            product, *source, count if isinstance(count, Tensor) else None, h, s, gates, slope, totals,
+            tokens, columns, scaling, **settings,
         )  # fmt: skip
-    return Gated(h, s, gates, slope)
+    return Gated(h, s, gates, slope, None if totals is None else totals.sum(0, dtype=torch.float64))
 
 
-def _down_gate_backward_triton(
-    dy: Tensor, lora_B: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, scaling: float
+def _gate_backward_triton(
+    dh: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, scaling: float, columns: int
 ) -> tuple[Tensor, Tensor]:
-    (tokens, columns), experts = s.shape, 0 if gates is None else gates.shape[1]
-    ds = s.new_empty(tokens, columns + experts * (1 if slope is None else 2))
-    h = torch.empty_like(s)
-    blocks = _blocks(dy, experts, columns)
-    if tokens:
-        down_gate_bwd_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
-            dy, lora_B, s, gates, slope, ds, h, tokens, dy.shape[1], scaling,
-            EXPERTS=experts, RANK=columns // (experts + 1), NOISY=slope is not None, **blocks,
-        )  # fmt: skip
+    experts = 0 if gates is None else gates.shape[1]
+    programs, settings = _settings(dh, experts, s.shape[1] // (experts + 1))
+    ds, h = s.new_empty(len(s), columns), torch.empty_like(s)
+    if len(s):
+        gate_bwd_kernel[(programs,)](dh, s, gates, slope, ds, h, len(s), columns, scaling, **settings)
     return ds, h
 
 
@@ -254,52 +324,47 @@ def _down_gate_backward_triton(
 
 
 def down_gate(
-    x: Tensor,
-    packed: Tensor,
-    noise: Tensor | None,
-    *,
-    experts: int,
-    rank: int,
-    scaling: float,
-    dropped: Tensor | None = None,
-    impl: str,
-) -> Gated:
-    """From x [T, D] and P = `packed` [C, D] to h. `noise`: ε [T, N] float32; `dropped` [T, D]: what A reads for x."""
-    if impl == "triton" and dropped is None:
-        noise = None if noise is None else noise.float().contiguous()
-        return _down_gate_triton(x.contiguous(), packed.contiguous(), noise, experts, rank, scaling)
-    return _down_gate(x, packed, noise, experts, rank, scaling, dropped)
+    x: Tensor, packed: Tensor, noise: Tensor | Stream | None, *, experts: int, rank: int, scaling: float,
+    dropped: Tensor | None = None, count: Tensor | bool = False, impl: str,
+) -> Gated:  # fmt: skip
+    """From x [T, D] and P = `packed` [C, D] to h. `noise`: ε [T, N], in Triton also a stream; `dropped` [T, D]: what A
+    reads for x; `count`: True, or the tokens [T] of which to return the totals."""
+    times, columns = _skinny if impl == "triton" else product, (experts + 1) * rank
+    if impl == "torch":
+        packed = packed[: columns + experts * (1 if noise is None else 2)]
+    if dropped is None:
+        both = times(x, packed)
+    else:
+        both = torch.cat((times(dropped, packed[:columns]), times(x, packed[columns:])), dim=-1)
+    if impl == "triton":
+        return _gate_triton(both, noise, experts, rank, scaling, count, x.dtype)
+    assert noise is None or isinstance(noise, Tensor)
+    return _gate(both, noise, experts, rank, scaling, count)
 
 
 def down_gate_backward(
-    dy: Tensor,
-    lora_B: Tensor,
-    s: Tensor,
-    gates: Tensor | None,
-    slope: Tensor | None,
-    *,
-    scaling: float,
+    dy: Tensor, lora_B: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, *, scaling: float, columns: int,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    """From dy [T, O] to (d(x Pᵀ) [T, C], h [T, R]), with B [O, R] and what `down_gate` gave."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """From dy [T, O] to (d(x Pᵀ) [T, C], h [T, R]), with B [O, R] and what `down_gate` gave.
+
+    In Triton the first is [T, `columns`], for all rows of P.
+    """
     if impl == "triton":
-        return _down_gate_backward_triton(dy.contiguous(), lora_B.contiguous(), s.contiguous(), gates, slope, scaling)
-    return _down_gate_backward(dy, lora_B, s, gates, slope, scaling)
+        return _gate_backward_triton(_skinny(dy, lora_B.t()), s.contiguous(), gates, slope, scaling, columns)
+    return _gate_backward(product(dy, lora_B.t()), s, gates, slope, scaling)
 
 
-def implementation(impl: str | None, x: Tensor, columns: int, experts: int) -> str:
-    """ "triton" or "torch": as asked, else Triton on CUDA where it is installed and the sizes and dtype suit it.
+def implementation(impl: str | None, x: Tensor) -> str:
+    """ "triton" or "torch": as asked, else Triton on CUDA where it is installed and the dtype suits it.
 
     Raises ValueError for another name, and where Triton is asked for and cannot be had.
     """
     if impl not in (None, "torch", "triton"):
         raise ValueError(f'impl must be "torch", "triton" or None, found {impl!r}')
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    suits = triton is not None and x.dtype in dtypes and columns <= MAX_COLUMNS and experts <= MAX_EXPERTS
+    suits = triton is not None and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if impl == "triton" and not suits:
-        raise ValueError(
-            'impl="triton" needs Triton with a GPU, float32, bfloat16 or float16, at most '
-            f"{MAX_COLUMNS} columns (rank × experts) and {MAX_EXPERTS} specific experts; found "
-            f"{'both' if triton else 'one of the two missing'}, {x.dtype}, {columns} columns and {experts} experts"
-        )
-    return impl or ("triton" if suits and x.is_cuda else "torch")
+        found = f"{'both' if triton else 'one of the two missing'}, and {x.dtype}"
+        raise ValueError(f'impl="triton" needs Triton with a GPU, and float32, bfloat16 or float16; found {found}')
+    # A subclass, such as a tensor that only stands for its shape, has no memory that a kernel could read.
+    return impl or ("triton" if suits and x.is_cuda and type(x) in (Tensor, nn.Parameter) else "torch")

@@ -15,61 +15,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pedgpt.kernels.expert_gate import down_gate, down_gate_backward, implementation
+from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, Stream, down_gate, down_gate_backward, implementation
 from pedgpt.kernels.onednn import product, product_onto, refuse_create_graph
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None,
+    lora_A: Tensor, lora_B: Tensor, router: Tensor | None, router_noise: Tensor | None,
+    dropped: Tensor | None, P: Tensor | None, B: Tensor | None,
+    noise: Tensor | Stream | None, count: Tensor | bool, scaling: float, impl: str,
+) -> tuple[Tensor, Gated]:  # fmt: skip
+    if P is None or B is None:
+        P, B = _pack(lora_A, lora_B, router, router_noise, x.dtype, impl)
+    experts = 0 if router is None else len(router)
+    gated = down_gate(
+        x, P, noise,
+        experts=experts, rank=len(lora_A) // (experts + 1), scaling=scaling, dropped=dropped, count=count, impl=impl,
+    )  # fmt: skip
+    return product_onto(product(gated.h, B, bias), x, weight), gated
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        router: Tensor | None,
-        router_noise: Tensor | None,
-        noise: Tensor | None,
-        dropped: Tensor | None,
-        scaling: float,
-        impl: str,
-    ) -> tuple[Tensor, Tensor | None]:
-        experts = 0 if router is None else len(router)
-        packed = _pack(lora_A, router, router_noise, x.dtype)
-        h, s, gates, slope = down_gate(
-            x, packed, noise,
-            experts=experts, rank=len(lora_A) // (experts + 1), scaling=scaling, dropped=dropped, impl=impl,
-        )  # fmt: skip
-        y = product_onto(product(h, lora_B.to(x.dtype), bias), x, weight)
-        ctx.save_for_backward(
-            x, weight, lora_A, lora_B, router, router_noise, s if s.element_size() == 2 else None, gates, slope, dropped
-        )
-        ctx.scaling, ctx.impl = scaling, impl
-        ctx.set_materialize_grads(False)  # gates never have one
-        if gates is not None:
-            ctx.mark_non_differentiable(gates)
-        return y, gates
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        y, (_, s, gates, slope, totals) = _forward(*operands)
+        x, weight, _, *others, _, _, ctx.scaling, ctx.impl = operands
+        ctx.save_for_backward(x, weight, *others, s if s.element_size() == 2 else None, gates, slope)
+        ctx.set_materialize_grads(False)  # gates and totals never have one
+        ctx.mark_non_differentiable(*(t for t in (gates, totals) if t is not None))
+        return y, gates, totals
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         refuse_create_graph("lora_linear")
         if dy is None:
-            return (None,) * 11
-        x, weight, lora_A, lora_B, router, router_noise, s, gates, slope, dropped = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router, needs_noise, _, needs_dropped = (
-            ctx.needs_input_grad[:9]
+            return (None,) * 14
+        x, weight, lora_A, lora_B, router, router_noise, dropped, P, B, s, gates, slope = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router, needs_noise, needs_dropped = (
+            ctx.needs_input_grad[:8]
         )
-        packed, dy = _pack(lora_A, router, router_noise, x.dtype), dy.contiguous()
+        if P is None:
+            P, B = _pack(lora_A, lora_B, router, router_noise, x.dtype, ctx.impl)
+        dy, columns = dy.contiguous(), len(lora_A)
         if s is None:
-            s = product(x if dropped is None else dropped, packed[: len(lora_A)])
-        ds, h = down_gate_backward(dy, lora_B.to(x.dtype), s, gates, slope, scaling=ctx.scaling, impl=ctx.impl)
+            s = product(x if dropped is None else dropped, P[:columns])
+        ds, h = down_gate_backward(dy, B, s, gates, slope, scaling=ctx.scaling, columns=len(P), impl=ctx.impl)
+        P = P[: ds.shape[1]]
         dx = dweight = dbias = dA = dB = drouter = dnoise = ddropped = None
-        columns = slice(len(lora_A) if dropped is not None else 0, None)  # of ds that x itself gave
+        own = slice(0 if dropped is None else columns, None)  # the columns of ds that x itself gave
         if needs_x:
-            dx = product_onto(product(ds[:, columns], packed[columns].t()), dy, weight.t())
+            dx = product_onto(product(ds[:, own], P[own].t()), dy, weight.t())
         if needs_dropped:
-            ddropped = product(ds[:, : len(lora_A)], packed[: len(lora_A)].t())
+            ddropped = product(ds[:, :columns], P[:columns].t())
         if needs_weight:
             dweight = product(dy.t(), x.t())
         if needs_bias:
@@ -77,98 +74,93 @@ class _LoRALinear(torch.autograd.Function):
         if needs_B:
             dB = (dy.t() @ h).to(lora_B.dtype)
         if needs_A or needs_router or needs_noise:
-            dpacked = product(ds[:, columns].t(), x.t()).to(lora_A.dtype)
+            dP = product(ds[:, own].t(), x.t()).to(lora_A.dtype)
             if dropped is not None:
-                dpacked = torch.cat((product(ds[:, : len(lora_A)].t(), dropped.t()).to(lora_A.dtype), dpacked))
-            dA = dpacked[: len(lora_A)]
+                dP = torch.cat((product(ds[:, :columns].t(), dropped.t()).to(lora_A.dtype), dP))
+            dA = dP[:columns]
             if router is not None:
-                drouter = dpacked[len(lora_A) :][: len(router)]
+                drouter = dP[columns:][: len(router)]
             if router_noise is not None:
-                dnoise = dpacked[len(dpacked) - len(router_noise) :]
-        return dx, dweight, dbias, dA, dB, drouter, dnoise, None, ddropped, None, None
+                dnoise = dP[columns + len(router_noise) :][: len(router_noise)]
+        return dx, dweight, dbias, dA, dB, drouter, dnoise, ddropped, None, None, None, None, None, None
 
 
-def _pack(lora_A: Tensor, router: Tensor | None, router_noise: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """P [C, D]. It is cheap, so the backward pass makes it again."""
+def _pack(
+    lora_A: Tensor, lora_B: Tensor, router: Tensor | None, router_noise: Tensor | None, dtype: torch.dtype, impl: str
+) -> tuple[Tensor, Tensor]:
+    """(P, B) in the dtype of the products. They are cheap, so the backward pass makes them again."""
     parts = [part for part in (lora_A, router, router_noise) if part is not None]
-    return (torch.cat(parts) if len(parts) > 1 else lora_A).to(dtype)
+    if impl == "triton" and (rest := -sum(map(len, parts)) % ALIGNMENT):
+        parts.append(lora_A.new_zeros(rest, lora_A.shape[1]))
+    return (torch.cat(parts) if len(parts) > 1 else lora_A).to(dtype), lora_B.to(dtype)
 
 
 def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    scaling: float,
-    router: Tensor | None = None,
-    router_noise: Tensor | None = None,
-    noise: Tensor | None = None,
-    dropped: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *, scaling: float,
+    router: Tensor | None = None, router_noise: Tensor | None = None, noise: Tensor | Stream | None = None,
+    dropped: Tensor | None = None, count: Tensor | bool = False, packed: tuple[Tensor, Tensor] | None = None,
     impl: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(y [..., O], gates [..., N] in float32 or None) of a linear layer with N gated experts, or with plain LoRA.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(y [..., O], gates [..., N], totals [N + 2]) of a linear layer with N gated experts; without gates, plain LoRA.
 
         y = x Wᵀ (+ b) + c ( B_u A_u x + Σ_j G(x)_j B_j A_j x ),  G(x) = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ))
 
     x [..., D], weight [O, D], bias [O]; lora_A [R, D] and lora_B [O, R], the universal expert's r rows first, then
-    those of each specific one; `router` W_g and `router_noise` W_n [N, D]; `noise` ε [..., N], None in evaluation;
-    c = `scaling`. Without a router it is LoRA of rank R. `dropped` [..., D] is what A reads instead of x: LoRA dropout,
-    which costs a second copy of x and a product more, on the torch form. All parameters may have their own dtypes;
-    products are made in the dtype of x, or in autocast's, gates in float32. Differentiable once, in all but `noise`;
-    gates carry no gradient. `impl`: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
-    Raises ValueError for shapes that do not fit.
+    those of each specific one; `router` W_g and `router_noise` W_n [N, D]; `noise` ε [..., N], or the stream that
+    gives it for x [B, T, D], None in evaluation; c = `scaling`. Without a router it is LoRA of rank R. `dropped`
+    [..., D] is what A reads instead of x: LoRA dropout, which costs a second copy of x and a product more. `count`
+    [...] (bool) or True asks for `totals`, sums in float64 over those tokens or over all: of the gates, of their
+    entropy, and the number of tokens. `packed`: (P, B) as `pack_adapters` makes them, used if in the products' dtype.
+
+    All parameters may have their own dtypes; products are made in the dtype of x, or in autocast's, gates in float32.
+    Differentiable once, in all but `noise`; gates and totals carry no gradient. `impl`: "torch", "triton", or None
+    for Triton on CUDA and torch elsewhere. Raises ValueError for shapes that do not fit.
     """
-    _check(x, weight, bias, lora_A, lora_B, router, router_noise, noise, dropped)
-    dtype = x.dtype
+    _check(x, weight, bias, lora_A, lora_B, router, router_noise, noise, dropped, count)
+    dtype, leading, impl = x.dtype, x.shape[:-1], implementation(impl, x)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])
-
-    bias = None if bias is None else bias.to(dtype)
-    dropped = None if dropped is None else dropped.to(dtype)
-    y, gates = _LoRALinear.apply(
-        rows(x.to(dtype)), weight.to(dtype), bias, lora_A, lora_B, router, None if noise is None else router_noise,
-        rows(noise), rows(dropped), scaling,
-        implementation(impl, x, len(lora_A), 0 if router is None else len(router)),
+    if impl == "torch" and router is not None and noise is not None and not isinstance(noise, Tensor):
+        noise = noise.normal(x.new_empty(*leading, len(router), dtype=torch.promote_types(dtype, torch.float32)))
+    operands = (
+        x.to(dtype).reshape(-1, x.shape[-1]), weight.to(dtype), None if bias is None else bias.to(dtype),
+        lora_A, lora_B, router, None if noise is None else router_noise,
+        None if dropped is None else dropped.to(dtype).reshape(-1, x.shape[-1]),
+        *(packed if packed is not None and packed[0].dtype == dtype else (None, None)),
+        noise.reshape(-1, noise.shape[-1]) if isinstance(noise, Tensor) else noise,
+        count.reshape(-1) if isinstance(count, Tensor) else count, scaling, impl,
     )  # fmt: skip
-    leading = x.shape[:-1]
-    return y.view(*leading, len(weight)), None if gates is None else gates.view(*leading, gates.shape[-1])
+    if torch.is_grad_enabled():
+        y, gates, totals = _LoRALinear.apply(*operands)
+    else:
+        y, (_, _, gates, _, totals) = _forward(*operands)
+    return y.view(*leading, len(weight)), None if gates is None else gates.view(*leading, gates.shape[-1]), totals
 
 
 def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    router: Tensor | None,
-    router_noise: Tensor | None,
-    noise: Tensor | None,
-    dropped: Tensor | None,
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, router: Tensor | None,
+    router_noise: Tensor | None, noise: Tensor | Stream | None, dropped: Tensor | None, count: Tensor | bool,
+) -> None:  # fmt: skip
     if weight.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"weight must be [out, in] and x floating, found {list(weight.shape)} and {x.dtype}")
-    size_out, size_in = weight.shape
-    experts = 0 if router is None else len(router)
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "x": (x, (*x.shape[:-1], size_in)),
-        "bias": (bias, (size_out,)),
-        "lora_A": (lora_A, (len(lora_A), size_in)),
-        "lora_B": (lora_B, (size_out, len(lora_A))),
-        "router": (router, (experts, size_in)),
-        "router_noise": (router_noise, (experts, size_in)),
-        "noise": (noise, (*x.shape[:-1], experts)),
-        "dropped": (dropped, tuple(x.shape)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
+    (size_out, size_in), leading = weight.shape, x.shape[:-1]
+    columns, experts = lora_A.shape[0], 0 if router is None else router.shape[0]
+    expected: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
+        ("x", x, (*leading, size_in)),
+        ("bias", bias, (size_out,)),
+        ("lora_A", lora_A, (columns, size_in)),
+        ("lora_B", lora_B, (size_out, columns)),
+        ("router", router, (experts, size_in)),
+        ("router_noise", router_noise, (experts, size_in)),
+        ("noise", *((noise, (*leading, experts)) if isinstance(noise, Tensor | None) else (noise.rows, leading[:-1]))),
+        ("dropped", dropped, x.shape),
+        ("count", count if isinstance(count, Tensor) else None, leading),
+    )
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}, found {list(tensor.shape)}")
-    if len(lora_A) % (experts + 1) or not len(lora_A):
-        raise ValueError(f"lora_A has {len(lora_A)} rows, which {experts + 1} experts cannot share")
+    if columns % (experts + 1) or not columns:
+        raise ValueError(f"lora_A has {columns} rows, which {experts + 1} experts cannot share")
     if router is not None and not experts:
         raise ValueError("router has no rows; leave it out for plain LoRA")
     if noise is not None and router_noise is None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pedgpt.adapters import ExpertLoRALinear, GateRecord, gate_metrics, inject_experts, inject_lora, record_gates
+from pedgpt.kernels.expert_gate import gate_totals
 
 
 def gates(*shape, experts=3):
@@ -15,8 +16,8 @@ def gates(*shape, experts=3):
 
 def test_means_and_entropy_match_a_hand_computation():
     record, values = GateRecord(), gates(4, 9)
-    record.add(values[:2])
-    record.add(values[2:])
+    record.add(gate_totals(values[:2]))
+    record.add(gate_totals(values[2:]))
     rows = values.double().flatten(0, 1)
     assert record.count == 36
     assert record.mean() == pytest.approx(rows.mean(0).tolist(), abs=1e-7)
@@ -25,24 +26,26 @@ def test_means_and_entropy_match_a_hand_computation():
 
 def test_entropy_is_zero_for_one_expert_and_log_n_for_equal_ones():
     sure, equal = GateRecord(), GateRecord()
-    sure.add(torch.eye(4)[[2, 0, 1]])
-    equal.add(torch.full((5, 4), 0.25))
+    sure.add(gate_totals(torch.eye(4)[[2, 0, 1]]))
+    equal.add(gate_totals(torch.full((5, 4), 0.25)))
     assert sure.entropy() == 0 and equal.entropy() == pytest.approx(math.log(4), abs=1e-6)
 
 
 def test_only_the_tokens_of_the_mask_count():
     values, where = gates(2, 6), torch.rand(2, 6, generator=torch.Generator().manual_seed(1)) < 0.4
-    record, chosen = GateRecord(where), GateRecord()
-    record.add(values)
-    chosen.add(values[where])
+    record, chosen = GateRecord(), GateRecord()
+    record.add(gate_totals(values, where))
+    chosen.add(gate_totals(values[where]))
     assert 0 < record.count == int(where.sum()) < 12
     assert record.mean() == pytest.approx(chosen.mean()) and record.entropy() == pytest.approx(chosen.entropy())
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 1), (2, 7), (1, 2, 6)])
 def test_a_mask_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=r"where has the shape .*, the tokens \[2, 6\]"):
-        GateRecord(torch.ones(shape, dtype=torch.bool)).add(gates(2, 6))
+    layer = nn.Sequential(ExpertLoRALinear(nn.Linear(5, 4)))
+    with pytest.raises(ValueError, match=r"count must have the shape \[2, 6\], found "):
+        with record_gates(layer, torch.ones(shape, dtype=torch.bool)):
+            layer(torch.zeros(2, 6, 5))
 
 
 def test_metrics_are_sums_over_tokens_and_means_over_layers(make_model, tokens, randomize):
@@ -110,7 +113,7 @@ def test_nothing_recorded_is_an_error_that_says_so(make_model):
         with pytest.raises(ValueError, match="no gates were recorded"):
             read()
     empty = GateRecord()
-    empty.add(torch.zeros(0, 3))
+    empty.add(gate_totals(torch.zeros(0, 3)))
     with pytest.raises(ValueError, match="no gates were recorded"):
         empty.mean()
 

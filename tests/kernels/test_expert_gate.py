@@ -1,4 +1,4 @@
-"""The gate and the two Triton kernels around it, against their equations in float64.
+"""The gate, its noise and the Triton kernels around it, against their equations in float64.
 
 The kernels run compiled where there is a GPU and under Triton's interpreter elsewhere.
 """
@@ -8,16 +8,30 @@ import math
 import pytest
 import torch
 
+from pedgpt.adapters.experts import NoiseStream
 from pedgpt.kernels import expert_gate as module
-from pedgpt.kernels.expert_gate import down_gate, down_gate_backward, expert_gate, expert_gate_backward
+from pedgpt.kernels.expert_gate import (
+    down_gate,
+    down_gate_backward,
+    expert_gate,
+    expert_gate_backward,
+    gate_totals,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(module.triton is None, reason="needs Triton")
 both_impls = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 with_and_without_noise = pytest.mark.parametrize("noisy", [False, True], ids=["evaluation", "training"])
 
-# tokens, in, out, rank, experts
-SIZES = [(131, 75, 70, 5, 3), (37, 100, 33, 30, 5), (17, 33, 40, 1, 40), (1, 1, 1, 1, 1), (67, 40, 65, 9, 0)]
+# tokens, in, out, rank, experts: tiles are 32 or 64 tokens, up to 128 columns of the product and 64 of a rank
+SIZES = [
+    (131, 75, 70, 5, 3),
+    (37, 100, 33, 30, 5),
+    (17, 33, 40, 1, 40),
+    (1, 1, 1, 1, 1),
+    (67, 40, 65, 9, 0),
+    (5, 70, 35, 67, 2),
+]
 
 
 def operands(tokens, size_in, size_out, rank, experts, noisy, dtype=torch.float32, seed=0):
@@ -70,7 +84,9 @@ def test_both_directions_match_the_equations_in_float64(tokens, size_in, size_ou
     noisy = noisy and experts > 0
     x, packed, noise, dy, lora_B = operands(tokens, size_in, size_out, rank, experts, noisy)
     forward = down_gate(x, packed, noise, experts=experts, rank=rank, scaling=1.7, impl=impl)
-    ds, h = down_gate_backward(dy, lora_B, forward.s, forward.gates, forward.slope, scaling=1.7, impl=impl)
+    ds, h = down_gate_backward(
+        dy, lora_B, forward.s, forward.gates, forward.slope, scaling=1.7, columns=len(packed), impl=impl
+    )
     found = {**forward._asdict(), "ds": ds, "again": h}
     for name, truth in definition(x, packed, noise, dy, lora_B, rank, experts, 1.7).items():
         assert (found[name] is None) == (truth is None)
@@ -83,8 +99,28 @@ def test_no_tokens_give_empty_results(noisy, impl):
     x, packed, noise, dy, lora_B = operands(0, 12, 9, 2, 3, noisy)
     forward = down_gate(x, packed, noise, experts=3, rank=2, scaling=1.0, impl=impl)
     assert [t.shape for t in forward[:3]] == [(0, 8), (0, 8), (0, 3)] and (forward.slope is not None) == noisy
-    ds, h = down_gate_backward(dy, lora_B, forward.s, forward.gates, forward.slope, scaling=1.0, impl=impl)
+    ds, h = down_gate_backward(
+        dy, lora_B, forward.s, forward.gates, forward.slope, scaling=1.0, columns=len(packed), impl=impl
+    )
     assert ds.shape == (0, 14 if noisy else 11) and h.shape == (0, 8)
+
+
+@needs_triton
+@pytest.mark.parametrize(("noisy", "experts"), [(True, 3), (False, 3), (False, 0)])
+def test_rows_of_p_that_play_no_part_get_a_gradient_of_zero(noisy, experts):
+    """Zeros that align P, and W_n in evaluation."""
+    x, packed, noise, dy, lora_B = operands(37, 20, 9, 2, experts, noisy)
+    more = torch.cat((packed, torch.full((5, 20), 3.0, device=DEVICE)))
+    results = []
+    for rows in (packed, more):
+        forward = down_gate(x, rows, noise, experts=experts, rank=2, scaling=1.7, impl="triton")
+        ds, h = down_gate_backward(
+            dy, lora_B, forward.s, forward.gates, forward.slope, scaling=1.7, columns=len(rows), impl="triton"
+        )
+        results.append([forward.h, ds[:, : len(packed)], h])
+        assert ds.shape == (37, len(rows)) and not ds[:, len(packed) :].any()
+    for plain, padded in zip(*results, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-6)
 
 
 class Guarded:
@@ -111,33 +147,54 @@ class Guarded:
         return all(sea[: self.margin].isnan().all() and sea[-self.margin :].isnan().all() for sea in self.seas)
 
 
-def launch(x, packed, noise, dy, lora_B, rank, experts, blocks, dtype, margin=1 << 15):
-    """The two kernels' results, by name, from operands and outputs among NaN; h and s are kept in `dtype`."""
+def skinny(x, w, splits, blocks, guarded):
+    """`skinny_kernel` of all splits, added, from x [T, D] and w [C, D]; the output lies among NaN."""
+    (tokens, width), columns = x.shape, len(w)
+    blocks = {"BLOCK_T": 64, "BLOCK_C": 32, "BLOCK_D": 64, **blocks}
+    part = math.ceil(math.ceil(width / splits) / blocks["BLOCK_D"]) * blocks["BLOCK_D"]
+    out = guarded.new(splits, tokens, columns, dtype=torch.float32)
+    grid = (math.ceil(columns / blocks["BLOCK_C"]), math.ceil(tokens / blocks["BLOCK_T"]), splits)
+    upcast = DEVICE == "cpu" and x.dtype == torch.bfloat16
+    module.skinny_kernel[grid](x, w, out, tokens, width, columns, part, *w.stride(), UPCAST=upcast, **blocks)
+    return out
+
+
+def launch(x, packed, noise, dy, lora_B, rank, experts, dtype, splits=1, blocks=None, margin=1 << 15):
+    """All kernels' results, by name, from operands and outputs among NaN; h and s are kept in `dtype`."""
     guarded = Guarded(margin)
-    (tokens, size_in), columns, noisy = x.shape, (experts + 1) * rank, noise is not None
+    tokens, columns, noisy = len(x), (experts + 1) * rank, noise is not None
     x, packed, noise, dy, lora_B = (guarded.put(t) for t in (x, packed, noise, dy, lora_B))
     h, s, again = (guarded.new(tokens, columns, dtype=dtype) for _ in range(3))
     gates = guarded.new(tokens, experts, dtype=torch.float32) if experts else None
     slope = guarded.new(tokens, experts, dtype=torch.float32) if noisy else None
-    ds = guarded.new(tokens, columns + experts * (1 + noisy), dtype=dtype)
-    grid = (math.ceil(tokens / blocks["BLOCK_T"]),)
-    sizes = {"EXPERTS": experts, "RANK": rank, "NOISY": noisy, **blocks}
-    module.down_gate_fwd_kernel[grid](x, packed, noise, h, s, gates, slope, tokens, size_in, 1.7, **sizes)
-    module.down_gate_bwd_kernel[grid](dy, lora_B, s, gates, slope, ds, again, tokens, dy.shape[1], 1.7, **sizes)
+    ds = guarded.new(tokens, len(packed), dtype=dtype)
+    forward, backward = skinny(x, packed, splits, blocks or {}, guarded), skinny(dy, lora_B.t(), splits, {}, guarded)
+    programs, settings = module._settings(forward, experts, rank)
+    grid = (programs,)
+    totals = guarded.new(*grid, experts + 2, dtype=torch.float32) if experts else None
+    module.gate_fwd_kernel[grid](
+        forward, noise, None, 0, 0, None, h, s, gates, slope, totals, tokens, len(packed), 1.7, **settings
+    )
+    module.gate_bwd_kernel[grid](backward, s, gates, slope, ds, again, tokens, len(packed), 1.7, **settings)
     assert guarded.untouched()
-    return {"h": h, "s": s, "gates": gates, "slope": slope, "ds": ds, "again": again}
+    found = {"h": h, "s": s, "gates": gates, "slope": slope, "ds": ds, "again": again, "totals": totals}
+    assert all(tensor is None or tensor.isfinite().all() for tensor in found.values())
+    return found
 
 
 @needs_triton
 @with_and_without_noise
-@pytest.mark.parametrize("blocks", [{}, {"BLOCK_T": 16, "BLOCK_D": 16}, {"BLOCK_T": 32, "BLOCK_D": 128}])
+@pytest.mark.parametrize(
+    ("splits", "blocks"), [(1, {}), (2, {"BLOCK_T": 16, "BLOCK_D": 16, "BLOCK_C": 16}), (4, {"BLOCK_D": 32})]
+)
 @pytest.mark.parametrize(("tokens", "size_in", "size_out", "rank", "experts"), SIZES)
-def test_kernels_fill_their_outputs_and_touch_nothing_beyond(tokens, size_in, size_out, rank, experts, blocks, noisy):
+def test_kernels_fill_their_outputs_and_touch_nothing_beyond(
+    tokens, size_in, size_out, rank, experts, splits, blocks, noisy
+):
     """NaN around the operands shows in the results if it is read; outputs begin as NaN, and NaN lies around them."""
     noisy = noisy and experts > 0
     given = operands(tokens, size_in, size_out, rank, experts, noisy)
-    blocks = {**module._blocks(given[0], experts, (experts + 1) * rank), **blocks}
-    found = launch(*given, rank, experts, blocks, torch.float32)
+    found = launch(*given, rank, experts, torch.float32, splits, blocks)
     for name, truth in definition(*given, rank, experts, 1.7).items():
         assert truth is None or error(found[name], truth) <= 1e-6, name
 
@@ -156,11 +213,10 @@ def test_kernels_in_half_precision_compute_in_float32_and_round_once(
     """
     noisy = noisy and experts > 0
     given = operands(tokens, size_in, size_out, rank, experts, noisy, dtype)
-    blocks = module._blocks(given[0], experts, (experts + 1) * rank)
-    exact = launch(*given, rank, experts, blocks, torch.float32)
+    exact = launch(*given, rank, experts, torch.float32, 2)
     for name, truth in definition(*given, rank, experts, 1.7).items():
         assert truth is None or error(exact[name], truth) <= 1e-6, name
-    rounded = launch(*given, rank, experts, blocks, dtype)
+    rounded = launch(*given, rank, experts, dtype, 2)
     for name in ("h", "s"):
         unit = torch.finfo(dtype).eps * exact[name].abs() + torch.finfo(dtype).smallest_normal
         assert ((rounded[name].float() - exact[name]).abs() <= unit).all(), name
@@ -170,7 +226,61 @@ def test_kernels_in_half_precision_compute_in_float32_and_round_once(
         assert exact[name] is None or torch.equal(rounded[name], exact[name])
 
 
-# The gate alone
+@needs_triton
+@pytest.mark.parametrize("width", [511, 512, 1024, 1030, 70_000])
+@pytest.mark.parametrize(("tokens", "columns"), [(3, 5), (130, 200)])
+def test_a_product_split_along_its_width_matches_float64(tokens, columns, width):
+    """As the operator splits it, in float16, whose products float32 holds exactly."""
+    generator = torch.Generator().manual_seed(width)
+    x, w = (torch.randn(rows, width, generator=generator).half().to(DEVICE) for rows in (tokens, columns))
+    parts = module._skinny(x, w)
+    assert len(parts) == {511: 1, 512: 1, 1024: 2, 1030: 2}.get(width, 16)
+    assert error(parts.double().sum(0), x.double() @ w.double().T) <= 1e-6
+
+
+# Noise and totals
+
+
+@needs_triton
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 1), (7, 3), (50, 40)])
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 2**64 - 2])
+def test_the_kernel_draws_the_stream_of_the_torch_form(seed, tokens, experts):
+    """From the slope: with W_n of zero it is half the noise."""
+    rows = torch.tensor([0, 5, 2**40, -3, -(2**63), 2**63 - 1], device=DEVICE)
+    stream = NoiseStream(seed, 11, rows)
+    x = torch.ones(len(rows) * tokens, 1, device=DEVICE)
+    packed = torch.zeros(experts + 1 + 2 * experts, 1, device=DEVICE)
+    settings = {"experts": experts, "rank": 1, "scaling": 1.0, "impl": "triton"}
+    found = down_gate(x, packed, stream, **settings)
+    expected = stream.normal(torch.zeros(len(rows), tokens, experts, dtype=torch.float64, device=DEVICE)).flatten(0, 1)
+    torch.testing.assert_close(2 * found.slope.double(), expected, rtol=1e-6, atol=1e-7)
+    gates = torch.softmax(math.log(2) * expected, -1)
+    torch.testing.assert_close(found.gates.double(), gates, rtol=1e-5, atol=1e-7)
+
+
+@both_impls
+@with_and_without_noise
+@pytest.mark.parametrize("which", ["all", "some", "none"])
+@pytest.mark.parametrize(("tokens", "experts"), [(131, 3), (1, 1), (70, 40)])
+def test_totals_match_sums_over_the_tokens_that_count(tokens, experts, which, noisy, impl):
+    x, packed, noise, *_ = operands(tokens, 20, 9, 2, experts, noisy)
+    where = torch.rand(tokens, generator=torch.Generator().manual_seed(0)).to(DEVICE) < (0.5 if which == "some" else 0)
+    count = True if which == "all" else where
+    settings = {"experts": experts, "rank": 2, "scaling": 1.0, "impl": impl}
+    found = down_gate(x, packed, noise, count=count, **settings)
+    gates = found.gates.double()[slice(None) if which == "all" else where]
+    expected = torch.cat((gates.sum(0), -(gates * gates.log()).sum()[None], gates.new_tensor([len(gates)])))
+    assert found.totals.dtype == torch.float64 and found.totals.shape == (experts + 2,)
+    torch.testing.assert_close(found.totals, expected, rtol=1e-6, atol=1e-6)
+    assert down_gate(x, packed, noise, **settings).totals is None
+
+
+def test_a_gate_of_zero_has_no_entropy():
+    totals = gate_totals(torch.eye(4)[[2, 0, 1]])
+    assert totals.tolist() == [1, 1, 1, 0, 0, 3]
+
+
+# Only the gate
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
