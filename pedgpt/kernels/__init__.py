@@ -2,10 +2,10 @@
 
 from pedgpt.kernels._transforms import transformed
 from pedgpt.kernels.blocked_attention import attention, layers_mask
+from pedgpt.kernels.cpu.products import Linear, linear
 from pedgpt.kernels.cross_entropy import token_logps
 from pedgpt.kernels.linear_logps import linear_nll, linear_token_logps, unit_rows
 from pedgpt.kernels.lora_matmul import lora_linear
-from pedgpt.kernels.onednn import Linear, linear
 from pedgpt.kernels.pointwise import rms_norm, swiglu
 
 __all__ = [

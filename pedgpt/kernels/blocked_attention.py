@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.kernels._transforms import transformed
-from pedgpt.kernels.onednn import refuse_create_graph
+from pedgpt.kernels.cpu.products import refuse_create_graph
 
 # Queries of a block, and numbers that the scores of a block may have: 2 MiB in float32 stay in a processor's cache.
 BLOCK, SCORES = 128, 2**19

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.kernels._triton import tl, triton
-from pedgpt.kernels.onednn import product
+from pedgpt.kernels.cpu.products import product
 
 # Beyond so many columns a tile no longer fits beside its operands, and cuBLAS is the better product anyway; the loops
 # over experts are unrolled, so many of them take long to compile.

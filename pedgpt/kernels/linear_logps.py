@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pedgpt.kernels._transforms import transformed
 from pedgpt.kernels._triton import tl, triton
-from pedgpt.kernels.onednn import product, refuse_create_graph
+from pedgpt.kernels.cpu.products import product, refuse_create_graph
 
 # Logits of a chunk in float32, and twice as many in half precision: 64 MiB on the CPU, 256 MiB on a GPU, which needs
 # more tokens at once.

@@ -1,7 +1,7 @@
 """A linear layer with LoRA or a mixture of experts, as one operator with its own backward pass.
 
     P = [A; W_g; W_n]                    one skinny product x Pᵀ reads x once
-    y = h Bᵀ + x Wᵀ (+ b)                the base product is accumulated onto the small one
+    y = h Bᵀ + x Wᵀ (+ b)                the second product is accumulated onto the first
     ds, h from dy;  dB = dyᵀ h;  dP = dsᵀ x;  dx = ds P + dy W
 
 Kept for the backward pass beside x and the parameters: s (in half precision; in float32 it is computed again), gates
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pedgpt.kernels.cpu.products import product, refuse_create_graph, sum_of_products
 from pedgpt.kernels.expert_gate import down_gate, down_gate_backward, implementation
-from pedgpt.kernels.onednn import product, product_onto, refuse_create_graph
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -41,7 +41,7 @@ class _LoRALinear(torch.autograd.Function):
             x, packed, noise,
             experts=experts, rank=len(lora_A) // (experts + 1), scaling=scaling, dropped=dropped, impl=impl,
         )  # fmt: skip
-        y = product_onto(product(h, lora_B.to(x.dtype), bias), x, weight)
+        y = sum_of_products(x, weight, h, lora_B.to(x.dtype), bias)
         ctx.save_for_backward(
             x, weight, lora_A, lora_B, router, router_noise, s if s.element_size() == 2 else None, gates, slope, dropped
         )
@@ -67,7 +67,7 @@ class _LoRALinear(torch.autograd.Function):
         dx = dweight = dbias = dA = dB = drouter = dnoise = ddropped = None
         columns = slice(len(lora_A) if dropped is not None else 0, None)  # of ds that x itself gave
         if needs_x:
-            dx = product_onto(product(ds[:, columns], packed[columns].t()), dy, weight.t())
+            dx = sum_of_products(dy, weight.t(), ds[:, columns], packed[columns].t())
         if needs_dropped:
             ddropped = product(ds[:, : len(lora_A)], packed[: len(lora_A)].t())
         if needs_weight:

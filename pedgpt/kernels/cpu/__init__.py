@@ -1,0 +1,1 @@
+"""What pays only on a CPU."""
