@@ -71,7 +71,8 @@ def train(
     or of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
     Writes a line per step to metrics.jsonl; on the main rank `watch` is then given it, and what text it returns is
     shown as a warning. `choices`, from `run_choices`, go into the checkpoints. SIGTERM and Ctrl-C end the run after the
-    step, with a checkpoint, by SystemExit(128 + signal). Raises ValueError if the loss, the gradient or a weight is not finite.
+    step, with a checkpoint, by SystemExit(128 + signal). Raises ValueError if the loss, the gradient or a weight is not
+    finite.
     """
     reshard(model)
     optimizer = build_optimizer(model, settings)
