@@ -31,7 +31,7 @@ from torch import Tensor
 from pedgpt.kernels import attention, linear, linear_nll, lora_linear, rms_norm, swiglu, token_logps
 from pedgpt.kernels.cpu import choice
 
-SIZES = {"small": (64, 256, 704, 1000), "medium": (512, 512, 1408, 8000), "large": (1024, 2048, 5504, 16000)}
+SIZES = {"small": (256, 256, 704, 2000), "medium": (512, 512, 1408, 8000), "large": (1024, 2048, 5504, 16000)}
 HEADS, EXPERTS, RANK, LIMIT = 8, 3, 16, 0.97
 HALF = torch.bfloat16
 Form = Callable[[], list[Tensor]]

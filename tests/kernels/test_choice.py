@@ -121,12 +121,12 @@ def test_measuring_draws_no_random_number():
 def test_compilers_and_torch_func_do_not_measure(monkeypatch):
     clock = Clock(monkeypatch, 1.0, 2.0)
     monkeypatch.setattr(products, "KINDS", ("test",) * 3)
-    monkeypatch.setitem(choice.CANDIDATES, ("test", torch.float32, "few rows"), clock.forms)
+    monkeypatch.setitem(choice.CANDIDATES, ("test", torch.float32, "tiny"), clock.forms)
     x, weight = torch.ones(2, 3), torch.ones(4, 3)
     torch._dynamo.reset()
     torch.compile(linear, fullgraph=True, backend="aot_eager")(x.requires_grad_(), weight).sum().backward()
     torch.func.grad(lambda x: linear(x, weight).sum())(x.detach())
-    assert not choice.prefer("unknown", torch.float32, "few rows") and clock.made == 0
+    assert not choice.prefer("unknown", torch.float32, "tiny") and clock.made == 0
     linear(x, weight)
     assert clock.made == 1
 

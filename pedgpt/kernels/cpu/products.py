@@ -17,9 +17,10 @@ from pedgpt.kernels._transforms import transformed
 from pedgpt.kernels.cpu.choice import CANDIDATES, Form, prefer
 
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# Size classes by rows and multiplications, and the [T, D, O] that stands for each: on AVX2 the worst for oneDNN.
-FEW, SMALL, LARGE = 8, 2**23, 2**29
-SHAPES = {"few rows": (2, 2048, 2048), "small": (64, 128, 512), "medium": (128, 512, 3072), "large": (256, 512, 5120)}
+# Size classes: at least so many multiplications, and the [T, D, O] that stands for them, on AVX2 the worst for oneDNN.
+# Products of less than 8 rows are tiny too: they read each weight once, so rearranging it does not pay.
+CLASSES = {"large": (2**29, 256, 512, 5120), "medium": (2**26, 128, 512, 3072), "small": (2**22, 256, 256, 512),
+           "tiny": (0, 4, 512, 1024)}  # fmt: skip
 KINDS = ("x W^T", "dy W", "dy^T x")
 
 
@@ -94,9 +95,9 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    work, kind = x.numel() * len(weight), 0 if weight.is_contiguous() else 1 if x.is_contiguous() else 2
-    size = "few rows" if len(x) < FEW else "small" if work < SMALL else "medium" if work < LARGE else "large"
-    return prefer(KINDS[kind], x.dtype, size)
+    kind = KINDS[0 if weight.is_contiguous() else 1 if x.is_contiguous() else 2]
+    work = x.numel() * len(weight) if len(x) >= 8 else 0
+    return prefer(kind, x.dtype, next(size for size, (least, *_) in CLASSES.items() if work >= least))
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -115,5 +116,5 @@ def _forms(kind: str, rows: int, depth: int, width: int) -> tuple[Form, Form]:
     return (lambda: _onednn(x, weight)), (lambda: x @ weight.t())
 
 
-for _kind, _size in ((kind, size) for kind in KINDS for size in SHAPES if AVAILABLE):
-    CANDIDATES[_kind, torch.float32, _size] = partial(_forms, _kind, *SHAPES[_size])
+for _kind, _size in ((kind, size) for kind in KINDS for size in CLASSES if AVAILABLE):
+    CANDIDATES[_kind, torch.float32, _size] = partial(_forms, _kind, *CLASSES[_size][1:])
