@@ -32,6 +32,7 @@ from pedgpt.data import (
     reference_key,
     save_reference,
 )
+from pedgpt.kernels.cpu import choice
 from pedgpt.losses import check_dfpo_settings, linear_dfpo_loss, linear_sequence_logps
 from pedgpt.models import (
     ModelConfig,
@@ -101,6 +102,7 @@ def main(config: Config) -> None:
         return
     if world.is_main:
         print(f"{summary.describe()}\n{len(pairs):,} pairs, {len(heldout_pairs):,} held out")
+    choices = training.run_choices(config.output, world, choice.settle, choice.use)
 
     # Model
     stored = dtype if config.lora_rank else torch.float32
@@ -190,6 +192,7 @@ def main(config: Config) -> None:
         world,
         evaluate=evaluate if heldout_pairs else None,
         fingerprint=data,
+        choices=choices,
         watch=training.ChosenLikelihoodWatch(beta=config.beta, mu=config.mu, window=max(10, plan.total_steps // 20)),
     )
     adapter = config.lora_rank > 0

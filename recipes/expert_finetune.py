@@ -35,6 +35,7 @@ from pedgpt.data import (
     read_conversations,
     utilization,
 )
+from pedgpt.kernels.cpu import choice
 from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, weights_fingerprint
 
@@ -85,6 +86,7 @@ def main(config: Config) -> None:
     base = {"base_model": config.model, "base_weights": weights_fingerprint(config.model)}
     if training.is_finished(config, plan, data, world):
         return
+    choices = training.run_choices(config.output, world, choice.settle, choice.use)
 
     # Model and adapter: the frozen weights stay in the dtype of the computation, the experts train in float32.
     model = load_model(config.model, dtype=getattr(torch, config.dtype), device="meta")
@@ -136,6 +138,7 @@ def main(config: Config) -> None:
         world,
         evaluate=evaluate if heldout_rows else None,
         fingerprint=data,
+        choices=choices,
     )
 
     def save(weights):

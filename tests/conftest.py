@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined: before pedgpt is imported
+os.environ["PEDGPT_CPU"] = "always"  # for child processes too: a measurement could go either way
 
 
 @pytest.fixture(scope="module", autouse=True)

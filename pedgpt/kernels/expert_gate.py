@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pedgpt.kernels._triton import tl, triton
-from pedgpt.kernels.onednn import product
+from pedgpt.kernels.cpu.products import product
 
 ALIGNMENT = 16  # P gets rows of zeros up to such a number on a GPU, which then reads and writes 16 bytes at once
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from pedgpt.kernels import naive
 from pedgpt.kernels._transforms import autocast_dtype, transformed
 from pedgpt.kernels._triton import by_triton, tl, triton
+from pedgpt.kernels.cpu.products import product, refuse_create_graph
 from pedgpt.kernels.naive import SHORTEST
-from pedgpt.kernels.onednn import product, refuse_create_graph
 
 # Logits of a chunk in float32, and twice as many in half precision: 64 MiB on the CPU, 512 MiB on a GPU. For V 125,696
 # that is n = 2,135 tokens: adding to the head's gradient, 8 V D bytes, takes an eighth of the products, 6 n V D FLOP.

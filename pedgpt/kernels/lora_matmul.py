@@ -1,7 +1,7 @@
 """A linear layer with LoRA or a mixture of experts, as one operator with its own backward pass.
 
     P = [A; W_g; W_n]                    one skinny product x Pᵀ reads x once
-    y = h Bᵀ + x Wᵀ (+ b)                the base product is accumulated onto the small one
+    y = h Bᵀ + x Wᵀ (+ b)                the second product is accumulated onto the first
     ds, h from dy;  dB = dyᵀ h;  dP = dsᵀ x;  dx = ds P + dy W
 
 Kept for the backward pass beside x and the parameters: s (in half precision; in float32 it is computed again), gates
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pedgpt.kernels.cpu.products import product, refuse_create_graph, sum_of_products
 from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, Stream, down_gate, down_gate_backward, implementation
-from pedgpt.kernels.onednn import product, product_onto, refuse_create_graph
 
 
 def _forward(
@@ -32,7 +32,7 @@ def _forward(
         x, P, noise,
         experts=experts, rank=len(lora_A) // (experts + 1), scaling=scaling, dropped=dropped, count=count, impl=impl,
     )  # fmt: skip
-    return product_onto(product(gated.h, B, bias), x, weight), gated
+    return sum_of_products(x, weight, gated.h, B, bias), gated
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -64,7 +64,7 @@ class _LoRALinear(torch.autograd.Function):
         dx = dweight = dbias = dA = dB = drouter = dnoise = ddropped = None
         own = slice(0 if dropped is None else columns, None)  # the columns of ds that x itself gave
         if needs_x:
-            dx = product_onto(product(ds[:, own], P[own].t()), dy, weight.t())
+            dx = sum_of_products(dy, weight.t(), ds[:, own], P[own].t())
         if needs_dropped:
             ddropped = product(ds[:, :columns], P[:columns].t())
         if needs_weight:

@@ -3,7 +3,7 @@
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.config import TrainingSettings, make_printable, parse_settings, run_recipe
 from pedgpt.training.distributed import World, gather_rows, gather_weights, shard, start, stop
-from pedgpt.training.loop import finish, is_finished, mean_loss, run_date, train
+from pedgpt.training.loop import finish, is_finished, mean_loss, run_choices, run_date, train
 from pedgpt.training.metrics import ChosenLikelihoodWatch
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "make_printable",
     "mean_loss",
     "parse_settings",
+    "run_choices",
     "run_date",
     "run_recipe",
     "shard",

@@ -36,10 +36,17 @@ _CONTENT = "rows_and_base_model"
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, run: Mapping[str, Any], world: World
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: Mapping[str, Any],
+    world: World,
+    choices: Mapping[str, bool] | None = None,
 ) -> None:
     """Write `folder`/step_N with every trained tensor, its AdamW moments and `run`, what must match on resuming.
 
+    `choices` is kept beside it, for `run_choices`.
     The folder gets its name only when it is complete and on disk, so that a run that dies at any moment leaves the one
     before. Called on all ranks; each writes its own part.
     """
@@ -61,7 +68,7 @@ def save_checkpoint(
         sums = sum_over_ranks(sums, world)
         if world.is_main:
             try:
-                _complete(temporary, target, {"step": step, "run": run}, sums)
+                _complete(temporary, target, {"step": step, "run": run, "choices": dict(choices or {})}, sums)
             except OSError as error:
                 fault = error
     except dcp.CheckpointException as error:  # on every rank

@@ -48,10 +48,12 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         run: Mapping[str, Any],
         world: World,
+        choices: Mapping[str, bool] | None = None,
     ) -> None:
         self.folder = Path(settings.output) / "checkpoints"
         self.every, self.keep = settings.checkpoint_every, settings.keep_checkpoints
         self.model, self.optimizer, self.run, self.world = model, optimizer, run, world
+        self.choices = choices
         self.size = checkpoint_size(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         whole = all(parameter.requires_grad for parameter in model.parameters())  # else it is an adapter
@@ -92,7 +94,7 @@ class Checkpoints:
         try:
             if not sum_over_ranks([self.world.is_main and self._make_room(optional)], self.world)[0]:
                 raise disk_full(self.folder, self.size)
-            save_checkpoint(self.folder, step, self.model, self.optimizer, self.run, self.world)
+            save_checkpoint(self.folder, step, self.model, self.optimizer, self.run, self.world, self.choices)
         except DiskFull as error:
             if not optional:
                 raise

@@ -8,7 +8,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -23,7 +23,7 @@ from pedgpt.files import write_json
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, autocast, barrier, reshard, sum_over_ranks
+from pedgpt.training.distributed import World, autocast, barrier, from_main, reshard, sum_over_ranks
 from pedgpt.training.keeping import Checkpoints, StopRequest
 from pedgpt.training.metrics import MetricsLog
 from pedgpt.training.optim import build_optimizer, learning_rate
@@ -63,20 +63,22 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,
     fingerprint: str = "",
     watch: Callable[[dict[str, float]], str | None] | None = None,
+    choices: Mapping[str, bool] | None = None,
 ) -> None:
     """Train what is not frozen, from the last checkpoint in `settings.output` if there is one.
 
     Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks
     or of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
     Writes a line per step to metrics.jsonl; on the main rank `watch` is then given it, and what text it returns is
-    shown as a warning. SIGTERM and Ctrl-C end the run after the step, with a checkpoint, by SystemExit(128 + signal).
-    Raises ValueError if the loss, the gradient or a weight is not finite.
+    shown as a warning. `choices`, from `run_choices`, go into the checkpoints. SIGTERM and Ctrl-C end the run after the
+    step, with a checkpoint, by SystemExit(128 + signal). Raises ValueError if the loss, the gradient or a weight is not
+    finite.
     """
     reshard(model)
     optimizer = build_optimizer(model, settings)
     run = describe_run(settings, plan, fingerprint)
     del run["save_dtype"]  # only the result is written in it, so until then a run may go on with another one
-    checkpoints = Checkpoints(settings, model, optimizer, run, world)
+    checkpoints = Checkpoints(settings, model, optimizer, run, world, choices)
     first = checkpoints.resume(plan.total_steps)
     log = MetricsLog(Path(settings.output) / "metrics.jsonl", after_step=first) if world.is_main else None
     tokens, seconds = log.totals() if log else (0, 0.0)
@@ -173,11 +175,9 @@ def run_date(output: str | Path, world: World, shared: str = "") -> str:
     rank decides for all ranks, because midnight may pass while they start.
     """
     folder, found = Path(output), ""
-    files = [folder / "done.json", (latest_checkpoint(folder / "checkpoints") or folder) / "state.json"]
     with suppress(Exception):  # a fault in these files is reported where they are read in full
-        if path := next((path for path in files if path.is_file()), None):
-            saved = json.loads(path.read_bytes())
-            found = saved.get("run", saved)["template_date"]
+        done = folder / "done.json"
+        found = (json.loads(done.read_bytes()) if done.is_file() else _state(folder)["run"])["template_date"]
     try:
         day = date.fromisoformat(found or shared) if found or shared else date.today()
     except (TypeError, ValueError):
@@ -186,6 +186,37 @@ def run_date(output: str | Path, world: World, shared: str = "") -> str:
         ) from None
     (number,) = sum_over_ranks([day.toordinal() if world.is_main else 0], world)
     return date.fromordinal(int(number)).isoformat()
+
+
+def run_choices(
+    output: str | Path,
+    world: World,
+    settle: Callable[[], dict[str, bool]],
+    use: Callable[[dict[str, bool]], None],
+) -> dict[str, bool]:
+    """Which form of each operator this run computes with on the CPU, for `train`; called before any forward pass.
+
+    They are those of the last checkpoint in `output`, because other forms round differently, and the rest is settled by
+    the main rank for all ranks. On a GPU there is nothing to choose.
+    """
+    if world.device.type != "cpu":
+        return {}
+    use({})  # raises on every rank what it may raise
+    found: dict[str, bool] = {}
+    if world.is_main:
+        with suppress(Exception):  # a fault in the file is reported where it is read in full
+            found = {name: ours for name, ours in _state(Path(output))["choices"].items() if isinstance(ours, bool)}
+        use(found)
+        found = settle()
+    found = from_main(found, world)
+    if not world.is_main:
+        use(found)
+    return found
+
+
+def _state(output: Path) -> dict[str, Any]:
+    """What the last checkpoint says of itself; OSError if there is none."""
+    return json.loads(((latest_checkpoint(output / "checkpoints") or output) / "state.json").read_bytes())
 
 
 def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> bool:

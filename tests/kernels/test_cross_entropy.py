@@ -76,7 +76,7 @@ def test_extreme_logits_stay_finite():
 
 @pytest.mark.parametrize("label", [-1, 5, -101])
 def test_a_label_outside_the_vocabulary_is_named(label):
-    with pytest.raises(IndexError, match=f"label {label} is outside of the vocabulary of 5"):
+    with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
         token_logps(torch.zeros(3, 5), torch.tensor([0, label, -100]))
 
 

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import pickle
-import sys
 
 import pytest
 import torch
@@ -16,7 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from pedgpt.kernels import Linear, linear
-from pedgpt.kernels.onednn import product, product_onto
+from pedgpt.kernels.cpu import choice
+from pedgpt.kernels.cpu import products as products_module
+from pedgpt.kernels.cpu.products import product, sum_of_products
 
 BUDGET = 1e-6  # relative, in float32; found are at most 3e-7
 switches_onednn = pytest.mark.filterwarnings("ignore:TF32 acceleration")
@@ -69,12 +70,13 @@ def products(monkeypatch):
     """How often oneDNN was called: without it a test of this file would test F.linear against itself."""
     calls = []
 
+    by_onednn = products_module._onednn
+
     def counted(*args):
         calls.append(args)
-        return product(*args)
+        return by_onednn(*args)
 
-    # By this name alone: the package's attribute `linear` is the function.
-    monkeypatch.setattr(sys.modules["pedgpt.kernels.onednn"], "product", counted)
+    monkeypatch.setattr(products_module, "_onednn", counted)
     return calls
 
 
@@ -190,34 +192,38 @@ def test_operands_are_left_as_they_were():
 
 
 @pytest.mark.parametrize(("left", "right"), list(itertools.product([None, *LAYOUTS], repeat=2)))
-def test_product_and_product_onto_match_float64(left, right):
+def test_product_and_sum_of_products_match_float64(left, right):
     x, weight = (t if layout is None else layout(t) for t, layout in ((draw(9, 7), left), (draw(5, 7), right)))
-    bias, y = draw(5, seed=2), draw(9, 5, seed=3)
+    bias, h, up = draw(5, seed=2), draw(9, 2, seed=3), draw(5, 2, seed=4)
     truth = definition(x.double(), weight.double())
     check([product(x, weight)], [truth])
     check([product(x, weight, bias)], [truth + bias])
     check([product(x, weight, strided(bias))], [truth + bias])
     check([product(x, weight, bias[:1].expand(5))], [truth + bias[:1]])
-    check([product_onto(y.clone(), x, weight)], [truth + y])
-    check([product_onto(transposed(y), x, weight)], [truth + y])
-    check([product_onto(sliced(y), x, weight)], [truth + y])
+    second = definition(h.double(), up.double())
+    check([sum_of_products(x, weight, h, up)], [truth + second])
+    check([sum_of_products(x, weight, sliced(h), transposed(up), bias)], [truth + second + bias])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_products_of_other_types_are_torchs(dtype):
-    x, weight, bias, y = operands((9, 7), 5, dtype=dtype)
+    x, weight, bias, _ = operands((9, 7), 5, dtype=dtype)
+    h, up = draw(9, 2, dtype=dtype), draw(5, 2, dtype=dtype)
     assert torch.equal(product(x, weight), x @ weight.t())
     assert torch.equal(product(x, weight, bias), torch.addmm(bias, x, weight.t()))
-    assert torch.equal(product_onto(y.clone(), x, weight), torch.addmm(y, x, weight.t()))
+    large, small = (x, weight), (h, up)
+    first, second = (small, large) if dtype.itemsize == 2 else (large, small)
+    expected = torch.addmm(torch.addmm(bias, first[0], first[1].t()), second[0], second[1].t())
+    assert torch.equal(sum_of_products(*large, *small, bias), expected)
 
 
 @pytest.mark.parametrize("shapes", [((0, 7), (5, 7)), ((9, 0), (5, 0)), ((9, 7), (0, 7))], ids=str)
 def test_products_with_an_empty_operand_are_torchs(shapes):
     x, weight = (draw(*shape) for shape in shapes)
-    bias, y = draw(len(weight)), draw(len(x), len(weight))
+    bias, h, up = draw(len(weight)), draw(len(x), 2), draw(len(weight), 2)
     assert torch.equal(product(x, weight), x @ weight.t())
     assert torch.equal(product(x, weight, bias), torch.addmm(bias, x, weight.t()))
-    assert torch.equal(product_onto(y.clone(), x, weight), y)
+    assert torch.equal(sum_of_products(x, weight, h, up, bias), torch.addmm(bias.expand(len(h), -1), h, up.t()))
 
 
 # Where F.linear is used
@@ -249,6 +255,16 @@ def test_autocast_equals_f_linear(stored, dtype):
         return output_and_gradients(call, *values)
 
     assert equal(under_autocast(linear), under_autocast(F.linear))
+
+
+@pytest.mark.parametrize("shape", [(7,), (131, 75), (2, 3, 17)], ids=str)
+def test_where_torchs_products_are_preferred_it_equals_f_linear(shape, products, monkeypatch):
+    monkeypatch.setenv("PEDGPT_CPU", "never")
+    choice.use({})
+    values = operands(shape, 66)
+    assert equal(output_and_gradients(linear, *values), output_and_gradients(F.linear, *values)) and not products
+    monkeypatch.undo()
+    choice.use({})
 
 
 @switches_onednn

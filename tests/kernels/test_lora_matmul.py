@@ -326,7 +326,7 @@ def test_equal_gates_give_the_mean_of_the_experts(experts, bias, impl):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(), (2, 3, 5)])
 def test_with_b_of_zero_it_is_the_base_layer_bit_for_bit(shape, bias, experts, dtype, onednn, impl):
-    """Which is F.linear, and in float32 on the CPU, where oneDNN is used, `pedgpt.kernels.onednn`.
+    """Which is F.linear, and in float32 on the CPU, where oneDNN is used, `pedgpt.kernels.cpu.products`.
 
     On a GPU but for a rounding: cuBLAS may choose another kernel where it accumulates.
     """

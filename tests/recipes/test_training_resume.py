@@ -8,6 +8,8 @@ import time
 import pytest
 import torch
 
+from pedgpt.kernels.cpu import choice
+
 LONG = {"epochs": 20, "checkpoint_every": 3, "keep_checkpoints": 2}  # 68 steps
 
 # The recipe, but the second checkpoint kills the process when half of it is written.
@@ -166,3 +168,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(lab, tmp_path):
 def test_done_is_a_readable_record_of_the_settings(lab):
     done = json.loads((lab.reference("dfpo") / "done.json").read_text(encoding="utf-8"))
     assert done["beta"] == 0.1 and done["preferences"] == [str(lab.folder / "pairs.jsonl")] and done["total_steps"] == 5
+
+
+def test_a_run_goes_on_with_the_forms_that_it_began_with(lab, tmp_path, monkeypatch):
+    """Also on a machine, or in a moment, in which a measurement goes the other way."""
+    monkeypatch.delenv("PEDGPT_CPU")
+    output, expected = tmp_path / "killed", tmp_path / "whole"
+    with monkeypatch.context() as patched:
+        patched.setattr(choice, "_decide", lambda key, threads: key[0] != "dy W")
+        assert lab.run("dfpo", expected, checkpoint_every=5, die_after=5).code == -9
+        assert lab.run("dfpo", output, checkpoint_every=2, die_after=2).code == -9
+    with monkeypatch.context() as patched:
+        patched.setattr(choice, "_decide", lambda key, threads: key[0] == "dy W")
+        assert lab.run("dfpo", output, checkpoint_every=5, die_after=5).code == -9
+    choice.use({})
+    states = [json.loads((folder / "checkpoints/step_0000005/state.json").read_text()) for folder in (output, expected)]
+    assert states[0] == states[1]
+    assert states[0]["choices"] == {choice._name(key): key[0] != "dy W" for key in choice.CANDIDATES}
+    parts = [(folder / "checkpoints/step_0000005/__0_0.distcp").read_bytes() for folder in (output, expected)]
+    assert parts[0] == parts[1]
+
+
+def test_another_word_than_always_and_never_is_refused(lab, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEDGPT_CPU", "sometimes")
+    result = lab.run("full_finetune", tmp_path)
+    assert result.code not in (0, None) and 'PEDGPT_CPU must be "always" or "never"' in result.err
+    monkeypatch.undo()
+    choice.use({})

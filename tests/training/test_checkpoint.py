@@ -333,4 +333,4 @@ def test_a_state_without_its_fields_is_an_error(saved, state):
 
 
 def test_the_state_is_readable(saved):
-    assert json.loads((saved / "state.json").read_text(encoding="utf-8")) == {"step": 3, "run": RUN}
+    assert json.loads((saved / "state.json").read_text(encoding="utf-8")) == {"step": 3, "run": RUN, "choices": {}}

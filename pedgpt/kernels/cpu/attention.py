@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pedgpt.kernels.onednn import refuse_create_graph
+from pedgpt.kernels.cpu.products import refuse_create_graph
 
 if TYPE_CHECKING:
     from pedgpt.kernels.attention import Layout

@@ -1,0 +1,130 @@
+"""Linear layers whose float32 products on the CPU are oneDNN's where it is the faster library.
+
+torch calls MKL for them. Which of the two is faster depends on the processor, the size, and which operand is transposed
+(`python benchmarks/bench_operators.py`), so each kind of product is measured. oneDNN is part of torch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pedgpt.kernels._transforms import transformed
+from pedgpt.kernels.cpu import packed
+from pedgpt.kernels.cpu.choice import CANDIDATES, Form, prefer
+
+AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_times: Any = torch.ops.mkldnn._linear_pointwise.default if AVAILABLE else None
+# Size classes: at least so many multiplications, and the [T, D, O] that stands for them, on AVX2 the worst for oneDNN.
+# Products of less than 8 rows are tiny too: they read each weight once, so rearranging it does not pay.
+CLASSES = {"large": (2**29, 256, 512, 5120), "medium": (2**26, 128, 512, 3072), "small": (2**22, 256, 256, 512),
+           "tiny": (0, 4, 512, 1024)}  # fmt: skip
+KINDS = ("x W^T", "dy W", "dy^T x")
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ (+ b) [..., O] for x [..., D], weight [O, D], bias [O]: `F.linear` up to rounding."""
+    fits = weight.ndim == 2 and x.ndim and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
+    if not fits or transformed() or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)  # which says what is wrong, if anything is
+    if (laid_out := packed.find(x, weight)) is not None:
+        return _times(x, laid_out, bias, "none", [], "")
+    if not _suits(x, weight):
+        return F.linear(x, weight, bias)
+    times = _Linear.apply if torch.is_grad_enabled() else product
+    return times(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ (+ b) [T, O] for x [T, D] and W [O, D], either of which may be transposed in memory; without autograd."""
+    if not transformed() and (laid_out := packed.find(x, weight)) is not None:
+        return _times(x, laid_out, bias, "none", [], "")
+    if _suits(x, weight) and _by_onednn(x, weight):
+        return _onednn(x, weight, None if bias is None else bias.contiguous())
+    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def sum_of_products(x: Tensor, weight: Tensor, h: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + h Bᵀ (+ b) [T, O] for x [T, D], W [O, D], and h [T, R], B = `up` [O, R] of few columns; without autograd.
+
+    In half precision the large product is the second: the sum is rounded once. In float32 it is the first, because the
+    small one then finds its memory in use already, and oneDNN is slow at adding where R is small.
+    """
+    if not transformed() and (laid_out := packed.find(x, weight)) is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, product(h, up, bias), laid_out, None, "add")
+    if x.element_size() > 2:
+        return product(x, weight, bias).addmm_(h, up.t())
+    return product(h, up, bias).addmm_(x, weight.t())
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        times = linear if torch.is_grad_enabled() else product  # under create_graph=True, to be differentiated again
+        return (
+            times(dy, weight.t()) if needs_x else None,
+            times(dy.t(), x.t()) if needs_weight else None,
+            dy.sum(0) if needs_bias else None,
+        )
+
+
+def refuse_create_graph(operator: str) -> None:
+    """For backward passes that have no derivative of their own: RuntimeError where they would be differentiated."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{operator} is differentiable once: no create_graph=True")
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    # A compiler chooses products itself and cannot follow the operator below; torch.func and subclasses lack it.
+    if not AVAILABLE or transformed() or torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
+        return False
+    if not {type(x), type(weight)} <= {Tensor, nn.Parameter} or torch.strided != x.layout or x.layout != weight.layout:
+        return False
+    if torch.float32 != x.dtype or x.dtype != weight.dtype or x.device.type != "cpu" or weight.device.type != "cpu":
+        return False
+    return bool(x.numel() and weight.numel()) and x.shape[-1] == weight.shape[-1]
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    kind = KINDS[0 if weight.is_contiguous() else 1 if x.is_contiguous() else 2]
+    work = x.numel() * len(weight) if len(x) >= 8 else 0
+    return prefer(kind, x.dtype, next(size for size, (least, *_) in CLASSES.items() if work >= least))
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _times(_dense(x), _dense(weight), bias, "none", [], "")
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """The matrix, copied unless its rows or its columns lie one after another."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+def _forms(kind: str, rows: int, depth: int, width: int) -> tuple[Form, Form]:
+    x, weight = (torch.full((size, depth), 0.5, dtype=torch.float32) for size in (rows, width))
+    x = x.t().contiguous().t() if kind == KINDS[2] else x
+    weight = weight if kind == KINDS[0] else weight.t().contiguous().t()
+    return (lambda: _onednn(x, weight)), (lambda: x @ weight.t())
+
+
+for _kind, _size in ((kind, size) for kind in KINDS for size in CLASSES if AVAILABLE):
+    CANDIDATES[_kind, torch.float32, _size] = partial(_forms, _kind, *CLASSES[_size][1:])
