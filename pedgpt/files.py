@@ -329,3 +329,16 @@ def toml_shown(value: Any) -> str:
         return f"the date or time {value.isoformat()}"
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def available_memory() -> int | None:
+    """Bytes that this host can still give, within its control group's limit; None where it does not say."""
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    if found is None:
+        return None
+    free = 1024 * int(found[1])
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free

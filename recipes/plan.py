@@ -18,20 +18,29 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 import torch
+import torch.nn.functional as F
 
 from pedgpt import training
-from pedgpt.adapters import ExpertLoRALinear, adapted_layers, inject_experts, inject_lora
-from pedgpt.kernels.expert_gate import MAX_COLUMNS
-from pedgpt.losses import linear_cross_entropy
-from pedgpt.models import ModelConfig, Transformer, generate, memory
+from pedgpt.adapters import ExpertLoRALinear, gate_metrics, inject_experts, inject_lora, record_gates, set_noise_rows
+from pedgpt.data import EncodedPair, collate, collate_pairs
+from pedgpt.data.chat import Example
+from pedgpt.data.packing import Batch, Row
+from pedgpt.data.preference import PreferenceBatch
+from pedgpt.evaluation.likelihood import pair_logps, perplexity
+from pedgpt.files import available_memory
+from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy, linear_dfpo_loss
+from pedgpt.models import ModelConfig, Transformer, generate
 from pedgpt.models.config import NORM_HEAD_KEY, POSITIONS_KEY
 from pedgpt.models.decoding import MAX_ROWS, copy_fits
-from pedgpt.models.generation import LAY_OUT_FROM
+from pedgpt.models.generation import LAY_OUT_FROM, KVCache
+from pedgpt.training.plan import Counter, count_step, counting, on_shapes
 
 STAGES = {
     "cpt": "continued_pretrain", "sft": "full_finetune", "dfpo": "dfpo", "experts": "expert_finetune",
@@ -57,13 +66,13 @@ CUDA_LIBRARIES = 600 * 2**20  # a context with cuBLAS and its workspaces; assume
 # between. MALLOC_MMAP_THRESHOLD_=262144 in the environment avoids it; steps then take up to 1.5 times as long.
 MAPPED = 32 * 2**20
 SLACK, SLACK_PINNED = 0.5, 0.5
-FLEETING = ("copies", "gradients", "activations", "head")  # what comes and goes in a step
+LASTING = ("weights", "optimizer", "cache", "layout")  # everything else comes and goes in a step
 LABELS = {
-    "weights": "weights", "copies": "gathered or cast copies", "gradients": "gradients", "optimizer": "AdamW's state",
-    "activations": "activations", "head": "logits and head", "cache": "key-value cache",
+    "weights": "weights", "gathered": "gathered from the ranks", "copies": "cast copies", "gradients": "gradients",
+    "optimizer": "AdamW's state", "activations": "activations", "head": "logits and head", "cache": "key-value cache",
     "layout": "weights laid out anew", "malloc": "freed, kept by malloc", "libraries": "Python and libraries",
 }  # fmt: skip
-Moments = dict[str, dict[str, list[int]]]  # tensors by part, in bytes, at each moment that may be the peak
+Moments = dict[str, dict[str, int]]  # bytes by part, at each moment that may be the peak
 
 
 @dataclass(frozen=True)
@@ -221,17 +230,18 @@ def free_memory(on_cuda: bool) -> int:
         if not torch.cuda.is_available():
             raise ValueError("torch sees no CUDA device; give --memory_gib, what one of yours has")
         return torch.cuda.mem_get_info()[0]
-    if (free := memory.available_memory()) is None:
+    if (free := available_memory()) is None:
         raise ValueError("cannot tell how much memory is free here; give --memory_gib")
     return free
 
 
 def estimate(stage: str, config: Any, sizes: ModelConfig, host: Host) -> tuple[Moments, dict[str, int]]:
-    """The tensors of each part, in bytes, at each moment that may be the peak; and the numbers of parameters."""
+    """Bytes by part at each moment that may be the peak, and the numbers of parameters."""
     dtype = getattr(torch, config.dtype)
     full = stage in ("cpt", "sft") or (stage == "dfpo" and not config.lora_rank)
     with torch.device("meta"):
         model = Transformer(sizes).to(torch.float32 if full else dtype)
+        counts = parameter_counts(model)
         if stage == "experts":
             inject_experts(
                 model, rank=config.rank, alpha=config.alpha, num_specific_experts=config.num_specific_experts,
@@ -239,150 +249,114 @@ def estimate(stage: str, config: Any, sizes: ModelConfig, host: Host) -> tuple[M
             )  # fmt: skip
         elif stage == "dfpo" and config.lora_rank:
             inject_lora(model, rank=config.lora_rank, alpha=config.lora_alpha)
-    counts = {"all": sum(p.numel() for p in model.parameters())}
-    if stage == "generate":
-        moments = generation_moments(config, sizes, model, host)
-    else:
-        moments = training_moments(stage, config, sizes, model, host)
-        counts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counts["parameters"] = sum(p.numel() for p in model.parameters())
+    with counting(on_gpu=host.on_cuda, lasting=LASTING, small=MAPPED * host.heap) as counter:
+        if stage == "generate":
+            count_generation(counter, config, sizes, model, host)
+        else:
+            model.activation_checkpointing = config.activation_checkpointing
+            counts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            ends = model.model.embed_tokens, model.model.norm
+            batches = partial(make_batches, stage, config, length_of(config, sizes))
+            loss = preference if stage == "dfpo" else next_token
+            count_step(counter, model, model.model.layers, ends, batches, loss, config, config.ranks)
+    moments = {name: {**peak.parts, "libraries": host.libraries} for name, peak in counter.peaks.items()}
     if host.heap:
-        small = {
-            name: sum(size for part in FLEETING for size in parts.get(part, []) if size < MAPPED)
-            for name, parts in moments.items()
-        }
         slack = SLACK_PINNED
         if stage != "generate":
-            accumulates = config.micro_batch_size * config.ranks < config.global_batch_size
-            slack = SLACK + SLACK_PINNED * (config.activation_checkpointing + accumulates)
-        for name, parts in moments.items():
-            parts["malloc"] = [int(max(small.values()) * (1 + slack)) - small[name]]
-    return {name: {**parts, "libraries": [host.libraries]} for name, parts in moments.items()}, counts
+            recomputes = config.activation_checkpointing not in (False, "none")
+            slack = SLACK + SLACK_PINNED * (recomputes + (len(micro_batches(config)) > 1))
+        most = max(peak.small for peak in counter.peaks.values())
+        for name, peak in counter.peaks.items():
+            moments[name]["malloc"] = int(most * (1 + slack)) - peak.small
+    return moments, counts
 
 
-def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host: Host) -> Moments:
-    """Scoring whole rows; making the head; reading the longest prompts; answering; the cache at its full length."""
-    dtype = getattr(torch, config.dtype)
-    length, batch, size = length_of(config, sizes), config.generation_batch_size, dtype.itemsize
-    scored = memory.Pass(config.batch_size, length, dtype, dtype, trains=False, on_cuda=host.on_cuda)
-    read = dataclasses.replace(scored, rows=batch)
-    # Rows, or half as many pairs, which are twice as long where they have nothing in common.
-    pairs = dataclasses.replace(scored, rows=max(1, config.batch_size // 2), length=2 * length)
-    scoring: list[int] = []
-    for each in (scored, pairs):
-        blocks = memory.forward_peak(sizes, each) + memory.mask_peak(sizes, each)
-        head = [size * each.tokens * sizes.hidden_size, *memory.logits_at_once(sizes, each)]
-        scoring = max(scoring, blocks, head, key=sum)
-    matrix = [size * sizes.vocab_size * sizes.hidden_size] * sizes.normalize_head
-    sampled = [batch * sizes.vocab_size * (size + 4 + 1)]  # logits, in float32 too, and which ids were seen
-    reading = memory.forward_peak(sizes, read) + memory.mask_peak(sizes, read)
-    cache = [memory.cache_bytes(sizes, batch, length + config.max_new_tokens, dtype)]
-    always = {"weights": [p.nbytes for p in model.parameters()]}
-    lays_out = batch <= MAX_ROWS and config.max_new_tokens >= LAY_OUT_FROM and not host.on_cuda
-    laid_out = always["weights"] if lays_out and copy_fits(sum(always["weights"])) else []
-    return {
-        "scoring": {**always, "activations": scoring},
-        # On a CPU the pages of the cache come when they are written, which is later.
-        "head": {**always, "cache": cache * host.on_cuda, "head": 2 * matrix},
-        "reading": {**always, "cache": cache, "head": matrix + sampled, "activations": reading},
-        # Decoding's own copy of the weights, where it makes one.
-        "generating": {**always, "layout": laid_out, "cache": cache, "head": matrix + sampled},
-    }
+def parameter_counts(model: Transformer) -> dict[str, int]:
+    """Parameters by part; a tied head counts with the embedding."""
+    parts = {"embed_tokens": "embedding", "self_attn": "attention", "mlp": "mlp", "norm": "norms", "lm_head": "head"}
+    counts = dict.fromkeys(parts.values(), 0)
+    for name, parameter in model.named_parameters():
+        counts[next(label for part, label in parts.items() if part in name)] += parameter.numel()
+    return counts
 
 
-def training_moments(stage: str, config: Any, sizes: ModelConfig, model: Transformer, host: Host) -> Moments:
-    """The loss, its gradient, the backward pass from the last block to the embedding, and the update."""
-    ranks, blocks, layers = config.ranks, sizes.num_hidden_layers, adapted_layers(model)
-    dtype, stored = getattr(torch, config.dtype), model.model.embed_tokens.weight.dtype
-    rows, length = min(config.micro_batch_size, -(-config.global_batch_size // ranks)), length_of(config, sizes)
-    if stage == "dfpo":  # at worst a pair has nothing in common
-        rows, length = (rows, 2 * length) if config.shared_prompt else (2 * rows, length)
-    run = memory.Pass(
-        rows=rows,
-        length=length,
-        stream=dtype if ranks > 1 else stored,
-        compute=dtype,
-        trains=not layers,
-        adapted={name.rpartition(".")[2] for name in layers},
-        on_cuda=host.on_cuda,
-    )
-    kept_by = {name: adapter_tensors(name, layer, run) for name, layer in layers.items()}
-    adapters = [size for kept in kept_by.values() for size in kept]
-    in_mlps = sum(sum(kept) for name, kept in kept_by.items() if ".mlp." in name)
-    transient = memory.backward_peak(sizes, run, in_mlps // blocks)
-    block = memory.saved_by_block(sizes, run) + adapters[len(adapters) - len(adapters) // blocks :]
-    ends_kept = memory.saved_once(sizes, run)
-    last = ends_kept + block + transient
-    if config.activation_checkpointing:
-        kept = memory.saved_by_checkpointing(sizes, run)
-        # The block's input is kept already, where its first norm keeps it as it is.
-        recomputed = kept + block[run.stream == torch.float32 :] + transient
-    else:
-        kept = memory.saved(sizes, run) + adapters
-        recomputed = kept + transient
-    forward, backward = memory.head_peaks(sizes, run, by_sequence=stage == "dfpo")
-
-    # Weights as the matrix products see them: gathered by FSDP2, or cast by autocast, which keeps its copies.
-    size = dtype.itemsize
-    whole = [size * math.prod(shape) for shape in memory.linear_shapes(sizes).values()]
-    inner = [layer for name, layer in layers.items() if name.startswith("model.layers.0.")]
-    whole += [size * p.numel() for layer in inner for p in layer.adapter_parameters().values()]
-    table = size * sizes.vocab_size * sizes.hidden_size
-    ends = [table] * (1 if sizes.tie_word_embeddings else 2)
-    copies: dict[str, list[int]] = {}
-    if ranks > 1:  # the ends throughout, a block beside the next one; gradients leave in float32
-        leaving = 4 // size + 1 if run.trains else 0
-        copies = dict.fromkeys(("loss", "its gradient"), ends + 2 * whole)
-        copies |= dict.fromkeys(("last block", "first block"), ends + (3 + leaving) * whole)
-        copies["embedding"] = ends * (1 + leaving)
-    elif run.stream != run.compute:
-        every = blocks * whole
-        released = config.activation_checkpointing  # the graph holds none, and autocast's cache ends with the forward
-        copies = {"loss": every, "its gradient": [] if released else every}
-        copies |= {"last block": 2 * whole if released else every + whole, "first block": 2 * whole}
-
-    def held(parameter: torch.nn.Parameter) -> int:
-        """Bytes of this rank's rows."""
-        return -(-len(parameter) // ranks) * parameter[0].numel() * parameter.itemsize
-
-    trainable = {name: held(p) for name, p in model.named_parameters() if p.requires_grad}
-    gradients = list(trainable.values())
-    before = [size for name, size in trainable.items() if not name.startswith(("model.embed", "model.layers.0."))]
-    earlier = gradients if config.micro_batch_size * ranks < config.global_batch_size else []
-    head = [held(model.lm_head.weight)] * run.trains
-    again = [max(gradients)] if earlier or sizes.tie_word_embeddings else []  # before it is added to what is there
-    always = {"weights": [held(p) for p in model.parameters()], "optimizer": 2 * gradients}
-    moments = {
-        "loss": {"gradients": earlier, "activations": kept, "head": forward},
-        "its gradient": {"gradients": earlier, "activations": kept, "head": backward},
-        "last block": {"gradients": earlier or head, "activations": recomputed},
-        "first block": {"gradients": earlier or before, "activations": last},
-        "embedding": {"gradients": gradients + again, "activations": ends_kept},
-        "update": {"gradients": gradients},
-    }
-    if sizes.positions == "alibi":
-        moments = {"mask": {"gradients": earlier, "activations": memory.mask_peak(sizes, run)}, **moments}
-    return {name: {**always, **parts, "copies": copies.get(name, [])} for name, parts in moments.items()}
+def micro_batches(config: Any) -> list[int]:
+    """Rows of the micro-batches of a rank; the first two, since a third finds what the second found."""
+    rows = math.ceil(config.global_batch_size / config.ranks)
+    return [min(config.micro_batch_size, rows)] * min(2, math.ceil(rows / config.micro_batch_size))
 
 
-def adapter_tensors(name: str, layer: Any, run: memory.Pass) -> list[int]:
-    """What an adapter keeps for the backward pass beside its input and the weights, in bytes.
+def make_batches(stage: str, config: Any, length: int) -> list[Batch]:
+    """Full rows in which every token is supervised; at worst the answers of a pair have nothing in common."""
+    made: list[Batch] = []
+    for count in micro_batches(config):
+        if stage == "dfpo":
+            pairs = [EncodedPair(*(Example([i] * length, [i] * length, "") for i in range(2)))] * count
+            made.append(collate_pairs(pairs, range(count), shared_prompt=config.shared_prompt))
+        else:
+            made.append(collate([Row([0] * length, [0] * length, [0] * length)] * count, range(count)))
+    return made
 
-    In half precision its hidden vector, and with it the routes that one product gave; the experts' gates and their
-    slope; with dropout what A read instead of the input, and what of the input was dropped.
-    """
-    n, c, columns = run.tokens, run.compute.itemsize, len(layer.lora_A)
-    kept = []
-    if isinstance(layer, ExpertLoRALinear):
-        experts = layer.num_specific_experts
-        kept += [4 * n * experts] * 2
-        apart = layer.dropout > 0 or (run.on_cuda and columns <= MAX_COLUMNS)  # of the routes
-        columns += 0 if apart else 2 * experts
-    if layer.dropout:
-        leaf, size = name.rpartition(".")[2], n * layer.in_features
-        inner = not (name.startswith("model.layers.0.") and leaf in memory.QKV)  # its input needs a gradient
-        came_in = run.compute if leaf in ("o_proj", "down_proj") else run.stream
-        kept += [c * size] + [size * (1 if run.on_cuda else came_in.itemsize)] * inner
-    return kept + [c * n * columns] * (c == 2)
+
+def next_token(model: Transformer, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of stages 1, 2 and 4."""
+    metrics: dict[str, torch.Tensor] = {}
+    experts = any(isinstance(layer, ExpertLoRALinear) for layer in model.modules())
+    set_noise_rows(model, 0, batch.row_ids)
+    with record_gates(model, where=batch.labels != IGNORE_INDEX) if experts else nullcontext() as gates:
+        hidden = model.hidden_states(batch.tokens, documents=batch.documents)
+    if gates is not None:
+        metrics |= gate_metrics(gates)
+    options: dict[str, Any] = {"normalize": model.config.normalize_head, "metrics": metrics}
+    return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, num_tokens=1, **options), metrics
+
+
+def preference(model: Transformer, batch: PreferenceBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of stage 3."""
+    metrics: dict[str, torch.Tensor] = {}
+    hidden = model.hidden_states(batch.tokens, documents=batch.documents, branches=batch.branches)
+    options: dict[str, Any] = {"normalize": model.config.normalize_head, "metrics": metrics}
+    references = batch.reference_logps.chunk(2)
+    return linear_dfpo_loss(
+        hidden, model.lm_head.weight, batch.labels, *references, sequences=batch.sequences, **options
+    ).loss, {}
+
+
+@torch.no_grad()
+def count_generation(counter: Counter, config: Any, sizes: ModelConfig, model: Transformer, host: Host) -> None:
+    """Scoring of rows and of pairs, reading of the longest prompts, and an answer's last token."""
+    length, rows = length_of(config, sizes), config.generation_batch_size
+    model = on_shapes(model).eval()
+    counter.claim(model.parameters(), "weights")
+    model.model.embed_tokens.register_forward_pre_hook(lambda *_: counter.at(counter.moment, "activations"))
+    model.model.norm.register_forward_hook(lambda *_: counter.at(counter.moment, "head"))
+    counter.at("scoring", "activations")
+    perplexity(model, [Row([0] * length, [0] * length, [0] * length)] * config.batch_size, config.batch_size)
+    pair = EncodedPair(*(Example([i] * length, [i] * length, "") for i in range(2)))  # with nothing in common
+    pair_logps(model, [pair] * max(1, config.batch_size // 2), config.batch_size)
+
+    counter.at("reading", "cache")
+    cache = KVCache(model, rows, length + config.max_new_tokens)
+    tokens = torch.zeros(rows, length, dtype=torch.long)
+    hidden = model.hidden_states(tokens, documents=torch.ones_like(tokens), cache=cache)  # as of unequal lengths
+    head = model.head_weight()
+    logits = F.linear(hidden[:, -1], head).float()
+    del hidden
+    laid_out = 0 if host.on_cuda else weights_laid_out(config, sum(p.nbytes for p in model.parameters()))
+    counter.at("generating", "activations", layout=laid_out)
+    cache.length = cache.capacity - 1
+    one = tokens[:, :1]
+    hidden = model.hidden_states(one, documents=torch.ones_like(one), cache=cache)
+    logits = F.linear(hidden[:, -1], head).float()
+    logits.abs().amax(-1)
+    counter.at("", "")
+
+
+def weights_laid_out(config: Any, weights: int) -> int:
+    """Bytes of the copy of the weights that decoding on a CPU makes, if it makes one."""
+    pays = config.generation_batch_size <= MAX_ROWS and config.max_new_tokens >= LAY_OUT_FROM
+    return weights if pays and copy_fits(weights) else 0
 
 
 def changes(stage: str, config: Any, sizes: ModelConfig) -> Iterable[tuple[str, str, Any]]:
@@ -393,7 +367,7 @@ def changes(stage: str, config: Any, sizes: ModelConfig) -> Iterable[tuple[str, 
         options += [{name: 1} for name in ("batch_size", "generation_batch_size")]
         options += [{"max_new_tokens": max(1, config.max_new_tokens // 2)}]
     else:
-        options += [{"micro_batch_size": 1}, {"activation_checkpointing": True}]
+        options += [{"micro_batch_size": 1}, *({"activation_checkpointing": how} for how in ("selective", "block"))]
         options += [{"ranks": config.ranks * factor} for factor in (2, 4, 8)]
     options += [{"row_length": max(1, length // 2)}, {"dtype": "bfloat16"}]
     options += [{"shared_prompt": False}] * (stage == "dfpo")
@@ -409,7 +383,7 @@ def changes(stage: str, config: Any, sizes: ModelConfig) -> Iterable[tuple[str, 
 
 
 def peak(moments: Moments) -> int:
-    return max(sum(map(sum, parts.values())) for parts in moments.values())
+    return max(sum(parts.values()) for parts in moments.values())
 
 
 def describe(config: Any, sizes: ModelConfig, counts: dict[str, int], moments: Moments) -> str:
@@ -417,19 +391,17 @@ def describe(config: Any, sizes: ModelConfig, counts: dict[str, int], moments: M
     unit, name = (GIB, "GiB") if peak(moments) >= 10 * GIB else (2**20, "MiB")
     kind = f"{sizes.model_type}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}, {sizes.vocab_size:,} tokens"
     lines = [f"{config.planned} of {kind}; {config.ranks} {'rank' if config.ranks == 1 else 'ranks'}, {config.dtype}"]
-    lines += [f"  {part:<10}{count:>16,}" for part, count in memory.parameter_counts(sizes).items()]
-    lines += [f"  {'parameters':<10}{counts['all']:>16,}"]
-    if "trainable" in counts:
-        share = counts["trainable"] / counts["all"]
-        lines += [f"  {'trainable':<10}{counts['trainable']:>16,}  ({share:.2%})"]
+    for part, count in counts.items():
+        share = f"  ({count / counts['parameters']:.2%})" if part == "trainable" else ""
+        lines.append(f"  {part:<10}{count:>16,}{share}")
     width = max(map(len, moments)) + 2
     lines += ["", f"{name + ' per rank, at':<26}" + "".join(f"{moment:>{width}}" for moment in moments)]
     digits = 2 if unit == GIB else 1
     for part, label in LABELS.items():
-        values = [sum(parts.get(part, [])) / unit for parts in moments.values()]
+        values = [parts.get(part, 0) / unit for parts in moments.values()]
         if any(values):
             lines.append(f"{label:<26}" + "".join(f"{value:>{width},.{digits}f}" for value in values))
-    totals = [sum(map(sum, parts.values())) / unit for parts in moments.values()]
+    totals = [sum(parts.values()) / unit for parts in moments.values()]
     lines.append(f"{'total':<26}" + "".join(f"{value:>{width},.{digits}f}" for value in totals))
     return "\n".join(lines)
 

@@ -1,10 +1,25 @@
-"""Whether something other than eager autograd is at work."""
+"""Whether something other than eager autograd on real tensors is at work."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
+
+T = TypeVar("T")
 
 
 def transformed() -> bool:
     """Under a compiler, which fuses in its own way, or torch.func, which cannot follow hand-written functions."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def without_numbers() -> bool:
+    """Whether tensors have shapes only: a plan of memory runs the code that way, and no kernel may be launched."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def blocks_to_count(blocks: Sequence[T]) -> Sequence[T]:
+    """The blocks of a loop, or only the first and the last: where only memory is counted, the others take no more."""
+    return blocks[:: max(1, len(blocks) - 1)] if without_numbers() else blocks

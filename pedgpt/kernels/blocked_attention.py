@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels._transforms import transformed
+from pedgpt.kernels._transforms import blocks_to_count, transformed, without_numbers
 from pedgpt.kernels.onednn import refuse_create_graph
 
 # Queries of a block, and numbers that the scores of a block may have: 2 MiB in float32 stay in a processor's cache.
@@ -45,14 +45,14 @@ def layers_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
     Products over blocks take it boolean; torch's kernels would each make it additive, and keep that a layer.
     """
-    device = allowed.device.type
+    device, on_gpu = allowed.device.type, allowed.is_cuda
     if not allowed.is_meta and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     queries, keys = allowed.shape[-2:]
-    if device == "cpu" and dtype == torch.bfloat16 and BLOCK <= queries == keys and not transformed():
+    if device == "cpu" and not on_gpu and dtype == torch.bfloat16 and BLOCK <= queries == keys and not transformed():
         return allowed
     # CUDA's kernels would copy rows that do not begin at multiples of 16 bytes.
-    width = -(-keys // 8) * 8 if device == "cuda" else keys
+    width = -(-keys // 8) * 8 if on_gpu else keys
     mask = torch.zeros(*allowed.shape[:-1], width, dtype=dtype, device=allowed.device)[..., :keys]
     return mask.masked_fill_(~allowed, -torch.inf)
 
@@ -60,7 +60,8 @@ def layers_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     if transformed():
         return False
-    if any(type(t) is not Tensor or t.device.type != "cpu" or t.dtype != torch.bfloat16 for t in (q, k, v)):
+    plain = without_numbers() or all(type(t) is Tensor for t in (q, k, v))
+    if not plain or any(t.is_cuda or t.is_meta or t.dtype != torch.bfloat16 for t in (q, k, v)):
         return False
     (rows, heads, tokens, size), groups = q.shape, k.shape[1]
     if tokens < BLOCK or not q.numel() or not groups or heads % groups:
@@ -122,12 +123,13 @@ class _Scratch:
         (rows, heads, tokens, _), groups = q.shape, k.shape[1]
         shared = heads // groups  # queries' heads over one key-value head
         at_once = max(1, SCORES // (BLOCK * tokens * shared))
-        self.parts = [
+        parts = [
             (row, slice(group * shared, min(group + at_once, groups) * shared), slice(group, group + at_once))
             for row in range(rows)
             for group in range(0, groups, at_once)
         ]
-        self.blocks = [slice(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
+        blocks = [slice(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
+        self.parts, self.blocks = blocks_to_count(parts), blocks_to_count(blocks)
         self.size = min(at_once, groups) * shared * BLOCK * tokens
         self.ahead = torch.full((BLOCK, BLOCK), -torch.inf).triu_(1)
         self.buffers: dict[str, Tensor] = {}

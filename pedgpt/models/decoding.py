@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pedgpt.files import available_memory
 from pedgpt.kernels import Linear
-from pedgpt.models.memory import available_memory
 from pedgpt.models.positions import apply_rope, rotary_tables
 
 if TYPE_CHECKING:
