@@ -19,7 +19,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -40,7 +40,7 @@ from pedgpt.models import ModelConfig, Transformer, generate
 from pedgpt.models.config import NORM_HEAD_KEY, POSITIONS_KEY
 from pedgpt.models.decoding import MAX_ROWS, copy_fits
 from pedgpt.models.generation import LAY_OUT_FROM, KVCache
-from pedgpt.training.plan import Counter, count_step, counting, on_shapes
+from pedgpt.training.plan import Counter, Peak, count_step, counting, on_shapes
 
 STAGES = {
     "cpt": "continued_pretrain", "sft": "full_finetune", "dfpo": "dfpo", "experts": "expert_finetune",
@@ -162,11 +162,15 @@ def main(config: Any) -> None:
         print(f"\nfits: {total / GIB:.2f} of {limit / GIB:.2f} GiB {place}")
         return
     print(f"\ndoes not fit: {total / GIB:.2f} GiB, of {limit / GIB:.2f} GiB {place}; one change alone gives")
+    enough = False  # ranks
     for name, other_stage, other in changes(stage, config, sizes):
+        if enough and other.ranks != config.ranks:
+            continue
         changed = peak(estimate(other_stage, other, sizes, host)[0])
-        room = limit * config.ranks / other.ranks if shared else limit
+        fits = changed <= (limit * config.ranks / other.ranks if shared else limit)
+        enough |= fits and other.ranks != config.ranks
         if changed < 0.995 * total:
-            print(f"  {name:<36}{changed / GIB:>9.2f} GiB{'  fits' if changed <= room else ''}")
+            print(f"  {name:<36}{changed / GIB:>9.2f} GiB{'  fits' if fits else ''}")
     sys.exit(1)
 
 
@@ -237,6 +241,28 @@ def free_memory(on_cuda: bool) -> int:
 
 def estimate(stage: str, config: Any, sizes: ModelConfig, host: Host) -> tuple[Moments, dict[str, int]]:
     """Bytes by part at each moment that may be the peak, and the numbers of parameters."""
+    blocks = sizes.num_hidden_layers
+    numbered = stage == "experts" and re.search(r"\d", " ".join(config.target_modules))
+    if blocks <= 3 or numbered:
+        peaks, counts = count(stage, config, sizes, host)
+    else:  # every further block adds what the third one adds
+        (two, few), (peaks, counts) = (count(stage, config, replace(sizes, num_hidden_layers=n), host) for n in (2, 3))
+        peaks = {name: peak.grown(two[name], blocks - 3) for name, peak in peaks.items()}
+        counts = {name: number + (blocks - 3) * (number - few[name]) for name, number in counts.items()}
+    moments = {name: {**peak.parts, "libraries": host.libraries} for name, peak in peaks.items()}
+    if host.heap:
+        slack = SLACK_PINNED
+        if stage != "generate":
+            recomputes = config.activation_checkpointing not in (False, "none")
+            slack = SLACK + SLACK_PINNED * (recomputes + (rows_of_rank(config) > config.micro_batch_size))
+        most = max(peak.small for peak in peaks.values())
+        for name, peak in peaks.items():
+            moments[name]["malloc"] = int(most * (1 + slack)) - peak.small
+    return moments, counts
+
+
+def count(stage: str, config: Any, sizes: ModelConfig, host: Host) -> tuple[dict[str, Peak], dict[str, int]]:
+    """Run the stage on tensors without numbers: its peaks, and the numbers of parameters."""
     dtype = getattr(torch, config.dtype)
     full = stage in ("cpt", "sft") or (stage == "dfpo" and not config.lora_rank)
     with torch.device("meta"):
@@ -250,26 +276,25 @@ def estimate(stage: str, config: Any, sizes: ModelConfig, host: Host) -> tuple[M
         elif stage == "dfpo" and config.lora_rank:
             inject_lora(model, rank=config.lora_rank, alpha=config.lora_alpha)
     counts["parameters"] = sum(p.numel() for p in model.parameters())
-    with counting(on_gpu=host.on_cuda, lasting=LASTING, small=MAPPED * host.heap) as counter:
+    with counting(on_gpu=host.on_cuda, lasting=LASTING, small=MAPPED) as counter:
         if stage == "generate":
             count_generation(counter, config, sizes, model, host)
         else:
             model.activation_checkpointing = config.activation_checkpointing
             counts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            ends = model.model.embed_tokens, model.model.norm
-            batches = partial(make_batches, stage, config, length_of(config, sizes))
-            loss = preference if stage == "dfpo" else next_token
-            count_step(counter, model, model.model.layers, ends, batches, loss, config, config.ranks)
-    moments = {name: {**peak.parts, "libraries": host.libraries} for name, peak in counter.peaks.items()}
-    if host.heap:
-        slack = SLACK_PINNED
-        if stage != "generate":
-            recomputes = config.activation_checkpointing not in (False, "none")
-            slack = SLACK + SLACK_PINNED * (recomputes + (len(micro_batches(config)) > 1))
-        most = max(peak.small for peak in counter.peaks.values())
-        for name, peak in counter.peaks.items():
-            moments[name]["malloc"] = int(most * (1 + slack)) - peak.small
-    return moments, counts
+            rows = min(config.micro_batch_size, rows_of_rank(config))
+            count_step(
+                counter, model, list(model.model.layers), (model.model.embed_tokens, model.model.norm),
+                partial(make_batch, stage, config, rows, length_of(config, sizes)),
+                preference if stage == "dfpo" else next_token, config,
+                ranks=config.ranks, accumulates=rows < rows_of_rank(config),
+            )  # fmt: skip
+    return counter.peaks, counts
+
+
+def rows_of_rank(config: Any) -> int:
+    """Rows, or pairs, that one rank takes of a global batch."""
+    return math.ceil(config.global_batch_size / config.ranks)
 
 
 def parameter_counts(model: Transformer) -> dict[str, int]:
@@ -281,22 +306,12 @@ def parameter_counts(model: Transformer) -> dict[str, int]:
     return counts
 
 
-def micro_batches(config: Any) -> list[int]:
-    """Rows of the micro-batches of a rank; the first two, since a third finds what the second found."""
-    rows = math.ceil(config.global_batch_size / config.ranks)
-    return [min(config.micro_batch_size, rows)] * min(2, math.ceil(rows / config.micro_batch_size))
-
-
-def make_batches(stage: str, config: Any, length: int) -> list[Batch]:
+def make_batch(stage: str, config: Any, rows: int, length: int) -> Batch:
     """Full rows in which every token is supervised; at worst the answers of a pair have nothing in common."""
-    made: list[Batch] = []
-    for count in micro_batches(config):
-        if stage == "dfpo":
-            pairs = [EncodedPair(*(Example([i] * length, [i] * length, "") for i in range(2)))] * count
-            made.append(collate_pairs(pairs, range(count), shared_prompt=config.shared_prompt))
-        else:
-            made.append(collate([Row([0] * length, [0] * length, [0] * length)] * count, range(count)))
-    return made
+    if stage != "dfpo":
+        return collate([Row([0] * length, [0] * length, [0] * length)] * rows, range(rows))
+    pair = EncodedPair(*(Example([i] * length, [i] * length, "") for i in range(2)))
+    return collate_pairs([pair] * rows, range(rows), shared_prompt=config.shared_prompt)
 
 
 def next_token(model: Transformer, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -375,7 +390,7 @@ def changes(stage: str, config: Any, sizes: ModelConfig) -> Iterable[tuple[str, 
         ((name, value),) = option.items()
         if getattr(config, name) != value:
             shown = str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
-            yield f"{name} = {shown}", stage, dataclasses.replace(config, **option)
+            yield f"{name} = {shown}", stage, replace(config, **option)
     if stage in ("cpt", "sft", "dfpo"):
         cls = settings_class(["experts"], "experts", config.file)
         shared = {f.name for f in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(config)}

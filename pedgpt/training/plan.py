@@ -45,6 +45,11 @@ class Peak:
     def total(self) -> int:
         return sum(self.parts.values())
 
+    def grown(self, before: Peak, times: int) -> Peak:
+        """What this peak becomes if it grows `times` more by what it grew since `before`."""
+        parts = {name: size + times * (size - before.parts.get(name, 0)) for name, size in self.parts.items()}
+        return Peak(parts, self.small + times * (self.small - before.small))
+
 
 class Counter(TorchDispatchMode):
     """Counts the storages that are alive, by part, and keeps the peak of each moment.
@@ -85,6 +90,8 @@ class Counter(TorchDispatchMode):
         self._change(part, size - self.parts[part], self.limit)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.prim.device.default:  # asked so often that it would take most of the time
+            return torch.device("cpu")
         answer = ANSWERS.get(function)
         result = answer(*args) if answer else function(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
@@ -179,40 +186,54 @@ def on_shapes(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 def count_step(
     counter: Counter,
     model: nn.Module,
-    blocks: Iterable[nn.Module],
+    blocks: Sequence[nn.Module],
     ends: tuple[nn.Module, nn.Module],
-    make_batches: Callable[[], list[Any]],
+    make_batch: Callable[[], Any],
     loss_function: loop.LossFunction,
     settings: TrainingSettings,
     ranks: int = 1,
+    accumulates: bool = False,
 ) -> None:
     """One step of the training loop, which finds the optimizer's state there, on one of `ranks` that share a model.
 
-    `model` comes from the meta device. A forward pass begins with the first of `ends`, and the loss follows the last.
-    The moments are "forward", "head" (the loss and its gradient), "backward" and "update".
+    If it `accumulates`, it also finds the gradients of an earlier micro-batch there. `model` comes from the meta device. A forward pass begins with the first of `ends`, and the loss follows the last.
+    The moments are "forward", "head" (the loss and its gradient), the backward pass of the "last block" and of the "first
+    block", and "update". Blocks that are alike let each moment's peak grow in proportion to their number: what they keep
+    becomes less in the backward pass and gradients become more, so the blocks between those two take no more than both.
     """
     counter.at("", "optimizer")
     share = _Whole(counter, model) if ranks == 1 else _Shards(counter, model, blocks, ends[0], settings, ranks)
     optimizer = build_optimizer(share.optimized, settings)
     for parameter in share.optimized.parameters():
-        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+            counter.claim([parameter.grad], "gradients")
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if not accumulates:
+        optimizer.zero_grad(set_to_none=True)
 
-    def after_forward(module: nn.Module, arguments: Any, hidden: Tensor) -> None:
-        counter.at("head", "head")
-        hidden.register_hook(lambda gradient: counter.at("backward", "activations", **share.backward))
+    def begins(module: nn.Module, moment: str, part: str, **held: int) -> None:
+        """The moment begins when the gradient of what this module gives arrives."""
+
+        def after(module: nn.Module, arguments: Any, hidden: Tensor) -> None:
+            hidden.register_hook(lambda gradient: counter.at(moment, part, **held))
+
+        module.register_forward_hook(after)
 
     def before_update(*_: Any) -> None:
         share.end_backward()
         counter.at("update", "optimizer", **dict.fromkeys(share.forward, 0))
 
     ends[0].register_forward_pre_hook(lambda *_: counter.at("forward", "activations", **share.forward))
-    ends[1].register_forward_hook(after_forward)
+    for block in blocks[-2:-1]:
+        begins(block, "", "activations")
+    begins(blocks[0], "first block", "activations")
+    begins(ends[1], "last block" if len(blocks) > 1 else "first block", "activations", **share.backward)
+    ends[1].register_forward_hook(lambda *_: counter.at("head", "head"))
     optimizer.register_step_pre_hook(before_update)
     counter.at("", "activations")
     world = World(0, 1, torch.device("cpu"))
-    loop._step(model.train(), optimizer, make_batches(), loss_function, settings, world)
+    loop._step(model.train(), optimizer, [make_batch()], loss_function, settings, world)
     counter.at("", "")
 
 
