@@ -1,9 +1,14 @@
-"""Whether something other than eager autograd in the given dtype is at work."""
+"""Whether something other than eager autograd on real tensors, in the given dtype, is at work."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def transformed() -> bool:
@@ -16,3 +21,13 @@ def autocast_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
     if not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return otherwise
+
+
+def without_numbers() -> bool:
+    """Whether tensors have shapes only: a plan of memory runs the code that way, and no kernel may be launched."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def blocks_to_count(blocks: Sequence[T]) -> Sequence[T]:
+    """The blocks of a loop, or only the first and the last: where only memory is counted, the others take no more."""
+    return blocks[:: max(1, len(blocks) - 1)] if without_numbers() else blocks

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pedgpt.kernels import naive
-from pedgpt.kernels._transforms import autocast_dtype, transformed
+from pedgpt.kernels._transforms import autocast_dtype, blocks_to_count, transformed
 from pedgpt.kernels._triton import by_triton, tl, triton
 from pedgpt.kernels.cpu.products import product, refuse_create_graph
 from pedgpt.kernels.naive import SHORTEST
@@ -55,7 +55,7 @@ def _softmax(logits: Tensor, labels: Tensor, inverse: Tensor | None, factors: Te
     """
     height = max(1, BLOCK // logits.shape[1])
     memory = torch.empty(2, min(height, len(logits)), logits.shape[1], dtype=stats.dtype, device=logits.device)
-    for start in range(0, len(logits), height):
+    for start in blocks_to_count(range(0, len(logits), height)):
         rows = slice(start, start + height)
         label = labels[rows, None]
         z, p = memory[:, : len(label)]
@@ -167,7 +167,7 @@ class _Head:
         hidden = hidden.to(self.weight.dtype)
         stats = hidden.new_empty(3, len(labels), dtype=self.wide)
         logits: Any = None
-        for rows in self.chunks(len(labels)):
+        for rows in blocks_to_count(self.chunks(len(labels))):
             del logits  # before the next chunk's are made
             logits = product(hidden[rows], self.weight)
             self.softmax(logits, labels[rows], self.inverse, None, stats[:, rows])
@@ -194,7 +194,7 @@ class _Head:
             done = len(chunks) == 1 and self.inverse is None and self.given.dtype != torch.float16
             dtype = self.given.dtype if done else self.wide
             dweight = torch.empty(self.given.shape, dtype=dtype, device=hidden.device)
-        for rows in reversed(chunks):
+        for rows in blocks_to_count(chunks[::-1]):
             logits = product(hidden[rows], self.weight) if last is None else last
             last = None
             wanted = factors[rows] if of_hidden or of_weight else None
@@ -211,7 +211,7 @@ class _Head:
     def _add_product(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
         if not self.on_cpu:
             return _multiply_onto(dweight, dlogits.t(), hidden, beta=0 if first else 1)
-        for rows in self.slices:
+        for rows in blocks_to_count(self.slices):
             left, right = dlogits[:, rows].t(), hidden.t()
             if dweight.dtype == left.dtype:
                 part = product(left, right)
@@ -223,7 +223,7 @@ class _Head:
 
     def _project(self, dweight: Tensor, inverse: Tensor) -> None:
         """From the gradient of ŵ = w/‖w‖, divided by ‖w‖, to that of w: what is along w goes."""
-        for rows in self.slices:
+        for rows in blocks_to_count(self.slices):
             part, unit = dweight[rows], self.given[rows] * inverse[rows, None]
             part.sub_(unit * (unit * part).sum(-1, keepdim=True))
 

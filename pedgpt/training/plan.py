@@ -1,0 +1,310 @@
+"""What a step holds in memory, counted without taking any: the code runs on tensors that have shapes and no numbers.
+
+    with counting() as counter:
+        model = on_shapes(model)  # from the meta device
+        counter.claim(model.parameters(), "weights")
+        counter.at("forward", "activations")  # the moment that begins, and the part that new tensors belong to
+        hidden = model(tokens)
+    counter.peaks["forward"].parts  # bytes by part, when their sum was largest: {"weights": 4096, "activations": 512}
+
+torch's FakeTensorMode runs the model's own code, and a dispatch mode above it counts each storage from the operation
+that makes it until nothing refers to it any more. So this file describes no model.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pedgpt.training import loop
+from pedgpt.training.config import TrainingSettings
+from pedgpt.training.distributed import World
+from pedgpt.training.optim import build_optimizer
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes by part when most was held, and how many of them were in small storages that come and go."""
+
+    parts: dict[str, int]
+    small: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def grown(self, before: Peak, times: int) -> Peak:
+        """What this peak becomes if it grows `times` more by what it grew since `before`."""
+        parts = {name: size + times * (size - before.parts.get(name, 0)) for name, size in self.parts.items()}
+        return Peak(parts, self.small + times * (self.small - before.small))
+
+
+class Counter(TorchDispatchMode):
+    """Counts the storages that are alive, by part, and keeps the peak of each moment.
+
+    `peaks[moment].small` counts storages below `small` bytes, except in the parts that are `lasting`.
+    """
+
+    def __init__(self, lasting: Collection[str] = (), small: int = 0) -> None:
+        super().__init__()
+        self.lasting, self.limit = lasting, small
+        self.peaks: dict[str, Peak] = {}
+        self.moment, self.part = "", ""
+        self.parts: dict[str, int] = defaultdict(int)
+        self.total = self.small = self.highest = 0
+        self.alive: dict[int, tuple[Any, int, str]] = {}  # by address: a weak reference to the storage, bytes, part
+
+    def at(self, moment: str, part: str, **held: int) -> None:
+        """From here on peaks are those of `moment`, or of none if it is empty, and new tensors belong to `part`.
+
+        `held`: bytes of parts that no operation makes, from here on.
+        """
+        self.moment, self.part = "", part
+        for name, size in held.items():
+            self.hold(name, size)
+        self.moment = moment
+        self.highest = self.peaks[moment].total if moment in self.peaks else -1
+        self._change("", 0, 0)
+
+    def claim(self, tensors: Iterable[Tensor], part: str) -> None:
+        """From here on these tensors belong to `part`; if it is empty, they are not counted."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._remove(storage._cdata)
+            self._add(storage, part)
+
+    def hold(self, part: str, size: int) -> None:
+        """Count `size` bytes as this part, which no operation makes."""
+        self._change(part, size - self.parts[part], self.limit)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.prim.device.default:  # asked so often that it would take most of the time
+            return torch.device("cpu")
+        answer = ANSWERS.get(function)
+        result = answer(*args) if answer else function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self._add(storage, self._part_of(function, args))
+        return result
+
+    def _part_of(self, function: Any, args: Any) -> str:
+        if function is aten._to_copy.default:  # autocast casts weights, and may keep the copies
+            source = self.alive.get(args[0].untyped_storage()._cdata)
+            return "copies" if source and source[2] == "weights" else self.part
+        return self.part
+
+    def _add(self, storage: Any, part: str) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.alive[key] = weakref.ref(storage, lambda _: self._remove(key)), size, part
+        self._change(part, size, size)
+
+    def _remove(self, key: int) -> None:
+        if found := self.alive.pop(key, None):
+            _, size, part = found
+            self._change(part, -size, size)
+
+    def _change(self, part: str, difference: int, size: int) -> None:
+        if part:
+            self.parts[part] += difference
+            self.total += difference
+            self.small += difference * (size < self.limit and part not in self.lasting)
+        if self.moment and self.total > self.highest:
+            self.highest = self.total
+            self.peaks[self.moment] = Peak(dict(self.parts), self.small)
+
+
+# Tensors without numbers cannot say what is in them. What code asks of them is answered as in a step that goes well:
+# every token is supervised, no check finds anything wrong, and numbers are finite.
+
+
+def _all_places(x: Tensor) -> Tensor:
+    return x.new_empty(x.numel(), x.ndim, dtype=torch.int64)
+
+
+def _indexed(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    if any(index is not None and index.dtype == torch.bool for index in indices):
+        return x.new_empty(0, *x.shape[len(indices) :])
+    return aten.index.Tensor(x, indices)
+
+
+def _number(x: Tensor) -> Any:
+    return {torch.bool: getattr(x, "holds_everywhere", False)}.get(x.dtype, 1.0 if x.is_floating_point() else 1)
+
+
+def _everywhere(x: Tensor, *arguments: Any) -> Tensor:
+    found = aten.any.default(x)
+    found.holds_everywhere = True
+    return found
+
+
+ANSWERS: dict[Any, Callable[..., Any]] = {
+    aten.nonzero.default: _all_places,
+    aten.index.Tensor: _indexed,
+    aten._local_scalar_dense.default: _number,
+    aten.all.default: _everywhere,
+}
+
+
+@contextmanager
+def counting(*, on_gpu: bool = False, lasting: Collection[str] = (), small: int = 0) -> Iterator[Counter]:
+    """In here tensors have shapes only, and the counter counts them, as on a CPU or as on a GPU."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # they take 100 MB
+
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        if on_gpu:
+            # NOTE: Code is only told that it is on a GPU, because tensors that claim a GPU need torch built with CUDA.
+            stack.enter_context(patch.object(FakeTensor, "is_cuda", property(lambda _: True)))
+        yield stack.enter_context(Counter(lasting, small))
+
+
+def on_shapes(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The same model with parameters of which only the shapes exist, in `dtype` or their own; it was on meta before."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for name, old in model.named_parameters(remove_duplicate=False):
+        if old not in made:
+            made[old] = nn.Parameter(torch.empty(old.shape, dtype=dtype or old.dtype), old.requires_grad)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, made[old])
+    return model
+
+
+def count_step(
+    counter: Counter,
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    ends: tuple[nn.Module, nn.Module],
+    make_batch: Callable[[], Any],
+    loss_function: loop.LossFunction,
+    settings: TrainingSettings,
+    ranks: int = 1,
+    accumulates: bool = False,
+) -> None:
+    """One step of the training loop, which finds the optimizer's state there, on one of `ranks` that share a model.
+
+    If it `accumulates`, it also finds the gradients of an earlier micro-batch there. `model` comes from the meta device. A forward pass begins with the first of `ends`, and the loss follows the last.
+    The moments are "forward", "head" (the loss and its gradient), the backward pass of the "last block" and of the "first
+    block", and "update". Blocks that are alike let each moment's peak grow in proportion to their number: what they keep
+    becomes less in the backward pass and gradients become more, so the blocks between those two take no more than both.
+    """
+    counter.at("", "optimizer")
+    share = _Whole(counter, model) if ranks == 1 else _Shards(counter, model, blocks, ends[0], settings, ranks)
+    optimizer = build_optimizer(share.optimized, settings)
+    for parameter in share.optimized.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+            counter.claim([parameter.grad], "gradients")
+    optimizer.step()
+    if not accumulates:
+        optimizer.zero_grad(set_to_none=True)
+
+    def begins(module: nn.Module, moment: str, part: str, **held: int) -> None:
+        """The moment begins when the gradient of what this module gives arrives."""
+
+        def after(module: nn.Module, arguments: Any, hidden: Tensor) -> None:
+            hidden.register_hook(lambda gradient: counter.at(moment, part, **held))
+
+        module.register_forward_hook(after)
+
+    def before_update(*_: Any) -> None:
+        share.end_backward()
+        counter.at("update", "optimizer", **dict.fromkeys(share.forward, 0))
+
+    ends[0].register_forward_pre_hook(lambda *_: counter.at("forward", "activations", **share.forward))
+    for block in blocks[-2:-1]:
+        begins(block, "", "activations")
+    begins(blocks[0], "first block", "activations")
+    begins(ends[1], "last block" if len(blocks) > 1 else "first block", "activations", **share.backward)
+    ends[1].register_forward_hook(lambda *_: counter.at("head", "head"))
+    optimizer.register_step_pre_hook(before_update)
+    counter.at("", "activations")
+    world = World(0, 1, torch.device("cpu"))
+    loop._step(model.train(), optimizer, [make_batch()], loss_function, settings, world)
+    counter.at("", "")
+
+
+class _Whole:
+    """All parameters on one rank."""
+
+    def __init__(self, counter: Counter, model: nn.Module) -> None:
+        self.optimized = on_shapes(model)
+        self.forward: dict[str, int] = {}
+        self.backward: dict[str, int] = {}
+        counter.claim(model.parameters(), "weights")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: counter.claim([p.grad], "gradients"))
+
+    def end_backward(self) -> None:
+        """All gradients are where the optimizer finds them."""
+
+
+class _Shards:
+    """One rank's rows of each parameter, and what FSDP2 gathers and reduces beside them.
+
+    The root's own parameters are gathered throughout, and of the blocks one beside the next. Gradients leave a block in
+    float32. Beside the gathered block the backward pass holds what it came in and the gradients before and after that.
+    """
+
+    def __init__(
+        self,
+        counter: Counter,
+        model: nn.Module,
+        blocks: Iterable[nn.Module],
+        first: nn.Module,
+        settings: TrainingSettings,
+        ranks: int,
+    ) -> None:
+        dtype = getattr(torch, settings.dtype)
+        stored = [parameter.dtype for parameter in model.parameters()]
+        self.counter = counter
+        self.shards: dict[nn.Parameter, nn.Parameter] = {}
+        for parameter, own in zip(on_shapes(model, dtype).parameters(), stored, strict=True):
+            rows = torch.empty(math.ceil(len(parameter) / ranks), *parameter.shape[1:], dtype=own)
+            self.shards[parameter] = nn.Parameter(rows, parameter.requires_grad)
+        self.optimized = nn.ParameterList(self.shards.values())
+        counter.claim(self.shards, "")
+        counter.claim(self.shards.values(), "weights")
+
+        inner = [list(block.parameters()) for block in blocks]
+        of_blocks = {parameter for block in inner for parameter in block}
+        self.root = [parameter for parameter in self.shards if parameter not in of_blocks]
+        root, block = (sum(parameter.nbytes for parameter in group) for group in (self.root, inner[0]))
+        trains = all(parameter.requires_grad for parameter in inner[0])
+        leaving = 4 // dtype.itemsize
+        self.forward = {"gathered": root + 2 * block}
+        self.backward = {"gathered": root + (3 + (1 + leaving) * trains) * block}
+        for parameter in self.shards:
+            if parameter.requires_grad:
+                hook = self._reduce if parameter in of_blocks else lambda p: counter.claim([p.grad], "gradients")
+                parameter.register_post_accumulate_grad_hook(hook)
+        for parameter in first.parameters():  # the last to get its gradient: the root's leave together
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _: counter.hold("gathered", (1 + leaving) * root))
+
+    def _reduce(self, parameter: nn.Parameter) -> None:
+        """What is left of a gradient is this rank's rows of it."""
+        shard = self.shards[parameter]
+        if shard.grad is None:
+            shard.grad = torch.empty_like(shard)
+            self.counter.claim([shard.grad], "gradients")
+        parameter.grad = None
+
+    def end_backward(self) -> None:
+        for parameter in self.root:
+            if parameter.requires_grad:
+                self._reduce(parameter)
