@@ -32,29 +32,26 @@ def rope_frequencies(
     f' = (1 − s) f/factor + s f. "yarn" (Peng et al. 2023) keeps what turns more than `beta_fast` times over the
     original length, divides by `factor` what turns less than `beta_slow` times, and ramps between their dimensions.
     """
-    exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
-    frequencies = 1.0 / theta**exponents
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     if scaling is None:
         return frequencies
-    factor = scaling["factor"]
     if scaling["rope_type"] == "linear":
-        return frequencies / factor
-    if scaling["rope_type"] == "yarn":
-        length = scaling["original_max_position_embeddings"]
-        bounds: list[float] = [
-            head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return frequencies / scaling["factor"]
+    original = scaling["original_max_position_embeddings"]
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        divided = 1 - ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    else:
+        first, last = (
+            head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
             for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
-        ]
+        )
         if scaling.get("truncate", True):
-            bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
-        first, last = max(bounds[0], 0), min(bounds[1], head_dim - 1)
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
         index = torch.arange(head_dim // 2, device=device).float()
         divided = ((index - first) / (last - first if last != first else 0.001)).clamp(0, 1)
-        return frequencies / factor * divided + frequencies * (1 - divided)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # original / wavelength
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * frequencies / factor + smooth * frequencies
+    return frequencies / scaling["factor"] * divided + frequencies * (1 - divided)
 
 
 def attention_factor(scaling: Mapping[str, Any] | None) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import pickletools
 import re
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from pedgpt.models.config import inside_folder, parse_json
+from pedgpt.files import own_file, read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -28,22 +27,23 @@ _PLAIN_GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(te
 class WeightFile:
     """One .safetensors or .bin file, mapped into memory; the library that owns the format checks header and pickle.
 
-    `tensors` maps each key to its shape and dtype. Raises ValueError that names the file if it is truncated, if its
-    header lies, if it carries more than tensors, or if a tensor is not of a floating-point dtype.
+    `tensors` maps each key to its shape and dtype, rotary frequencies left out: old checkpoints stored them. Raises
+    ValueError that names the file if it is truncated, if its header lies, if it carries more than tensors, or if a
+    tensor is not of a floating-point dtype.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self.tensors: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._handle: Any = None
         self._read = 0
-        self.tensors: dict[str, tuple[torch.Size, torch.dtype]] = {}
         with self._opened() as handle:
-            for key in handle.offset_keys():
-                tensor = handle.get_tensor(key)
-                if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-                    kind = str(tensor.dtype).removeprefix("torch.")
-                    raise ValueError(f"{file}: {key} is stored as {kind}; quantized weights are not supported")
-                self.tensors[key] = tensor.shape, tensor.dtype
+            stored = {key: handle.get_tensor(key) for key in handle.offset_keys() if not key.endswith(".inv_freq")}
+        for key, tensor in stored.items():
+            if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{file}: {key} is stored as {kind}; quantized weights are not supported")
+            self.tensors[key] = tensor.shape, tensor.dtype
 
     def whole(self, key: str) -> Tensor:
         """A tensor as it lies in the file: pages are read when touched, and changes stay in memory."""
@@ -69,45 +69,38 @@ class WeightFile:
             if self._handle is None:
                 self._handle = _BinReader(self.file) if self.file.suffix == ".bin" else safe_open(self.file, "pt")
             yield self._handle
+        except _Refused as error:
+            raise ValueError(f"{self.file}: {error}") from None
         except pickle.UnpicklingError:
             raise ValueError(f"{self.file}: holds more than weights, or is damaged; only safe files are read") from None
-        except (SafetensorError, OSError, RuntimeError, EOFError, MemoryError, OverflowError) as error:
-            raise ValueError(f"{self.file}: cannot be read as weights, the file may be truncated ({error})") from None
+        except Exception as error:  # a damaged pickle raises whatever its instructions now do
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.file}: cannot be read as weights, the file may be truncated ({reason})") from None
 
 
-class _BinReader:
-    """A torch.save file with the methods of `safe_open`."""
+class _Refused(Exception):
+    pass
+
+
+class _BinReader(dict[str, Tensor]):
+    """The tensors of a torch.save file, with the methods of `safe_open`."""
+
+    offset_keys, get_tensor, get_slice = dict.keys, dict.__getitem__, dict.__getitem__
 
     def __init__(self, file: Path) -> None:
-        try:
-            if not zipfile.is_zipfile(file):
-                raise OSError("no zip archive, as torch has written since 1.6")
-            _check_archive(file)
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, OSError):
-            raise
-        except Exception as error:  # a damaged instruction raises what the one it now spells does: KeyError, TypeError
-            raise OSError(f"{type(error).__name__}: {error}") from None
+        _check_archive(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-            raise ValueError(f"{file}: expected a dictionary of tensors, found {type(state).__name__}")
-        claimed = 0
+            raise _Refused(f"expected a dictionary of tensors, found {type(state).__name__}")
         for key, tensor in state.items():
             if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-                raise ValueError(f"{file}: {key} is no dense tensor but {type(tensor).__name__}")
-            if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():  # strides of 0 make much of little
-                raise ValueError(f"{file}: {key} claims the shape {list(tensor.shape)}, more than the file holds")
-            claimed += tensor.numel() * tensor.itemsize
+                raise _Refused(f"{key} is no dense tensor but {type(tensor).__name__}")
+            if tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 repeats one number
+                raise _Refused(f"{key} claims the shape {list(tensor.shape)}, more than the file holds")
+        claimed = sum(tensor.nbytes for tensor in state.values())
         if claimed > 2 * file.stat().st_size:  # a tied head is stored once; no more than that is shared
-            raise ValueError(f"{file}: its tensors share their bytes; {claimed} are claimed, more than the file holds")
-        self.state: Mapping[str, Tensor] = state
-
-    def offset_keys(self) -> list[str]:
-        return list(self.state)
-
-    def get_tensor(self, key: str) -> Tensor:
-        return self.state[key].detach()
-
-    get_slice = get_tensor
+            raise _Refused(f"its tensors share their bytes; {claimed} are claimed, more than the file holds")
+        super().__init__({key: tensor.detach() for key, tensor in state.items()})
 
 
 def _check_archive(file: Path) -> None:
@@ -115,10 +108,9 @@ def _check_archive(file: Path) -> None:
 
     It runs no code, yet would call `bytearray(10**12)`, inflate whatever is compressed, and hash or print any nesting.
     """
-    size = file.stat().st_size
     with zipfile.ZipFile(file) as archive:
-        if any(info.compress_type or info.file_size > size for info in archive.infolist()):
-            raise OSError("its parts are compressed, or larger than the file")
+        if any(info.compress_type or info.file_size > file.stat().st_size for info in archive.infolist()):
+            raise _Refused("its parts are compressed, or larger than the file")
     content = torch._C.PyTorchFileReader(str(file)).get_record("data.pkl")  # zipfile might find another of that name
     source: dict[str, str] = {}  # slot of the memo -> the instruction whose result it holds
     previous, tuples, reused = "", 0, 0
@@ -138,21 +130,17 @@ def _check_archive(file: Path) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder that hold its weights, safetensors before .bin; ValueError if an index leads elsewhere."""
     for index_name, single in ((INDEX, WEIGHTS), (BIN_INDEX, BIN)):
-        index = folder / index_name
-        if index.is_file():
-            weight_map = parse_json(inside_folder(index)).get("weight_map")
+        if index := own_file(folder, index_name):
+            weight_map = read_object(folder, index_name).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index}: not an index with a weight_map")
             for name in weight_map.values():
-                if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-                    raise ValueError(f"{index}: weight_map names {name!r}, which is not a file of this folder")
-            names = sorted(set(weight_map.values()))
-            for name in names:
-                if Path(name).suffix != Path(single).suffix:
-                    raise ValueError(f"{index}: weight_map names {name!r}; expected {Path(single).suffix} files")
-                if not os.path.isfile(folder / name):  # Path.is_file raises OSError for a name that is too long
+                if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != Path(single).suffix:
+                    kind = f"a {Path(single).suffix} file of this folder"
+                    raise ValueError(f"{index}: weight_map names {name!r}; expected {kind}")
+                if own_file(folder, name) is None:
                     raise ValueError(f"{folder / name}: no such file, though {index.name} names it")
-            return [inside_folder(folder / name) for name in names]
-        if (folder / single).is_file():
-            return [inside_folder(folder / single)]
+            return [folder / name for name in sorted(set(weight_map.values()))]
+        if file := own_file(folder, single):
+            return [file]
     raise ValueError(f"{folder}: no weights; expected {WEIGHTS}, {INDEX} or {BIN}")
