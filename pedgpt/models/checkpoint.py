@@ -32,12 +32,11 @@ def load_model(
 ) -> Transformer:
     """The model of an HF folder, in evaluation mode. No code of the checkpoint is run.
 
-    `dtype` None keeps the stored one. Reads safetensors (one file, or shards with an index) and, where there are none,
-    `pytorch_model*.bin` with `weights_only=True`. On the CPU in the stored dtype, weights stay mapped from their
-    files, so loading is lazy and processes share them; otherwise they are copied piece by piece. With `device="meta"`
-    only config.json is read, for `load_weights` to fill the model after adapters are attached or ranks share it.
-    Raises ValueError that names the file and the keys for a missing, truncated or hostile file, for weights that are
-    missing, unexpected or misshapen, and for links that leave the folder.
+    Reads safetensors (one file, or shards with an index), else `pytorch_model*.bin` with `weights_only=True`, and keeps
+    the stored dtype if `dtype` is None. On the CPU in the stored dtype, weights stay mapped from their files, so
+    loading is lazy and processes share them; otherwise they are copied piece by piece. With `device="meta"` only
+    config.json is read, for `load_weights` to fill the model after adapters are attached or ranks share it. Raises
+    ValueError that names the file and the keys for what is missing, damaged or hostile, or does not fit config.json.
     """
     config = ModelConfig.from_hf(folder)
     model = _empty(config)
@@ -55,15 +54,14 @@ def load_weights(
     A model that `fully_shard` split over ranks gets only its own rows on each: no rank reads or holds the whole.
     Adapters are left alone. Raises ValueError as `load_model`.
     """
-    tied, targets = model.config.tie_word_embeddings, model.state_dict()
+    tied, targets, places = model.config.tie_word_embeddings, model.state_dict(), {0}
     weights: dict[str, Tensor] = {}
-    places: set[int] = set()
     for file in _fitting_files(Path(folder), model.config):
         for key in file.tensors:
             if not (tied and key == HEAD):
                 weights[key] = _read(file, key, targets[key], dtype, torch.device(device))
                 # A .bin may hold one tensor under two names; unless tied, they are two parameters.
-                if (place := _local(weights[key])[0].data_ptr()) in places and place:
+                if (place := _local(weights[key])[0].data_ptr()) in places:
                     weights[key] = weights[key].clone()
                 places.add(place)
         file.close()
@@ -88,16 +86,14 @@ def save_model(
     """
     config, folder = config or model.config, Path(folder)
     weights = model.state_dict() if weights is None else weights
-    parts: dict[Path, list[str]] = {}  # temporary files with what they hold
-    dtypes: set[str] = set()
+    parts: dict[Path, dict[str, torch.dtype]] = {}  # temporary files with what they hold
     total = 0
     try:
         for shard in _shards(config, weights.items() if isinstance(weights, Mapping) else weights):
             folder.mkdir(parents=True, exist_ok=True)
             part = folder / f".{WEIGHTS}.{len(parts) + 1}.tmp"
-            parts[part] = list(shard)
+            parts[part] = {key: tensor.dtype for key, tensor in shard.items()}
             total += sum(tensor.nbytes for tensor in shard.values())
-            dtypes |= {str(tensor.dtype).removeprefix("torch.") for tensor in shard.values()}
             with naming_full_disk(folder / WEIGHTS, total):
                 save_file(shard, part, metadata={"format": "pt"})
                 sync(part)  # every part is complete on the disk before the first one gets its name
@@ -119,9 +115,9 @@ def save_model(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         (folder / INDEX).unlink(missing_ok=True)
-    dtype = min(dtypes)  # transformers reads "dtype" before the older "torch_dtype": neither may be left stale
-    raw: dict[str, Any] = {**config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
-    write_json(folder / "config.json", raw)
+    dtype = min(str(dtype).removeprefix("torch.") for kept in parts.values() for dtype in kept.values())
+    # transformers reads "dtype" before the older "torch_dtype": neither may be left stale.
+    write_json(folder / "config.json", raw := {**config.to_hf(), "dtype": dtype, "torch_dtype": dtype})
     if not (folder / GENERATION).exists():
         ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
         write_json(folder / GENERATION, {"_from_model_config": True, **ends})
@@ -182,8 +178,8 @@ def _rounding(trained: Tensor, saved: Tensor, start: Tensor) -> Tensor:
     trained, saved, start = trained[::step], saved[::step], start[::step].to(trained.dtype)
     changed = trained != start
     undone = changed & (saved == start.to(saved.dtype))
-    squares = (trained - start).square(), (saved.to(trained.dtype) - trained).square()
-    return step * torch.stack([part.sum(dtype=torch.float64) for part in (*squares, changed, undone)])
+    parts = (trained - start).square(), (saved.to(trained.dtype) - trained).square(), changed, undone
+    return step * torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
 
 def export_llama(model: Transformer, folder: str | Path) -> None:
@@ -198,8 +194,10 @@ def export_llama(model: Transformer, folder: str | Path) -> None:
         raise ValueError(f"only a Baichuan with rotary positions (7B) is a Llama by another name; this is {kind}")
     vendor = ("architectures", "auto_map", "tokenizer_class", "_name_or_path", "_from_model_config")
     extra = {key: value for key, value in config.extra.items() if key not in vendor}
-    changes: dict[str, Any] = {"model_type": "llama", "fused_qkv": False, "normalize_head": False, "extra": extra}
     tied = config.tie_word_embeddings and not config.normalize_head
+    llama = dataclasses.replace(
+        config, model_type="llama", fused_qkv=False, normalize_head=False, tie_word_embeddings=tied, extra=extra
+    )
 
     def split() -> Iterator[tuple[str, Tensor]]:
         for key, tensor in model.state_dict().items():
@@ -209,7 +207,7 @@ def export_llama(model: Transformer, folder: str | Path) -> None:
             else:
                 yield key, model.head_weight() if key == HEAD else tensor
 
-    save_model(model, folder, split(), dataclasses.replace(config, tie_word_embeddings=tied, **changes))
+    save_model(model, folder, split(), llama)
 
 
 def model_fingerprint(folder: str | Path) -> str:
@@ -264,15 +262,13 @@ def _fitting_files(folder: Path, config: ModelConfig) -> list[WeightFile]:
     if config.tie_word_embeddings and HEAD not in stored:
         del expected[HEAD]
     missing, unexpected = [key for key in expected if key not in stored], [key for key in stored if key not in expected]
-    found = {key: stored[key].tensors[key][0] for key in expected if key in stored}
     misshapen = [
-        f"{stored[key].file.name}: {key} has the shape {list(shape)}, not {list(expected[key])}"
-        for key, shape in found.items()
-        if shape != expected[key]
+        f"{file.file.name}: {key} has the shape {list(file.tensors[key][0])}, not {list(expected[key])}"
+        for key, file in stored.items()
+        if file.tensors[key][0] != expected.get(key, file.tensors[key][0])
     ]
-    if missing or unexpected or misshapen:
-        told = _told("missing", missing, unexpected) + _told("unexpected", unexpected, missing)
-        told += _told("misshapen", misshapen, ())
+    told = _told("missing", missing, unexpected) + _told("unexpected", unexpected, missing)
+    if told := told + _told("misshapen", misshapen, ()):
         raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(told)}")
     return list(dict.fromkeys(stored.values()))
 
@@ -316,7 +312,7 @@ def _warn_of_zero_rows(weight: Tensor, folder: str | Path) -> None:
         named = f"{', '.join(map(str, ids[:5]))}{', …' * (len(ids) > 5)} ({len(ids)} in all)"
         warnings.warn(
             f"{folder}: the rows of lm_head.weight for the tokens {named} are zeros. A normalised head gives such "
-            "tokens the logit 0 and cannot train them. That is right for padding; where they are new tokens, fill "
-            "their rows first, with the mean of the other rows for example",
+            "tokens the logit 0 and cannot train them: right for padding. Fill the rows of new tokens first, with the "
+            "mean of the other rows for example",
             stacklevel=3,
         )

@@ -126,7 +126,7 @@ class ModelConfig:
         raw |= {"hidden_act": "silu", family.length_key: self.max_position_embeddings}
         if self.positions == "rope":
             raw |= {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling and dict(self.rope_scaling)}
-        if (self.positions, self.normalize_head) != (family.positions, family.normalize_head):
+        if family.by_size or self.positions != "rope" or self.normalize_head:
             raw |= {POSITIONS_KEY: self.positions, NORM_HEAD_KEY: self.normalize_head}
         return raw
 
@@ -150,7 +150,7 @@ _READ_KEYS = {item.name for item in fields(ModelConfig)} | {
 }  # fmt: skip
 KINDS = {  # of values in config.json: their types in Python, the least and the largest, and what an error calls them
     "int": ((int,), 1, MAX_SIZE, "a positive integer"),
-    "float": ((int, float), 0, 2**53, "a number of at least 0"),
+    "float": ((int, float), 0, 2**53 - 1, "a number of at least 0"),
     "bool": ((bool,), False, True, "true or false"),
 }
 
@@ -173,8 +173,7 @@ def _refuse_features(raw: Mapping[str, Any]) -> None:
     for key in ("quantization_config", "dual_chunk_attention_config"):
         _require(not raw.get(key), f"{key} is set; such a checkpoint is not supported")
     activation, kinds = raw["hidden_act"], raw.get("layer_types") or []
-    same = activation in ("silu", "swish")  # two names of one function
-    _require(same, f"hidden_act {activation!r} is not supported, only 'silu' or 'swish'")
+    _require(activation in ("silu", "swish"), f"hidden_act {activation!r} is not supported, only 'silu' or 'swish'")
     full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
     _require(full, f"layer_types is {kinds!r}; only full_attention is supported")
     window, reach, first = raw["sliding_window"], raw.get("max_position_embeddings"), raw["max_window_layers"]
@@ -189,16 +188,16 @@ def _refuse_features(raw: Mapping[str, Any]) -> None:
 
 def _positions_and_head(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
     """`positions` and `normalize_head` by our own keys, else by the family; a Baichuan of other sizes isn't guessed."""
-    hidden, vocab, found = raw["hidden_size"], raw["vocab_size"], {}
-    for name, key, size in (("positions", POSITIONS_KEY, hidden), ("normalize_head", NORM_HEAD_KEY, vocab)):
-        implied = getattr(family, name)
-        implied = implied.get(size) if isinstance(implied, Mapping) else implied
-        found[name] = implied if raw.get(key) is None else raw[key]
+    found: dict[str, Any] = {}
+    for key, told in family.by_size.items():
+        found |= told.get(raw[key], {})
+    own = {"positions": raw.get(POSITIONS_KEY), "normalize_head": raw.get(NORM_HEAD_KEY)}
+    found |= {name: value for name, value in own.items() if value is not None}
     _require(
-        None not in found.values(),
-        f"hidden_size {hidden} with vocab_size {vocab} is no Baichuan that the vendor published (4096 or 5120 with "
-        f'64000 or 125696). Add to config.json "{POSITIONS_KEY}": "rope" if the model comes from a 7B, "alibi" if from '
-        f'a 13B; and "{NORM_HEAD_KEY}": true if from a Baichuan2, false if from a Baichuan-1',
+        not family.by_size or len(found) == len(own),
+        f"hidden_size {raw['hidden_size']} with vocab_size {raw['vocab_size']} is no Baichuan that the vendor published"
+        f' (4096 or 5120 with 64000 or 125696). Add to config.json "{POSITIONS_KEY}": "rope" if the model comes from a '
+        f'7B, "alibi" if from a 13B; and "{NORM_HEAD_KEY}": true if from a Baichuan2, false if from a Baichuan-1',
     )
     return found
 
@@ -226,7 +225,7 @@ def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     missing = [key for key in ROPE_SCALING[kind] if not scaling.get(key)]
     _require(not missing, f"rope_scaling of type {kind!r} lacks {', '.join(missing)}, above 0")
     for key in ROPE_SCALING[kind] + YARN_OPTIONS * (kind == "yarn"):
-        _check(f"rope_scaling {key}", scaling.get(key) or 0, "float")
+        _check(f"rope_scaling {key}", 0 if scaling.get(key) is None else scaling[key], "float")
     low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
     _require(kind != "llama3" or low < high, f"rope_scaling needs high_freq_factor above {low}, found {high}")
     return {"rope_theta": theta, "rope_scaling": scaling}

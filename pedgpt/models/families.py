@@ -13,31 +13,30 @@ class Family:
 
     architecture: str  # transformers' name of the class
     biases: tuple[str, ...] = ()  # which switches of biases the file has: attention_bias is for q, k, v and o
-    network: Mapping[str, bool] = field(default_factory=dict)  # switches of ModelConfig that no key of the file tells
+    network: Mapping[str, bool] = field(default_factory=dict)  # fields of ModelConfig that no key of the file tells
+    by_size: Mapping[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)  # those that only a size tells
     defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys that the file lacks
     written: Mapping[str, Any] = field(default_factory=dict)  # for keys that transformers needs
     length_key: str = "max_position_embeddings"
-    # Baichuan has no keys for these two: tables tell them by hidden_size and by vocab_size, as the vendor published it.
-    positions: str | Mapping[int, str] = "rope"
-    normalize_head: bool | Mapping[int, bool] = False
 
 
 FAMILIES = {
     "baichuan": Family(
         "BaichuanForCausalLM",
         network={"fused_qkv": True},
+        by_size={
+            "hidden_size": {4096: {"positions": "rope"}, 5120: {"positions": "alibi"}},  # 7B and 13B
+            "vocab_size": {64_000: {"normalize_head": False}, 125_696: {"normalize_head": True}},  # Baichuan 1 and 2
+        },
         length_key="model_max_length",
-        positions={4096: "rope", 5120: "alibi"},  # 7B and 13B
-        normalize_head={64_000: False, 125_696: True},  # Baichuan-1 and Baichuan2
     ),
     "llama": Family("LlamaForCausalLM", biases=("attention_bias", "mlp_bias")),
-    "mistral": Family(  # transformers' default is a window of 4096 tokens on all layers
+    # A Mistral whose file has no other word on it has a window of 4096 tokens on all layers, says transformers.
+    "mistral": Family(
         "MistralForCausalLM",
         defaults={"use_sliding_window": True, "max_window_layers": 0},
         written={"sliding_window": None},
     ),
     "qwen2": Family("Qwen2ForCausalLM", network={"attention_bias": True}),  # on q, k and v, not on o
-    "qwen3": Family(
-        "Qwen3ForCausalLM", biases=("attention_bias",), network={"qk_norm": True}, defaults={"head_dim": 128}
-    ),
+    "qwen3": Family("Qwen3ForCausalLM", ("attention_bias",), network={"qk_norm": True}, defaults={"head_dim": 128}),
 }

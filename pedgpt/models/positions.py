@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 
 def rotary_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions [B, T], each [B, 1, T, K] in `dtype`, with the checkpoint's scaling."""
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, positions.device)
-    return rope_tables(positions, frequencies, dtype, attention_factor(config.rope_scaling))
+    """cos and sin for positions [B, T], each [B, 1, T, K], computed in float32 and rounded to `dtype` at the end."""
+    scaling = config.rope_scaling
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
+    angles = positions[:, None, :, None].float() * torch.cat((frequencies, frequencies))
+    factor = attention_factor(scaling)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def rope_frequencies(
@@ -63,15 +66,6 @@ def attention_factor(scaling: Mapping[str, Any] | None) -> float:
     growth = 0.1 * math.log(max(1, scaling["factor"]))
     above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
     return (above * growth + 1) / (below * growth + 1) if above and below else growth + 1
-
-
-def rope_tables(
-    positions: Tensor, frequencies: Tensor, dtype: torch.dtype, factor: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """factor × cos and sin of position × frequency, each [B, 1, T, K], computed in float32 and rounded to `dtype`."""
-    angles = positions[:, None, :, None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
-    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

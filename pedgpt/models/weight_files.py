@@ -79,16 +79,25 @@ class WeightFile:
 
 
 class _Refused(Exception):
-    pass
+    """What is wrong with a file that can be read."""
 
 
 class _BinReader(dict[str, Tensor]):
-    """The tensors of a torch.save file, with the methods of `safe_open`."""
+    """The tensors of a torch.save file, with the methods of `safe_open`.
+
+    Refuses what torch's weights_only unpickler allows and no state dict needs. It runs no code, yet would call
+    `bytearray(10**12)`, inflate whatever is compressed, and hash or print any nesting.
+    """
 
     offset_keys, get_tensor, get_slice = dict.keys, dict.__getitem__, dict.__getitem__
 
     def __init__(self, file: Path) -> None:
-        _check_archive(file)
+        size = file.stat().st_size
+        with zipfile.ZipFile(file) as archive:
+            if any(info.compress_type or info.file_size > size for info in archive.infolist()):
+                raise _Refused("its parts are compressed, or larger than the file")
+        # zipfile might find another record of that name.
+        _check_pickle(torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
             raise _Refused(f"expected a dictionary of tensors, found {type(state).__name__}")
@@ -98,20 +107,13 @@ class _BinReader(dict[str, Tensor]):
             if tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 repeats one number
                 raise _Refused(f"{key} claims the shape {list(tensor.shape)}, more than the file holds")
         claimed = sum(tensor.nbytes for tensor in state.values())
-        if claimed > 2 * file.stat().st_size:  # a tied head is stored once; no more than that is shared
+        if claimed > 2 * size:  # a tied head is stored once; no more than that is shared
             raise _Refused(f"its tensors share their bytes; {claimed} are claimed, more than the file holds")
         super().__init__({key: tensor.detach() for key, tensor in state.items()})
 
 
-def _check_archive(file: Path) -> None:
-    """Refuse what torch's weights_only unpickler allows and no state dict needs.
-
-    It runs no code, yet would call `bytearray(10**12)`, inflate whatever is compressed, and hash or print any nesting.
-    """
-    with zipfile.ZipFile(file) as archive:
-        if any(info.compress_type or info.file_size > file.stat().st_size for info in archive.infolist()):
-            raise _Refused("its parts are compressed, or larger than the file")
-    content = torch._C.PyTorchFileReader(str(file)).get_record("data.pkl")  # zipfile might find another of that name
+def _check_pickle(content: bytes) -> None:
+    """UnpicklingError for instructions that no dictionary of tensors needs."""
     source: dict[str, str] = {}  # slot of the memo -> the instruction whose result it holds
     previous, tuples, reused = "", 0, 0
     for opcode, argument, _ in pickletools.genops(content):
