@@ -30,13 +30,11 @@ COMPARED = 2**20  # numbers of a trained tensor that are compared with those bef
 def load_model(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model of an HF folder, in evaluation mode. No code of the checkpoint is run.
+    """The model of an HF folder (safetensors, or else .bin), in evaluation mode; no code of the checkpoint is run.
 
-    Reads safetensors (one file, or shards with an index), else `pytorch_model*.bin` with `weights_only=True`, and keeps
-    the stored dtype if `dtype` is None. On the CPU in the stored dtype, weights stay mapped from their files, so
-    loading is lazy and processes share them; otherwise they are copied piece by piece. With `device="meta"` only
-    config.json is read, for `load_weights` to fill the model after adapters are attached or ranks share it. Raises
-    ValueError that names the file and the keys for what is missing, damaged or hostile, or does not fit config.json.
+    `dtype` None keeps the stored one: on the CPU, weights then stay mapped from their files, so loading is lazy and
+    processes share them; otherwise they are copied piece by piece. With `device="meta"` only config.json is read, for
+    `load_weights` to fill the model later. Raises ValueError that names the file and the keys that are at fault.
     """
     config = ModelConfig.from_hf(folder)
     model = _empty(config)
@@ -49,10 +47,9 @@ def load_model(
 def load_weights(
     model: Transformer, folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> None:
-    """Fill a model, which may be on the meta device and carry adapters, as `load_model` would.
+    """Fill a model as `load_model` would. It may be on the meta device; the adapters that it carries stay as they are.
 
     A model that `fully_shard` split over ranks gets only its own rows on each: no rank reads or holds the whole.
-    Adapters are left alone. Raises ValueError as `load_model`.
     """
     tied, targets, places = model.config.tie_word_embeddings, model.state_dict(), {0}
     weights: dict[str, Tensor] = {}
@@ -80,9 +77,8 @@ def save_model(
 ) -> None:
     """Write config.json and the weights (shards of 5 GiB with an index) so that other tools load the folder.
 
-    `weights` and `config` replace the model's own, for weights that come name by name from several ranks: at most one
-    shard of them is held. Each file is written under a temporary name, synced, and renamed when all are there. Raises
-    ValueError if adapters are attached: their weights are no part of the base layout.
+    `weights` and `config` replace the model's own; of weights that come name by name, at most one shard is held. Each
+    file is written under a temporary name, synced, and renamed when all are there. Raises ValueError for adapters.
     """
     config, folder = config or model.config, Path(folder)
     weights = model.state_dict() if weights is None else weights
@@ -97,6 +93,7 @@ def save_model(
             with naming_full_disk(folder / WEIGHTS, total):
                 save_file(shard, part, metadata={"format": "pt"})
                 sync(part)  # every part is complete on the disk before the first one gets its name
+            shard.clear()
     except BaseException:
         for part in parts:
             part.unlink(missing_ok=True)
@@ -121,7 +118,7 @@ def save_model(
     if not (folder / GENERATION).exists():
         ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
         write_json(folder / GENERATION, {"_from_model_config": True, **ends})
-    for path in folder.iterdir():
+    for path in list(folder.iterdir()):
         if re.fullmatch(r"model(-\d{5}-of-\d{5}(-b)?)?\.safetensors", path.name) and path.name not in names:
             path.unlink()
 
@@ -129,7 +126,7 @@ def save_model(
 def _shards(config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """A model's weights in parts of SHARD_BYTES; ValueError for one that is not the model's, or that is missing."""
     expected, tied = set(_empty(config).state_dict()), config.tie_word_embeddings
-    shard: dict[str, Tensor] = {}
+    shard: dict[str, Tensor] = {}  # which the caller empties
     for key, tensor in weights:
         if key not in expected:
             raise ValueError(f"the model carries weights beside its own ({key}, …): use save_adapter for adapters")
@@ -137,7 +134,6 @@ def _shards(config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> Itera
         if not (tied and key == HEAD):
             if shard and sum(other.nbytes for other in shard.values()) + tensor.nbytes > SHARD_BYTES:
                 yield shard
-                shard = {}
             shard[key] = tensor.detach().cpu().contiguous()
     if missing := sorted(expected - ({HEAD} if tied else set())):
         raise ValueError(f"the weights to save lack {', '.join(missing[:5])} ({len(missing)} in all)")
@@ -149,8 +145,7 @@ def round_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield trained weights in the dtype to save; at the end, print how much of the training the rounding undid.
 
-    This is measured against the weights in the folder `since`, from which the training began, in a sample of the rows
-    of large tensors. Nothing is printed if no weight was rounded, or if the folder is gone.
+    It is measured against the folder `since`, from which the training began, in a sample of the rows of large tensors.
     """
     start: dict[str, WeightFile] = {}
     with suppress(ValueError, OSError):  # the result is saved even where this cannot be measured
@@ -183,10 +178,9 @@ def _rounding(trained: Tensor, saved: Tensor, start: Tensor) -> Tensor:
 
 
 def export_llama(model: Transformer, folder: str | Path) -> None:
-    """Write a Baichuan 7B, which rotates, as the Llama it is: W_pack split into q, k and v, NormHead's rows normalised.
+    """Write a Baichuan 7B as the Llama it is: W_pack split into q, k and v, NormHead's rows normalised.
 
-    The folder needs no vendor code: transformers, vLLM or llama.cpp load it as a Llama with equal logits. Raises
-    ValueError for a model with ALiBi positions or of another family.
+    transformers, vLLM or llama.cpp load it without the vendor's code, with equal logits. Raises ValueError for ALiBi.
     """
     config = model.config
     if config.model_type != "baichuan" or config.positions != "rope":
@@ -226,8 +220,7 @@ def model_fingerprint(folder: str | Path) -> str:
 def weights_fingerprint(folder: str | Path) -> str:
     """A short name of a folder's weights: a checksum of the shape and one bfloat16 row of every tensor but the head.
 
-    It stays the same in another folder, in other files, with another config.json, and in a copy of another dtype
-    (float16 only of weights that were bfloat16); training changes it.
+    Training changes it. Other files, another config.json and another dtype do not (float16: if it was bfloat16 before).
     """
     digest, stored = hashlib.sha256(), _stored(Path(folder))
     for key in sorted(stored.keys() - {HEAD}):  # a tied head may be stored or not

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from pedgpt.files import own_file, read_object
-from pedgpt.models.families import FAMILIES, Family
+from pedgpt.models.families import FAMILIES
 
 # Our own keys in config.json. They override what the family and the sizes imply, which small models cannot show.
 POSITIONS_KEY, NORM_HEAD_KEY = "pedgpt_positions", "pedgpt_norm_head"
+OWN_KEYS = {"positions": POSITIONS_KEY, "normalize_head": NORM_HEAD_KEY}
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What transformers takes for a key that is missing.
 DEFAULTS = {"hidden_act": "silu", "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
@@ -32,8 +33,7 @@ class ModelConfig:
     """The sizes and switches of one decoder, in the spelling of HF's config.json.
 
     `positions` is "rope" or "alibi"; `normalize_head` is Baichuan2's NormHead; `fused_qkv` is Baichuan's `W_pack`;
-    `rope_scaling` holds the checkpoint's dictionary or None; `extra` keeps the keys that the network does not need, so
-    that saving loses none of them. Raises ValueError for values that no network can have.
+    `extra` keeps the keys that the network does not need. Raises ValueError for values that no network can have.
     """
 
     model_type: str
@@ -62,8 +62,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for item in fields(self):
             if item.type in KINDS:
-                key = NORM_HEAD_KEY if item.name == "normalize_head" else item.name
-                _check(key, getattr(self, item.name), str(item.type))
+                _check(OWN_KEYS.get(item.name, item.name), getattr(self, item.name), str(item.type))
         heads, groups, size = self.num_attention_heads, self.num_key_value_heads, self.head_dim
         rotates = self.positions == "rope"
         for fits, message in (
@@ -79,11 +78,10 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
-        """Read a checkpoint folder, a config.json, or its dictionary: Baichuan 1/2, Llama 2/3, Mistral, Qwen2/2.5/3.
+        """Read a checkpoint folder, a config.json, or its dictionary.
 
-        Raises ValueError for a missing or broken file, an unknown family, missing keys, a Baichuan of other sizes than
-        the vendor's without our own keys, or features of the checkpoint that would silently change its outputs if
-        ignored (a sliding window that is used, unknown `rope_scaling`).
+        Raises ValueError that says what to change if the file is missing or broken, or if a feature of the checkpoint
+        would silently change its outputs if ignored (a sliding window that is used, unknown `rope_scaling`).
         """
         if not isinstance(source, Mapping):
             path = Path(source, "config.json") if Path(source).is_dir() else Path(source)
@@ -106,6 +104,10 @@ class ModelConfig:
         values: dict[str, Any] = {key: raw.get(key) or False for key in ("tie_word_embeddings", *family.biases)}
         values |= {"attention_output_bias": values.get("attention_bias", False), **family.network}
         values |= {key: raw[key] for key in (*REQUIRED, "rms_norm_eps", "initializer_range") if key in raw}
+        for key, told in family.by_size.items():
+            values |= told.get(raw[key], {})
+        values |= {name: raw[key] for name, key in OWN_KEYS.items() if raw.get(key) is not None}
+        _require(not family.by_size or OWN_KEYS.keys() <= values.keys(), _UNKNOWN_SIZE.format_map(raw))
         return cls(
             model_type=name,
             num_key_value_heads=heads if (groups := raw.get("num_key_value_heads")) is None else groups,
@@ -113,7 +115,6 @@ class ModelConfig:
             max_position_embeddings=raw.get("max_position_embeddings") or raw.get("model_max_length") or 4096,
             extra={key: value for key, value in source.items() if key not in _READ_KEYS},
             **values,
-            **_positions_and_head(family, raw),
             **_rope_settings(raw),
         )
 
@@ -127,7 +128,7 @@ class ModelConfig:
         if self.positions == "rope":
             raw |= {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling and dict(self.rope_scaling)}
         if family.by_size or self.positions != "rope" or self.normalize_head:
-            raw |= {POSITIONS_KEY: self.positions, NORM_HEAD_KEY: self.normalize_head}
+            raw |= {key: getattr(self, name) for name, key in OWN_KEYS.items()}
         return raw
 
     @property
@@ -146,8 +147,13 @@ class ModelConfig:
 
 
 _READ_KEYS = {item.name for item in fields(ModelConfig)} | {
-    "rope_parameters", "hidden_act", "model_max_length", POSITIONS_KEY, NORM_HEAD_KEY,
+    "rope_parameters", "hidden_act", "model_max_length", *OWN_KEYS.values(),
 }  # fmt: skip
+_UNKNOWN_SIZE = (
+    "hidden_size {hidden_size} with vocab_size {vocab_size} is no Baichuan that the vendor published (4096 or 5120 "
+    f'with 64000 or 125696), so it is not guessed. Add to config.json "{POSITIONS_KEY}": "rope" if the model comes '
+    f'from a 7B, "alibi" if from a 13B; and "{NORM_HEAD_KEY}": true if from a Baichuan2, false if from a Baichuan-1'
+)
 KINDS = {  # of values in config.json: their types in Python, the least and the largest, and what an error calls them
     "int": ((int,), 1, MAX_SIZE, "a positive integer"),
     "float": ((int, float), 0, 2**53 - 1, "a number of at least 0"),
@@ -184,22 +190,6 @@ def _refuse_features(raw: Mapping[str, Any]) -> None:
     used = used and not (type(window) is type(reach) is int and window >= reach)
     fix = 'if no layer uses it, write "sliding_window": null and "use_sliding_window": false'
     _require(not used, f"a sliding window of {window!r} tokens is used, which is not supported; {fix}")
-
-
-def _positions_and_head(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`positions` and `normalize_head` by our own keys, else by the family; a Baichuan of other sizes isn't guessed."""
-    found: dict[str, Any] = {}
-    for key, told in family.by_size.items():
-        found |= told.get(raw[key], {})
-    own = {"positions": raw.get(POSITIONS_KEY), "normalize_head": raw.get(NORM_HEAD_KEY)}
-    found |= {name: value for name, value in own.items() if value is not None}
-    _require(
-        not family.by_size or len(found) == len(own),
-        f"hidden_size {raw['hidden_size']} with vocab_size {raw['vocab_size']} is no Baichuan that the vendor published"
-        f' (4096 or 5120 with 64000 or 125696). Add to config.json "{POSITIONS_KEY}": "rope" if the model comes from a '
-        f'7B, "alibi" if from a 13B; and "{NORM_HEAD_KEY}": true if from a Baichuan2, false if from a Baichuan-1',
-    )
-    return found
 
 
 def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,9 +27,8 @@ _PLAIN_GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(te
 class WeightFile:
     """One .safetensors or .bin file, mapped into memory; the library that owns the format checks header and pickle.
 
-    `tensors` maps each key to its shape and dtype, rotary frequencies left out: old checkpoints stored them. Raises
-    ValueError that names the file if it is truncated, if its header lies, if it carries more than tensors, or if a
-    tensor is not of a floating-point dtype.
+    `tensors` maps each key to its shape and dtype, without the rotary frequencies of old checkpoints. Raises ValueError
+    that names the file if it is damaged, if it lies, or if it carries other things than floating-point tensors.
     """
 
     def __init__(self, file: Path) -> None:
