@@ -259,13 +259,11 @@ def own_file(folder: Path, name: str) -> Path | None:
 
     One link is allowed: in a hub's cache, `snapshots/<revision>/` links to `blobs/` beside `snapshots/`.
     """
-    if not os.path.isfile(folder / name):  # which is false for what is no name, where Path.is_file raises
-        return None
     target, root = Path(os.path.realpath(folder / name)), folder.resolve()
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(target.is_relative_to(home) for home in homes):
         raise ValueError(f"{folder / name}: a link out of its folder, to {target}; copy the file instead")
-    return folder / name
+    return folder / name if os.path.isfile(target) else None  # Path.is_file raises for a name that is too long
 
 
 def read_object(folder: Path, name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pedgpt.files import naming_full_disk, settle, sync, write_json
 from pedgpt.kernels.linear_logps import SHORTEST
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.transformer import Transformer
-from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, weight_files
+from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, Weights, weight_files
 
 GENERATION, HEAD = "generation_config.json", "lm_head.weight"
 SHARD_BYTES = 5 * 2**30
@@ -51,17 +51,29 @@ def load_weights(
 
     A model that `fully_shard` split over ranks gets only its own rows on each: no rank reads or holds the whole.
     """
-    tied, targets, places = model.config.tie_word_embeddings, model.state_dict(), {0}
+    stored, expected = Weights(Path(folder)), _empty(model.config).state_dict()
+    if (tied := model.config.tie_word_embeddings) and HEAD not in stored.tensors:
+        del expected[HEAD]
+    missing = [key for key in expected if key not in stored.tensors]
+    unexpected = [key for key in stored.tensors if key not in expected]
+    misshapen = [
+        f"{stored.files[key].name}: {key} has the shape {list(tensor.shape)}, not {list(expected[key].shape)}"
+        for key, tensor in stored.tensors.items()
+        if tensor.shape != expected.get(key, tensor).shape
+    ]
+    told = _told("missing", missing, unexpected) + _told("unexpected", unexpected, missing)
+    if told := told + _told("misshapen", misshapen, ()):
+        raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(told)}")
     weights: dict[str, Tensor] = {}
-    for file in _fitting_files(Path(folder), model.config):
-        for key in file.tensors:
-            if not (tied and key == HEAD):
-                weights[key] = _read(file, key, targets[key], dtype, torch.device(device))
-                # A .bin may hold one tensor under two names; unless tied, they are two parameters.
-                if (place := _local(weights[key])[0].data_ptr()) in places:
-                    weights[key] = weights[key].clone()
-                places.add(place)
-        file.close()
+    targets, places = model.state_dict(), {0}
+    for key in stored.tensors:
+        if tied and key == HEAD:
+            continue
+        weights[key] = _read(stored, key, targets[key], dtype, torch.device(device))
+        # A .bin may hold one tensor under two names; unless tied, they are two parameters.
+        if (place := _local(weights[key])[0].data_ptr()) in places:
+            weights[key] = weights[key].clone()
+        places.add(place)
     model.load_state_dict(weights, assign=True, strict=False)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -147,15 +159,16 @@ def round_weights(
 
     It is measured against the folder `since`, from which the training began, in a sample of the rows of large tensors.
     """
-    start: dict[str, WeightFile] = {}
+    start = None
     with suppress(ValueError, OSError):  # the result is saved even where this cannot be measured
-        start = _stored(Path(since))
+        start = Weights(Path(since))
     totals = torch.zeros(4, dtype=torch.float64)
     for name, trained in weights:
         saved = trained.to(dtype)
-        if saved.dtype != trained.dtype and name in start and start[name].tensors[name][0] == trained.shape:
+        known = start is not None and name in start.tensors and start.tensors[name].shape == trained.shape
+        if start and known and saved.dtype != trained.dtype:
             with suppress(ValueError, OSError):
-                totals += _rounding(trained, saved, start[name].whole(name))
+                totals += _rounding(trained, saved, start.whole(name))
         yield name, saved
     moved, rounded, changed, undone = totals.tolist()
     if moved:
@@ -222,11 +235,11 @@ def weights_fingerprint(folder: str | Path) -> str:
 
     Training changes it. Other files, another config.json and another dtype do not (float16: if it was bfloat16 before).
     """
-    digest, stored = hashlib.sha256(), _stored(Path(folder))
-    for key in sorted(stored.keys() - {HEAD}):  # a tied head may be stored or not
-        if shape := stored[key].tensors[key][0]:
+    digest, stored = hashlib.sha256(), Weights(Path(folder))
+    for key in sorted(stored.tensors.keys() - {HEAD}):  # a tied head may be stored or not
+        if shape := stored.tensors[key].shape:
             rows = (shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else (0, shape[0])
-            part = stored[key].rows(key, *rows).to(torch.bfloat16).contiguous()
+            part = stored.rows(key, *rows).to(torch.bfloat16).contiguous()
             part = part.masked_fill(part.abs() < 2**-14, 0)  # float16 has fewer digits there
             digest.update(f"{key} {list(shape)}".encode() + part.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -235,35 +248,6 @@ def weights_fingerprint(folder: str | Path) -> str:
 def _empty(config: ModelConfig) -> Transformer:
     with torch.device("meta"):
         return Transformer(config)
-
-
-def _stored(folder: Path) -> dict[str, WeightFile]:
-    """Which file of a folder holds each weight."""
-    stored: dict[str, WeightFile] = {}
-    for file in map(WeightFile, weight_files(folder)):
-        if twice := stored.keys() & file.tensors.keys():
-            key = min(twice)
-            raise ValueError(f"{file.file}: holds {key}, which {stored[key].file.name} holds too")
-        stored |= dict.fromkeys(file.tensors, file)
-    return stored
-
-
-def _fitting_files(folder: Path, config: ModelConfig) -> list[WeightFile]:
-    """The weight files of a folder, once every key and shape in them is what config.json asks for."""
-    stored = _stored(folder)
-    expected = {key: tensor.shape for key, tensor in _empty(config).state_dict().items()}
-    if config.tie_word_embeddings and HEAD not in stored:
-        del expected[HEAD]
-    missing, unexpected = [key for key in expected if key not in stored], [key for key in stored if key not in expected]
-    misshapen = [
-        f"{file.file.name}: {key} has the shape {list(file.tensors[key][0])}, not {list(expected[key])}"
-        for key, file in stored.items()
-        if file.tensors[key][0] != expected.get(key, file.tensors[key][0])
-    ]
-    told = _told("missing", missing, unexpected) + _told("unexpected", unexpected, missing)
-    if told := told + _told("misshapen", misshapen, ()):
-        raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(told)}")
-    return list(dict.fromkeys(stored.values()))
 
 
 def _told(what: str, keys: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -283,17 +267,17 @@ def _local(tensor: Any) -> tuple[Tensor, int]:
     return tensor.to_local(), mesh.get_local_rank() * -(-len(tensor) // mesh.size())
 
 
-def _read(file: WeightFile, key: str, target: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+def _read(stored: Weights, key: str, target: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
     """A stored tensor, or this rank's rows of it, in its final dtype and place, never with a second whole copy."""
-    shape, stored = file.tensors[key]
-    if _local(target)[0] is target and dtype in (None, stored) and device.type == "cpu":
-        return file.whole(key)
-    tensor = torch.empty_like(target, dtype=dtype or stored, device=device)
+    dtype = dtype or stored.tensors[key].dtype
+    if _local(target)[0] is target and dtype == stored.tensors[key].dtype and device.type == "cpu":
+        return stored.whole(key)
+    tensor = torch.empty_like(target, dtype=dtype, device=device)
     local, first = _local(tensor)
-    step = max(1, READ_BYTES // max(1, shape[1:].numel() * stored.itemsize))
+    step = max(1, READ_BYTES // max(1, stored.tensors[key][:1].nbytes))
     for row in range(0, len(local), step):
         part = local[row : row + step]
-        part.copy_(file.rows(key, first + row, first + row + len(part)))
+        part.copy_(stored.rows(key, first + row, first + row + len(part)))
     return tensor
 
 

@@ -24,57 +24,57 @@ READ_BYTES = 64 * 2**20  # how much of a file stays mapped while parts of it are
 _PLAIN_GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 
 
-class WeightFile:
-    """One .safetensors or .bin file, mapped into memory; the library that owns the format checks header and pickle.
+class Weights:
+    """The tensors in a folder's weight files: `tensors` are on the meta device, and their numbers are read when asked.
 
-    `tensors` maps each key to its shape and dtype, without the rotary frequencies of old checkpoints. Raises ValueError
-    that names the file if it is damaged, if it lies, or if it carries other things than floating-point tensors.
+    Files are mapped one at a time by the library that owns the format, which checks their headers and pickles. Raises
+    ValueError that names a file if it is damaged, if it lies, or if it holds other things than floating-point tensors.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.tensors: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, Path] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self._file, self._read = Path(), 0
         self._handle: Any = None
-        self._read = 0
-        with self._opened() as handle:
-            stored = {key: handle.get_tensor(key) for key in handle.offset_keys() if not key.endswith(".inv_freq")}
-        for key, tensor in stored.items():
-            if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-                kind = str(tensor.dtype).removeprefix("torch.")
-                raise ValueError(f"{file}: {key} is stored as {kind}; quantized weights are not supported")
-            self.tensors[key] = tensor.shape, tensor.dtype
+        for file in weight_files(folder):
+            with self._opened(file) as handle:
+                found = {key: handle.get_tensor(key) for key in handle.offset_keys()}
+            for key, tensor in found.items():
+                if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                    kind = str(tensor.dtype).removeprefix("torch.")
+                    raise ValueError(f"{file}: {key} is stored as {kind}; quantized weights are not supported")
+                if key in self.files:
+                    raise ValueError(f"{file}: holds {key}, which {self.files[key].name} holds too")
+                if not key.endswith("rotary_emb.inv_freq"):  # stored by old checkpoints, computed here
+                    self.files[key], self.tensors[key] = file, tensor.to("meta")
 
     def whole(self, key: str) -> Tensor:
-        """A tensor as it lies in the file: pages are read when touched, and changes stay in memory."""
-        with self._opened() as handle:
+        """A tensor as it lies in its file: pages are read when touched, and changes stay in memory."""
+        with self._opened(self.files[key]) as handle:
             return handle.get_tensor(key)
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         """Rows start ≤ i < stop of a tensor, to be copied at once: the mapping goes when enough has been read."""
-        shape, dtype = self.tensors[key]
         if self._read > READ_BYTES:
-            self.close()
-        self._read += (stop - start) * shape[1:].numel() * dtype.itemsize
-        with self._opened() as handle:
+            self._file, self._handle = Path(), None
+        with self._opened(self.files[key]) as handle:
+            self._read += self.tensors[key][start:stop].nbytes
             return handle.get_slice(key)[start:stop]
 
-    def close(self) -> None:
-        """Give the mapping back; tensors from `whole` keep theirs."""
-        self._handle, self._read = None, 0
-
     @contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _opened(self, file: Path) -> Iterator[Any]:
         try:
-            if self._handle is None:
-                self._handle = _BinReader(self.file) if self.file.suffix == ".bin" else safe_open(self.file, "pt")
+            if self._file != file:
+                handle = _BinReader(file) if file.suffix == ".bin" else safe_open(file, "pt")
+                self._file, self._handle, self._read = file, handle, 0
             yield self._handle
         except _Refused as error:
-            raise ValueError(f"{self.file}: {error}") from None
+            raise ValueError(f"{file}: {error}") from None
         except pickle.UnpicklingError:
-            raise ValueError(f"{self.file}: holds more than weights, or is damaged; only safe files are read") from None
+            raise ValueError(f"{file}: holds more than weights, or is damaged; only safe files are read") from None
         except Exception as error:  # a damaged pickle raises whatever its instructions now do
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{self.file}: cannot be read as weights, the file may be truncated ({reason})") from None
+            raise ValueError(f"{file}: cannot be read as weights, the file may be truncated ({reason})") from None
 
 
 class _Refused(Exception):
@@ -95,16 +95,14 @@ class _BinReader(dict[str, Tensor]):
         with zipfile.ZipFile(file) as archive:
             if any(info.compress_type or info.file_size > size for info in archive.infolist()):
                 raise _Refused("its parts are compressed, or larger than the file")
-        # zipfile might find another record of that name.
-        _check_pickle(torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))
+        _check_pickle(torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))  # zipfile might find another one
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
             raise _Refused(f"expected a dictionary of tensors, found {type(state).__name__}")
         for key, tensor in state.items():
-            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-                raise _Refused(f"{key} is no dense tensor but {type(tensor).__name__}")
-            if tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 repeats one number
-                raise _Refused(f"{key} claims the shape {list(tensor.shape)}, more than the file holds")
+            dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+            if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 repeats one number
+                raise _Refused(f"{key} is no dense tensor of the file's own numbers, but a {type(tensor).__name__}")
         claimed = sum(tensor.nbytes for tensor in state.values())
         if claimed > 2 * size:  # a tied head is stored once; no more than that is shared
             raise _Refused(f"its tensors share their bytes; {claimed} are claimed, more than the file holds")
@@ -136,9 +134,10 @@ def weight_files(folder: Path) -> list[Path]:
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index}: not an index with a weight_map")
             for name in weight_map.values():
-                if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != Path(single).suffix:
-                    kind = f"a {Path(single).suffix} file of this folder"
-                    raise ValueError(f"{index}: weight_map names {name!r}; expected {kind}")
+                plain = isinstance(name, str) and Path(name).name == name and name.isprintable()
+                if not plain or Path(name).suffix != Path(single).suffix:
+                    expected = f"a {Path(single).suffix} file of this folder"
+                    raise ValueError(f"{index}: weight_map names {name!r}; expected {expected}")
                 if own_file(folder, name) is None:
                     raise ValueError(f"{folder / name}: no such file, though {index.name} names it")
             return [folder / name for name in sorted(set(weight_map.values()))]
