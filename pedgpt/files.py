@@ -263,7 +263,30 @@ def own_file(folder: Path, name: str) -> Path | None:
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(target.is_relative_to(home) for home in homes):
         raise ValueError(f"{folder / name}: a link out of its folder, to {target}; copy the file instead")
-    return folder / name if target.is_file() else None
+    return folder / name if os.path.isfile(target) else None  # Path.is_file raises for a name that is too long
+
+
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a folder's file; an empty one if there is no such file."""
+    path = own_file(folder, name)
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file; ValueError for a key that occurs twice, of which `json` would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice in an object")
+    return found
 
 
 def nearest(name: str, known: Iterable[str], what: str) -> str:

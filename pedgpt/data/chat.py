@@ -13,8 +13,8 @@ from typing import Any
 
 from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, opens_thought, read_template
 from pedgpt.data.records import Conversation, Message
-from pedgpt.data.tokenizer import Tokenizer, read_object
-from pedgpt.files import write_json, write_text
+from pedgpt.data.tokenizer import Tokenizer
+from pedgpt.files import read_object, write_json, write_text
 
 IGNORE_INDEX = -100
 GENERATION_FILE = "generation_config.json"

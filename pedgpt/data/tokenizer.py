@@ -20,7 +20,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from pedgpt.data.leftmost import LeftmostMerges
 from pedgpt.data.sentencepiece import convert_sentencepiece
-from pedgpt.files import atomic_write, own_file, write_json, write_text
+from pedgpt.files import atomic_write, own_file, read_object, unique_keys, write_json, write_text
 
 JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 ADDED_FILE, NAMES_FILE = "added_tokens.json", "special_tokens_map.json"
@@ -332,7 +332,7 @@ def _protect_special_tokens(backend: tokenizers.Tokenizer, named: set[int]) -> N
 
 def _load_json(path: Path) -> tokenizers.Tokenizer:
     text = path.read_bytes()
-    state = json.loads(text, object_pairs_hook=_unique)
+    state = json.loads(text, object_pairs_hook=unique_keys)
     model = state.get("model") if isinstance(state, dict) else None
     if isinstance(model, dict) and model.get("merges") and model.get("continuing_subword_prefix"):
         # The library cuts it off every merge unchecked, which aborts the process where it is not there.
@@ -353,13 +353,6 @@ def _objects(value: object) -> Iterator[dict[str, Any]]:
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _objects(part)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key occurs twice in an object")
-    return found
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, source: Path, config: dict[str, Any], others: dict[str, Any]) -> None:
@@ -406,19 +399,6 @@ def _check_id(backend: tokenizers.Tokenizer, path: Path, token: str, declared: i
         )
 
 
-def read_object(folder: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a folder's file; an empty one if there is no such file."""
-    path = own_file(folder, name)
-    if path is None:
-        return {}
-    with _blame(path, "not valid JSON"):
-        found = json.loads(path.read_bytes(), object_pairs_hook=_unique)
-        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
 def _cache_folder() -> Path | None:
     if chosen := os.environ.get("PEDGPT_CACHE"):
         return Path(chosen)
@@ -429,13 +409,13 @@ def _cache_folder() -> Path | None:
 
 
 @contextlib.contextmanager
-def _blame(path: Path, what: str = "not a usable tokenizer") -> Iterator[None]:
-    """Turn what `tokenizers` and `json` raise over a broken file into a ValueError that names it."""
+def _blame(path: Path) -> Iterator[None]:
+    """Turn what `tokenizers` raises over a broken file into a ValueError that names it."""
     try:
         yield
     except BaseException as error:
         # The library raises bare Exception, and panics derive from BaseException.
         foreign = type(error) is Exception or type(error).__name__ == "PanicException"
         if foreign or isinstance(error, ValueError | RecursionError) and str(path) not in str(error):
-            raise ValueError(f"{path}: {what} ({error})") from None
+            raise ValueError(f"{path}: not a usable tokenizer ({error})") from None
         raise

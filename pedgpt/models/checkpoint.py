@@ -18,66 +18,138 @@ from torch import Tensor
 
 from pedgpt.files import naming_full_disk, settle, sync, write_json
 from pedgpt.kernels.linear_logps import SHORTEST
-from pedgpt.models.config import ModelConfig, parse_json
+from pedgpt.models.config import ModelConfig
 from pedgpt.models.transformer import Transformer
-from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, WeightFile, weight_files
+from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, Weights, weight_files
 
-GENERATION = "generation_config.json"
+GENERATION, HEAD = "generation_config.json", "lm_head.weight"
 SHARD_BYTES = 5 * 2**30
 COMPARED = 2**20  # numbers of a trained tensor that are compared with those before training
-_DERIVED = "rotary_emb.inv_freq"  # stored by old checkpoints, computed here
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_model(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model of an HF folder, in evaluation mode. No code of the checkpoint is run.
+    """The model of an HF folder (safetensors, or else .bin), in evaluation mode; no code of the checkpoint is run.
 
-    `dtype` None keeps the stored one. Reads safetensors (one file, or shards with an index) and, where there are none,
-    `pytorch_model*.bin` with `weights_only=True`. On the CPU in the stored dtype, weights stay mapped from their
-    files, so loading is lazy and processes share them; otherwise they are copied piece by piece. With `device="meta"`
-    only config.json is read, for `load_weights` to fill the model after adapters are attached or ranks share it.
-    Raises ValueError that names the file and the keys for a missing, truncated or hostile file, for weights that are
-    missing, unexpected or misshapen, and for links that leave the folder.
+    `dtype` None keeps the stored one: on the CPU, weights then stay mapped from their files, so loading is lazy and
+    processes share them; otherwise they are copied piece by piece. With `device="meta"` only config.json is read, for
+    `load_weights` to fill the model later. Raises ValueError that names the file and the keys that are at fault.
     """
     config = ModelConfig.from_hf(folder)
-    if torch.device(device).type == "meta":
-        return _empty(config, dtype or config.dtype).eval()
-    files = _read_headers(Path(folder), config)
     model = _empty(config)
-    _fill(model, files, dtype, device)
+    if torch.device(device).type == "meta":
+        return model.to(dtype or config.dtype).eval()
+    load_weights(model, folder, dtype=dtype, device=device)
     return model.eval()
 
 
 def load_weights(
-    model: Transformer,
-    folder: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    model: Transformer, folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> None:
-    """Fill a model, which may be on the meta device and carry adapters, as `load_model` would.
+    """Fill a model as `load_model` would. It may be on the meta device; the adapters that it carries stay as they are.
 
     A model that `fully_shard` split over ranks gets only its own rows on each: no rank reads or holds the whole.
-    Adapters are left alone. Raises ValueError as `load_model`.
     """
-    _fill(model, _read_headers(Path(folder), model.config), dtype, device)
+    stored, expected = Weights(Path(folder)), _empty(model.config).state_dict()
+    if (tied := model.config.tie_word_embeddings) and HEAD not in stored.tensors:
+        del expected[HEAD]
+    missing = [key for key in expected if key not in stored.tensors]
+    unexpected = [key for key in stored.tensors if key not in expected]
+    misshapen = [
+        f"{stored.files[key].name}: {key} has the shape {list(tensor.shape)}, not {list(expected[key].shape)}"
+        for key, tensor in stored.tensors.items()
+        if tensor.shape != expected.get(key, tensor).shape
+    ]
+    told = _told("missing", missing, unexpected) + _told("unexpected", unexpected, missing)
+    if told := told + _told("misshapen", misshapen, ()):
+        raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(told)}")
+    weights: dict[str, Tensor] = {}
+    targets, places = model.state_dict(), {0}
+    for key in stored.tensors:
+        if tied and key == HEAD:
+            continue
+        weights[key] = _read(stored, key, targets[key], dtype, torch.device(device))
+        # A .bin may hold one tensor under two names; unless tied, they are two parameters.
+        if (place := _local(weights[key])[0].data_ptr()) in places:
+            weights[key] = weights[key].clone()
+        places.add(place)
+    model.load_state_dict(weights, assign=True, strict=False)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    if model.config.normalize_head:
+        _warn_of_zero_rows(model.lm_head.weight, folder)
 
 
 def save_model(
     model: Transformer,
     folder: str | Path,
     weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None,
+    config: ModelConfig | None = None,
 ) -> None:
     """Write config.json and the weights (shards of 5 GiB with an index) so that other tools load the folder.
 
-    `weights` replaces the model's own, for weights that come name by name from several ranks: at most one shard of
-    them is held. Each file is written under a temporary name, synced, and renamed when all are there. Raises
-    ValueError if adapters are attached: their weights are no part of the base layout.
+    `weights` and `config` replace the model's own; of weights that come name by name, at most one shard is held. Each
+    file is written under a temporary name, synced, and renamed when all are there. Raises ValueError for adapters.
     """
+    config, folder = config or model.config, Path(folder)
     weights = model.state_dict() if weights is None else weights
-    _write(model.config, Path(folder), weights.items() if isinstance(weights, Mapping) else weights)
+    parts: dict[Path, dict[str, torch.dtype]] = {}  # temporary files with what they hold
+    total = 0
+    try:
+        for shard in _shards(config, weights.items() if isinstance(weights, Mapping) else weights):
+            folder.mkdir(parents=True, exist_ok=True)
+            part = folder / f".{WEIGHTS}.{len(parts) + 1}.tmp"
+            parts[part] = {key: tensor.dtype for key, tensor in shard.items()}
+            total += sum(tensor.nbytes for tensor in shard.values())
+            with naming_full_disk(folder / WEIGHTS, total):
+                save_file(shard, part, metadata={"format": "pt"})
+                sync(part)  # every part is complete on the disk before the first one gets its name
+            shard.clear()
+    except BaseException:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+    count, live = len(parts), set()
+    with suppress(ValueError):  # a broken folder may be saved over
+        live = {file.name for file in weight_files(folder)}
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [WEIGHTS]
+    if count > 1 and live & set(names):  # never over a live shard
+        names = [name.replace(".", "-b.") for name in names]
+    for part, name in zip(parts, names, strict=True):
+        settle(part, folder / name)
+    # What counts is the index where there is one: with its change, or its end, the new weights take over at once.
+    if count > 1:
+        weight_map = {key: name for keys, name in zip(parts.values(), names, strict=True) for key in keys}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    dtype = min(str(dtype).removeprefix("torch.") for kept in parts.values() for dtype in kept.values())
+    # transformers reads "dtype" before the older "torch_dtype": neither may be left stale.
+    write_json(folder / "config.json", raw := {**config.to_hf(), "dtype": dtype, "torch_dtype": dtype})
+    if not (folder / GENERATION).exists():
+        ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
+        write_json(folder / GENERATION, {"_from_model_config": True, **ends})
+    for path in list(folder.iterdir()):
+        if re.fullmatch(r"model(-\d{5}-of-\d{5}(-b)?)?\.safetensors", path.name) and path.name not in names:
+            path.unlink()
+
+
+def _shards(config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """A model's weights in parts of SHARD_BYTES; ValueError for one that is not the model's, or that is missing."""
+    expected, tied = set(_empty(config).state_dict()), config.tie_word_embeddings
+    shard: dict[str, Tensor] = {}  # which the caller empties
+    for key, tensor in weights:
+        if key not in expected:
+            raise ValueError(f"the model carries weights beside its own ({key}, …): use save_adapter for adapters")
+        expected.discard(key)
+        if not (tied and key == HEAD):
+            if shard and sum(other.nbytes for other in shard.values()) + tensor.nbytes > SHARD_BYTES:
+                yield shard
+            shard[key] = tensor.detach().cpu().contiguous()
+    if missing := sorted(expected - ({HEAD} if tied else set())):
+        raise ValueError(f"the weights to save lack {', '.join(missing[:5])} ({len(missing)} in all)")
+    yield shard
 
 
 def round_weights(
@@ -85,57 +157,43 @@ def round_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield trained weights in the dtype to save; at the end, print how much of the training the rounding undid.
 
-    This is measured against the weights in the folder `since`, from which the training began. Nothing is printed if no
-    weight was rounded, or if the folder is gone.
+    It is measured against the folder `since`, from which the training began, in a sample of the rows of large tensors.
     """
-    start: dict[str, WeightFile] = {}
+    start = None
     with suppress(ValueError, OSError):  # the result is saved even where this cannot be measured
-        start = {key: file for file in map(WeightFile, weight_files(Path(since))) for key in file.tensors}
+        start = Weights(Path(since))
     totals = torch.zeros(4, dtype=torch.float64)
     for name, trained in weights:
         saved = trained.to(dtype)
-        if saved.dtype != trained.dtype and name in start:
+        known = start is not None and name in start.tensors and start.tensors[name].shape == trained.shape
+        if start and known and saved.dtype != trained.dtype:
             with suppress(ValueError, OSError):
-                totals += _rounding(trained, saved, start[name], name)
+                totals += _rounding(trained, saved, start.whole(name))
         yield name, saved
-    change, rounding, changed, undone = totals.tolist()
-    if change:
+    moved, rounded, changed, undone = totals.tolist()
+    if moved:
         kind = str(dtype).removeprefix("torch.")
         print(
-            f"saved in {kind}: rounding moved the weights by {(rounding / change) ** 0.5:.0%} of what training moved "
+            f"saved in {kind}: rounding moved the weights by {(rounded / moved) ** 0.5:.0%} of what training moved "
             f"them, and {undone / changed:.0%} of the trained numbers are saved as if untrained; "
             "--save_dtype float32 keeps them"
         )
 
 
-def _rounding(trained: Tensor, saved: Tensor, file: WeightFile, key: str) -> Tensor:
-    """Σ (trained − start)², Σ (saved − trained)², how many numbers changed, and how many of these are saved unchanged.
-
-    Of a large tensor 16 blocks of rows stand for the whole.
-    """
-    totals = torch.zeros(4, dtype=torch.float64)
-    if file.tensors[key][0] != trained.shape:
-        return totals
-    height = max(1, COMPARED // 16 // trained[:1].numel())
-    blocks = range(0, len(trained), max(height, len(trained) // 16))
-    seen = 0
-    for row in blocks:
-        rows = slice(row, min(row + height, len(trained)))
-        start = file.rows(key, rows.start, rows.stop).to(trained.dtype)
-        seen += len(start)
-        changed = trained[rows] != start
-        totals[0] += (trained[rows] - start).square().sum(dtype=torch.float64)
-        totals[1] += (saved[rows].to(trained.dtype) - trained[rows]).square().sum(dtype=torch.float64)
-        totals[2] += changed.sum()
-        totals[3] += (changed & (saved[rows] == start.to(saved.dtype))).sum()
-    return totals * len(trained) / seen
+def _rounding(trained: Tensor, saved: Tensor, start: Tensor) -> Tensor:
+    """Σ (trained − start)², Σ (saved − trained)², how many numbers changed, how many of them are saved as they were."""
+    step = max(1, min(len(trained), trained.numel() // COMPARED))
+    trained, saved, start = trained[::step], saved[::step], start[::step].to(trained.dtype)
+    changed = trained != start
+    undone = changed & (saved == start.to(saved.dtype))
+    parts = (trained - start).square(), (saved.to(trained.dtype) - trained).square(), changed, undone
+    return step * torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
 
 def export_llama(model: Transformer, folder: str | Path) -> None:
-    """Write a Baichuan 7B, which rotates, as the Llama it is: W_pack split into q, k and v, NormHead's rows normalised.
+    """Write a Baichuan 7B as the Llama it is: W_pack split into q, k and v, NormHead's rows normalised.
 
-    The folder needs no vendor code: transformers, vLLM or llama.cpp load it as a Llama with equal logits. Raises
-    ValueError for a model with ALiBi positions or of another family.
+    transformers, vLLM or llama.cpp load it without the vendor's code, with equal logits. Raises ValueError for ALiBi.
     """
     config = model.config
     if config.model_type != "baichuan" or config.positions != "rope":
@@ -143,8 +201,10 @@ def export_llama(model: Transformer, folder: str | Path) -> None:
         raise ValueError(f"only a Baichuan with rotary positions (7B) is a Llama by another name; this is {kind}")
     vendor = ("architectures", "auto_map", "tokenizer_class", "_name_or_path", "_from_model_config")
     extra = {key: value for key, value in config.extra.items() if key not in vendor}
-    changes: dict[str, Any] = {"model_type": "llama", "fused_qkv": False, "normalize_head": False}
-    changes |= {"tie_word_embeddings": config.tie_word_embeddings and not config.normalize_head, "extra": extra}
+    tied = config.tie_word_embeddings and not config.normalize_head
+    llama = dataclasses.replace(
+        config, model_type="llama", fused_qkv=False, normalize_head=False, tie_word_embeddings=tied, extra=extra
+    )
 
     def split() -> Iterator[tuple[str, Tensor]]:
         for key, tensor in model.state_dict().items():
@@ -154,228 +214,82 @@ def export_llama(model: Transformer, folder: str | Path) -> None:
             else:
                 yield key, model.head_weight() if key == HEAD else tensor
 
-    _write(dataclasses.replace(config, **changes), Path(folder), split())
+    save_model(model, folder, split(), llama)
 
 
 def model_fingerprint(folder: str | Path) -> str:
     """A short name of this model: of its config.json and its weight files, of large ones 4 KiB of each MiB."""
-    folder = Path(folder)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in weight_files(folder):
+    digest = hashlib.sha256(Path(folder, "config.json").read_bytes())
+    for file in weight_files(Path(folder)):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as handle:
-            digest.update(handle.read(64 * 2**20))
-            for place in range(64 * 2**20, size, 2**20):
+            for place in range(0, size, 2**20):
                 handle.seek(place)
-                digest.update(handle.read(4096))
+                digest.update(handle.read(2**20 if place < 2**26 else 4096))
     return digest.hexdigest()[:16]
 
 
 def weights_fingerprint(folder: str | Path) -> str:
     """A short name of a folder's weights: a checksum of the shape and one bfloat16 row of every tensor but the head.
 
-    It stays the same in another folder, in other files, with another config.json, and in a copy of another dtype
-    (float16 only of weights that were bfloat16); training changes it.
+    Training changes it. Other files, another config.json and another dtype do not (float16: if it was bfloat16 before).
     """
-    digest = hashlib.sha256()
-    found = {key: file for file in map(WeightFile, weight_files(Path(folder))) for key in file.tensors}
-    for key in sorted(found):
-        shape = found[key].tensors[key][0]
-        if shape and key != HEAD and not key.endswith(_DERIVED):  # a tied head may be stored or not
+    digest, stored = hashlib.sha256(), Weights(Path(folder))
+    for key in sorted(stored.tensors.keys() - {HEAD}):  # a tied head may be stored or not
+        if shape := stored.tensors[key].shape:
             rows = (shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else (0, shape[0])
-            part = found[key].rows(key, *rows).to(torch.bfloat16).contiguous()
+            part = stored.rows(key, *rows).to(torch.bfloat16).contiguous()
             part = part.masked_fill(part.abs() < 2**-14, 0)  # float16 has fewer digits there
             digest.update(f"{key} {list(shape)}".encode() + part.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _empty(config: ModelConfig, dtype: torch.dtype | None = None) -> Transformer:
+def _empty(config: ModelConfig) -> Transformer:
     with torch.device("meta"):
-        return Transformer(config).to(dtype)
+        return Transformer(config)
 
 
-def _read_headers(folder: Path, config: ModelConfig) -> list[WeightFile]:
-    """The weight files of a folder, once every key and shape in them is what config.json asks for."""
-    files = [WeightFile(file) for file in weight_files(folder)]
-    stored: dict[str, WeightFile] = {}
-    for file in files:
-        for key in file.tensors:
-            if key in stored:
-                raise ValueError(f"{file.file}: holds {key}, which {stored[key].file.name} holds too")
-            if not key.endswith(_DERIVED):
-                stored[key] = file
-    if config.num_hidden_layers > len(stored):
-        raise ValueError(f"{folder}: config.json asks for {config.num_hidden_layers} layers of {len(stored)} weights")
-    expected = _empty(config).state_dict()
-    missing = [key for key in expected if key not in stored and not (config.tie_word_embeddings and key == HEAD)]
-    unexpected = [key for key in stored if key not in expected]
-    misshapen = [
-        f"{stored[key].file.name}: {key} has the shape {list(stored[key].tensors[key][0])}, not {list(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in stored and stored[key].tensors[key][0] != tensor.shape
-    ]
-    if missing or unexpected or misshapen:
-        raise ValueError(f"{folder}: {_describe_mismatch(missing, unexpected, misshapen)}")
-    return files
+def _told(what: str, keys: Sequence[str], others: Sequence[str]) -> list[str]:
+    """How many keys of a kind there are, with the names of five and for each the nearest of the `others`."""
+    near = [difflib.get_close_matches(key[:200], others[:1000], n=1) for key in keys[:5]]
+    named = [f"{key} (nearest: {names[0]})" if names else key for key, names in zip(keys, near, strict=False)]
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return [f"{len(keys)} {what}: {', '.join(named)}{more}"] if keys else []
 
 
-def _fill(
-    model: Transformer, files: Sequence[WeightFile], dtype: torch.dtype | None, device: str | torch.device
-) -> None:
-    tied = model.config.tie_word_embeddings
-    targets = model.state_dict()
-    weights: dict[str, Tensor] = {}
-    places: set[int] = set()
-    for file in files:
-        for key in file.tensors:
-            if not key.endswith(_DERIVED) and not (tied and key == HEAD):
-                tensor = _read(file, key, targets[key], dtype, torch.device(device))
-                # A .bin may hold one tensor under two names; unless tied, they are two parameters.
-                place = 0 if _is_sharded(tensor) else tensor.data_ptr()
-                weights[key] = tensor.clone() if place and place in places else tensor
-                places.add(place)
-        file.close()
-    if tied:
-        weights[HEAD] = weights[EMBEDDING]
-    model.load_state_dict(weights, assign=True, strict=False)
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    if model.config.normalize_head:
-        _warn_of_zero_rows(model.lm_head.weight, files[0].file.parent)
+def _local(tensor: Any) -> tuple[Tensor, int]:
+    """What this rank holds of a tensor, and the number of its first row: FSDP2 splits rows as `torch.chunk` does."""
+    if not hasattr(tensor, "to_local"):  # it is no DTensor; importing that class takes 0.4 s and 40 MB
+        return tensor, 0
+    mesh = tensor.device_mesh
+    assert mesh.ndim == 1 and tensor.placements[0].is_shard(0), "expected rows split over one mesh dimension"
+    return tensor.to_local(), mesh.get_local_rank() * -(-len(tensor) // mesh.size())
 
 
-def _warn_of_zero_rows(weight: Any, folder: Path) -> None:
+def _read(stored: Weights, key: str, target: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """A stored tensor, or this rank's rows of it, in its final dtype and place, never with a second whole copy."""
+    dtype = dtype or stored.tensors[key].dtype
+    if _local(target)[0] is target and dtype == stored.tensors[key].dtype and device.type == "cpu":
+        return stored.whole(key)
+    tensor = torch.empty_like(target, dtype=dtype, device=device)
+    local, first = _local(tensor)
+    step = max(1, READ_BYTES // max(1, stored.tensors[key][:1].nbytes))
+    for row in range(0, len(local), step):
+        part = local[row : row + step]
+        part.copy_(stored.rows(key, first + row, first + row + len(part)))
+    return tensor
+
+
+def _warn_of_zero_rows(weight: Tensor, folder: str | Path) -> None:
     """Name the tokens whose row of a normalised head is zeros; of a sharded head each rank names its own."""
-    start = _local_rows(weight)[0]
-    local = weight.to_local() if _is_sharded(weight) else weight
-    lengths = [torch.linalg.vector_norm(rows.float(), dim=-1) for rows in local.detach().split(1024)]
-    if ids := [start + row for row in (torch.cat(lengths) < SHORTEST).nonzero().flatten().tolist()]:
+    local, first = _local(weight.detach())
+    lengths = torch.cat([torch.linalg.vector_norm(rows.float(), dim=-1) for rows in local.split(1024)])
+    if ids := [first + row for row in (lengths < SHORTEST).nonzero().flatten().tolist()]:
         named = f"{', '.join(map(str, ids[:5]))}{', …' * (len(ids) > 5)} ({len(ids)} in all)"
         warnings.warn(
             f"{folder}: the rows of lm_head.weight for the tokens {named} are zeros. A normalised head gives such "
-            "tokens the logit 0 and cannot train them. That is right for padding; where they are new tokens, fill "
-            "their rows first, with the mean of the other rows for example",
-            stacklevel=4,
+            "tokens the logit 0 and cannot train them: right for padding. Fill the rows of new tokens first, with the "
+            "mean of the other rows for example",
+            stacklevel=3,
         )
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, told without importing them: that takes 0.4 s and 40 MB."""
-    return hasattr(tensor, "to_local")
-
-
-def _read(file: WeightFile, key: str, target: Any, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-    """A stored tensor, or this rank's rows of it, in its final dtype and place, never with a second whole copy."""
-    shape, stored = file.tensors[key]
-    dtype = dtype or stored
-    start, stop = _local_rows(target)
-    if not _is_sharded(target) and dtype == stored and device.type == "cpu":
-        return file.whole(key)
-    local = torch.empty(stop - start, *shape[1:], dtype=dtype, device=device)
-    step = max(1, READ_BYTES // max(1, shape[1:].numel() * stored.itemsize))
-    for row in range(start, stop, step):
-        end = min(row + step, stop)
-        local[row - start : end - start].copy_(file.rows(key, row, end))
-    if not _is_sharded(target):
-        return local
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        local, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
-    )
-
-
-def _local_rows(target: Any) -> tuple[int, int]:
-    """Which rows of a tensor this rank keeps: FSDP2 splits the first dimension as `torch.chunk` does."""
-    if not _is_sharded(target):
-        return 0, len(target)
-    mesh = target.device_mesh
-    if mesh.ndim != 1 or not target.placements[0].is_shard(0):
-        raise ValueError(f"weights sharded as {target.placements} cannot be loaded; expected one mesh dimension, rows")
-    size = -(-len(target) // mesh.size())
-    start = min(mesh.get_local_rank() * size, len(target))
-    return start, min(start + size, len(target))
-
-
-def _write(config: ModelConfig, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
-    expected = set(_empty(config).state_dict())
-    parts: list[tuple[Path, list[str]]] = []  # temporary files with what they hold
-    shard: dict[str, Tensor] = {}
-    size = total = 0
-    dtypes = set()
-
-    def flush() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{WEIGHTS}.{len(parts) + 1}.tmp"
-        parts.append((part, list(shard)))
-        with naming_full_disk(folder / WEIGHTS, total):
-            save_file(shard, part, metadata={"format": "pt"})
-        shard.clear()
-
-    try:
-        for key, tensor in weights:
-            if key not in expected:
-                raise ValueError(f"the model carries weights beside its own ({key}, …): use save_adapter for adapters")
-            expected.discard(key)
-            if config.tie_word_embeddings and key == HEAD:
-                continue
-            if size and size + tensor.nbytes > SHARD_BYTES:
-                flush()
-                size = 0
-            shard[key] = tensor.detach().cpu().contiguous()
-            size, total = size + tensor.nbytes, total + tensor.nbytes
-            dtypes.add(str(tensor.dtype).removeprefix("torch."))
-        if missing := sorted(expected - ({HEAD} if config.tie_word_embeddings else set())):
-            raise ValueError(f"{folder}: the weights to save lack {', '.join(missing[:5])} ({len(missing)} in all)")
-        flush()
-        for part, _ in parts:
-            sync(part)  # every part is complete on the disk before the first one gets its name
-    except BaseException:
-        for part, _ in parts:
-            part.unlink(missing_ok=True)
-        raise
-    count, live = len(parts), _live_shards(folder)
-    tag = "-b" if any(not name.endswith("-b.safetensors") for name in live) else ""  # never over a live shard
-    names = [f"model-{i + 1:05d}-of-{count:05d}{tag}.safetensors" for i in range(count)] if count > 1 else [WEIGHTS]
-    for (part, _), name in zip(parts, names, strict=True):
-        settle(part, folder / name)
-    # What counts is the index where there is one: with its change, or its end, the new weights take over at once.
-    if count > 1:
-        weight_map = {key: name for (_, keys), name in zip(parts, names, strict=True) for key in keys}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    else:
-        (folder / INDEX).unlink(missing_ok=True)
-    dtype = sorted(dtypes)[0]  # transformers reads "dtype" before the older "torch_dtype": neither may be left stale
-    raw: dict[str, Any] = {**config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
-    write_json(folder / "config.json", raw)
-    if not (folder / GENERATION).exists():
-        ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
-        write_json(folder / GENERATION, {"_from_model_config": True, **ends})
-    ours = re.compile(r"model(-\d{5}-of-\d{5}(-b)?)?\.safetensors")
-    for stale in {path.name for path in folder.iterdir() if ours.fullmatch(path.name)} - set(names):
-        (folder / stale).unlink()
-
-
-def _live_shards(folder: Path) -> set[str]:
-    """The files that the folder's index names; none if it is broken."""
-    with suppress(ValueError):
-        if (folder / INDEX).is_file() and isinstance(named := parse_json(folder / INDEX).get("weight_map"), dict):
-            return set(map(str, named.values()))
-    return set()
-
-
-def _describe_mismatch(missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
-    parts = []
-    for label, keys, others in (("missing", missing, unexpected), ("unexpected", unexpected, missing)):
-        if keys:
-            named = []
-            for key in keys[:5]:
-                near = difflib.get_close_matches(key[:200], others[:1000], n=1)
-                named.append(f"{key} (nearest: {near[0]})" if near else key)
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            parts.append(f"{len(keys)} {label}: {', '.join(named)}{more}")
-    if misshapen:
-        more = f" and {len(misshapen) - 5} more" if len(misshapen) > 5 else ""
-        parts.append(f"{len(misshapen)} misshapen: {', '.join(misshapen[:5])}{more}")
-    return "the weights do not fit config.json; " + "; ".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,23 +9,23 @@ from typing import Any
 
 import torch
 
-ARCHITECTURES = {
-    "baichuan": "BaichuanForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",  # Llama's network; only one without a sliding window is supported
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-# A Baichuan's config.json has no key for its positions and its head: only the vendor's sizes tell them.
-BAICHUAN_POSITIONS = {4096: "rope", 5120: "alibi"}  # by hidden_size: 7B and 13B
-BAICHUAN_NORM_HEAD = {64_000: False, 125_696: True}  # by vocab_size: Baichuan-1 and Baichuan2
-
-# Beyond these no checkpoint is real, and the sizes of its tensors overflow.
-MAX_SIZE, MAX_LAYERS = 2**24, 1024
+from pedgpt.files import own_file, read_object
+from pedgpt.models.families import FAMILIES
 
 # Our own keys in config.json. They override what the family and the sizes imply, which small models cannot show.
-POSITIONS_KEY = "pedgpt_positions"
-NORM_HEAD_KEY = "pedgpt_norm_head"
+POSITIONS_KEY, NORM_HEAD_KEY = "pedgpt_positions", "pedgpt_norm_head"
+OWN_KEYS = {"positions": POSITIONS_KEY, "normalize_head": NORM_HEAD_KEY}
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# What transformers takes for a key that is missing.
+DEFAULTS = {"hidden_act": "silu", "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
+# Beyond these no checkpoint is real, and the sizes of its tensors overflow.
+MAX_SIZE, MAX_LAYERS = 2**24, 1024
+ROPE_SCALING = {  # the numbers that each type needs
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ class ModelConfig:
     """The sizes and switches of one decoder, in the spelling of HF's config.json.
 
     `positions` is "rope" or "alibi"; `normalize_head` is Baichuan2's NormHead; `fused_qkv` is Baichuan's `W_pack`;
-    `rope_scaling` holds the checkpoint's dictionary or None; `extra` keeps the keys that the network does not need, so
-    that saving loses none of them.
+    `extra` keeps the keys that the network does not need. Raises ValueError for values that no network can have.
     """
 
     model_type: str
@@ -62,279 +60,169 @@ class ModelConfig:
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "max_position_embeddings",
-        )  # fmt: skip
-        for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"config.json: {name} must be a positive integer, found {value!r}")
-            if value > (limit := MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE):
-                raise ValueError(f"config.json: {name} is {value}, more than {limit}")
-        if self.num_attention_heads * self.head_dim > MAX_SIZE:
-            raise ValueError(f"config.json: {self.num_attention_heads} heads of {self.head_dim} exceed {MAX_SIZE}")
-        _check_family(self.model_type)
-        for name in ("rms_norm_eps", "initializer_range", "rope_theta"):
-            _check_number(name, getattr(self, name))
-        if self.rope_scaling:
-            for key in _ROPE_SCALING[self.rope_scaling["rope_type"]]:
-                _check_number(f"rope_scaling {key}", self.rope_scaling[key], positive=True)
-            if self.rope_scaling["rope_type"] == "yarn":
-                for key in _YARN_OPTIONS:
-                    if self.rope_scaling.get(key) is not None:
-                        _check_number(f"rope_scaling {key}", self.rope_scaling[key])
-                if self.rope_theta <= 1:
-                    raise ValueError(f"config.json: yarn needs a rope_theta above 1, found {self.rope_theta}")
-            if self.rope_scaling["rope_type"] == "llama3":
-                low, high = self.rope_scaling["low_freq_factor"], self.rope_scaling["high_freq_factor"]
-                if high <= low:
-                    raise ValueError(f"config.json: rope_scaling needs high_freq_factor above {low}, found {high}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.positions not in ("rope", "alibi"):
-            raise ValueError(f'config.json: {POSITIONS_KEY} must be "rope" or "alibi", found {self.positions!r}')
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"config.json: rotary positions need an even head_dim, found {self.head_dim}")
-        if self.fused_qkv and self.num_key_value_heads != self.num_attention_heads:
-            raise ValueError("config.json: W_pack (baichuan) needs as many key-value heads as attention heads")
+        for item in fields(self):
+            if item.type in KINDS:
+                _check(OWN_KEYS.get(item.name, item.name), getattr(self, item.name), str(item.type))
+        heads, groups, size = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        rotates = self.positions == "rope"
+        for fits, message in (
+            (self.model_type in FAMILIES, f"model_type {self.model_type!r} is not supported"),
+            (self.num_hidden_layers <= MAX_LAYERS, f"num_hidden_layers is above {MAX_LAYERS}"),
+            (heads * size <= MAX_SIZE, f"{heads} heads of {size} exceed {MAX_SIZE}"),
+            (heads % groups == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"),
+            (rotates or self.positions == "alibi", f'{POSITIONS_KEY} is no "rope" or "alibi", but {self.positions!r}'),
+            (not rotates or size % 2 == 0, f"rotary positions need an even head_dim, found {size}"),
+            (heads == groups or not self.fused_qkv, "W_pack needs as many key-value heads as attention heads"),
+        ):
+            _require(fits, message)
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
-        """Read a checkpoint folder, a config.json, or its dictionary: Baichuan 1/2, Llama 2/3, Mistral, Qwen2/2.5/3.
+        """Read a checkpoint folder, a config.json, or its dictionary.
 
-        Raises ValueError for a missing or broken file, an unknown family, missing keys, a Baichuan of other sizes than
-        the vendor's without our own keys, or features of the checkpoint that would silently change its outputs if
-        ignored (a sliding window that is used, unknown `rope_scaling`).
+        Raises ValueError that says what to change if the file is missing or broken, or if a feature of the checkpoint
+        would silently change its outputs if ignored (a sliding window that is used, unknown `rope_scaling`).
         """
-        raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
-        family = _check_family(raw.get("model_type"))
-        for key in ("quantization_config", "dual_chunk_attention_config"):
-            if raw.get(key):
-                raise ValueError(f"config.json: {key} is set; such a checkpoint is not supported")
-        if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
-            raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported, only 'silu' or 'swish'")
-        missing = [
-            key
-            for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-            if key not in raw
-        ]
-        if missing:
-            raise ValueError(f"config.json: missing {', '.join(missing)} (found: {', '.join(sorted(raw))})")
-
-        _refuse_sliding_window(family, raw)
-        hidden, heads, vocab = raw["hidden_size"], raw["num_attention_heads"], raw["vocab_size"]
-        head_dim = raw.get("head_dim", 128 if family == "qwen3" else None)  # Qwen3's default is no quotient
-        if head_dim is None:
-            if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
-                raise ValueError(f"config.json: hidden_size {hidden!r} is no multiple of num_attention_heads {heads!r}")
-            head_dim = hidden // heads
-        theta, scaling = _rope_settings(raw)
-        baichuan = family == "baichuan"
-        positions, normalize_head = _own_switches(raw, baichuan)
+        if not isinstance(source, Mapping):
+            path = Path(source, "config.json") if Path(source).is_dir() else Path(source)
+            if own_file(path.parent, path.name) is None:
+                raise ValueError(f"{path}: no such file; expected a model folder with config.json")
+            source = read_object(path.parent, path.name)
+        name: Any = source.get("model_type")
+        known = isinstance(name, str) and name in FAMILIES
+        _require(known, f"model_type {name!r} is not supported; expected one of {', '.join(FAMILIES)}")
+        missing = [key for key in REQUIRED if key not in source]
+        _require(not missing, f"missing {', '.join(missing)} (found: {', '.join(sorted(map(str, source)))})")
+        family = FAMILIES[name]
+        raw = {**DEFAULTS, **family.defaults, **source}
+        for key in REQUIRED:
+            _check(key, raw[key], "int")
+        _refuse_features(raw)
+        hidden, heads, size = raw["hidden_size"], raw["num_attention_heads"], raw.get("head_dim")
+        divides = size is not None or hidden % heads == 0
+        _require(divides, f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        values: dict[str, Any] = {key: raw.get(key) or False for key in ("tie_word_embeddings", *family.biases)}
+        values |= {"attention_output_bias": values.get("attention_bias", False), **family.network}
+        values |= {key: raw[key] for key in (*REQUIRED, "rms_norm_eps", "initializer_range") if key in raw}
+        for key, told in family.by_size.items():
+            values |= told.get(raw[key], {})
+        values |= {name: raw[key] for name, key in OWN_KEYS.items() if raw.get(key) is not None}
+        _require(not family.by_size or OWN_KEYS.keys() <= values.keys(), _UNKNOWN_SIZE.format_map(raw))
         return cls(
-            model_type=family,
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
-            head_dim=head_dim,
+            model_type=name,
+            num_key_value_heads=heads if (groups := raw.get("num_key_value_heads")) is None else groups,
+            head_dim=hidden // heads if size is None else size,
             max_position_embeddings=raw.get("max_position_embeddings") or raw.get("model_max_length") or 4096,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            initializer_range=raw.get("initializer_range", 0.02),
-            positions=positions,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
-            normalize_head=normalize_head,
-            fused_qkv=baichuan,
-            # Qwen2 has biases on q, k and v and none on o; no key of its config says so.
-            attention_bias=family == "qwen2" or (family in ("llama", "qwen3") and _flag(raw, "attention_bias")),
-            attention_output_bias=family in ("llama", "qwen3") and _flag(raw, "attention_bias"),
-            mlp_bias=family == "llama" and _flag(raw, "mlp_bias"),
-            qk_norm=family == "qwen3",
-            extra={key: value for key, value in raw.items() if key not in _READ_KEYS},
+            extra={key: value for key, value in source.items() if key not in _READ_KEYS},
+            **values,
+            **_rope_settings(raw),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json of this model: what it was read from, with the values that pedgpt understands."""
-        raw: dict[str, Any] = {"architectures": [ARCHITECTURES[self.model_type]], "model_type": self.model_type}
-        if self.model_type == "mistral":
-            raw["sliding_window"] = None  # where the key is missing, transformers takes 4096
-        raw |= self.extra
-        for name in _SHARED_KEYS:
-            raw[name] = getattr(self, name)
-        raw["hidden_act"] = "silu"
+        family = FAMILIES[self.model_type]
+        raw = {"architectures": [family.architecture], "model_type": self.model_type, **family.written, **self.extra}
+        keys = ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range")
+        raw |= {key: getattr(self, key) for key in (*REQUIRED, *keys, "tie_word_embeddings", *family.biases)}
+        raw |= {"hidden_act": "silu", family.length_key: self.max_position_embeddings}
         if self.positions == "rope":
-            raw["rope_theta"] = self.rope_theta
-            raw["rope_scaling"] = dict(self.rope_scaling) if self.rope_scaling else None
-        if self.model_type in ("llama", "qwen3"):
-            raw["attention_bias"] = self.attention_bias
-        if self.model_type == "llama":
-            raw["mlp_bias"] = self.mlp_bias
-        if self.model_type == "baichuan":
-            raw["model_max_length"] = self.max_position_embeddings
-        if self.model_type == "baichuan" or self.positions != "rope" or self.normalize_head:
-            raw[POSITIONS_KEY] = self.positions
-            raw[NORM_HEAD_KEY] = self.normalize_head
+            raw |= {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling and dict(self.rope_scaling)}
+        if family.by_size or self.positions != "rope" or self.normalize_head:
+            raw |= {key: getattr(self, name) for name, key in OWN_KEYS.items()}
         return raw
 
     @property
     def dtype(self) -> torch.dtype:
         """What config.json says the weights are stored in; float32 where it says nothing."""
         name = str(self.extra.get("dtype") or self.extra.get("torch_dtype") or "float32").removeprefix("torch.")
-        if name not in ("float64", "float32", "float16", "bfloat16"):
-            raise ValueError(f"config.json: dtype {name!r} is not supported")
+        _require(name in ("float64", "float32", "float16", "bfloat16"), f"dtype {name!r} is not supported")
         return getattr(torch, name)
 
     def check_length(self, tokens: int) -> None:
         """Raise ValueError if rows of so many tokens are longer than the model's positions reach."""
-        if tokens > self.max_position_embeddings:
-            reach = self.max_position_embeddings
-            hint = ", or raise that key of config.json to what rope_scaling reaches" if self.rope_scaling else ""
-            raise ValueError(
-                f"row_length {tokens} exceeds the model's max_position_embeddings, {reach}; lower it{hint}"
-            )
+        hint = ", or raise that key of config.json to what rope_scaling reaches" if self.rope_scaling else ""
+        if tokens > (reach := self.max_position_embeddings):
+            what = f"row_length {tokens} exceeds the model's max_position_embeddings, {reach}"
+            raise ValueError(f"{what}; lower it{hint}")
 
 
-_SHARED_KEYS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range",
-    "tie_word_embeddings",
-)  # fmt: skip
-_READ_KEYS = {f.name for f in fields(ModelConfig)} | {
-    "rope_parameters", "hidden_act", POSITIONS_KEY, NORM_HEAD_KEY, "model_max_length",
+_READ_KEYS = {item.name for item in fields(ModelConfig)} | {
+    "rope_parameters", "hidden_act", "model_max_length", *OWN_KEYS.values(),
 }  # fmt: skip
-
-
-_ROPE_SCALING = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
+_UNKNOWN_SIZE = (
+    "hidden_size {hidden_size} with vocab_size {vocab_size} is no Baichuan that the vendor published (4096 or 5120 "
+    f'with 64000 or 125696), so it is not guessed. Add to config.json "{POSITIONS_KEY}": "rope" if the model comes '
+    f'from a 7B, "alibi" if from a 13B; and "{NORM_HEAD_KEY}": true if from a Baichuan2, false if from a Baichuan-1'
+)
+KINDS = {  # of values in config.json: their types in Python, the least and the largest, and what an error calls them
+    "int": ((int,), 1, MAX_SIZE, "a positive integer"),
+    "float": ((int, float), 0, 2**53 - 1, "a number of at least 0"),
+    "bool": ((bool,), False, True, "true or false"),
 }
-_YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
-def _check_number(name: str, value: Any, positive: bool = False) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 2**53:  # NaN compares false
-        raise ValueError(f"config.json: {name} must be a number of at least 0 and below 2**53, found {value!r}")
-    if positive and value == 0:
-        raise ValueError(f"config.json: {name} must be positive, found {value!r}")
-    return float(value)
+def _require(condition: object, message: str) -> None:
+    if not condition:
+        raise ValueError(f"config.json: {message}")
 
 
-def _check_family(family: Any) -> str:
-    if not isinstance(family, str) or family not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"config.json: model_type {family!r} is not supported; expected one of {known}")
-    return family
+def _check(key: str, value: Any, kind: str) -> None:
+    """ValueError unless a value is of its kind and in the kind's range."""
+    types, least, largest, expected = KINDS[kind]
+    fits = type(value) in types and least <= value <= largest  # NaN compares false
+    above = f", above {largest}" if type(value) in types and value > largest else ""
+    _require(fits, f"{key} must be {expected}, found {value!r}{above}")
 
 
-def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    """A switch of config.json; false where it is missing or null."""
-    value = raw.get(key) or False
-    if not isinstance(value, bool):
-        raise ValueError(f"config.json: {key} must be true or false, found {value!r}")
-    return value
+def _refuse_features(raw: Mapping[str, Any]) -> None:
+    """ValueError for what would change the outputs if it were ignored; a window that no layer uses is accepted."""
+    for key in ("quantization_config", "dual_chunk_attention_config"):
+        _require(not raw.get(key), f"{key} is set; such a checkpoint is not supported")
+    activation, kinds = raw["hidden_act"], raw.get("layer_types") or []
+    _require(activation in ("silu", "swish"), f"hidden_act {activation!r} is not supported, only 'silu' or 'swish'")
+    full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+    _require(full, f"layer_types is {kinds!r}; only full_attention is supported")
+    window, reach, first = raw["sliding_window"], raw.get("max_position_embeddings"), raw["max_window_layers"]
+    used = raw["use_sliding_window"] or False
+    _check("use_sliding_window", used, "bool")
+    used = used and window is not None and not kinds
+    used = used and not (type(first) is int and first >= raw["num_hidden_layers"])
+    used = used and not (type(window) is type(reach) is int and window >= reach)
+    fix = 'if no layer uses it, write "sliding_window": null and "use_sliding_window": false'
+    _require(not used, f"a sliding window of {window!r} tokens is used, which is not supported; {fix}")
 
 
-def _own_switches(raw: Mapping[str, Any], baichuan: bool) -> tuple[str, bool]:
-    """(positions, normalize_head) by our own keys, or of a Baichuan by the vendor's sizes; nothing else is guessed."""
-    positions, norm_head = raw.get(POSITIONS_KEY), raw.get(NORM_HEAD_KEY)
-    hidden, vocab = raw["hidden_size"], raw["vocab_size"]
-    if positions is None:
-        positions = next((kind for size, kind in BAICHUAN_POSITIONS.items() if size == hidden), None)
-        positions = positions if baichuan else "rope"
-    if norm_head is None:
-        norm_head = next((kind for size, kind in BAICHUAN_NORM_HEAD.items() if size == vocab), None)
-        norm_head = norm_head if baichuan else False
-    if positions is None or norm_head is None:
-        raise ValueError(
-            f"config.json: hidden_size {hidden!r} with vocab_size {vocab!r} is no Baichuan that the vendor published "
-            "(4096 or 5120 with 64000 or 125696), so its positions and its head are not known. Add to config.json "
-            f'"{POSITIONS_KEY}": "rope" if the model comes from a 7B, "alibi" if from a 13B; and "{NORM_HEAD_KEY}": '
-            "true if it comes from a Baichuan2 (also with a resized vocabulary), false if from a Baichuan-1"
-        )
-    return positions, _flag({NORM_HEAD_KEY: norm_head}, NORM_HEAD_KEY)
-
-
-def _refuse_sliding_window(family: str, raw: Mapping[str, Any]) -> None:
-    """ValueError if a layer attends to fewer tokens than a text may have; a window that no layer uses is accepted.
-
-    A missing key counts as in transformers: `sliding_window` is 4096, `max_window_layers` 28.
-    """
-    kinds = raw.get("layer_types") or []
-    if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}:
-        raise ValueError(f"config.json: layer_types is {kinds!r}; only full_attention is supported")
-    window = raw.get("sliding_window", 4096)
-    if family == "mistral":
-        used, fix = window is not None, 'if the checkpoint has no window, write "sliding_window": null'
-    else:
-        first = raw.get("max_window_layers", 28)
-        layers = raw["num_hidden_layers"]
-        inside = isinstance(first, int) and isinstance(layers, int) and first >= layers
-        used = _flag(raw, "use_sliding_window") and window is not None and not kinds and not inside
-        fix = 'if no layer uses it, write "use_sliding_window": false'
-    reach = raw.get("max_position_embeddings")
-    if used and not (isinstance(window, int) and isinstance(reach, int) and window >= reach):
-        raise ValueError(f"config.json: a sliding window of {window!r} tokens is used, which is not supported; {fix}")
-
-
-def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling) from either spelling: `rope_theta` + `rope_scaling`, or the newer `rope_parameters`."""
+def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` from either spelling: these two keys, or the newer `rope_parameters`."""
     for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(raw.get(key) or {}, Mapping):
-            raise ValueError(f"config.json: {key} must be an object, found {raw[key]!r}")
+        _require(isinstance(raw.get(key) or {}, Mapping), f"{key} must be an object, found {raw.get(key)!r}")
     parameters = raw.get("rope_parameters") or {}
     scaling = dict(raw.get("rope_scaling") or parameters)
-    if any(isinstance(value, Mapping) for value in scaling.values()):
-        raise ValueError("config.json: rope_parameters differ from layer to layer, which is not supported")
+    nested = any(isinstance(value, Mapping) for value in scaling.values())
+    _require(not nested, "rope_parameters differ from layer to layer, which is not supported")
     theta = scaling.pop("rope_theta", None) or parameters.get("rope_theta") or raw.get("rope_theta") or 10_000.0
+    _check("rope_theta", theta, "float")
     kind = scaling.pop("type", None)
     kind = scaling.setdefault("rope_type", kind or "default")
     if kind == "default":
-        return _check_number("rope_theta", theta, positive=True), None
-    if not isinstance(kind, str) or kind not in _ROPE_SCALING:
-        known = ", ".join(_ROPE_SCALING)
-        raise ValueError(f"config.json: rope_scaling type {kind!r} is not supported; one of default, {known}")
+        return {"rope_theta": theta}
+    known = isinstance(kind, str) and kind in ROPE_SCALING
+    _require(known, f"rope_scaling type {kind!r} is not supported; one of default, {', '.join(ROPE_SCALING)}")
     if kind == "yarn":  # as transformers reads it
-        outside = raw.get("original_max_position_embeddings")
-        length = outside or scaling.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
-        scaling["original_max_position_embeddings"] = length
-    missing = [key for key in _ROPE_SCALING[kind] if key not in scaling]
-    if missing:
-        raise ValueError(f"config.json: rope_scaling of type {kind!r} lacks {', '.join(missing)}")
-    return _check_number("rope_theta", theta, positive=True), scaling
+        length = "original_max_position_embeddings"
+        scaling[length] = raw.get(length) or scaling.get(length) or raw.get("max_position_embeddings")
+        _require(theta > 1, f"yarn needs a rope_theta above 1, found {theta}")
+    missing = [key for key in ROPE_SCALING[kind] if not scaling.get(key)]
+    _require(not missing, f"rope_scaling of type {kind!r} lacks {', '.join(missing)}, above 0")
+    for key in ROPE_SCALING[kind] + YARN_OPTIONS * (kind == "yarn"):
+        _check(f"rope_scaling {key}", 0 if scaling.get(key) is None else scaling[key], "float")
+    low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
+    _require(kind != "llama3" or low < high, f"rope_scaling needs high_freq_factor above {low}, found {high}")
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def inside_folder(path: Path) -> Path:
-    """`path`, unless it is a link that leaves its folder: then ValueError. A hub cache keeps its files in `blobs`."""
-    folder = path.parent.resolve()
-    allowed = [folder] + ([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])
-    target = path.resolve()
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise ValueError(f"{path}: a link that leaves its folder, to {target}; copy the file in if you trust it")
-    return path
+inside_folder = Path
 
 
 def parse_json(file: Path) -> dict[str, Any]:
-    """The JSON object of a file; ValueError that names it for anything else."""
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of which JSONDecodeError and UnicodeDecodeError are kinds
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")
-    return raw
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; expected a model folder with config.json")
-    return parse_json(inside_folder(file))
+    return read_object(file.parent, file.name)

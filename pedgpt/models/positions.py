@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 
 def rotary_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions [B, T], each [B, 1, T, K] in `dtype`, with the checkpoint's scaling."""
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, positions.device)
-    return rope_tables(positions, frequencies, dtype, attention_factor(config.rope_scaling))
+    """cos and sin for positions [B, T], each [B, 1, T, K], computed in float32 and rounded to `dtype` at the end."""
+    scaling = config.rope_scaling
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
+    angles = positions[:, None, :, None].float() * torch.cat((frequencies, frequencies))
+    factor = attention_factor(scaling)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def rope_frequencies(
@@ -32,29 +35,26 @@ def rope_frequencies(
     f' = (1 − s) f/factor + s f. "yarn" (Peng et al. 2023) keeps what turns more than `beta_fast` times over the
     original length, divides by `factor` what turns less than `beta_slow` times, and ramps between their dimensions.
     """
-    exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
-    frequencies = 1.0 / theta**exponents
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     if scaling is None:
         return frequencies
-    factor = scaling["factor"]
     if scaling["rope_type"] == "linear":
-        return frequencies / factor
-    if scaling["rope_type"] == "yarn":
-        length = scaling["original_max_position_embeddings"]
-        bounds: list[float] = [
-            head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return frequencies / scaling["factor"]
+    original = scaling["original_max_position_embeddings"]
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        divided = 1 - ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    else:
+        first, last = (
+            head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
             for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
-        ]
+        )
         if scaling.get("truncate", True):
-            bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
-        first, last = max(bounds[0], 0), min(bounds[1], head_dim - 1)
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
         index = torch.arange(head_dim // 2, device=device).float()
         divided = ((index - first) / (last - first if last != first else 0.001)).clamp(0, 1)
-        return frequencies / factor * divided + frequencies * (1 - divided)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # original / wavelength
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * frequencies / factor + smooth * frequencies
+    return frequencies / scaling["factor"] * divided + frequencies * (1 - divided)
 
 
 def attention_factor(scaling: Mapping[str, Any] | None) -> float:
@@ -66,15 +66,6 @@ def attention_factor(scaling: Mapping[str, Any] | None) -> float:
     growth = 0.1 * math.log(max(1, scaling["factor"]))
     above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
     return (above * growth + 1) / (below * growth + 1) if above and below else growth + 1
-
-
-def rope_tables(
-    positions: Tensor, frequencies: Tensor, dtype: torch.dtype, factor: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """factor × cos and sin of position × frequency, each [B, 1, T, K], computed in float32 and rounded to `dtype`."""
-    angles = positions[:, None, :, None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
-    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

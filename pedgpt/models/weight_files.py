@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import pickletools
 import re
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from pedgpt.models.config import inside_folder, parse_json
+from pedgpt.files import own_file, read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -25,101 +24,93 @@ READ_BYTES = 64 * 2**20  # how much of a file stays mapped while parts of it are
 _PLAIN_GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 
 
-class WeightFile:
-    """One .safetensors or .bin file, mapped into memory; the library that owns the format checks header and pickle.
+class Weights:
+    """The tensors in a folder's weight files: `tensors` are on the meta device, and their numbers are read when asked.
 
-    `tensors` maps each key to its shape and dtype. Raises ValueError that names the file if it is truncated, if its
-    header lies, if it carries more than tensors, or if a tensor is not of a floating-point dtype.
+    Files are mapped one at a time by the library that owns the format, which checks their headers and pickles. Raises
+    ValueError that names a file if it is damaged, if it lies, or if it holds other things than floating-point tensors.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, Path] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self._file, self._read = Path(), 0
         self._handle: Any = None
-        self._read = 0
-        self.tensors: dict[str, tuple[torch.Size, torch.dtype]] = {}
-        with self._opened() as handle:
-            for key in handle.offset_keys():
-                tensor = handle.get_tensor(key)
+        for file in weight_files(folder):
+            with self._opened(file) as handle:
+                found = {key: handle.get_tensor(key) for key in handle.offset_keys()}
+            for key, tensor in found.items():
                 if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
                     kind = str(tensor.dtype).removeprefix("torch.")
                     raise ValueError(f"{file}: {key} is stored as {kind}; quantized weights are not supported")
-                self.tensors[key] = tensor.shape, tensor.dtype
+                if key in self.files:
+                    raise ValueError(f"{file}: holds {key}, which {self.files[key].name} holds too")
+                if not key.endswith("rotary_emb.inv_freq"):  # stored by old checkpoints, computed here
+                    self.files[key], self.tensors[key] = file, tensor.to("meta")
 
     def whole(self, key: str) -> Tensor:
-        """A tensor as it lies in the file: pages are read when touched, and changes stay in memory."""
-        with self._opened() as handle:
+        """A tensor as it lies in its file: pages are read when touched, and changes stay in memory."""
+        with self._opened(self.files[key]) as handle:
             return handle.get_tensor(key)
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         """Rows start ≤ i < stop of a tensor, to be copied at once: the mapping goes when enough has been read."""
-        shape, dtype = self.tensors[key]
         if self._read > READ_BYTES:
-            self.close()
-        self._read += (stop - start) * shape[1:].numel() * dtype.itemsize
-        with self._opened() as handle:
+            self._file, self._handle = Path(), None
+        with self._opened(self.files[key]) as handle:
+            self._read += self.tensors[key][start:stop].nbytes
             return handle.get_slice(key)[start:stop]
 
-    def close(self) -> None:
-        """Give the mapping back; tensors from `whole` keep theirs."""
-        self._handle, self._read = None, 0
-
     @contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _opened(self, file: Path) -> Iterator[Any]:
         try:
-            if self._handle is None:
-                self._handle = _BinReader(self.file) if self.file.suffix == ".bin" else safe_open(self.file, "pt")
+            if self._file != file:
+                handle = _BinReader(file) if file.suffix == ".bin" else safe_open(file, "pt")
+                self._file, self._handle, self._read = file, handle, 0
             yield self._handle
+        except _Refused as error:
+            raise ValueError(f"{file}: {error}") from None
         except pickle.UnpicklingError:
-            raise ValueError(f"{self.file}: holds more than weights, or is damaged; only safe files are read") from None
-        except (SafetensorError, OSError, RuntimeError, EOFError, MemoryError, OverflowError) as error:
-            raise ValueError(f"{self.file}: cannot be read as weights, the file may be truncated ({error})") from None
+            raise ValueError(f"{file}: holds more than weights, or is damaged; only safe files are read") from None
+        except Exception as error:  # a damaged pickle raises whatever its instructions now do
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{file}: cannot be read as weights, the file may be truncated ({reason})") from None
 
 
-class _BinReader:
-    """A torch.save file with the methods of `safe_open`."""
+class _Refused(Exception):
+    """What is wrong with a file that can be read."""
+
+
+class _BinReader(dict[str, Tensor]):
+    """The tensors of a torch.save file, with the methods of `safe_open`.
+
+    Refuses what torch's weights_only unpickler allows and no state dict needs. It runs no code, yet would call
+    `bytearray(10**12)`, inflate whatever is compressed, and hash or print any nesting.
+    """
+
+    offset_keys, get_tensor, get_slice = dict.keys, dict.__getitem__, dict.__getitem__
 
     def __init__(self, file: Path) -> None:
-        try:
-            if not zipfile.is_zipfile(file):
-                raise OSError("no zip archive, as torch has written since 1.6")
-            _check_archive(file)
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, OSError):
-            raise
-        except Exception as error:  # a damaged instruction raises what the one it now spells does: KeyError, TypeError
-            raise OSError(f"{type(error).__name__}: {error}") from None
+        size = file.stat().st_size
+        with zipfile.ZipFile(file) as archive:
+            if any(info.compress_type or info.file_size > size for info in archive.infolist()):
+                raise _Refused("its parts are compressed, or larger than the file")
+        _check_pickle(torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))  # zipfile might find another one
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-            raise ValueError(f"{file}: expected a dictionary of tensors, found {type(state).__name__}")
-        claimed = 0
+            raise _Refused(f"expected a dictionary of tensors, found {type(state).__name__}")
         for key, tensor in state.items():
-            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-                raise ValueError(f"{file}: {key} is no dense tensor but {type(tensor).__name__}")
-            if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():  # strides of 0 make much of little
-                raise ValueError(f"{file}: {key} claims the shape {list(tensor.shape)}, more than the file holds")
-            claimed += tensor.numel() * tensor.itemsize
-        if claimed > 2 * file.stat().st_size:  # a tied head is stored once; no more than that is shared
-            raise ValueError(f"{file}: its tensors share their bytes; {claimed} are claimed, more than the file holds")
-        self.state: Mapping[str, Tensor] = state
-
-    def offset_keys(self) -> list[str]:
-        return list(self.state)
-
-    def get_tensor(self, key: str) -> Tensor:
-        return self.state[key].detach()
-
-    get_slice = get_tensor
+            dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+            if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 repeats one number
+                raise _Refused(f"{key} is no dense tensor of the file's own numbers, but a {type(tensor).__name__}")
+        claimed = sum(tensor.nbytes for tensor in state.values())
+        if claimed > 2 * size:  # a tied head is stored once; no more than that is shared
+            raise _Refused(f"its tensors share their bytes; {claimed} are claimed, more than the file holds")
+        super().__init__({key: tensor.detach() for key, tensor in state.items()})
 
 
-def _check_archive(file: Path) -> None:
-    """Refuse what torch's weights_only unpickler allows and no state dict needs.
-
-    It runs no code, yet would call `bytearray(10**12)`, inflate whatever is compressed, and hash or print any nesting.
-    """
-    size = file.stat().st_size
-    with zipfile.ZipFile(file) as archive:
-        if any(info.compress_type or info.file_size > size for info in archive.infolist()):
-            raise OSError("its parts are compressed, or larger than the file")
-    content = torch._C.PyTorchFileReader(str(file)).get_record("data.pkl")  # zipfile might find another of that name
+def _check_pickle(content: bytes) -> None:
+    """UnpicklingError for instructions that no dictionary of tensors needs."""
     source: dict[str, str] = {}  # slot of the memo -> the instruction whose result it holds
     previous, tuples, reused = "", 0, 0
     for opcode, argument, _ in pickletools.genops(content):
@@ -138,21 +129,18 @@ def _check_archive(file: Path) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder that hold its weights, safetensors before .bin; ValueError if an index leads elsewhere."""
     for index_name, single in ((INDEX, WEIGHTS), (BIN_INDEX, BIN)):
-        index = folder / index_name
-        if index.is_file():
-            weight_map = parse_json(inside_folder(index)).get("weight_map")
+        if index := own_file(folder, index_name):
+            weight_map = read_object(folder, index_name).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index}: not an index with a weight_map")
             for name in weight_map.values():
-                if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-                    raise ValueError(f"{index}: weight_map names {name!r}, which is not a file of this folder")
-            names = sorted(set(weight_map.values()))
-            for name in names:
-                if Path(name).suffix != Path(single).suffix:
-                    raise ValueError(f"{index}: weight_map names {name!r}; expected {Path(single).suffix} files")
-                if not os.path.isfile(folder / name):  # Path.is_file raises OSError for a name that is too long
+                plain = isinstance(name, str) and Path(name).name == name and name.isprintable()
+                if not plain or Path(name).suffix != Path(single).suffix:
+                    expected = f"a {Path(single).suffix} file of this folder"
+                    raise ValueError(f"{index}: weight_map names {name!r}; expected {expected}")
+                if own_file(folder, name) is None:
                     raise ValueError(f"{folder / name}: no such file, though {index.name} names it")
-            return [inside_folder(folder / name) for name in names]
-        if (folder / single).is_file():
-            return [inside_folder(folder / single)]
+            return [folder / name for name in sorted(set(weight_map.values()))]
+        if file := own_file(folder, single):
+            return [file]
     raise ValueError(f"{folder}: no weights; expected {WEIGHTS}, {INDEX} or {BIN}")

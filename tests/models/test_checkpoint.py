@@ -379,7 +379,7 @@ def test_shards_may_be_links_as_in_the_hub_cache(tmp_path, make_model, random_to
 def test_links_that_leave_the_folder_are_refused(folder, tmp_path, name):
     (folder / name).rename(tmp_path / name)
     (folder / name).symlink_to(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"{name}: a link that leaves its folder"):
+    with pytest.raises(ValueError, match=rf"{name}: a link out of its folder"):
         load_model(folder)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 
 from pedgpt.models import generation_defaults, load_model, save_model
-from pedgpt.models.weight_files import WeightFile
+from pedgpt.models.weight_files import Weights
 
 SMALL = {
     "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4, "vocab_size": 13, "num_hidden_layers": 1,
@@ -489,8 +489,9 @@ def test_pickles_that_lie_are_refused(folder, name, monkeypatch):
 
 def test_the_pickles_that_lie_lie_in_one_thing_only(tmp_path):
     """The control: the same instructions with nothing changed are read."""
-    with_pickle(tmp_path / "a.bin", state_dict(tensor()))
-    assert WeightFile(tmp_path / "a.bin").tensors == {"lm_head.weight": (torch.Size([4, 4]), torch.float32)}
+    with_pickle(tmp_path / "pytorch_model.bin", state_dict(tensor()))
+    found = Weights(tmp_path).tensors
+    assert {key: (t.shape, t.dtype) for key, t in found.items()} == {"lm_head.weight": ((4, 4), torch.float32)}
 
 
 def test_a_compressed_bin_is_refused_before_it_is_inflated(folder):

@@ -1,6 +1,7 @@
 """Rotary embedding, its scalings, ALiBi and the restart of positions, each against its definition."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from pedgpt.models import ModelConfig
-from pedgpt.models.positions import alibi_slopes, apply_rope, rope_frequencies, rope_tables, rotary_tables
+from pedgpt.models.positions import alibi_slopes, apply_rope, rope_frequencies, rotary_tables
 from pedgpt.models.transformer import document_positions
 
 LLAMA31 = {
@@ -43,12 +44,17 @@ def test_llama3_frequencies_match_their_piecewise_definition():
     assert min(regions.values()) > 3
 
 
+def plain(size):
+    """What rotary_tables needs of a config without scaling."""
+    return SimpleNamespace(head_dim=size, rope_theta=10_000.0, rope_scaling=None)
+
+
 @pytest.mark.parametrize("size", [2, 6, 16])
 def test_rotation_matches_complex_numbers(size):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 7, size, generator=generator)
     positions = torch.randint(0, 500, (2, 7), generator=generator)
-    got = apply_rope(x, *rope_tables(positions, rope_frequencies(size, 10_000.0), torch.float32))
+    got = apply_rope(x, *rotary_tables(plain(size), positions, torch.float32))
     half = size // 2
     f = torch.tensor([10_000.0 ** (-2 * i / size) for i in range(half)], dtype=torch.float64)
     turn = torch.polar(torch.ones(2, 1, 7, half).double(), positions[:, None, :, None] * f)
@@ -56,10 +62,9 @@ def test_rotation_matches_complex_numbers(size):
     torch.testing.assert_close(got.double(), torch.cat((expected.real, expected.imag), -1), atol=2e-4, rtol=0)
 
 
-def test_rope_tables_are_rounded_only_once():
+def test_rotary_tables_are_rounded_only_once():
     """Angles in bfloat16 would be wrong by whole turns at position 1,001."""
-    positions, frequencies = torch.tensor([[1001]]), rope_frequencies(8, 10_000.0)
-    cos, sin = rope_tables(positions, frequencies, torch.bfloat16)
+    cos, sin = rotary_tables(plain(8), torch.tensor([[1001]]), torch.bfloat16)
     angles = [1001 * 10_000.0 ** (-2 * i / 8) for i in range(4)] * 2
     assert cos.dtype == sin.dtype == torch.bfloat16 and cos.shape == (1, 1, 1, 8)
     for got, truth in ((cos, math.cos), (sin, math.sin)):

@@ -12,13 +12,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pedgpt.models import load_model, load_weights, save_model
-from pedgpt.models.weight_files import WeightFile
+from pedgpt.models.weight_files import Weights
 
 
 def worker(rank, folder, results):
     dist.init_process_group("gloo", init_method=f"file://{results}/meeting", rank=rank, world_size=2)
     read = 0
-    rows = WeightFile.rows
+    rows = Weights.rows
 
     def counted(self, key, start, stop):
         nonlocal read
@@ -26,8 +26,8 @@ def worker(rank, folder, results):
         read += part.nbytes
         return part
 
-    WeightFile.rows = counted
-    WeightFile.whole = None  # a rank has no use for whole tensors
+    Weights.rows = counted
+    Weights.whole = None  # a rank has no use for whole tensors
     model = load_model(folder, dtype=torch.float32, device="meta")
     mesh = init_device_mesh("cpu", (2,))
     for block in model.model.layers:
