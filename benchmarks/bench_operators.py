@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pedgpt.kernels.attention import Layout
-from pedgpt.kernels.cpu.packed import PackedWeights
 from torch import Tensor
 
 from pedgpt.kernels import attention, linear, linear_nll, lora_linear, rms_norm, swiglu, token_logps
+from pedgpt.kernels.attention import Layout
 from pedgpt.kernels.cpu import choice
+from pedgpt.kernels.cpu.packed import PackedWeights
 
 SIZES = {"small": (256, 256, 704, 2000), "medium": (512, 512, 1408, 8000), "large": (1024, 2048, 5504, 16000)}
 HEADS, EXPERTS, RANK, LIMIT = 8, 3, 16, 0.97

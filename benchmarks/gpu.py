@@ -208,7 +208,6 @@ def attention(results: Results) -> None:
 def attention_case(results: Results, heads: int, size: int, length: int, alibi: bool) -> None:
     from pedgpt.kernels.attention import Layout
     from pedgpt.kernels.attention import attention as ours
-
     from pedgpt.models.positions import alibi_slopes
 
     case = f"{heads} heads of {size}, {'ALiBi' if alibi else 'RoPE'}"

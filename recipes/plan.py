@@ -26,6 +26,7 @@ from typing import Any, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
+from pedgpt.models.decoding import MAX_ROWS, copy_fits
 
 from pedgpt import training
 from pedgpt.adapters import ExpertLoRALinear, gate_metrics, inject_experts, inject_lora, record_gates, set_noise_rows
@@ -38,7 +39,6 @@ from pedgpt.files import available_memory
 from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy, linear_dfpo_loss
 from pedgpt.models import ModelConfig, Transformer, generate
 from pedgpt.models.config import NORM_HEAD_KEY, POSITIONS_KEY
-from pedgpt.models.decoding import MAX_ROWS, copy_fits
 from pedgpt.models.generation import LAY_OUT_FROM, KVCache
 from pedgpt.training.plan import Counter, Peak, count_step, counting, on_shapes
 
