@@ -8,7 +8,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,28 +96,25 @@ def save_model(
     weights = model.state_dict() if weights is None else weights
     parts: dict[Path, dict[str, torch.dtype]] = {}  # temporary files with what they hold
     total = 0
-    try:
+    with ExitStack() as leftovers:
         for shard in _shards(config, weights.items() if isinstance(weights, Mapping) else weights):
             folder.mkdir(parents=True, exist_ok=True)
             part = folder / f".{WEIGHTS}.{len(parts) + 1}.tmp"
+            leftovers.callback(part.unlink, missing_ok=True)
             parts[part] = {key: tensor.dtype for key, tensor in shard.items()}
             total += sum(tensor.nbytes for tensor in shard.values())
             with naming_full_disk(folder / WEIGHTS, total):
                 save_file(shard, part, metadata={"format": "pt"})
                 sync(part)  # every part is complete on the disk before the first one gets its name
             shard.clear()
-    except BaseException:
-        for part in parts:
-            part.unlink(missing_ok=True)
-        raise
-    count, live = len(parts), set()
-    with suppress(ValueError):  # a broken folder may be saved over
-        live = {file.name for file in weight_files(folder)}
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [WEIGHTS]
-    if count > 1 and live & set(names):  # never over a live shard
-        names = [name.replace(".", "-b.") for name in names]
-    for part, name in zip(parts, names, strict=True):
-        settle(part, folder / name)
+        count, live = len(parts), set()
+        with suppress(ValueError):  # a broken folder may be saved over
+            live = {file.name for file in weight_files(folder)}
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [WEIGHTS]
+        if count > 1 and live & set(names):  # never over a live shard
+            names = [name.replace(".", "-b.") for name in names]
+        for part, name in zip(parts, names, strict=True):
+            settle(part, folder / name)
     # What counts is the index where there is one: with its change, or its end, the new weights take over at once.
     if count > 1:
         weight_map = {key: name for keys, name in zip(parts.values(), names, strict=True) for key in keys}

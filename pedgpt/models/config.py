@@ -213,7 +213,7 @@ def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
         scaling[length] = raw.get(length) or scaling.get(length) or raw.get("max_position_embeddings")
         _require(theta > 1, f"yarn needs a rope_theta above 1, found {theta}")
     missing = [key for key in ROPE_SCALING[kind] if not scaling.get(key)]
-    _require(not missing, f"rope_scaling of type {kind!r} lacks {', '.join(missing)}, above 0")
+    _require(not missing, f"rope_scaling of type {kind!r} lacks {', '.join(missing)} (above 0)")
     for key in ROPE_SCALING[kind] + YARN_OPTIONS * (kind == "yarn"):
         _check(f"rope_scaling {key}", 0 if scaling.get(key) is None else scaling[key], "float")
     low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
@@ -221,6 +221,7 @@ def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
+# NOTE: these two names are for generation.py only, until it calls read_object, which refuses foreign links itself.
 inside_folder = Path
 
 

@@ -41,8 +41,7 @@ class Weights:
                 found = {key: handle.get_tensor(key) for key in handle.offset_keys()}
             for key, tensor in found.items():
                 if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-                    kind = str(tensor.dtype).removeprefix("torch.")
-                    raise ValueError(f"{file}: {key} is stored as {kind}; quantized weights are not supported")
+                    raise ValueError(f"{file}: {key} is stored as {tensor.dtype}, and only floating-point weights load")
                 if key in self.files:
                     raise ValueError(f"{file}: holds {key}, which {self.files[key].name} holds too")
                 if not key.endswith("rotary_emb.inv_freq"):  # stored by old checkpoints, computed here
