@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from profiled_memory import peak_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pedgpt.adapters import gate_metrics, inject_experts, record_gates
+from pedgpt.adapters import gate_metrics, inject_experts, pack_adapters, record_gates
 from pedgpt.losses import causal_lm_loss
 from pedgpt.models import load_model
 
@@ -106,7 +106,8 @@ def our_step(folder: str, dtype: torch.dtype, tokens: torch.Tensor):
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def forward_loss():
-        with record_gates(model, where=labels >= 0) as gates:  # as the recipe does
+        pack_adapters(model)  # as the recipe does
+        with record_gates(model, where=labels >= 0) as gates:
             logits = model(inputs)
         gate_metrics(gates)
         return causal_lm_loss(logits, labels)

@@ -140,11 +140,11 @@ def pack_adapters(model: nn.Module) -> None:
     for (device, dtype), layers in groups.items():
         rows = [sum(len(p) for name, p in layer.adapter_parameters().items() if name != "lora_B") for layer in layers]
         if device.type == "cuda":
-            rows = [-(-number // ALIGNMENT) * ALIGNMENT for number in rows]
+            rows = [_up_to_multiple(number, ALIGNMENT) for number in rows]
         sizes = [n for c, a in zip(rows, layers, strict=True) for n in (c * a.in_features, a.lora_B.numel())]
         # Each part begins at a multiple of 64 numbers, where a GPU can read 16 bytes at once.
-        memory = torch.zeros(sum(-(-n // 64) * 64 for n in sizes), dtype=dtype, device=device)
-        parts = memory.split([-(-n // 64) * 64 for n in sizes])
+        places = [_up_to_multiple(size, 64) for size in sizes]
+        parts = torch.zeros(sum(places), dtype=dtype, device=device).split(places)
         sources: list[Tensor] = []
         targets: list[Tensor] = []
         for i, layer in enumerate(layers):
@@ -156,3 +156,7 @@ def pack_adapters(model: nn.Module) -> None:
             targets += [*P[: sum(map(len, stacked))].split([len(p) for p in stacked]), B]
             layer.packed = Packed(P, B, layer.adapter_parameters())
         torch._foreach_copy_(targets, sources)
+
+
+def _up_to_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of

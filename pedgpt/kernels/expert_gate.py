@@ -39,7 +39,7 @@ class Gated(NamedTuple):
 
 
 class Stream(Protocol):
-    """Counter-based noise: ε of (row, token, expert) is `normal_noise` in the kernel, and `normal` in torch."""
+    """Counter-based noise: the kernel draws what `normal` draws in torch."""
 
     key: int
     rows: Tensor  # [B] int64
@@ -67,11 +67,11 @@ def expert_gate_backward(dgates: Tensor, gates: Tensor, slope: Tensor | None) ->
     return dclean if slope is None else torch.cat((dclean, dclean * slope), dim=-1)
 
 
-def gate_totals(gates: Tensor, where: Tensor | None = None) -> Tensor:
-    """Sums over the tokens of gates [..., N], or over those where `where` [...] is true, as `Gated.totals`."""
+def gate_totals(gates: Tensor, count: Tensor | bool = True) -> Tensor:
+    """`Gated.totals` of gates [..., N]: over all tokens, or over those where `count` [...] is true."""
     parts = (gates, torch.special.entr(gates).sum(-1, keepdim=True), torch.ones_like(gates[..., :1]))
     values = torch.cat(parts, dim=-1).flatten(0, -2)
-    return (values if where is None else values * where.reshape(-1, 1)).sum(0, dtype=torch.float64)
+    return (values * count.reshape(-1, 1) if isinstance(count, Tensor) else values).sum(0, dtype=torch.float64)
 
 
 def _gate(
@@ -81,7 +81,7 @@ def _gate(
     if experts == 0:
         return Gated(s * scaling, s, None, None, None)
     gates, slope = expert_gate(routes, noise)
-    totals = None if count is False else gate_totals(gates, count if isinstance(count, Tensor) else None)
+    totals = None if count is False else gate_totals(gates, count)
     return Gated(_scaled(s, gates, scaling), s, gates, slope, totals)
 
 
@@ -105,8 +105,8 @@ def _scaled(s: Tensor, gates: Tensor, scaling: float) -> Tensor:
 # The Triton form
 
 if triton is not None:
-
-    @triton.jit
+    # NOTE: a number of tokens of 1 must stay a number of the kernel, because a constant has no `.to`.
+    @triton.jit(do_not_specialize=["tokens"])
     def skinny_kernel(
         x, w, out, tokens, width, columns, part, stride_column, stride_k,
         UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,

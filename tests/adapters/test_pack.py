@@ -20,7 +20,7 @@ from pedgpt.adapters import (
     set_noise_rows,
     unmerge_lora,
 )
-from pedgpt.kernels import Linear
+from pedgpt.kernels import Linear, expert_gate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = {"experts": inject_experts, "lora": inject_lora}
@@ -235,7 +235,7 @@ def test_layers_without_memory_of_their_own_are_left_out(model):
     assert not any(used(model))
 
 
-@pytest.mark.skipif("not __import__('importlib').util.find_spec('triton')", reason="needs Triton")
+@pytest.mark.skipif(expert_gate.triton is None, reason="needs Triton")
 @pytest.mark.parametrize("kind", [ExpertLoRALinear, LoRALinear])
 def test_the_kernels_take_packed_adapters_with_and_without_rows_of_zeros(kind):
     """On the CPU, where Triton is only interpreted, P is packed without them."""

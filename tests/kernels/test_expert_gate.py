@@ -27,7 +27,7 @@ with_and_without_noise = pytest.mark.parametrize("noisy", [False, True], ids=["e
 SIZES = [
     (131, 75, 70, 5, 3),
     (37, 100, 33, 30, 5),
-    (17, 33, 40, 1, 40),
+    (17, 33, 40, 1, 11),
     (1, 1, 1, 1, 1),
     (67, 40, 65, 9, 0),
     (5, 70, 35, 67, 2),
@@ -227,14 +227,14 @@ def test_kernels_in_half_precision_compute_in_float32_and_round_once(
 
 
 @needs_triton
-@pytest.mark.parametrize("width", [511, 512, 1024, 1030, 70_000])
-@pytest.mark.parametrize(("tokens", "columns"), [(3, 5), (130, 200)])
+@pytest.mark.parametrize("width", [511, 512, 1030, 8200])
+@pytest.mark.parametrize(("tokens", "columns"), [(3, 5), (70, 150)])
 def test_a_product_split_along_its_width_matches_float64(tokens, columns, width):
     """As the operator splits it, in float16, whose products float32 holds exactly."""
     generator = torch.Generator().manual_seed(width)
     x, w = (torch.randn(rows, width, generator=generator).half().to(DEVICE) for rows in (tokens, columns))
     parts = module._skinny(x, w)
-    assert len(parts) == {511: 1, 512: 1, 1024: 2, 1030: 2}.get(width, 16)
+    assert len(parts) == {511: 1, 512: 1, 1030: 2, 8200: 16}[width]
     assert error(parts.double().sum(0), x.double() @ w.double().T) <= 1e-6
 
 
@@ -242,8 +242,8 @@ def test_a_product_split_along_its_width_matches_float64(tokens, columns, width)
 
 
 @needs_triton
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 1), (7, 3), (50, 40)])
-@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 2**64 - 2])
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 1), (7, 3), (12, 17)])
+@pytest.mark.parametrize("seed", [0, -1, 2**64 - 2])
 def test_the_kernel_draws_the_stream_of_the_torch_form(seed, tokens, experts):
     """From the slope: with W_n of zero it is half the noise."""
     rows = torch.tensor([0, 5, 2**40, -3, -(2**63), 2**63 - 1], device=DEVICE)
@@ -261,7 +261,7 @@ def test_the_kernel_draws_the_stream_of_the_torch_form(seed, tokens, experts):
 @both_impls
 @with_and_without_noise
 @pytest.mark.parametrize("which", ["all", "some", "none"])
-@pytest.mark.parametrize(("tokens", "experts"), [(131, 3), (1, 1), (70, 40)])
+@pytest.mark.parametrize(("tokens", "experts"), [(131, 3), (1, 1), (20, 17)])
 def test_totals_match_sums_over_the_tokens_that_count(tokens, experts, which, noisy, impl):
     x, packed, noise, *_ = operands(tokens, 20, 9, 2, experts, noisy)
     where = torch.rand(tokens, generator=torch.Generator().manual_seed(0)).to(DEVICE) < (0.5 if which == "some" else 0)
