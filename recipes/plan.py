@@ -278,7 +278,7 @@ def generation_moments(config: Any, sizes: ModelConfig, model: Transformer, host
     reading = memory.forward_peak(sizes, read) + memory.mask_peak(sizes, read)
     cache = [memory.cache_bytes(sizes, batch, length + config.max_new_tokens, dtype)]
     always = {"weights": [p.nbytes for p in model.parameters()]}
-    lays_out = batch <= MAX_ROWS and config.max_new_tokens >= LAY_OUT_FROM and not host.on_cuda
+    lays_out = (size == 4) < batch <= MAX_ROWS and config.max_new_tokens >= LAY_OUT_FROM and not host.on_cuda
     laid_out = always["weights"] if lays_out and 2 * sum(always["weights"]) <= (available_memory() or 0) else []
     return {
         "scoring": {**always, "activations": scoring},

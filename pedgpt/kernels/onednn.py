@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pedgpt.kernels._transforms import transformed
-from pedgpt.kernels.cpu import packed
+from pedgpt.kernels.cpu.packed import packed_product
 
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_times: Any = torch.ops.mkldnn._linear_pointwise.default if AVAILABLE else None
 
 
 class Linear(nn.Linear):
@@ -29,10 +28,10 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b) [..., O] for x [..., D], weight [O, D], bias [O]: `F.linear` up to rounding."""
     fits = weight.ndim == 2 and x.ndim and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
-    if not fits or transformed() or torch.is_autocast_enabled("cpu"):
+    if not fits or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)  # which says what is wrong, if anything is
-    if (laid_out := packed.find(x, weight)) is not None:
-        return _times(x, laid_out, bias, "none", [], "")
+    if (found := packed_product(x, weight, bias)) is not None:
+        return found
     if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
@@ -42,8 +41,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b) [T, O] for x [T, D] and W [O, D], either of which may be transposed in memory; without autograd."""
-    if not transformed() and (laid_out := packed.find(x, weight)) is not None:
-        return _times(x, laid_out, bias, "none", [], "")
+    if (found := packed_product(x, weight, bias)) is not None:
+        return found
     if _by_onednn(x, weight):
         bias = None if bias is None else bias.contiguous()
         return torch.ops.mkldnn._linear_pointwise.default(_dense(x), _dense(weight), bias, "none", [], "")
@@ -52,8 +51,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product_onto(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """y + x Wᵀ, the sum rounded once, in the memory of y or another; without autograd. y is given away."""
-    if not transformed() and (laid_out := packed.find(x, weight)) is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, y, laid_out, None, "add")
+    if (found := packed_product(x, weight, onto=y)) is not None:
+        return found
     if _by_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise.binary(_dense(x), y, _dense(weight), None, "add")
     return y.addmm_(x, weight.t())
