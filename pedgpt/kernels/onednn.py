@@ -34,8 +34,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return found
     if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+    if not torch.is_grad_enabled():  # The operator takes x as it is, and this path decodes: every microsecond counts.
+        bias = None if bias is None else bias.contiguous()
+        return torch.ops.mkldnn._linear_pointwise.default(x, _dense(weight), bias, "none", [], "")
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
 

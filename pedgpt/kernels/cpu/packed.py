@@ -47,7 +47,8 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: 
     if copy is None or x.numel() > MAX_ROWS * x.shape[-1]:
         return None
     if onto is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, onto, copy, bias, "add")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, onto, copy, None, "add")
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "none", [], "")
 
 
