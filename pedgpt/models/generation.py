@@ -60,9 +60,9 @@ def generate_steps(
     reader = _read(model, prompts, cache, for_many=max_new_tokens >= LAY_OUT_FROM)
     logits = next(reader)
     for count in range(1, max_new_tokens + 1):
-        chosen = sampling.choose(logits, seen, running, generator)
+        chosen, ids = sampling.choose(logits, seen, running, generator)
         step: list[int | None] = []
-        for row, token in enumerate(chosen.tolist()):
+        for row, token in enumerate(ids):
             step.append(token if running[row] else None)
             running[row] = running[row] and token not in stop_tokens and not stop.completed_by(row, token)
         yield step
@@ -111,10 +111,9 @@ def _read(
 def _recordable(model: Transformer) -> bool:
     """Whether a CUDA graph may stand for the model: in evaluation mode, and nobody watches its modules."""
     watched = (
-        module.training or module._forward_hooks or module._forward_pre_hooks
-        or getattr(module, "gate_record", None) is not None
-        for module in model.modules()
-    )  # fmt: skip
+        m.training or m._forward_hooks or m._forward_pre_hooks or getattr(m, "gate_record", None)
+        for m in model.modules()
+    )
     return model.model.embed_tokens.weight.is_cuda and not any(watched)
 
 
@@ -140,9 +139,10 @@ def generate(
     ends once the text that `decode` (a tokenizer's) makes of its ids holds one of `stop_strings`, whose ids are kept:
     the caller cuts the text. No decoded text holds a special token: give the ids of those that `stop_strings` name, the
     tokenizer's `stop_ids(stop_strings)`, as `stop_tokens`. Prompts may differ in length. Call with the model in
-    evaluation mode. On the CPU, if memory allows, the weights are copied for the call into a layout that is read about
-    twice as fast. Raises ValueError for an empty prompt, an id outside the vocabulary, a setting out of range, and
-    logits that are not finite.
+    evaluation mode. With a `cache` of one row, what it holds of a single prompt is not read again, and afterwards it
+    holds prompt and answer; it belongs to this model as it is. For 16 new tokens and more, a CPU with enough memory
+    copies the weights for the call into a layout that it reads faster, and a GPU records a graph. Raises ValueError for
+    an empty prompt, an id outside the vocabulary, a setting out of range, and logits that are not finite.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     steps = generate_steps(
@@ -228,10 +228,8 @@ class _Sampling:
     def __post_init__(self) -> None:
         temperature, penalty = self.temperature, self.repetition_penalty
         if temperature < 0 or 0 < temperature < MIN_TEMPERATURE:
-            raise ValueError(
-                f"temperature must be 0, which takes the most probable token, or at least {MIN_TEMPERATURE}, "
-                f"found {temperature}"
-            )
+            least = f"at least {MIN_TEMPERATURE}, found {temperature}"
+            raise ValueError(f"temperature must be 0, which takes the most probable token, or {least}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or None, found {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -241,24 +239,23 @@ class _Sampling:
 
     def choose(
         self, logits: Tensor, seen: Tensor, running: Sequence[bool], generator: torch.Generator | None
-    ) -> Tensor:
-        """Ids [B] from logits [B, V]; `seen` [B, V] marks the tokens so far, and is kept."""
+    ) -> tuple[Tensor, list[int]]:
+        """Ids [B] from logits [B, V], also as a list; `seen` [B, V] marks the tokens so far, and is kept."""
         given = logits = logits.float()
         if self.repetition_penalty != 1.0:
             penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, penalised, logits)
         finite = (logits.abs().amax(-1) / (self.temperature or 1.0)).isfinite()  # NaN is the largest of all
-        if not finite.all():
-            self._refuse_overflow(given, finite, running)
-            logits = logits.where(finite[:, None], 0.0)  # only in rows that have stopped and no longer count
+        logits = logits.where(finite[:, None], 0.0)  # Rows that have stopped no longer count.
         chosen = _sample(logits, self.temperature, self.top_k, self.top_p, generator)
         if self.repetition_penalty != 1.0:
             seen.scatter_(1, chosen[:, None], True)
-        return chosen
+        ids, fine = torch.stack((chosen, finite.long())).tolist()  # together, to wait for the device once
+        self._refuse_overflow(given, [row for row, goes_on in enumerate(running) if goes_on and not fine[row]])
+        return chosen, ids
 
-    def _refuse_overflow(self, logits: Tensor, finite: Tensor, running: Sequence[bool]) -> None:
-        """ValueError that names the running rows whose scores are not finite, and whether model or settings did it."""
-        rows = [row for row, fine in enumerate(finite.tolist()) if running[row] and not fine]
+    def _refuse_overflow(self, logits: Tensor, rows: Sequence[int]) -> None:
+        """ValueError that names these rows, whose scores are not finite, and whether model or settings did it."""
         if broken := [row for row in rows if not logits[row].isfinite().all()]:
             raise ValueError(
                 f"the model computes logits that are not finite for prompts {broken} (counted from 0); its weights are "

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pedgpt.kernels._transforms import transformed
-from pedgpt.kernels.cpu import packed
 from pedgpt.kernels.cpu.choice import CANDIDATES, Form, prefer
+from pedgpt.kernels.cpu.packed import packed_product
 
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _times: Any = torch.ops.mkldnn._linear_pointwise.default if AVAILABLE else None
@@ -36,10 +36,10 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b) [..., O] for x [..., D], weight [O, D], bias [O]: `F.linear` up to rounding."""
     fits = weight.ndim == 2 and x.ndim and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
-    if not fits or transformed() or torch.is_autocast_enabled("cpu"):
+    if not fits or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)  # which says what is wrong, if anything is
-    if (laid_out := packed.find(x, weight)) is not None:
-        return _times(x, laid_out, bias, "none", [], "")
+    if (found := packed_product(x, weight, bias)) is not None:
+        return found
     if not _suits(x, weight):
         return F.linear(x, weight, bias)
     times = _Linear.apply if torch.is_grad_enabled() else product
@@ -48,8 +48,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b) [T, O] for x [T, D] and W [O, D], either of which may be transposed in memory; without autograd."""
-    if not transformed() and (laid_out := packed.find(x, weight)) is not None:
-        return _times(x, laid_out, bias, "none", [], "")
+    if (found := packed_product(x, weight, bias)) is not None:
+        return found
     if _suits(x, weight) and _by_onednn(x, weight):
         return _onednn(x, weight, None if bias is None else bias.contiguous())
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
@@ -61,11 +61,10 @@ def sum_of_products(x: Tensor, weight: Tensor, h: Tensor, up: Tensor, bias: Tens
     In half precision the large product is the second: the sum is rounded once. In float32 it is the first, because the
     small one then finds its memory in use already, and oneDNN is slow at adding where R is small.
     """
-    if not transformed() and (laid_out := packed.find(x, weight)) is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, product(h, up, bias), laid_out, None, "add")
     if x.element_size() > 2:
         return product(x, weight, bias).addmm_(h, up.t())
-    return product(h, up, bias).addmm_(x, weight.t())
+    y = product(h, up, bias)
+    return y.addmm_(x, weight.t()) if (found := packed_product(x, weight, onto=y)) is None else found
 
 
 class _Linear(torch.autograd.Function):
