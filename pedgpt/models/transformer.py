@@ -1,5 +1,11 @@
 """The decoder of all families, whole, in one file. Module names are those of the HF checkpoints.
 
+- Pre-norm blocks with RMSNorm, SwiGLU and grouped key-value heads; no dropout.
+- Positions by rotary embedding or ALiBi; biases, norms of q and k, and a fused q, k, v as the family has them.
+- Packed documents and trees of branches in a row: one `Layout` a batch tells every layer who sees whom.
+- NormHead: logits by rows of unit length, computed anew in each forward pass and never written into the weights.
+- One forward pass for training and decoding: a cache gives a layout, too, and takes the new keys and values.
+
 Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value heads, K head_dim, V vocabulary.
 """
 
