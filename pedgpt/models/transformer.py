@@ -1,7 +1,6 @@
 """The decoder of all families, whole, in one file. Module names are those of the HF checkpoints.
 
-- Pre-norm blocks with RMSNorm, SwiGLU and grouped key-value heads; no dropout.
-- Positions by rotary embedding or ALiBi; biases, norms of q and k, and a fused q, k, v as the family has them.
+- Pre-norm blocks with RMSNorm, SwiGLU, grouped key-value heads, rotary embedding or ALiBi; no dropout.
 - Packed documents and trees of branches in a row: one `Layout` a batch tells every layer who sees whom.
 - NormHead: logits by rows of unit length, computed anew in each forward pass and never written into the weights.
 - One forward pass for training and decoding: a cache gives a layout, too, and takes the new keys and values.
@@ -199,18 +198,14 @@ class Transformer(nn.Module):
             positions = cache.next_positions(tokens.shape[1])
         elif positions is None:
             positions = document_positions(tokens, documents, branches)
-        slopes = None
-        if self.config.positions == "alibi":
-            slopes = alibi_slopes(self.config.num_attention_heads, tokens.device)
+        alibi = self.config.positions == "alibi"
+        slopes = alibi_slopes(self.config.num_attention_heads, tokens.device) if alibi else None
+        layout = Layout(positions, positions, documents, documents, branches, slopes)
         if cache is not None:
             layout = cache.extend(positions, documents, slopes)
-        else:
-            layout = Layout(positions, positions, documents, documents, branches, slopes)
 
         hidden = self.model.embed_tokens(tokens)
-        rotary = None
-        if self.config.positions == "rope":
-            rotary = rotary_tables(self.config, positions, hidden.dtype)
+        rotary = None if alibi else rotary_tables(self.config, positions, hidden.dtype)
         for i, block in enumerate(self.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 hidden = checkpoint(block, hidden, rotary, layout, use_reentrant=False)
