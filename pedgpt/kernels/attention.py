@@ -96,7 +96,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
         with torch._dynamo.config.patch(recompile_limit=64):
             return _flex_attention()(q, k, v, score_mod, block_mask, enable_gqa=heads != groups)
     causal = layout is None and queries > 1
-    assert layout is not None or queries in (1, k.shape[2])
+    assert not causal or queries == k.shape[2]
     # Few queries: heads that share a key-value head become queries beside each other, so that nothing is expanded.
     shared = 1 if causal or queries >= BLOCK or heads % groups else heads // groups
     mask = None if layout is None else layout.mask(q.dtype, shared)
@@ -109,9 +109,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
 def _mask(layout: Layout, dtype: torch.dtype, shared: int) -> Tensor:
     mask = torch.where(naive.visible(layout)[:, None], naive.bias(layout), -torch.inf).to(dtype)
     rows, heads, queries, keys = mask.shape
-    if shared > 1:
-        mask = mask.expand(rows, max(heads, shared), queries, keys)
-        mask = mask.reshape(rows, max(heads // shared, 1), shared * queries, keys)
+    mask = mask.expand(rows, max(heads, shared), queries, keys)
+    mask = mask.reshape(rows, max(heads // shared, 1), shared * queries, keys)
     # NOTE: the width is a multiple of 8, because CUDA's kernels copy rows that do not begin at 16 bytes.
     return F.pad(mask, (0, -keys % 8))[..., :keys] if mask.is_cuda and keys % 8 else mask
 
@@ -166,7 +165,7 @@ def _block_mask(queries: Tensor, keys: Tensor, last: Tensor, mask_mod: Callable)
         blocks = ids[..., index].unflatten(-1, (-1, BLOCK))
         return blocks.amin(-1), blocks.amax(-1)
 
-    def in_order(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
         chosen = chosen[:, None].int()  # [B, 1, I, J]
         return chosen.sum(-1, dtype=torch.int32), torch.argsort(chosen, dim=-1, descending=True, stable=True).int()
 
@@ -179,5 +178,5 @@ def _block_mask(queries: Tensor, keys: Tensor, last: Tensor, mask_mod: Callable)
     start = torch.arange(0, lengths[1], BLOCK, device=keys.device)
     some = (start <= last.amax(-1)) & overlap[0] & (trunk | overlap[1])
     full = (start + BLOCK - 1 <= last.amin(-1)) & equal[0] & (all_trunk | equal[1])
-    blocks = (*in_order(some & ~full), *in_order(full))
+    blocks = (*listed(some & ~full), *listed(full))
     return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths)
