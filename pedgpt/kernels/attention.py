@@ -1,18 +1,17 @@
 """Causal attention within documents and branches, with ALiBi, and without a [T, T] tensor on a GPU.
 
-A `Layout` says who sees whom, and keeps what the layers derive from it. FlexAttention computes whole rows on a GPU: torch
-compiles the rules into its kernel, and a block mask names the blocks of queries and keys that the kernel visits. The
-CPU has forms of its own in `kernels/cpu/`. The rest goes to torch's fused kernels, with a dense mask where they need it.
+A `Layout` says who sees whom, and keeps what the layers derive from it. FlexAttention computes whole rows on a GPU:
+torch compiles the rules into its kernel, and a block mask names the blocks of queries and keys to visit. The CPU has
+forms of its own in `kernels/cpu/`. The rest goes to torch's fused kernels, with a dense mask where they need one.
 
 Letters: B batch, H heads, G key-value heads, T queries, S keys, K head_dim, I and J blocks of queries and keys.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # queries, and keys, of a block of FlexAttention's kernel
-COMPILATIONS = 64  # at most: for each dtype, head size, one row or more, one length or any, with gradients or without
 
 
 @dataclass(eq=False)
@@ -61,7 +59,7 @@ class Layout:
         return self.kept[make, *arguments]
 
     def mask(self, dtype: torch.dtype, shared: int = 1) -> Tensor:
-        """What is added to the scores, [B or 1, 1 or H, T, S]; [B or 1, 1 or G, shared · T, S] for heads side by side."""
+        """What is added to scores, [B or 1, 1 or H, T, S]; with heads as queries [B or 1, 1 or G, shared · T, S]."""
         return self.once(_mask, dtype, shared)
 
     def square(self, row: int, start: int, stop: int) -> Layout:
@@ -81,8 +79,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
     """
     if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
-    if layout is not None and isinstance(q, FakeTensor):  # Only its sizes count: take them as one document's.
-        layout = dataclasses.replace(layout, documents=None, key_documents=None, branches=None)
+    if layout is not None and isinstance(q, FakeTensor):  # Only sizes count. Take those of one document.
+        whole = q.is_cuda and q.shape[2] == k.shape[2]  # A causal kernel keeps the same tensors as FlexAttention.
+        layout = None if whole else replace(layout, documents=None, key_documents=None, branches=None)
     if q.device.type == "cpu" and not transformed() and q.shape[2] == k.shape[2]:
         if layout is None:
             at = torch.arange(q.shape[2], device=q.device).expand(len(q), -1)
@@ -92,13 +91,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
         layout = None
     (rows, heads, queries, size), groups = q.shape, k.shape[1]
     if layout is not None and _suits_flex(q):
-        if isinstance(q, FakeTensor):  # A causal kernel keeps the same tensors.
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != groups)
         score_mod, block_mask = layout.once(_flex_arguments)
-        with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
+        # One for each dtype, head size, one row or several, one length or any, with gradients or without.
+        with torch._dynamo.config.patch(recompile_limit=64):
             return _flex_attention()(q, k, v, score_mod, block_mask, enable_gqa=heads != groups)
     causal = layout is None and queries > 1
-    assert layout is not None or queries in (1, k.shape[2])
+    assert not causal or queries == k.shape[2]
     # Few queries: heads that share a key-value head become queries beside each other, so that nothing is expanded.
     shared = 1 if causal or queries >= BLOCK or heads % groups else heads // groups
     mask = None if layout is None else layout.mask(q.dtype, shared)
@@ -111,16 +109,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
 def _mask(layout: Layout, dtype: torch.dtype, shared: int) -> Tensor:
     mask = torch.where(naive.visible(layout)[:, None], naive.bias(layout), -torch.inf).to(dtype)
     rows, heads, queries, keys = mask.shape
-    if shared > 1:
-        mask = mask.expand(rows, max(heads, shared), queries, keys)
-        mask = mask.reshape(rows, max(heads // shared, 1), shared * queries, keys)
+    mask = mask.expand(rows, max(heads, shared), queries, keys)
+    mask = mask.reshape(rows, max(heads // shared, 1), shared * queries, keys)
     # NOTE: the width is a multiple of 8, because CUDA's kernels copy rows that do not begin at 16 bytes.
     return F.pad(mask, (0, -keys % 8))[..., :keys] if mask.is_cuda and keys % 8 else mask
 
 
 def _suits_flex(q: Tensor) -> bool:
     """Whether FlexAttention's kernel takes these queries, and they are enough for it."""
-    return q.is_cuda and q.shape[2] >= BLOCK and q.shape[3] >= 16 and q.dtype != torch.float64 and not transformed()
+    fits = q.shape[2] >= BLOCK and q.shape[3] >= 16 and q.dtype != torch.float64
+    return q.is_cuda and fits and not isinstance(q, FakeTensor) and not transformed()
 
 
 @functools.cache
@@ -137,7 +135,7 @@ def _flex_arguments(layout: Layout) -> tuple[Callable | None, BlockMask]:
     """
 
     def stack(positions: Tensor, *ids: Tensor | None) -> Tensor:
-        return torch.stack([positions, *(torch.zeros_like(positions) if each is None else each for each in ids)])
+        return torch.stack([positions, *(positions * 0 if each is None else each for each in ids)])
 
     queries = stack(layout.positions, layout.documents, layout.branches)  # [3, B, T]
     keys = stack(layout.key_positions, layout.key_documents, layout.branches)  # [3, B, S]
@@ -167,7 +165,7 @@ def _block_mask(queries: Tensor, keys: Tensor, last: Tensor, mask_mod: Callable)
         blocks = ids[..., index].unflatten(-1, (-1, BLOCK))
         return blocks.amin(-1), blocks.amax(-1)
 
-    def in_order(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
         chosen = chosen[:, None].int()  # [B, 1, I, J]
         return chosen.sum(-1, dtype=torch.int32), torch.argsort(chosen, dim=-1, descending=True, stable=True).int()
 
@@ -180,5 +178,5 @@ def _block_mask(queries: Tensor, keys: Tensor, last: Tensor, mask_mod: Callable)
     start = torch.arange(0, lengths[1], BLOCK, device=keys.device)
     some = (start <= last.amax(-1)) & overlap[0] & (trunk | overlap[1])
     full = (start + BLOCK - 1 <= last.amin(-1)) & equal[0] & (all_trunk | equal[1])
-    blocks = (*in_order(some & ~full), *in_order(full))
+    blocks = (*listed(some & ~full), *listed(full))
     return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths)

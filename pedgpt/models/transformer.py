@@ -1,5 +1,10 @@
 """The decoder of all families, whole, in one file. Module names are those of the HF checkpoints.
 
+- Pre-norm blocks with RMSNorm, SwiGLU, grouped key-value heads, rotary embedding or ALiBi; no dropout.
+- Packed documents and trees of branches in a row: one `Layout` a batch tells every layer who sees whom.
+- NormHead: logits by rows of unit length, computed anew in each forward pass and never written into the weights.
+- One forward pass for training and decoding: a cache gives a layout, too, and takes the new keys and values.
+
 Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value heads, K head_dim, V vocabulary.
 """
 
@@ -217,18 +222,14 @@ class Transformer(nn.Module):
             positions = cache.next_positions(tokens.shape[1])
         elif positions is None:
             positions = document_positions(tokens, documents, branches)
-        slopes = None
-        if self.config.positions == "alibi":
-            slopes = alibi_slopes(self.config.num_attention_heads, tokens.device)
+        alibi = self.config.positions == "alibi"
+        slopes = alibi_slopes(self.config.num_attention_heads, tokens.device) if alibi else None
+        layout = Layout(positions, positions, documents, documents, branches, slopes)
         if cache is not None:
             layout = cache.extend(positions, documents, slopes)
-        else:
-            layout = Layout(positions, positions, documents, documents, branches, slopes)
 
         hidden = self.model.embed_tokens(tokens)
-        tables = None
-        if self.config.positions == "rope":
-            tables = rotary_tables(self.config, positions, hidden.dtype)
+        tables = None if alibi else rotary_tables(self.config, positions, hidden.dtype)
         how = self.activation_checkpointing if torch.is_grad_enabled() and cache is None else "none"
         for i, block in enumerate(self.model.layers):
             if how == "block":

@@ -9,8 +9,7 @@ Letters: B batch, H heads, G key-value heads, T tokens, S keys that a block read
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,47 +79,29 @@ class _BlockedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.layout = layout
-        out, scratch = torch.empty_like(q), _Scratch()
-        for at, _, _, _, values, p in _blocks(q, k, v, layout, scratch):
-            out[at] = torch.bmm(scratch.half(p), values).view(out[at].shape)
+        out = torch.empty_like(q)
+        for at, _, _, _, values, p in _blocks(q, k, v, layout):
+            out[at] = torch.bmm(p.bfloat16(), values).view(out[at].shape)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         refuse_create_graph("attention in bfloat16 on the CPU")
         q, k, v = ctx.saved_tensors
-        dq, scratch = torch.empty_like(q), _Scratch()
-        dk, dv = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
-        for at, read, queries, keys, values, p in _blocks(q, k, v, ctx.layout, scratch):
+        dq, dk, dv = torch.empty_like(q), *(torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
+        for at, read, queries, keys, values, p in _blocks(q, k, v, ctx.layout):
             dout_block = dout[at].reshape(queries.shape)
-            dv[read] += torch.bmm(scratch.half(p).transpose(1, 2), dout_block)
-            dp = torch.bmm(dout_block, values.transpose(1, 2), out=scratch("half", p.shape, torch.bfloat16))
-            dp = scratch("scores", p.shape).copy_(dp)
+            dv[read] += torch.bmm(p.bfloat16().mT, dout_block)
+            dp = torch.bmm(dout_block, values.mT).float()
             # ds = p ⊙ (dp − Σ p ⊙ dp) / √K
             ds = torch._softmax_backward_data(dp, p, -1, torch.float32, grad_input=dp)
-            ds = scratch.half(ds.mul_(q.shape[-1] ** -0.5))
+            ds = ds.mul_(q.shape[-1] ** -0.5).bfloat16()
             dq[at] = torch.bmm(ds, keys).view(q[at].shape)
-            dk[read] += torch.bmm(ds.transpose(1, 2), queries)
+            dk[read] += torch.bmm(ds.mT, queries)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
-class _Scratch:
-    """Memory for one block, taken once: fresh pages cost more than the arithmetic on them."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        size = math.prod(shape)
-        if name not in self.held or len(self.held[name]) < size:
-            self.held[name] = torch.empty(size, dtype=dtype)
-        return self.held[name][:size].view(shape)
-
-    def half(self, values: Tensor) -> Tensor:
-        return self("half", values.shape, torch.bfloat16).copy_(values)
-
-
-def _blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scratch: _Scratch) -> Iterator[tuple[Any, ...]]:
+def _blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Iterator[tuple[Any, ...]]:
     """Where a block is in q and in k; q [G, H/G · T, K], k and v [G, S, K] of it; its probabilities in float32."""
     (rows, heads, _, size), groups = q.shape, k.shape[1]
     shared = heads // groups  # heads of queries over one key-value head
@@ -134,16 +115,13 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scratch: _Scratch) 
             keys, values = k[row, some].contiguous(), v[row, some].contiguous()
             for block, seen, added in pieces:
                 queries, read = q[row, over, block].reshape(len(keys), -1, size), keys[:, seen].contiguous()
-                shape = *queries.shape[:2], read.shape[1]
                 # The scores as a sum of two bfloat16 numbers: rounded once, they would be too coarse for exp.
-                high = torch.bmm(queries, read.mT, out=scratch("half", shape, torch.bfloat16))
-                low = torch.baddbmm(high, queries, read.mT, beta=-1, out=scratch("low", shape, torch.bfloat16))
-                scores = scratch("scores", shape).copy_(high).add_(low).mul_(size**-0.5)
-                count = block.stop - block.start
-                by_head = scores.view(-1, count, shape[2])
+                high = torch.bmm(queries, read.mT)
+                low = torch.baddbmm(high, queries, read.mT, beta=-1)
+                scores, count = high.float().add_(low).mul_(size**-0.5), block.stop - block.start
+                by_head = scores.view(-1, count, read.shape[1])
                 if added is None:
                     by_head[..., -count:] += ahead[:count, :count]
                 else:
                     by_head += added[over] if len(added) > 1 else added
-                p = torch.softmax(scores, dim=-1, out=scratch("p", shape))
-                yield (row, over, block), (row, some, seen), queries, read, values[:, seen], p
+                yield (row, over, block), (row, some, seen), queries, read, values[:, seen], scores.softmax(-1)
