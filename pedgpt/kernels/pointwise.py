@@ -101,8 +101,8 @@ if triton is not None:
 
     @triton.jit
     def _rotate(x, out, strides, tokens, heads, half, c, s, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):
-        row, head, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_K)[None]
-        mask = (head < heads) & (column < half)
+        head, column = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_K)[None, :]
+        row, mask = tl.program_id(0).to(tl.int64), (head < heads) & (column < half)
         x += row // tokens * strides[0] + row % tokens * strides[1] + head * strides[2] + column
         first, second = _load(x, mask), _load(x + half, mask)
         out += (row * heads + head) * 2 * half + column
@@ -115,7 +115,7 @@ if triton is not None:
         BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """All heads of q and k of one token."""
-        column = tl.arange(0, BLOCK_K)[None]
+        column = tl.arange(0, BLOCK_K)[None, :]
         at = tl.program_id(0).to(tl.int64) * 2 * half + column
         c, s = _load(cos + at, column < half), _load(sin + at, column < half)
         _rotate(q, q_out, q_strides, tokens, heads, half, c, s, BLOCK_H, BLOCK_K)
