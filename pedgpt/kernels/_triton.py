@@ -29,10 +29,12 @@ def by_triton(impl: str | None, x: torch.Tensor, fits: bool = True) -> bool:
 
     Raises ValueError for another name, and where Triton is asked for and cannot be had.
     """
+    if impl is None and not x.is_cuda:
+        return False
     if impl not in (None, "torch", "triton"):
         raise ValueError(f'impl must be "torch", "triton" or None, found {impl!r}')
     suits = triton is not None and fits and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if impl == "triton" and not suits:
         found = "no Triton" if triton is None else f"{x.dtype} {list(x.shape)}"
         raise ValueError(f'impl="triton" needs Triton with a GPU, sizes that fit and no float64, found {found}')
-    return suits if impl is None and x.is_cuda else impl == "triton"
+    return suits and impl != "torch"

@@ -174,15 +174,9 @@ class _Head:
         return stats, logits
 
     def gradients(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        factors: Tensor,
-        last: Tensor | None = None,
-        *,
-        of_hidden: bool,
-        of_weight: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self, hidden: Tensor, labels: Tensor, factors: Tensor, last: Tensor | None = None, *,
+        of_hidden: bool, of_weight: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """As `logps`, and the gradients of Σ factors · log p; `last`: logits of the last chunk, given away."""
         dhidden = torch.empty_like(hidden) if of_hidden else None
         hidden, factors = hidden.to(self.weight.dtype), factors.to(self.wide)
@@ -191,8 +185,8 @@ class _Head:
         dweight = None
         if of_weight:
             # In float32 while it is a sum over chunks, to be projected, or waits for a factor in float16's short range.
-            done = len(chunks) == 1 and self.inverse is None and self.given.dtype != torch.float16
-            dtype = self.given.dtype if done else self.wide
+            done = len(chunks) == 1 and self.inverse is None and self.given.dtype in (hidden.dtype, self.wide)
+            dtype = self.given.dtype if done and self.given.dtype != torch.float16 else self.wide
             dweight = torch.empty(self.given.shape, dtype=dtype, device=hidden.device)
         for rows in blocks_to_count(chunks[::-1]):
             logits = product(hidden[rows], self.weight) if last is None else last
@@ -213,12 +207,9 @@ class _Head:
             return _multiply_onto(dweight, dlogits.t(), hidden, beta=0 if first else 1)
         for rows in blocks_to_count(self.slices):
             left, right = dlogits[:, rows].t(), hidden.t()
-            if dweight.dtype == left.dtype:
-                part = product(left, right)
-            elif self.given.dtype == dweight.dtype:  # autocast: rounded as its own products are
-                part = product(left, right)
-            else:
-                part = product(left.to(dweight.dtype), right.to(dweight.dtype))
+            if dweight.dtype not in (left.dtype, self.given.dtype):  # autocast rounds, as it does its own products
+                left, right = left.to(dweight.dtype), right.to(dweight.dtype)
+            part = product(left, right)
             dweight[rows] = part if first else dweight[rows].add_(part)
 
     def _project(self, dweight: Tensor, inverse: Tensor) -> None:
@@ -246,10 +237,10 @@ class _LinearLogps(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, labels)
         else:
             ones = torch.ones(len(labels), device=hidden.device)
+            ctx.frozen = True
             stats, dhidden, _ = _Head(weight, *head).gradients(
                 hidden, labels, ones, of_hidden=of_hidden, of_weight=False
             )
-            ctx.frozen = True
             ctx.save_for_backward(dhidden)
         logps, entropy, correct = stats[0], stats[1], stats[2]
         ctx.mark_non_differentiable(entropy, correct)
@@ -291,9 +282,15 @@ class _LinearNLL(torch.autograd.Function):
         refuse_create_graph("linear_nll")
         if ctx.gradients is None:
             raise RuntimeError("linear_nll runs backward once: its gradients were scaled in place and given away")
-        dhidden, dweight = (None if gradient is None else gradient.mul_(dnll / ctx.late) for gradient in ctx.gradients)
-        ctx.gradients = None
-        return dhidden, None if dweight is None else dweight.to(ctx.weight_dtype), *[None] * 6
+        (dhidden, dweight), factor, ctx.gradients = ctx.gradients, dnll / ctx.late, None
+        if dhidden is not None:
+            dhidden.mul_(factor)
+        if dweight is not None and dweight.is_cuda and dweight.dtype != ctx.weight_dtype:
+            # One pass over the gradient on a GPU; a CPU would take as many as below, and a second copy in float32.
+            dweight = torch.mul(dweight, factor, out=dweight.new_empty(dweight.shape, dtype=ctx.weight_dtype))
+        elif dweight is not None:
+            dweight = dweight.mul_(factor).to(ctx.weight_dtype)
+        return dhidden, dweight, *[None] * 6
 
 
 # What the library calls
@@ -306,14 +303,9 @@ def unit_rows(weight: Tensor) -> Tensor:
 
 
 def linear_token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    normalize: bool = False,
-    ignore_index: int = -100,
-    impl: str | None = None,
-) -> TokenLogps:
+    hidden: Tensor, weight: Tensor, labels: Tensor, *,
+    normalize: bool = False, ignore_index: int = -100, impl: str | None = None,
+) -> TokenLogps:  # fmt: skip
     """log softmax(hidden Wᵀ)[label] of hidden [N, D], weight [V, D] and labels [N]; differentiable once.
 
     Tokens labelled `ignore_index` are left out of every product. Products are in the dtype of `hidden` and `weight`,
@@ -331,15 +323,9 @@ def linear_token_logps(
 
 
 def linear_nll(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    count: int | Tensor = 1,
-    *,
-    normalize: bool = False,
-    ignore_index: int = -100,
-    impl: str | None = None,
-) -> TokenLogps:
+    hidden: Tensor, weight: Tensor, labels: Tensor, count: int | Tensor = 1, *,
+    normalize: bool = False, ignore_index: int = -100, impl: str | None = None,
+) -> TokenLogps:  # fmt: skip
     """Sums of `linear_token_logps` over its tokens, divided by `count`, the first with its sign changed; scalars.
 
     Its gradient comes with it, in one pass over the head even if that trains; so the backward pass runs once.

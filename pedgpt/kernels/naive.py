@@ -61,9 +61,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, T, H, K] (Su et al. 2021), halves paired as HF pairs them: x·cos + (−x₂, x₁)·sin."""
+    """x·cos + (−x₂, x₁)·sin (Su et al. 2021): x [B, T, H, K] turned, halves paired as HF pairs them."""
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 

@@ -28,7 +28,7 @@ PROGRAMS = 264  # Two for each multiprocessor of an H100 share the rows whose su
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The result, x + residual, and 1/rms."""
     total = x if residual is None else x + residual
-    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    wide = total.float() if total.element_size() == 2 else total
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (weight * (wide * scale).to(total.dtype)).to(dtype), total, scale
 
@@ -56,6 +56,10 @@ def _swiglu_backward(gate: Tensor, up: Tensor, dout: Tensor) -> tuple[Tensor, Te
 if triton is not None:
 
     @triton.jit
+    def _load(at, mask):
+        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+    @triton.jit
     def rms_norm_fwd_kernel(
         x, residual, weight, y, total, scale, rows, width, eps,
         ADD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -63,17 +67,14 @@ if triton is not None:
         """BLOCK_R whole rows [D]: x + residual, rounded and stored, if ADD; then the norm of it."""
         row, column = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
         at, mask = row[:, None] * width + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
-        rounded = tl.load(x + at, mask=mask, other=0.0)
+        value = _load(x + at, mask)
         if ADD:
-            rounded = rounded.to(tl.float32) + tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-            rounded = rounded.to(total.dtype.element_ty)
-            tl.store(total + at, rounded, mask=mask)
-        value = rounded.to(tl.float32)
+            value = (value + _load(residual + at, mask)).to(total.dtype.element_ty).to(tl.float32)
+            tl.store(total + at, value, mask=mask)
         factor = tl.rsqrt(tl.sum(value * value, axis=1) / width + eps)
         tl.store(scale + row, factor, mask=row < rows)
-        normed = (value * factor[:, None]).to(rounded.dtype).to(tl.float32)
-        w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
-        tl.store(y + at, (normed * w[None, :]).to(y.dtype.element_ty), mask=mask)
+        normed = (value * factor[:, None]).to(total.dtype.element_ty).to(tl.float32)
+        tl.store(y + at, normed * _load(weight + column, column < width)[None, :], mask=mask)
 
     @triton.jit
     def rms_norm_bwd_kernel(
@@ -82,34 +83,31 @@ if triton is not None:
     ):  # fmt: skip
         """dx, dtotal included if ADD, of every so many rows; their share [D] of the weight's gradient if TRAINS."""
         column = tl.arange(0, BLOCK_D)
-        w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-        share = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        w, share = _load(weight + column, column < width)[None, :], tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
             row = tile * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
             at, mask = row[:, None] * width + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
-            factor = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
-            gradient = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-            normed = tl.load(total + at, mask=mask, other=0.0).to(tl.float32) * factor
+            factor, gradient = _load(scale + row, row < rows)[:, None], _load(dy + at, mask)
+            normed = _load(total + at, mask) * factor
             if TRAINS:
                 share += gradient * normed
             gradient *= w
             gradient = (gradient - normed * (tl.sum(gradient * normed, axis=1) / width)[:, None]) * factor
             if ADD:
-                gradient += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=mask)
+                gradient += _load(dtotal + at, mask)
+            tl.store(dx + at, gradient, mask=mask)
         if TRAINS:
             tl.store(dweight + tl.program_id(0) * width + column, tl.sum(share, axis=0), mask=column < width)
 
     @triton.jit
     def _rotate(x, out, strides, tokens, heads, half, c, s, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
         head, column = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_K)[None, :]
+        row, mask = tl.program_id(0).to(tl.int64), (head < heads) & (column < half)
         x += row // tokens * strides[0] + row % tokens * strides[1] + head * strides[2] + column
-        first = tl.load(x, mask=(head < heads) & (column < half), other=0.0).to(tl.float32)
-        second = tl.load(x + half, mask=(head < heads) & (column < half), other=0.0).to(tl.float32)
+        first, second = _load(x, mask), _load(x + half, mask)
         out += (row * heads + head) * 2 * half + column
-        tl.store(out, (first * c - second * s).to(out.dtype.element_ty), mask=(head < heads) & (column < half))
-        tl.store(out + half, (second * c + first * s).to(out.dtype.element_ty), mask=(head < heads) & (column < half))
+        tl.store(out, first * c - second * s, mask=mask)
+        tl.store(out + half, second * c + first * s, mask=mask)
 
     @triton.jit
     def rotary_kernel(
@@ -117,10 +115,9 @@ if triton is not None:
         BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """All heads of q and k of one token."""
-        column = tl.arange(0, BLOCK_K)
+        column = tl.arange(0, BLOCK_K)[None, :]
         at = tl.program_id(0).to(tl.int64) * 2 * half + column
-        c = tl.load(cos + at, mask=column < half, other=0.0).to(tl.float32)[None, :]
-        s = tl.load(sin + at, mask=column < half, other=0.0).to(tl.float32)[None, :]
+        c, s = _load(cos + at, column < half), _load(sin + at, column < half)
         _rotate(q, q_out, q_strides, tokens, heads, half, c, s, BLOCK_H, BLOCK_K)
         _rotate(k, k_out, k_strides, tokens, groups, half, c, s, BLOCK_G, BLOCK_K)
 
@@ -131,16 +128,15 @@ if triton is not None:
         """A stretch of one row [D] of silu(gate) · up, or of its gradients: the gate's into `out`, and dup."""
         row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         at, mask = row * width + column, column < width
-        g = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+        g, u = _load(gate + row * gate_stride + column, mask), _load(up + row * up_stride + column, mask)
         sigmoid = tl.sigmoid(g)
         if BACKWARD:
-            d = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dup + at, (d * g * sigmoid).to(dup.dtype.element_ty), mask=mask)
+            d = _load(dout + at, mask)
+            tl.store(dup + at, d * g * sigmoid, mask=mask)
             u *= d * (1.0 + g * (1.0 - sigmoid))
         else:
             u *= g
-        tl.store(out + at, (u * sigmoid).to(out.dtype.element_ty), mask=mask)
+        tl.store(out + at, u * sigmoid, mask=mask)
 
 
 def _blocks(x: Tensor) -> tuple[int, dict[str, int]]:
@@ -148,13 +144,13 @@ def _blocks(x: Tensor) -> tuple[int, dict[str, int]]:
     width = triton.next_power_of_2(x.shape[-1])
     height = max(1, 2048 // width)
     settings = {"BLOCK_R": height, "BLOCK_D": width, "num_warps": max(4, min(16, height * width // 512))}
-    return triton.cdiv(x.numel() // max(1, x.shape[-1]), height), settings
+    return triton.cdiv(x.numel() // x.shape[-1], height), settings
 
 
 def _norm_triton(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    x, total = x.contiguous(), None
+    x = total = x.contiguous()
     if residual is not None:
         residual = residual.contiguous()
         total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
@@ -162,21 +158,20 @@ def _norm_triton(
     tiles, settings = _blocks(x)
     if tiles:
         rms_norm_fwd_kernel[(tiles,)](
-            x, residual, weight, y, total, scale, scale.numel(), len(weight), eps, ADD=total is not None, **settings
+            x, residual, weight, y, total, scale, scale.numel(), len(weight), eps, ADD=residual is not None, **settings
         )
-    return y, x if total is None else total, scale
+    return y, total, scale
 
 
 def _norm_backward_triton(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor, trains: bool
 ) -> tuple[Tensor, Tensor | None]:
-    dy, dtotal = dy.contiguous(), None if dtotal is None else dtotal.contiguous()
-    tiles, settings = _blocks(total)
-    dx, shares = torch.empty_like(total), scale.new_empty(min(PROGRAMS, tiles), len(weight)) if trains else None
+    (tiles, settings), dx = _blocks(total), torch.empty_like(total)
+    shares = scale.new_empty(min(PROGRAMS, tiles), len(weight)) if trains else None
     if tiles:
         rms_norm_bwd_kernel[(min(PROGRAMS, tiles),)](
-            dy, dtotal, total, weight, scale, dx, shares, scale.numel(), len(weight),
-            ADD=dtotal is not None, TRAINS=trains, **settings,
+            dy.contiguous(), None if dtotal is None else dtotal.contiguous(), total, weight, scale, dx, shares,
+            scale.numel(), len(weight), ADD=dtotal is not None, TRAINS=trains, **settings,
         )  # fmt: skip
     return dx, None if shares is None else shares.sum(0)
 
@@ -227,7 +222,7 @@ class _RMSNorm(torch.autograd.Function):
             if torch.is_grad_enabled():  # create_graph=True: the scale depends on x
                 scale = _norm(total, None, weight, ctx.eps, dy.dtype)[2]
             dx, dweight = _norm_backward(dy, total, weight, scale, needed)
-            dx = dx if dx is None or dtotal is None else dx + dtotal
+            dx = dx if dx is None or dtotal is None else dx.to(total.dtype) + dtotal
         return dx, dx if needed[1] else None, dweight, None, None, None  # autograd converts each to its dtype
 
 
@@ -291,6 +286,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str | None = No
     cos and sin [B, 1, T, K] have two equal halves. On the Triton form they get no gradient.
     """
     if transformed() or not by_triton(impl, q):
+        cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
         return naive.rotary(q, cos, sin), naive.rotary(k, cos, sin)
     return _Rotary.apply(q, k, cos, sin) if torch.is_grad_enabled() else _rotary_triton(q, k, cos, sin)
 

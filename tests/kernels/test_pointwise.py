@@ -184,7 +184,7 @@ def test_gradients_and_their_gradients_match_finite_differences(name):
     function = OPERATORS[name][0]("torch")
     assert gradcheck(function, leaves) and gradgradcheck(function, leaves)
     out = function(*leaves)[0]
-    each = torch.eye(out.numel(), dtype=torch.float64).view(-1, *out.shape)
+    each = torch.eye(out.numel(), dtype=torch.float64, device=DEVICE).view(-1, *out.shape)
     many = torch.vmap(lambda v: torch.autograd.grad(out, leaves[0], v, retain_graph=True)[0])(each)
     one = torch.stack([torch.autograd.grad(out, leaves[0], v, retain_graph=True)[0] for v in each])
     torch.testing.assert_close(many, one)

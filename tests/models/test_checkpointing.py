@@ -1,9 +1,14 @@
 """Activation checkpointing: the same bits as without it, fewer bytes, and errors that name the choices."""
 
+import os
+import time
 import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,6 +57,42 @@ def test_gradients_are_the_same_bits(make_model, random_tokens, randomize, kind,
         assert [n for n, value in found["none"].items() if not torch.equal(value, found[how][n])] == []
 
 
+SIZES = {
+    "model_type": "llama", "vocab_size": 50, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def split_worker(rank, results):
+    """Gradients of one rank's tokens under FSDP2, whose weights are freed and gathered again between the passes."""
+    dist.init_process_group("gloo", init_method=f"file://{results}/meeting", rank=rank, world_size=2)
+    mesh, found = init_device_mesh("cpu", (2,)), {}
+    for low in (torch.float32, torch.bfloat16):
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        for how in ("none", "selective", "block"):
+            torch.manual_seed(0)
+            model = Transformer(ModelConfig.from_hf(SIZES)).train()
+            model.activation_checkpointing = how
+            for block in model.model.layers:
+                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(model, mesh=mesh, mp_policy=policy)
+            for _ in range(2):
+                model(torch.arange(16)[None] + rank).float().square().mean().backward()
+            found[str(low), how] = [p.grad.full_tensor() for p in model.parameters()]
+    torch.save(found, f"{results}/{rank}.pt")
+    while not os.path.exists(f"{results}/{1 - rank}.pt"):  # a rank that left early would break the other's collectives
+        time.sleep(0.01)
+    os._exit(0)  # torch's own threads now and then abort while a spawned process winds down
+
+
+def test_gradients_are_the_same_bits_where_two_ranks_share_the_weights(start_ranks, tmp_path):
+    start_ranks(split_worker, str(tmp_path))
+    found = torch.load(tmp_path / "0.pt")
+    for low in ("torch.float32", "torch.bfloat16"):
+        for how in ("selective", "block"):
+            assert all(map(torch.equal, found[low, "none"], found[low, how])), (low, how)
+
+
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages made in here that are still alive, the model's left out."""
 
@@ -74,11 +115,7 @@ class LiveBytes(TorchDispatchMode):
 def test_what_a_block_keeps_is_what_is_dear(dtypes):
     """Of a block: norms and SwiGLU keep inputs only, so their three results are what "selective" saves."""
     weights, autocast = DTYPES[dtypes]
-    sizes = dict(
-        model_type="llama", vocab_size=50, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
-        num_attention_heads=4,
-    )  # fmt: skip
-    model = Transformer(ModelConfig.from_hf(sizes)).to(weights).train()
+    model = Transformer(ModelConfig.from_hf(SIZES)).to(weights).train()
     tokens = torch.arange(2 * 16).view(2, 16)
     held = {}
     for model.activation_checkpointing in ("none", "selective", "block"):
