@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.kernels._transforms import without_numbers
 from pedgpt.kernels._triton import tl, triton
 from pedgpt.kernels.onednn import product
 
@@ -227,7 +228,7 @@ def _down_gate_triton(
     gates = x.new_empty(tokens, experts, dtype=torch.float32) if experts else None
     slope = None if gates is None or noise is None else torch.empty_like(gates)
     blocks = _blocks(x, experts, columns)
-    if tokens:
+    if tokens and not without_numbers():
         down_gate_fwd_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
             x, packed, noise, h, s, gates, slope, tokens, width, scaling,
             EXPERTS=experts, RANK=rank, NOISY=noise is not None, **blocks,
@@ -242,7 +243,7 @@ def _down_gate_backward_triton(
     ds = s.new_empty(tokens, columns + experts * (1 if slope is None else 2))
     h = torch.empty_like(s)
     blocks = _blocks(dy, experts, columns)
-    if tokens:
+    if tokens and not without_numbers():
         down_gate_bwd_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
             dy, lora_B, s, gates, slope, ds, h, tokens, dy.shape[1], scaling,
             EXPERTS=experts, RANK=columns // (experts + 1), NOISY=slope is not None, **blocks,

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels._transforms import blocks_to_count, transformed
+from pedgpt.kernels._transforms import blocks_to_count, transformed, without_numbers
 from pedgpt.kernels._triton import tl, triton
 from pedgpt.kernels.onednn import product, refuse_create_graph
 
@@ -124,7 +124,7 @@ def _softmax_triton(
     labels, factors = labels.contiguous(), None if factors is None else factors.contiguous()
     found = torch.empty(stats.shape, dtype=torch.float32, device=stats.device)
     block = min(4096, triton.next_power_of_2(logits.shape[1]))
-    if len(logits):
+    if len(logits) and not without_numbers():
         linear_logps_fwd_kernel[(len(logits),)](
             logits, labels, inverse, factors, found, *logits.shape,
             NORMALIZED=inverse is not None, GRADIENT=factors is not None, BLOCK_V=block, num_warps=8,

@@ -196,10 +196,13 @@ def count_step(
 ) -> None:
     """One step of the training loop, which finds the optimizer's state there, on one of `ranks` that share a model.
 
-    If it `accumulates`, it also finds the gradients of an earlier micro-batch there. `model` comes from the meta device. A forward pass begins with the first of `ends`, and the loss follows the last.
-    The moments are "forward", "head" (the loss and its gradient), the backward pass of the "last block" and of the "first
-    block", and "update". Blocks that are alike let each moment's peak grow in proportion to their number: what they keep
-    becomes less in the backward pass and gradients become more, so the blocks between those two take no more than both.
+    `model` comes from the meta device. A forward pass begins with the first of `ends`, and the loss follows the last. A
+    step that `accumulates` also finds the gradients of an earlier micro-batch there.
+
+    The moments are "masks" (all before the blocks), "forward" (the last block), "loss", "its gradient", the backward
+    pass of the "last block" and of the "first block", and "update". If blocks are alike, the peak of each moment grows
+    in proportion to their number. The blocks between take no more than the last or the first, because in the backward
+    pass what was kept becomes less and gradients become more, both at a constant rate.
     """
     counter.at("", "optimizer")
     share = _Whole(counter, model) if ranks == 1 else _Shards(counter, model, blocks, ends[0], settings, ranks)
@@ -224,17 +227,35 @@ def count_step(
         share.end_backward()
         counter.at("update", "optimizer", **dict.fromkeys(share.forward, 0))
 
-    ends[0].register_forward_pre_hook(lambda *_: counter.at("forward", "activations", **share.forward))
+    _once_before(ends[0], lambda: counter.at("masks", "activations", **share.forward))
+    _once_before(blocks[0], lambda: counter.at("", "activations"))
+    _once_before(blocks[-1], lambda: counter.at("forward", "activations"))
     for block in blocks[-2:-1]:
         begins(block, "", "activations")
     begins(blocks[0], "first block", "activations")
     begins(ends[1], "last block" if len(blocks) > 1 else "first block", "activations", **share.backward)
-    ends[1].register_forward_hook(lambda *_: counter.at("head", "head"))
+    ends[1].register_forward_hook(lambda *_: counter.at("loss", "head"))
+
+    def loss_and_metrics(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = loss_function(model, batch)
+        loss.register_hook(lambda gradient: counter.at("its gradient", "head"))
+        return loss, metrics
+
     optimizer.register_step_pre_hook(before_update)
     counter.at("", "activations")
     world = World(0, 1, torch.device("cpu"))
-    loop._step(model.train(), optimizer, [make_batch()], loss_function, settings, world)
+    loop._step(model.train(), optimizer, [make_batch()], loss_and_metrics, settings, world)
     counter.at("", "")
+
+
+def _once_before(module: nn.Module, call: Callable[[], None]) -> None:
+    """Call it before this module's next forward pass, and not again when the backward pass computes it again."""
+
+    def before(*_: Any) -> None:
+        handle.remove()
+        call()
+
+    handle = module.register_forward_pre_hook(before)
 
 
 class _Whole:
