@@ -250,6 +250,8 @@ def estimate(stage: str, config: Any, sizes: ModelConfig, host: Host) -> tuple[M
         peaks = {name: peak.grown(two[name], blocks - 3) for name, peak in peaks.items()}
         counts = {name: number + (blocks - 3) * (number - few[name]) for name, number in counts.items()}
     moments = {name: {**peak.parts, "libraries": host.libraries} for name, peak in peaks.items()}
+    if stage == "generate" and not host.on_cuda:
+        moments["generating"]["layout"] = weights_laid_out(config, moments["generating"]["weights"])
     if host.heap:
         slack = SLACK_PINNED
         if stage != "generate":
@@ -278,7 +280,7 @@ def count(stage: str, config: Any, sizes: ModelConfig, host: Host) -> tuple[dict
     counts["parameters"] = sum(p.numel() for p in model.parameters())
     with counting(on_gpu=host.on_cuda, lasting=LASTING, small=MAPPED) as counter:
         if stage == "generate":
-            count_generation(counter, config, sizes, model, host)
+            count_generation(counter, config, sizes, model)
         else:
             model.activation_checkpointing = config.activation_checkpointing
             counts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -329,17 +331,13 @@ def next_token(model: Transformer, batch: Batch) -> tuple[torch.Tensor, dict[str
 
 def preference(model: Transformer, batch: PreferenceBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of stage 3."""
-    metrics: dict[str, torch.Tensor] = {}
     hidden = model.hidden_states(batch.tokens, documents=batch.documents, branches=batch.branches)
-    options: dict[str, Any] = {"normalize": model.config.normalize_head, "metrics": metrics}
-    references = batch.reference_logps.chunk(2)
-    return linear_dfpo_loss(
-        hidden, model.lm_head.weight, batch.labels, *references, sequences=batch.sequences, **options
-    ).loss, {}
+    operands = hidden, model.lm_head.weight, batch.labels, *batch.reference_logps.chunk(2)
+    return linear_dfpo_loss(*operands, sequences=batch.sequences, normalize=model.config.normalize_head).loss, {}
 
 
 @torch.no_grad()
-def count_generation(counter: Counter, config: Any, sizes: ModelConfig, model: Transformer, host: Host) -> None:
+def count_generation(counter: Counter, config: Any, sizes: ModelConfig, model: Transformer) -> None:
     """Scoring of rows and of pairs, reading of the longest prompts, and an answer's last token."""
     length, rows = length_of(config, sizes), config.generation_batch_size
     model = on_shapes(model).eval()
@@ -358,8 +356,7 @@ def count_generation(counter: Counter, config: Any, sizes: ModelConfig, model: T
     head = model.head_weight()
     logits = F.linear(hidden[:, -1], head).float()
     del hidden
-    laid_out = 0 if host.on_cuda else weights_laid_out(config, sum(p.nbytes for p in model.parameters()))
-    counter.at("generating", "activations", layout=laid_out)
+    counter.at("generating", "activations")
     cache.length = cache.capacity - 1
     one = tokens[:, :1]
     hidden = model.hidden_states(one, documents=torch.ones_like(one), cache=cache)

@@ -205,12 +205,12 @@ def count_step(
     pass what was kept becomes less and gradients become more, both at a constant rate.
     """
     counter.at("", "optimizer")
-    share = _Whole(counter, model) if ranks == 1 else _Shards(counter, model, blocks, ends[0], settings, ranks)
-    optimizer = build_optimizer(share.optimized, settings)
-    for parameter in share.optimized.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)
-            counter.claim([parameter.grad], "gradients")
+    share = _Shards(counter, model, blocks, ends[0], settings, ranks)
+    optimizer = build_optimizer(nn.ParameterList(share.rows.values()), settings)
+    for rows in share.rows.values():
+        if rows.requires_grad:
+            rows.grad = torch.empty_like(rows)
+            counter.claim([rows.grad], "gradients")
     optimizer.step()
     if not accumulates:
         optimizer.zero_grad(set_to_none=True)
@@ -258,71 +258,62 @@ def _once_before(module: nn.Module, call: Callable[[], None]) -> None:
     handle = module.register_forward_pre_hook(before)
 
 
-class _Whole:
-    """All parameters on one rank."""
-
-    def __init__(self, counter: Counter, model: nn.Module) -> None:
-        self.optimized = on_shapes(model)
-        self.forward: dict[str, int] = {}
-        self.backward: dict[str, int] = {}
-        counter.claim(model.parameters(), "weights")
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p: counter.claim([p.grad], "gradients"))
-
-    def end_backward(self) -> None:
-        """All gradients are where the optimizer finds them."""
-
-
 class _Shards:
     """One rank's rows of each parameter, and what FSDP2 gathers and reduces beside them.
 
-    The root's own parameters are gathered throughout, and of the blocks one beside the next. Gradients leave a block in
-    float32. Beside the gathered block the backward pass holds what it came in and the gradients before and after that.
+    The root's own parameters are gathered throughout, and each block's beside those of the next. The backward pass
+    holds gathered blocks in two buffers and a half-done third, and gradients leave in float32. On one rank the rows are
+    the parameters themselves, and nothing is gathered.
     """
 
     def __init__(
         self,
         counter: Counter,
         model: nn.Module,
-        blocks: Iterable[nn.Module],
+        blocks: Sequence[nn.Module],
         first: nn.Module,
         settings: TrainingSettings,
         ranks: int,
     ) -> None:
         dtype = getattr(torch, settings.dtype)
         stored = [parameter.dtype for parameter in model.parameters()]
-        self.counter = counter
-        self.shards: dict[nn.Parameter, nn.Parameter] = {}
-        for parameter, own in zip(on_shapes(model, dtype).parameters(), stored, strict=True):
-            rows = torch.empty(math.ceil(len(parameter) / ranks), *parameter.shape[1:], dtype=own)
-            self.shards[parameter] = nn.Parameter(rows, parameter.requires_grad)
-        self.optimized = nn.ParameterList(self.shards.values())
-        counter.claim(self.shards, "")
-        counter.claim(self.shards.values(), "weights")
+        gathered = list(on_shapes(model, dtype if ranks > 1 else None).parameters())
+        self.counter, self.forward, self.backward = counter, dict[str, int](), dict[str, int]()
+        self.rows: dict[nn.Parameter, nn.Parameter] = {parameter: parameter for parameter in gathered}
+        self.root: set[nn.Parameter] = set()  # their gradients leave together, at the end
+        if ranks > 1:
+            for parameter, own in zip(gathered, stored, strict=True):
+                rows = torch.empty(math.ceil(len(parameter) / ranks), *parameter.shape[1:], dtype=own)
+                self.rows[parameter] = nn.Parameter(rows, parameter.requires_grad)
+            inner = {parameter for block in blocks for parameter in block.parameters()}
+            self.root = set(gathered) - inner
+            root, block = (sum(p.nbytes for p in group) for group in (self.root, blocks[0].parameters()))
+            leaving = 1 + 4 // dtype.itemsize
+            trains = all(parameter.requires_grad for parameter in blocks[0].parameters())
+            self.forward = {"gathered": root + 2 * block}
+            self.backward = {"gathered": root + (3 + leaving * trains) * block}
+        counter.claim(self.rows, "")
+        counter.claim(self.rows.values(), "weights")
+        for parameter in gathered:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._came)
+        if ranks > 1:
+            for parameter in first.parameters():  # the last to get its gradient
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda _: counter.hold("gathered", leaving * root))
 
-        inner = [list(block.parameters()) for block in blocks]
-        of_blocks = {parameter for block in inner for parameter in block}
-        self.root = [parameter for parameter in self.shards if parameter not in of_blocks]
-        root, block = (sum(parameter.nbytes for parameter in group) for group in (self.root, inner[0]))
-        trains = all(parameter.requires_grad for parameter in inner[0])
-        leaving = 4 // dtype.itemsize
-        self.forward = {"gathered": root + 2 * block}
-        self.backward = {"gathered": root + (3 + (1 + leaving) * trains) * block}
-        for parameter in self.shards:
-            if parameter.requires_grad:
-                hook = self._reduce if parameter in of_blocks else lambda p: counter.claim([p.grad], "gradients")
-                parameter.register_post_accumulate_grad_hook(hook)
-        for parameter in first.parameters():  # the last to get its gradient: the root's leave together
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda _: counter.hold("gathered", (1 + leaving) * root))
+    def _came(self, parameter: nn.Parameter) -> None:
+        if self.rows[parameter] is parameter or parameter in self.root:
+            self.counter.claim([parameter.grad], "gradients")  # type: ignore[list-item]
+        else:
+            self._reduce(parameter)
 
     def _reduce(self, parameter: nn.Parameter) -> None:
         """What is left of a gradient is this rank's rows of it."""
-        shard = self.shards[parameter]
-        if shard.grad is None:
-            shard.grad = torch.empty_like(shard)
-            self.counter.claim([shard.grad], "gradients")
+        rows = self.rows[parameter]
+        if rows.grad is None:
+            rows.grad = torch.empty_like(rows)
+            self.counter.claim([rows.grad], "gradients")
         parameter.grad = None
 
     def end_backward(self) -> None:
