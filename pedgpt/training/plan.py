@@ -219,7 +219,8 @@ def count_step(
         """The moment begins when the gradient of what this module gives arrives."""
 
         def after(module: nn.Module, arguments: Any, hidden: Tensor) -> None:
-            hidden.register_hook(lambda gradient: counter.at(moment, part, **held))
+            if hidden.requires_grad:
+                hidden.register_hook(lambda gradient: counter.at(moment, part, **held))
 
         module.register_forward_hook(after)
 
