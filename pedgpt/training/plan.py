@@ -196,18 +196,21 @@ def count_step(
 ) -> None:
     """One step of the training loop, which finds the optimizer's state there, on one of `ranks` that share a model.
 
-    If it `accumulates`, it also finds the gradients of an earlier micro-batch there. `model` comes from the meta device. A forward pass begins with the first of `ends`, and the loss follows the last.
-    The moments are "forward", "head" (the loss and its gradient), the backward pass of the "last block" and of the "first
-    block", and "update". Blocks that are alike let each moment's peak grow in proportion to their number: what they keep
-    becomes less in the backward pass and gradients become more, so the blocks between those two take no more than both.
+    `model` comes from the meta device. A forward pass begins with the first of `ends`, and the loss follows the last. A
+    step that `accumulates` also finds the gradients of an earlier micro-batch there.
+
+    The moments are "masks" (all before the blocks), "forward" (the last block), "loss", "its gradient", the backward
+    pass of the "last block" and of the "first block", and "update". If blocks are alike, the peak of each moment grows
+    in proportion to their number. The blocks between take no more than the last or the first, because in the backward
+    pass what was kept becomes less and gradients become more, both at a constant rate.
     """
     counter.at("", "optimizer")
-    share = _Whole(counter, model) if ranks == 1 else _Shards(counter, model, blocks, ends[0], settings, ranks)
-    optimizer = build_optimizer(share.optimized, settings)
-    for parameter in share.optimized.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)
-            counter.claim([parameter.grad], "gradients")
+    share = _Shards(counter, model, blocks, ends[0], settings, ranks)
+    optimizer = build_optimizer(nn.ParameterList(share.rows.values()), settings)
+    for rows in share.rows.values():
+        if rows.requires_grad:
+            rows.grad = torch.empty_like(rows)
+            counter.claim([rows.grad], "gradients")
     optimizer.step()
     if not accumulates:
         optimizer.zero_grad(set_to_none=True)
@@ -216,7 +219,8 @@ def count_step(
         """The moment begins when the gradient of what this module gives arrives."""
 
         def after(module: nn.Module, arguments: Any, hidden: Tensor) -> None:
-            hidden.register_hook(lambda gradient: counter.at(moment, part, **held))
+            if hidden.requires_grad:
+                hidden.register_hook(lambda gradient: counter.at(moment, part, **held))
 
         module.register_forward_hook(after)
 
@@ -224,84 +228,93 @@ def count_step(
         share.end_backward()
         counter.at("update", "optimizer", **dict.fromkeys(share.forward, 0))
 
-    ends[0].register_forward_pre_hook(lambda *_: counter.at("forward", "activations", **share.forward))
+    _once_before(ends[0], lambda: counter.at("masks", "activations", **share.forward))
+    _once_before(blocks[0], lambda: counter.at("", "activations"))
+    _once_before(blocks[-1], lambda: counter.at("forward", "activations"))
     for block in blocks[-2:-1]:
         begins(block, "", "activations")
     begins(blocks[0], "first block", "activations")
     begins(ends[1], "last block" if len(blocks) > 1 else "first block", "activations", **share.backward)
-    ends[1].register_forward_hook(lambda *_: counter.at("head", "head"))
+    ends[1].register_forward_hook(lambda *_: counter.at("loss", "head"))
+
+    def loss_and_metrics(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = loss_function(model, batch)
+        loss.register_hook(lambda gradient: counter.at("its gradient", "head"))
+        return loss, metrics
+
     optimizer.register_step_pre_hook(before_update)
     counter.at("", "activations")
     world = World(0, 1, torch.device("cpu"))
-    loop._step(model.train(), optimizer, [make_batch()], loss_function, settings, world)
+    loop._step(model.train(), optimizer, [make_batch()], loss_and_metrics, settings, world)
     counter.at("", "")
 
 
-class _Whole:
-    """All parameters on one rank."""
+def _once_before(module: nn.Module, call: Callable[[], None]) -> None:
+    """Call it before this module's next forward pass, and not again when the backward pass computes it again."""
 
-    def __init__(self, counter: Counter, model: nn.Module) -> None:
-        self.optimized = on_shapes(model)
-        self.forward: dict[str, int] = {}
-        self.backward: dict[str, int] = {}
-        counter.claim(model.parameters(), "weights")
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p: counter.claim([p.grad], "gradients"))
+    def before(*_: Any) -> None:
+        handle.remove()
+        call()
 
-    def end_backward(self) -> None:
-        """All gradients are where the optimizer finds them."""
+    handle = module.register_forward_pre_hook(before)
 
 
 class _Shards:
     """One rank's rows of each parameter, and what FSDP2 gathers and reduces beside them.
 
-    The root's own parameters are gathered throughout, and of the blocks one beside the next. Gradients leave a block in
-    float32. Beside the gathered block the backward pass holds what it came in and the gradients before and after that.
+    The root's own parameters are gathered throughout, and each block's beside those of the next. The backward pass
+    holds gathered blocks in two buffers and a half-done third, and gradients leave in float32. On one rank the rows are
+    the parameters themselves, and nothing is gathered.
     """
 
     def __init__(
         self,
         counter: Counter,
         model: nn.Module,
-        blocks: Iterable[nn.Module],
+        blocks: Sequence[nn.Module],
         first: nn.Module,
         settings: TrainingSettings,
         ranks: int,
     ) -> None:
         dtype = getattr(torch, settings.dtype)
         stored = [parameter.dtype for parameter in model.parameters()]
-        self.counter = counter
-        self.shards: dict[nn.Parameter, nn.Parameter] = {}
-        for parameter, own in zip(on_shapes(model, dtype).parameters(), stored, strict=True):
-            rows = torch.empty(math.ceil(len(parameter) / ranks), *parameter.shape[1:], dtype=own)
-            self.shards[parameter] = nn.Parameter(rows, parameter.requires_grad)
-        self.optimized = nn.ParameterList(self.shards.values())
-        counter.claim(self.shards, "")
-        counter.claim(self.shards.values(), "weights")
+        gathered = list(on_shapes(model, dtype if ranks > 1 else None).parameters())
+        self.counter, self.forward, self.backward = counter, dict[str, int](), dict[str, int]()
+        self.rows: dict[nn.Parameter, nn.Parameter] = {parameter: parameter for parameter in gathered}
+        self.root: set[nn.Parameter] = set()  # their gradients leave together, at the end
+        if ranks > 1:
+            for parameter, own in zip(gathered, stored, strict=True):
+                rows = torch.empty(math.ceil(len(parameter) / ranks), *parameter.shape[1:], dtype=own)
+                self.rows[parameter] = nn.Parameter(rows, parameter.requires_grad)
+            inner = {parameter for block in blocks for parameter in block.parameters()}
+            self.root = set(gathered) - inner
+            root, block = (sum(p.nbytes for p in group) for group in (self.root, blocks[0].parameters()))
+            leaving = 1 + 4 // dtype.itemsize
+            trains = all(parameter.requires_grad for parameter in blocks[0].parameters())
+            self.forward = {"gathered": root + 2 * block}
+            self.backward = {"gathered": root + (3 + leaving * trains) * block}
+        counter.claim(self.rows, "")
+        counter.claim(self.rows.values(), "weights")
+        for parameter in gathered:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._came)
+        if ranks > 1:
+            for parameter in first.parameters():  # the last to get its gradient
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda _: counter.hold("gathered", leaving * root))
 
-        inner = [list(block.parameters()) for block in blocks]
-        of_blocks = {parameter for block in inner for parameter in block}
-        self.root = [parameter for parameter in self.shards if parameter not in of_blocks]
-        root, block = (sum(parameter.nbytes for parameter in group) for group in (self.root, inner[0]))
-        trains = all(parameter.requires_grad for parameter in inner[0])
-        leaving = 4 // dtype.itemsize
-        self.forward = {"gathered": root + 2 * block}
-        self.backward = {"gathered": root + (3 + (1 + leaving) * trains) * block}
-        for parameter in self.shards:
-            if parameter.requires_grad:
-                hook = self._reduce if parameter in of_blocks else lambda p: counter.claim([p.grad], "gradients")
-                parameter.register_post_accumulate_grad_hook(hook)
-        for parameter in first.parameters():  # the last to get its gradient: the root's leave together
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda _: counter.hold("gathered", (1 + leaving) * root))
+    def _came(self, parameter: nn.Parameter) -> None:
+        if self.rows[parameter] is parameter or parameter in self.root:
+            self.counter.claim([parameter.grad], "gradients")  # type: ignore[list-item]
+        else:
+            self._reduce(parameter)
 
     def _reduce(self, parameter: nn.Parameter) -> None:
         """What is left of a gradient is this rank's rows of it."""
-        shard = self.shards[parameter]
-        if shard.grad is None:
-            shard.grad = torch.empty_like(shard)
-            self.counter.claim([shard.grad], "gradients")
+        rows = self.rows[parameter]
+        if rows.grad is None:
+            rows.grad = torch.empty_like(rows)
+            self.counter.claim([rows.grad], "gradients")
         parameter.grad = None
 
     def end_backward(self) -> None:

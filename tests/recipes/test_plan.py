@@ -160,7 +160,48 @@ def test_peak_is_that_of_a_step(plan, stage, shape, changed, monkeypatch):
                 del loss
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    assert plan.peak(moments) == pytest.approx(live.peak, rel=0.04)
+    assert plan.peak(moments) == pytest.approx(live.peak, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("stage", "shape", "changed"),
+    [
+        ("sft", {}, {"dtype": "bfloat16", "activation_checkpointing": True}),
+        ("cpt", {"pedgpt_positions": "alibi", "vocab_size": 40}, {"ranks": 2, "dtype": "bfloat16"}),
+        ("dfpo", {}, {"dtype": "bfloat16", "activation_checkpointing": True, "global_batch_size": 4}),
+        ("experts", {"vocab_size": 40}, {"dropout": 0.1, "target_modules": ["W_pack", "up_proj"]}),
+        ("generate", {"pedgpt_positions": "alibi"}, {}),
+    ],
+)
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_every_further_block_adds_what_the_third_adds(plan, stage, shape, changed, on_cuda):
+    sizes = ModelConfig.from_hf({**SHAPE, **shape, "num_hidden_layers": 7})
+    config = settings(plan, stage, **changed) if stage != "generate" else plan.settings_class([stage], stage)()
+    moments, counts = plan.estimate(stage, config, sizes, plan.Host(on_cuda))
+    peaks, counted = plan.count(stage, config, sizes, plan.Host(on_cuda))
+    assert counts == counted
+    totals = {name: sum(parts.values()) - parts.get("layout", 0) for name, parts in moments.items()}
+    assert totals == {name: found.total for name, found in peaks.items()}
+
+
+def test_an_expert_in_one_block_only_is_not_counted_in_all(plan):
+    sizes = ModelConfig.from_hf({**SHAPE, "num_hidden_layers": 5})
+    config = settings(plan, "experts", target_modules=["model.layers.4.mlp.up_proj"])
+    _, counts = plan.estimate("experts", config, sizes, plan.Host())
+    # one universal and three specific experts of rank 8, and two routers
+    assert counts["trainable"] == 4 * 8 * (64 + 160) + 2 * 3 * 64
+
+
+def test_ranks_share_weights_gradients_and_state(plan):
+    sizes = ModelConfig.from_hf(SHAPE)
+    one, two = (
+        plan.estimate("sft", settings(plan, "sft", ranks=ranks, global_batch_size=4), sizes, plan.Host())[0]
+        for ranks in (1, 2)
+    )
+    for part in ("weights", "gradients", "optimizer"):
+        assert two["update"][part] == pytest.approx(one["update"][part] / 2, rel=0.01)
+    whole = sum(parameter.nbytes for parameter in Transformer(sizes).parameters())
+    assert 0 < two["forward"]["gathered"] < whole and one["forward"].get("gathered", 0) == 0
 
 
 CONFIGS = RECIPES / "configs"
@@ -189,7 +230,8 @@ def test_what_does_not_fit_is_told_what_helps():
     assert code == 1 and "does not fit" in out
     changes = dict(re.findall(r"^  (\S+) = \S+ +([\d.]+ GiB.*)$", out, re.M))
     assert set(changes) == {"ranks", "row_length"}  # the others are as low as they go already
-    code, shared, _ = called(*common, "--ranks", 8)
+    assert out.count("ranks = ") == 1  # more than what is enough is not tried
+    code, shared, _ = called(*common, "--ranks", 2)
     assert code == 0 and f"{total(shared) / 2**30:.2f} GiB  fits" == changes["ranks"]
     assert re.search(r"^  experts instead of all parameters +[\d.]+ GiB  fits$", out, re.M)
 
@@ -199,7 +241,7 @@ def test_generation_counts_the_cache():
     code, out, _ = called("--config", CONFIGS / "baichuan2_7b/evaluate.toml", *flags, "--memory_gib", 80)
     assert code == 0
     # 2 · 32 layers · 4 rows · 1,024 tokens · 4,096 numbers · 2 bytes = 2 GiB, and positions
-    assert re.search(r"^key-value cache +0\.00 +0\.00 +2\.00 +2\.00$", out, re.M)
+    assert re.search(r"^key-value cache +0\.00 +2\.00 +2\.00$", out, re.M)
 
 
 @pytest.mark.parametrize(("new", "rows", "copied"), [(16, 8, True), (15, 8, False), (16, 65, False)])
