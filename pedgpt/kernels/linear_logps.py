@@ -207,12 +207,11 @@ class _Head:
         return stats, dhidden, dweight
 
     def _add_product(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
-        if dweight.dtype == dlogits.dtype:  # In place: a product that is added later takes 1.4 times as long.
-            torch.addmm(dweight, dlogits.t(), hidden, beta=0 if first else 1, out=dweight)
-            return
         for rows in self.slices:
             left, right = dlogits[:, rows].t(), hidden.t()
-            if left.is_cuda:
+            if dweight.dtype == left.dtype:
+                part = product(left, right)
+            elif left.is_cuda:
                 part = torch.mm(left, right.t(), out_dtype=dweight.dtype)
             elif self.given.dtype == dweight.dtype:  # autocast: rounded as its own products are
                 part = product(left, right)
