@@ -35,11 +35,12 @@ from pedgpt.data.packing import Batch, Row
 from pedgpt.data.preference import PreferenceBatch
 from pedgpt.evaluation.likelihood import pair_logps, perplexity
 from pedgpt.files import available_memory
+from pedgpt.kernels.cpu.packed import MAX_ROWS
 from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy, linear_dfpo_loss
 from pedgpt.models import ModelConfig, Transformer, generate
+from pedgpt.models.cache import KVCache
 from pedgpt.models.config import NORM_HEAD_KEY, POSITIONS_KEY
-from pedgpt.models.decoding import MAX_ROWS, copy_fits
-from pedgpt.models.generation import LAY_OUT_FROM, KVCache
+from pedgpt.models.generation import LAY_OUT_FROM
 from pedgpt.training.plan import Counter, Peak, count_step, counting, on_shapes
 
 STAGES = {
@@ -367,8 +368,9 @@ def count_generation(counter: Counter, config: Any, sizes: ModelConfig, model: T
 
 def weights_laid_out(config: Any, weights: int) -> int:
     """Bytes of the copy of the weights that decoding on a CPU makes, if it makes one."""
-    pays = config.generation_batch_size <= MAX_ROWS and config.max_new_tokens >= LAY_OUT_FROM
-    return weights if pays and copy_fits(weights) else 0
+    rows = config.generation_batch_size
+    pays = (config.dtype == "float32") < rows <= MAX_ROWS and config.max_new_tokens >= LAY_OUT_FROM
+    return weights if pays and 2 * weights <= (available_memory() or 0) else 0
 
 
 def changes(stage: str, config: Any, sizes: ModelConfig) -> Iterable[tuple[str, str, Any]]:

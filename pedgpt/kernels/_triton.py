@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from pedgpt.kernels._transforms import without_numbers
+
 triton: Any = None
 tl: Any = None
 # Whether there is a GPU is not asked: that would start CUDA, which a process that forks later must not.
@@ -29,7 +31,7 @@ def by_triton(impl: str | None, x: torch.Tensor, fits: bool = True) -> bool:
 
     Raises ValueError for another name, and where Triton is asked for and cannot be had.
     """
-    if impl is None and not x.is_cuda:
+    if impl is None and (not x.is_cuda or without_numbers()):
         return False
     if impl not in (None, "torch", "triton"):
         raise ValueError(f'impl must be "torch", "triton" or None, found {impl!r}')

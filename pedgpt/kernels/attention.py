@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from pedgpt.kernels import naive
-from pedgpt.kernels._transforms import transformed
+from pedgpt.kernels._transforms import transformed, without_numbers
 from pedgpt.kernels.cpu import attention as on_cpu
 
 if TYPE_CHECKING:
@@ -79,10 +78,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
     """
     if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
-    if layout is not None and isinstance(q, FakeTensor):  # Only sizes count. Take those of one document.
+    if layout is not None and without_numbers():  # Only sizes count. Take those of one document.
         whole = q.is_cuda and q.shape[2] == k.shape[2]  # A causal kernel keeps the same tensors as FlexAttention.
         layout = None if whole else replace(layout, documents=None, key_documents=None, branches=None)
-    if q.device.type == "cpu" and not transformed() and q.shape[2] == k.shape[2]:
+    if not q.is_cuda and q.device.type == "cpu" and not transformed() and q.shape[2] == k.shape[2]:
         if layout is None:
             at = torch.arange(q.shape[2], device=q.device).expand(len(q), -1)
         if (found := on_cpu.attention(q, k, v, layout or Layout(at, at))) is not None:
@@ -118,7 +117,7 @@ def _mask(layout: Layout, dtype: torch.dtype, shared: int) -> Tensor:
 def _suits_flex(q: Tensor) -> bool:
     """Whether FlexAttention's kernel takes these queries, and they are enough for it."""
     fits = q.shape[2] >= BLOCK and q.shape[3] >= 16 and q.dtype != torch.float64
-    return q.is_cuda and fits and not isinstance(q, FakeTensor) and not transformed()
+    return q.is_cuda and fits and not without_numbers() and not transformed()
 
 
 @functools.cache

@@ -29,7 +29,7 @@ def token_logps(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Ten
     outside of the vocabulary (on the CPU).
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    if logits.device.type != "cpu" or transformed() or logits.numel() < 8 * BLOCK:
+    if logits.is_cuda or logits.device.type != "cpu" or transformed() or logits.numel() < 8 * BLOCK:
         return -F.cross_entropy(logits.to(dtype), labels, ignore_index=ignore_index, reduction="none")
     counts = labels != ignore_index
     if (wrong := labels[counts & ((labels < 0) | (labels >= logits.shape[1]))]).numel():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pedgpt.kernels._triton import tl, triton
 from pedgpt.kernels.cpu.products import product
@@ -353,18 +353,3 @@ def down_gate_backward(
     if impl == "triton":
         return _gate_backward_triton(_skinny(dy, lora_B.t()), s.contiguous(), gates, slope, scaling, columns)
     return _gate_backward(product(dy, lora_B.t()), s, gates, slope, scaling)
-
-
-def implementation(impl: str | None, x: Tensor) -> str:
-    """ "triton" or "torch": as asked, else Triton on CUDA where it is installed and the dtype suits it.
-
-    Raises ValueError for another name, and where Triton is asked for and cannot be had.
-    """
-    if impl not in (None, "torch", "triton"):
-        raise ValueError(f'impl must be "torch", "triton" or None, found {impl!r}')
-    suits = triton is not None and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if impl == "triton" and not suits:
-        found = f"{'both' if triton else 'one of the two missing'}, and {x.dtype}"
-        raise ValueError(f'impl="triton" needs Triton with a GPU, and float32, bfloat16 or float16; found {found}')
-    # A subclass, such as a tensor that only stands for its shape, has no memory that a kernel could read.
-    return impl or ("triton" if suits and x.is_cuda and type(x) in (Tensor, nn.Parameter) else "torch")

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pedgpt.kernels._transforms import autocast_dtype
+from pedgpt.kernels._triton import by_triton
 from pedgpt.kernels.cpu.products import product, refuse_create_graph, sum_of_products
-from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, Stream, down_gate, down_gate_backward, implementation
+from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, Stream, down_gate, down_gate_backward
 
 
 def _forward(
@@ -117,9 +119,8 @@ def lora_linear(
     for Triton on CUDA and torch elsewhere. Raises ValueError for shapes that do not fit.
     """
     _check(x, weight, bias, lora_A, lora_B, router, router_noise, noise, dropped, count)
-    dtype, leading, impl = x.dtype, x.shape[:-1], implementation(impl, x)
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype, leading = autocast_dtype(x, x.dtype), x.shape[:-1]
+    impl = "triton" if by_triton(impl, x) else "torch"
     if impl == "torch" and router is not None and noise is not None and not isinstance(noise, Tensor):
         noise = noise.normal(x.new_empty(*leading, len(router), dtype=torch.promote_types(dtype, torch.float32)))
     operands = (

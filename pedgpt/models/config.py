@@ -219,11 +219,3 @@ def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
     _require(kind != "llama3" or low < high, f"rope_scaling needs high_freq_factor above {low}, found {high}")
     return {"rope_theta": theta, "rope_scaling": scaling}
-
-
-# NOTE: these two names are for generation.py only, until it calls read_object, which refuses foreign links itself.
-inside_folder = Path
-
-
-def parse_json(file: Path) -> dict[str, Any]:
-    return read_object(file.parent, file.name)

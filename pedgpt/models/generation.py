@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pedgpt.files import read_object
 from pedgpt.kernels import linear
 from pedgpt.kernels.cpu.packed import PackedWeights
 from pedgpt.models.cache import KVCache, StaticStep
-from pedgpt.models.config import inside_folder, parse_json
 
 if TYPE_CHECKING:
     from pedgpt.models.transformer import Transformer
@@ -167,7 +167,7 @@ def generation_defaults(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / "generation_config.json"
     if not file.is_file():
         return {}
-    raw = parse_json(inside_folder(file))
+    raw = read_object(file.parent, file.name)
 
     def read(key: str, default: Any, kinds: type | tuple[type, ...]) -> Any:
         value = default if raw.get(key) is None else raw[key]

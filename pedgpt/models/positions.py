@@ -68,12 +68,6 @@ def attention_factor(scaling: Mapping[str, Any] | None) -> float:
     return (above * growth + 1) / (below * growth + 1) if above and below else growth + 1
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, H, T, K] (Su et al. 2021), halves paired as HF pairs them: x·cos + (−x₂, x₁)·sin."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
     """ALiBi's slopes (Press et al. 2022), [H] float32.
 

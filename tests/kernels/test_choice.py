@@ -150,7 +150,7 @@ def test_another_word_in_the_environment_is_refused_with_the_two(value, monkeypa
 
 
 def products_key():
-    return products.KINDS[0], torch.float32, "small"
+    return products.KINDS[0], torch.float32, "tiny"
 
 
 def test_choices_come_back_through_json_and_are_followed(monkeypatch, capsys):

@@ -8,8 +8,9 @@ import torch
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+from pedgpt.kernels import rotary
 from pedgpt.models import ModelConfig
-from pedgpt.models.positions import alibi_slopes, apply_rope, rope_frequencies, rotary_tables
+from pedgpt.models.positions import alibi_slopes, rope_frequencies, rotary_tables
 from pedgpt.models.transformer import document_positions
 
 LLAMA31 = {
@@ -54,7 +55,8 @@ def test_rotation_matches_complex_numbers(size):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 7, size, generator=generator)
     positions = torch.randint(0, 500, (2, 7), generator=generator)
-    got = apply_rope(x, *rotary_tables(plain(size), positions, torch.float32))
+    turned = x.transpose(1, 2)
+    got = rotary(turned, turned, *rotary_tables(plain(size), positions, torch.float32))[0].transpose(1, 2)
     half = size // 2
     f = torch.tensor([10_000.0 ** (-2 * i / size) for i in range(half)], dtype=torch.float64)
     turn = torch.polar(torch.ones(2, 1, 7, half).double(), positions[:, None, :, None] * f)

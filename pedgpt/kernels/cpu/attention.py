@@ -9,15 +9,16 @@ Letters: B batch, H heads, G key-value heads, T tokens, S keys that a block read
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from pedgpt.kernels.cpu.choice import prefer
+from pedgpt.kernels._transforms import blocks_to_count, without_numbers
+from pedgpt.kernels.cpu.choice import CANDIDATES, Form, prefer
 from pedgpt.kernels.cpu.products import refuse_create_graph
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ Piece = tuple[slice, slice, Tensor | None]
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor | None:
     """As `kernels.attention`, or None where torch's kernel over a dense mask does as well."""
     (rows, heads, tokens, size), groups = q.shape, k.shape[1]
-    if any(type(t) not in (Tensor, FakeTensor) or t.device.type != "cpu" or t.dtype != q.dtype for t in (q, k, v)):
+    if any(
+        (type(t) is not Tensor and not without_numbers()) or t.device.type != "cpu" or t.dtype != q.dtype
+        for t in (q, k, v)
+    ):
         return None
     if tokens < BLOCK or not k.shape == v.shape == (rows, groups, tokens, size) or not k.numel() or heads % groups:
         return None
@@ -106,14 +110,14 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Iterator[tuple[A
     (rows, heads, _, size), groups = q.shape, k.shape[1]
     shared = heads // groups  # heads of queries over one key-value head
     ahead = torch.full((BLOCK, BLOCK), -torch.inf, dtype=torch.float32).triu_(1)
-    for row in range(rows):
+    for row in blocks_to_count(range(rows)):
         pieces: list[Piece] = layout.once(_pieces, row, False)
         widest = max(seen.stop - seen.start for _, seen, _ in pieces)
         at_once = max(1, SCORES // (BLOCK * widest * shared))
-        for group in range(0, groups, at_once):
+        for group in blocks_to_count(range(0, groups, at_once)):
             some, over = slice(group, group + at_once), slice(group * shared, (group + at_once) * shared)
             keys, values = k[row, some].contiguous(), v[row, some].contiguous()
-            for block, seen, added in pieces:
+            for block, seen, added in blocks_to_count(pieces):
                 queries, read = q[row, over, block].reshape(len(keys), -1, size), keys[:, seen].contiguous()
                 # The scores as a sum of two bfloat16 numbers: rounded once, they would be too coarse for exp.
                 high = torch.bmm(queries, read.mT)
@@ -125,3 +129,21 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Iterator[tuple[A
                 else:
                     by_head += added[over] if len(added) > 1 else added
                 yield (row, over, block), (row, some, seen), queries, read, values[:, seen], scores.softmax(-1)
+
+
+def _forms() -> tuple[Form, Form]:
+    """Blocks and torch's kernel, forward and backward, on one causal row that stands for all."""
+    from pedgpt.kernels.attention import Layout
+
+    q, k, v = (torch.full((1, 4, 512, 64), 0.5, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    layout = Layout(*[torch.zeros(1, 512, dtype=torch.long)] * 2)
+
+    def step(form: Callable[..., Tensor]) -> object:
+        with torch.enable_grad():
+            return torch.autograd.grad(form(q, k, v), (q, k, v), torch.ones_like(q))
+
+    causal = partial(F.scaled_dot_product_attention, is_causal=True)
+    return (lambda: step(lambda *x: _BlockedAttention.apply(*x, layout))), (lambda: step(causal))
+
+
+CANDIDATES["attention", torch.bfloat16, "rows"] = _forms
