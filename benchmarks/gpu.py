@@ -160,7 +160,8 @@ def optional(name: str) -> Any:
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth.double()).norm() / truth.double().norm())
+    found, truth = found.detach().double(), truth.detach().double()
+    return float((found - truth).norm() / truth.norm())
 
 
 def require(error: float, limit: float, what: str) -> None:

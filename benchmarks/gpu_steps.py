@@ -111,7 +111,8 @@ def recipe_steps(
         flags = [str(word) for name, value in {**defaults, "output": f"{output}/run", **settings}.items()
                  for word in (f"--{name}", value)]  # fmt: skip
         config = parse_settings(module.Config, flags)
-        constant = dict.fromkeys(("model_fingerprint", "weights_fingerprint"), lambda folder: "random weights")
+        names = [name for name in ("model_fingerprint", "weights_fingerprint") if hasattr(module, name)]
+        constant = dict.fromkeys(names, lambda folder: "random weights")
         with patch.multiple(module, load_weights=random_weights, **constant):
             with patch.object(module.training, "gather_weights", lambda *_, **__: None):
                 module.main(config)
