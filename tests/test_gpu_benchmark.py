@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("peft")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -19,12 +16,12 @@ def run(*arguments):
 
 
 def test_toy_sizes_run_and_a_second_call_measures_nothing_again(tmp_path):
-    arguments = ("limits", "attention", "layers", "--tiny", "--output", tmp_path)
+    arguments = ("limits", "attention", "--tiny", "--output", tmp_path)
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "results.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert {row["form"] for row in rows} >= {"cuBLAS", "copy", "dense mask", "pedgpt", "frozen linear", "PEFT LoRA"}
+    assert {row["form"] for row in rows} >= {"cuBLAS", "copy", "dense mask", "pedgpt"}
     before = (tmp_path / "results.jsonl").read_bytes()
     assert run(*arguments).returncode == 0 and (tmp_path / "results.jsonl").read_bytes() == before
     assert "| 2 heads of 32, RoPE | pedgpt |" in run("--table", "--output", tmp_path).stdout
