@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels import attention, linear, linear_nll, lora_linear, rms_norm, swiglu, token_logps
+from pedgpt.kernels import attention, linear, linear_nll, lora_linear, rms_norm, swiglu
 from pedgpt.kernels.attention import Layout
 from pedgpt.kernels.cpu import choice
 from pedgpt.kernels.cpu.packed import PackedWeights
@@ -133,16 +133,6 @@ def attention_cases(size: str, tokens: int, hidden: int, dtype: torch.dtype) -> 
 
 
 def head_cases(size: str, tokens: int, hidden: int, vocabulary: int) -> Iterator[Case]:
-    labels = torch.randint(vocabulary, (tokens,))
-    labels[: tokens // 2] = -100
-    for bits, dtype, error in (("", torch.float32, 1e-5), (" bf16", HALF, 1e-2)):
-        logits, dlogps = random(tokens, vocabulary, dtype=dtype), random(tokens)
-
-        def plain(logits: Tensor) -> Tensor:
-            return -F.cross_entropy(logits.float(), labels, reduction="none")
-
-        forms = (both_ways(f, logits, dy=dlogps) for f in (lambda logits: token_logps(logits, labels), plain))
-        yield Case(f"token_logps{bits}", size, *forms, error)
     states, head, one = random(tokens, hidden), random(vocabulary, hidden, scale=hidden**-0.5), torch.ones(())
     every = torch.randint(vocabulary, (tokens,))
 
