@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.kernels._transforms import without_numbers
+
 if TYPE_CHECKING:
     from pedgpt.kernels.attention import Layout
 
@@ -42,10 +44,11 @@ def _documents(layout: Layout, dtype: torch.dtype) -> list[tuple[int, Tensor | N
     """The length of every document, row by row, and the mask that it needs, if any; none if one goes on later."""
     found: list[tuple[int, Tensor | None]] = []
     for row, ids in enumerate(layout.documents if layout.documents is not None else ()):
-        edges = [0, *((ids[1:] != ids[:-1]).nonzero()[:, 0] + 1).tolist(), len(ids)]
-        if len(ids.unique()) < len(edges) - 1:
+        # Where only sizes count, take those of one document.
+        starts = [] if without_numbers() else ((ids[1:] != ids[:-1]).nonzero()[:, 0] + 1).tolist()
+        if starts and len(ids.unique()) <= len(starts):
             return []
-        for start, stop in itertools.pairwise(edges):
+        for start, stop in itertools.pairwise([0, *starts, len(ids)]):
             part = slice(row, row + 1), slice(start, stop)
             at, branches = layout.positions[part], None if layout.branches is None else layout.branches[part]
             own = replace(layout, positions=at, key_positions=at, documents=None, key_documents=None, branches=branches)
