@@ -2,9 +2,9 @@
 
     python benchmarks/bench_attention.py
 
-bfloat16 goes by blocks of queries, float32 by documents. Errors are relative to float64, the worst of output and
-gradients, and come before any timing. The two alternate; figures are medians over rounds. The layout and the mask are
-made once, as for all layers of a model.
+Packed documents go one after another; a row of one document is torch's kernel on both sides. Errors are relative to
+float64, the worst of output and gradients, and come before any timing. The two alternate; figures are medians over
+rounds. The layout and the mask are made once, as for all layers of a model.
 """
 
 import statistics

@@ -7,8 +7,11 @@
 First the results and gradients of both forms are compared, then the two take turns. A row shows the median time of
 each, the ratio torch / ours, and the quartiles of the rounds' ratios. The ratio is of the medians or of the fastest
 rounds, whichever is higher, because other processes only make a round longer. A row under 0.97 is measured once more,
-for three times as long; the command ends with 1 if one stays there. Which form the probe chose on this processor is
-printed first: where that is torch's, a ratio is about 1.
+for three times as long; the command ends with 1 if one stays there, unless a call takes less than 10 µs more than
+torch's: so long Python takes to ask which form runs, and only products of a few thousand numbers are as short as that.
+Which form the probe chose on this processor is printed first: where that is torch's, a ratio is about 1. Operators that
+compute again in the backward pass what they do not keep are judged by both passes together, beside torch's form that
+keeps it.
 
 Sizes are (tokens, hidden, intermediate, vocabulary); "backward" without a forward pass, all else with both.
 """
@@ -26,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels import attention, linear, linear_nll, lora_linear, rms_norm, swiglu, token_logps
+from pedgpt.kernels import attention, linear, linear_nll, lora_linear, rms_norm, swiglu
 from pedgpt.kernels.attention import Layout
 from pedgpt.kernels.cpu import choice
 from pedgpt.kernels.cpu.packed import PackedWeights
 
 SIZES = {"small": (256, 256, 704, 2000), "medium": (512, 512, 1408, 8000), "large": (1024, 2048, 5504, 16000)}
-HEADS, EXPERTS, RANK, LIMIT = 8, 3, 16, 0.97
+HEADS, EXPERTS, RANK, LIMIT, SLACK = 8, 3, 16, 0.97, 10e-6
 HALF = torch.bfloat16
 Form = Callable[[], list[Tensor]]
 
@@ -87,12 +90,9 @@ def linear_cases(size: str, tokens: int, hidden: int, wide: int) -> Iterator[Cas
     for rows in (1, 8):
         few, packed = x[:rows].contiguous(), PackedWeights([weight], rows)
 
-        def laid_out(few: Tensor = few, packed: PackedWeights = packed) -> Tensor:
-            with packed:
-                return linear(few, weight)
-
-        plain = without_gradients(lambda few=few: F.linear(few, weight))
-        yield Case(f"decoding, {rows} rows", size, without_gradients(laid_out), plain)
+        ours, plain = (without_gradients(lambda f=f, few=few: f(few, weight)) for f in forms.values())
+        with packed:  # as generation does for all products of a step
+            yield Case(f"decoding, {rows} rows", size, ours, plain)
 
 
 def pointwise_cases(size: str, tokens: int, hidden: int, wide: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -133,16 +133,6 @@ def attention_cases(size: str, tokens: int, hidden: int, dtype: torch.dtype) -> 
 
 
 def head_cases(size: str, tokens: int, hidden: int, vocabulary: int) -> Iterator[Case]:
-    labels = torch.randint(vocabulary, (tokens,))
-    labels[: tokens // 2] = -100
-    for bits, dtype, error in (("", torch.float32, 1e-5), (" bf16", HALF, 1e-2)):
-        logits, dlogps = random(tokens, vocabulary, dtype=dtype), random(tokens)
-
-        def plain(logits: Tensor) -> Tensor:
-            return -F.cross_entropy(logits.float(), labels, reduction="none")
-
-        forms = (both_ways(f, logits, dy=dlogps) for f in (lambda logits: token_logps(logits, labels), plain))
-        yield Case(f"token_logps{bits}", size, *forms, error)
     states, head, one = random(tokens, hidden), random(vocabulary, hidden, scale=hidden**-0.5), torch.ones(())
     every = torch.randint(vocabulary, (tokens,))
 
@@ -253,10 +243,10 @@ def main() -> None:
                 continue
             check(case)
             row, again = measure(case, seconds), ""
-            if row[2] < LIMIT:
+            if row[2] < LIMIT and row[0] - row[1] > SLACK:
                 row, again = measure(case, 3 * seconds), "  measured again"
             ours, torchs, ratio, low, high = row
-            if ratio < LIMIT:
+            if ratio < LIMIT and ours - torchs > SLACK:
                 slow.append(f"{case.name}, {case.size}: {ratio:.2f}")
                 again = "  SLOWER"
             print(

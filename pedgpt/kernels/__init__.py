@@ -3,7 +3,6 @@
 from pedgpt.kernels._transforms import transformed
 from pedgpt.kernels.attention import Layout, attention
 from pedgpt.kernels.cpu.products import Linear, linear
-from pedgpt.kernels.cross_entropy import token_logps
 from pedgpt.kernels.linear_logps import linear_nll, linear_token_logps, unit_rows
 from pedgpt.kernels.lora_matmul import lora_linear
 from pedgpt.kernels.pointwise import add_rms_norm, rms_norm, rotary, swiglu
@@ -20,7 +19,6 @@ __all__ = [
     "rms_norm",
     "rotary",
     "swiglu",
-    "token_logps",
     "transformed",
     "unit_rows",
 ]

@@ -25,7 +25,8 @@ def autocast_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
 
 def without_numbers() -> bool:
     """Whether tensors have shapes only: a plan of memory runs the code that way, and no kernel may be launched."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    compiling = torch.compiler.is_compiling()  # A compiler cannot follow the question.
+    return not compiling and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def blocks_to_count(blocks: Sequence[T]) -> Sequence[T]:

@@ -1,8 +1,8 @@
 """Causal attention within documents and branches, with ALiBi, and without a [T, T] tensor on a GPU.
 
 A `Layout` says who sees whom, and keeps what the layers derive from it. FlexAttention computes whole rows on a GPU:
-torch compiles the rules into its kernel, and a block mask names the blocks of queries and keys to visit. The CPU has
-forms of its own in `kernels/cpu/`. The rest goes to torch's fused kernels, with a dense mask where they need one.
+torch compiles the rules into its kernel, and a block mask names the blocks of queries and keys to visit. The CPU takes
+one document after another. The rest goes to torch's fused kernels, with a dense mask where they need one.
 
 Letters: B batch, H heads, G key-value heads, T queries, S keys, K head_dim, I and J blocks of queries and keys.
 """
@@ -61,31 +61,20 @@ class Layout:
         """What is added to scores, [B or 1, 1 or H, T, S]; with heads as queries [B or 1, 1 or G, shared · T, S]."""
         return self.once(_mask, dtype, shared)
 
-    def square(self, row: int, start: int, stop: int) -> Layout:
-        """The layout of a part of one row, where there is no cache; without documents if there is only one."""
-        part = slice(row, row + 1), slice(start, stop)
-        documents, branches = (None if ids is None else ids[part] for ids in (self.documents, self.branches))
-        if documents is not None and bool((documents == documents[:, :1]).all()):
-            documents = None
-        return Layout(self.positions[part], self.positions[part], documents, documents, branches, self.slopes)
-
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
     """softmax(q kᵀ / √K + bias) v [B, H, T, K] over what each query sees, for q [B, H, T, K] and k, v [B, G, S, K].
 
-    Without a layout a query sees the keys up to its own, if T = S, or all of them, if T = 1. In bfloat16 on the CPU
-    differentiable once.
+    Without a layout a query sees the keys up to its own, if T = S, or all of them, if T = 1.
     """
     if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
+    if layout is not None and q.device.type == "cpu" and q.shape[2] == k.shape[2] and not transformed():
+        if (found := on_cpu.attention(q, k, v, layout)) is not None:
+            return found
     if layout is not None and without_numbers():  # Only sizes count. Take those of one document.
         whole = q.is_cuda and q.shape[2] == k.shape[2]  # A causal kernel keeps the same tensors as FlexAttention.
-        layout = None if whole else replace(layout, documents=None, key_documents=None, branches=None)
-    if not q.is_cuda and q.device.type == "cpu" and not transformed() and q.shape[2] == k.shape[2]:
-        if layout is None:
-            at = torch.arange(q.shape[2], device=q.device).expand(len(q), -1)
-        if (found := on_cpu.attention(q, k, v, layout or Layout(at, at))) is not None:
-            return found
+        layout = None if whole else layout.once(_one_document)
     if layout is not None and layout.plain:
         layout = None
     (rows, heads, queries, size), groups = q.shape, k.shape[1]
@@ -103,6 +92,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
         q = q.reshape(rows, groups, shared * queries, size)
     found = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != groups)
     return found if shared == 1 else found.reshape(rows, heads, queries, size)
+
+
+def _one_document(layout: Layout) -> Layout:
+    return replace(layout, documents=None, key_documents=None, branches=None)
 
 
 def _mask(layout: Layout, dtype: torch.dtype, shared: int) -> Tensor:
@@ -133,11 +126,10 @@ def _flex_arguments(layout: Layout) -> tuple[Callable | None, BlockMask]:
     NOTE: both read only tensors made here in one form, because for another number or stride torch compiles anew.
     """
 
-    def stack(positions: Tensor, *ids: Tensor | None) -> Tensor:
-        return torch.stack([positions, *(positions * 0 if each is None else each for each in ids)])
-
-    queries = stack(layout.positions, layout.documents, layout.branches)  # [3, B, T]
-    keys = stack(layout.key_positions, layout.key_documents, layout.branches)  # [3, B, S]
+    queries, keys = (  # [3, B, T] and [3, B, S]
+        torch.stack([at, *(at * 0 if ids is None else ids for ids in (documents, layout.branches))])
+        for at, documents in ((layout.positions, layout.documents), (layout.key_positions, layout.key_documents))
+    )
     last = layout.first + torch.arange(queries.shape[-1], device=queries.device)  # the key of a query itself
     slopes = layout.slopes
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels import linear_nll, linear_token_logps, token_logps, transformed
+from pedgpt.kernels import linear_nll, linear_token_logps, transformed
 
 IGNORE_INDEX = -100
 
@@ -23,14 +24,12 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_tokens: int | Tensor | No
     that the update does not depend on how the batch is split; None counts this batch alone. With nothing supervised the
     loss is 0. Raises ValueError for labels of another shape.
     """
-    _check_shapes("logits", "V", logits, labels)
-    return -token_logps(logits.flatten(0, 1), labels.flatten(), IGNORE_INDEX).sum().float() / _count(labels, num_tokens)
+    return -_token_logps(logits, labels).sum().float() / _count(labels, num_tokens)
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Σ log p(label) of each row, float32 [B], from logits [B, T, V]; −100 is left out, an empty row sums to 0."""
-    _check_shapes("logits", "V", logits, labels)
-    return token_logps(logits.flatten(0, 1), labels.flatten(), IGNORE_INDEX).view(labels.shape).sum(-1).float()
+    return _token_logps(logits, labels).sum(-1).float()
 
 
 def linear_cross_entropy(
@@ -105,6 +104,12 @@ def linear_sequence_logps(
             total / counts.clamp(min=1) for total in (entropy, correct)
         )
     return logps, counts
+
+
+def _token_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    _check_shapes("logits", "V", logits, labels)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    return -F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view(labels.shape)
 
 
 def _check_shapes(name: str, last: str, values: Tensor, labels: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pedgpt.kernels import linear
 from pedgpt.kernels.cpu import choice, products
 
-KEY = ("test", torch.float32, "tiny")
+KEY = ("test", torch.float32, "small")
 
 
 @pytest.fixture(autouse=True)
@@ -114,19 +114,26 @@ def test_what_is_at_work_where_it_is_asked_does_not_reach_the_measurement(monkey
 
 def test_measuring_draws_no_random_number():
     before = torch.get_rng_state()
-    assert set(choice.settle()) == set(choice.choices()) and len(choice.choices()) == len(choice.CANDIDATES)
+    assert len(choice.settle()) == len(choice.CANDIDATES)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_form_that_does_not_run_on_this_machine_is_torchs(monkeypatch):
+    clock = Clock(monkeypatch, 1.0, 2.0)
+    monkeypatch.setattr(clock, "run", lambda form: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    assert choice.prefer(*KEY) is False
 
 
 def test_compilers_and_torch_func_do_not_measure(monkeypatch):
     clock = Clock(monkeypatch, 1.0, 2.0)
     monkeypatch.setattr(products, "KINDS", ("test",) * 3)
-    monkeypatch.setitem(choice.CANDIDATES, ("test", torch.float32, "tiny"), clock.forms)
-    x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    monkeypatch.setitem(choice.CANDIDATES, KEY, clock.forms)
+    x, weight = torch.ones(256, 128), torch.ones(128, 128)
     torch._dynamo.reset()
     torch.compile(linear, fullgraph=True, backend="aot_eager")(x.requires_grad_(), weight).sum().backward()
     torch.func.grad(lambda x: linear(x, weight).sum())(x.detach())
-    assert not choice.prefer("unknown", torch.float32, "tiny") and clock.made == 0
+    assert not choice.prefer("unknown", torch.float32, "small") and clock.made == 0
     linear(x, weight)
     assert clock.made == 1
 
@@ -136,9 +143,9 @@ def test_the_environment_decides_without_a_measurement(value, monkeypatch):
     clock = Clock(monkeypatch, 1.0, 1.0)
     monkeypatch.setenv("PEDGPT_CPU", value)
     assert choice.prefer(*KEY) is (value == "always")
-    choice.use({"test float32 tiny": value == "never"})
+    choice.use({"test float32 small": value == "never"})
     assert set(choice.settle().values()) == {value == "always"} and clock.made == 0
-    assert not choice.prefer("unknown", torch.float32, "tiny")
+    assert not choice.prefer("unknown", torch.float32, "small")
 
 
 @pytest.mark.parametrize("value", ["1", "Always", "sometimes"])
@@ -150,19 +157,19 @@ def test_another_word_in_the_environment_is_refused_with_the_two(value, monkeypa
 
 
 def products_key():
-    return products.KINDS[0], torch.float32, "tiny"
+    return products.KINDS[0], torch.float32, "small"
 
 
 def test_choices_come_back_through_json_and_are_followed(monkeypatch, capsys):
     clock = Clock(monkeypatch, 1.0, 2.0)
     found = json.loads(json.dumps(choice.settle()))
-    assert found["test float32 tiny"] is True and len(found) == len(choice.CANDIDATES)
+    assert found["test float32 small"] is True and len(found) == len(choice.CANDIDATES)
     given = {**{name: not ours for name, ours in found.items()}, "gone float32 large": False}
     choice.use(given)
     assert not choice.prefer(*KEY) and clock.made == 1
     assert choice.settle() == {name: not ours for name, ours in found.items()}
     assert not capsys.readouterr().err
-    del given["test float32 tiny"]  # of an older version: chosen anew, in silence
+    del given["test float32 small"]  # of an older version: chosen anew, in silence
     choice.use(given)
     assert choice.prefer(*KEY) and clock.made == 2 and not capsys.readouterr().err
 
@@ -185,10 +192,13 @@ def flat(result):
 
 
 def test_linear_follows_the_choice(monkeypatch):
-    x, weight = torch.randn(9, 7), torch.randn(5, 7)
+    x, weight = torch.randn(256, 128), torch.randn(128, 128)
     for ours in (True, False):
         calls = []
         monkeypatch.setattr(products, "_onednn", lambda x, w, b, calls=calls: calls.append(1) or F.linear(x, w, b))
-        choice.use({choice._name(products_key()): ours})
+        choice.use({choice._name(key): ours for key in choice.CANDIDATES})
         linear(x, weight)
         assert bool(calls) == ours
+        calls.clear()
+        linear(x[:7], weight), linear(x[:, :60], weight[:, :60])
+        assert not calls  # Products of few rows and of few multiplications are torch's.

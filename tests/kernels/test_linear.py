@@ -65,6 +65,12 @@ def equal(found, expected):
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.fixture(autouse=True)
+def small_products_are_onednns(monkeypatch):
+    monkeypatch.setattr(products_module, "FEWEST_ROWS", 0)
+    monkeypatch.setitem(products_module.CLASSES, "small", (0, 256, 256, 512))
+
+
 @pytest.fixture
 def products(monkeypatch):
     """How often oneDNN was called: without it a test of this file would test F.linear against itself."""

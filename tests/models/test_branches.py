@@ -163,26 +163,13 @@ def test_position_counts_the_tokens_seen_before(layout):
     assert found.tolist() == [[sum(row) - 1 for row in seen]]
 
 
-def backward_nodes(tensor):
-    """Names of the autograd nodes behind a tensor."""
-    names, waiting, visited = set(), [tensor.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in visited:
-            visited.add(node)
-            names.add(type(node).__name__)
-            waiting += [parent for parent, _ in node.next_functions]
-    return names
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_by_blocks_is_as_near_float32_as_rows_are(make_model, random_tokens, kind):
+def test_bfloat16_is_as_near_float32_as_rows_are(make_model, random_tokens, kind):
     exact, model = make_model(kind), make_model(kind).bfloat16()
     exact.load_state_dict(model.state_dict())
     documents, branches, paths = tree_of([[140, 30, 45], [130, 2, 60], [0, 20, 131]])
     tokens = random_tokens(*documents.shape)
     states = model.hidden_states(tokens, documents=documents, branches=branches)
-    assert "_BlockedAttentionBackward" in backward_nodes(states)
     ours, rows = [], []
     with torch.no_grad():
         for trunk, branch in paths:

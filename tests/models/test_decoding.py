@@ -44,6 +44,11 @@ def adapted(make_model):
     return make
 
 
+@pytest.fixture(autouse=True)
+def small_weights_are_laid_out(monkeypatch):
+    monkeypatch.setattr(packed, "LEAST", 1)
+
+
 @pytest.fixture
 def laid_out(monkeypatch):
     """Every PackedWeights that generation makes, in order."""

@@ -33,28 +33,19 @@ def prefer(operator: str, dtype: torch.dtype, size: str) -> bool:
     if transformed() or without_numbers():
         return not transformed()
     key = operator, dtype, size
-    if (ours := _given.get(key)) is not None:
-        return ours
+    if key in _given:
+        return _given[key]
     situation = key, torch.get_num_threads()
-    if (ours := _measured.get(situation)) is None:
+    if situation not in _measured:
         with _lock:  # Several threads of autograd may ask at once.
-            if (ours := _measured.get(situation)) is None:
-                ours = _measured[situation] = _decide(*situation)
-    return ours
+            if situation not in _measured:
+                _measured[situation] = _decide(*situation)
+    return _measured[situation]
 
 
 def settle() -> dict[str, bool]:
-    """Decide all that is not decided yet, and return `choices`."""
-    for key in CANDIDATES:
-        prefer(*key)
-    return choices()
-
-
-def choices() -> dict[str, bool]:
-    """Whether our form runs, by operator, dtype and size class, as far as that is given or decided."""
-    threads = torch.get_num_threads()
-    found = {key: ours for (key, number), ours in _measured.items() if number == threads} | _given
-    return {_name(key): ours for key, ours in found.items()}
+    """Whether our form runs, by operator, dtype and size class; what is not decided yet is decided now."""
+    return {_name(key): prefer(*key) for key in CANDIDATES}
 
 
 def use(choices: dict[str, bool]) -> None:
@@ -67,8 +58,9 @@ def use(choices: dict[str, bool]) -> None:
         _measured.clear()
         _given.clear()
         _given.update({key: choices[_name(key)] for key in CANDIDATES if fixed is None and _name(key) in choices})
-    for name in sorted({name for name, ours in choices.items() if ours} - {_name(key) for key in CANDIDATES})[:1]:
-        print(f"warning: {name}: this machine lacks the form that the run used; last bits differ", file=sys.stderr)
+    lacking = {name for name, ours in choices.items() if ours} - {_name(key) for key in CANDIDATES}
+    if lacking:
+        print(f"warning: {min(lacking)}: this machine lacks the form of the run; last bits differ", file=sys.stderr)
 
 
 def _name(key: Key) -> str:
@@ -83,23 +75,25 @@ def _fixed() -> bool | None:
 
 
 def _decide(key: Key, threads: int) -> bool:
-    fixed = _fixed()
-    if key not in CANDIDATES or fixed is not None:
-        return key in CANDIDATES and bool(fixed)
-    seconds: tuple[list[float], list[float]] = ([], [])
+    if (fixed := _fixed()) is not None or key not in CANDIDATES:
+        return bool(fixed) and key in CANDIDATES
+    rounds: list[list[float]] = []  # seconds of ours and of torch's
 
     def measure() -> None:
         torch.set_num_threads(threads)  # A new thread begins with the number of the environment.
         forms, until = CANDIDATES[key](), time.perf_counter() + SECONDS
-        while len(seconds[0]) < 4 or (len(seconds[0]) < 16 and time.perf_counter() < until):
-            for form, found in zip(forms, seconds, strict=True):
+        while len(rounds) < 4 or (len(rounds) < 16 and time.perf_counter() < until):
+            rounds.append([])
+            for form in forms:
                 began = time.perf_counter()
                 form()
-                found.append(time.perf_counter() - began)
+                rounds[-1].append(time.perf_counter() - began)
 
     thread = threading.Thread(target=measure)
     thread.start()
     thread.join()
+    if len(rounds) < 4:  # A form does not run on this machine, and the thread has printed why.
+        return False
     # The first round warms up. Of the others the fastest counts, because other processes only make a round longer.
-    ours, torchs = (min(found[1:], default=1.0) for found in seconds)
+    ours, torchs = (min(seconds) for seconds in zip(*rounds[1:], strict=True))
     return torchs >= GAIN * ours

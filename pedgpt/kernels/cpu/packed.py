@@ -15,13 +15,14 @@ from pedgpt.files import available_memory
 from pedgpt.kernels._transforms import transformed
 
 MAX_ROWS = 64  # With more rows, arithmetic bounds the products and the layout gains little.
+LEAST = 2**20  # numbers of a weight, because for fewer the call costs what the layout gains
 _ACTIVE = threading.local()
 
 
 class PackedWeights:
     """Copies of matrices [O, D] in the blocked layout, which products of `rows` rows read within a `with` block.
 
-    There are none for more than 64 rows, and where they would take more than half of the free memory.
+    There are none of small weights, for more than 64 rows, and where they would take more than half of the free memory.
     """
 
     def __init__(self, weights: Iterable[Tensor], rows: int) -> None:
@@ -57,7 +58,7 @@ def _pays(weight: Tensor, rows: int) -> bool:
     if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or not weight.is_contiguous():
         return False
     known = rows > 1 if weight.dtype == torch.float32 else weight.dtype == torch.bfloat16 and multiplies_bfloat16()
-    return known and rows <= MAX_ROWS and weight.numel() > 0 and torch.backends.mkldnn.is_available()
+    return known and rows <= MAX_ROWS and weight.numel() >= LEAST and torch.backends.mkldnn.is_available()
 
 
 def multiplies_bfloat16() -> bool:

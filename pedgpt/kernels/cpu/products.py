@@ -20,9 +20,9 @@ from pedgpt.kernels.cpu.packed import packed_product
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _times: Any = torch.ops.mkldnn._linear_pointwise.default if AVAILABLE else None
 # Size classes: at least so many multiplications, and the [T, D, O] that stands for them, on AVX2 the worst for oneDNN.
-# Products of less than 8 rows are tiny too: they read each weight once, so rearranging it does not pay.
-CLASSES = {"large": (2**29, 256, 512, 5120), "medium": (2**26, 128, 512, 3072), "small": (2**22, 256, 256, 512),
-           "tiny": (0, 4, 512, 1024)}  # fmt: skip
+# torch computes what is smaller, and products of fewer rows, which read a weight once: rearranging it does not pay.
+FEWEST_ROWS = 8
+CLASSES = {"large": (2**29, 256, 512, 5120), "medium": (2**26, 128, 512, 3072), "small": (2**22, 256, 256, 512)}
 KINDS = ("x W^T", "dy W", "dy^T x")
 
 
@@ -40,9 +40,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)  # which says what is wrong, if anything is
     if (found := packed_product(x, weight, bias)) is not None:
         return found
-    if not _suits(x, weight):
+    trains = torch.is_grad_enabled()
+    if x.dtype != torch.float32 or not any(_by_onednn(kind, x, weight) for kind in (KINDS if trains else KINDS[:1])):
         return F.linear(x, weight, bias)
-    times = _Linear.apply if torch.is_grad_enabled() else product
+    times = _Linear.apply if trains else product
     return times(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
 
@@ -50,7 +51,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b) [T, O] for x [T, D] and W [O, D], either of which may be transposed in memory; without autograd."""
     if (found := packed_product(x, weight, bias)) is not None:
         return found
-    if _suits(x, weight) and _by_onednn(x, weight):
+    kind = KINDS[0 if weight.is_contiguous() else 1 if x.is_contiguous() else 2]
+    if _by_onednn(kind, x, weight):
         return _onednn(x, weight, None if bias is None else bias.contiguous())
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
@@ -92,21 +94,18 @@ def refuse_create_graph(operator: str) -> None:
         raise RuntimeError(f"{operator} is differentiable once: no create_graph=True")
 
 
-def _suits(x: Tensor, weight: Tensor) -> bool:
+def _by_onednn(kind: str, x: Tensor, weight: Tensor) -> bool:
     # A compiler chooses products itself and cannot follow the operator below; torch.func and subclasses lack it.
     if not AVAILABLE or transformed() or torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
         return False
-    if not {type(x), type(weight)} <= {Tensor, nn.Parameter} or torch.strided != x.layout or x.layout != weight.layout:
-        return False
-    if torch.float32 != x.dtype or x.dtype != weight.dtype or x.device.type != "cpu" or weight.device.type != "cpu":
-        return False
-    return bool(x.numel() and weight.numel()) and x.shape[-1] == weight.shape[-1]
-
-
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    kind = KINDS[0 if weight.is_contiguous() else 1 if x.is_contiguous() else 2]
-    work = x.numel() * len(weight) if len(x) >= 8 else 0
-    return prefer(kind, x.dtype, next(size for size, (least, *_) in CLASSES.items() if work >= least))
+    for t in (x, weight):
+        if type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 or t.layout != torch.strided:
+            return False
+        if t.device.type != "cpu" or t.shape[-1] != x.shape[-1] or t.numel() < FEWEST_ROWS * t.shape[-1]:
+            return False
+    work = x.numel() * len(weight)
+    size = next((size for size, (least, *_) in CLASSES.items() if work and work >= least), None)
+    return size is not None and prefer(kind, x.dtype, size)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
