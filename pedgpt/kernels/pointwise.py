@@ -252,7 +252,8 @@ def add_rms_norm(
         return naive.rms_norm(total, weight, eps).to(dtype), total
     form = _norm_triton if by_triton(impl, x, x.shape[-1] <= WIDEST) else _norm
     if not torch.is_grad_enabled():
-        return form(x, residual, weight, eps, dtype)[:2]
+        y, total, _ = form(x, residual, weight, eps, dtype)
+        return y, total
     found = _RMSNorm.apply(x, residual, weight, eps, dtype, form)
     y, total = (found, x) if residual is None else found
     return recomputable(y, lambda total, weight: form(total, None, weight, eps, dtype)[0], total, weight), total
