@@ -246,7 +246,7 @@ class _LinearNLL(torch.autograd.Function):
         # In float16's short range 1/count has to wait for the factor of a loss scaler.
         ctx.late, early = (count, 1) if head[0] == torch.float16 else (1, count)
         factors = torch.full(labels.shape, -1.0, dtype=torch.float64, device=hidden.device) / early
-        needed = {"of_hidden": of_hidden, "of_weight": of_weight}
+        needed: Any = {"of_hidden": of_hidden, "of_weight": of_weight}
         stats, *ctx.gradients, _ = _Head(weight, *head).gradients(hidden, labels, factors, **needed)
         ctx.weight_dtype = weight.dtype
         logp, entropy, correct = stats.sum(-1) / count
