@@ -74,27 +74,6 @@ def gate_totals(gates: Tensor, count: Tensor | bool = True) -> Tensor:
     return (values * count.reshape(-1, 1) if isinstance(count, Tensor) else values).sum(0, dtype=torch.float64)
 
 
-def _gate(
-    product: Tensor, noise: Tensor | None, experts: int, rank: int, scaling: float, count: Tensor | bool
-) -> Gated:
-    s, routes = product.tensor_split([(experts + 1) * rank], dim=-1)
-    if experts == 0:
-        return Gated(s * scaling, s, None, None, None)
-    gates, slope = expert_gate(routes, noise)
-    totals = None if count is False else gate_totals(gates, count)
-    return Gated(_scaled(s, gates, scaling), s, gates, slope, totals)
-
-
-def _gate_backward(
-    dh: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor]:
-    if gates is None:
-        return dh * scaling, s * scaling
-    each = (dh.to(gates.dtype) * s).unflatten(-1, (gates.shape[-1] + 1, -1))[:, 1:].sum(-1)
-    droutes = expert_gate_backward(scaling * each, gates, slope)
-    return torch.cat((_scaled(dh, gates, scaling), droutes.to(dh.dtype)), dim=-1), _scaled(s, gates, scaling)
-
-
 def _scaled(s: Tensor, gates: Tensor, scaling: float) -> Tensor:
     """c · s ⊙ [1, G_1 … G_N], every weight over the r columns of its expert."""
     weights = F.pad(gates, (1, 0), value=1.0).mul_(scaling)[..., None]
@@ -107,10 +86,8 @@ def _scaled(s: Tensor, gates: Tensor, scaling: float) -> Tensor:
 if triton is not None:
     # NOTE: a number of tokens of 1 must stay a number of the kernel, because a constant has no `.to`.
     @triton.jit(do_not_specialize=["tokens"])
-    def skinny_kernel(
-        x, w, out, tokens, width, columns, part, stride_column, stride_k,
-        UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-    ):  # fmt: skip
+    def skinny_kernel(x, w, out, tokens, width, columns, part, stride_column, stride_k, UPCAST: tl.constexpr,
+                      BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
         """out [splits, T, C] float32 from x [T, D] and w [C, D] of any strides: each program sums `part` of D."""
         column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
         row = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -155,11 +132,9 @@ if triton is not None:
         return (tl.sqrt(-2.0 * tl.log(first)) * tl.cos(angle)).to(tl.float32)
 
     @triton.jit(do_not_specialize=["key", "length", "tokens"])
-    def gate_fwd_kernel(
-        product, noise, rows, key, length, where, h, s, gates, slope, totals, tokens, columns, scaling,
-        EXPERTS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
-        BLOCK_T: tl.constexpr, RANK_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr,
-    ):  # fmt: skip
+    def gate_fwd_kernel(product, noise, rows, key, length, where, h, s, gates, slope, totals, tokens, columns, scaling,
+                        EXPERTS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr,
+                        RANK_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr):  # fmt: skip
         """h, s, gates, slope and this program's totals of BLOCK_T tokens, from product [splits, T, columns] = x Pᵀ.
 
         The noise is `noise` [T, N], or the stream of `key` and `rows` [B], or none if both are None.
@@ -210,11 +185,9 @@ if triton is not None:
                 tl.store(h + at, (weight * s_tile).to(h.dtype.element_ty), mask=some_inner)
 
     @triton.jit(do_not_specialize=["tokens"])
-    def gate_bwd_kernel(
-        product, s, gates, slope, ds, h, tokens, columns, scaling,
-        EXPERTS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
-        BLOCK_T: tl.constexpr, RANK_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr,
-    ):  # fmt: skip
+    def gate_bwd_kernel(product, s, gates, slope, ds, h, tokens, columns, scaling,
+                        EXPERTS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr,
+                        RANK_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr):  # fmt: skip
         """ds [T, columns] and h [T, R] of BLOCK_T tokens, from product [splits, T, R] = dy B."""
         HIDDEN: tl.constexpr = (EXPERTS + 1) * RANK
         token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -288,35 +261,28 @@ def _settings(product: Tensor, experts: int, rank: int) -> tuple[int, dict[str, 
 
 
 def _gate_triton(
-    product: Tensor, noise: Tensor | Stream | None, experts: int, rank: int, scaling: float, count: Tensor | bool,
-    dtype: torch.dtype,
+    product: Tensor, noise: Any, experts: int, rank: int, scaling: float, count: Any, dtype: torch.dtype
 ) -> Gated:  # fmt: skip
     (_, tokens, columns), (programs, settings) = product.shape, _settings(product, experts, rank)
     h, s = (product.new_empty(tokens, (experts + 1) * rank, dtype=dtype) for _ in range(2))
     gates = product.new_empty(tokens, experts) if experts else None
     slope = None if noise is None or gates is None else torch.empty_like(gates)
     totals = product.new_empty(programs, experts + 2) if experts and count is not False else None
-    source: tuple[Any, ...] = (None, None, 0, 0)
+    source: tuple[Any, ...] = (noise, None, 0, 0)
     if isinstance(noise, Tensor):
         source = (noise.float().contiguous(), None, 0, 0)
     elif noise is not None:
         source = (None, noise.rows, noise.key, tokens // max(1, len(noise.rows)))
-    if tokens:
-        gate_fwd_kernel[(programs,)](
-            product, *source, count if isinstance(count, Tensor) else None, h, s, gates, slope, totals,
-            tokens, columns, scaling, **settings,
-        )  # fmt: skip
+    results = h, s, gates, slope, totals, tokens, columns, scaling
+    gate_fwd_kernel[(programs,)](product, *source, count if isinstance(count, Tensor) else None, *results, **settings)
     return Gated(h, s, gates, slope, None if totals is None else totals.sum(0, dtype=torch.float64))
 
 
-def _gate_backward_triton(
-    dh: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, scaling: float, columns: int
-) -> tuple[Tensor, Tensor]:
+def _gate_backward_triton(dh: Tensor, s: Tensor, gates: Any, slope: Any, scaling: float, columns: int) -> Any:
     experts = 0 if gates is None else gates.shape[1]
     programs, settings = _settings(dh, experts, s.shape[1] // (experts + 1))
     ds, h = s.new_empty(len(s), columns), torch.empty_like(s)
-    if len(s):
-        gate_bwd_kernel[(programs,)](dh, s, gates, slope, ds, h, len(s), columns, scaling, **settings)
+    gate_bwd_kernel[(programs,)](dh, s, gates, slope, ds, h, len(s), columns, scaling, **settings)
     return ds, h
 
 
@@ -338,18 +304,26 @@ def down_gate(
         both = torch.cat((times(dropped, packed[:columns]), times(x, packed[columns:])), dim=-1)
     if impl == "triton":
         return _gate_triton(both, noise, experts, rank, scaling, count, x.dtype)
+    s, routes = both.tensor_split([columns], dim=-1)
+    if experts == 0:
+        return Gated(s * scaling, s, None, None)
     assert noise is None or isinstance(noise, Tensor)
-    return _gate(both, noise, experts, rank, scaling, count)
+    gates, slope = expert_gate(routes, noise)
+    return Gated(_scaled(s, gates, scaling), s, gates, slope, None if count is False else gate_totals(gates, count))
 
 
 def down_gate_backward(
-    dy: Tensor, lora_B: Tensor, s: Tensor, gates: Tensor | None, slope: Tensor | None, *, scaling: float, columns: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dy: Tensor, lora_B: Tensor, s: Tensor, gates: Any, slope: Any, *, scaling: float, columns: int, impl: str
+) -> tuple[Tensor, Tensor]:
     """From dy [T, O] to (d(x Pᵀ) [T, C], h [T, R]), with B [O, R] and what `down_gate` gave.
 
     In Triton the first is [T, `columns`], for all rows of P.
     """
     if impl == "triton":
         return _gate_backward_triton(_skinny(dy, lora_B.t()), s.contiguous(), gates, slope, scaling, columns)
-    return _gate_backward(product(dy, lora_B.t()), s, gates, slope, scaling)
+    dh = product(dy, lora_B.t())
+    if gates is None:
+        return dh * scaling, s * scaling
+    each = (dh.to(gates.dtype) * s).unflatten(-1, (gates.shape[-1] + 1, -1))[:, 1:].sum(-1)
+    droutes = expert_gate_backward(scaling * each, gates, slope)
+    return torch.cat((_scaled(dh, gates, scaling), droutes.to(dh.dtype)), dim=-1), _scaled(s, gates, scaling)

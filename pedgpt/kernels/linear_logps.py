@@ -80,22 +80,19 @@ def _softmax(logits: Tensor, labels: Tensor, inverse: Tensor | None, factors: Te
 if triton is not None:
 
     @triton.jit
-    def linear_logps_fwd_kernel(
-        logits, labels, inverse, factors, stats, tokens, vocabulary,
-        NORMALIZED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
-    ):  # fmt: skip
+    def linear_logps_fwd_kernel(logits, labels, inverse, factors, stats, tokens, vocabulary, BLOCK_V: tl.constexpr):
         """One row [V] of the logits: read once for its maximum, sum and entropy, once more to become the gradient."""
         row = tl.program_id(0).to(tl.int64)
         logits += row * vocabulary
         label = tl.load(labels + row)
         chosen = tl.load(logits + label).to(tl.float32)
-        if NORMALIZED:
+        if inverse is not None:
             chosen *= tl.load(inverse + label)
         high, total, weighted = -float("inf"), 0.0, 0.0  # max z, Σ exp(z − high), Σ (z − high) exp(z − high)
         for start in range(0, vocabulary, BLOCK_V):
             column = start + tl.arange(0, BLOCK_V)
             z = tl.load(logits + column, mask=column < vocabulary, other=-float("inf")).to(tl.float32)
-            if NORMALIZED:
+            if inverse is not None:
                 z *= tl.load(inverse + column, mask=column < vocabulary, other=1.0)
             above = tl.maximum(high, tl.max(z, axis=0))
             e = tl.exp(z - above)
@@ -106,12 +103,12 @@ if triton is not None:
         tl.store(stats + row, chosen - high - tl.log(total))
         tl.store(stats + tokens + row, tl.log(total) - weighted / total)
         tl.store(stats + 2 * tokens + row, (chosen >= high).to(tl.float32))
-        if GRADIENT:
+        if factors is not None:
             factor = tl.load(factors + row)
             for start in range(0, vocabulary, BLOCK_V):
                 column = start + tl.arange(0, BLOCK_V)
                 z = tl.load(logits + column, mask=column < vocabulary, other=-float("inf")).to(tl.float32)
-                if NORMALIZED:
+                if inverse is not None:
                     scale = tl.load(inverse + column, mask=column < vocabulary, other=1.0)
                     gradient = factor * scale * ((column == label) - tl.exp(z * scale - high) / total)
                 else:
@@ -119,17 +116,12 @@ if triton is not None:
                 tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < vocabulary)
 
 
-def _softmax_triton(
-    logits: Tensor, labels: Tensor, inverse: Tensor | None, factors: Tensor | None, stats: Tensor
-) -> None:
+def _softmax_triton(logits: Tensor, labels: Tensor, inverse: Any, factors: Any, stats: Tensor) -> None:
     labels, factors = labels.contiguous(), None if factors is None else factors.contiguous()
     found = torch.empty(stats.shape, dtype=torch.float32, device=stats.device)
     block = min(4096, triton.next_power_of_2(logits.shape[1]))
-    if len(logits):
-        linear_logps_fwd_kernel[(len(logits),)](
-            logits, labels, inverse, factors, found, *logits.shape,
-            NORMALIZED=inverse is not None, GRADIENT=factors is not None, BLOCK_V=block, num_warps=8,
-        )  # fmt: skip
+    given = logits, labels, inverse, factors, found, *logits.shape
+    linear_logps_fwd_kernel[(len(logits),)](*given, BLOCK_V=block, num_warps=8)
     stats.copy_(found)
 
 
@@ -151,10 +143,10 @@ class _Head:
         self.slices = [slice(start, start + height) for start in range(0, len(weight), height)]
         self.inverse: Tensor | None = None  # 1/‖w‖ [V]
         if normalize:
-            norms = [torch.linalg.vector_norm(self.given[rows].to(self.wide), dim=-1) for rows in self.slices]
+            parts = (self.given[rows].to(self.wide) for rows in self.slices)
+            lengths = torch.cat([torch.linalg.vector_norm(part, dim=-1) for part in parts])
             # The gradient of the logits is multiplied by it, in the products' dtype: it must not overflow there.
             shortest = 2**-14 if dtype == torch.float16 else SHORTEST
-            lengths = torch.cat(norms)
             self.inverse = lengths.clamp(min=shortest).reciprocal().masked_fill_(lengths < SHORTEST, 0)
 
     def chunks(self, tokens: int) -> list[slice]:
@@ -162,22 +154,14 @@ class _Head:
         count = max(1, math.ceil(tokens / self.chunk))
         return [slice(i * tokens // count, (i + 1) * tokens // count) for i in range(count)]
 
-    def logps(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """log p, entropy and correctness [3, N], and the logits of the last chunk."""
-        hidden = hidden.to(self.weight.dtype)
-        stats = hidden.new_empty(3, len(labels), dtype=self.wide)
-        logits: Any = None
-        for rows in blocks_to_count(self.chunks(len(labels))):
-            del logits  # before the next chunk's are made
-            logits = product(hidden[rows], self.weight)
-            self.softmax(logits, labels[rows], self.inverse, None, stats[:, rows])
-        return stats, logits
-
     def gradients(
         self, hidden: Tensor, labels: Tensor, factors: Tensor, last: Tensor | None = None, *,
-        of_hidden: bool, of_weight: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """As `logps`, and the gradients of Σ factors · log p; `last`: logits of the last chunk, given away."""
+        of_hidden: bool = False, of_weight: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """log p, entropy and correctness [3, N], the gradients of Σ factors · log p, and else the last chunk's logits.
+
+        These may be given back as `last`, to be overwritten.
+        """
         dhidden = torch.empty_like(hidden) if of_hidden else None
         hidden, factors = hidden.to(self.weight.dtype), factors.to(self.wide)
         stats = hidden.new_empty(3, len(labels), dtype=self.wide)
@@ -188,19 +172,21 @@ class _Head:
             done = len(chunks) == 1 and self.inverse is None and self.given.dtype in (hidden.dtype, self.wide)
             dtype = self.given.dtype if done and self.given.dtype != torch.float16 else self.wide
             dweight = torch.empty(self.given.shape, dtype=dtype, device=hidden.device)
-        for rows in blocks_to_count(chunks[::-1]):
-            logits = product(hidden[rows], self.weight) if last is None else last
-            last = None
+        logits: Any = None
+        for rows in blocks_to_count(chunks[::-1] if of_hidden or of_weight else chunks):
+            logits, last = last, None  # The chunk before is freed before this one is made.
+            logits = product(hidden[rows], self.weight) if logits is None else logits
             wanted = factors[rows] if of_hidden or of_weight else None
             self.softmax(logits, labels[rows], self.inverse, wanted, stats[:, rows])
             if dhidden is not None:
                 dhidden[rows] = product(logits, self.weight.t())
             if dweight is not None:
                 self._add_product(dweight, logits, hidden[rows], first=rows is chunks[-1])
-            del logits
+        if of_hidden or of_weight:
+            logits = None
         if dweight is not None and self.inverse is not None:
             self._project(dweight, self.inverse)
-        return stats, dhidden, dweight
+        return stats, dhidden, dweight, logits
 
     def _add_product(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
         if not self.on_cpu or dweight.dtype == dlogits.dtype:
@@ -230,18 +216,11 @@ def _multiply_onto(total: Tensor, left: Tensor, right: Tensor, beta: int) -> Non
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, grad: bool, *head: Any) -> tuple[Tensor, ...]:
-        ctx.head, ctx.last, ctx.frozen = head, None, False
         of_hidden, of_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
-        if of_weight:
-            stats, ctx.last = _Head(weight, *head).logps(hidden, labels)
-            ctx.save_for_backward(hidden, weight, labels)
-        else:
-            ones = torch.ones(len(labels), device=hidden.device)
-            ctx.frozen = True
-            stats, dhidden, _ = _Head(weight, *head).gradients(
-                hidden, labels, ones, of_hidden=of_hidden, of_weight=False
-            )
-            ctx.save_for_backward(dhidden)
+        factors, of_hidden = torch.ones(len(labels), device=hidden.device), of_hidden and not of_weight
+        stats, dhidden, _, last = _Head(weight, *head).gradients(hidden, labels, factors, of_hidden=of_hidden)
+        ctx.head, ctx.trains, ctx.last = head, of_weight, last if of_weight else None
+        ctx.save_for_backward(*((hidden, weight, labels) if of_weight else (dhidden,)))
         logps, entropy, correct = stats[0], stats[1], stats[2]
         ctx.mark_non_differentiable(entropy, correct)
         return logps, entropy, correct
@@ -249,29 +228,26 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlogps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_create_graph("linear_token_logps")
-        if ctx.frozen:
+        if not ctx.trains:
             (dhidden,) = ctx.saved_tensors
             return (dhidden * dlogps[:, None]).to(dhidden.dtype), *[None] * 6
-        hidden, weight, labels = ctx.saved_tensors
-        last, ctx.last = ctx.last, None
-        dhidden, dweight = _Head(weight, *ctx.head).gradients(
-            hidden, labels, dlogps, last, of_hidden=ctx.needs_input_grad[0], of_weight=True
-        )[1:]
-        return dhidden, None if dweight is None else dweight.to(weight.dtype), *[None] * 5
+        (hidden, weight, labels), last, ctx.last = ctx.saved_tensors, ctx.last, None
+        needed: Any = {"of_hidden": ctx.needs_input_grad[0], "of_weight": True}
+        _, dhidden, dweight, _ = _Head(weight, *ctx.head).gradients(hidden, labels, dlogps, last, **needed)
+        return dhidden, dweight.to(weight.dtype), *[None] * 5
 
 
 class _LinearNLL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, count: int | Tensor, grad: bool, *head: Any
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, count: Any, grad: bool, *head: Any
     ) -> tuple[Tensor, ...]:
         of_hidden, of_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
         # In float16's short range 1/count has to wait for the factor of a loss scaler.
         ctx.late, early = (count, 1) if head[0] == torch.float16 else (1, count)
         factors = torch.full(labels.shape, -1.0, dtype=torch.float64, device=hidden.device) / early
-        stats, *ctx.gradients = _Head(weight, *head).gradients(
-            hidden, labels, factors, of_hidden=of_hidden, of_weight=of_weight
-        )
+        needed: Any = {"of_hidden": of_hidden, "of_weight": of_weight}
+        stats, *ctx.gradients, _ = _Head(weight, *head).gradients(hidden, labels, factors, **needed)
         ctx.weight_dtype = weight.dtype
         logp, entropy, correct = stats.sum(-1) / count
         ctx.mark_non_differentiable(entropy, correct)

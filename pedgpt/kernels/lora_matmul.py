@@ -22,18 +22,14 @@ from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, Stream, down_gate, down
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None,
-    lora_A: Tensor, lora_B: Tensor, router: Tensor | None, router_noise: Tensor | None,
-    dropped: Tensor | None, P: Tensor | None, B: Tensor | None,
-    noise: Tensor | Stream | None, count: Tensor | bool, scaling: float, impl: str,
+    x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, lora_B: Tensor, router: Any, router_noise: Any,
+    dropped: Any, P: Any, B: Any, noise: Any, count: Any, scaling: float, impl: str,
 ) -> tuple[Tensor, Gated]:  # fmt: skip
     if P is None or B is None:
         P, B = _pack(lora_A, lora_B, router, router_noise, x.dtype, impl)
     experts = 0 if router is None else len(router)
-    gated = down_gate(
-        x, P, noise,
-        experts=experts, rank=len(lora_A) // (experts + 1), scaling=scaling, dropped=dropped, count=count, impl=impl,
-    )  # fmt: skip
+    sizes = {"experts": experts, "rank": len(lora_A) // (experts + 1)}
+    gated = down_gate(x, P, noise, **sizes, scaling=scaling, dropped=dropped, count=count, impl=impl)
     return sum_of_products(x, weight, gated.h, B, bias), gated
 
 
@@ -53,9 +49,7 @@ class _LoRALinear(torch.autograd.Function):
         if dy is None:
             return (None,) * 14
         x, weight, lora_A, lora_B, router, router_noise, dropped, P, B, s, gates, slope = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router, needs_noise, needs_dropped = (
-            ctx.needs_input_grad[:8]
-        )
+        of_x, of_weight, of_bias, of_A, of_B, of_router, of_noise, of_dropped, *_ = ctx.needs_input_grad
         if P is None:
             P, B = _pack(lora_A, lora_B, router, router_noise, x.dtype, ctx.impl)
         dy, columns = dy.contiguous(), len(lora_A)
@@ -63,28 +57,20 @@ class _LoRALinear(torch.autograd.Function):
             s = product(x if dropped is None else dropped, P[:columns])
         ds, h = down_gate_backward(dy, B, s, gates, slope, scaling=ctx.scaling, columns=len(P), impl=ctx.impl)
         P = P[: ds.shape[1]]
-        dx = dweight = dbias = dA = dB = drouter = dnoise = ddropped = None
         own = slice(0 if dropped is None else columns, None)  # the columns of ds that x itself gave
-        if needs_x:
-            dx = sum_of_products(dy, weight.t(), ds[:, own], P[own].t())
-        if needs_dropped:
-            ddropped = product(ds[:, :columns], P[:columns].t())
-        if needs_weight:
-            dweight = product(dy.t(), x.t())
-        if needs_bias:
-            dbias = dy.sum(0)
-        if needs_B:
-            dB = (dy.t() @ h).to(lora_B.dtype)
-        if needs_A or needs_router or needs_noise:
+        dx = sum_of_products(dy, weight.t(), ds[:, own], P[own].t()) if of_x else None
+        ddropped = product(ds[:, :columns], P[:columns].t()) if of_dropped else None
+        dweight = product(dy.t(), x.t()) if of_weight else None
+        dB = (dy.t() @ h).to(lora_B.dtype) if of_B else None
+        dA = drouter = dnoise = None
+        if of_A or of_router or of_noise:
             dP = product(ds[:, own].t(), x.t()).to(lora_A.dtype)
             if dropped is not None:
                 dP = torch.cat((product(ds[:, :columns].t(), dropped.t()).to(lora_A.dtype), dP))
-            dA = dP[:columns]
-            if router is not None:
-                drouter = dP[columns:][: len(router)]
-            if router_noise is not None:
-                dnoise = dP[columns + len(router_noise) :][: len(router_noise)]
-        return dx, dweight, dbias, dA, dB, drouter, dnoise, ddropped, None, None, None, None, None, None
+            dA, experts = dP[:columns], 0 if router is None else len(router)
+            drouter = dP[columns:][:experts] if experts else None
+            dnoise = None if router_noise is None else dP[columns + experts :][:experts]
+        return dx, dweight, dy.sum(0) if of_bias else None, dA, dB, drouter, dnoise, ddropped, *[None] * 6
 
 
 def _pack(
@@ -146,18 +132,14 @@ def _check(
         raise ValueError(f"weight must be [out, in] and x floating, found {list(weight.shape)} and {x.dtype}")
     (size_out, size_in), leading = weight.shape, x.shape[:-1]
     columns, experts = lora_A.shape[0], 0 if router is None else router.shape[0]
-    expected: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
-        ("x", x, (*leading, size_in)),
-        ("bias", bias, (size_out,)),
-        ("lora_A", lora_A, (columns, size_in)),
-        ("lora_B", lora_B, (size_out, columns)),
-        ("router", router, (experts, size_in)),
-        ("router_noise", router_noise, (experts, size_in)),
-        ("noise", *((noise, (*leading, experts)) if isinstance(noise, Tensor | None) else (noise.rows, leading[:-1]))),
-        ("dropped", dropped, x.shape),
-        ("count", count if isinstance(count, Tensor) else None, leading),
-    )
-    for name, tensor, shape in expected:
+    shapes = {
+        "x": (x, (*leading, size_in)), "bias": (bias, (size_out,)), "dropped": (dropped, x.shape),
+        "lora_A": (lora_A, (columns, size_in)), "lora_B": (lora_B, (size_out, columns)),
+        "router": (router, (experts, size_in)), "router_noise": (router_noise, (experts, size_in)),
+        "noise": (noise, (*leading, experts)) if isinstance(noise, Tensor | None) else (noise.rows, leading[:-1]),
+        "count": (count if isinstance(count, Tensor) else None, leading),
+    }  # fmt: skip
+    for name, (tensor, shape) in shapes.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}, found {list(tensor.shape)}")
     if columns % (experts + 1) or not columns:

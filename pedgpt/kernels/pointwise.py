@@ -29,24 +29,26 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype:
     """The result, x + residual, and 1/rms."""
     total = x if residual is None else x + residual
     wide = total.float() if total.element_size() == 2 else total
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (weight * (wide * scale).to(total.dtype)).to(dtype), total, scale
+    square = wide.square()
+    scale = torch.rsqrt(square.mean(-1, keepdim=True) + eps)
+    normed = torch.mul(wide, scale, out=square).to(total.dtype)
+    return (normed.mul_(weight) if normed.dtype == weight.dtype else weight * normed).to(dtype), total, scale
 
 
-def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, needed: Any) -> tuple[Tensor | None, ...]:
-    normed = x * scale
+def _norm_backward(dy: Tensor, dtotal: Any, total: Tensor, weight: Tensor, scale: Tensor, trains: bool) -> Any:
+    normed = total * scale
     along = dy * normed
-    dweight = along.reshape(-1, len(weight)).sum(0) if needed[2] else None
-    if not (needed[0] or needed[1]):
-        return None, dweight
+    dweight = along.reshape(-1, len(weight)).sum(0) if trains else None
     inner = (along * weight).mean(-1, keepdim=True)
-    return (dy * weight).to(scale.dtype).addcmul_(normed, inner, value=-1).mul_(scale), dweight
+    dx = (dy * weight).to(scale.dtype).addcmul_(normed, inner, value=-1).mul_(scale)
+    return dx if dtotal is None else dx.to(total.dtype) + dtotal, dweight
 
 
-def _swiglu_backward(gate: Tensor, up: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() or transformed():  # create_graph=True, many gradients at once: nothing in place
-        slope = gate.sigmoid() * (1 + gate * (1 - gate.sigmoid()))
-        return dout * up * slope, dout * F.silu(gate)
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+def _swiglu_backward(gate: Tensor, up: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
     dup, dsilu = F.silu(gate).mul_(dout), dout * up
     return torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dsilu), dup
 
@@ -60,15 +62,13 @@ if triton is not None:
         return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
     @triton.jit
-    def rms_norm_fwd_kernel(
-        x, residual, weight, y, total, scale, rows, width, eps,
-        ADD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-    ):  # fmt: skip
-        """BLOCK_R whole rows [D]: x + residual, rounded and stored, if ADD; then the norm of it."""
+    def rms_norm_fwd_kernel(x, residual, weight, y, total, scale, eps, rows, width,
+                            BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+        """BLOCK_R whole rows [D]: x + residual, rounded and stored, if there is one; then the norm of it."""
         row, column = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
         at, mask = row[:, None] * width + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
         value = _load(x + at, mask)
-        if ADD:
+        if residual is not None:
             value = (value + _load(residual + at, mask)).to(total.dtype.element_ty).to(tl.float32)
             tl.store(total + at, value, mask=mask)
         factor = tl.rsqrt(tl.sum(value * value, axis=1) / width + eps)
@@ -77,11 +77,9 @@ if triton is not None:
         tl.store(y + at, normed * _load(weight + column, column < width)[None, :], mask=mask)
 
     @triton.jit
-    def rms_norm_bwd_kernel(
-        dy, dtotal, total, weight, scale, dx, dweight, rows, width,
-        ADD: tl.constexpr, TRAINS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-    ):  # fmt: skip
-        """dx, dtotal included if ADD, of every so many rows; their share [D] of the weight's gradient if TRAINS."""
+    def rms_norm_bwd_kernel(dy, dtotal, total, weight, scale, dx, dweight, rows, width,
+                            BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+        """dx, with dtotal if given, of every so many rows; their share [D] of the weight's gradient if it trains."""
         column = tl.arange(0, BLOCK_D)
         w, share = _load(weight + column, column < width)[None, :], tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
@@ -89,14 +87,14 @@ if triton is not None:
             at, mask = row[:, None] * width + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
             factor, gradient = _load(scale + row, row < rows)[:, None], _load(dy + at, mask)
             normed = _load(total + at, mask) * factor
-            if TRAINS:
+            if dweight is not None:
                 share += gradient * normed
             gradient *= w
             gradient = (gradient - normed * (tl.sum(gradient * normed, axis=1) / width)[:, None]) * factor
-            if ADD:
+            if dtotal is not None:
                 gradient += _load(dtotal + at, mask)
             tl.store(dx + at, gradient, mask=mask)
-        if TRAINS:
+        if dweight is not None:
             tl.store(dweight + tl.program_id(0) * width + column, tl.sum(share, axis=0), mask=column < width)
 
     @triton.jit
@@ -110,10 +108,8 @@ if triton is not None:
         tl.store(out + half, second * c + first * s, mask=mask)
 
     @triton.jit
-    def rotary_kernel(
-        q, k, cos, sin, q_out, k_out, q_strides, k_strides, tokens, heads, groups, half,
-        BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
-    ):  # fmt: skip
+    def rotary_kernel(q, k, cos, sin, q_out, k_out, q_strides, k_strides, tokens, heads, groups, half,
+                      BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
         """All heads of q and k of one token."""
         column = tl.arange(0, BLOCK_K)[None, :]
         at = tl.program_id(0).to(tl.int64) * 2 * half + column
@@ -122,15 +118,13 @@ if triton is not None:
         _rotate(k, k_out, k_strides, tokens, groups, half, c, s, BLOCK_G, BLOCK_K)
 
     @triton.jit
-    def swiglu_kernel(
-        gate, up, dout, out, dup, width, gate_stride, up_stride, BACKWARD: tl.constexpr, BLOCK: tl.constexpr
-    ):  # fmt: skip
-        """A stretch of one row [D] of silu(gate) · up, or of its gradients: the gate's into `out`, and dup."""
+    def swiglu_kernel(gate, up, dout, out, dup, width, gate_stride, up_stride, BLOCK: tl.constexpr):
+        """A stretch of one row [D] of silu(gate) · up; with dout of its gradients: the gate's into `out`, and dup."""
         row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         at, mask = row * width + column, column < width
         g, u = _load(gate + row * gate_stride + column, mask), _load(up + row * up_stride + column, mask)
         sigmoid = tl.sigmoid(g)
-        if BACKWARD:
+        if dout is not None:
             d = _load(dout + at, mask)
             tl.store(dup + at, d * g * sigmoid, mask=mask)
             u *= d * (1.0 + g * (1.0 - sigmoid))
@@ -140,39 +134,29 @@ if triton is not None:
 
 
 def _blocks(x: Tensor) -> tuple[int, dict[str, int]]:
-    """Tiles of a norm's rows, and its launch settings: 16 numbers or more a thread."""
-    width = triton.next_power_of_2(x.shape[-1])
-    height = max(1, 2048 // width)
-    settings = {"BLOCK_R": height, "BLOCK_D": width, "num_warps": max(4, min(16, height * width // 512))}
-    return triton.cdiv(x.numel() // x.shape[-1], height), settings
+    """Tiles of a norm's rows, and a kernel's sizes and settings: 16 numbers or more a thread."""
+    (rows, width), block = x.reshape(-1, x.shape[-1]).shape, triton.next_power_of_2(x.shape[-1])
+    height = max(1, 2048 // block)
+    sizes = {"rows": rows, "width": width, "BLOCK_R": height, "BLOCK_D": block}
+    return triton.cdiv(rows, height), sizes | {"num_warps": max(4, min(16, height * block // 512))}
 
 
-def _norm_triton(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _norm_triton(x: Tensor, residual: Any, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     x = total = x.contiguous()
     if residual is not None:
         residual = residual.contiguous()
         total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
     y, scale = torch.empty_like(x, dtype=dtype), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     tiles, settings = _blocks(x)
-    if tiles:
-        rms_norm_fwd_kernel[(tiles,)](
-            x, residual, weight, y, total, scale, scale.numel(), len(weight), eps, ADD=residual is not None, **settings
-        )
+    rms_norm_fwd_kernel[(tiles,)](x, residual, weight, y, total, scale, eps, **settings)
     return y, total, scale
 
 
-def _norm_backward_triton(
-    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor, trains: bool
-) -> tuple[Tensor, Tensor | None]:
+def _norm_backward_triton(dy: Tensor, dtotal: Any, total: Tensor, weight: Tensor, scale: Tensor, trains: bool) -> Any:
     (tiles, settings), dx = _blocks(total), torch.empty_like(total)
-    shares = scale.new_empty(min(PROGRAMS, tiles), len(weight)) if trains else None
-    if tiles:
-        rms_norm_bwd_kernel[(min(PROGRAMS, tiles),)](
-            dy.contiguous(), None if dtotal is None else dtotal.contiguous(), total, weight, scale, dx, shares,
-            scale.numel(), len(weight), ADD=dtotal is not None, TRAINS=trains, **settings,
-        )  # fmt: skip
+    programs, dtotal = min(PROGRAMS, tiles), None if dtotal is None else dtotal.contiguous()
+    shares = scale.new_empty(programs, len(weight)) if trains else None
+    rms_norm_bwd_kernel[(programs,)](dy.contiguous(), dtotal, total, weight, scale, dx, shares, **settings)
     return dx, None if shares is None else shares.sum(0)
 
 
@@ -180,12 +164,11 @@ def _rotary_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     (rows, tokens, heads, size), groups = q.shape, k.shape[2]
     found = q.new_empty(q.shape), k.new_empty(k.shape)
-    if q.numel():
-        h, g, half = (triton.next_power_of_2(n) for n in (heads, groups, size // 2))
-        rotary_kernel[(rows * tokens,)](
-            q, k, cos.contiguous(), sin.contiguous(), *found, q.stride()[:3], k.stride()[:3], tokens, heads, groups,
-            size // 2, BLOCK_H=h, BLOCK_G=g, BLOCK_K=half, num_warps=max(1, min(8, h * half // 512)),
-        )  # fmt: skip
+    h, g, half = (triton.next_power_of_2(n) for n in (heads, groups, size // 2))
+    rotary_kernel[(rows * tokens,)](
+        q, k, cos.contiguous(), sin.contiguous(), *found, q.stride()[:3], k.stride()[:3], tokens, heads, groups,
+        size // 2, BLOCK_H=h, BLOCK_G=g, BLOCK_K=half, num_warps=max(1, min(8, h * half // 512)),
+    )  # fmt: skip
     return found
 
 
@@ -193,37 +176,33 @@ def _swiglu_triton(gate: Tensor, up: Tensor, dout: Tensor | None = None) -> Any:
     found = gate.new_empty(gate.shape), None if dout is None else up.new_empty(up.shape)
     gate, up = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
     gate, up = (x if x.stride(1) == 1 else x.contiguous() for x in (gate, up))
-    if gate.numel():
-        swiglu_kernel[(len(gate), triton.cdiv(gate.shape[1], 1024))](
-            gate, up, None if dout is None else dout.contiguous(), *found,
-            gate.shape[1], gate.stride(0), up.stride(0), BACKWARD=dout is not None, BLOCK=1024,
-        )  # fmt: skip
+    dout, width = None if dout is None else dout.contiguous(), gate.shape[1]
+    grid = len(gate), triton.cdiv(width, 1024)
+    swiglu_kernel[grid](gate, up, dout, *found, width, gate.stride(0), up.stride(0), BLOCK=1024)
     return found[0] if dout is None else found
 
 
-# One backward pass for both
+# For autograd. The naive forms give the gradients where these are differentiated again, or many of them made at once.
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, *settings: Any) -> Any:
-        ctx.eps, _, ctx.form = settings
-        y, total, scale = ctx.form(x, residual, weight, *settings[:2])
+    def forward(ctx: Any, x: Tensor, residual: Any, weight: Tensor, eps: float, dtype: torch.dtype, form: Any) -> Any:
+        y, total, scale = form(x, residual, weight, eps, dtype)
         ctx.save_for_backward(total, weight, scale)
+        ctx.eps, ctx.backward = eps, _norm_backward if form is _norm else _norm_backward_triton
         return y if residual is None else (y, total)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        (total, weight, scale), needed = ctx.saved_tensors, ctx.needs_input_grad
-        dx: Tensor | None
-        if ctx.form is not _norm and not (torch.is_grad_enabled() or transformed()):
-            dx, dweight = _norm_backward_triton(dy, dtotal, total, weight, scale, needed[2])
+        (total, weight, scale), (_, both, trains, *_) = ctx.saved_tensors, ctx.needs_input_grad
+        if torch.is_grad_enabled() or transformed():
+            form = lambda x, weight: naive.rms_norm(x, weight, ctx.eps).to(dy.dtype)  # noqa: E731
+            dx, dweight = torch.func.vjp(form, total, weight)[1](dy)
+            dx = dx if dtotal is None else dx + dtotal
         else:
-            if torch.is_grad_enabled():  # create_graph=True: the scale depends on x
-                scale = _norm(total, None, weight, ctx.eps, dy.dtype)[2]
-            dx, dweight = _norm_backward(dy, total, weight, scale, needed)
-            dx = dx if dx is None or dtotal is None else dx.to(total.dtype) + dtotal
-        return dx, dx if needed[1] else None, dweight, None, None, None  # autograd converts each to its dtype
+            dx, dweight = ctx.backward(dy, dtotal, total, weight, scale, trains)
+        return dx, dx if both else None, dweight, None, None, None  # autograd converts each to its dtype
 
 
 class _Rotary(torch.autograd.Function):
@@ -242,14 +221,14 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, form: Any) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.form = form
+        ctx.form = _swiglu_backward if form is _swiglu else form
         return form(gate, up)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        plain = ctx.form is naive.swiglu or torch.is_grad_enabled() or transformed()
-        gate, up = ctx.saved_tensors
-        return *(_swiglu_backward if plain else _swiglu_triton)(gate, up, dout), None
+        if torch.is_grad_enabled() or transformed():
+            return *torch.func.vjp(naive.swiglu, *ctx.saved_tensors)[1](dout), None
+        return *ctx.form(*ctx.saved_tensors, dout), None
 
 
 # What the library calls
@@ -264,7 +243,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str | None = None) -> 
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: str | None = None
+    x: Tensor, residual: Any, weight: Tensor, eps: float, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """(`rms_norm` of x + residual, x + residual), for x and residual of one shape."""
     dtype = autocast_dtype(x, torch.promote_types(x.dtype, weight.dtype))
@@ -293,7 +272,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str | None = No
 
 def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
     """silu(gate) · up (Shazeer 2020), of one shape [..., D] and dtype; both may be parts of wider rows."""
-    form = _swiglu_triton if not transformed() and by_triton(impl, gate) else naive.swiglu
-    if transformed() or not torch.is_grad_enabled():
-        return form(gate, up)
-    return recomputable(_SwiGLU.apply(gate, up, form), form, gate, up)
+    if transformed():
+        return naive.swiglu(gate, up)
+    form = _swiglu_triton if by_triton(impl, gate) else _swiglu
+    return recomputable(_SwiGLU.apply(gate, up, form), form, gate, up) if torch.is_grad_enabled() else form(gate, up)

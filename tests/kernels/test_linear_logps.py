@@ -328,9 +328,7 @@ def test_a_row_of_zeros_in_a_normalised_head_leaves_the_gradient_of_the_states_f
 @pytest.mark.parametrize("gradient", [False, True], ids=["values", "gradient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "vocabulary", "block"), [(5, 75, 16), (3, 64, 64), (7, 1, 1), (1, 33, 64)])
-def test_the_kernel_fills_its_outputs_and_touches_nothing_beyond(
-    tokens, vocabulary, block, dtype, gradient, normalize
-):
+def test_the_kernel_fills_its_outputs_and_touches_nothing_beyond(tokens, vocabulary, block, dtype, gradient, normalize):
     """NaN around the operands shows in the results if it is read; the statistics begin as NaN.
 
     Where the kernel rounds itself, Triton's interpreter truncates bfloat16 and a GPU rounds to nearest: either is
@@ -480,7 +478,7 @@ def test_a_gpu_takes_three_products_a_chunk_of_which_there_are_few(given, normal
         labels, factors = torch.empty(8192, dtype=torch.int64), torch.empty(8192)
         head = module._Head(weight, torch.bfloat16, normalize, lambda *_: None)
         with Products() as seen:
-            stats, dhidden, dweight = head.gradients(hidden, labels, factors, of_hidden=True, of_weight=True)
+            stats, dhidden, dweight, _ = head.gradients(hidden, labels, factors, of_hidden=True, of_weight=True)
     assert (dhidden.dtype, dweight.dtype, len(stats)) == (given, torch.float32, 3)
     sums = [entry for entry in seen.found if entry[1] == (125_696, 5120)]
     assert sums == [("aten.addmm.dtype_out", (125_696, 5120), torch.float32)] * 4

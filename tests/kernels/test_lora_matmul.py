@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from pedgpt.adapters import ExpertLoRALinear, LoRALinear, set_noise_rows
-from pedgpt.kernels import expert_gate
-from pedgpt.kernels._triton import by_triton, linear, lora_linear, naive
+from pedgpt.kernels import expert_gate, linear, lora_linear, naive
+from pedgpt.kernels._triton import by_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(expert_gate.triton is None, reason="needs Triton")

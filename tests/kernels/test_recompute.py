@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from pedgpt.kernels import rms_norm, swiglu
@@ -204,3 +205,26 @@ def test_norms_and_swiglu_give_the_same_bits_and_free_their_results(dtype):
         assert [result() is None for result in results] == [on, on]
         found.append(torch.autograd.grad(out.float().square().sum(), (x, weight, up, down)))
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("how", ["selective", "checkpoint"])
+def test_a_compiled_function_is_compiled_once_whatever_hooks_a_step_has(how):
+    """As FlexAttention is called: in every block of every step, inside a scope or checkpoint of the block's own."""
+    count, results = CompileCounterWithBackend("aot_eager"), []
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w: (x @ w).sin().exp(), backend=count, fullgraph=True)
+    for hooked in (False, True):
+        weight = leaf(6, 6, seed=1)
+        for step in range(3):
+            hidden = leaf(4, 6, seed=step) * 1
+            for _ in range(3):
+                normed = hidden / 7
+                if hooked and how == "checkpoint":
+                    hidden = checkpoint(compiled, normed, weight, use_reentrant=False)
+                else:
+                    with selective(hooked):
+                        hidden = compiled(recomputable(normed, lambda x: x / 7, hidden), weight)
+            hidden.sum().backward()
+        results.append(weight.grad)
+        assert count.frame_count == 1
+    assert torch.equal(*results)
