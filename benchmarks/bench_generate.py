@@ -15,7 +15,7 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pedgpt.adapters import inject_experts
+from pedgpt.adapters import inject_experts, pack_adapters
 from pedgpt.models import generate, load_model
 
 PROMPT, NEW = 32, 64
@@ -82,6 +82,7 @@ def with_experts(folder: str, dtype: torch.dtype, targets: list[str]) -> torch.n
     for name, parameter in model.named_parameters():
         if "lora" in name or "router" in name:
             torch.nn.init.normal_(parameter, std=0.02)
+    pack_adapters(model)
     return model.eval()
 
 

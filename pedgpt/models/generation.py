@@ -25,20 +25,11 @@ MIN_TEMPERATURE = 1e-20  # a division by less makes usual logits overflow
 
 @torch.no_grad()
 def generate_steps(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    stop_tokens: Collection[int] = (),
-    stop_strings: Sequence[str] = (),
-    decode: Callable[[list[int]], str] | None = None,
-    seed: int | None = None,
-    cache: KVCache | None = None,
-) -> Iterator[list[int | None]]:
+    model: Transformer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0,
+    top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
+    stop_tokens: Collection[int] = (), stop_strings: Sequence[str] = (),
+    decode: Callable[[list[int]], str] | None = None, seed: int | None = None, cache: KVCache | None = None,
+) -> Iterator[list[int | None]]:  # fmt: skip
     """Yield, step by step, the next id of every prompt; None for one that has stopped. Arguments as `generate`."""
     _check_prompts(model, prompts, max_new_tokens)
     sampling = _Sampling(temperature, top_k, top_p, repetition_penalty)
@@ -109,7 +100,10 @@ def _read(
 
 
 def _recordable(model: Transformer) -> bool:
-    """Whether a CUDA graph may stand for the model: in evaluation mode, and nobody watches its modules."""
+    """Whether a CUDA graph may stand for the model: in evaluation mode, and nobody watches its modules.
+
+    NOTE: `gate_record` is an attribute of expert layers, set by `adapters.record_gates`, which models may not import.
+    """
     watched = (
         m.training or m._forward_hooks or m._forward_pre_hooks or getattr(m, "gate_record", None)
         for m in model.modules()
@@ -118,20 +112,11 @@ def _recordable(model: Transformer) -> bool:
 
 
 def generate(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    stop_tokens: Collection[int] = (),
-    stop_strings: Sequence[str] = (),
-    decode: Callable[[list[int]], str] | None = None,
-    seed: int | None = None,
-    cache: KVCache | None = None,
-) -> list[list[int]]:
+    model: Transformer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0,
+    top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
+    stop_tokens: Collection[int] = (), stop_strings: Sequence[str] = (),
+    decode: Callable[[list[int]], str] | None = None, seed: int | None = None, cache: KVCache | None = None,
+) -> list[list[int]]:  # fmt: skip
     """The continuation of each prompt (a list of token ids), without the prompt and without the stop token.
 
     `temperature` 0 is greedy; `top_k` and `top_p` restrict sampling; `repetition_penalty` > 1 divides (or multiplies,

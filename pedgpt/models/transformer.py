@@ -17,23 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pedgpt.kernels import (
-    Layout,
-    Linear,
-    add_rms_norm,
-    attention,
-    linear,
-    rms_norm,
-    rotary,
-    swiglu,
-    unit_rows,
-)
+from pedgpt.kernels import Layout, Linear, add_rms_norm, attention, linear, rms_norm, rotary, swiglu, unit_rows
 from pedgpt.kernels.recompute import CHECKPOINTING, selective
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.positions import alibi_slopes, document_positions, rotary_tables
 
 if TYPE_CHECKING:
     from pedgpt.models.cache import KVCache
+
+Tables = tuple[Tensor, Tensor] | None  # cos and sin of the rotary embedding; None for ALiBi
 
 
 class RMSNorm(nn.Module):
@@ -69,14 +61,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(
-        self,
-        x: Tensor,
-        tables: tuple[Tensor, Tensor] | None,
-        layout: Layout | None,
-        cache: KVCache | None,
-        layer: int,
-    ) -> Tensor:
+    def forward(self, x: Tensor, tables: Tables, layout: Layout | None, cache: KVCache | None, layer: int) -> Tensor:
         packed = self.W_pack(x).chunk(3, -1) if self.fused_qkv else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in packed)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -112,15 +97,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        tables: tuple[Tensor, Tensor] | None,
-        layout: Layout | None,
-        cache: KVCache | None = None,
-        layer: int = 0,
-    ) -> Tensor:
+        self, x: Tensor, tables: Tables, layout: Layout | None, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:  # fmt: skip
         attended = self.self_attn(self.input_layernorm(x), tables, layout, cache, layer)
-        normed, x = self.post_attention_layernorm(attended, x)
+        norm = self.post_attention_layernorm
+        if type(norm) is RMSNorm and not norm._forward_hooks and not norm._forward_pre_hooks:
+            normed, x = norm(attended, x)
+        else:  # A module of another kind takes one tensor, and so do hooks.
+            x = x + attended
+            normed = norm(x)
         return x + self.mlp(normed)
 
 
@@ -176,14 +161,9 @@ class Transformer(nn.Module):
                 nn.init.ones_(module.weight)
 
     def forward(
-        self,
-        tokens: Tensor,
-        *,
-        positions: Tensor | None = None,
-        documents: Tensor | None = None,
-        branches: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
+        self, tokens: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None,
+        branches: Tensor | None = None, cache: KVCache | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits [B, T, V] in the model's dtype; arguments as in `hidden_states`."""
         hidden = self.hidden_states(tokens, positions=positions, documents=documents, branches=branches, cache=cache)
         if self.config.normalize_head and not torch.is_grad_enabled():
@@ -191,14 +171,9 @@ class Transformer(nn.Module):
         return linear(hidden, self.head_weight())
 
     def hidden_states(
-        self,
-        tokens: Tensor,
-        *,
-        positions: Tensor | None = None,
-        documents: Tensor | None = None,
-        branches: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
+        self, tokens: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None,
+        branches: Tensor | None = None, cache: KVCache | None = None,
+    ) -> Tensor:  # fmt: skip
         """Final normalised states [B, T, D] for token ids [B, T] (int64).
 
         `documents` [B, T]: tokens attend only within equal integers, and positions restart where the integer changes.

@@ -264,8 +264,14 @@ def change_down(model):
         block.mlp.down_proj = doubled
 
 
+def change_norm(model):
+    for block in model.model.layers:
+        block.post_attention_layernorm = nn.LayerNorm(48).eval()
+
+
 @pytest.mark.parametrize(
-    ("change", "adapter"), [(change_gates, "experts"), (change_mlp, "none"), (change_down, "none")]
+    ("change", "adapter"),
+    [(change_gates, "experts"), (change_mlp, "none"), (change_down, "none"), (change_norm, "none")],
 )
 def test_an_unknown_gate_or_module_is_computed_by_its_own_forward(adapted, change, adapter):
     model = adapted("llama", adapter)
@@ -285,3 +291,26 @@ def test_hooks_and_gate_records_see_every_token(adapted):
     handle.remove()
     assert seen == [3] + [1] * 19
     assert {record.count for record in records.values()} == {22}
+
+
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm(48)], ids=["own", "LayerNorm"])
+def test_hooks_on_a_norm_see_one_tensor(make_model, random_tokens, norm):
+    """They may replace it, too: here by half of it."""
+    model, tokens, seen = make_model("llama"), random_tokens(2, 7), []
+    block = model.model.layers[0]
+    block.post_attention_layernorm = norm or block.post_attention_layernorm
+    with torch.no_grad():
+        before = model(tokens)
+        handles = [
+            block.post_attention_layernorm.register_forward_pre_hook(lambda module, given: seen.extend(given)),
+            block.post_attention_layernorm.register_forward_hook(lambda module, given, out: seen.append(out)),
+        ]
+        assert torch.equal(model(tokens), before)
+        assert [value.shape for value in seen] == [(2, 7, 48)] * 2
+        handles.append(block.post_attention_layernorm.register_forward_hook(lambda module, given, out: out / 2))
+        halved = model(tokens)
+        for handle in handles:
+            handle.remove()
+        for projection in (block.mlp.gate_proj, block.mlp.up_proj):
+            projection.weight.div_(2)
+        torch.testing.assert_close(halved, model(tokens), atol=1e-5, rtol=0)
