@@ -16,6 +16,7 @@ class Family:
     network: Mapping[str, bool] = field(default_factory=dict)  # fields of ModelConfig that no key of the file tells
     by_size: Mapping[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)  # those that only a size tells
     defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys that the file lacks
+    written: Mapping[str, Any] = field(default_factory=dict)  # for keys that transformers needs
     length_key: str = "max_position_embeddings"
 
 
@@ -31,7 +32,11 @@ FAMILIES = {
     ),
     "llama": Family("LlamaForCausalLM", biases=("attention_bias", "mlp_bias")),
     # A Mistral whose file has no other word on it has a window of 4096 tokens on all layers, says transformers.
-    "mistral": Family("MistralForCausalLM", defaults={"use_sliding_window": True, "max_window_layers": 0}),
+    "mistral": Family(
+        "MistralForCausalLM",
+        defaults={"use_sliding_window": True, "max_window_layers": 0},
+        written={"sliding_window": None},
+    ),
     "qwen2": Family("Qwen2ForCausalLM", network={"attention_bias": True}),  # on q, k and v, not on o
     "qwen3": Family("Qwen3ForCausalLM", ("attention_bias",), network={"qk_norm": True}, defaults={"head_dim": 128}),
 }

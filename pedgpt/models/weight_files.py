@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
+import pickletools
+import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from pedgpt.files import own_file, read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-HEAD = "lm_head.weight"
 READ_BYTES = 64 * 2**20  # how much of a file stays mapped while parts of it are copied
+
+_PLAIN_GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 
 
 class Weights:
@@ -65,31 +67,62 @@ class Weights:
                 handle = _BinReader(file) if file.suffix == ".bin" else safe_open(file, "pt")
                 self._file, self._handle, self._read = file, handle, 0
             yield self._handle
+        except _Refused as error:
+            raise ValueError(f"{file}: {error}") from None
+        except pickle.UnpicklingError:
+            raise ValueError(f"{file}: holds more than weights, or is damaged; only safe files are read") from None
         except Exception as error:  # a damaged pickle raises whatever its instructions now do
-            code = isinstance(error, pickle.UnpicklingError)  # torch's own words advise to run it
-            reason = "it holds more than weights" if code else f"{type(error).__name__}: {error}"
-            raise ValueError(f"{file}: cannot be read as weights, it may be truncated ({reason})") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{file}: cannot be read as weights, the file may be truncated ({reason})") from None
+
+
+class _Refused(Exception):
+    """What is wrong with a file that can be read."""
 
 
 class _BinReader(dict[str, Tensor]):
-    """The tensors of a torch.save file, with the methods of `safe_open`; torch's `weights_only` runs no code."""
+    """The tensors of a torch.save file, with the methods of `safe_open`.
+
+    Refuses what torch's weights_only unpickler allows and no state dict needs. It runs no code, yet would call
+    `bytearray(10**12)`, inflate whatever is compressed, and hash or print any nesting.
+    """
 
     offset_keys, get_tensor, get_slice = dict.keys, dict.__getitem__, dict.__getitem__
 
     def __init__(self, file: Path) -> None:
+        size = file.stat().st_size
         with zipfile.ZipFile(file) as archive:
-            if any(part.compress_type for part in archive.infolist()):
-                raise ValueError("its parts are compressed, and would be mapped as if they were the numbers")
+            if any(info.compress_type or info.file_size > size for info in archive.infolist()):
+                raise _Refused("its parts are compressed, or larger than the file")
+        _check_pickle(torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))  # zipfile might find another one
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-            raise ValueError(f"expected a dictionary of tensors, found {type(state).__name__}")
+        if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+            raise _Refused(f"expected a dictionary of tensors, found {type(state).__name__}")
         for key, tensor in state.items():
-            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-                raise ValueError(f"{key} is no dense tensor, but a {type(tensor).__name__}")
-        # NOTE: a stride of 0 repeats one number, so a small file can claim huge tensors; only a tied head is shared.
-        if sum(tensor.nbytes for tensor in state.values()) > 2 * file.stat().st_size:
-            raise ValueError("its tensors share their bytes, and claim more of them than the file holds")
+            dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+            if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 repeats one number
+                raise _Refused(f"{key} is no dense tensor of the file's own numbers, but a {type(tensor).__name__}")
+        claimed = sum(tensor.nbytes for tensor in state.values())
+        if claimed > 2 * size:  # a tied head is stored once; no more than that is shared
+            raise _Refused(f"its tensors share their bytes; {claimed} are claimed, more than the file holds")
         super().__init__({key: tensor.detach() for key, tensor in state.items()})
+
+
+def _check_pickle(content: bytes) -> None:
+    """UnpicklingError for instructions that no dictionary of tensors needs."""
+    source: dict[str, str] = {}  # slot of the memo -> the instruction whose result it holds
+    previous, tuples, reused = "", 0, 0
+    for opcode, argument, _ in pickletools.genops(content):
+        name, value = opcode.name, str(argument)
+        if name == "GLOBAL" and not _PLAIN_GLOBALS.fullmatch(value):
+            raise pickle.UnpicklingError(value)
+        if name in ("BINPUT", "LONG_BINPUT"):
+            source[value] = previous
+        tuples += name.startswith("TUPLE")
+        reused += name in ("BINGET", "LONG_BINGET") and source.get(value) not in ("GLOBAL", "BINUNICODE", "REDUCE")
+        previous = name
+    if tuples > 2**15 or reused > 2**4:  # a tensor takes five, a tie one; deep nesting takes as many as it has levels
+        raise pickle.UnpicklingError("deeply nested")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -100,32 +133,13 @@ def weight_files(folder: Path) -> list[Path]:
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index}: not an index with a weight_map")
             for name in weight_map.values():
-                if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
-                    raise ValueError(f"{index}: weight_map names {name!r}; expected a file of this folder")
+                plain = isinstance(name, str) and Path(name).name == name and name.isprintable()
+                if not plain or Path(name).suffix != Path(single).suffix:
+                    expected = f"a {Path(single).suffix} file of this folder"
+                    raise ValueError(f"{index}: weight_map names {name!r}; expected {expected}")
                 if own_file(folder, name) is None:
                     raise ValueError(f"{folder / name}: no such file, though {index.name} names it")
             return [folder / name for name in sorted(set(weight_map.values()))]
         if file := own_file(folder, single):
             return [file]
     raise ValueError(f"{folder}: no weights; expected {WEIGHTS}, {INDEX} or {BIN}")
-
-
-def model_fingerprint(folder: str | Path) -> str:
-    """A short name of a folder's model: of its config.json and of its weights as in `weights_fingerprint`."""
-    digest = hashlib.sha256(Path(folder, "config.json").read_bytes() + weights_fingerprint(folder).encode())
-    return digest.hexdigest()[:16]
-
-
-def weights_fingerprint(folder: str | Path) -> str:
-    """A short name of a folder's weights: a checksum of the shape and one bfloat16 row of every tensor but the head.
-
-    Training changes it. Other files, another config.json and another dtype do not (float16: if it was bfloat16 before).
-    """
-    digest, stored = hashlib.sha256(), Weights(Path(folder))
-    for key in sorted(stored.tensors.keys() - {HEAD}):  # a tied head may be stored or not
-        if shape := stored.tensors[key].shape:
-            rows = (shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else (0, shape[0])
-            part = stored.rows(key, *rows).to(torch.bfloat16).contiguous()
-            part = part.masked_fill(part.abs() < 2**-14, 0)  # float16 has fewer digits there
-            digest.update(f"{key} {list(shape)}".encode() + part.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]

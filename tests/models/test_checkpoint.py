@@ -88,7 +88,7 @@ def test_zero_rows_of_a_normalised_head_are_named_at_load(make_model, random_tok
         expected = model(tokens)
         model.lm_head.weight[[3, *range(120, 127)]] = 0
     save_model(model, tmp_path)
-    with pytest.warns(UserWarning, match=r"8 rows of zeros in lm_head.* 3, 120, 121, 122, 123 and 3 more"):
+    with pytest.warns(UserWarning, match=r"for the tokens 3, 120, 121, 122, 123, … \(8 in all\) are zeros"):
         loaded = load_model(tmp_path)
         if load == "load_weights":
             loaded = load_model(tmp_path, device="meta")
@@ -102,8 +102,10 @@ def test_zero_rows_of_a_normalised_head_are_named_at_load(make_model, random_tok
     assert not gradient[3].any() and 0 < gradient.norm() < 1e3
 
 
-def test_the_user_is_told_what_rounding_did_to_the_training(make_model, tmp_path, capsys):
+@pytest.mark.parametrize("compared", [2**20, 2**10], ids=["all", "a sample"])
+def test_the_user_is_told_what_rounding_did_to_the_training(make_model, tmp_path, capsys, monkeypatch, compared):
     """In bfloat16 the numbers from 1 on are 2^-7 apart: of 1 + k·2^-9 all up to k = 2 are 1 again."""
+    monkeypatch.setattr(checkpoint, "COMPARED", compared)
     model = make_model("qwen2")  # with a tied head, which the folder does not hold
     start = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
     model.load_state_dict(start)
@@ -114,10 +116,12 @@ def test_the_user_is_told_what_rounding_did_to_the_training(make_model, tmp_path
     assert all(torch.equal(saved[name], trained[name].bfloat16()) for name in trained)
     k = torch.cat([step.flatten() for name, step in steps.items() if name != "lm_head.weight"]).double()
     rounded = torch.where(k < 3, 0.0, 4.0)  # k = 2 is half-way, and goes to the even one
-    share = ((rounded - k).square().sum() / k.square().sum()).sqrt().item()
-    told = r"saved in bfloat16: rounding moved the weights by (\d+)% of what training moved them"
-    found = int(re.search(told, capsys.readouterr().out)[1])
-    assert found == pytest.approx(100 * share, abs=2)
+    share = ((rounded - k).square().sum() / k.square().sum()).sqrt()
+    undone = ((k > 0) & (rounded == 0)).sum() / (k > 0).sum()
+    told = r"rounding moved the weights by (\d+)% of what training moved them, and (\d+)% of the trained numbers"
+    figures = [100 * share.item(), 100 * undone.item()]
+    found = [int(figure) for figure in re.search(told, capsys.readouterr().out).groups()]
+    assert found == pytest.approx(figures, abs=0.5 if compared == 2**20 else 2)
     # No figure where nothing is rounded or nothing is left to compare with, but always the weights.
     assert all(torch.equal(v, trained[n]) for n, v in round_weights(trained.items(), torch.float32, since=tmp_path))
     assert len(dict(round_weights(trained.items(), torch.bfloat16, since=tmp_path / "gone"))) == len(trained)
@@ -354,7 +358,7 @@ def test_index_that_leaves_the_folder_is_refused(folder, make_model, monkeypatch
     }[kind]  # fmt: skip
     index["weight_map"][key] = name
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"index\.json: weight_map names|a link out of its folder"):
+    with pytest.raises(ValueError, match="index.json"):
         load_model(folder)
 
 
@@ -418,10 +422,9 @@ def test_a_state_dict_that_lacks_weights_is_not_saved(make_model, tmp_path):
 
 
 def test_a_fingerprint_follows_the_weights_and_the_config_but_not_the_place(folder, tmp_path):
-    """A LoRA merged into one layer changes it, too."""
     name = model_fingerprint(folder)
     assert model_fingerprint(shutil.copytree(folder, tmp_path / "elsewhere")) == name
-    rewrite(folder, lambda weights: weights["model.layers.1.mlp.up_proj.weight"].add_(0.01))
+    rewrite(folder, lambda weights: weights["model.norm.weight"].add_(1))
     changed = model_fingerprint(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}), encoding="utf-8")
@@ -494,6 +497,19 @@ def test_one_stored_tensor_under_two_names_becomes_two_parameters(folder, make_m
     tokens = random_tokens(1, 9)
     with torch.no_grad():
         assert torch.equal(load_model(folder.parent / "again")(tokens), model(tokens))
+
+
+def test_a_fingerprint_notices_a_change_in_the_middle_of_a_large_file(folder, tmp_path):
+    """A LoRA merged into one layer changes neither the head nor the tail of a file."""
+    size = 72 * 2**20
+    for change in (None, 5 * 2**20, 70 * 2**20 + 100):
+        with open(folder / "model.safetensors", "wb") as handle:
+            handle.truncate(size)
+            if change:
+                handle.seek(change)
+                handle.write(b"x")
+        (tmp_path / str(change)).write_text(model_fingerprint(folder))
+    assert len({(tmp_path / name).read_text() for name in ("None", "5242880", str(70 * 2**20 + 100))}) == 3
 
 
 @pytest.mark.parametrize("content", ["{", '{"weight_map": {"a": "gone.safetensors"}}', '{"weight_map": 3}'])

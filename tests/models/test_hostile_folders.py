@@ -84,17 +84,14 @@ def folder(folders, tmp_path):
 
 
 @contextlib.contextmanager
-def refused(*names, asks=False):
-    """Swallow a ValueError that holds one of the names; any other error fails the test.
-
-    A pickle may ask for memory, which torch's unpickler does not fill: it `asks`, is granted none here, and is refused.
-    """
+def refused(*names):
+    """Swallow a ValueError that holds one of the names; any other error fails the test."""
     try:
         yield
     except ValueError as error:
         message = str(error)
         assert any(str(name) in message for name in names), message
-        assert asks or not re.search(r"allocat|MemoryError|\(\)$", message), message
+        assert not re.search(r"allocat|MemoryError|\(\)$", message), message
 
 
 def load(folder, *names, **settings):
@@ -184,7 +181,7 @@ def test_mutated_safetensors_are_refused_or_read_as_the_safetensors_library_read
     shapes = {key: tensor.shape for key, tensor in load_file(file).items()}
 
     @given(chance)
-    @cases(600)
+    @cases(1000)
     def check(chance):
         nonlocal loaded
         mutated = mutated_safetensors(chance, content)
@@ -197,7 +194,7 @@ def test_mutated_safetensors_are_refused_or_read_as_the_safetensors_library_read
             assert_same(model, theirs)
 
     check()
-    assert 20 < loaded < 400
+    assert 30 < loaded < 670
 
 
 def test_mutated_indexes_are_refused_or_load_the_same_weights(folder):
@@ -404,7 +401,7 @@ def test_no_call_in_a_pickle_is_made(folder, name, container, where):
         torch.save(value, file, pickle_protocol=4 if container == "zip-4" else 2)
     else:
         file.write_bytes(pickle.dumps(value, protocol=0 if container == "plain-0" else 4))
-    with refused(file, asks=name in ("bytearray", "tensor", "storage")):
+    with refused(file):
         load_model(folder)
         pytest.fail("loaded")
     assert not marker.exists()
@@ -442,6 +439,7 @@ def state_dict(value):
     return b"\x80\x02}" + text("lm_head.weight") + value + b"s."
 
 
+DOUBLED = b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))  # each a pair of the last
 PICKLES = {
     "stride of 0": state_dict(tensor(size=(4, 2**40), stride=(4, 0))),
     "size that overflows": state_dict(tensor(size=(2**40, 2**40), stride=(0, 0))),
@@ -467,6 +465,9 @@ PICKLES = {
     "attribute": state_dict(instruction("torch._utils _rebuild_tensor_v2.__globals__")),
     "state that grows": state_dict(tensor() + b"(" + view(size=(10**6, 10**6), stride=(10**6, 1)) + b"tb"),
     "state that repeats": state_dict(tensor() + b"(" + view(size=(10**6, 10**6), stride=(0, 0)) + b"tb"),
+    "deep key": b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.",
+    "key that doubles": b"\x80\x02})" + DOUBLED + b"Ns.",
+    "call that doubles": b"\x80\x02})" + DOUBLED + b")R.",
     "text beyond the end": b"\x80\x02}X\xff\xff\xff\xff.",
     "list": b"\x80\x02].",
     "numbers as keys": b"\x80\x02}K\x01" + tensor() + b"s.",
@@ -480,7 +481,7 @@ def test_pickles_that_lie_are_refused(folder, name, monkeypatch):
     file = folder / "pytorch_model.bin"
     with_pickle(file, PICKLES[name])
     monkeypatch.chdir(folder)
-    with refused(file, asks=name.startswith("storage made") or name == "name of Python 2"):
+    with refused(file):
         load_model(folder)
         pytest.fail("loaded")
     assert not (folder / "was-run").exists()
@@ -493,13 +494,14 @@ def test_the_pickles_that_lie_lie_in_one_thing_only(tmp_path):
     assert {key: (t.shape, t.dtype) for key, t in found.items()} == {"lm_head.weight": ((4, 4), torch.float32)}
 
 
-def test_a_compressed_bin_is_refused(folder):
-    """torch would read the compressed bytes as if they were the numbers."""
+def test_a_compressed_bin_is_refused_before_it_is_inflated(folder):
     (folder / "model.safetensors").unlink()
     file = folder / "pytorch_model.bin"
-    with_pickle(file, state_dict(tensor()), zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin: .*compressed"):
-        load_model(folder)
+    for code in (state_dict(tensor()), b"N" * 30_000_000 + b"."):
+        with_pickle(file, code, zipfile.ZIP_DEFLATED)
+        assert file.stat().st_size < 50_000
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin: .*compressed"):
+            load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -516,7 +518,7 @@ def test_bins_of_other_than_dense_floating_point_tensors_are_refused(folder, key
     (folder / "model.safetensors").unlink()
     file = folder / "pytorch_model.bin"
     torch.save(value if key == "all" else {key: value}, file)
-    with refused(file, f"{folder}: the weights do not fit"):  # a stride of 0 that claims little is of a wrong shape
+    with refused(file):
         load_model(folder)
         pytest.fail("loaded")
 
@@ -544,7 +546,7 @@ def test_a_bin_whose_tensors_are_all_the_same_bytes_is_refused(folder, dtype):
     torch.save(shared, file)
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 30}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin: .*its tensors share"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: its tensors share"):
         load_model(folder, dtype=dtype)
 
 
