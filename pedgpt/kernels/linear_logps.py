@@ -136,7 +136,7 @@ class _Head:
         self.weight = self.given.to(dtype)
         self.wide = torch.promote_types(dtype, torch.float32)
         self.softmax = softmax
-        self.on_cpu = not weight.is_cuda
+        self.on_cpu = weight.device.type == "cpu"
         logits = (CHUNK if self.on_cpu else CHUNK_CUDA) * 4 // self.weight.element_size()
         self.chunk = max(1, logits // max(1, len(weight)))
         height = max(1, (SLICE if self.on_cpu else SLICE_CUDA) // max(1, weight.shape[1]))
@@ -189,7 +189,7 @@ class _Head:
         return stats, dhidden, dweight, logits
 
     def _add_product(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
-        if not self.on_cpu or dweight.dtype == dlogits.dtype:
+        if not self.on_cpu:
             return _multiply_onto(dweight, dlogits.t(), hidden, beta=0 if first else 1)
         for rows in blocks_to_count(self.slices):
             left, right = dlogits[:, rows].t(), hidden.t()
