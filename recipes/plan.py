@@ -212,7 +212,7 @@ def rehearse(stage: str, dtype: str) -> int:
         return resident()
     if stage == "experts":
         inject_experts(model.to(getattr(torch, dtype)))
-    model.activation_checkpointing = True
+    model.activation_checkpointing = "block"
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     tokens = torch.zeros(1, 256, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -256,7 +256,7 @@ def estimate(stage: str, config: Any, sizes: ModelConfig, host: Host) -> tuple[M
     if host.heap:
         slack = SLACK_PINNED
         if stage != "generate":
-            recomputes = config.activation_checkpointing not in (False, "none")
+            recomputes = config.activation_checkpointing != "none"
             slack = SLACK + SLACK_PINNED * (recomputes + (rows_of_rank(config) > config.micro_batch_size))
         most = max(peak.small for peak in peaks.values())
         for name, peak in peaks.items():

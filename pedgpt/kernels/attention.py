@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,9 +72,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
     if layout is not None and q.device.type == "cpu" and q.shape[2] == k.shape[2] and not transformed():
         if (found := on_cpu.attention(q, k, v, layout)) is not None:
             return found
-    if layout is not None and without_numbers():  # Only sizes count. Take those of one document.
-        whole = q.is_cuda and q.shape[2] == k.shape[2]  # A causal kernel keeps the same tensors as FlexAttention.
-        layout = None if whole else layout.once(_one_document)
+    if without_numbers() and q.is_cuda and q.shape[2] == k.shape[2]:
+        layout = None  # Only sizes count, and a causal kernel keeps the same tensors as FlexAttention.
     if layout is not None and layout.plain:
         layout = None
     (rows, heads, queries, size), groups = q.shape, k.shape[1]
@@ -92,10 +91,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
         q = q.reshape(rows, groups, shared * queries, size)
     found = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != groups)
     return found if shared == 1 else found.reshape(rows, heads, queries, size)
-
-
-def _one_document(layout: Layout) -> Layout:
-    return replace(layout, documents=None, key_documents=None, branches=None)
 
 
 def _mask(layout: Layout, dtype: torch.dtype, shared: int) -> Tensor:

@@ -138,7 +138,8 @@ class _Head:
         self.softmax = softmax
         self.on_cpu = weight.device.type == "cpu"
         logits = (CHUNK if self.on_cpu else CHUNK_CUDA) * 4 // self.weight.element_size()
-        self.chunk = max(1, logits // max(1, len(weight)))
+        # NOTE: never more than 8,192 tokens, because some libraries lose digits in a longer sum of products.
+        self.chunk = min(2**13, max(1, logits // max(1, len(weight))))
         height = max(1, (SLICE if self.on_cpu else SLICE_CUDA) // max(1, weight.shape[1]))
         self.slices = [slice(start, start + height) for start in range(0, len(weight), height)]
         self.inverse: Tensor | None = None  # 1/‖w‖ [V]

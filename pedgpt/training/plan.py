@@ -199,10 +199,10 @@ def count_step(
     `model` comes from the meta device. A forward pass begins with the first of `ends`, and the loss follows the last. A
     step that `accumulates` also finds the gradients of an earlier micro-batch there.
 
-    The moments are "masks" (all before the blocks), "forward" (the last block), "loss", "its gradient", the backward
-    pass of the "last block" and of the "first block", and "update". If blocks are alike, the peak of each moment grows
-    in proportion to their number. The blocks between take no more than the last or the first, because in the backward
-    pass what was kept becomes less and gradients become more, both at a constant rate.
+    The moments are "masks" (all up to the first block, which makes them), "forward" (the last block), "loss", "its
+    gradient", the backward pass of the "last block" and of the "first block", and "update". If blocks are alike, the
+    peak of each moment grows in proportion to their number. The blocks between take no more than the last or the first,
+    because in the backward pass what was kept becomes less and gradients become more, both at a constant rate.
     """
     counter.at("", "optimizer")
     share = _Shards(counter, model, blocks, ends[0], settings, ranks)
@@ -229,7 +229,8 @@ def count_step(
         counter.at("update", "optimizer", **dict.fromkeys(share.forward, 0))
 
     _once_before(ends[0], lambda: counter.at("masks", "activations", **share.forward))
-    _once_before(blocks[0], lambda: counter.at("", "activations"))
+    if len(blocks) > 1:
+        _once_before(blocks[1], lambda: counter.at("", "activations"))
     _once_before(blocks[-1], lambda: counter.at("forward", "activations"))
     for block in blocks[-2:-1]:
         begins(block, "", "activations")

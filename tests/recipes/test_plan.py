@@ -160,15 +160,15 @@ def test_peak_is_that_of_a_step(plan, stage, shape, changed, monkeypatch):
                 del loss
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    assert plan.peak(moments) == pytest.approx(live.peak, rel=0.02)
+    assert plan.peak(moments) == pytest.approx(live.peak, rel=0.04)
 
 
 @pytest.mark.parametrize(
     ("stage", "shape", "changed"),
     [
-        ("sft", {}, {"dtype": "bfloat16", "activation_checkpointing": True}),
+        ("sft", {}, {"dtype": "bfloat16", "activation_checkpointing": "block"}),
         ("cpt", {"pedgpt_positions": "alibi", "vocab_size": 40}, {"ranks": 2, "dtype": "bfloat16"}),
-        ("dfpo", {}, {"dtype": "bfloat16", "activation_checkpointing": True, "global_batch_size": 4}),
+        ("dfpo", {}, {"dtype": "bfloat16", "activation_checkpointing": "block", "global_batch_size": 4}),
         ("experts", {"vocab_size": 40}, {"dropout": 0.1, "target_modules": ["W_pack", "up_proj"]}),
         ("generate", {"pedgpt_positions": "alibi"}, {}),
     ],
@@ -260,7 +260,6 @@ def test_decodings_copy_of_the_weights_counts_where_there_is_one(new, rows, copi
         (["--config", "demo/sft.toml", "--num_specific_experts", "3"], "is no setting of this recipe"),
         (["--config", "demo/sft.toml", "--row_length", "5000"], "max_position_embeddings, 768"),
         (["--config", "demo/sft.toml", "--micro_batch_size", "0"], "micro_batch_size must be at least 1"),
-        (["--config", "demo/sft.toml", "--activation_checkpointing", "selective"], '"selective" is not known to plan'),
         (["--config", "demo/base.toml"], "vocab_size is no setting"),
         (["--config", "demo/experts.toml", "--target_modules", "q_proj"], "'q_proj' matches no linear layer"),
         (["--config", "demo/evaluate.toml", "--ranks", "2"], "one process"),
