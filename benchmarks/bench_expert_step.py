@@ -25,7 +25,7 @@ from profiled_memory import peak_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pedgpt.adapters import gate_metrics, inject_experts, pack_adapters, record_gates
-from pedgpt.losses import causal_lm_loss
+from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import load_model
 
 ROWS, LENGTH, TARGETS = 4, 512, ["gate_proj", "up_proj", "down_proj"]
@@ -107,10 +107,10 @@ def our_step(folder: str, dtype: torch.dtype, tokens: torch.Tensor):
 
     def forward_loss():
         pack_adapters(model)  # as the recipe does
-        with record_gates(model, where=labels >= 0) as gates:
-            logits = model(inputs)
+        with record_gates(model, where=labels >= 0) as gates:  # as the recipe does
+            hidden = model.hidden_states(inputs)
         gate_metrics(gates)
-        return causal_lm_loss(logits, labels)
+        return linear_cross_entropy(hidden, model.lm_head.weight, labels)
 
     return make_step(model, forward_loss, dtype)
 
