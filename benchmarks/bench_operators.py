@@ -7,9 +7,9 @@
 First the results and gradients of both forms are compared, then the two take turns. A row shows the median time of
 each, the ratio torch / ours, and the quartiles of the rounds' ratios. The ratio is of the medians or of the fastest
 rounds, whichever is higher, because other processes only make a round longer. A row under 0.97 is measured once more,
-for three times as long; the command ends with 1 if one stays there. Which form the probe chose on this processor is printed first: where that is torch's, a ratio is about 1. Operators that
-compute again in the backward pass what they do not keep are judged by both passes together, beside torch's form that
-keeps it.
+for three times as long; the command ends with 1 if one stays there. Which form the probe chose on this processor is
+printed first: where that is torch's, a ratio is about 1. Operators that compute again in the backward pass what they do
+not keep are judged by both passes together, beside torch's form that keeps it.
 
 Sizes are (tokens, hidden, intermediate, vocabulary); "backward" without a forward pass, all else with both.
 """
