@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,28 +27,33 @@ if TYPE_CHECKING:
 BLOCK = 128  # queries, and keys, of a block of FlexAttention's kernel
 
 
-@dataclass(eq=False)
 class Layout:
     """Which keys each query of a batch sees: `naive.visible` and `naive.bias` are its definition.
 
     Query i sees key j if j ≤ first + i, if both have the same document, and if j is in the trunk (branch 0) or in the
     branch of i. Every query must see a key.
+
+    NOTE: it is no dataclass, because FSDP2 takes those apart and casts the tensors in them.
     """
 
-    positions: Tensor  # [B, T], of the queries
-    key_positions: Tensor  # [B, S]; `positions` itself where there is no cache
-    documents: Tensor | None = None  # [B, T]
-    key_documents: Tensor | None = None  # [B, S]
-    branches: Tensor | None = None  # [B, T], only where S = T
-    slopes: Tensor | None = None  # [H] float32, for ALiBi
-    first: int | Tensor = 0  # keys before the first query; int64 [] on the device for a static cache: S ≥ first + T
-    kept: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        queries, keys = self.positions.shape[1], self.key_positions.shape[1]
+    def __init__(
+        self,
+        positions: Tensor,  # [B, T], of the queries
+        key_positions: Tensor,  # [B, S]; `positions` itself where there is no cache
+        documents: Tensor | None = None,  # [B, T]
+        key_documents: Tensor | None = None,  # [B, S]
+        branches: Tensor | None = None,  # [B, T], only where S = T
+        slopes: Tensor | None = None,  # [H] float32, for ALiBi
+        first: int | Tensor = 0,  # keys before the first query; int64 [] for a static cache: S ≥ first + T
+    ) -> None:
+        self.positions, self.key_positions = positions, key_positions
+        self.documents, self.key_documents, self.branches = documents, key_documents, branches
+        self.slopes, self.first = slopes, first
+        self.kept: dict[tuple, Any] = {}
+        queries, keys = positions.shape[1], key_positions.shape[1]
         # Whether causality says it all, or a single query sees all keys, so that no mask is needed.
-        ends = isinstance(self.first, int) and self.first + queries == keys and queries in (1, keys)
-        self.plain = ends and self.documents is None and self.branches is None and self.slopes is None
+        ends = isinstance(first, int) and first + queries == keys and queries in (1, keys)
+        self.plain = ends and documents is None and branches is None and slopes is None
 
     def once(self, make: Callable[..., Any], *arguments: Hashable) -> Any:
         """make(self, *arguments), computed at the first call and kept for the other layers."""

@@ -6,7 +6,6 @@ Over a mask of whole rows it would compute all T² scores (`python benchmarks/be
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,6 +50,6 @@ def _documents(layout: Layout, dtype: torch.dtype) -> list[tuple[int, Tensor | N
         for start, stop in itertools.pairwise([0, *starts, len(ids)]):
             part = slice(row, row + 1), slice(start, stop)
             at, branches = layout.positions[part], None if layout.branches is None else layout.branches[part]
-            own = replace(layout, positions=at, key_positions=at, documents=None, key_documents=None, branches=branches)
+            own = type(layout)(at, at, None, None, branches, layout.slopes)
             found.append((stop - start, None if own.plain else own.mask(dtype)))
     return found

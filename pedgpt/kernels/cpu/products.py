@@ -51,8 +51,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b) [T, O] for x [T, D] and W [O, D], either of which may be transposed in memory; without autograd."""
     if (found := packed_product(x, weight, bias)) is not None:
         return found
-    kind = KINDS[0 if weight.is_contiguous() else 1 if x.is_contiguous() else 2]
-    if _by_onednn(kind, x, weight):
+    if not transformed() and _by_onednn(
+        KINDS[0 if weight.is_contiguous() else 1 if x.is_contiguous() else 2], x, weight
+    ):
         return _onednn(x, weight, None if bias is None else bias.contiguous())
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
