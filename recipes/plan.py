@@ -369,7 +369,7 @@ def count_generation(counter: Counter, config: Any, sizes: ModelConfig, model: T
 def weights_laid_out(config: Any, weights: int) -> int:
     """Bytes of the copy of the weights that decoding on a CPU makes, if it makes one."""
     rows = config.generation_batch_size
-    pays = (config.dtype == "float32") < rows <= MAX_ROWS and config.max_new_tokens >= LAY_OUT_FROM
+    pays = rows <= MAX_ROWS and config.max_new_tokens >= LAY_OUT_FROM
     return weights if pays and 2 * weights <= (available_memory() or 0) else 0
 
 

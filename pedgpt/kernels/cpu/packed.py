@@ -15,7 +15,7 @@ from pedgpt.files import available_memory
 from pedgpt.kernels._transforms import transformed
 
 MAX_ROWS = 64  # With more rows, arithmetic bounds the products and the layout gains little.
-LEAST = 2**20  # numbers of a weight, because for fewer the call costs what the layout gains
+LEAST = 2**17  # numbers of a weight, because for fewer the call costs what the layout gains
 _ACTIVE = threading.local()
 
 
@@ -54,10 +54,10 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: 
 
 
 def _pays(weight: Tensor, rows: int) -> bool:
-    """Whether oneDNN multiplies it from the layout on this processor; a single float32 row is as fast without."""
+    """Whether oneDNN multiplies it from the layout on this processor."""
     if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or not weight.is_contiguous():
         return False
-    known = rows > 1 if weight.dtype == torch.float32 else weight.dtype == torch.bfloat16 and multiplies_bfloat16()
+    known = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bfloat16())
     return known and rows <= MAX_ROWS and weight.numel() >= LEAST and torch.backends.mkldnn.is_available()
 
 
