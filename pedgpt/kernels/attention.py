@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.kernels import naive
-from pedgpt.kernels._transforms import transformed, without_numbers
+from pedgpt.kernels._transforms import autocast_dtype, transformed, without_numbers
 from pedgpt.kernels.cpu import attention as on_cpu
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
 
     Without a layout a query sees the keys up to its own, if T = S, or all of them, if T = 1.
     """
-    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
+    q, k, v = (tensor.to(autocast_dtype(tensor, tensor.dtype)) for tensor in (q, k, v))
     if layout is not None and q.device.type == "cpu" and q.shape[2] == k.shape[2] and not transformed():
         if (found := on_cpu.attention(q, k, v, layout)) is not None:
             return found
