@@ -18,7 +18,9 @@ def transformed() -> bool:
 
 def autocast_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
     """The dtype in which autocast lets products of x run, or `otherwise` where it is off or x is float64."""
-    if not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if not torch._C._is_any_autocast_enabled() or x.is_meta or x.dtype == torch.float64:
+        return otherwise
+    if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return otherwise
 

@@ -190,14 +190,14 @@ class _Head:
         return stats, dhidden, dweight, logits
 
     def _add_product(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
-        if not self.on_cpu:
-            return _multiply_onto(dweight, dlogits.t(), hidden, beta=0 if first else 1)
+        beta = 0 if first else 1
+        if not self.on_cpu or dweight.dtype == dlogits.dtype:
+            return _multiply_onto(dweight, dlogits.t(), hidden, beta)
         for rows in blocks_to_count(self.slices):
-            left, right = dlogits[:, rows].t(), hidden.t()
-            if dweight.dtype not in (left.dtype, self.given.dtype):  # autocast rounds, as it does its own products
+            left, right = dlogits[:, rows].t(), hidden
+            if dweight.dtype != self.given.dtype:  # autocast rounds, as it does its own products
                 left, right = left.to(dweight.dtype), right.to(dweight.dtype)
-            part = product(left, right)
-            dweight[rows] = part if first else dweight[rows].add_(part)
+            dweight[rows] = left @ right if first else dweight[rows].add_(left @ right)
 
     def _project(self, dweight: Tensor, inverse: Tensor) -> None:
         """From the gradient of ŵ = w/‖w‖, divided by ‖w‖, to that of w: what is along w goes."""

@@ -4,8 +4,7 @@
     y = h Bᵀ + x Wᵀ (+ b)                the second product is accumulated onto the first
     ds, h from dy;  dB = dyᵀ h;  dP = dsᵀ x;  dx = ds P + dy W
 
-Kept for the backward pass beside x and the parameters: s (in half precision; in float32 it is computed again), gates
-and slope. Letters as in expert_gate.py.
+Kept for the backward pass beside x and the parameters: s, gates and slope. Letters as in expert_gate.py.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         y, (_, s, gates, slope, totals) = _forward(*operands)
         x, weight, _, *others, _, _, ctx.scaling, ctx.impl = operands
-        ctx.save_for_backward(x, weight, *others, s if s.element_size() == 2 else None, gates, slope)
+        ctx.save_for_backward(x, weight, *others, s, gates, slope)
         ctx.set_materialize_grads(False)  # gates and totals never have one
         ctx.mark_non_differentiable(*(t for t in (gates, totals) if t is not None))
         return y, gates, totals
@@ -52,21 +51,19 @@ class _LoRALinear(torch.autograd.Function):
         of_x, of_weight, of_bias, of_A, of_B, of_router, of_noise, of_dropped, *_ = ctx.needs_input_grad
         if P is None:
             P, B = _pack(lora_A, lora_B, router, router_noise, x.dtype, ctx.impl)
-        dy, columns = dy.contiguous(), len(lora_A)
-        if s is None:
-            s = product(x if dropped is None else dropped, P[:columns])
+        dy, columns = dy.contiguous(), lora_A.shape[0]
         ds, h = down_gate_backward(dy, B, s, gates, slope, scaling=ctx.scaling, columns=len(P), impl=ctx.impl)
         P = P[: ds.shape[1]]
         own = slice(0 if dropped is None else columns, None)  # the columns of ds that x itself gave
         dx = sum_of_products(dy, weight.t(), ds[:, own], P[own].t()) if of_x else None
         ddropped = product(ds[:, :columns], P[:columns].t()) if of_dropped else None
-        dweight = product(dy.t(), x.t()) if of_weight else None
+        dweight = dy.t() @ x if of_weight else None
         dB = (dy.t() @ h).to(lora_B.dtype) if of_B else None
         dA = drouter = dnoise = None
         if of_A or of_router or of_noise:
-            dP = product(ds[:, own].t(), x.t()).to(lora_A.dtype)
+            dP = (ds[:, own].t() @ x).to(lora_A.dtype)
             if dropped is not None:
-                dP = torch.cat((product(ds[:, :columns].t(), dropped.t()).to(lora_A.dtype), dP))
+                dP = torch.cat(((ds[:, :columns].t() @ dropped).to(lora_A.dtype), dP))
             dA, experts = dP[:columns], 0 if router is None else len(router)
             drouter = dP[columns:][:experts] if experts else None
             dnoise = None if router_noise is None else dP[columns + experts :][:experts]
@@ -121,7 +118,7 @@ def lora_linear(
         y, gates, totals = _LoRALinear.apply(*operands)
     else:
         y, (_, _, gates, _, totals) = _forward(*operands)
-    return y.view(*leading, len(weight)), None if gates is None else gates.view(*leading, gates.shape[-1]), totals
+    return y.view(*leading, weight.shape[0]), None if gates is None else gates.view(*leading, gates.shape[-1]), totals
 
 
 def _check(

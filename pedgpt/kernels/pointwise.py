@@ -28,29 +28,25 @@ PROGRAMS = 264  # Two for each multiprocessor of an H100 share the rows whose su
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The result, x + residual, and 1/rms."""
     total = x if residual is None else x + residual
-    wide = total.float() if total.element_size() == 2 else total
-    square = wide.square()
-    scale = torch.rsqrt(square.mean(-1, keepdim=True) + eps)
-    normed = torch.mul(wide, scale, out=square).to(total.dtype)
+    if total.element_size() == 2:  # with the bits of transformers' norm
+        wide = total.float()
+        scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        normed = wide.mul_(scale).to(total.dtype)
+    else:
+        length = torch.linalg.vector_norm(total, dim=-1, keepdim=True)  # one pass, without the squares in memory
+        scale = torch.addcmul(length.new_full((), eps), length, length, value=1 / total.shape[-1]).rsqrt_()
+        normed = total * scale
     return (normed.mul_(weight) if normed.dtype == weight.dtype else weight * normed).to(dtype), total, scale
 
 
 def _norm_backward(dy: Tensor, dtotal: Any, total: Tensor, weight: Tensor, scale: Tensor, trains: bool) -> Any:
-    normed = total * scale
-    along = dy * normed
-    dweight = along.reshape(-1, len(weight)).sum(0) if trains else None
-    inner = (along * weight).mean(-1, keepdim=True)
-    dx = (dy * weight).to(scale.dtype).addcmul_(normed, inner, value=-1).mul_(scale)
+    """dx = scale (w dy - x scale² mean(w dy x)) and dw = Σ dy x scale, with both sums as products by a vector."""
+    width, wide = weight.shape[0], total.to(scale.dtype)
+    along = (dy * wide).view(-1, width)
+    dweight = scale.view(-1) @ along if trains else None
+    inner = (along @ weight.to(scale.dtype)).view_as(scale).mul_(scale.square()).div_(-width)
+    dx = (dy * weight).to(scale.dtype).addcmul_(wide, inner).mul_(scale)
     return dx if dtotal is None else dx.to(total.dtype) + dtotal, dweight
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate).mul_(up)
-
-
-def _swiglu_backward(gate: Tensor, up: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
-    dup, dsilu = F.silu(gate).mul_(dout), dout * up
-    return torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dsilu), dup
 
 
 # The Triton forms
@@ -219,16 +215,15 @@ class _Rotary(torch.autograd.Function):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, form: Any) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.form = _swiglu_backward if form is _swiglu else form
-        return form(gate, up)
+        return _swiglu_triton(gate, up)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() or transformed():
-            return *torch.func.vjp(naive.swiglu, *ctx.saved_tensors)[1](dout), None
-        return *ctx.form(*ctx.saved_tensors, dout), None
+            return torch.func.vjp(naive.swiglu, *ctx.saved_tensors)[1](dout)
+        return _swiglu_triton(*ctx.saved_tensors, dout)
 
 
 # What the library calls
@@ -274,5 +269,9 @@ def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
     """silu(gate) · up (Shazeer 2020), of one shape [..., D] and dtype; both may be parts of wider rows."""
     if transformed():
         return naive.swiglu(gate, up)
-    form = _swiglu_triton if by_triton(impl, gate) else _swiglu
-    return recomputable(_SwiGLU.apply(gate, up, form), form, gate, up) if torch.is_grad_enabled() else form(gate, up)
+    if not by_triton(impl, gate):
+        silu = recomputable(F.silu(gate), F.silu, gate)
+        return recomputable(silu * up, torch.mul, silu, up)
+    if not torch.is_grad_enabled():
+        return _swiglu_triton(gate, up)
+    return recomputable(_SwiGLU.apply(gate, up), _swiglu_triton, gate, up)

@@ -204,7 +204,7 @@ def test_float64_matches_the_definition(kind, T):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_heads_of_any_size_are_as_close_to_float64_as_torchs_kernel(kind, H, G, K, dtype):
     """On a GPU by FlexAttention; torch's own kernel is given the dense mask."""
-    T = {7: 131, 33: 300, 64: 257, 80: 140, 128: 384}[K]
+    T = {7: 131, 33: 300, 64: 257, 80: 140, 128: 380}[K]
     layout, lists = make(kind, T, H=H)
     *tensors, dout = operands(lists, H, G, K, dtype)
     bias = torch.where(seen_by(lists).to(DEVICE)[:, None], naive.bias(layout), -torch.inf).to(dtype)
@@ -215,9 +215,9 @@ def test_heads_of_any_size_are_as_close_to_float64_as_torchs_kernel(kind, H, G, 
     truth = output_and_gradients(lambda *x: definition(lists, *x), *tensors, dout, torch.float64)
     found = errors(output_and_gradients(lambda *x: attention(*x, layout), *tensors, dout), truth)
     budget = errors(output_and_gradients(torchs, *tensors, dout), truth)
-    floor = 2e-6 if dtype == torch.float32 else 1e-6
+    floor, factor = 2e-6 if dtype == torch.float32 else 1e-6, 1.3 if DEVICE == "cuda" else 1.02
     for name, mine, theirs in zip(("out", "dq", "dk", "dv"), found, budget, strict=True):
-        assert mine <= 1.3 * theirs + floor, f"{name}: {mine:.2e}, torch's own {theirs:.2e}"
+        assert mine <= factor * theirs + floor, f"{name}: {mine:.2e}, torch's own {theirs:.2e}"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS + CACHES if kind != "plain"])

@@ -127,9 +127,9 @@ def test_a_form_that_does_not_run_on_this_machine_is_torchs(monkeypatch):
 
 def test_compilers_and_torch_func_do_not_measure(monkeypatch):
     clock = Clock(monkeypatch, 1.0, 2.0)
-    monkeypatch.setattr(products, "KINDS", ("test",) * 3)
-    monkeypatch.setitem(choice.CANDIDATES, KEY, clock.forms)
-    x, weight = torch.ones(256, 128), torch.ones(128, 128)
+    monkeypatch.setattr(products, "KINDS", ("test",) * 2)
+    monkeypatch.setitem(choice.CANDIDATES, ("test", torch.float32, "medium"), clock.forms)
+    x, weight = torch.ones(512, 512), torch.ones(512, 512)
     torch._dynamo.reset()
     torch.compile(linear, fullgraph=True, backend="aot_eager")(x.requires_grad_(), weight).sum().backward()
     torch.func.grad(lambda x: linear(x, weight).sum())(x.detach())
@@ -192,7 +192,7 @@ def flat(result):
 
 
 def test_linear_follows_the_choice(monkeypatch):
-    x, weight = torch.randn(256, 128), torch.randn(128, 128)
+    x, weight = torch.randn(512, 512), torch.randn(512, 512)
     for ours in (True, False):
         calls = []
         monkeypatch.setattr(products, "_onednn", lambda x, w, b, calls=calls: calls.append(1) or F.linear(x, w, b))
@@ -200,5 +200,5 @@ def test_linear_follows_the_choice(monkeypatch):
         linear(x, weight)
         assert bool(calls) == ours
         calls.clear()
-        linear(x[:7], weight), linear(x[:, :60], weight[:, :60])
+        linear(x[:7], weight), linear(x[:, :120], weight[:, :120])
         assert not calls  # Products of few rows and of few multiplications are torch's.

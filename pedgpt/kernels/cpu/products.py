@@ -22,8 +22,8 @@ _times: Any = torch.ops.mkldnn._linear_pointwise.default if AVAILABLE else None
 # Size classes: at least so many multiplications, and the [T, D, O] that stands for them, on AVX2 the worst for oneDNN.
 # torch computes what is smaller, and products of fewer rows, which read a weight once: rearranging it does not pay.
 FEWEST_ROWS = 8
-CLASSES = {"large": (2**29, 256, 512, 5120), "medium": (2**26, 128, 512, 3072), "small": (2**22, 256, 256, 512)}
-KINDS = ("x W^T", "dy W", "dy^T x")
+CLASSES = {"large": (2**29, 256, 512, 5120), "medium": (2**26, 128, 512, 3072)}
+KINDS = ("x W^T", "dy W")  # torch computes dyᵀ x: oneDNN was no faster at it on any processor
 
 
 class Linear(nn.Linear):
@@ -35,26 +35,24 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b) [..., O] for x [..., D], weight [O, D], bias [O]: `F.linear` up to rounding."""
-    fits = weight.ndim == 2 and x.ndim and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
-    if not fits or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)  # which says what is wrong, if anything is
     if (found := packed_product(x, weight, bias)) is not None:
         return found
-    trains = torch.is_grad_enabled()
-    if x.dtype != torch.float32 or not any(_by_onednn(kind, x, weight) for kind in (KINDS if trains else KINDS[:1])):
+    trains, size = torch.is_grad_enabled(), _size_class(x, weight)
+    if size is None or not any(prefer(kind, x.dtype, size) for kind in (KINDS if trains else KINDS[:1])):
         return F.linear(x, weight, bias)
-    times = _Linear.apply if trains else product
-    return times(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+    if torch.is_autocast_enabled("cpu") or (bias is not None and not (bias.dtype, bias.shape) == (x.dtype, weight.shape[:1])):
+        return F.linear(x, weight, bias)  # which says what is wrong, if anything is
+    times = _Linear.apply if trains else _onednn
+    return times(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b) [T, O] for x [T, D] and W [O, D], either of which may be transposed in memory; without autograd."""
     if (found := packed_product(x, weight, bias)) is not None:
         return found
-    if not transformed() and _by_onednn(
-        KINDS[0 if weight.is_contiguous() else 1 if x.is_contiguous() else 2], x, weight
-    ):
-        return _onednn(x, weight, None if bias is None else bias.contiguous())
+    size = _size_class(x, weight)
+    if size is not None and prefer(KINDS[0 if weight.is_contiguous() else 1], x.dtype, size):
+        return _onednn(x, weight, bias)
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
 
@@ -84,7 +82,7 @@ class _Linear(torch.autograd.Function):
         times = linear if torch.is_grad_enabled() else product  # under create_graph=True, to be differentiated again
         return (
             times(dy, weight.t()) if needs_x else None,
-            times(dy.t(), x.t()) if needs_weight else None,
+            dy.t() @ x if needs_weight else None,
             dy.sum(0) if needs_bias else None,
         )
 
@@ -95,32 +93,27 @@ def refuse_create_graph(operator: str) -> None:
         raise RuntimeError(f"{operator} is differentiable once: no create_graph=True")
 
 
-def _by_onednn(kind: str, x: Tensor, weight: Tensor) -> bool:
+def _size_class(x: Tensor, weight: Tensor) -> str | None:
+    """The size class of a product that oneDNN could compute; None if torch computes it in any case."""
+    work = x.numel() * weight.shape[0] if weight.ndim == 2 and x.ndim and x.dtype == torch.float32 else 0
     # A compiler chooses products itself and cannot follow the operator below; torch.func and subclasses lack it.
-    if not AVAILABLE or transformed() or torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
-        return False
+    if not work or work < CLASSES["medium"][0] or not AVAILABLE or transformed() or torch.jit.is_tracing():
+        return None
     for t in (x, weight):
         if type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 or t.layout != torch.strided:
-            return False
+            return None
         if t.device.type != "cpu" or t.shape[-1] != x.shape[-1] or t.numel() < FEWEST_ROWS * t.shape[-1]:
-            return False
-    work = x.numel() * len(weight)
-    size = next((size for size, (least, *_) in CLASSES.items() if work and work >= least), None)
-    return size is not None and prefer(kind, x.dtype, size)
+            return None
+    return next(size for size, (least, *_) in CLASSES.items() if work >= least) if torch.backends.mkldnn.enabled else None
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _times(_dense(x), _dense(weight), bias, "none", [], "")
-
-
-def _dense(matrix: Tensor) -> Tensor:
-    """The matrix, copied unless its rows or its columns lie one after another."""
-    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+    weight = weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+    return _times(x.contiguous(), weight, None if bias is None else bias.contiguous(), "none", [], "")
 
 
 def _forms(kind: str, rows: int, depth: int, width: int) -> tuple[Form, Form]:
     x, weight = (torch.full((size, depth), 0.5, dtype=torch.float32) for size in (rows, width))
-    x = x.t().contiguous().t() if kind == KINDS[2] else x
     weight = weight if kind == KINDS[0] else weight.t().contiguous().t()
     return (lambda: _onednn(x, weight)), (lambda: x @ weight.t())
 
