@@ -47,6 +47,7 @@ def adapted(make_model):
 @pytest.fixture(autouse=True)
 def small_weights_are_laid_out(monkeypatch):
     monkeypatch.setattr(packed, "LEAST", 1)
+    monkeypatch.setattr(packed, "CACHED", 1)
 
 
 @pytest.fixture
@@ -173,6 +174,9 @@ def test_where_a_copy_would_not_do_there_is_none(make_model, monkeypatch):
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     assert len(PackedWeights(weights, 1).copies) == len(PackedWeights(weights, 64).copies) == len(weights)
     assert not PackedWeights(weights, 65).copies
+    with monkeypatch.context() as patch:  # One row of a model that a cache holds gains nothing.
+        patch.setattr(packed, "CACHED", sum(weight.numel() for weight in weights) + 1)
+        assert not PackedWeights(weights, 1).copies and PackedWeights(weights, 2).copies
     assert not PackedWeights([weight.double() for weight in weights], 2).copies
     assert not PackedWeights([weight.t() for weight in weights], 2).copies
     assert not PackedWeights([weight.to("meta") for weight in weights], 2).copies
