@@ -79,7 +79,8 @@ def linear_cases(size: str, tokens: int, hidden: int, wide: int) -> Iterator[Cas
     yield Case("linear forward", size, *(without_gradients(lambda f=f: f(x, weight)) for f in forms.values()))
     leaves = (x, weight)
     yield Case("linear", size, *(both_ways(f, *leaves, dy=dy) for f in forms.values()))
-    yield Case("linear, frozen weight", size, *(both_ways(lambda x, f=f: f(x, weight), x, dy=dy) for f in forms.values()))
+    frozen = (both_ways(lambda x, f=f: f(x, weight), x, dy=dy) for f in forms.values())
+    yield Case("linear, frozen weight", size, *frozen)
     # As in a model, whose weights no cache holds.
     weights = [weight.clone() for _ in range(2**23 // weight.numel() + 1)]
     for rows in (1, 8):

@@ -7,12 +7,15 @@ chat format as its template. Logits stay the same, and so do ids, except for tex
 ALiBi positions, which no Llama has.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from pedgpt.data import chat_format, load_tokenizer
 from pedgpt.data.chat import BUILT_IN
 from pedgpt.data.chat_template import read_template
-from pedgpt.models import export_llama, load_model
+from pedgpt.models import ModelConfig, Transformer, load_model, save_model
 from pedgpt.training import run_recipe
 
 
@@ -29,11 +32,34 @@ def main(config: Config) -> None:
     own = read_template(tokenizer.config, tokenizer.folder)  # another format may have been taught
     speaks = own or any(tokenizer.has(*kind.role_tokens) for kind in BUILT_IN.values())
     chat = chat_format(tokenizer) if speaks else None
-    export_llama(model, config.output)
+    save_model(model, config.output, llama_weights(model), llama_config(model.config))
     tokenizer.save(config.output, convert=True, chat_template=own[0] if own else chat and chat.jinja)
     if chat:
         chat.save_ends(config.output)
     print(f"{config.output}: a Llama of {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def llama_config(config: ModelConfig) -> ModelConfig:
+    """The same network as a Llama, without what points to the vendor's code; ValueError for ALiBi."""
+    if config.model_type != "baichuan" or config.positions != "rope":
+        kind = f"{config.model_type} with {config.positions} positions"
+        raise ValueError(f"only a Baichuan with rotary positions (7B) is a Llama by another name; this is {kind}")
+    vendor = ("architectures", "auto_map", "tokenizer_class", "_name_or_path", "_from_model_config")
+    extra = {key: value for key, value in config.extra.items() if key not in vendor}
+    tied = config.tie_word_embeddings and not config.normalize_head
+    return replace(
+        config, model_type="llama", fused_qkv=False, normalize_head=False, tie_word_embeddings=tied, extra=extra
+    )
+
+
+def llama_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """The weights under a Llama's names: W_pack split into q, k and v, a normalised head's rows of unit length."""
+    for key, tensor in model.state_dict().items():
+        if ".W_pack." in key:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                yield key.replace("W_pack", f"{letter}_proj"), part
+        else:
+            yield key, model.head_weight() if key == "lm_head.weight" else tensor
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from pedgpt.kernels.cpu.packed import MAX_ROWS
 from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy, linear_dfpo_loss
 from pedgpt.models import ModelConfig, Transformer, generate
 from pedgpt.models.cache import KVCache
-from pedgpt.models.config import NORM_HEAD_KEY, POSITIONS_KEY
+from pedgpt.models.config import OWN_KEYS
 from pedgpt.models.generation import LAY_OUT_FROM
 from pedgpt.training.plan import Counter, Peak, count_step, counting, on_shapes
 
@@ -193,7 +193,7 @@ def model_sizes(model: str, file: str) -> ModelConfig:
         return ModelConfig.from_hf(SHAPES[folder.name])
     if (base := folder / "base.toml").is_file():
         keys = {"positions": "rope", "normalize_head": True, **tomllib.loads(base.read_text("utf-8"))}
-        own = {POSITIONS_KEY: keys.pop("positions"), NORM_HEAD_KEY: keys.pop("normalize_head")}
+        own = {key: keys.pop(name) for name, key in OWN_KEYS.items()}
         return ModelConfig.from_hf({"model_type": "baichuan", **keys, **own})
     raise ValueError("give --model, a model folder or its config.json; only that file of it is read")
 

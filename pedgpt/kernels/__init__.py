@@ -8,17 +8,6 @@ from pedgpt.kernels.lora_matmul import lora_linear
 from pedgpt.kernels.pointwise import add_rms_norm, rms_norm, rotary, swiglu
 
 __all__ = [
-    "Layout",
-    "Linear",
-    "add_rms_norm",
-    "attention",
-    "linear",
-    "linear_nll",
-    "linear_token_logps",
-    "lora_linear",
-    "rms_norm",
-    "rotary",
-    "swiglu",
-    "transformed",
-    "unit_rows",
-]
+    "Layout", "Linear", "add_rms_norm", "attention", "linear", "linear_nll", "linear_token_logps", "lora_linear",
+    "rms_norm", "rotary", "swiglu", "transformed", "unit_rows",
+]  # fmt: skip

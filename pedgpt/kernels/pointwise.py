@@ -19,6 +19,7 @@ from pedgpt.kernels._transforms import autocast_dtype, transformed
 from pedgpt.kernels._triton import by_triton, tl, triton
 from pedgpt.kernels.recompute import recomputable
 
+SMALL = 2**20  # numbers, for which one call of torch's operator is the fastest without gradients
 WIDEST = 8192  # Numbers of a row that fit into the registers of one program.
 PROGRAMS = 264  # Two for each multiprocessor of an H100 share the rows whose sum is the gradient of a norm's weight.
 
@@ -28,21 +29,19 @@ PROGRAMS = 264  # Two for each multiprocessor of an H100 share the rows whose su
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The result, x + residual, and 1/rms."""
     total = x if residual is None else x + residual
-    if total.element_size() == 2:  # with the bits of transformers' norm
-        wide = total.float()
-        scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt_()
-        normed = wide.mul_(scale).to(total.dtype)
-    else:
-        length = torch.linalg.vector_norm(total, dim=-1, keepdim=True)  # one pass, without the squares in memory
-        scale = torch.addcmul(length.new_full((), eps), length, length, value=1 / total.shape[-1]).rsqrt_()
-        normed = total * scale
-    return (normed.mul_(weight) if normed.dtype == weight.dtype else weight * normed).to(dtype), total, scale
+    wide = total.float() if total.element_size() == 2 else total
+    square = wide.square()
+    scale = (square.mean(-1, keepdim=True) + eps).rsqrt_()
+    normed = torch.mul(wide, scale, out=square)
+    normed = normed if wide is total else normed.to(total.dtype)
+    y = normed.mul_(weight) if normed.dtype == weight.dtype else weight * normed
+    return y if y.dtype == dtype else y.to(dtype), total, scale
 
 
 def _norm_backward(dy: Tensor, dtotal: Any, total: Tensor, weight: Tensor, scale: Tensor, trains: bool) -> Any:
     """dx = scale (w dy - x scale² mean(w dy x)) and dw = Σ dy x scale, with both sums as products by a vector."""
     width, wide = weight.shape[0], total.to(scale.dtype)
-    along = (dy * wide).view(-1, width)
+    along = (dy * wide).reshape(-1, width)
     dweight = scale.view(-1) @ along if trains else None
     inner = (along @ weight.to(scale.dtype)).view_as(scale).mul_(scale.square()).div_(-width)
     dx = (dy * weight).to(scale.dtype).addcmul_(wide, inner).mul_(scale)
@@ -221,9 +220,10 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
         if torch.is_grad_enabled() or transformed():
-            return torch.func.vjp(naive.swiglu, *ctx.saved_tensors)[1](dout)
-        return _swiglu_triton(*ctx.saved_tensors, dout)
+            return torch.func.vjp(naive.swiglu, gate, up)[1](dout)
+        return _swiglu_triton(gate, up, dout)
 
 
 # What the library calls
@@ -241,12 +241,16 @@ def add_rms_norm(
     x: Tensor, residual: Any, weight: Tensor, eps: float, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """(`rms_norm` of x + residual, x + residual), for x and residual of one shape."""
+    grad, autocast = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
+    if not (grad or autocast or x.is_cuda or impl) and x.dtype == weight.dtype == torch.float32 and x.numel() < SMALL:
+        total = x if residual is None else x + residual  # The same bits from one call, if it takes more memory.
+        return F.rms_norm(total, weight.shape, weight, eps), total
     dtype = autocast_dtype(x, torch.promote_types(x.dtype, weight.dtype))
     if transformed():
         total = x if residual is None else x + residual
         return naive.rms_norm(total, weight, eps).to(dtype), total
     form = _norm_triton if by_triton(impl, x, x.shape[-1] <= WIDEST) else _norm
-    if not torch.is_grad_enabled():
+    if not grad:
         y, total, _ = form(x, residual, weight, eps, dtype)
         return y, total
     found = _RMSNorm.apply(x, residual, weight, eps, dtype, form)

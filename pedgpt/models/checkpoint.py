@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import hashlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,11 +18,12 @@ from pedgpt.files import naming_full_disk, settle, sync, write_json
 from pedgpt.kernels.linear_logps import SHORTEST
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.transformer import Transformer
-from pedgpt.models.weight_files import INDEX, READ_BYTES, WEIGHTS, Weights, weight_files
+from pedgpt.models.weight_files import HEAD, INDEX, READ_BYTES, WEIGHTS, Weights, weight_files
 
-GENERATION, HEAD = "generation_config.json", "lm_head.weight"
+GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 2**30
 COMPARED = 2**20  # numbers of a trained tensor that are compared with those before training
+NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 def load_model(
@@ -36,12 +35,11 @@ def load_model(
     processes share them; otherwise they are copied piece by piece. With `device="meta"` only config.json is read, for
     `load_weights` to fill the model later. Raises ValueError that names the file and the keys that are at fault.
     """
-    config = ModelConfig.from_hf(folder)
-    model = _empty(config)
+    model = _empty(ModelConfig.from_hf(folder)).eval()
     if torch.device(device).type == "meta":
-        return model.to(dtype or config.dtype).eval()
+        return model.to(dtype)
     load_weights(model, folder, dtype=dtype, device=device)
-    return model.eval()
+    return model
 
 
 def load_weights(
@@ -66,9 +64,7 @@ def load_weights(
         raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(told)}")
     weights: dict[str, Tensor] = {}
     targets, places = model.state_dict(), {0}
-    for key in stored.tensors:
-        if tied and key == HEAD:
-            continue
+    for key in [key for key in stored.tensors if not (tied and key == HEAD)]:
         weights[key] = _read(stored, key, targets[key], dtype, torch.device(device))
         # A .bin may hold one tensor under two names; unless tied, they are two parameters.
         if (place := _local(weights[key])[0].data_ptr()) in places:
@@ -82,11 +78,9 @@ def load_weights(
 
 
 def save_model(
-    model: Transformer,
-    folder: str | Path,
-    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None,
+    model: Transformer, folder: str | Path, weights: Mapping[str, Tensor] | NamedTensors | None = None,
     config: ModelConfig | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write config.json and the weights (shards of 5 GiB with an index) so that other tools load the folder.
 
     `weights` and `config` replace the model's own; of weights that come name by name, at most one shard is held. Each
@@ -132,7 +126,7 @@ def save_model(
             path.unlink()
 
 
-def _shards(config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def _shards(config: ModelConfig, weights: NamedTensors) -> Iterator[dict[str, Tensor]]:
     """A model's weights in parts of SHARD_BYTES; ValueError for one that is not the model's, or that is missing."""
     expected, tied = set(_empty(config).state_dict()), config.tie_word_embeddings
     shard: dict[str, Tensor] = {}  # which the caller empties
@@ -149,97 +143,37 @@ def _shards(config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> Itera
     yield shard
 
 
-def round_weights(
-    weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, since: str | Path
-) -> Iterator[tuple[str, Tensor]]:
+def round_weights(weights: NamedTensors, dtype: torch.dtype, *, since: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield trained weights in the dtype to save; at the end, print how much of the training the rounding undid.
 
     It is measured against the folder `since`, from which the training began, in a sample of the rows of large tensors.
     """
-    start = None
+    start, totals = None, torch.zeros(4, dtype=torch.float64)
     with suppress(ValueError, OSError):  # the result is saved even where this cannot be measured
         start = Weights(Path(since))
-    totals = torch.zeros(4, dtype=torch.float64)
     for name, trained in weights:
         saved = trained.to(dtype)
-        known = start is not None and name in start.tensors and start.tensors[name].shape == trained.shape
-        if start and known and saved.dtype != trained.dtype:
+        if (
+            start
+            and name in start.tensors
+            and start.tensors[name].shape == trained.shape
+            and saved.dtype != trained.dtype
+        ):
+            step = max(1, min(len(trained), trained.numel() // COMPARED))
             with suppress(ValueError, OSError):
-                totals += _rounding(trained, saved, start.whole(name))
+                before, after, rounded = (x[::step].to(trained.dtype) for x in (start.whole(name), trained, saved))
+                changed = after != before
+                undone = changed & (rounded == before.to(dtype).to(trained.dtype))
+                parts = (after - before).square(), (rounded - after).square(), changed, undone
+                totals += step * torch.stack([part.sum(dtype=torch.float64) for part in parts])
         yield name, saved
-    moved, rounded, changed, undone = totals.tolist()
+    moved, lost, changed, undone = totals.tolist()
     if moved:
-        kind = str(dtype).removeprefix("torch.")
+        share, kind = (lost / moved) ** 0.5, str(dtype).removeprefix("torch.")
         print(
-            f"saved in {kind}: rounding moved the weights by {(rounded / moved) ** 0.5:.0%} of what training moved "
-            f"them, and {undone / changed:.0%} of the trained numbers are saved as if untrained; "
-            "--save_dtype float32 keeps them"
+            f"saved in {kind}: rounding moved the weights by {share:.0%} of what training moved them, and "
+            f"{undone / changed:.0%} of the trained numbers are saved as if untrained; --save_dtype float32 keeps them"
         )
-
-
-def _rounding(trained: Tensor, saved: Tensor, start: Tensor) -> Tensor:
-    """Σ (trained − start)², Σ (saved − trained)², how many numbers changed, how many of them are saved as they were."""
-    step = max(1, min(len(trained), trained.numel() // COMPARED))
-    trained, saved, start = trained[::step], saved[::step], start[::step].to(trained.dtype)
-    changed = trained != start
-    undone = changed & (saved == start.to(saved.dtype))
-    parts = (trained - start).square(), (saved.to(trained.dtype) - trained).square(), changed, undone
-    return step * torch.stack([part.sum(dtype=torch.float64) for part in parts])
-
-
-def export_llama(model: Transformer, folder: str | Path) -> None:
-    """Write a Baichuan 7B as the Llama it is: W_pack split into q, k and v, NormHead's rows normalised.
-
-    transformers, vLLM or llama.cpp load it without the vendor's code, with equal logits. Raises ValueError for ALiBi.
-    """
-    config = model.config
-    if config.model_type != "baichuan" or config.positions != "rope":
-        kind = f"{config.model_type} with {config.positions} positions"
-        raise ValueError(f"only a Baichuan with rotary positions (7B) is a Llama by another name; this is {kind}")
-    vendor = ("architectures", "auto_map", "tokenizer_class", "_name_or_path", "_from_model_config")
-    extra = {key: value for key, value in config.extra.items() if key not in vendor}
-    tied = config.tie_word_embeddings and not config.normalize_head
-    llama = dataclasses.replace(
-        config, model_type="llama", fused_qkv=False, normalize_head=False, tie_word_embeddings=tied, extra=extra
-    )
-
-    def split() -> Iterator[tuple[str, Tensor]]:
-        for key, tensor in model.state_dict().items():
-            if ".W_pack." in key:
-                for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                    yield key.replace("W_pack", f"{letter}_proj"), part
-            else:
-                yield key, model.head_weight() if key == HEAD else tensor
-
-    save_model(model, folder, split(), llama)
-
-
-def model_fingerprint(folder: str | Path) -> str:
-    """A short name of this model: of its config.json and its weight files, of large ones 4 KiB of each MiB."""
-    digest = hashlib.sha256(Path(folder, "config.json").read_bytes())
-    for file in weight_files(Path(folder)):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as handle:
-            for place in range(0, size, 2**20):
-                handle.seek(place)
-                digest.update(handle.read(2**20 if place < 2**26 else 4096))
-    return digest.hexdigest()[:16]
-
-
-def weights_fingerprint(folder: str | Path) -> str:
-    """A short name of a folder's weights: a checksum of the shape and one bfloat16 row of every tensor but the head.
-
-    Training changes it. Other files, another config.json and another dtype do not (float16: if it was bfloat16 before).
-    """
-    digest, stored = hashlib.sha256(), Weights(Path(folder))
-    for key in sorted(stored.tensors.keys() - {HEAD}):  # a tied head may be stored or not
-        if shape := stored.tensors[key].shape:
-            rows = (shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else (0, shape[0])
-            part = stored.rows(key, *rows).to(torch.bfloat16).contiguous()
-            part = part.masked_fill(part.abs() < 2**-14, 0)  # float16 has fewer digits there
-            digest.update(f"{key} {list(shape)}".encode() + part.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _empty(config: ModelConfig) -> Transformer:

@@ -7,14 +7,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pedgpt.files import own_file, read_object
 from pedgpt.models.families import FAMILIES
 
 # Our own keys in config.json. They override what the family and the sizes imply, which small models cannot show.
-POSITIONS_KEY, NORM_HEAD_KEY = "pedgpt_positions", "pedgpt_norm_head"
-OWN_KEYS = {"positions": POSITIONS_KEY, "normalize_head": NORM_HEAD_KEY}
+OWN_KEYS = {"positions": "pedgpt_positions", "normalize_head": "pedgpt_norm_head"}
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What transformers takes for a key that is missing.
 DEFAULTS = {"hidden_act": "silu", "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
@@ -64,14 +61,13 @@ class ModelConfig:
             if item.type in KINDS:
                 _check(OWN_KEYS.get(item.name, item.name), getattr(self, item.name), str(item.type))
         heads, groups, size = self.num_attention_heads, self.num_key_value_heads, self.head_dim
-        rotates = self.positions == "rope"
         for fits, message in (
             (self.model_type in FAMILIES, f"model_type {self.model_type!r} is not supported"),
             (self.num_hidden_layers <= MAX_LAYERS, f"num_hidden_layers is above {MAX_LAYERS}"),
             (heads * size <= MAX_SIZE, f"{heads} heads of {size} exceed {MAX_SIZE}"),
             (heads % groups == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"),
-            (rotates or self.positions == "alibi", f'{POSITIONS_KEY} is no "rope" or "alibi", but {self.positions!r}'),
-            (not rotates or size % 2 == 0, f"rotary positions need an even head_dim, found {size}"),
+            (self.positions in ("rope", "alibi"), f'pedgpt_positions is no "rope" or "alibi", but {self.positions!r}'),
+            (self.positions == "alibi" or size % 2 == 0, f"rotary positions need an even head_dim, found {size}"),
             (heads == groups or not self.fused_qkv, "W_pack needs as many key-value heads as attention heads"),
         ):
             _require(fits, message)
@@ -99,8 +95,8 @@ class ModelConfig:
             _check(key, raw[key], "int")
         _refuse_features(raw)
         hidden, heads, size = raw["hidden_size"], raw["num_attention_heads"], raw.get("head_dim")
-        divides = size is not None or hidden % heads == 0
-        _require(divides, f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        if size is None:
+            _require(hidden % heads == 0, f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
         values: dict[str, Any] = {key: raw.get(key) or False for key in ("tie_word_embeddings", *family.biases)}
         values |= {"attention_output_bias": values.get("attention_bias", False), **family.network}
         values |= {key: raw[key] for key in (*REQUIRED, "rms_norm_eps", "initializer_range") if key in raw}
@@ -131,28 +127,18 @@ class ModelConfig:
             raw |= {key: getattr(self, name) for name, key in OWN_KEYS.items()}
         return raw
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What config.json says the weights are stored in; float32 where it says nothing."""
-        name = str(self.extra.get("dtype") or self.extra.get("torch_dtype") or "float32").removeprefix("torch.")
-        _require(name in ("float64", "float32", "float16", "bfloat16"), f"dtype {name!r} is not supported")
-        return getattr(torch, name)
-
     def check_length(self, tokens: int) -> None:
         """Raise ValueError if rows of so many tokens are longer than the model's positions reach."""
-        hint = ", or raise that key of config.json to what rope_scaling reaches" if self.rope_scaling else ""
         if tokens > (reach := self.max_position_embeddings):
-            what = f"row_length {tokens} exceeds the model's max_position_embeddings, {reach}"
-            raise ValueError(f"{what}; lower it{hint}")
+            fix = "; lower it" + ", or raise that key to what rope_scaling reaches" * bool(self.rope_scaling)
+            raise ValueError(f"row_length {tokens} exceeds the model's max_position_embeddings, {reach}{fix}")
 
 
-_READ_KEYS = {item.name for item in fields(ModelConfig)} | {
-    "rope_parameters", "hidden_act", "model_max_length", *OWN_KEYS.values(),
-}  # fmt: skip
+_READ_KEYS = {*ModelConfig.__annotations__, "rope_parameters", "hidden_act", "model_max_length", *OWN_KEYS.values()}
 _UNKNOWN_SIZE = (
     "hidden_size {hidden_size} with vocab_size {vocab_size} is no Baichuan that the vendor published (4096 or 5120 "
-    f'with 64000 or 125696), so it is not guessed. Add to config.json "{POSITIONS_KEY}": "rope" if the model comes '
-    f'from a 7B, "alibi" if from a 13B; and "{NORM_HEAD_KEY}": true if from a Baichuan2, false if from a Baichuan-1'
+    'with 64000 or 125696), so it is not guessed. Add to config.json "pedgpt_positions": "rope" if the model comes '
+    'from a 7B, "alibi" if from a 13B; and "pedgpt_norm_head": true if from a Baichuan2, false if from a Baichuan-1'
 )
 KINDS = {  # of values in config.json: their types in Python, the least and the largest, and what an error calls them
     "int": ((int,), 1, MAX_SIZE, "a positive integer"),
@@ -185,11 +171,10 @@ def _refuse_features(raw: Mapping[str, Any]) -> None:
     window, reach, first = raw["sliding_window"], raw.get("max_position_embeddings"), raw["max_window_layers"]
     used = raw["use_sliding_window"] or False
     _check("use_sliding_window", used, "bool")
-    used = used and window is not None and not kinds
-    used = used and not (type(first) is int and first >= raw["num_hidden_layers"])
-    used = used and not (type(window) is type(reach) is int and window >= reach)
+    none = window is None or kinds or (type(first) is int and first >= raw["num_hidden_layers"])
+    none = none or (type(window) is type(reach) is int and window >= reach)
     fix = 'if no layer uses it, write "sliding_window": null and "use_sliding_window": false'
-    _require(not used, f"a sliding window of {window!r} tokens is used, which is not supported; {fix}")
+    _require(none or not used, f"a sliding window of {window!r} tokens is used, which is not supported; {fix}")
 
 
 def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,12 +183,10 @@ def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
         _require(isinstance(raw.get(key) or {}, Mapping), f"{key} must be an object, found {raw.get(key)!r}")
     parameters = raw.get("rope_parameters") or {}
     scaling = dict(raw.get("rope_scaling") or parameters)
-    nested = any(isinstance(value, Mapping) for value in scaling.values())
-    _require(not nested, "rope_parameters differ from layer to layer, which is not supported")
+    _require(not any(isinstance(v, Mapping) for v in scaling.values()), "rope_parameters differ from layer to layer")
     theta = scaling.pop("rope_theta", None) or parameters.get("rope_theta") or raw.get("rope_theta") or 10_000.0
     _check("rope_theta", theta, "float")
-    kind = scaling.pop("type", None)
-    kind = scaling.setdefault("rope_type", kind or "default")
+    kind: Any = scaling.setdefault("rope_type", scaling.pop("type", None) or "default")
     if kind == "default":
         return {"rope_theta": theta}
     known = isinstance(kind, str) and kind in ROPE_SCALING

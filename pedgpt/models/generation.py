@@ -30,7 +30,18 @@ def generate_steps(
     stop_tokens: Collection[int] = (), stop_strings: Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None, seed: int | None = None, cache: KVCache | None = None,
 ) -> Iterator[list[int | None]]:  # fmt: skip
-    """Yield, step by step, the next id of every prompt; None for one that has stopped. Arguments as `generate`."""
+    """Yield, step by step, the next id of every prompt (a list of ids), its stop token too; None once it has stopped.
+
+    `temperature` 0 is greedy; `top_k` and `top_p` restrict sampling; `repetition_penalty` > 1 divides (or multiplies,
+    if negative) the logits of tokens already seen (Keskar et al. 2019); `seed` makes sampling repeatable. A row also
+    ends once the text that `decode` (a tokenizer's) makes of its ids holds one of `stop_strings`, whose ids are kept:
+    the caller cuts the text. No decoded text holds a special token: give the ids of those that `stop_strings` name, the
+    tokenizer's `stop_ids(stop_strings)`, as `stop_tokens`. Prompts may differ in length. Call with the model in
+    evaluation mode. With a `cache` of one row, what it holds of a single prompt is not read again, and afterwards it
+    holds prompt and answer; it belongs to this model as it is. For 16 new tokens and more, a CPU with enough memory
+    copies the weights for the call into a layout that it reads faster, and a GPU records a graph. Raises ValueError for
+    an empty prompt, an id outside the vocabulary, a setting out of range, and logits that are not finite.
+    """
     _check_prompts(model, prompts, max_new_tokens)
     sampling = _Sampling(temperature, top_k, top_p, repetition_penalty)
     stop = _StopStrings(stop_strings, decode, len(prompts))
@@ -112,30 +123,11 @@ def _recordable(model: Transformer) -> bool:
 
 
 def generate(
-    model: Transformer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0,
-    top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
-    stop_tokens: Collection[int] = (), stop_strings: Sequence[str] = (),
-    decode: Callable[[list[int]], str] | None = None, seed: int | None = None, cache: KVCache | None = None,
-) -> list[list[int]]:  # fmt: skip
-    """The continuation of each prompt (a list of token ids), without the prompt and without the stop token.
-
-    `temperature` 0 is greedy; `top_k` and `top_p` restrict sampling; `repetition_penalty` > 1 divides (or multiplies,
-    if negative) the logits of tokens already seen (Keskar et al. 2019); `seed` makes sampling repeatable. A row also
-    ends once the text that `decode` (a tokenizer's) makes of its ids holds one of `stop_strings`, whose ids are kept:
-    the caller cuts the text. No decoded text holds a special token: give the ids of those that `stop_strings` name, the
-    tokenizer's `stop_ids(stop_strings)`, as `stop_tokens`. Prompts may differ in length. Call with the model in
-    evaluation mode. With a `cache` of one row, what it holds of a single prompt is not read again, and afterwards it
-    holds prompt and answer; it belongs to this model as it is. For 16 new tokens and more, a CPU with enough memory
-    copies the weights for the call into a layout that it reads faster, and a GPU records a graph. Raises ValueError for
-    an empty prompt, an id outside the vocabulary, a setting out of range, and logits that are not finite.
-    """
+    model: Transformer, prompts: Sequence[Sequence[int]], *, stop_tokens: Collection[int] = (), **settings: Any
+) -> list[list[int]]:
+    """The continuation of each prompt, without the prompt and without the stop token; arguments as `generate_steps`."""
     answers: list[list[int]] = [[] for _ in prompts]
-    steps = generate_steps(
-        model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        repetition_penalty=repetition_penalty, stop_tokens=stop_tokens, stop_strings=stop_strings, decode=decode,
-        seed=seed, cache=cache,
-    )  # fmt: skip
-    for step in steps:
+    for step in generate_steps(model, prompts, stop_tokens=stop_tokens, **settings):
         for answer, token in zip(answers, step, strict=True):
             if token is not None and token not in stop_tokens:
                 answer.append(token)

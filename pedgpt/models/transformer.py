@@ -96,9 +96,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, tables: Tables, layout: Layout | None, cache: KVCache | None = None, layer: int = 0
-    ) -> Tensor:  # fmt: skip
+    def forward(self, x: Tensor, tables: Tables, layout: Layout | None, cache: Any = None, layer: int = 0) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), tables, layout, cache, layer)
         norm = self.post_attention_layernorm
         if type(norm) is RMSNorm and not norm._forward_hooks and not norm._forward_pre_hooks:
@@ -114,11 +112,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        shape = config.vocab_size, config.hidden_size
-        if torch.get_default_device().type == "meta":  # to draw there would cost more than all else of loading
-            self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(shape), freeze=False)
-        else:
-            self.embed_tokens = nn.Embedding(*shape)
+        # NOTE: no random numbers yet, because on the meta device drawing them takes longer than the rest of loading.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        )
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -160,12 +157,9 @@ class Transformer(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
 
-    def forward(
-        self, tokens: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None,
-        branches: Tensor | None = None, cache: KVCache | None = None,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, tokens: Tensor, **arguments: Any) -> Tensor:
         """Logits [B, T, V] in the model's dtype; arguments as in `hidden_states`."""
-        hidden = self.hidden_states(tokens, positions=positions, documents=documents, branches=branches, cache=cache)
+        hidden = self.hidden_states(tokens, **arguments)
         if self.config.normalize_head and not torch.is_grad_enabled():
             return torch.cat([linear(hidden, rows) for rows in self._normalized_rows()], dim=-1)
         return linear(hidden, self.head_weight())

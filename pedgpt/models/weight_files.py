@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import pickletools
 import re
@@ -19,6 +20,7 @@ from pedgpt.files import own_file, read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+HEAD = "lm_head.weight"
 READ_BYTES = 64 * 2**20  # how much of a file stays mapped while parts of it are copied
 
 _PLAIN_GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
@@ -143,3 +145,31 @@ def weight_files(folder: Path) -> list[Path]:
         if file := own_file(folder, single):
             return [file]
     raise ValueError(f"{folder}: no weights; expected {WEIGHTS}, {INDEX} or {BIN}")
+
+
+def model_fingerprint(folder: str | Path) -> str:
+    """A short name of this model: of its config.json and its weight files, of large ones 4 KiB of each MiB."""
+    digest = hashlib.sha256(Path(folder, "config.json").read_bytes())
+    for file in weight_files(Path(folder)):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as handle:
+            for place in range(0, size, 2**20):
+                handle.seek(place)
+                digest.update(handle.read(2**20 if place < 2**26 else 4096))
+    return digest.hexdigest()[:16]
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """A short name of a folder's weights: a checksum of the shape and one bfloat16 row of every tensor but the head.
+
+    Training changes it. Other files, another config.json and another dtype do not (float16: if it was bfloat16 before).
+    """
+    digest, stored = hashlib.sha256(), Weights(Path(folder))
+    for key in sorted(stored.tensors.keys() - {HEAD}):  # a tied head may be stored or not
+        if shape := stored.tensors[key].shape:
+            rows = (shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else (0, shape[0])
+            part = stored.rows(key, *rows).to(torch.bfloat16).contiguous()
+            part = part.masked_fill(part.abs() < 2**-14, 0)  # float16 has fewer digits there
+            digest.update(f"{key} {list(shape)}".encode() + part.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]

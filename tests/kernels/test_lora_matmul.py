@@ -510,7 +510,8 @@ def saved_bytes(function, *inputs):
 @pytest.mark.parametrize("train_base", [False, True], ids=["frozen base", "trainable base"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 256), (torch.float16, 256), (torch.float32, 304)])
 def test_little_is_saved_for_the_backward_pass(dtype, limit, train_base, tokens, impl):
-    """Per token: s with the routes beside it, and gates and slope in float32. With 16 tokens any copy of a parameter would go beyond the limit."""
+    """Per token: s with the routes beside it, and gates and slope in float32. With 16 tokens any copy of a parameter
+    would go beyond the limit."""
     values, _ = draw(160, 128, 16, 3, True, (2, tokens // 2), noisy=True, dtype=dtype)
     adapters = PARAMETERS[2:]
     for name in ("x", *adapters, *(PARAMETERS[:2] if train_base else ())):

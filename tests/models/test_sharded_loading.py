@@ -78,7 +78,7 @@ def test_two_ranks_fill_their_halves_and_train_as_one(make_model, tmp_path, star
 def test_a_model_on_the_meta_device_reads_no_weights(make_model, tmp_path):
     save_model(make_model("llama").to(torch.bfloat16), tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    model = load_model(tmp_path, device="meta")
+    model = load_model(tmp_path, dtype=torch.bfloat16, device="meta")
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
     with pytest.raises(ValueError, match="no weights"):
         load_weights(model, tmp_path)

@@ -40,7 +40,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     trains, size = torch.is_grad_enabled(), _size_class(x, weight)
     if size is None or not any(prefer(kind, x.dtype, size) for kind in (KINDS if trains else KINDS[:1])):
         return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu") or (bias is not None and not (bias.dtype, bias.shape) == (x.dtype, weight.shape[:1])):
+    if torch.is_autocast_enabled("cpu") or (
+        bias is not None and not (bias.dtype, bias.shape) == (x.dtype, weight.shape[:1])
+    ):
         return F.linear(x, weight, bias)  # which says what is wrong, if anything is
     times = _Linear.apply if trains else _onednn
     return times(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
@@ -104,7 +106,9 @@ def _size_class(x: Tensor, weight: Tensor) -> str | None:
             return None
         if t.device.type != "cpu" or t.shape[-1] != x.shape[-1] or t.numel() < FEWEST_ROWS * t.shape[-1]:
             return None
-    return next(size for size, (least, *_) in CLASSES.items() if work >= least) if torch.backends.mkldnn.enabled else None
+    return (
+        next(size for size, (least, *_) in CLASSES.items() if work >= least) if torch.backends.mkldnn.enabled else None
+    )
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -111,7 +111,8 @@ def alone(q, k, v, layout):
         starts = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1]), len(ids)]
         parts = []
         for start, stop in itertools.pairwise(starts):
-            at, part = layout.positions[row : row + 1, start:stop], (slice(row, row + 1), slice(None), slice(start, stop))
+            part = slice(row, row + 1), slice(None), slice(start, stop)
+            at = layout.positions[row : row + 1, start:stop]
             branches = None if layout.branches is None else layout.branches[row : row + 1, start:stop]
             parts.append(torchs(q[part], k[part], v[part], Layout(at, at, None, None, branches, layout.slopes)))
         rows.append(torch.cat(parts, dim=2))
@@ -123,7 +124,8 @@ def check(function, q, k, v, layout, dout):
     truth = output_and_gradients(definition, q, k, v, layout, dout, torch.float64)
     found = errors(output_and_gradients(function, q, k, v, layout, dout), truth)
     budgets = [errors(output_and_gradients(torchs, q, k, v, layout, dout), truth)]
-    if layout.documents is not None and all(len(ids.unique()) == len(ids.unique_consecutive()) for ids in layout.documents):
+    ids = () if layout.documents is None else layout.documents
+    if len(ids) and all(len(row.unique()) == len(row.unique_consecutive()) for row in ids):
         budgets.append(errors(output_and_gradients(alone, q, k, v, layout, dout), truth))
     for name, mine, *theirs in zip(("out", "dq", "dk", "dv"), found, *budgets, strict=True):
         assert mine <= 1.02 * max(theirs) + 1e-6, f"{name}: {mine:.2e}, torch's own {theirs}"
