@@ -108,11 +108,10 @@ if triton is not None:
             for start in range(0, vocabulary, BLOCK_V):
                 column = start + tl.arange(0, BLOCK_V)
                 z = tl.load(logits + column, mask=column < vocabulary, other=-float("inf")).to(tl.float32)
+                scale = 1.0
                 if inverse is not None:
                     scale = tl.load(inverse + column, mask=column < vocabulary, other=1.0)
-                    gradient = factor * scale * ((column == label) - tl.exp(z * scale - high) / total)
-                else:
-                    gradient = factor * ((column == label) - tl.exp(z - high) / total)
+                gradient = factor * scale * ((column == label) - tl.exp(z * scale - high) / total)
                 tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < vocabulary)
 
 
@@ -190,9 +189,14 @@ class _Head:
         return stats, dhidden, dweight, logits
 
     def _add_product(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
+        """Onto dweight, or into it if `first`, the product dlogitsᵀ hidden, summed in the dtype of dweight."""
         beta = 0 if first else 1
-        if not self.on_cpu or dweight.dtype == dlogits.dtype:
-            return _multiply_onto(dweight, dlogits.t(), hidden, beta)
+        if dweight.dtype == dlogits.dtype:
+            torch.addmm(dweight, dlogits.t(), hidden, beta=beta, out=dweight)
+            return
+        if not self.on_cpu:
+            torch.ops.aten.addmm.dtype_out(dweight, dlogits.t(), hidden, dweight.dtype, beta=beta, out=dweight)
+            return
         for rows in blocks_to_count(self.slices):
             left, right = dlogits[:, rows].t(), hidden
             if dweight.dtype != self.given.dtype:  # autocast rounds, as it does its own products
@@ -204,14 +208,6 @@ class _Head:
         for rows in blocks_to_count(self.slices):
             part, unit = dweight[rows], self.given[rows] * inverse[rows, None]
             part.sub_(unit * (unit * part).sum(-1, keepdim=True))
-
-
-def _multiply_onto(total: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
-    """beta · total + left right, in place, the sum in the dtype of total; in half precision only on CUDA."""
-    if total.dtype == left.dtype:
-        torch.addmm(total, left, right, beta=beta, out=total)
-    else:
-        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, beta=beta, out=total)
 
 
 class _LinearLogps(torch.autograd.Function):

@@ -388,14 +388,14 @@ class Products:
             self.dtypes |= {x.dtype, weight.dtype}
             return true(x, weight)
 
-        def multiply_onto(total, left, right, beta, true=module._multiply_onto):
+        def add_product(head, dweight, dlogits, hidden, *, first, true=module._Head._add_product):
             self.kinds.append("dweight")
-            self.tokens["dweight"] += left.shape[1]
-            self.dtypes |= {left.dtype, right.dtype}
-            return true(total, left, right, beta)
+            self.tokens["dweight"] += len(dlogits)
+            self.dtypes |= {dlogits.dtype, hidden.dtype}
+            return true(head, dweight, dlogits, hidden, first=first)
 
         monkeypatch.setattr(module, "product", product)
-        monkeypatch.setattr(module, "_multiply_onto", multiply_onto)
+        monkeypatch.setattr(module._Head, "_add_product", add_product)
 
 
 @pytest.mark.parametrize(
@@ -448,8 +448,9 @@ def test_a_product_onto_what_is_there_matches_float64(dtype):
     left, right, _, _ = draw(300, 17, 9, dtype=dtype)
     left, right = left[:, :7], torch.randn(7, 9, device=DEVICE).to(dtype)
     total = torch.full((300, 9), torch.nan, device=DEVICE)
-    module._multiply_onto(total, left, right, 0)
-    module._multiply_onto(total, left, right, 1)
+    head = module._Head(total, dtype, False, None)
+    head._add_product(total, left.t(), right, first=True)
+    head._add_product(total, left.t(), right, first=False)
     assert error(total, 2 * left.double() @ right.double()) <= 1e-6
 
 
