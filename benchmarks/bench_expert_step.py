@@ -1,6 +1,7 @@
 """A whole stage-4 step beside transformers + PEFT LoRA of the same total rank, on the same weights, in one run.
 
     python benchmarks/bench_expert_step.py
+    python benchmarks/bench_expert_step.py --checkpointing selective      here norms and SwiGLU are computed again
 
 A Llama of 33M parameters (hidden 512, 8 layers, vocabulary 8,000) with adapters on gate, up and down: three specific
 experts and a universal one of rank 16 here, LoRA of rank 64 there. 4 rows of 512 tokens, every one supervised; a step
@@ -25,6 +26,7 @@ from profiled_memory import peak_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pedgpt.adapters import gate_metrics, inject_experts, pack_adapters, record_gates
+from pedgpt.kernels.recompute import CHECKPOINTING
 from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import load_model
 
@@ -35,12 +37,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="one alone; without it, each in a process")
+    parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="none", help="of pedgpt; PEFT keeps all")
     arguments = parser.parse_args()
     if not arguments.dtype:
         print("           tokens/s: PEFT  pedgpt  ratio  peak MiB: PEFT  pedgpt  ratio", flush=True)
-        repeats = str(arguments.repeats)
         for dtype in ("float32", "bfloat16"):
-            subprocess.run([sys.executable, __file__, "--dtype", dtype, "--repeats", repeats], check=True)
+            subprocess.run([sys.executable, *sys.argv, "--dtype", dtype], check=True)
         return
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -49,12 +51,12 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(shape).save_pretrained(folder)
-        compare(folder, getattr(torch, arguments.dtype), arguments.repeats)
+        compare(folder, getattr(torch, arguments.dtype), arguments.repeats, arguments.checkpointing)
 
 
-def compare(folder: str, dtype: torch.dtype, repeats: int) -> None:
+def compare(folder: str, dtype: torch.dtype, repeats: int, checkpointing: str) -> None:
     tokens = torch.randint(5, 8000, (ROWS, LENGTH + 1))
-    steps = [peft_step(folder, dtype, tokens), our_step(folder, dtype, tokens)]
+    steps = [peft_step(folder, dtype, tokens), our_step(folder, dtype, tokens, checkpointing)]
     theirs, ours = (step() for step in steps)
     if abs(theirs - ours) > (1e-5 if dtype == torch.float32 else 1e-2) * theirs:
         raise SystemExit(f"the first losses differ: {theirs:.6f} and {ours:.6f}")
@@ -99,8 +101,9 @@ def peft_step(folder: str, dtype: torch.dtype, tokens: torch.Tensor):
     )
 
 
-def our_step(folder: str, dtype: torch.dtype, tokens: torch.Tensor):
+def our_step(folder: str, dtype: torch.dtype, tokens: torch.Tensor, checkpointing: str):
     model = load_model(folder, dtype=dtype)
+    model.activation_checkpointing = checkpointing
     inject_experts(model, rank=16, alpha=32, num_specific_experts=3, target_modules=TARGETS)
     model.train()
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

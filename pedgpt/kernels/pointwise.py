@@ -1,7 +1,7 @@
 """RMSNorm, rotary embedding and SwiGLU, which cost what it takes to read and write their numbers.
 
-The backward pass finds no more than the inputs of RMSNorm and SwiGLU and computes the rest again; of the rotary
-embedding it finds the tables. On a GPU each pass is one Triton kernel.
+For the backward pass RMSNorm keeps its input, and the rotary embedding its tables. On a GPU each pass is one Triton
+kernel, and SwiGLU keeps its inputs only; elsewhere it is torch's own, which keeps silu(gate) too.
 
 Letters: B batch, T tokens, H heads, G key-value heads, K head_dim, D width of a row.
 """
