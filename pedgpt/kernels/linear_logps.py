@@ -190,17 +190,16 @@ class _Head:
 
     def _add_product(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
         """Onto dweight, or into it if `first`, the product dlogitsᵀ hidden, summed in the dtype of dweight."""
-        beta = 0 if first else 1
-        if dweight.dtype == dlogits.dtype:
-            torch.addmm(dweight, dlogits.t(), hidden, beta=beta, out=dweight)
-            return
         if not self.on_cpu:
-            torch.ops.aten.addmm.dtype_out(dweight, dlogits.t(), hidden, dweight.dtype, beta=beta, out=dweight)
+            wider = () if dweight.dtype == dlogits.dtype else (dweight.dtype,)
+            add = torch.ops.aten.addmm.dtype_out if wider else torch.addmm
+            add(dweight, dlogits.t(), hidden, *wider, beta=0 if first else 1, out=dweight)
             return
         for rows in blocks_to_count(self.slices):
             left, right = dlogits[:, rows].t(), hidden
-            if dweight.dtype != self.given.dtype:  # autocast rounds, as it does its own products
+            if dweight.dtype not in (left.dtype, self.given.dtype):  # autocast rounds, as it does its own products
                 left, right = left.to(dweight.dtype), right.to(dweight.dtype)
+            # NOTE: a sum of products, because MKL loses digits where it adds a product to what is there.
             dweight[rows] = left @ right if first else dweight[rows].add_(left @ right)
 
     def _project(self, dweight: Tensor, inverse: Tensor) -> None:

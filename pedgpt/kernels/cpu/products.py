@@ -38,12 +38,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (found := packed_product(x, weight, bias)) is not None:
         return found
     trains, size = torch.is_grad_enabled(), _size_class(x, weight)
-    if size is None or not any(prefer(kind, x.dtype, size) for kind in (KINDS if trains else KINDS[:1])):
-        return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu") or (
-        bias is not None and not (bias.dtype, bias.shape) == (x.dtype, weight.shape[:1])
-    ):
+    fits = bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1])
+    if size is None or not fits or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)  # which says what is wrong, if anything is
+    if not any(prefer(kind, x.dtype, size) for kind in (KINDS if trains else KINDS[:1])):
+        return F.linear(x, weight, bias)
     times = _Linear.apply if trains else _onednn
     return times(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
