@@ -86,10 +86,9 @@ def save_model(
     `weights` and `config` replace the model's own; of weights that come name by name, at most one shard is held. Each
     file is written under a temporary name, synced, and renamed when all are there. Raises ValueError for adapters.
     """
-    config, folder = config or model.config, Path(folder)
+    config, folder, total = config or model.config, Path(folder), 0
     weights = model.state_dict() if weights is None else weights
     parts: dict[Path, dict[str, torch.dtype]] = {}  # temporary files with what they hold
-    total = 0
     with ExitStack() as leftovers:
         for shard in _shards(config, weights.items() if isinstance(weights, Mapping) else weights):
             folder.mkdir(parents=True, exist_ok=True)
@@ -152,13 +151,8 @@ def round_weights(weights: NamedTensors, dtype: torch.dtype, *, since: str | Pat
     with suppress(ValueError, OSError):  # the result is saved even where this cannot be measured
         start = Weights(Path(since))
     for name, trained in weights:
-        saved = trained.to(dtype)
-        if (
-            start
-            and name in start.tensors
-            and start.tensors[name].shape == trained.shape
-            and saved.dtype != trained.dtype
-        ):
+        saved, stored = trained.to(dtype), start.tensors.get(name) if start else None
+        if start and stored is not None and stored.shape == trained.shape and saved.dtype != trained.dtype:
             step = max(1, min(len(trained), trained.numel() // COMPARED))
             with suppress(ValueError, OSError):
                 before, after, rounded = (x[::step].to(trained.dtype) for x in (start.whole(name), trained, saved))

@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 def rotary_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin for positions [B, T], each [B, 1, T, K], computed in float32 and rounded to `dtype` at the end."""
-    scaling = config.rope_scaling
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, positions.device)
     angles = positions[:, None, :, None].float() * torch.cat((frequencies, frequencies))
-    factor = attention_factor(scaling)
+    factor = attention_factor(config.rope_scaling)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 

@@ -49,8 +49,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.head_dim = size
-        self.fused_qkv = config.fused_qkv
+        self.head_dim, self.fused_qkv = size, config.fused_qkv
         if self.fused_qkv:
             self.W_pack = Linear(config.hidden_size, 3 * heads * size, bias=config.attention_bias)
         else:
@@ -113,9 +112,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         # NOTE: no random numbers yet, because on the meta device drawing them takes longer than the rest of loading.
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False
-        )
+        unset = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(unset, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -183,18 +181,16 @@ class Transformer(nn.Module):
         for name, value in (("positions", positions), ("documents", documents), ("branches", branches)):
             if value is not None and value.shape != tokens.shape:
                 raise ValueError(f"{name} has the shape {list(value.shape)}, tokens have {list(tokens.shape)}")
-        if cache is not None:
+        alibi = self.config.positions == "alibi"
+        slopes = alibi_slopes(self.config.num_attention_heads, tokens.device) if alibi else None
+        if cache is None:
+            positions = document_positions(tokens, documents, branches) if positions is None else positions
+            layout = Layout(positions, positions, documents, documents, branches, slopes)
+        else:
             if branches is not None:
                 raise ValueError("a cache holds no branches; continue each branch as a row of its own")
             cache.check_room(*tokens.shape)
-        if positions is None and cache is not None:
-            positions = cache.next_positions(tokens.shape[1])
-        elif positions is None:
-            positions = document_positions(tokens, documents, branches)
-        alibi = self.config.positions == "alibi"
-        slopes = alibi_slopes(self.config.num_attention_heads, tokens.device) if alibi else None
-        layout = Layout(positions, positions, documents, documents, branches, slopes)
-        if cache is not None:
+            positions = cache.next_positions(tokens.shape[1]) if positions is None else positions
             layout = cache.extend(positions, documents, slopes)
 
         hidden = self.model.embed_tokens(tokens)
@@ -210,9 +206,7 @@ class Transformer(nn.Module):
 
     def head_weight(self) -> Tensor:
         """The output matrix [V, D] as it multiplies: for NormHead, rows of unit length (normalised in float32)."""
-        if not self.config.normalize_head:
-            return self.lm_head.weight
-        return torch.cat(list(self._normalized_rows()))
+        return torch.cat(list(self._normalized_rows())) if self.config.normalize_head else self.lm_head.weight
 
     def _normalized_rows(self) -> Iterator[Tensor]:
         """NormHead's matrix in slices: the float32 copy of Baichuan2's whole head would be 2 GB."""
