@@ -73,8 +73,18 @@ def load_weights(
     model.load_state_dict(weights, assign=True, strict=False)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    if model.config.normalize_head:
-        _warn_of_zero_rows(model.lm_head.weight, folder)
+    if not model.config.normalize_head:
+        return
+    head, first = _local(model.lm_head.weight.detach())  # of a sharded head each rank names its own rows
+    lengths = torch.cat([torch.linalg.vector_norm(rows.float(), dim=-1) for rows in head.split(1024)])
+    if ids := [first + row for row in (lengths < SHORTEST).nonzero().flatten().tolist()]:
+        named = f"{', '.join(map(str, ids[:5]))}{', …' * (len(ids) > 5)} ({len(ids)} in all)"
+        warnings.warn(
+            f"{folder}: the rows of lm_head.weight for the tokens {named} are zeros. A normalised head gives such "
+            "tokens the logit 0 and cannot train them: right for padding. Fill the rows of new tokens first, with the "
+            "mean of the other rows for example",
+            stacklevel=2,
+        )
 
 
 def save_model(
@@ -204,17 +214,3 @@ def _read(stored: Weights, key: str, target: Tensor, dtype: torch.dtype | None, 
         part = local[row : row + step]
         part.copy_(stored.rows(key, first + row, first + row + len(part)))
     return tensor
-
-
-def _warn_of_zero_rows(weight: Tensor, folder: str | Path) -> None:
-    """Name the tokens whose row of a normalised head is zeros; of a sharded head each rank names its own."""
-    local, first = _local(weight.detach())
-    lengths = torch.cat([torch.linalg.vector_norm(rows.float(), dim=-1) for rows in local.split(1024)])
-    if ids := [first + row for row in (lengths < SHORTEST).nonzero().flatten().tolist()]:
-        named = f"{', '.join(map(str, ids[:5]))}{', …' * (len(ids) > 5)} ({len(ids)} in all)"
-        warnings.warn(
-            f"{folder}: the rows of lm_head.weight for the tokens {named} are zeros. A normalised head gives such "
-            "tokens the logit 0 and cannot train them: right for padding. Fill the rows of new tokens first, with the "
-            "mean of the other rows for example",
-            stacklevel=3,
-        )

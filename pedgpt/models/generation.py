@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,7 @@ from pedgpt.files import read_object
 from pedgpt.kernels import linear
 from pedgpt.kernels.cpu.packed import PackedWeights
 from pedgpt.models.cache import KVCache, StaticStep
-
-if TYPE_CHECKING:
-    from pedgpt.models.transformer import Transformer
+from pedgpt.models.transformer import Transformer
 
 LAY_OUT_FROM = 16  # new tokens; to lay out the weights or to record a graph takes as long as decoding about five
 MIN_TEMPERATURE = 1e-20  # a division by less makes usual logits overflow
@@ -41,7 +39,22 @@ def generate_steps(
     copies the weights for the call into a layout that it reads faster, and a GPU records a graph. Raises ValueError for
     an empty prompt, an id outside the vocabulary, a setting out of range, and logits that are not finite.
     """
-    _check_settings(temperature, top_k, top_p, repetition_penalty, max_new_tokens, stop_strings, decode)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, found {max_new_tokens}")
+    if temperature < 0 or 0 < temperature < MIN_TEMPERATURE:
+        least = f"at least {MIN_TEMPERATURE}, found {temperature}"
+        raise ValueError(f"temperature must be 0, which takes the most probable token, or {least}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1 or None, found {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1] or None, found {top_p}")
+    if not (math.isfinite(temperature) and math.isfinite(repetition_penalty) and repetition_penalty > 0):
+        both = f"temperature {temperature} and repetition_penalty {repetition_penalty}"
+        raise ValueError(f"{both} must be finite and positive")
+    if isinstance(stop_strings, str) or not all(stop_strings):
+        raise ValueError(f"stop_strings is {stop_strings!r}; expected a list of texts that are not empty")
+    if stop_strings and decode is None:
+        raise ValueError("stop_strings needs decode, the function that makes text of ids: a tokenizer's decode")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty; give at least one token")
@@ -176,27 +189,6 @@ def generation_defaults(folder: str | Path) -> dict[str, Any]:
     found["repetition_penalty"] = float(read("repetition_penalty", 1.0, (int, float)))
     limit = read("max_new_tokens", None, int)
     return found if limit is None else found | {"max_new_tokens": limit}
-
-
-def _check_settings(
-    temperature: float, top_k: int | None, top_p: float | None, penalty: float, max_new_tokens: int,
-    stop_strings: Sequence[str], decode: Callable[[list[int]], str] | None,
-) -> None:  # fmt: skip
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, found {max_new_tokens}")
-    if temperature < 0 or 0 < temperature < MIN_TEMPERATURE:
-        least = f"at least {MIN_TEMPERATURE}, found {temperature}"
-        raise ValueError(f"temperature must be 0, which takes the most probable token, or {least}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, found {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1] or None, found {top_p}")
-    if not math.isfinite(temperature) or not math.isfinite(penalty) or penalty <= 0:
-        raise ValueError(f"temperature {temperature} and repetition_penalty {penalty} must be finite and positive")
-    if isinstance(stop_strings, str) or not all(stop_strings):
-        raise ValueError(f"stop_strings is {stop_strings!r}; expected a list of texts that are not empty")
-    if stop_strings and decode is None:
-        raise ValueError("stop_strings needs decode, the function that makes text of ids: a tokenizer's decode")
 
 
 def _choose(

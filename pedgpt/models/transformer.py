@@ -2,7 +2,6 @@
 
 - Pre-norm blocks with RMSNorm, SwiGLU, grouped key-value heads, rotary embedding or ALiBi; no dropout.
 - Packed documents and trees of branches in a row: one `Layout` a batch tells every layer who sees whom.
-- NormHead: logits by rows of unit length, computed anew in each forward pass and never written into the weights.
 - One forward pass for training and decoding: a cache gives a layout, too, and takes the new keys and values.
 
 Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value heads, K head_dim, V vocabulary.
@@ -11,7 +10,7 @@ Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pedgpt.kernels import Layout, Linear, add_rms_norm, attention, linear, rms_norm, rotary, swiglu, unit_rows
 from pedgpt.kernels.recompute import CHECKPOINTING, selective
+from pedgpt.models.cache import KVCache
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.positions import alibi_slopes, document_positions, rotary_tables
-
-if TYPE_CHECKING:
-    from pedgpt.models.cache import KVCache
 
 Tables = tuple[Tensor, Tensor] | None  # cos and sin of the rotary embedding; None for ALiBi
 
@@ -205,7 +202,7 @@ class Transformer(nn.Module):
         return self.model.norm(hidden)
 
     def head_weight(self) -> Tensor:
-        """The output matrix [V, D] as it multiplies: for NormHead, rows of unit length (normalised in float32)."""
+        """The output matrix [V, D] as it multiplies: NormHead's rows have unit length, and are written nowhere."""
         return torch.cat(list(self._normalized_rows())) if self.config.normalize_head else self.lm_head.weight
 
     def _normalized_rows(self) -> Iterator[Tensor]:
