@@ -111,9 +111,8 @@ class StaticStep:
 
     def __init__(self, step: Callable[..., Tensor], cache: KVCache) -> None:
         self.step, self.cache, self.bucket = step, cache, 0
-        self.cursor = cache.positions.new_zeros(1)
+        self.cursor, self.records = cache.positions.new_zeros(1), cache.positions.is_cuda
         self.inputs: list[Tensor | None] = []
-        self.records = self.cursor.is_cuda
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:

@@ -62,8 +62,7 @@ def load_weights(
     told = _told("missing", missing, unexpected) + _told("unexpected", unexpected, missing)
     if told := told + _told("misshapen", misshapen, ()):
         raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(told)}")
-    weights: dict[str, Tensor] = {}
-    targets, places = model.state_dict(), {0}
+    weights, targets, places = {}, model.state_dict(), {0}
     for key in [key for key in stored.tensors if not (tied and key == HEAD)]:
         weights[key] = _read(stored, key, targets[key], dtype, torch.device(device))
         # A .bin may hold one tensor under two names; unless tied, they are two parameters.
@@ -110,12 +109,11 @@ def save_model(
                 save_file(shard, part, metadata={"format": "pt"})
                 sync(part)  # every part is complete on the disk before the first one gets its name
             shard.clear()
-        count, live = len(parts), set()
-        with suppress(ValueError):  # a broken folder may be saved over
-            live = {file.name for file in weight_files(folder)}
+        count = len(parts)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [WEIGHTS]
-        if count > 1 and live & set(names):  # never over a live shard
-            names = [name.replace(".", "-b.") for name in names]
+        with suppress(ValueError):  # a broken folder may be saved over
+            if count > 1 and any(file.name in names for file in weight_files(folder)):  # never over a live shard
+                names = [name.replace(".", "-b.") for name in names]
         for part, name in zip(parts, names, strict=True):
             settle(part, folder / name)
     # What counts is the index where there is one: with its change, or its end, the new weights take over at once.

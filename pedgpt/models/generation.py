@@ -49,8 +49,7 @@ def generate_steps(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1] or None, found {top_p}")
     if not (math.isfinite(temperature) and math.isfinite(repetition_penalty) and repetition_penalty > 0):
-        both = f"temperature {temperature} and repetition_penalty {repetition_penalty}"
-        raise ValueError(f"{both} must be finite and positive")
+        raise ValueError(f"{temperature=} and {repetition_penalty=} must be finite and positive")
     if isinstance(stop_strings, str) or not all(stop_strings):
         raise ValueError(f"stop_strings is {stop_strings!r}; expected a list of texts that are not empty")
     if stop_strings and decode is None:

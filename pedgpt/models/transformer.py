@@ -170,8 +170,7 @@ class Transformer(nn.Module):
         and is seen by all that follows it; then any number of branches, each one run of its own integer, which see the
         trunk and themselves. The positions of each go on from the trunk's.
         `positions` [B, T] overrides the positions so derived. With `cache`, `tokens` continue what the cache holds.
-        Raises ValueError for a shape that is not [B, T], a batch that differs from the cache's, or `branches` with a
-        `cache`.
+        Raises ValueError for another shape, a batch that differs from the cache's, or `branches` with a `cache`.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have the shape [batch, tokens], found {list(tokens.shape)}")
@@ -189,7 +188,6 @@ class Transformer(nn.Module):
             cache.check_room(*tokens.shape)
             positions = cache.next_positions(tokens.shape[1]) if positions is None else positions
             layout = cache.extend(positions, documents, slopes)
-
         hidden = self.model.embed_tokens(tokens)
         tables = None if alibi else rotary_tables(self.config, positions, hidden.dtype)
         how = self.activation_checkpointing if torch.is_grad_enabled() and cache is None else "none"
