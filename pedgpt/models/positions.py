@@ -79,8 +79,6 @@ def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
 def document_positions(tokens: Tensor, documents: Tensor | None, branches: Tensor | None = None) -> Tensor:
     """Positions [B, T] that count from 0 and restart wherever `documents` changes, in each branch after the trunk."""
     index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-    if documents is None and branches is None:
-        return index
     starts = torch.zeros_like(index)
     if documents is not None:
         starts[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], index[:, 1:], 0)
