@@ -36,19 +36,16 @@ class KVCache:
         self.positions = torch.empty(batch_size, capacity, dtype=torch.long, device=weight.device)
         self.documents = torch.empty_like(self.positions)
         self.isolated = False  # whether any token came with a document id
-        self.capacity, self.start, self.length = capacity, 0, 0
+        self.capacity, self.start, self.length, self.bucket = capacity, 0, 0, 0
         self.ids: list[int] = []
         self.cursor: Tensor | None = None
-        self.bucket = 0
 
     def check_room(self, batch_size: int, count: int) -> None:
         """Raise ValueError unless `count` more tokens of a batch of this size fit."""
         end = self.length + count
         if batch_size != len(self.positions) or end > self.capacity:
-            raise ValueError(
-                f"the cache holds {len(self.positions)} x {self.capacity} tokens; "
-                f"asked for a batch of {batch_size} up to token {end}"
-            )
+            held = f"the cache holds {len(self.positions)} x {self.capacity} tokens"
+            raise ValueError(f"{held}; asked for a batch of {batch_size} up to token {end}")
 
     def next_positions(self, count: int) -> Tensor:
         """Positions [B, count] that follow the last one held."""
@@ -88,23 +85,21 @@ class KVCache:
         if self.cursor is None:
             self.start, self.length = self.length, self.length + positions.shape[1]
         self.isolated = documents is not None
-        self._write(self.positions, 1, positions)
-        self._write(self.documents, 1, torch.zeros_like(positions) if documents is None else documents)
-        end, first = (self.length, self.start) if self.cursor is None else (self.bucket, self.cursor[0])
-        held = self.documents[:, :end] if self.isolated else None
-        return Layout(positions, self.positions[:, :end], documents, held, slopes=slopes, first=first)
+        places = self._write(self.positions, 1, positions)
+        held = self._write(self.documents, 1, torch.zeros_like(positions) if documents is None else documents)
+        first = self.start if self.cursor is None else self.cursor[0]
+        return Layout(positions, places, documents, held if self.isolated else None, slopes=slopes, first=first)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values [B, G, T, K]; returns all [B, G, S, K]."""
-        end = self.length if self.cursor is None else self.bucket
-        keys, values = self._write(self.keys[layer], 2, keys), self._write(self.values[layer], 2, values)
-        return keys[:, :, :end], values[:, :, :end]
+        return self._write(self.keys[layer], 2, keys), self._write(self.values[layer], 2, values)
 
     def _write(self, held: Tensor, axis: int, new: Tensor) -> Tensor:
+        """Store what is new, along the axis of the tokens; returns what is read from now on."""
         if self.cursor is not None:
-            return held.index_copy_(axis, self.cursor, new.to(held.dtype))
+            return held.index_copy_(axis, self.cursor, new.to(held.dtype)).narrow(axis, 0, self.bucket)
         held.narrow(axis, self.start, new.shape[axis]).copy_(new)
-        return held
+        return held.narrow(axis, 0, self.length)
 
 
 class StaticStep:
@@ -116,9 +111,8 @@ class StaticStep:
 
     def __init__(self, step: Callable[..., Tensor], cache: KVCache) -> None:
         self.step, self.cache, self.bucket = step, cache, 0
-        self.cursor = cache.positions.new_zeros(1)
+        self.cursor, self.records = cache.positions.new_zeros(1), cache.positions.is_cuda
         self.inputs: list[Tensor | None] = []
-        self.records = self.cursor.is_cuda
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:

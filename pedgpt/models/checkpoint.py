@@ -62,8 +62,7 @@ def load_weights(
     told = _told("missing", missing, unexpected) + _told("unexpected", unexpected, missing)
     if told := told + _told("misshapen", misshapen, ()):
         raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(told)}")
-    weights: dict[str, Tensor] = {}
-    targets, places = model.state_dict(), {0}
+    weights, targets, places = {}, model.state_dict(), {0}
     for key in [key for key in stored.tensors if not (tied and key == HEAD)]:
         weights[key] = _read(stored, key, targets[key], dtype, torch.device(device))
         # A .bin may hold one tensor under two names; unless tied, they are two parameters.
@@ -73,8 +72,18 @@ def load_weights(
     model.load_state_dict(weights, assign=True, strict=False)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    if model.config.normalize_head:
-        _warn_of_zero_rows(model.lm_head.weight, folder)
+    if not model.config.normalize_head:
+        return
+    head, first = _local(model.lm_head.weight.detach())  # of a sharded head each rank names its own rows
+    lengths = torch.cat([torch.linalg.vector_norm(rows.float(), dim=-1) for rows in head.split(1024)])
+    if ids := [first + row for row in (lengths < SHORTEST).nonzero().flatten().tolist()]:
+        named = f"{', '.join(map(str, ids[:5]))}{', …' * (len(ids) > 5)} ({len(ids)} in all)"
+        warnings.warn(
+            f"{folder}: the rows of lm_head.weight for the tokens {named} are zeros. A normalised head gives such "
+            "tokens the logit 0 and cannot train them: right for padding. Fill the rows of new tokens first, with the "
+            "mean of the other rows for example",
+            stacklevel=2,
+        )
 
 
 def save_model(
@@ -86,10 +95,9 @@ def save_model(
     `weights` and `config` replace the model's own; of weights that come name by name, at most one shard is held. Each
     file is written under a temporary name, synced, and renamed when all are there. Raises ValueError for adapters.
     """
-    config, folder = config or model.config, Path(folder)
+    config, folder, total = config or model.config, Path(folder), 0
     weights = model.state_dict() if weights is None else weights
     parts: dict[Path, dict[str, torch.dtype]] = {}  # temporary files with what they hold
-    total = 0
     with ExitStack() as leftovers:
         for shard in _shards(config, weights.items() if isinstance(weights, Mapping) else weights):
             folder.mkdir(parents=True, exist_ok=True)
@@ -101,12 +109,11 @@ def save_model(
                 save_file(shard, part, metadata={"format": "pt"})
                 sync(part)  # every part is complete on the disk before the first one gets its name
             shard.clear()
-        count, live = len(parts), set()
-        with suppress(ValueError):  # a broken folder may be saved over
-            live = {file.name for file in weight_files(folder)}
+        count = len(parts)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [WEIGHTS]
-        if count > 1 and live & set(names):  # never over a live shard
-            names = [name.replace(".", "-b.") for name in names]
+        with suppress(ValueError):  # a broken folder may be saved over
+            if count > 1 and any(file.name in names for file in weight_files(folder)):  # never over a live shard
+                names = [name.replace(".", "-b.") for name in names]
         for part, name in zip(parts, names, strict=True):
             settle(part, folder / name)
     # What counts is the index where there is one: with its change, or its end, the new weights take over at once.
@@ -152,13 +159,8 @@ def round_weights(weights: NamedTensors, dtype: torch.dtype, *, since: str | Pat
     with suppress(ValueError, OSError):  # the result is saved even where this cannot be measured
         start = Weights(Path(since))
     for name, trained in weights:
-        saved = trained.to(dtype)
-        if (
-            start
-            and name in start.tensors
-            and start.tensors[name].shape == trained.shape
-            and saved.dtype != trained.dtype
-        ):
+        saved, stored = trained.to(dtype), start.tensors.get(name) if start else None
+        if start and stored is not None and stored.shape == trained.shape and saved.dtype != trained.dtype:
             step = max(1, min(len(trained), trained.numel() // COMPARED))
             with suppress(ValueError, OSError):
                 before, after, rounded = (x[::step].to(trained.dtype) for x in (start.whole(name), trained, saved))
@@ -210,17 +212,3 @@ def _read(stored: Weights, key: str, target: Tensor, dtype: torch.dtype | None, 
         part = local[row : row + step]
         part.copy_(stored.rows(key, first + row, first + row + len(part)))
     return tensor
-
-
-def _warn_of_zero_rows(weight: Tensor, folder: str | Path) -> None:
-    """Name the tokens whose row of a normalised head is zeros; of a sharded head each rank names its own."""
-    local, first = _local(weight.detach())
-    lengths = torch.cat([torch.linalg.vector_norm(rows.float(), dim=-1) for rows in local.split(1024)])
-    if ids := [first + row for row in (lengths < SHORTEST).nonzero().flatten().tolist()]:
-        named = f"{', '.join(map(str, ids[:5]))}{', …' * (len(ids) > 5)} ({len(ids)} in all)"
-        warnings.warn(
-            f"{folder}: the rows of lm_head.weight for the tokens {named} are zeros. A normalised head gives such "
-            "tokens the logit 0 and cannot train them: right for padding. Fill the rows of new tokens first, with the "
-            "mean of the other rows for example",
-            stacklevel=3,
-        )

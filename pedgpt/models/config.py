@@ -15,8 +15,7 @@ OWN_KEYS = {"positions": "pedgpt_positions", "normalize_head": "pedgpt_norm_head
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What transformers takes for a key that is missing.
 DEFAULTS = {"hidden_act": "silu", "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
-# Beyond these no checkpoint is real, and the sizes of its tensors overflow.
-MAX_SIZE, MAX_LAYERS = 2**24, 1024
+MAX_SIZE, MAX_LAYERS = 2**24, 1024  # Beyond these no checkpoint is real, and the sizes of its tensors overflow.
 ROPE_SCALING = {  # the numbers that each type needs
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -60,17 +59,14 @@ class ModelConfig:
         for item in fields(self):
             if item.type in KINDS:
                 _check(OWN_KEYS.get(item.name, item.name), getattr(self, item.name), str(item.type))
-        heads, groups, size = self.num_attention_heads, self.num_key_value_heads, self.head_dim
-        for fits, message in (
-            (self.model_type in FAMILIES, f"model_type {self.model_type!r} is not supported"),
-            (self.num_hidden_layers <= MAX_LAYERS, f"num_hidden_layers is above {MAX_LAYERS}"),
-            (heads * size <= MAX_SIZE, f"{heads} heads of {size} exceed {MAX_SIZE}"),
-            (heads % groups == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"),
-            (self.positions in ("rope", "alibi"), f'pedgpt_positions is no "rope" or "alibi", but {self.positions!r}'),
-            (self.positions == "alibi" or size % 2 == 0, f"rotary positions need an even head_dim, found {size}"),
-            (heads == groups or not self.fused_qkv, "W_pack needs as many key-value heads as attention heads"),
-        ):
-            _require(fits, message)
+        heads, groups, size, kind = self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.positions
+        _require(self.model_type in FAMILIES, f"model_type {self.model_type!r} is not supported")
+        _require(self.num_hidden_layers <= MAX_LAYERS, f"num_hidden_layers is above {MAX_LAYERS}")
+        _require(heads * size <= MAX_SIZE, f"{heads} heads of {size} exceed {MAX_SIZE}")
+        _require(heads % groups == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+        _require(kind in ("rope", "alibi"), f'pedgpt_positions is no "rope" or "alibi", but {kind!r}')
+        _require(kind == "alibi" or size % 2 == 0, f"rotary positions need an even head_dim, found {size}")
+        _require(heads == groups or not self.fused_qkv, "W_pack needs as many key-value heads as attention heads")
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
@@ -85,8 +81,7 @@ class ModelConfig:
                 raise ValueError(f"{path}: no such file; expected a model folder with config.json")
             source = read_object(path.parent, path.name)
         name: Any = source.get("model_type")
-        known = isinstance(name, str) and name in FAMILIES
-        _require(known, f"model_type {name!r} is not supported; expected one of {', '.join(FAMILIES)}")
+        _require(name in [*FAMILIES], f"model_type {name!r} is not supported; expected one of {', '.join(FAMILIES)}")
         missing = [key for key in REQUIRED if key not in source]
         _require(not missing, f"missing {', '.join(missing)} (found: {', '.join(sorted(map(str, source)))})")
         family = FAMILIES[name]

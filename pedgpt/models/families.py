@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """How to read and write a family's config.json."""
 
     architecture: str  # transformers' name of the class
     biases: tuple[str, ...] = ()  # which switches of biases the file has: attention_bias is for q, k, v and o
-    network: Mapping[str, bool] = field(default_factory=dict)  # fields of ModelConfig that no key of the file tells
-    by_size: Mapping[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)  # those that only a size tells
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys that the file lacks
-    written: Mapping[str, Any] = field(default_factory=dict)  # for keys that transformers needs
+    network: Mapping[str, bool] = {}  # fields of ModelConfig that no key of the file tells
+    by_size: Mapping[str, Mapping[int, Mapping[str, Any]]] = {}  # those that only a size tells
+    defaults: Mapping[str, Any] = {}  # for keys that the file lacks
+    written: Mapping[str, Any] = {}  # for keys that transformers needs
     length_key: str = "max_position_embeddings"
 
 

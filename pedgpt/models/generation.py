@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,7 @@ from pedgpt.files import read_object
 from pedgpt.kernels import linear
 from pedgpt.kernels.cpu.packed import PackedWeights
 from pedgpt.models.cache import KVCache, StaticStep
-
-if TYPE_CHECKING:
-    from pedgpt.models.transformer import Transformer
+from pedgpt.models.transformer import Transformer
 
 LAY_OUT_FROM = 16  # new tokens; to lay out the weights or to record a graph takes as long as decoding about five
 MIN_TEMPERATURE = 1e-20  # a division by less makes usual logits overflow
@@ -42,9 +39,26 @@ def generate_steps(
     copies the weights for the call into a layout that it reads faster, and a GPU records a graph. Raises ValueError for
     an empty prompt, an id outside the vocabulary, a setting out of range, and logits that are not finite.
     """
-    _check_prompts(model, prompts, max_new_tokens)
-    sampling = _Sampling(temperature, top_k, top_p, repetition_penalty)
-    stop = _StopStrings(stop_strings, decode, len(prompts))
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, found {max_new_tokens}")
+    if temperature < 0 or 0 < temperature < MIN_TEMPERATURE:
+        least = f"at least {MIN_TEMPERATURE}, found {temperature}"
+        raise ValueError(f"temperature must be 0, which takes the most probable token, or {least}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1 or None, found {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1] or None, found {top_p}")
+    if not (math.isfinite(temperature) and math.isfinite(repetition_penalty) and repetition_penalty > 0):
+        raise ValueError(f"{temperature=} and {repetition_penalty=} must be finite and positive")
+    if isinstance(stop_strings, str) or not all(stop_strings):
+        raise ValueError(f"stop_strings is {stop_strings!r}; expected a list of texts that are not empty")
+    if stop_strings and decode is None:
+        raise ValueError("stop_strings needs decode, the function that makes text of ids: a tokenizer's decode")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} is empty; give at least one token")
+        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+            raise ValueError(f"prompt {i} holds an id outside the vocabulary of {model.config.vocab_size} tokens")
     if not prompts or max_new_tokens == 0:
         return
     room = max(map(len, prompts)) + max_new_tokens
@@ -59,14 +73,20 @@ def generate_steps(
             seen[row, list(prompt)] = True
     generator = None if seed is None else torch.Generator(seen.device).manual_seed(seed)
     running = [True] * len(prompts)
+    # Only the end of a row's text is decoded to look for stop strings; a token may be a single byte.
+    ends, reach = [list[int]() for _ in prompts], max((len(text.encode()) for text in stop_strings), default=0) + 8
     reader = _read(model, prompts, cache, for_many=max_new_tokens >= LAY_OUT_FROM)
     logits = next(reader)
     for count in range(1, max_new_tokens + 1):
-        chosen, ids = sampling.choose(logits, seen, running, generator)
+        chosen, ids = _choose(logits, seen, running, generator, temperature, top_k, top_p, repetition_penalty)
         step: list[int | None] = []
         for row, token in enumerate(ids):
             step.append(token if running[row] else None)
-            running[row] = running[row] and token not in stop_tokens and not stop.completed_by(row, token)
+            running[row] = running[row] and token not in stop_tokens
+            if running[row] and stop_strings and decode:
+                ends[row] = [*ends[row][-reach:], token]
+                text = decode(ends[row])
+                running[row] = not any(stop in text for stop in stop_strings)
         yield step
         if not any(running) or count == max_new_tokens:
             return
@@ -115,11 +135,10 @@ def _recordable(model: Transformer) -> bool:
 
     NOTE: `gate_record` is an attribute of expert layers, set by `adapters.record_gates`, which models may not import.
     """
-    watched = (
+    return model.model.embed_tokens.weight.is_cuda and not any(
         m.training or m._forward_hooks or m._forward_pre_hooks or getattr(m, "gate_record", None)
         for m in model.modules()
     )
-    return model.model.embed_tokens.weight.is_cuda and not any(watched)
 
 
 def generate(
@@ -158,91 +177,48 @@ def generation_defaults(folder: str | Path) -> dict[str, Any]:
     for key, plain in (("num_beams", 1), ("penalty_alpha", 0), ("typical_p", 1.0), ("min_p", 0)):
         if read(key, plain, (int, float)) != plain:
             raise ValueError(f"{file}: {key} is {raw[key]!r}; only greedy decoding and plain sampling are supported")
-    ends = raw.get("eos_token_id")
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    given = raw.get("eos_token_id")
+    ends = [] if given is None else given if isinstance(given, list) else [given]
     if not all(type(end) is int for end in ends):
-        raise ValueError(f"{file}: eos_token_id is {raw['eos_token_id']!r}; expected an id or a list of ids")
+        raise ValueError(f"{file}: eos_token_id is {given!r}; expected an id or a list of ids")
     found: dict[str, Any] = {"stop_tokens": tuple(ends), "temperature": 0.0}
     if read("do_sample", False, bool):
-        found["temperature"] = float(read("temperature", 1.0, (int, float)))
+        found |= {key: float(read(key, 1.0, (int, float))) for key in ("temperature", "top_p")}
         found["top_k"] = read("top_k", 50, int) or None
-        found["top_p"] = float(read("top_p", 1.0, (int, float)))
     found["repetition_penalty"] = float(read("repetition_penalty", 1.0, (int, float)))
-    if (limit := read("max_new_tokens", None, int)) is not None:
-        found["max_new_tokens"] = limit
-    return found
+    limit = read("max_new_tokens", None, int)
+    return found if limit is None else found | {"max_new_tokens": limit}
 
 
-class _StopStrings:
-    """Whether the newest token of a row completes one of the strings; only the end of the row's text is decoded."""
+def _choose(
+    logits: Tensor, seen: Tensor, running: Sequence[bool], generator: torch.Generator | None,
+    temperature: float, top_k: int | None, top_p: float | None, penalty: float,
+) -> tuple[Tensor, list[int]]:  # fmt: skip
+    """Ids [B] from logits [B, V], also as a list; `seen` [B, V] marks the tokens so far, and is kept.
 
-    def __init__(self, strings: Sequence[str], decode: Callable[[list[int]], str] | None, rows: int) -> None:
-        if isinstance(strings, str) or not all(strings):
-            raise ValueError(f"stop_strings is {strings!r}; expected a list of texts that are not empty")
-        if strings and decode is None:
-            raise ValueError("stop_strings needs decode, the function that makes text of ids: a tokenizer's decode")
-        self.strings, self.decode = strings, decode
-        self.reach = max((len(text.encode()) for text in strings), default=0) + 8  # a token may be a single byte
-        self.ids: list[list[int]] = [[] for _ in range(rows)]
-
-    def completed_by(self, row: int, token: int) -> bool:
-        if self.decode is None or not self.strings:
-            return False
-        self.ids[row] = [*self.ids[row][-self.reach :], token]
-        text = self.decode(self.ids[row])
-        return any(stop in text for stop in self.strings)
-
-
-@dataclass
-class _Sampling:
-    """How the next id is chosen."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    repetition_penalty: float
-
-    def __post_init__(self) -> None:
-        temperature, penalty = self.temperature, self.repetition_penalty
-        if temperature < 0 or 0 < temperature < MIN_TEMPERATURE:
-            least = f"at least {MIN_TEMPERATURE}, found {temperature}"
-            raise ValueError(f"temperature must be 0, which takes the most probable token, or {least}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, found {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] or None, found {self.top_p}")
-        if not math.isfinite(temperature) or not math.isfinite(penalty) or penalty <= 0:
-            raise ValueError(f"temperature {temperature} and repetition_penalty {penalty} must be finite and positive")
-
-    def choose(
-        self, logits: Tensor, seen: Tensor, running: Sequence[bool], generator: torch.Generator | None
-    ) -> tuple[Tensor, list[int]]:
-        """Ids [B] from logits [B, V], also as a list; `seen` [B, V] marks the tokens so far, and is kept."""
-        given = logits = logits.float()
-        if self.repetition_penalty != 1.0:
-            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = torch.where(seen, penalised, logits)
-        finite = (logits.abs().amax(-1) / (self.temperature or 1.0)).isfinite()  # NaN is the largest of all
-        logits = logits.where(finite[:, None], 0.0)  # Rows that have stopped no longer count.
-        chosen = _sample(logits, self.temperature, self.top_k, self.top_p, generator)
-        if self.repetition_penalty != 1.0:
-            seen.scatter_(1, chosen[:, None], True)
-        ids, fine = torch.stack((chosen, finite.long())).tolist()  # together, to wait for the device once
-        self._refuse_overflow(given, [row for row, goes_on in enumerate(running) if goes_on and not fine[row]])
-        return chosen, ids
-
-    def _refuse_overflow(self, logits: Tensor, rows: Sequence[int]) -> None:
-        """ValueError that names these rows, whose scores are not finite, and whether model or settings did it."""
-        if broken := [row for row in rows if not logits[row].isfinite().all()]:
-            raise ValueError(
-                f"the model computes logits that are not finite for prompts {broken} (counted from 0); its weights are "
-                "damaged, or too large for float16: load it in float32 or bfloat16"
-            )
-        if rows:
-            raise ValueError(
-                f"temperature={self.temperature}, repetition_penalty={self.repetition_penalty} makes the logits of "
-                f"prompts {rows} (counted from 0) overflow; a temperature of 0 always takes the most probable token"
-            )
+    ValueError names the rows that run on and whose scores are not finite, and whether model or settings did it.
+    """
+    given = logits = logits.float()
+    if penalty != 1.0:
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    finite = (logits.abs().amax(-1) / (temperature or 1.0)).isfinite()  # NaN is the largest of all
+    logits = logits.where(finite[:, None], 0.0)  # Rows that have stopped no longer count.
+    chosen = _sample(logits, temperature, top_k, top_p, generator)
+    if penalty != 1.0:
+        seen.scatter_(1, chosen[:, None], True)
+    ids, fine = torch.stack((chosen, finite.long())).tolist()  # together, to wait for the device once
+    rows = [row for row, goes_on in enumerate(running) if goes_on and not fine[row]]
+    if broken := [row for row in rows if not given[row].isfinite().all()]:
+        raise ValueError(
+            f"the model computes logits that are not finite for prompts {broken} (counted from 0); its weights are "
+            "damaged, or too large for float16: load it in float32 or bfloat16"
+        )
+    if rows:
+        raise ValueError(
+            f"temperature={temperature}, repetition_penalty={penalty} makes the logits of prompts {rows} (counted from "
+            "0) overflow; a temperature of 0 always takes the most probable token"
+        )
+    return chosen, ids
 
 
 def _sample(
@@ -261,13 +237,3 @@ def _sample(
         beyond = probabilities.cumsum(-1) - probabilities >= top_p  # the token that crosses top_p stays
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
-
-
-def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {i} is empty; give at least one token")
-        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-            raise ValueError(f"prompt {i} holds an id outside the vocabulary of {model.config.vocab_size} tokens")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, found {max_new_tokens}")

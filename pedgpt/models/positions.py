@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pedgpt.models.config import ModelConfig
+from pedgpt.models.config import ModelConfig
 
 
 def rotary_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin for positions [B, T], each [B, 1, T, K], computed in float32 and rounded to `dtype` at the end."""
-    scaling = config.rope_scaling
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, positions.device)
     angles = positions[:, None, :, None].float() * torch.cat((frequencies, frequencies))
-    factor = attention_factor(scaling)
+    factor = attention_factor(config.rope_scaling)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
@@ -81,8 +79,6 @@ def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
 def document_positions(tokens: Tensor, documents: Tensor | None, branches: Tensor | None = None) -> Tensor:
     """Positions [B, T] that count from 0 and restart wherever `documents` changes, in each branch after the trunk."""
     index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-    if documents is None and branches is None:
-        return index
     starts = torch.zeros_like(index)
     if documents is not None:
         starts[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], index[:, 1:], 0)

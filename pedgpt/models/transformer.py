@@ -2,7 +2,6 @@
 
 - Pre-norm blocks with RMSNorm, SwiGLU, grouped key-value heads, rotary embedding or ALiBi; no dropout.
 - Packed documents and trees of branches in a row: one `Layout` a batch tells every layer who sees whom.
-- NormHead: logits by rows of unit length, computed anew in each forward pass and never written into the weights.
 - One forward pass for training and decoding: a cache gives a layout, too, and takes the new keys and values.
 
 Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value heads, K head_dim, V vocabulary.
@@ -11,7 +10,7 @@ Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pedgpt.kernels import Layout, Linear, add_rms_norm, attention, linear, rms_norm, rotary, swiglu, unit_rows
 from pedgpt.kernels.recompute import CHECKPOINTING, selective
+from pedgpt.models.cache import KVCache
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.positions import alibi_slopes, document_positions, rotary_tables
-
-if TYPE_CHECKING:
-    from pedgpt.models.cache import KVCache
 
 Tables = tuple[Tensor, Tensor] | None  # cos and sin of the rotary embedding; None for ALiBi
 
@@ -49,8 +46,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.head_dim = size
-        self.fused_qkv = config.fused_qkv
+        self.head_dim, self.fused_qkv = size, config.fused_qkv
         if self.fused_qkv:
             self.W_pack = Linear(config.hidden_size, 3 * heads * size, bias=config.attention_bias)
         else:
@@ -113,9 +109,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         # NOTE: no random numbers yet, because on the meta device drawing them takes longer than the rest of loading.
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False
-        )
+        unset = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(unset, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -175,28 +170,24 @@ class Transformer(nn.Module):
         and is seen by all that follows it; then any number of branches, each one run of its own integer, which see the
         trunk and themselves. The positions of each go on from the trunk's.
         `positions` [B, T] overrides the positions so derived. With `cache`, `tokens` continue what the cache holds.
-        Raises ValueError for a shape that is not [B, T], a batch that differs from the cache's, or `branches` with a
-        `cache`.
+        Raises ValueError for another shape, a batch that differs from the cache's, or `branches` with a `cache`.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have the shape [batch, tokens], found {list(tokens.shape)}")
         for name, value in (("positions", positions), ("documents", documents), ("branches", branches)):
             if value is not None and value.shape != tokens.shape:
                 raise ValueError(f"{name} has the shape {list(value.shape)}, tokens have {list(tokens.shape)}")
-        if cache is not None:
+        alibi = self.config.positions == "alibi"
+        slopes = alibi_slopes(self.config.num_attention_heads, tokens.device) if alibi else None
+        if cache is None:
+            positions = document_positions(tokens, documents, branches) if positions is None else positions
+            layout = Layout(positions, positions, documents, documents, branches, slopes)
+        else:
             if branches is not None:
                 raise ValueError("a cache holds no branches; continue each branch as a row of its own")
             cache.check_room(*tokens.shape)
-        if positions is None and cache is not None:
-            positions = cache.next_positions(tokens.shape[1])
-        elif positions is None:
-            positions = document_positions(tokens, documents, branches)
-        alibi = self.config.positions == "alibi"
-        slopes = alibi_slopes(self.config.num_attention_heads, tokens.device) if alibi else None
-        layout = Layout(positions, positions, documents, documents, branches, slopes)
-        if cache is not None:
+            positions = cache.next_positions(tokens.shape[1]) if positions is None else positions
             layout = cache.extend(positions, documents, slopes)
-
         hidden = self.model.embed_tokens(tokens)
         tables = None if alibi else rotary_tables(self.config, positions, hidden.dtype)
         how = self.activation_checkpointing if torch.is_grad_enabled() and cache is None else "none"
@@ -209,10 +200,8 @@ class Transformer(nn.Module):
         return self.model.norm(hidden)
 
     def head_weight(self) -> Tensor:
-        """The output matrix [V, D] as it multiplies: for NormHead, rows of unit length (normalised in float32)."""
-        if not self.config.normalize_head:
-            return self.lm_head.weight
-        return torch.cat(list(self._normalized_rows()))
+        """The output matrix [V, D] as it multiplies: NormHead's rows have unit length, and are written nowhere."""
+        return torch.cat(list(self._normalized_rows())) if self.config.normalize_head else self.lm_head.weight
 
     def _normalized_rows(self) -> Iterator[Tensor]:
         """NormHead's matrix in slices: the float32 copy of Baichuan2's whole head would be 2 GB."""

@@ -129,16 +129,15 @@ def _check_pickle(content: bytes) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder that hold its weights, safetensors before .bin; ValueError if an index leads elsewhere."""
-    for index_name, single in ((INDEX, WEIGHTS), (BIN_INDEX, BIN)):
+    for index_name, single, suffix in ((INDEX, WEIGHTS, ".safetensors"), (BIN_INDEX, BIN, ".bin")):
         if index := own_file(folder, index_name):
             weight_map = read_object(folder, index_name).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index}: not an index with a weight_map")
             for name in weight_map.values():
                 plain = isinstance(name, str) and Path(name).name == name and name.isprintable()
-                if not plain or Path(name).suffix != Path(single).suffix:
-                    expected = f"a {Path(single).suffix} file of this folder"
-                    raise ValueError(f"{index}: weight_map names {name!r}; expected {expected}")
+                if not plain or Path(name).suffix != suffix:
+                    raise ValueError(f"{index}: weight_map names {name!r}; expected a {suffix} file of this folder")
                 if own_file(folder, name) is None:
                     raise ValueError(f"{folder / name}: no such file, though {index.name} names it")
             return [folder / name for name in sorted(set(weight_map.values()))]
