@@ -2,6 +2,7 @@
 
 - Pre-norm blocks with RMSNorm, SwiGLU, grouped key-value heads, rotary embedding or ALiBi; no dropout.
 - Packed documents and trees of branches in a row: one `Layout` a batch tells every layer who sees whom.
+- NormHead: logits by rows of unit length, computed anew in each forward pass and never written into the weights.
 - One forward pass for training and decoding: a cache gives a layout, too, and takes the new keys and values.
 
 Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value heads, K head_dim, V vocabulary.
@@ -108,9 +109,11 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # NOTE: no random numbers yet, because on the meta device drawing them takes longer than the rest of loading.
-        unset = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(unset, freeze=False)
+        shape = config.vocab_size, config.hidden_size
+        if torch.get_default_device().type == "meta":  # Drawing numbers there takes longer than the rest of loading.
+            self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(shape), freeze=False)
+        else:
+            self.embed_tokens = nn.Embedding(*shape)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -200,7 +203,7 @@ class Transformer(nn.Module):
         return self.model.norm(hidden)
 
     def head_weight(self) -> Tensor:
-        """The output matrix [V, D] as it multiplies: NormHead's rows have unit length, and are written nowhere."""
+        """The output matrix [V, D] as it multiplies: for NormHead, rows of unit length, normalised in float32."""
         return torch.cat(list(self._normalized_rows())) if self.config.normalize_head else self.lm_head.weight
 
     def _normalized_rows(self) -> Iterator[Tensor]:
