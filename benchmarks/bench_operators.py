@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels import attention, linear, linear_nll, lora_linear, rms_norm, swiglu
+from pedgpt.kernels import attention, linear, linear_nll, lora_linear, rms_norm, rotary, swiglu
 from pedgpt.kernels.attention import Layout
 from pedgpt.kernels.cpu import choice
 from pedgpt.kernels.cpu.packed import PackedWeights
@@ -115,6 +115,29 @@ def pointwise_cases(size: str, tokens: int, hidden: int, wide: int, dtype: torch
     yield Case(f"swiglu{bits}", size, *forms, error)
 
 
+def rotary_cases(size: str, tokens: int, hidden: int, dtype: torch.dtype) -> Iterator[Case]:
+    q, k, dy, angle = (random(1, tokens, HEADS, hidden // HEADS) for _ in range(4))
+    q, k, dy = (x.to(dtype) for x in (q, k, dy))
+    half = angle[:, :, 0, : hidden // HEADS // 2]
+    cos, sin = (table(torch.cat((half, half), -1)).to(dtype) for table in (torch.cos, torch.sin))
+    tables = cos[:, None], sin[:, None]
+
+    def ours(q: Tensor, k: Tensor) -> Tensor:
+        return torch.stack(rotary(q, k, *tables))
+
+    def torchs(q: Tensor, k: Tensor) -> Tensor:
+        """As transformers writes it."""
+        c, s = cos.unsqueeze(2), sin.unsqueeze(2)
+        turned = [torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1) for x in (q, k)]
+        return torch.stack([x * c + y * s for x, y in zip((q, k), turned, strict=True)])
+
+    error, bits = (1e-5, "") if dtype == torch.float32 else (1e-2, " bf16")
+    forms = (both_ways(f, q, k, dy=torch.stack((dy, dy))) for f in (ours, torchs))
+    yield Case(f"rotary{bits}", size, *forms, error)
+    forms = (without_gradients(lambda f=f: f(q, k)) for f in (ours, torchs))
+    yield Case(f"rotary{bits} forward", size, *forms, error)
+
+
 def attention_cases(size: str, tokens: int, hidden: int, dtype: torch.dtype) -> Iterator[Case]:
     q, k, v, dy = (random(1, HEADS, tokens, hidden // HEADS, dtype=dtype) for _ in range(4))
     error, bits = (1e-5, "") if dtype == torch.float32 else (2e-2, " bf16")
@@ -123,9 +146,10 @@ def attention_cases(size: str, tokens: int, hidden: int, dtype: torch.dtype) -> 
     documents = (torch.arange(tokens) * 4 // tokens)[None]
     positions = torch.arange(tokens)[None] % (tokens // 4)
     seen = (documents[:, :, None] == documents[:, None]).tril()[:, None]
+    layout = Layout(positions, positions, documents, documents)  # and `seen`: made once for all layers of a model
 
     def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, Layout(positions, positions, documents, documents))
+        return attention(q, k, v, layout)
 
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
@@ -184,6 +208,7 @@ def cases(size: str) -> Iterator[Case]:
     yield from linear_cases(size, tokens, hidden, wide)
     for dtype in (torch.float32, HALF):
         yield from pointwise_cases(size, tokens, hidden, wide, dtype)
+        yield from rotary_cases(size, tokens, hidden, dtype)
         yield from attention_cases(size, tokens, hidden, dtype)
     yield from head_cases(size, tokens, hidden, vocabulary)
     yield from adapter_cases(size, tokens, hidden, wide)

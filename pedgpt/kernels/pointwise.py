@@ -48,6 +48,16 @@ def _norm_backward(dy: Tensor, dtotal: Any, total: Tensor, weight: Tensor, scale
     return dx if dtotal is None else dx.to(total.dtype) + dtotal, dweight
 
 
+def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The bits of the naive form, in two thirds of its passes."""
+    cos, sin, half = cos.transpose(1, 2), sin.transpose(1, 2), q.shape[-1] // 2
+    found = q * cos, k * cos
+    for x, turned in zip((q, k), found, strict=True):
+        turned[..., :half] -= x[..., half:] * sin[..., :half]
+        turned[..., half:] += x[..., :half] * sin[..., half:]
+    return found[0].to(q.dtype), found[1].to(k.dtype)
+
+
 # The Triton forms
 
 if triton is not None:
@@ -202,14 +212,16 @@ class _RMSNorm(torch.autograd.Function):
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Any) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotary_triton(q, k, cos, sin)
+        ctx.form = form
+        return form(q, k, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return *rotary(dq, dk, cos, -sin, impl="triton"), None, None
+        (cos, sin), again = ctx.saved_tensors, torch.is_grad_enabled() or transformed()
+        impl = "torch" if ctx.form is _rotary else "triton"
+        return *(rotary(dq, dk, cos, -sin, impl) if again else ctx.form(dq, dk, cos, -sin)), None, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -261,12 +273,14 @@ def add_rms_norm(
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str | None = None) -> tuple[Tensor, Tensor]:
     """x·cos + (−x₂, x₁)·sin of q [B, T, H, K] and k [B, T, G, K] (Su et al. 2021), both possibly views of one tensor.
 
-    cos and sin [B, 1, T, K] have two equal halves. On the Triton form they get no gradient.
+    cos and sin [B, 1, T, K] have two equal halves and get no gradient.
     """
-    if transformed() or not by_triton(impl, q):
+    form, grad = _rotary_triton if not transformed() and by_triton(impl, q) else _rotary, torch.is_grad_enabled()
+    # Fewer passes pay with gradients, and where half a head is long enough to be read in one go.
+    if transformed() or (form is _rotary and not (grad and q.shape[-1] >= 64)):
         cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
         return naive.rotary(q, cos, sin), naive.rotary(k, cos, sin)
-    return _Rotary.apply(q, k, cos, sin) if torch.is_grad_enabled() else _rotary_triton(q, k, cos, sin)
+    return _Rotary.apply(q, k, cos, sin, form) if grad else form(q, k, cos, sin)
 
 
 def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
