@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.kernels import naive
-from pedgpt.kernels._transforms import autocast_dtype, transformed
+from pedgpt.kernels._transforms import autocast_dtype, transformed, without_numbers
 from pedgpt.kernels._triton import by_triton, tl, triton
 from pedgpt.kernels.recompute import recomputable
 
@@ -32,8 +32,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype:
     wide = total.float() if total.element_size() == 2 else total
     square = wide.square()
     scale = (square.mean(-1, keepdim=True) + eps).rsqrt_()
-    normed = torch.mul(wide, scale, out=square)
-    normed = normed if wide is total else normed.to(total.dtype)
+    normed = torch.mul(wide, scale, out=square) if wide is total else wide.mul_(scale).to(total.dtype)
     y = normed.mul_(weight) if normed.dtype == weight.dtype else weight * normed
     return y if y.dtype == dtype else y.to(dtype), total, scale
 
@@ -178,6 +177,8 @@ def _rotary_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 def _swiglu_triton(gate: Tensor, up: Tensor, dout: Tensor | None = None) -> Any:
+    if without_numbers():  # Only the sizes count.
+        return gate * up if dout is None else (gate * dout, up * dout)
     found = gate.new_empty(gate.shape), None if dout is None else up.new_empty(up.shape)
     gate, up = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
     gate, up = (x if x.stride(1) == 1 else x.contiguous() for x in (gate, up))
@@ -257,7 +258,9 @@ def add_rms_norm(
     if not (grad or autocast or x.is_cuda or impl) and x.dtype == weight.dtype == torch.float32 and x.numel() < SMALL:
         total = x if residual is None else x + residual  # The same bits from one call, if it takes more memory.
         return F.rms_norm(total, weight.shape, weight, eps), total
-    dtype = autocast_dtype(x, torch.promote_types(x.dtype, weight.dtype))
+    dtype = x.dtype
+    if autocast or weight.dtype != dtype:
+        dtype = autocast_dtype(x, torch.promote_types(dtype, weight.dtype))
     if transformed():
         total = x if residual is None else x + residual
         return naive.rms_norm(total, weight, eps).to(dtype), total
@@ -287,7 +290,7 @@ def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
     """silu(gate) · up (Shazeer 2020), of one shape [..., D] and dtype; both may be parts of wider rows."""
     if transformed():
         return naive.swiglu(gate, up)
-    if not by_triton(impl, gate):
+    if not by_triton(impl, gate) and not (impl is None and gate.is_cuda and without_numbers()):
         silu = recomputable(F.silu(gate), F.silu, gate)
         return recomputable(silu * up, torch.mul, silu, up)
     if not torch.is_grad_enabled():
