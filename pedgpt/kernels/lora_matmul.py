@@ -61,7 +61,7 @@ class _LoRALinear(torch.autograd.Function):
         dB = (dy.t() @ h).to(lora_B.dtype) if of_B else None
         dA = drouter = dnoise = None
         if of_A or of_router or of_noise:
-            dP = (x.t() @ ds[:, own]).t().to(lora_A.dtype)  # in this order MKL is up to 1.4 times as fast
+            dP = (ds[:, own].t() @ x).to(lora_A.dtype)
             if dropped is not None:
                 dP = torch.cat(((ds[:, :columns].t() @ dropped).to(lora_A.dtype), dP))
             dA, experts = dP[:columns], 0 if router is None else len(router)
