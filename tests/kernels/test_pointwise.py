@@ -212,8 +212,6 @@ def test_second_derivatives_of_the_triton_form_match_float64(name):
 @both_impls
 @all_operators
 def test_nothing_as_large_as_the_input_is_kept_but_inputs(name, impl):
-    if (name, impl) == ("swiglu", "torch"):
-        return  # It keeps silu(gate), unless under selective checkpointing: see test_recompute.py.
     shape = (2, 8, 2, 2, 16) if name == "rotary" else (16, 32)
     inputs = [value.requires_grad_() for value in draw(OPERATORS[name][3](shape), torch.float32)]
     own, more = {value.data_ptr() for value in inputs}, []
@@ -222,6 +220,8 @@ def test_nothing_as_large_as_the_input_is_kept_but_inputs(name, impl):
     if name == "add_rms_norm":  # keeps the sum, which is an output, in place of its inputs
         own = {outputs[1].data_ptr()} | {inputs[2].data_ptr()}
     limit = 2 * 2 * 8 * 16 if name == "rotary" else 16  # rotary's tables, which all layers share
+    if (name, impl) == ("swiglu", "torch"):
+        limit = 16 * 32  # torch's own form keeps silu(gate), and nothing more; see test_recompute.py
     unique = {t.data_ptr(): t.numel() for t in more if t.data_ptr() not in own}
     assert sum(unique.values()) <= (4 * limit if name == "rotary" and impl == "torch" else limit)
 

@@ -16,7 +16,7 @@ from pedgpt.kernels._transforms import transformed
 
 MAX_ROWS = 64  # With more rows, arithmetic bounds the products and the layout gains little.
 LEAST = 2**17  # numbers of a weight, because for fewer the call costs what the layout gains
-CACHED = 2**22  # numbers of all weights that a processor's cache holds, from which a single row is as fast without it
+CACHED = 2**22  # numbers; fewer in all weights stay in the processor's cache, and one row gains nothing from the layout
 
 
 class _Active(threading.local):

@@ -23,7 +23,7 @@ _times: Any = torch.ops.mkldnn._linear_pointwise.default if AVAILABLE else None
 # torch computes what is smaller, and products of fewer rows, which read a weight once: rearranging it does not pay.
 FEWEST_ROWS = 8
 CLASSES = {"large": (2**29, 256, 512, 5120), "medium": (2**26, 128, 512, 3072)}
-KINDS = ("x W^T", "dy W")  # torch computes dyᵀ x: oneDNN was no faster at it on any processor
+KINDS = ("x W^T", "dy W")  # torch computes dyᵀ x, because oneDNN gained nothing with AVX-512 or AVX2
 
 
 class Linear(nn.Linear):
@@ -100,14 +100,14 @@ def _size_class(x: Tensor, weight: Tensor) -> str | None:
     # A compiler chooses products itself and cannot follow the operator below; torch.func and subclasses lack it.
     if not work or work < CLASSES["medium"][0] or not AVAILABLE or transformed() or torch.jit.is_tracing():
         return None
+    if not torch.backends.mkldnn.enabled:
+        return None
     for t in (x, weight):
         if type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 or t.layout != torch.strided:
             return None
         if t.device.type != "cpu" or t.shape[-1] != x.shape[-1] or t.numel() < FEWEST_ROWS * t.shape[-1]:
             return None
-    return (
-        next(size for size, (least, *_) in CLASSES.items() if work >= least) if torch.backends.mkldnn.enabled else None
-    )
+    return next(size for size, (least, *_) in CLASSES.items() if work >= least)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
