@@ -39,26 +39,7 @@ def generate_steps(
     copies the weights for the call into a layout that it reads faster, and a GPU records a graph. Raises ValueError for
     an empty prompt, an id outside the vocabulary, a setting out of range, and logits that are not finite.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, found {max_new_tokens}")
-    if temperature < 0 or 0 < temperature < MIN_TEMPERATURE:
-        least = f"at least {MIN_TEMPERATURE}, found {temperature}"
-        raise ValueError(f"temperature must be 0, which takes the most probable token, or {least}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, found {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1] or None, found {top_p}")
-    if not (math.isfinite(temperature) and math.isfinite(repetition_penalty) and repetition_penalty > 0):
-        raise ValueError(f"{temperature=} and {repetition_penalty=} must be finite and positive")
-    if isinstance(stop_strings, str) or not all(stop_strings):
-        raise ValueError(f"stop_strings is {stop_strings!r}; expected a list of texts that are not empty")
-    if stop_strings and decode is None:
-        raise ValueError("stop_strings needs decode, the function that makes text of ids: a tokenizer's decode")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {i} is empty; give at least one token")
-        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-            raise ValueError(f"prompt {i} holds an id outside the vocabulary of {model.config.vocab_size} tokens")
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop_strings, decode)
     if not prompts or max_new_tokens == 0:
         return
     room = max(map(len, prompts)) + max_new_tokens
@@ -91,6 +72,33 @@ def generate_steps(
         if not any(running) or count == max_new_tokens:
             return
         logits = reader.send(chosen)
+
+
+def _check(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int | None,
+    top_p: float | None, repetition_penalty: float, stop_strings: Sequence[str], decode: Any,
+) -> None:  # fmt: skip
+    """ValueError for an argument of `generate_steps` that nothing could be decoded with."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, found {max_new_tokens}")
+    if temperature < 0 or 0 < temperature < MIN_TEMPERATURE:
+        least = f"at least {MIN_TEMPERATURE}, found {temperature}"
+        raise ValueError(f"temperature must be 0, which takes the most probable token, or {least}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1 or None, found {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1] or None, found {top_p}")
+    if not (math.isfinite(temperature) and math.isfinite(repetition_penalty) and repetition_penalty > 0):
+        raise ValueError(f"{temperature=} and {repetition_penalty=} must be finite and positive")
+    if isinstance(stop_strings, str) or not all(stop_strings):
+        raise ValueError(f"stop_strings is {stop_strings!r}; expected a list of texts that are not empty")
+    if stop_strings and decode is None:
+        raise ValueError("stop_strings needs decode, the function that makes text of ids: a tokenizer's decode")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} is empty; give at least one token")
+        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+            raise ValueError(f"prompt {i} holds an id outside the vocabulary of {model.config.vocab_size} tokens")
 
 
 def _read(
