@@ -72,14 +72,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
     Without a layout a query sees the keys up to its own, if T = S, or all of them, if T = 1.
     """
     q, k, v = (tensor.to(autocast_dtype(tensor, tensor.dtype)) for tensor in (q, k, v))
-    if layout is not None and q.device.type == "cpu" and q.shape[2] == k.shape[2] and not transformed():
-        if (found := on_cpu.attention(q, k, v, layout)) is not None:
-            return found
-    if without_numbers() and q.is_cuda and q.shape[2] == k.shape[2]:
+    (rows, heads, queries, size), groups = q.shape, k.shape[1]
+    if without_numbers() and q.is_cuda and queries == k.shape[2]:
         layout = None  # Only sizes count, and a causal kernel keeps the same tensors as FlexAttention.
     if layout is not None and layout.plain:
         layout = None
-    (rows, heads, queries, size), groups = q.shape, k.shape[1]
+    if q.device.type == "cpu" and queries == k.shape[2] and not transformed():
+        if (found := on_cpu.attention(q, k, v, layout)) is not None:
+            return found
     if layout is not None and _suits_flex(q):
         score_mod, block_mask = layout.once(_flex_arguments)
         # One for each dtype, head size, one row or several, one length or any, with gradients or without.

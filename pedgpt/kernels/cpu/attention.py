@@ -1,42 +1,55 @@
-"""Packed documents on the CPU: torch's attention kernel for one document after another.
+"""Attention on the CPU by torch's kernel, over fewer scores: document by document, and by halves of a document.
 
-Over a mask of whole rows it would compute all T² scores (`python benchmarks/bench_attention.py` times both).
+Over a mask of whole rows the kernel would compute all T² scores (`python benchmarks/bench_attention.py` times both).
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.kernels._transforms import without_numbers
+from pedgpt.kernels.cpu.products import refuse_create_graph
 
 if TYPE_CHECKING:
     from pedgpt.kernels.attention import Layout
 
-SHORTEST = 384  # For rows of fewer tokens the mask costs as little.
+SHORTEST = 384  # For rows of fewer tokens the mask costs as little, and halves gain nothing.
+LONGEST = 512  # torch's kernel reads so many keys at a time; between longer stretches it skips those that none sees.
+
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor | None:
-    """As `kernels.attention`; None for rows that are one document, or short, or where a document goes on later."""
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None) -> Tensor | None:
+    """As `kernels.attention`, for at least SHORTEST tokens; None for fewer, and where a document goes on later."""
     rows, heads, tokens, size = q.shape
-    fits = all((len(x), *x.shape[2:]) == (rows, tokens, size) for x in (k, v))
-    if layout.documents is None or tokens < SHORTEST or not rows or not fits:
+    fits = all((len(x), *x.shape[2:]) == (rows, tokens, size) for x in (k, v)) and heads % k.shape[1] == 0
+    if tokens < SHORTEST or not rows or not fits:
         return None
-    documents: list[tuple[int, Tensor | None]] = layout.once(_documents, q.dtype)
+    if layout is None:
+        return _attention(q, k, v)
+    documents: list[tuple[int, Tensor | None]] = [] if layout.documents is None else layout.once(_documents, q.dtype)
     if not documents:
         return None
     # The rows one after another, [1, H, B T, K], fall into documents.
-    lengths, found = [length for length, _ in documents], []
+    lengths = [length for length, _ in documents]
     parts = (x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2).split(lengths, dim=2) for x in (q, k, v))
-    settings = {"enable_gqa": heads != k.shape[1]}
-    for q_part, k_part, v_part, (_, mask) in zip(*parts, documents, strict=True):
-        out = F.scaled_dot_product_attention(q_part, k_part, v_part, mask, is_causal=mask is None, **settings)
-        found.append(out.transpose(1, 2))
-    return torch.cat(found, dim=1).view(rows, tokens, heads, size).transpose(1, 2)
+    found = [_attention(*operands, mask) for *operands, (_, mask) in zip(*parts, documents, strict=True)]
+    return torch.cat([out.transpose(1, 2) for out in found], dim=1).view(rows, tokens, heads, size).transpose(1, 2)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One document's, causal where it has no mask."""
+    heads, groups = q.shape[1], k.shape[1]
+    if mask is not None or not SHORTEST <= q.shape[2] <= LONGEST or without_numbers():
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=heads != groups)
+    k, v = (x if heads == groups else x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
+    return _Halves.apply(q, k, v)
 
 
 def _documents(layout: Layout, dtype: torch.dtype) -> list[tuple[int, Tensor | None]]:
@@ -53,3 +66,41 @@ def _documents(layout: Layout, dtype: torch.dtype) -> list[tuple[int, Tensor | N
             own = type(layout)(at, at, None, None, branches, layout.slopes)
             found.append((stop - start, None if own.plain else own.mask(dtype)))
     return found
+
+
+class _Halves(torch.autograd.Function):
+    """The first half of the queries sees half of the keys, so that a quarter of the scores is not computed."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, second, hidden = _halves(q)
+        early, early_sums = _attend(q[first], k[first], v[first], is_causal=True)
+        late, late_sums = _attend(q[second], k, v, attn_mask=hidden)
+        out = _joined(early, late)
+        ctx.save_for_backward(q, k, v, out, early_sums, late_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        refuse_create_graph("attention")
+        q, k, v, out, early_sums, late_sums = ctx.saved_tensors
+        first, second, hidden = _halves(q)
+        early = dout[first], q[first], k[first], v[first], out[first], early_sums
+        late = dout[second], q[second], k, v, out[second], late_sums
+        early_dq, early_dk, early_dv = _attend_backward(*early, 0.0, True)
+        late_dq, dk, dv = _attend_backward(*late, 0.0, False, attn_mask=hidden)
+        dk[first] += early_dk
+        dv[first] += early_dv
+        return _joined(early_dq, late_dq), dk, dv
+
+
+def _halves(q: Tensor) -> tuple[Any, Any, Tensor]:
+    """Indices of the tokens' halves, and what is added to the scores of the second, for no query to see ahead."""
+    tokens, half = q.shape[2], q.shape[2] // 2
+    hidden = torch.full((tokens - half, tokens), -torch.inf, dtype=q.dtype).triu_(half + 1)
+    return (..., slice(half), slice(None)), (..., slice(half, None), slice(None)), hidden
+
+
+def _joined(early: Tensor, late: Tensor) -> Tensor:
+    """[B, H, T, K] of its halves, in memory as torch's kernel has it: [B, T, H, K]."""
+    return torch.cat((early.transpose(1, 2), late.transpose(1, 2)), dim=1).transpose(1, 2)
