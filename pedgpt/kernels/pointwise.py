@@ -44,7 +44,7 @@ def _norm_backward(dy: Tensor, dtotal: Any, total: Tensor, weight: Tensor, scale
     dweight = scale.view(-1) @ along if trains else None
     inner = (along @ weight.to(scale.dtype)).view_as(scale).mul_(scale.square()).div_(-width)
     dx = (dy * weight).to(scale.dtype).addcmul_(wide, inner).mul_(scale)
-    return dx if dtotal is None else dx.to(total.dtype) + dtotal, dweight
+    return dx if dtotal is None else dx.to(total.dtype).add_(dtotal), dweight
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,16 +227,19 @@ class _Rotary(torch.autograd.Function):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return _swiglu_triton(gate, up)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, silu: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, silu)
+        return _swiglu_triton(gate, up) if silu is None else silu * up
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
+        gate, up, silu = ctx.saved_tensors
         if torch.is_grad_enabled() or transformed():
-            return torch.func.vjp(naive.swiglu, gate, up)[1](dout)
-        return _swiglu_triton(gate, up, dout)
+            return *torch.func.vjp(naive.swiglu, gate, up)[1](dout), None
+        if silu is None:
+            return *_swiglu_triton(gate, up, dout), None
+        dgate = dout * up
+        return torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate), dout * silu, None
 
 
 # What the library calls
@@ -290,9 +293,14 @@ def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
     """silu(gate) · up (Shazeer 2020), of one shape [..., D] and dtype; both may be parts of wider rows."""
     if transformed():
         return naive.swiglu(gate, up)
-    if not by_triton(impl, gate) and not (impl is None and gate.is_cuda and without_numbers()):
+    if by_triton(impl, gate) or (impl is None and gate.is_cuda and without_numbers()):
+        if not torch.is_grad_enabled():
+            return _swiglu_triton(gate, up)
+        return recomputable(_SwiGLU.apply(gate, up, None), _swiglu_triton, gate, up)
+    if not torch.is_grad_enabled():
+        return F.silu(gate).mul_(up)
+    if gate.numel() < SMALL:
         silu = recomputable(F.silu(gate), F.silu, gate)
         return recomputable(silu * up, torch.mul, silu, up)
-    if not torch.is_grad_enabled():
-        return _swiglu_triton(gate, up)
-    return recomputable(_SwiGLU.apply(gate, up), _swiglu_triton, gate, up)
+    silu = recomputable(F.silu(gate.detach()), F.silu, gate)
+    return recomputable(_SwiGLU.apply(gate, up, silu), torch.mul, silu, up)
