@@ -59,20 +59,18 @@ def _softmax(logits: Tensor, labels: Tensor, inverse: Tensor | None, factors: Te
         rows = slice(start, start + height)
         label = labels[rows, None]
         z, p = memory[:, : len(label)]
-        z.copy_(logits[rows])
-        if inverse is not None:
-            z.mul_(inverse)
-        z.sub_(z.amax(-1, keepdim=True))
+        scaled = logits[rows] if inverse is None else torch.mul(logits[rows], inverse, out=z)
+        torch.sub(scaled, scaled.amax(-1, keepdim=True).to(z.dtype), out=z)
         chosen = z.gather(1, label).squeeze(1)
         total = torch.exp(z, out=p).sum(-1)
         stats[0, rows] = chosen - total.log()
         stats[1, rows] = total.log() - z.mul_(p).sum(-1) / total
         stats[2, rows] = chosen >= 0
         if factors is not None:
-            p.mul_((-factors[rows] / total)[:, None]).scatter_add_(1, label, factors[rows, None])
+            p.scatter_add_(1, label, -total[:, None])
             if inverse is not None:
                 p.mul_(inverse)
-            logits[rows] = p
+            torch.mul(p, (-factors[rows] / total)[:, None], out=logits[rows])
 
 
 # The Triton form
