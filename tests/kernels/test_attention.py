@@ -188,7 +188,7 @@ def test_block_mask_is_found_without_a_tensor_of_all_pairs():
 # Output and gradients
 
 
-@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("T", [*LENGTHS, 385, 512, 513])  # from 384 to 512 a CPU takes a document by halves
 @pytest.mark.parametrize("kind", KINDS + CACHES)
 def test_float64_matches_the_definition(kind, T):
     layout, lists = make(kind, T)

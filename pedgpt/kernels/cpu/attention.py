@@ -45,8 +45,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None) -> Tensor 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """One document's, causal where it has no mask."""
-    heads, groups = q.shape[1], k.shape[1]
-    if mask is not None or not SHORTEST <= q.shape[2] <= LONGEST or without_numbers():
+    (_, heads, tokens, size), groups = q.shape, k.shape[1]
+    if mask is not None or not SHORTEST <= tokens <= LONGEST or size < 16 or without_numbers():
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=heads != groups)
     k, v = (x if heads == groups else x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
     return _Halves.apply(q, k, v)

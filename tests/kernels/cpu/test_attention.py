@@ -13,7 +13,7 @@ from pedgpt.models import ModelConfig, Transformer
 
 # B, H, G, T, K
 SHAPES = [(2, 4, 1, 384, 40), (3, 2, 2, 385, 7), (1, 4, 4, 400, 128), (1, 4, 2, 512, 1)]
-LAYOUTS = ["none", "documents", "single tokens", "padding", "returning", "trees", "alibi", "alibi of documents"]
+LAYOUTS = ["none", "documents", "a long document", "single tokens", "padding", "returning", "trees", "alibi", "alibi of documents"]
 
 
 def draw(*shape, seed=0, dtype=torch.bfloat16):
@@ -32,6 +32,8 @@ def document_ids(name, B, T):
     if name == "padding":  # one document of all that stands behind the text, as packing has it
         lengths = torch.randint(1, T, (B, 1), generator=generator)
         return (torch.arange(T) >= lengths).long()
+    if name == "a long document":
+        return (torch.arange(T) > 1).long().expand(B, T)
     runs = (torch.rand(B, T, generator=generator) < 0.05).cumsum(1)
     return runs % 3 if name == "returning" else runs
 
