@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pedgpt.kernels import attention, linear, linear_nll, lora_linear, rms_norm, rotary, swiglu
 from pedgpt.kernels.attention import Layout
-from pedgpt.kernels.cpu import choice
+from pedgpt.kernels.cpu import products
 from pedgpt.kernels.cpu.packed import PackedWeights
 
 SIZES = {"small": (256, 256, 704, 2000), "medium": (512, 512, 1408, 8000), "large": (1024, 2048, 5504, 16000)}
@@ -256,12 +256,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     began = time.perf_counter()
-    chosen = choice.settle()
+    chosen = products.settle()
     took = time.perf_counter() - began
     print(f"{processor()}\ntorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, ", end="")
     print(f"{arguments.threads} threads; the probe took {took:.1f} s and chose")
     for name, ours in chosen.items():
-        print(f"  {name:28}{'ours' if ours else 'torch'}")
+        print(f"  {name:28}{'oneDNN' if ours else 'torch'}")
     print(f"\n{'':32}{'size':8}{'ours ms':>10}{'torch ms':>10}{'ratio':>8}   quartiles", flush=True)
     slow, seconds = [], 0.25 if arguments.quick else 2.0
     for size in arguments.sizes:

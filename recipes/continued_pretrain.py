@@ -35,7 +35,7 @@ from pedgpt.data import (
     write_tokens,
 )
 from pedgpt.data.hybrid import DOMAIN, GENERAL, INSTRUCTIONS, discarded_on_error
-from pedgpt.kernels.cpu import choice
+from pedgpt.kernels.cpu import products
 from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
 from pedgpt.training.distributed import barrier, sum_over_ranks
@@ -93,7 +93,7 @@ def main(config: Config) -> None:
             print(f"{len(rows):,} rows of {config.row_length}, {rows.utilization:.1%} used")
             if rows.utilization < 0.99:
                 print("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
-        choices = training.run_choices(config.output, world, choice.settle, choice.use)
+        choices = training.run_choices(config.output, world, products.settle, products.use)
 
         # Model
         model = load_model(config.model, dtype=torch.float32, device="meta")

@@ -32,7 +32,7 @@ from pedgpt.data import (
     reference_key,
     save_reference,
 )
-from pedgpt.kernels.cpu import choice
+from pedgpt.kernels.cpu import products
 from pedgpt.losses import check_dfpo_settings, linear_dfpo_loss, linear_sequence_logps
 from pedgpt.models import (
     ModelConfig,
@@ -102,7 +102,7 @@ def main(config: Config) -> None:
         return
     if world.is_main:
         print(f"{summary.describe()}\n{len(pairs):,} pairs, {len(heldout_pairs):,} held out")
-    choices = training.run_choices(config.output, world, choice.settle, choice.use)
+    choices = training.run_choices(config.output, world, products.settle, products.use)
 
     # Model
     stored = dtype if config.lora_rank else torch.float32

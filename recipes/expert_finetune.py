@@ -35,7 +35,7 @@ from pedgpt.data import (
     read_conversations,
     utilization,
 )
-from pedgpt.kernels.cpu import choice
+from pedgpt.kernels.cpu import products
 from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, weights_fingerprint
 
@@ -86,7 +86,7 @@ def main(config: Config) -> None:
     base = {"base_model": config.model, "base_weights": weights_fingerprint(config.model)}
     if training.is_finished(config, plan, data, world):
         return
-    choices = training.run_choices(config.output, world, choice.settle, choice.use)
+    choices = training.run_choices(config.output, world, products.settle, products.use)
 
     # Model and adapter: the frozen weights stay in the dtype of the computation, the experts train in float32.
     model = load_model(config.model, dtype=getattr(torch, config.dtype), device="meta")

@@ -26,7 +26,7 @@ from pedgpt.data import (
     read_conversations,
     utilization,
 )
-from pedgpt.kernels.cpu import choice
+from pedgpt.kernels.cpu import products
 from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
 
@@ -73,7 +73,7 @@ def main(config: Config) -> None:
     if world.is_main:
         print(summary.describe())
         print(f"{len(rows):,} rows of {config.row_length}, {utilization(rows, config.row_length):.1%} used")
-    choices = training.run_choices(config.output, world, choice.settle, choice.use)
+    choices = training.run_choices(config.output, world, products.settle, products.use)
 
     # Model
     model = load_model(config.model, dtype=torch.float32, device="meta")

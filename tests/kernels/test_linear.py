@@ -15,7 +15,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from pedgpt.kernels import Linear, linear
-from pedgpt.kernels.cpu import choice
 from pedgpt.kernels.cpu import products as products_module
 from pedgpt.kernels.cpu.products import product, sum_of_products
 
@@ -68,7 +67,7 @@ def equal(found, expected):
 @pytest.fixture(autouse=True)
 def small_products_are_onednns(monkeypatch):
     monkeypatch.setattr(products_module, "FEWEST_ROWS", 0)
-    monkeypatch.setitem(products_module.CLASSES, "medium", (0, 256, 256, 512))
+    monkeypatch.setattr(products_module, "FEWEST", 0)
 
 
 @pytest.fixture
@@ -266,11 +265,11 @@ def test_autocast_equals_f_linear(stored, dtype):
 @pytest.mark.parametrize("shape", [(7,), (131, 75), (2, 3, 17)], ids=str)
 def test_where_torchs_products_are_preferred_it_equals_f_linear(shape, products, monkeypatch):
     monkeypatch.setenv("PEDGPT_CPU", "never")
-    choice.use({})
+    products_module.use({})
     values = operands(shape, 66)
     assert equal(output_and_gradients(linear, *values), output_and_gradients(F.linear, *values)) and not products
     monkeypatch.undo()
-    choice.use({})
+    products_module.use({})
 
 
 @switches_onednn

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from pedgpt.kernels.cpu import choice
+from pedgpt.kernels.cpu import products
 
 LONG = {"epochs": 20, "checkpoint_every": 3, "keep_checkpoints": 2}  # 68 steps
 
@@ -175,16 +175,16 @@ def test_a_run_goes_on_with_the_forms_that_it_began_with(lab, tmp_path, monkeypa
     monkeypatch.delenv("PEDGPT_CPU")
     output, expected = tmp_path / "killed", tmp_path / "whole"
     with monkeypatch.context() as patched:
-        patched.setattr(choice, "_decide", lambda key, threads: key[0] != "dy W")
+        patched.setattr(products, "_measured", lambda kind: kind != "dy W")
         assert lab.run("dfpo", expected, checkpoint_every=5, die_after=5).code == -9
         assert lab.run("dfpo", output, checkpoint_every=2, die_after=2).code == -9
     with monkeypatch.context() as patched:
-        patched.setattr(choice, "_decide", lambda key, threads: key[0] == "dy W")
+        patched.setattr(products, "_measured", lambda kind: kind == "dy W")
         assert lab.run("dfpo", output, checkpoint_every=5, die_after=5).code == -9
-    choice.use({})
+    products.use({})
     states = [json.loads((folder / "checkpoints/step_0000005/state.json").read_text()) for folder in (output, expected)]
     assert states[0] == states[1]
-    assert states[0]["choices"] == {choice._name(key): key[0] != "dy W" for key in choice.CANDIDATES}
+    assert states[0]["choices"] == {kind: kind != "dy W" for kind in products.KINDS}
     parts = [(folder / "checkpoints/step_0000005/__0_0.distcp").read_bytes() for folder in (output, expected)]
     assert parts[0] == parts[1]
 
@@ -194,4 +194,4 @@ def test_another_word_than_always_and_never_is_refused(lab, tmp_path, monkeypatc
     result = lab.run("full_finetune", tmp_path)
     assert result.code not in (0, None) and 'PEDGPT_CPU must be "always" or "never"' in result.err
     monkeypatch.undo()
-    choice.use({})
+    products.use({})

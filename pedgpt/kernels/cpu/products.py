@@ -1,29 +1,33 @@
 """Linear layers whose float32 products on the CPU are oneDNN's where it is the faster library.
 
-torch calls MKL for them. Which of the two is faster depends on the processor, the size, and which operand is transposed
-(`python benchmarks/bench_operators.py`), so each kind of product is measured. oneDNN is part of torch.
+torch calls MKL for them. Which of the two is faster depends on the processor and on which operand is transposed
+(`python benchmarks/bench_operators.py`), so each kind of product is measured at its first use, in a thread of its own,
+so that neither a compiler nor autograd sees it. The libraries round differently: a run that must repeat its bits keeps
+`settle()` and gives it to `use`. The environment variable PEDGPT_CPU=always (oneDNN) or =never decides instead.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pedgpt.kernels._transforms import transformed
-from pedgpt.kernels.cpu.choice import CANDIDATES, Form, prefer
+from pedgpt.kernels._transforms import transformed, without_numbers
 from pedgpt.kernels.cpu.packed import packed_product
 
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _times: Any = torch.ops.mkldnn._linear_pointwise.default if AVAILABLE else None
-# Size classes: at least so many multiplications, and the [T, D, O] that stands for them, on AVX2 the worst for oneDNN.
-# torch computes what is smaller, and products of fewer rows, which read a weight once: rearranging it does not pay.
-FEWEST_ROWS = 8
-CLASSES = {"large": (2**29, 256, 512, 5120), "medium": (2**26, 128, 512, 3072)}
 KINDS = ("x W^T", "dy W")  # torch computes dyᵀ x, because oneDNN gained nothing with AVX-512 or AVX2
+GAIN, ROUNDS = 1.1, 8  # oneDNN must be so many times as fast, in the fastest round but the first, which warms up.
+# torch computes products of fewer multiplications, or of fewer rows, for which it does not pay to rearrange a weight.
+FEWEST, FEWEST_ROWS = 2**26, 8
 
 
 class Linear(nn.Linear):
@@ -37,11 +41,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b) [..., O] for x [..., D], weight [O, D], bias [O]: `F.linear` up to rounding."""
     if (found := packed_product(x, weight, bias)) is not None:
         return found
-    trains, size = torch.is_grad_enabled(), _size_class(x, weight)
-    fits = bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1])
-    if size is None or not fits or torch.is_autocast_enabled("cpu"):
+    trains, fits = torch.is_grad_enabled(), bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1])
+    if not fits or not _suits(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)  # which says what is wrong, if anything is
-    if not any(prefer(kind, x.dtype, size) for kind in (KINDS if trains else KINDS[:1])):
+    if not any(map(prefer, KINDS if trains else KINDS[:1])):
         return F.linear(x, weight, bias)
     times = _Linear.apply if trains else _onednn
     return times(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
@@ -51,8 +54,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b) [T, O] for x [T, D] and W [O, D], either of which may be transposed in memory; without autograd."""
     if (found := packed_product(x, weight, bias)) is not None:
         return found
-    size = _size_class(x, weight)
-    if size is not None and prefer(KINDS[0 if weight.is_contiguous() else 1], x.dtype, size):
+    if _suits(x, weight) and prefer(KINDS[0 if weight.is_contiguous() else 1]):
         return _onednn(x, weight, bias)
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
@@ -94,20 +96,17 @@ def refuse_create_graph(operator: str) -> None:
         raise RuntimeError(f"{operator} is differentiable once: no create_graph=True")
 
 
-def _size_class(x: Tensor, weight: Tensor) -> str | None:
-    """The size class of a product that oneDNN could compute; None if torch computes it in any case."""
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN could compute a product that is large enough for it."""
     work = x.numel() * weight.shape[0] if weight.ndim == 2 and x.ndim and x.dtype == torch.float32 else 0
     # A compiler chooses products itself and cannot follow the operator below; torch.func and subclasses lack it.
-    if not work or work < CLASSES["medium"][0] or not AVAILABLE or transformed() or torch.jit.is_tracing():
-        return None
-    if not torch.backends.mkldnn.enabled:
-        return None
-    for t in (x, weight):
-        if type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 or t.layout != torch.strided:
-            return None
-        if t.device.type != "cpu" or t.shape[-1] != x.shape[-1] or t.numel() < FEWEST_ROWS * t.shape[-1]:
-            return None
-    return next(size for size, (least, *_) in CLASSES.items() if work >= least)
+    if not work or work < FEWEST or not AVAILABLE or transformed() or torch.jit.is_tracing():
+        return False
+    return torch.backends.mkldnn.enabled and all(
+        type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.layout == torch.strided
+        and t.device.type == "cpu" and t.shape[-1] == x.shape[-1] and t.numel() >= FEWEST_ROWS * t.shape[-1]
+        for t in (x, weight)
+    )  # fmt: skip
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -115,11 +114,73 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _times(x.contiguous(), weight, None if bias is None else bias.contiguous(), "none", [], "")
 
 
-def _forms(kind: str, rows: int, depth: int, width: int) -> tuple[Form, Form]:
-    x, weight = (torch.full((size, depth), 0.5, dtype=torch.float32) for size in (rows, width))
+# Which of the two libraries multiplies
+
+_decided: dict[str, bool] = {}
+_lock = threading.Lock()
+
+
+def prefer(kind: str) -> bool:
+    """Whether oneDNN computes this kind of product; never under a compiler or torch.func."""
+    if transformed() or without_numbers():
+        return not transformed()
+    if kind not in _decided:
+        with _lock:  # Several threads of autograd may ask at once.
+            if kind not in _decided:
+                _decided[kind] = AVAILABLE and (_measured(kind) if (fixed := _fixed()) is None else fixed)
+    return _decided[kind]
+
+
+def settle() -> dict[str, bool]:
+    """Whether oneDNN computes it, by kind of product; what is not decided yet is decided now."""
+    return {kind: prefer(kind) for kind in KINDS}
+
+
+def use(choices: dict[str, bool]) -> None:
+    """Follow `choices` and forget what was measured; what they do not name is measured at its next use.
+
+    A warning names a choice that this machine cannot follow: then the last bits differ from those of the run.
+    """
+    known = choices.keys() & set(KINDS) if AVAILABLE else set[str]()
+    if lacking := {kind for kind, ours in choices.items() if ours} - known:
+        print(f"warning: {min(lacking)}: this machine lacks the form of the run; last bits differ", file=sys.stderr)
+    fixed = _fixed()
+    with _lock:
+        _decided.clear()
+        _decided.update({kind: choices[kind] for kind in known if fixed is None})
+
+
+def _fixed() -> bool | None:
+    value = os.environ.get("PEDGPT_CPU", "")
+    if value not in ("", "always", "never"):
+        raise ValueError(f'PEDGPT_CPU must be "always" or "never", or unset to measure, found {value!r}')
+    return value == "always" if value else None
+
+
+def _measured(kind: str) -> bool:
+    seconds: tuple[list[float], list[float]] = [], []  # of oneDNN and of torch
+    threads = torch.get_num_threads()
+
+    def measure() -> None:
+        torch.set_num_threads(threads)  # A new thread begins with the number of the environment.
+        forms = _forms(kind)
+        for _ in range(ROUNDS):
+            for form, found in zip(forms, seconds, strict=True):
+                began = time.perf_counter()
+                form()
+                found.append(time.perf_counter() - began)
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    thread.join()
+    if len(seconds[1]) < ROUNDS:  # A form does not run on this machine, and the thread has printed why.
+        return False
+    ours, torchs = (min(found[1:]) for found in seconds)  # Other processes only make a round longer.
+    return torchs >= GAIN * ours
+
+
+def _forms(kind: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """One product of the kind by oneDNN, and the same by torch."""
+    x, weight = torch.full((128, 512), 0.5, dtype=torch.float32), torch.full((3072, 512), 0.5, dtype=torch.float32)
     weight = weight if kind == KINDS[0] else weight.t().contiguous().t()
     return (lambda: _onednn(x, weight)), (lambda: x @ weight.t())
-
-
-for _kind, _size in ((kind, size) for kind in KINDS for size in CLASSES if AVAILABLE):
-    CANDIDATES[_kind, torch.float32, _size] = partial(_forms, _kind, *CLASSES[_size][1:])
