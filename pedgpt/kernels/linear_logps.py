@@ -208,58 +208,45 @@ class _Head:
 
 
 class _LinearLogps(torch.autograd.Function):
+    """`count`: Σ log p / -count is what the caller derives, so the gradient comes at once; None: any factors follow."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, grad: bool, *head: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, count: Any, grad: bool, *head: Any) -> Any:
         of_hidden, of_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
-        factors, of_hidden = torch.ones(len(labels), device=hidden.device), of_hidden and not of_weight
-        stats, dhidden, _, last = _Head(weight, *head).gradients(hidden, labels, factors, of_hidden=of_hidden)
-        ctx.head, ctx.trains, ctx.last = head, of_weight, last if of_weight else None
-        ctx.save_for_backward(*((hidden, weight, labels) if of_weight else (dhidden,)))
+        again = count is None and of_weight
+        factors = torch.ones(labels.shape, dtype=torch.float64, device=hidden.device)
+        if count is not None:  # In float16's short range 1/count has to wait for the factor of a loss scaler.
+            factors /= -1 if head[0] == torch.float16 else -count
+        needed: Any = {"of_hidden": of_hidden and not again, "of_weight": of_weight and not again}
+        stats, *ctx.gradients, last = _Head(weight, *head).gradients(hidden, labels, factors, **needed)
+        ctx.head, ctx.last, ctx.dtype = head, last if again else None, weight.dtype
+        ctx.expected = None if count is None else factors[:1].to(stats.dtype)
+        ctx.save_for_backward(*((hidden, weight, labels) if again else ()))
         logps, entropy, correct = stats[0], stats[1], stats[2]
         ctx.mark_non_differentiable(entropy, correct)
         return logps, entropy, correct
 
     @staticmethod
     def backward(ctx: Any, dlogps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_create_graph("linear_token_logps")
-        if not ctx.trains:
-            (dhidden,) = ctx.saved_tensors
-            return (dhidden * dlogps[:, None]).to(dhidden.dtype), *[None] * 6
-        (hidden, weight, labels), last, ctx.last = ctx.saved_tensors, ctx.last, None
-        needed: Any = {"of_hidden": ctx.needs_input_grad[0], "of_weight": True}
-        _, dhidden, dweight, _ = _Head(weight, *ctx.head).gradients(hidden, labels, dlogps, last, **needed)
-        return dhidden, dweight.to(weight.dtype), *[None] * 5
-
-
-class _LinearNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, count: Any, grad: bool, *head: Any
-    ) -> tuple[Tensor, ...]:
-        of_hidden, of_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
-        # In float16's short range 1/count has to wait for the factor of a loss scaler.
-        ctx.late, early = (count, 1) if head[0] == torch.float16 else (1, count)
-        factors = torch.full(labels.shape, -1.0, dtype=torch.float64, device=hidden.device) / early
-        needed: Any = {"of_hidden": of_hidden, "of_weight": of_weight}
-        stats, *ctx.gradients, _ = _Head(weight, *head).gradients(hidden, labels, factors, **needed)
-        ctx.weight_dtype = weight.dtype
-        logp, entropy, correct = stats.sum(-1) / count
-        ctx.mark_non_differentiable(entropy, correct)
-        return -logp, entropy, correct
-
-    @staticmethod
-    def backward(ctx: Any, dnll: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_create_graph("linear_nll")
+        refuse_create_graph("linear_token_logps" if ctx.expected is None else "linear_nll")
+        if saved := ctx.saved_tensors:
+            (hidden, weight, labels), last, ctx.last = saved, ctx.last, None
+            needed: Any = {"of_hidden": ctx.needs_input_grad[0], "of_weight": True}
+            _, dhidden, dweight, _ = _Head(weight, *ctx.head).gradients(hidden, labels, dlogps, last, **needed)
+            return dhidden, dweight.to(weight.dtype), *[None] * 6
         if ctx.gradients is None:
             raise RuntimeError("linear_nll runs backward once: its gradients were scaled in place and given away")
-        (dhidden, dweight), factor, ctx.gradients = ctx.gradients, dnll / ctx.late, None
+        dhidden, dweight = ctx.gradients
+        if ctx.expected is None:
+            return (dhidden * dlogps[:, None]).to(dhidden.dtype), *[None] * 7
+        factor, ctx.gradients = (dlogps[:1] / ctx.expected).sum(), None
         if dhidden is not None:
             dhidden.mul_(factor)
-        if dweight is not None and dweight.is_cuda and dweight.dtype != ctx.weight_dtype:
+        if dweight is not None and dweight.is_cuda and dweight.dtype != ctx.dtype:
             # One pass over the gradient on a GPU; a CPU would take as many as below, and a second copy in float32.
-            dweight = torch.mul(dweight, factor, out=dweight.new_empty(dweight.shape, dtype=ctx.weight_dtype))
+            dweight = torch.mul(dweight, factor, out=dweight.new_empty(dweight.shape, dtype=ctx.dtype))
         elif dweight is not None:
-            dweight = dweight.mul_(factor).to(ctx.weight_dtype)
+            dweight = dweight.mul_(factor).to(ctx.dtype)
         return dhidden, dweight, *[None] * 6
 
 
@@ -286,7 +273,7 @@ def linear_token_logps(
     if transformed():
         return TokenLogps(*naive.linear_logps(hidden, weight, labels, normalize, ignore_index))
     kept, rows, *head = _prepare(hidden, weight, labels, normalize, ignore_index, impl)
-    found = _LinearLogps.apply(kept, weight, labels[rows], torch.is_grad_enabled(), *head)
+    found = _LinearLogps.apply(kept, weight, labels[rows], None, torch.is_grad_enabled(), *head)
     if isinstance(rows, slice):
         return TokenLogps(*found)
     return TokenLogps(*(value.new_zeros(len(labels)).index_copy(0, rows, value) for value in found))
@@ -301,10 +288,12 @@ def linear_nll(
     Its gradient comes with it, in one pass over the head even if that trains; so the backward pass runs once.
     """
     if transformed():
-        logps, entropy, correct = naive.linear_logps(hidden, weight, labels, normalize, ignore_index)
-        return TokenLogps(-logps.sum() / count, entropy.sum() / count, correct.sum() / count)
-    kept, rows, *head = _prepare(hidden, weight, labels, normalize, ignore_index, impl)
-    return TokenLogps(*_LinearNLL.apply(kept, weight, labels[rows], count, torch.is_grad_enabled(), *head))
+        found = naive.linear_logps(hidden, weight, labels, normalize, ignore_index)
+    else:
+        kept, rows, *head = _prepare(hidden, weight, labels, normalize, ignore_index, impl)
+        found = _LinearLogps.apply(kept, weight, labels[rows], count, torch.is_grad_enabled(), *head)
+    logp, entropy, correct = (value.sum() / count for value in found)
+    return TokenLogps(-logp, entropy, correct)
 
 
 def _prepare(

@@ -39,8 +39,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None) -> Tensor 
     # The rows one after another, [1, H, B T, K], fall into documents.
     lengths = [length for length, _ in documents]
     parts = (x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2).split(lengths, dim=2) for x in (q, k, v))
-    found = [_attention(*operands, mask) for *operands, (_, mask) in zip(*parts, documents, strict=True)]
-    return torch.cat([out.transpose(1, 2) for out in found], dim=1).view(rows, tokens, heads, size).transpose(1, 2)
+    found = [
+        _attention(q_part, k_part, v_part, mask).transpose(1, 2)
+        for q_part, k_part, v_part, (_, mask) in zip(*parts, documents, strict=True)
+    ]
+    return torch.cat(found, dim=1).view(rows, tokens, heads, size).transpose(1, 2)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -102,7 +102,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     # A compiler chooses products itself and cannot follow the operator below; torch.func and subclasses lack it.
     if not work or work < FEWEST or not AVAILABLE or transformed() or torch.jit.is_tracing():
         return False
-    return torch.backends.mkldnn.enabled and all(
+    return bool(torch.backends.mkldnn.enabled) and all(
         type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.layout == torch.strided
         and t.device.type == "cpu" and t.shape[-1] == x.shape[-1] and t.numel() >= FEWEST_ROWS * t.shape[-1]
         for t in (x, weight)
