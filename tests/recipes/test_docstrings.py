@@ -35,8 +35,9 @@ def test_commands_of_the_docstring_parse(recipe, monkeypatch):
         parsed(recipe, arguments, monkeypatch)
 
 
-def test_commands_of_the_readme_parse(monkeypatch):
-    commands = COMMAND.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+def test_commands_of_the_documents_parse(monkeypatch):
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    commands = [found for page in pages for found in COMMAND.findall(page.read_text(encoding="utf-8"))]
     assert {name for name, _ in commands} >= {"build_corpus", "expert_finetune", "evaluate", "chat"}
     for recipe, arguments in commands:
         parsed(recipe, arguments, monkeypatch)

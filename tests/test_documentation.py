@@ -1,0 +1,58 @@
+"""The README is one page, what it names exists, and the snippets of README and tour run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TOUR = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def snippets(text):
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_readme_is_one_page():
+    assert len(README.encode()) <= 8_192
+    assert not [line for line in README.splitlines() if len(line) > 120]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    lost = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not lost
+
+
+def test_the_tests_that_the_readme_names_exist():
+    named = set(re.findall(r"`(test_\w+)`", README))
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py")]
+    defined = {name for source in sources for name in re.findall(r"def (test_\w+)", source)}
+    assert len(named) >= 9 and named <= defined
+
+
+def test_every_file_of_the_library_has_a_line_in_the_tour():
+    files = {file.name for file in (ROOT / "pedgpt").rglob("*.py") if not file.name.startswith("_")}
+    assert not [name for name in sorted(files) if name not in TOUR]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_snippets_of_the_readme_run(number, tmp_path, monkeypatch, capsys):
+    """The second asks for a model of transformers by name, and gets a small one of that family."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small = Qwen3Config(vocab_size=10_000, num_key_value_heads=2, head_dim=8, **sizes)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda _: AutoModelForCausalLM.from_config(small))
+    monkeypatch.chdir(tmp_path)
+    exec(snippets(README)[number], {})
+    assert (tmp_path / "runs" / "experts" / "adapter_model.safetensors").is_file() == (number == 1)
+
+
+def test_the_tour_prints_what_it_says(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    exec(snippets(TOUR)[0], {})
+    expected = re.search(r"^It prints.*?^```\n(.*?)^```", TOUR, re.DOTALL | re.MULTILINE)[1]
+    assert capsys.readouterr().out.splitlines()[:-1] == expected.splitlines()[:-1]
