@@ -75,25 +75,7 @@ def save_adapter(
             raise ValueError(
                 f"{name} has {_settings(layer)}, the first layer {_settings(first)}; one adapter file holds one of them"
             )
-    weights = {}
-    for name, layer in layers.items():
-        for part, parameter in layer.adapter_parameters().items():
-            key = f"{name}.{part}"
-            if state_dict is not None and key not in state_dict:
-                raise ValueError(
-                    f"state_dict lacks {key}; give all of the adapter, gathered by pedgpt.training.gather_weights"
-                )
-            tensor = parameter if state_dict is None else state_dict[key]
-            weight = f"{part}.weight"
-            shape = _shapes(_kind(layer), layer, layer.rank, _experts(layer))[weight]
-            if hasattr(tensor, "to_local") or tensor.is_meta or list(tensor.shape) != shape:
-                found = list((tensor.to_local() if hasattr(tensor, "to_local") else tensor).shape)
-                where = " on the meta device" if tensor.is_meta else ""
-                raise ValueError(
-                    f"{key}: found a part or placeholder of the shape {found}{where}, expected the whole {shape}; "
-                    "gather it from all ranks with pedgpt.training.gather_weights and pass it in state_dict"
-                )
-            weights[f"{_PREFIX}{name}.{weight}"] = tensor.detach().cpu().contiguous()
+    weights = _whole_weights(layers, state_dict)
     config: dict[str, Any] = {
         "peft_type": _kind(first),
         "task_type": "CAUSAL_LM",
@@ -118,6 +100,29 @@ def save_adapter(
     finally:
         temporary.unlink(missing_ok=True)
     write_json(folder / CONFIG, config)
+
+
+def _whole_weights(layers: Mapping[str, AdaptedLinear], state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of an adapter's file; ValueError for one that is missing or not whole."""
+    weights = {}
+    for name, layer in layers.items():
+        for part, parameter in layer.adapter_parameters().items():
+            key, weight = f"{name}.{part}", f"{part}.weight"
+            if state_dict is not None and key not in state_dict:
+                raise ValueError(
+                    f"state_dict lacks {key}; give all of the adapter, gathered by pedgpt.training.gather_weights"
+                )
+            tensor = parameter if state_dict is None else state_dict[key]
+            shape = _shapes(_kind(layer), layer, layer.rank, _experts(layer))[weight]
+            if hasattr(tensor, "to_local") or tensor.is_meta or list(tensor.shape) != shape:
+                found = list((tensor.to_local() if hasattr(tensor, "to_local") else tensor).shape)
+                where = " on the meta device" if tensor.is_meta else ""
+                raise ValueError(
+                    f"{key}: found a part or placeholder of the shape {found}{where}, expected the whole {shape}; "
+                    "gather it from all ranks with pedgpt.training.gather_weights and pass it in state_dict"
+                )
+            weights[f"{_PREFIX}{name}.{weight}"] = tensor.detach().cpu().contiguous()
+    return weights
 
 
 def load_adapter(

@@ -215,28 +215,11 @@ def count_step(
     if not accumulates:
         optimizer.zero_grad(set_to_none=True)
 
-    def begins(module: nn.Module, moment: str, part: str, **held: int) -> None:
-        """The moment begins when the gradient of what this module gives arrives."""
-
-        def after(module: nn.Module, arguments: Any, hidden: Tensor) -> None:
-            if hidden.requires_grad:
-                hidden.register_hook(lambda gradient: counter.at(moment, part, **held))
-
-        module.register_forward_hook(after)
-
     def before_update(*_: Any) -> None:
         share.end_backward()
         counter.at("update", "optimizer", **dict.fromkeys(share.forward, 0))
 
-    _once_before(ends[0], lambda: counter.at("masks", "activations", **share.forward))
-    if len(blocks) > 1:
-        _once_before(blocks[1], lambda: counter.at("", "activations"))
-    _once_before(blocks[-1], lambda: counter.at("forward", "activations"))
-    for block in blocks[-2:-1]:
-        begins(block, "", "activations")
-    begins(blocks[0], "first block", "activations")
-    begins(ends[1], "last block" if len(blocks) > 1 else "first block", "activations", **share.backward)
-    ends[1].register_forward_hook(lambda *_: counter.at("loss", "head"))
+    _name_moments(counter, share, blocks, ends)
 
     def loss_and_metrics(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = loss_function(model, batch)
@@ -248,6 +231,31 @@ def count_step(
     world = World(0, 1, torch.device("cpu"))
     loop._step(model.train(), optimizer, [make_batch()], loss_and_metrics, settings, world)
     counter.at("", "")
+
+
+def _name_moments(
+    counter: Counter, share: _Shards, blocks: Sequence[nn.Module], ends: tuple[nn.Module, nn.Module]
+) -> None:
+    """Hooks that tell the counter which moment of the step begins."""
+
+    def begins(module: nn.Module, moment: str, part: str, **held: int) -> None:
+        """The moment begins when the gradient of what this module gives arrives."""
+
+        def after(module: nn.Module, arguments: Any, hidden: Tensor) -> None:
+            if hidden.requires_grad:
+                hidden.register_hook(lambda gradient: counter.at(moment, part, **held))
+
+        module.register_forward_hook(after)
+
+    _once_before(ends[0], lambda: counter.at("masks", "activations", **share.forward))
+    if len(blocks) > 1:
+        _once_before(blocks[1], lambda: counter.at("", "activations"))
+    _once_before(blocks[-1], lambda: counter.at("forward", "activations"))
+    for block in blocks[-2:-1]:
+        begins(block, "", "activations")
+    begins(blocks[0], "first block", "activations")
+    begins(ends[1], "last block" if len(blocks) > 1 else "first block", "activations", **share.backward)
+    ends[1].register_forward_hook(lambda *_: counter.at("loss", "head"))
 
 
 def _once_before(module: nn.Module, call: Callable[[], None]) -> None:
