@@ -2,12 +2,12 @@
 
     z = h Wᵀ,  log p = z[label] − log Σ exp z,  d log p / dz = onehot(label) − softmax z
 
-The gradient of log p needs nothing from above but a factor, so it is formed from a chunk's logits while they are there
-and scaled in the backward pass (SPEC §3). A frozen head takes two matrix products that way, for any factor a token. A
-head that trains takes three if one factor holds for all tokens, as in a mean (`linear_nll`); with a factor a token
-(`linear_token_logps`) logits are computed again, all but the last chunk's. With `normalize` the head's rows count as of
-unit length (Baichuan2's NormHead) without being copied: z = (h Wᵀ) / ‖w‖. A row of zeros has no direction: its logit
-is 0 and it gets no gradient, because a division by a small ε would multiply that by 1/ε.
+The gradient of log p is formed from a chunk's logits while they exist. The backward pass only scales it, because the
+caller's gradient is one factor per token (SPEC §3). So a frozen head takes two matrix products, whatever the factors. A
+head that trains takes three if all tokens share one factor, as in a mean (`linear_nll`). With a factor per token
+(`linear_token_logps`) the backward pass computes the logits again, except the last chunk's. `normalize` divides by the
+length of the head's rows without a copy (Baichuan2's NormHead): z = (h Wᵀ) / ‖w‖. A row of zeros has no direction: its
+logit is 0 and it gets no gradient, because dividing by ‖w‖ + ε would multiply its gradient by 1/ε.
 
 Letters: N tokens, D hidden, V vocabulary.
 """
@@ -26,16 +26,16 @@ from pedgpt.kernels._triton import by_triton, tl, triton
 from pedgpt.kernels.cpu.products import product, refuse_create_graph
 from pedgpt.kernels.naive import SHORTEST
 
-# Logits of a chunk in float32, and twice as many in half precision: 64 MiB on the CPU, 512 MiB on a GPU. For V 125,696
-# that is n = 2,135 tokens: adding to the head's gradient, 8 V D bytes, takes an eighth of the products, 6 n V D FLOP.
+# Float32 logits in a chunk (half precision: twice as many): 64 MiB on the CPU, 512 MiB on a GPU. For V 125,696 that is
+# n = 2,135 tokens: adding to the head's gradient (8 V D bytes) then takes 1/8 of the products' time (6 n V D FLOP).
 CHUNK, CHUNK_CUDA = 2**24, 2**27
-# Numbers at a time of a chunk's softmax on the CPU, and of its product for the head's gradient: they stay in a
-# processor's cache. On a GPU that product is one, and only what a normalised head needs goes by (larger) slices.
+# On the CPU, softmax (BLOCK) and the head's gradient (SLICE) take so many numbers at a time, to stay in the cache. On a
+# GPU the gradient is one product, and only a normalised head is read in slices (SLICE_CUDA).
 BLOCK, SLICE, SLICE_CUDA = 2**19, 2**21, 2**25
 
 
 class TokenLogps(NamedTuple):
-    """Of each token [N], in float32 at least; 0 where there is no label. Only `logps` is differentiable.
+    """Three tensors [N], in float32 or wider, 0 for a token without a label. Only `logps` is differentiable.
 
     `entropy` of the predicted distribution, in nats; `correct` is 1 where no token is more probable than the label.
     """
@@ -126,7 +126,9 @@ def _softmax_triton(logits: Tensor, labels: Tensor, inverse: Any, factors: Any, 
 
 
 class _Head:
-    """The output matrix [V, D] as the products see it."""
+    """The output matrix [V, D] in the products' dtype, with the sizes of its chunks and slices."""
+
+    last: Tensor | None = None  # the logits of the last chunk, which are used again
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, normalize: bool, softmax: Any) -> None:
         self.given = weight.detach()
@@ -143,22 +145,21 @@ class _Head:
         if normalize:
             parts = (self.given[rows].to(self.wide) for rows in self.slices)
             lengths = torch.cat([torch.linalg.vector_norm(part, dim=-1) for part in parts])
-            # The gradient of the logits is multiplied by it, in the products' dtype: it must not overflow there.
+            # Gradients in the products' dtype are multiplied by 1/‖w‖, so float16 needs a smaller limit on it.
             shortest = 2**-14 if dtype == torch.float16 else SHORTEST
             self.inverse = lengths.clamp(min=shortest).reciprocal().masked_fill_(lengths < SHORTEST, 0)
 
     def chunks(self, tokens: int) -> list[slice]:
-        """Parts as equal as they can be; one, empty, of no tokens."""
+        """Slices of nearly equal length that cover the tokens; without tokens, one empty slice."""
         count = max(1, math.ceil(tokens / self.chunk))
         return [slice(i * tokens // count, (i + 1) * tokens // count) for i in range(count)]
 
     def gradients(
-        self, hidden: Tensor, labels: Tensor, factors: Tensor, last: Tensor | None = None, *,
-        of_hidden: bool = False, of_weight: bool = False,
-    ) -> tuple[Any, ...]:  # fmt: skip
-        """log p, entropy and correctness [3, N], the gradients of Σ factors · log p, and else the last chunk's logits.
+        self, hidden: Tensor, labels: Tensor, factors: Tensor, *, of_hidden: bool = False, of_weight: bool = False
+    ) -> tuple[Any, ...]:
+        """(log p, entropy and correctness [3, N], d hidden, d weight): the gradients of Σ factors · log p, or None.
 
-        These may be given back as `last`, to be overwritten.
+        If no gradient is wanted, the last chunk's logits stay as `last`; else they are used up, which saves a product.
         """
         dhidden = torch.empty_like(hidden) if of_hidden else None
         hidden, factors = hidden.to(self.weight.dtype), factors.to(self.wide)
@@ -166,13 +167,13 @@ class _Head:
         chunks = self.chunks(len(labels))
         dweight = None
         if of_weight:
-            # In float32 while it is a sum over chunks, to be projected, or waits for a factor in float16's short range.
+            # float32 if chunks are summed, if `_project` follows, or if float16 could underflow before it is scaled.
             done = len(chunks) == 1 and self.inverse is None and self.given.dtype in (hidden.dtype, self.wide)
             dtype = self.given.dtype if done and self.given.dtype != torch.float16 else self.wide
             dweight = torch.empty(self.given.shape, dtype=dtype, device=hidden.device)
         logits: Any = None
         for rows in blocks_to_count(chunks[::-1] if of_hidden or of_weight else chunks):
-            logits, last = last, None  # The chunk before is freed before this one is made.
+            logits, self.last = self.last, None  # Drop the previous chunk's logits before the next are made.
             logits = product(hidden[rows], self.weight) if logits is None else logits
             wanted = factors[rows] if of_hidden or of_weight else None
             self.softmax(logits, labels[rows], self.inverse, wanted, stats[:, rows])
@@ -180,11 +181,10 @@ class _Head:
                 dhidden[rows] = product(logits, self.weight.t())
             if dweight is not None:
                 self._add_product(dweight, logits, hidden[rows], first=rows is chunks[-1])
-        if of_hidden or of_weight:
-            logits = None
+        self.last = None if of_hidden or of_weight else logits
         if dweight is not None and self.inverse is not None:
             self._project(dweight, self.inverse)
-        return stats, dhidden, dweight, logits
+        return stats, dhidden, dweight
 
     def _add_product(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
         """Onto dweight, or into it if `first`, the product dlogitsᵀ hidden, summed in the dtype of dweight."""
@@ -195,33 +195,39 @@ class _Head:
             return
         for rows in blocks_to_count(self.slices):
             left, right = dlogits[:, rows].t(), hidden
-            if dweight.dtype not in (left.dtype, self.given.dtype):  # autocast rounds, as it does its own products
+            if dweight.dtype not in (left.dtype, self.given.dtype):  # Not under autocast, whose own products round too.
                 left, right = left.to(dweight.dtype), right.to(dweight.dtype)
-            # NOTE: a sum of products, because MKL loses digits where it adds a product to what is there.
+            # NOTE: no addmm_, because MKL loses digits when it adds a product to what is already in memory.
             dweight[rows] = left @ right if first else dweight[rows].add_(left @ right)
 
     def _project(self, dweight: Tensor, inverse: Tensor) -> None:
-        """From the gradient of ŵ = w/‖w‖, divided by ‖w‖, to that of w: what is along w goes."""
+        """Turns d ŵ / ‖w‖, where ŵ = w/‖w‖, into d w in place: it subtracts the component along w."""
         for rows in blocks_to_count(self.slices):
             part, unit = dweight[rows], self.given[rows] * inverse[rows, None]
             part.sub_(unit * (unit * part).sum(-1, keepdim=True))
 
 
 class _LinearLogps(torch.autograd.Function):
-    """`count`: Σ log p / -count is what the caller derives, so the gradient comes at once; None: any factors follow."""
+    """With `count`, forward makes the gradient of −Σ log p / count; with None, backward gets one factor per token.
+
+    `grad`: whether gradients are enabled, which inside of `forward` they never are.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, count: Any, grad: bool, *head: Any) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, count: Any, grad: bool, *settings: Any
+    ) -> tuple[Tensor, ...]:
         of_hidden, of_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
-        again = count is None and of_weight
+        ctx.again, ctx.settings, ctx.dtype = count is None and of_weight, settings, weight.dtype
         factors = torch.ones(labels.shape, dtype=torch.float64, device=hidden.device)
-        if count is not None:  # In float16's short range 1/count has to wait for the factor of a loss scaler.
-            factors /= -1 if head[0] == torch.float16 else -count
-        needed: Any = {"of_hidden": of_hidden and not again, "of_weight": of_weight and not again}
-        stats, *ctx.gradients, last = _Head(weight, *head).gradients(hidden, labels, factors, **needed)
-        ctx.head, ctx.last, ctx.dtype = head, last if again else None, weight.dtype
-        ctx.expected = None if count is None else factors[:1].to(stats.dtype)
-        ctx.save_for_backward(*((hidden, weight, labels) if again else ()))
+        if count is not None:  # In float16 1/count could underflow, so backward divides, after the loss scaler.
+            factors /= -1 if settings[0] == torch.float16 else -count
+        ctx.expected = None if count is None else factors[:1].to(torch.promote_types(settings[0], torch.float32))
+        needed: Any = {"of_hidden": of_hidden and not ctx.again, "of_weight": of_weight and not ctx.again}
+        head = _Head(weight, *settings)
+        stats, *ctx.gradients = head.gradients(hidden, labels, factors, **needed)
+        ctx.last = head.last if ctx.again else None
+        ctx.save_for_backward(*((hidden, weight, labels) if ctx.again else ()))
         logps, entropy, correct = stats[0], stats[1], stats[2]
         ctx.mark_non_differentiable(entropy, correct)
         return logps, entropy, correct
@@ -229,21 +235,24 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlogps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_create_graph("linear_token_logps" if ctx.expected is None else "linear_nll")
-        if saved := ctx.saved_tensors:
-            (hidden, weight, labels), last, ctx.last = saved, ctx.last, None
+        if ctx.again:
+            hidden, weight, labels = ctx.saved_tensors
+            head = _Head(weight, *ctx.settings)
+            head.last, ctx.last = ctx.last, None
             needed: Any = {"of_hidden": ctx.needs_input_grad[0], "of_weight": True}
-            _, dhidden, dweight, _ = _Head(weight, *ctx.head).gradients(hidden, labels, dlogps, last, **needed)
+            _, dhidden, dweight = head.gradients(hidden, labels, dlogps, **needed)
             return dhidden, dweight.to(weight.dtype), *[None] * 6
         if ctx.gradients is None:
             raise RuntimeError("linear_nll runs backward once: its gradients were scaled in place and given away")
         dhidden, dweight = ctx.gradients
-        if ctx.expected is None:
+        if ctx.expected is None:  # A copy, because a retained graph may run backward again.
             return (dhidden * dlogps[:, None]).to(dhidden.dtype), *[None] * 7
+        # The factors of a mean are equal, so the first stands for all; the sum of none is 0, where there is no label.
         factor, ctx.gradients = (dlogps[:1] / ctx.expected).sum(), None
         if dhidden is not None:
             dhidden.mul_(factor)
         if dweight is not None and dweight.is_cuda and dweight.dtype != ctx.dtype:
-            # One pass over the gradient on a GPU; a CPU would take as many as below, and a second copy in float32.
+            # NOTE: one pass on a GPU only, because on a CPU `out` of another dtype makes a second copy in float32.
             dweight = torch.mul(dweight, factor, out=dweight.new_empty(dweight.shape, dtype=ctx.dtype))
         elif dweight is not None:
             dweight = dweight.mul_(factor).to(ctx.dtype)
@@ -283,9 +292,9 @@ def linear_nll(
     hidden: Tensor, weight: Tensor, labels: Tensor, count: int | Tensor = 1, *,
     normalize: bool = False, ignore_index: int = -100, impl: str | None = None,
 ) -> TokenLogps:  # fmt: skip
-    """Sums of `linear_token_logps` over its tokens, divided by `count`, the first with its sign changed; scalars.
+    """(−Σ log p, Σ entropy, Σ correct) / count over the tokens of `linear_token_logps`, as three scalars.
 
-    Its gradient comes with it, in one pass over the head even if that trains; so the backward pass runs once.
+    Forward already makes the gradients, so logits are computed once even if the head trains, and backward runs once.
     """
     if transformed():
         found = naive.linear_logps(hidden, weight, labels, normalize, ignore_index)

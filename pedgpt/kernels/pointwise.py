@@ -27,7 +27,7 @@ PROGRAMS = 264  # Two for each multiprocessor of an H100 share the rows whose su
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The result, x + residual, and 1/rms."""
+    """Returns three tensors: the norm, x + residual, and 1/rms."""
     total = x if residual is None else x + residual
     wide = total.float() if total.element_size() == 2 else total
     square = wide.square()
@@ -38,7 +38,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype:
 
 
 def _norm_backward(dy: Tensor, dtotal: Any, total: Tensor, weight: Tensor, scale: Tensor, trains: bool) -> Any:
-    """dx = scale (w dy - x scale² mean(w dy x)) and dw = Σ dy x scale, with both sums as products by a vector."""
+    """dx = scale (w dy - x scale² mean(w dy x)) and dw = Σ dy x scale; both sums are matrix-vector products."""
     width, wide = weight.shape[0], total.to(scale.dtype)
     along = (dy * wide).reshape(-1, width)
     dweight = scale.view(-1) @ along if trains else None
@@ -48,7 +48,7 @@ def _norm_backward(dy: Tensor, dtotal: Any, total: Tensor, weight: Tensor, scale
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The naive form in half of its passes."""
+    """`naive.rotary` of q and k, with half as many passes over memory."""
     cos, sin, half = cos.transpose(1, 2), sin.transpose(1, 2), q.shape[-1] // 2
     found = q * cos, k * cos
     for x, turned in zip((q, k), found, strict=True):
@@ -188,7 +188,7 @@ def _swiglu_triton(gate: Tensor, up: Tensor, dout: Tensor | None = None) -> Any:
     return found[0] if dout is None else found
 
 
-# For autograd. The naive forms give the gradients where these are differentiated again, or many of them made at once.
+# For autograd. Under create_graph=True or torch.func a backward pass takes its gradients from the naive forms.
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -246,7 +246,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str | None = None) -> Tensor:
-    """w · x / √(mean(x²) + ε) over the last axis [..., D] (Zhang & Sennrich 2019), in float32 up to the weight.
+    """w · x / √(mean(x²) + ε) over the last axis [..., D] (Zhang & Sennrich 2019); float32 until w multiplies it.
 
     Under autocast the result has autocast's dtype, in which the products that follow read it.
     """
@@ -259,7 +259,7 @@ def add_rms_norm(
     """(`rms_norm` of x + residual, x + residual), for x and residual of one shape."""
     grad, autocast = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
     if not (grad or autocast or x.is_cuda or impl) and x.dtype == weight.dtype == torch.float32 and x.numel() < SMALL:
-        total = x if residual is None else x + residual  # The same bits from one call, if it takes more memory.
+        total = x if residual is None else x + residual  # One call gives the same bits faster, but takes more memory.
         return F.rms_norm(total, weight.shape, weight, eps), total
     dtype = x.dtype
     if autocast or weight.dtype != dtype:
@@ -282,7 +282,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str | None = No
     cos and sin [B, 1, T, K] have two equal halves and get no gradient.
     """
     form, grad = _rotary_triton if not transformed() and by_triton(impl, q) else _rotary, torch.is_grad_enabled()
-    # Fewer passes pay with gradients, and where half a head is long enough to be read in one go.
+    # `_rotary` makes fewer passes than the naive form, which is faster only with gradients and heads of 64 or more.
     if transformed() or (form is _rotary and not (grad and q.shape[-1] >= 64)):
         cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
         return naive.rotary(q, cos, sin), naive.rotary(k, cos, sin)
@@ -290,7 +290,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str | None = No
 
 
 def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
-    """silu(gate) · up (Shazeer 2020), of one shape [..., D] and dtype; both may be parts of wider rows."""
+    """silu(gate) · up (Shazeer 2020); both have one shape [..., D] and one dtype, and may be views of wider rows."""
     if transformed():
         return naive.swiglu(gate, up)
     if by_triton(impl, gate) or (impl is None and gate.is_cuda and without_numbers()):

@@ -4,6 +4,7 @@ The kernel runs compiled where there is a GPU and under Triton's interpreter els
 """
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -476,7 +477,7 @@ def test_a_gpu_takes_three_products_a_chunk_of_which_there_are_few(given, normal
         labels, factors = torch.empty(8192, dtype=torch.int64), torch.empty(8192)
         head = module._Head(weight, torch.bfloat16, normalize, lambda *_: None)
         with Products() as seen:
-            stats, dhidden, dweight, _ = head.gradients(hidden, labels, factors, of_hidden=True, of_weight=True)
+            stats, dhidden, dweight = head.gradients(hidden, labels, factors, of_hidden=True, of_weight=True)
     assert (dhidden.dtype, dweight.dtype, len(stats)) == (given, torch.float32, 3)
     sums = [entry for entry in seen.found if entry[1] == (125_696, 5120)]
     assert sums == [("aten.addmm.dtype_out", (125_696, 5120), torch.float32)] * 4
@@ -640,3 +641,24 @@ def test_another_ignore_index_and_two_tokens_by_hand():
     assert found.correct.tolist() == [0, 1, 0]
     sums = linear_nll(hidden, weight, labels, ignore_index=0)
     assert [t.item() for t in sums] == pytest.approx([math.log(8), 3 * math.log(2), 1], rel=1e-6)
+
+
+@pytest.mark.parametrize("operator", [linear_nll, linear_token_logps], ids=lambda operator: operator.__name__)
+def test_one_chunk_of_logits_lives_at_a_time(operator, monkeypatch):
+    """In both passes, also where the last chunk's logits wait for the backward pass."""
+    made, multiply = [], module.product
+    hidden, weight = torch.randn(40, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+
+    def noted(x, w):
+        if w.shape != weight.shape:
+            return multiply(x, w)
+        assert not [logits for logits in made if logits() is not None]
+        logits = multiply(x, w)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(module, "CHUNK", 10 * 50)
+    monkeypatch.setattr(module, "product", noted)
+    found = operator(hidden, weight, torch.randint(0, 50, (40,)))
+    found.logps.sum().backward()
+    assert len(made) == (4 if operator is linear_nll else 7)

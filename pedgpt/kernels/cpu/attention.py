@@ -1,6 +1,7 @@
-"""Attention on the CPU by torch's kernel, over fewer scores: document by document, and by halves of a document.
+"""Attention on the CPU by torch's kernel, which is called for each document, and for each half of some documents.
 
-Over a mask of whole rows the kernel would compute all T² scores (`python benchmarks/bench_attention.py` times both).
+Called once for whole rows with a mask, the kernel would compute all T² scores; here it computes fewer
+(`python benchmarks/bench_attention.py` times both ways).
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from pedgpt.kernels.cpu.products import refuse_create_graph
 if TYPE_CHECKING:
     from pedgpt.kernels.attention import Layout
 
-SHORTEST = 384  # For rows of fewer tokens the mask costs as little, and halves gain nothing.
-LONGEST = 512  # torch's kernel reads so many keys at a time; between longer stretches it skips those that none sees.
+SHORTEST = 384  # Rows of fewer tokens go to one call with a mask, because splitting them gains no time.
+LONGEST = 512  # torch's kernel skips keys only in blocks of 512, so longer documents skip some without halves.
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None) -> Tensor | None:
-    """As `kernels.attention`, for at least SHORTEST tokens; None for fewer, and where a document goes on later."""
+    """`kernels.attention`, or None: too few tokens, shapes that differ, no documents, or a document in two pieces."""
     rows, heads, tokens, size = q.shape
     fits = all((len(x), *x.shape[2:]) == (rows, tokens, size) for x in (k, v)) and heads % k.shape[1] == 0
     if tokens < SHORTEST or not rows or not fits:
@@ -36,7 +37,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None) -> Tensor 
     documents: list[tuple[int, Tensor | None]] = [] if layout.documents is None else layout.once(_documents, q.dtype)
     if not documents:
         return None
-    # The rows one after another, [1, H, B T, K], fall into documents.
+    # Join the rows into one row, [1, H, B T, K], and cut it into documents.
     lengths = [length for length, _ in documents]
     parts = (x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2).split(lengths, dim=2) for x in (q, k, v))
     found = [
@@ -47,19 +48,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None) -> Tensor 
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One document's, causal where it has no mask."""
+    """Attention within one document; without a mask it is causal."""
     (_, heads, tokens, size), groups = q.shape, k.shape[1]
-    if mask is not None or not SHORTEST <= tokens <= LONGEST or size < 16 or without_numbers():
+    # Heads of a few numbers gain nothing, and the operator below, unlike torch's function, takes no other strides.
+    plain = size >= 16 and all(x.stride(-1) == 1 for x in (q, k, v))
+    if mask is not None or not SHORTEST <= tokens <= LONGEST or not plain or without_numbers():
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=heads != groups)
     k, v = (x if heads == groups else x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
     return _Halves.apply(q, k, v)
 
 
 def _documents(layout: Layout, dtype: torch.dtype) -> list[tuple[int, Tensor | None]]:
-    """The length of every document, row by row, and the mask that it needs, if any; none if one goes on later."""
+    """(length, mask or None) of every document, row by row; an empty list if a document comes back after another."""
     found: list[tuple[int, Tensor | None]] = []
     for row, ids in enumerate(layout.documents if layout.documents is not None else ()):
-        # Where only sizes count, take those of one document.
+        # Tensors without numbers have no ids to compare, so each row counts as one document.
         starts = [] if without_numbers() else ((ids[1:] != ids[:-1]).nonzero()[:, 0] + 1).tolist()
         if starts and len(ids.unique()) <= len(starts):
             return []
@@ -98,12 +101,12 @@ class _Halves(torch.autograd.Function):
 
 
 def _halves(q: Tensor) -> tuple[Any, Any, Tensor]:
-    """Indices of the tokens' halves, and what is added to the scores of the second, for no query to see ahead."""
+    """The slices of both halves, and the mask that the second half adds to its scores to hide later keys."""
     tokens, half = q.shape[2], q.shape[2] // 2
-    hidden = torch.full((tokens - half, tokens), -torch.inf, dtype=q.dtype).triu_(half + 1)
+    hidden = q.new_full((tokens - half, tokens), -torch.inf).triu_(half + 1)
     return (..., slice(half), slice(None)), (..., slice(half, None), slice(None)), hidden
 
 
 def _joined(early: Tensor, late: Tensor) -> Tensor:
-    """[B, H, T, K] of its halves, in memory as torch's kernel has it: [B, T, H, K]."""
+    """Joins the halves to [B, H, T, K], which lies in memory as [B, T, H, K] like the result of torch's kernel."""
     return torch.cat((early.transpose(1, 2), late.transpose(1, 2)), dim=1).transpose(1, 2)

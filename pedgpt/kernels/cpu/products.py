@@ -1,9 +1,9 @@
 """Linear layers whose float32 products on the CPU are oneDNN's where it is the faster library.
 
-torch calls MKL for them. Which of the two is faster depends on the processor and on which operand is transposed
-(`python benchmarks/bench_operators.py`), so each kind of product is measured at its first use, in a thread of its own,
-so that neither a compiler nor autograd sees it. The libraries round differently: a run that must repeat its bits keeps
-`settle()` and gives it to `use`. The environment variable PEDGPT_CPU=always (oneDNN) or =never decides instead.
+torch uses MKL for these products. Which library is faster depends on the processor and on the transposed operand
+(`python benchmarks/bench_operators.py`). So the first use of each kind of product measures both, in a new thread that
+neither a compiler nor autograd sees. The libraries round differently: a run that must repeat its bits saves the result
+of `settle()` and passes it to `use`. PEDGPT_CPU=always (oneDNN) or =never in the environment skips the measurement.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pedgpt.kernels._transforms import transformed, without_numbers
 from pedgpt.kernels.cpu.packed import packed_product
 
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_times: Any = torch.ops.mkldnn._linear_pointwise.default if AVAILABLE else None
-KINDS = ("x W^T", "dy W")  # torch computes dyᵀ x, because oneDNN gained nothing with AVX-512 or AVX2
-GAIN, ROUNDS = 1.1, 8  # oneDNN must be so many times as fast, in the fastest round but the first, which warms up.
+_multiply: Any = torch.ops.mkldnn._linear_pointwise.default if AVAILABLE else None
+KINDS = ("x W^T", "dy W")  # dyᵀ x is missing: torch computes it, because oneDNN was no faster there
+GAIN, ROUNDS = 1.1, 8  # oneDNN's fastest round must take 1/1.1 of the time of torch's; the first does not count.
 # torch computes products of fewer multiplications, or of fewer rows, for which it does not pay to rearrange a weight.
 FEWEST, FEWEST_ROWS = 2**26, 8
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by `linear`."""
+    """An `nn.Linear` that multiplies with `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -43,11 +43,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return found
     trains, fits = torch.is_grad_enabled(), bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1])
     if not fits or not _suits(x, weight) or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)  # which says what is wrong, if anything is
+        return F.linear(x, weight, bias)  # It raises the error if shapes or dtypes do not fit.
     if not any(map(prefer, KINDS if trains else KINDS[:1])):
         return F.linear(x, weight, bias)
-    times = _Linear.apply if trains else _onednn
-    return times(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    multiply = _Linear.apply if trains else _onednn
+    return multiply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,8 +62,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def sum_of_products(x: Tensor, weight: Tensor, h: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + h Bᵀ (+ b) [T, O] for x [T, D], W [O, D], and h [T, R], B = `up` [O, R] of few columns; without autograd.
 
-    In half precision the large product is the second: the sum is rounded once. In float32 it is the first, because the
-    small one then finds its memory in use already, and oneDNN is slow at adding where R is small.
+    In half precision the small product comes first, so that the large one is rounded only once, as part of the sum. In
+    float32 it comes second, because oneDNN adds slowly where R is small.
     """
     if x.element_size() > 2:
         return product(x, weight, bias).addmm_(h, up.t())
@@ -82,24 +82,24 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        times = linear if torch.is_grad_enabled() else product  # under create_graph=True, to be differentiated again
+        multiply = linear if torch.is_grad_enabled() else product  # create_graph=True needs one with a derivative
         return (
-            times(dy, weight.t()) if needs_x else None,
+            multiply(dy, weight.t()) if needs_x else None,
             dy.t() @ x if needs_weight else None,
             dy.sum(0) if needs_bias else None,
         )
 
 
 def refuse_create_graph(operator: str) -> None:
-    """For backward passes that have no derivative of their own: RuntimeError where they would be differentiated."""
+    """Raises RuntimeError under create_graph=True, because the caller's backward pass has no derivative."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{operator} is differentiable once: no create_graph=True")
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN could compute a product that is large enough for it."""
+    """Whether the product is large enough for oneDNN, and oneDNN can compute it."""
     work = x.numel() * weight.shape[0] if weight.ndim == 2 and x.ndim and x.dtype == torch.float32 else 0
-    # A compiler chooses products itself and cannot follow the operator below; torch.func and subclasses lack it.
+    # A compiler cannot follow oneDNN's operator, and torch.func and tensor subclasses do not support it.
     if not work or work < FEWEST or not AVAILABLE or transformed() or torch.jit.is_tracing():
         return False
     return bool(torch.backends.mkldnn.enabled) and all(
@@ -111,7 +111,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     weight = weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
-    return _times(x.contiguous(), weight, None if bias is None else bias.contiguous(), "none", [], "")
+    return _multiply(x.contiguous(), weight, None if bias is None else bias.contiguous(), "none", [], "")
 
 
 # Which of the two libraries multiplies
@@ -121,7 +121,7 @@ _lock = threading.Lock()
 
 
 def prefer(kind: str) -> bool:
-    """Whether oneDNN computes this kind of product; never under a compiler or torch.func."""
+    """Whether oneDNN computes this kind of product: False under a compiler or torch.func, True for fake tensors."""
     if transformed() or without_numbers():
         return not transformed()
     if kind not in _decided:
@@ -132,14 +132,14 @@ def prefer(kind: str) -> bool:
 
 
 def settle() -> dict[str, bool]:
-    """Whether oneDNN computes it, by kind of product; what is not decided yet is decided now."""
+    """For every kind of product, whether oneDNN computes it; a kind without a decision is measured now."""
     return {kind: prefer(kind) for kind in KINDS}
 
 
 def use(choices: dict[str, bool]) -> None:
-    """Follow `choices` and forget what was measured; what they do not name is measured at its next use.
+    """Replace all decisions by `choices`, unless PEDGPT_CPU decides; kinds not named are measured at their next use.
 
-    A warning names a choice that this machine cannot follow: then the last bits differ from those of the run.
+    A warning names a choice that this machine cannot follow: results then differ from that run's in the last bits.
     """
     known = choices.keys() & set(KINDS) if AVAILABLE else set[str]()
     if lacking := {kind for kind, ours in choices.items() if ours} - known:
@@ -162,7 +162,7 @@ def _measured(kind: str) -> bool:
     threads = torch.get_num_threads()
 
     def measure() -> None:
-        torch.set_num_threads(threads)  # A new thread begins with the number of the environment.
+        torch.set_num_threads(threads)  # A new thread would use the environment's number of threads.
         forms = _forms(kind)
         for _ in range(ROUNDS):
             for form, found in zip(forms, seconds, strict=True):
@@ -175,7 +175,7 @@ def _measured(kind: str) -> bool:
     thread.join()
     if len(seconds[1]) < ROUNDS:  # A form does not run on this machine, and the thread has printed why.
         return False
-    ours, torchs = (min(found[1:]) for found in seconds)  # Other processes only make a round longer.
+    ours, torchs = (min(found[1:]) for found in seconds)  # The minimum, because other processes only add time.
     return torchs >= GAIN * ours
 
 

@@ -297,3 +297,13 @@ def test_packed_documents_in_bfloat16_match_each_alone_in_float64(family, checkp
         ("states", "gradients"), errors(found, [truth, total]), errors(budget, [truth, total]), strict=True
     ):
         assert mine <= 1.2 * theirs, f"{name}: {mine:.2e}, torch's own {theirs:.2e}"
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
+def test_a_document_whose_numbers_lie_apart_is_read_right(which):
+    """torch's operator would take any last stride for 1."""
+    values = list(operands(1, 4, 4, 400, 32, torch.float32))
+    values[which] = values[which].mT.contiguous().mT
+    assert values[which].stride(-1) != 1
+    q, k, v, dout = values
+    check(attention, q, k, v, make_layout("none", 1, 400), dout)
