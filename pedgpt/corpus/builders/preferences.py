@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pedgpt.corpus.dialogues import ask_text, evidence, whole_sentences
-from pedgpt.corpus.knowledge_graph import TASKS
-from pedgpt.corpus.reconstruct import reorganise
+from pedgpt.corpus.builders.dialogues import ask_text, evidence, whole_sentences
+from pedgpt.corpus.builders.knowledge_graph import TASKS
+from pedgpt.corpus.builders.reconstruct import reorganise
 from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, pick, templates
 from pedgpt.data.records import Conversation, PreferencePair
 

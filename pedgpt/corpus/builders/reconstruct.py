@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from pedgpt.corpus.dialogues import NUMBER, evidence, whole_sentences, without_boilerplate, without_greeting
+from pedgpt.corpus.builders.dialogues import NUMBER, evidence, whole_sentences, without_boilerplate, without_greeting
 from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, pick, templates
 from pedgpt.data.records import Conversation
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pedgpt.corpus.builders.support import support
 from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, number, pick, templates
-from pedgpt.corpus.support import support
 from pedgpt.data.records import Conversation, Document, Message, Triple
 
 MEDKQA, EVIDIAG, TRERECOM = "MedKQ&A", "EviDiag", "TreRecom"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from pedgpt.corpus.knowledge_graph import EVIDIAG
+from pedgpt.corpus.builders.knowledge_graph import EVIDIAG
 from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, templates
 from pedgpt.data.records import Conversation, Message
 

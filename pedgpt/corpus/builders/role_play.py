@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pedgpt.corpus.knowledge_graph import MEDKQA
+from pedgpt.corpus.builders.knowledge_graph import MEDKQA
+from pedgpt.corpus.builders.sections import BETWEEN, sentences, unnumbered
+from pedgpt.corpus.builders.support import support
 from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, pick, templates
-from pedgpt.corpus.sections import BETWEEN, sentences, unnumbered
-from pedgpt.corpus.support import support
 from pedgpt.data.records import Conversation, Document, Message
 
 ROLES = ("parent", "colleague")
