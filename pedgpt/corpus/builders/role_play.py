@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from pedgpt.corpus.builders.knowledge_graph import MEDKQA
 from pedgpt.corpus.builders.sections import BETWEEN, sentences, unnumbered
 from pedgpt.corpus.builders.support import support
-from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, pick, templates
-from pedgpt.data.records import Conversation, Document, Message
+from pedgpt.corpus.rows import Ask, Built, Dropped, LeftOut, answered, builder, pattern, pick, spoken, templates
+from pedgpt.data.records import Document
 
 ROLES = ("parent", "colleague")
 _LONGEST_SUBJECT = 20  # characters
@@ -33,7 +32,13 @@ def role_play(passage: Document, ask: Ask | None = None) -> Iterator[Built | Dro
     An answer that the passage does not support is Dropped, as is a teacher's question that points at the passage or
     repeats, and a quotation that is not in it.
     """
-    yield from _templated(passage) if ask is None else _asked(passage, ask)
+    if ask:
+        known: set[str] = set()
+        for role in ROLES:
+            yield from _asked(passage, ask, role, known)
+    elif name := subject(passage):
+        for aspect, parts in _by_aspect(passage, name).items():
+            yield from _templated(passage, name, aspect, "".join(parts))
 
 
 def subject(passage: Document) -> str:
@@ -50,21 +55,20 @@ def subject(passage: Document) -> str:
     return ""
 
 
-def _templated(passage: Document) -> Iterator[Built | Dropped]:
-    if not (name := subject(passage)):
-        return
+@builder
+def _templated(passage: Document, name: str, aspect: str, text: str) -> Built:
     table = templates("role_play")
-    for aspect, parts in _by_aspect(passage, name).items():
-        forms, openings = table["aspects"][aspect], table["openings"]
-        role = pick(ROLES, passage.text, aspect)
-        question = pick(forms[role], passage.text, aspect, "question").format(subject=name)
-        body = _spoken("".join(parts), name, role)
-        grave = role == "parent" and re.search(table["grave"], question + body)
-        opening = pick(openings["grave" if grave else role], passage.text, aspect, "opening")
-        closing = pick(forms["closings"], passage.text, aspect, "closing") if role == "parent" else ""
+    forms, openings = table["aspects"][aspect], table["openings"]
+    role = pick(ROLES, passage.text, aspect)
+    question = pick(forms[role], passage.text, aspect, "question").format(subject=name)
+    body, closing = _said(text, name, role), ""
+    if role == "parent":
+        closing = pick(forms["closings"], passage.text, aspect, "closing")
         if any(closing[i : i + 3] in body for i in range(len(closing) - 2)):
             closing = ""  # said already
-        yield _checked(passage, question, opening + body + closing, aspect, role, body)
+    grave = role == "parent" and re.search(table["grave"], question + body)
+    opening = pick(openings["grave" if grave else role], passage.text, aspect, "opening")
+    return _checked(passage, question, opening + body + closing, aspect, role, body)
 
 
 def _by_aspect(passage: Document, name: str) -> dict[str, list[str]]:
@@ -73,13 +77,11 @@ def _by_aspect(passage: Document, name: str) -> dict[str, list[str]]:
     previous, ended, dangling = "", True, templates("role_play")["dangling"]
     for part in sentences(passage.text):
         scores = _scores(part, name, passage.title)
-        best = max(scores, key=lambda aspect: scores[aspect])
         # What leans on the sentence before it stays with it.
-        leans = re.match(dangling, part) or (not ended and scores[best] < scores.get(previous, 0) + 2)
-        if previous and leans:
-            best = previous
+        leans = re.match(dangling, part) or (not ended and max(scores.values()) < scores.get(previous, 0) + 2)
+        if not (previous and leans):
+            previous = _best(scores)
         ended = not part.endswith(("；", ";"))
-        previous = best if scores[best] or leans else ""
         if previous:
             found.setdefault(previous, []).append(part)
     return {aspect: [*parts[:-1], re.sub("[；;]$", "。", parts[-1])] for aspect, parts in found.items()}
@@ -96,68 +98,52 @@ def _scores(sentence: str, name: str, title: str) -> dict[str, int]:
     return scores
 
 
-def _spoken(answer: str, name: str, role: str) -> str:
+def _said(answer: str, name: str, role: str) -> str:
     """An answer without a pronoun at its beginning: 其 is the subject's, 本病 the subject; plainer to parents."""
     table = templates("role_play")
-    answer = re.sub(f"^(?:{table['pronouns']})", lambda _: name, answer)
-    answer = re.sub(f"^(?:{table['possessive']})", lambda _: name + "的", answer)
-    for form, words in table["to_parents"].items() if role == "parent" else ():
-        answer = re.sub(f"^(?:{form})", words, answer)
+    changes = {table["pronouns"]: name, table["possessive"]: name + "的"}
+    for form, words in (changes | (table["to_parents"] if role == "parent" else {})).items():
+        answer = re.sub(f"^(?:{form})", words.replace("\\", r"\\"), answer)
     return answer
 
 
-def _asked(passage: Document, ask: Ask) -> Iterator[Built | Dropped]:
-    forms = templates("role_play")["teacher"]
-    known: set[str] = set()
-    for role, spoken in forms["roles"].items():
-        values = {"role": spoken, "title": subject(passage) or passage.title, "passage": passage.text}
-        try:
-            fields: dict[str, type] = {"question": str, "role": str}
-            said = ask(forms["system_question"].format(**values), forms["question"].format(**values), fields)
-            question = said["question"].strip()
-            fault = "question points at its passage" if re.search(templates("role_play")["pointing"], question) else ""
-            fault = fault or ("question repeats another role's" if question in known else "")
-            if fault or not question:
-                yield Dropped(passage.source, fault or "teacher's answer was unusable", question)
-                continue
-            known.add(question)
-            values["question"] = question
-            said = ask(forms["system_answer"], forms["answer"].format(**values), {"answer": str, "evidence": str})
-        except Unusable as unusable:
-            yield Dropped(passage.source, "teacher's answer was unusable", str(unusable))
-            continue
-        answer, evidence = said["answer"].strip(), said["evidence"].strip()
-        text = _letters(passage.text)
-        if not _letters(evidence) or any(_letters(part) not in text for part in sentences(evidence)):
-            yield Dropped(passage.source, "evidence is not in its passage", evidence)
-        elif re.search(templates("role_play")["pointing"], answer):
-            yield Dropped(passage.source, "answer points at its passage", answer)
-        else:
-            aspect = _aspect_of(question, answer, values["title"])
-            yield _checked(passage, question, answer, aspect, role, answer, evidence=evidence)
+@builder
+def _asked(passage: Document, ask: Ask, role: str, known: set[str]) -> Built:
+    """What a teacher asks in this role, unless it is among the `known` questions, and what it answers as the doctor."""
+    prompts, pointing = templates("role_play")["teacher"], pattern("role_play", "pointing")
+    values = {"role": prompts["roles"][role], "title": subject(passage) or passage.title, "passage": passage.text}
+    question = answered(ask, prompts["question"], {"question": str, "role": str}, **values)["question"]
+    if pointing.search(question):
+        raise LeftOut("question points at its passage", question)
+    if question in known:
+        raise LeftOut("question repeats another role's", question)
+    known.add(question)
+    said = answered(ask, prompts["answer"], {"answer": str, "evidence": str}, question=question, **values)
+    answer, evidence, text = said["answer"], said["evidence"], _letters(passage.text)
+    if not _letters(evidence) or any(_letters(part) not in text for part in sentences(evidence)):
+        raise LeftOut("evidence is not in its passage", evidence)
+    if pointing.search(answer):
+        raise LeftOut("answer points at its passage", answer)
+    aspect = _best(_scores(question, values["title"], "")) or _best(_scores(answer, values["title"], ""))
+    return _checked(passage, question, answer, aspect, role, answer, evidence=evidence)
 
 
 def _letters(text: str) -> str:
     return re.sub(r"[\W_]+", "", text)
 
 
-def _aspect_of(question: str, answer: str, name: str) -> str:
-    for text in (question, answer):
-        scores = _scores(text, name, "")
-        best = max(scores, key=lambda aspect: scores[aspect])
-        if scores[best]:
-            return best
-    return ""
+def _best(scores: dict[str, int]) -> str:
+    """The first aspect of the highest score, "" if no aspect has one."""
+    best = max(scores, key=lambda aspect: scores[aspect])
+    return best if scores[best] else ""
 
 
-def _checked(
-    passage: Document, question: str, answer: str, aspect: str, role: str, said: str, **details: Any
-) -> Built | Dropped:
+def _checked(passage: Document, question: str, answer: str, aspect: str, role: str, said: str, **details: str) -> Built:
     """The row, if the passage supports `said`: the answer without what the template puts around it."""
     found = support(said, passage.text, question=question)
     if not found.ok():
-        return Dropped(passage.source, "answer not supported by its passage", f"{found.describe()}; {answer}")
+        raise LeftOut("answer not supported by its passage", f"{found.describe()}; {answer}")
     task = templates("role_play")["aspects"][aspect]["task"] if aspect else MEDKQA
-    messages = (Message("user", question), Message("assistant", answer))
-    record = Conversation(messages, passage.source, task, passage.disease, passage.department)
-    return Built(record, {"support": round(found.share, 3), "role": role, "aspect": aspect, **details})
+    origin = {"source": passage.source, "disease": passage.disease, "department": passage.department}
+    kept = {"support": round(found.share, 3), "role": role, "aspect": aspect}
+    return Built(spoken(question, answer, task=task, **origin), kept | details)
