@@ -66,16 +66,9 @@ def _humane(asked: str, answer: str, pediatric: bool) -> str:
 
 def _plain(answer: str) -> str:
     table = templates("preferences")["plain"]
-    politeness = re.compile(f"(?:{table['politeness']})[，,。！!]+")
-    lines = []
-    for line in answer.split("\n"):
-        said = ""
-        for sentence in whole_sentences(line):
-            while match := politeness.match(sentence):
-                sentence = sentence[match.end() :]
-            said += sentence
-        lines.append(_rewritten(said, table["rewrite"]))
-    return "\n".join(filter(None, lines)) or answer
+    politeness = re.compile(f"^(?:(?:{table['politeness']})[，,。！!]+)+")
+    lines = ("".join(politeness.sub("", said) for said in whole_sentences(line)) for line in answer.split("\n"))
+    return "\n".join(filter(None, (_rewritten(line, table["rewrite"]) for line in lines))) or answer
 
 
 def _kind(asked: str, answer: str) -> dict[str, Any]:
@@ -92,9 +85,7 @@ def _added(answer: str, asked: str, correct: str) -> set[str]:
 
 
 def _same_words(text: str) -> str:
-    for word, others in templates("preferences")["synonyms"].items():
-        text = re.sub(others, word, text)
-    return text
+    return _rewritten(text, [(others, word) for word, others in templates("preferences")["synonyms"].items()])
 
 
 def _rewritten(text: str, changes: Sequence[Sequence[str]]) -> str:

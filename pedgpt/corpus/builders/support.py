@@ -88,8 +88,7 @@ def support(answer: str, passage: str, *, question: str = "", lexicon: Collectio
     answer, passage, question = (
         unicodedata.normalize("NFKC", _LISTED.sub(" ", text)) for text in (answer, passage, question)
     )
-    known, asked = _pairs_of(passage), _pairs_of(question) | set(map(str.casefold, _LATIN.findall(question)))
-    known |= set(map(str.casefold, _LATIN.findall(passage)))
+    known, asked = _known(passage), _known(question)
     have, total, weakest = 0, 0, 1.0
     for sentence in _SENTENCE.findall(answer):
         content = [pair for pair in _content(sentence) if pair in known or pair not in asked]
@@ -110,15 +109,18 @@ def _pairs(text: str) -> list[str]:
     return [run[i : i + 2] for run in _HAN.findall(text) for i in range(len(run) - 1)]
 
 
-def _pairs_of(text: str) -> set[str]:
-    """All pairs of neighbours, with the particles and without them."""
-    return {*_pairs(text), *_pairs(re.sub(f"[{templates('support')['particles']}]", "", text))}
+def _words(text: str) -> list[str]:
+    return [word.casefold() for word in _LATIN.findall(text)]
+
+
+def _known(text: str) -> set[str]:
+    """All Latin words, and all pairs of neighbours, with the particles and without them."""
+    return {*_words(text), *_pairs(text), *_pairs(re.sub(f"[{templates('support')['particles']}]", "", text))}
 
 
 def _content(text: str) -> list[str]:
-    words = [word.casefold() for word in _LATIN.findall(text)]
-    text = _NUMBER.sub(lambda match: " " if match["share"] or match["unit"] else match[0], text)  # compared by value
-    return words + _pairs(_manners().sub(" ", text))
+    counted = _NUMBER.sub(lambda match: " " if match["share"] or match["unit"] else match[0], text)
+    return _words(text) + _pairs(_manners().sub(" ", counted))  # numbers with a unit are compared by value
 
 
 def _missing_numbers(answer: str, *given: str) -> Iterator[str]:
