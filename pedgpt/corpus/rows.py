@@ -1,4 +1,4 @@
-"""What a builder gives: rows, and rows that it left out with the reason."""
+"""What a builder gives: rows, and rows that it left out with the reason; and what all builders share."""
 
 from __future__ import annotations
 
