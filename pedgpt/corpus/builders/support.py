@@ -221,16 +221,14 @@ def _flips(answer: str, passage: str) -> Iterator[str]:
 
 
 def _advices(text: str) -> Iterator[_Advice]:
-    condition = re.compile(_either("conditions"))
-    turning = re.compile(f"{_either('forbidding')}|{_either('negations')}")
-    qualifying = re.compile(_either("qualifiers"))
+    turning = f"{_either('forbidding')}|{_either('negations')}"
     for sentence in _SENTENCE.findall(text):
-        bound = condition.search(sentence)
+        bound = re.search(_either("conditions"), sentence)
         for match in _advice_form().finditer(sentence):
             words, before = match["words"], sentence[max(0, match.start() - 100) : match.start()]
             case = frozenset(_pairs(before) or [before] if bound and bound.end() <= match.start() else [])
-            positive = len(turning.findall(words)) % 2 == 0
-            yield _Advice(match[0], positive, match["aim"], case, bool(qualifying.search(words)))
+            positive = len(re.findall(turning, words)) % 2 == 0
+            yield _Advice(match[0], positive, match["aim"], case, bool(re.search(_either("qualifiers"), words)))
 
 
 def _common(a: str, b: str) -> int:
@@ -242,6 +240,7 @@ def _common(a: str, b: str) -> int:
     return best
 
 
+@cache
 def _either(name: str) -> str:
     return either(templates("support")[name])
 
