@@ -32,8 +32,8 @@ from typing import Any
 
 import httpx
 
+from pedgpt.corpus.builders.teacher import Teacher
 from pedgpt.corpus.rows import Unusable
-from pedgpt.corpus.teacher import Teacher
 from pedgpt.endpoint import EndpointSettings, in_order
 
 HERE = Path(__file__).resolve()

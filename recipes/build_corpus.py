@@ -27,12 +27,12 @@ from typing import ClassVar
 from pedgpt.corpus import Split, diseases, read_listing
 from pedgpt.corpus.assemble import Assembly, Limits
 from pedgpt.corpus.build import TABLES, build, build_disease, build_graph, build_templates, divided
+from pedgpt.corpus.builders.knowledge_graph import Disease
+from pedgpt.corpus.builders.teacher import Teacher
 from pedgpt.corpus.card import statistics_table, write_card, write_manifest
 from pedgpt.corpus.classify import DOMAINS
-from pedgpt.corpus.knowledge_graph import Disease
 from pedgpt.corpus.quality import normalize
 from pedgpt.corpus.sources import describe_sources, in_domain, is_corpus
-from pedgpt.corpus.teacher import Teacher
 from pedgpt.data import ReadSummary, Triple, iter_records
 from pedgpt.data.records import detect_kind, parse_columns
 from pedgpt.endpoint import EndpointFailure, in_order, load_endpoint

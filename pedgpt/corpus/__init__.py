@@ -3,10 +3,7 @@
 sources → builders (build) → filters, duplicates, split (assemble) → shards, manifest, card; each module works alone.
 """
 
-from pedgpt.corpus.classify import GENERAL, GENERAL_MEDICAL, PEDIATRIC, classify
-from pedgpt.corpus.decontaminate import Decontaminator
-from pedgpt.corpus.duplicates import Contradictions, NearDuplicates
-from pedgpt.corpus.knowledge_graph import (
+from pedgpt.corpus.builders.knowledge_graph import (
     EVIDIAG,
     MEDKQA,
     TASKS,
@@ -19,6 +16,9 @@ from pedgpt.corpus.knowledge_graph import (
     two_hop,
     verbalize,
 )
+from pedgpt.corpus.classify import GENERAL, GENERAL_MEDICAL, PEDIATRIC, classify
+from pedgpt.corpus.decontaminate import Decontaminator
+from pedgpt.corpus.duplicates import Contradictions, NearDuplicates
 from pedgpt.corpus.quality import normalize, scrub
 from pedgpt.corpus.sources import read_listing
 from pedgpt.corpus.split import Split, question_key

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from pedgpt.corpus.build import Step, stages, table_of
+from pedgpt.corpus.builders.role_play import subject
+from pedgpt.corpus.builders.sections import BETWEEN
 from pedgpt.corpus.decontaminate import Decontaminator
 from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, digest
 from pedgpt.corpus.quality import fault, normalize, scrub
-from pedgpt.corpus.role_play import subject
 from pedgpt.corpus.rows import Built, Dropped, map_texts, question, texts
-from pedgpt.corpus.sections import BETWEEN
 from pedgpt.corpus.sources import Source
 from pedgpt.corpus.split import Names, Split, question_key
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pedgpt.corpus.classify import PEDIATRIC, classify
-from pedgpt.corpus.dialogues import evidiag_dialogue
-from pedgpt.corpus.knowledge_graph import (
+from pedgpt.corpus.builders.dialogues import evidiag_dialogue
+from pedgpt.corpus.builders.knowledge_graph import (
     EVIDIAG,
     MEDKQA,
     TRERECOM,
@@ -20,12 +19,13 @@ from pedgpt.corpus.knowledge_graph import (
     verbalize,
     verbalize_with,
 )
-from pedgpt.corpus.preferences import humane_pair
-from pedgpt.corpus.reconstruct import reconstruct
-from pedgpt.corpus.role_play import role_play
+from pedgpt.corpus.builders.preferences import humane_pair
+from pedgpt.corpus.builders.reconstruct import reconstruct
+from pedgpt.corpus.builders.role_play import role_play
+from pedgpt.corpus.builders.safety import safety, self_cognition
+from pedgpt.corpus.builders.sections import passages
+from pedgpt.corpus.classify import PEDIATRIC, classify
 from pedgpt.corpus.rows import Ask, Built, Dropped
-from pedgpt.corpus.safety import safety, self_cognition
-from pedgpt.corpus.sections import passages
 from pedgpt.corpus.sources import Source, is_name
 from pedgpt.data.records import Conversation, Document, PreferencePair, Record
 

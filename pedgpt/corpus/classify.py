@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import islice
 
-from pedgpt.corpus.knowledge_graph import EVIDIAG, MEDKQA, TRERECOM
+from pedgpt.corpus.builders.knowledge_graph import EVIDIAG, MEDKQA, TRERECOM
 from pedgpt.corpus.quality import chinese_share, simplified
 from pedgpt.corpus.rows import templates
 from pedgpt.data.records import Conversation, Document

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pedgpt.corpus.builders.support import UNIT, UNITS, meanings, numbers
 from pedgpt.corpus.split import Names, question_key
-from pedgpt.corpus.support import UNIT, UNITS, meanings, numbers
 
 # Five characters are two or three Chinese words: fewer are shared by unrelated texts of one specialty, and of more, one
 # changed character would spoil too many.

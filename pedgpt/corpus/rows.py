@@ -1,19 +1,22 @@
-"""What a builder gives: rows, and rows that it left out with the reason."""
+"""What a builder gives: rows, and rows that it left out with the reason; and what all builders share."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, wraps
 from importlib.resources import files
-from typing import Any, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, Record
 from pedgpt.endpoint import Unusable as Unusable  # builders take it from here
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Record)
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +39,50 @@ class Dropped:
     detail: str = ""
 
 
+class LeftOut(Exception):
+    """Raised by a builder that leaves its row out, with the reason and the detail of `Dropped`."""
+
+
+def builder(build: Callable[Concatenate[R, P], Built | None]) -> Callable[Concatenate[R, P], Iterator[Built | Dropped]]:
+    """A builder of one row: it yields what `build` returns, or the Dropped row of the LeftOut or Unusable raised."""
+
+    @wraps(build)
+    def rows(record: R, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[Built | Dropped]:
+        try:
+            row = build(record, *args, **kwargs)
+        except Unusable as error:
+            yield Dropped(record.source, "teacher's answer was unusable", str(error))
+        except LeftOut as left_out:
+            yield Dropped(record.source, *left_out.args)
+        else:
+            yield from [row] if row else []
+
+    return rows
+
+
 class Ask(Protocol):
     """A teacher: chat messages in, the wanted fields of its JSON answer out; raises Unusable if none is usable."""
 
     def __call__(self, system: str, user: str, fields: Mapping[str, type]) -> dict[str, Any]: ...
+
+
+def answered(ask: Ask, prompts: Mapping[str, str], fields: Mapping[str, type], **values: str) -> dict[str, Any]:
+    """A teacher's answer to `prompts` filled with `values`, its texts stripped.
+
+    Raises Unusable if a field is of another type, or the first one blank.
+    """
+    said = ask(prompts["system"].format(**values), prompts["user"].format(**values), fields)
+    said = {name: value.strip() if isinstance(value := said.get(name), str) else value for name in fields}
+    for i, (name, kind) in enumerate(fields.items()):
+        if type(said[name]) is not kind or (i == 0 and said[name] == ""):
+            raise Unusable(f"{name} is {said[name]!r:.80}, expected {kind.__name__}")
+    return said
+
+
+def spoken(*turns: str, source: str, task: str, disease: str = "", department: str = "") -> Conversation:
+    """A conversation of these turns; the user begins."""
+    messages = tuple(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(turns))
+    return Conversation(messages, source, task, disease, department)
 
 
 def texts(record: Record) -> list[str]:
@@ -79,6 +122,20 @@ def question(record: Record) -> str:
 def templates(name: str) -> dict[str, Any]:
     """The phrasings and word lists of templates/`name`.toml."""
     return tomllib.loads(files("pedgpt.corpus").joinpath(f"templates/{name}.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def pattern(name: str, *keys: str) -> re.Pattern[str]:
+    """The regular expression under `keys` of templates/`name`.toml; a list there holds alternatives."""
+    found: Any = templates(name)
+    for key in keys:
+        found = found[key]
+    return re.compile(found if isinstance(found, str) else "|".join(found))
+
+
+def either(words: Iterable[str]) -> str:
+    """A regular expression of plain words, of which the longest that fits is taken."""
+    return "|".join(map(re.escape, sorted(set(words), key=lambda word: (-len(word), word))))
 
 
 def number(*names: str) -> int:

@@ -7,8 +7,8 @@ from itertools import chain, combinations
 import pytest
 
 from pedgpt.corpus.build import Step, build, build_disease, build_graph, build_templates, divided, stages, table_of
+from pedgpt.corpus.builders.knowledge_graph import Disease
 from pedgpt.corpus.classify import DOMAINS
-from pedgpt.corpus.knowledge_graph import Disease
 from pedgpt.corpus.rows import Built, Dropped, texts
 from pedgpt.corpus.sources import KINDS, Source
 from pedgpt.data import Conversation, Document, Message, PreferencePair

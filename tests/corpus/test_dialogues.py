@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.corpus.dialogues import evidiag_dialogue, is_evidence, without_boilerplate, without_greeting
-from pedgpt.corpus.knowledge_graph import EVIDIAG
+from pedgpt.corpus.builders.dialogues import evidiag_dialogue, is_evidence, without_boilerplate, without_greeting
+from pedgpt.corpus.builders.knowledge_graph import EVIDIAG
 from pedgpt.corpus.rows import Built, Dropped, Unusable
 from pedgpt.data import read_conversations
 from pedgpt.data.records import Conversation, Message

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.corpus.knowledge_graph import (
+from pedgpt.corpus.builders.knowledge_graph import (
     EVIDIAG,
     MEDKQA,
     TRERECOM,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.corpus.preferences import humane_pair
+from pedgpt.corpus.builders.preferences import humane_pair
 from pedgpt.corpus.rows import Built, Dropped, Unusable
 from pedgpt.data import read_conversations
 from pedgpt.data.records import Conversation, Message, PreferencePair

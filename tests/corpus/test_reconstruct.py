@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.corpus.reconstruct import reconstruct, reorganise
+from pedgpt.corpus.builders.reconstruct import reconstruct, reorganise
 from pedgpt.corpus.rows import Built, Dropped, Unusable
 from pedgpt.data import read_conversations
 from pedgpt.data.records import Conversation, Message

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.corpus.knowledge_graph import MEDKQA, TRERECOM
-from pedgpt.corpus.role_play import role_play, subject
+from pedgpt.corpus.builders.knowledge_graph import MEDKQA, TRERECOM
+from pedgpt.corpus.builders.role_play import role_play, subject
 from pedgpt.corpus.rows import Built, Dropped, Unusable
 from pedgpt.data import Document, read_documents
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from pedgpt.corpus.builders.safety import safety, self_cognition
 from pedgpt.corpus.rows import Built
-from pedgpt.corpus.safety import safety, self_cognition
 
 
 def pairs(rows):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from pedgpt.corpus.sections import passages, sentences, unnumbered
+from pedgpt.corpus.builders.sections import passages, sentences, unnumbered
 from pedgpt.data import Document, read_documents
 
 BOOK = """前言写在第一个标题之前。

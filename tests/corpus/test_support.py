@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.corpus.sections import sentences
-from pedgpt.corpus.support import support
+from pedgpt.corpus.builders.sections import sentences
+from pedgpt.corpus.builders.support import support
 
 SAMPLE = Path(__file__).resolve().parents[2] / "recipes" / "sample_corpus"
 COLD = (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pedgpt.corpus.builders.teacher import Teacher
 from pedgpt.corpus.rows import Unusable
-from pedgpt.corpus.teacher import Teacher
 from pedgpt.endpoint import EndpointSettings
 
 spec = importlib.util.spec_from_file_location("chat_server", Path(__file__).with_name("chat_server.py"))

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from pedgpt.corpus.dialogues import ask_text, evidence, whole_sentences
-from pedgpt.corpus.knowledge_graph import TASKS
-from pedgpt.corpus.reconstruct import reorganise
-from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, pick, templates
+from pedgpt.corpus.builders.dialogues import evidence, whole_sentences
+from pedgpt.corpus.builders.knowledge_graph import TASKS
+from pedgpt.corpus.builders.reconstruct import reorganise
+from pedgpt.corpus.rows import Ask, Built, LeftOut, answered, builder, pattern, pick, templates
 from pedgpt.data.records import Conversation, PreferencePair
 
 # Words of the evidence that name no finding.
 _CONNECTIVES = re.compile("考虑|诊断|可能.?|属于|疑似|确诊|怀疑|引起|导致|报告|指标|症|不适")
 
 
-def humane_pair(
-    conversation: Conversation, ask: Ask | None = None, plain: Ask | None = None
-) -> Iterator[Built | Dropped]:
+@builder
+def humane_pair(conversation: Conversation, ask: Ask | None = None, plain: Ask | None = None) -> Built | None:
     """A pair of a conversation of one turn, whose question is no colleague's (一名患儿…); others yield nothing.
 
     Chosen: a warm opening for the kind of question, the answer in the second person, and what to watch for, or what
@@ -27,36 +26,28 @@ def humane_pair(
     of the three tasks is about a child.
     """
     *prompt, last = conversation.messages
-    if [m.role for m in prompt if m.role != "system"] != ["user"]:
-        return
     asked, correct = prompt[-1].content, last.content.strip()
-    if re.search(templates("preferences")["colleague"], asked):
-        return
-    bare = reorganise(correct)
-    if not bare:
-        yield Dropped(conversation.source, "no answer left to rephrase", correct[:80])
-        return
-    details = {"correct": correct, "kind": _kind(asked, bare)["name"]}
-    try:
-        table, values = templates("preferences"), {"question": asked, "correct": bare}
-        child = conversation.task in TASKS
-        chosen = ask_text(ask, table["teacher"], **values) if ask else _humane(asked, bare, child)
-        rejected = ask_text(plain, table["teacher_plain"], **values) if plain else _plain(bare)
-    except Unusable as error:
-        yield Dropped(conversation.source, "teacher's answer was unusable", str(error)[:80])
-        return
+    if [m.role for m in prompt if m.role != "system"] != ["user"] or pattern("preferences", "colleague").search(asked):
+        return None
+    if not (bare := reorganise(correct)):
+        raise LeftOut("no answer left to rephrase", correct[:80])
+    chosen = _said(ask, "teacher", asked, bare) or _humane(asked, bare, conversation.task in TASKS)
+    rejected = _said(plain, "teacher_plain", asked, bare) or _plain(bare)
     for teacher, answer in ((ask, chosen), (plain, rejected)):
-        if teacher is not None and (added := _added(answer, asked, bare)):
-            yield Dropped(conversation.source, "teacher's answer was not supported", "、".join(sorted(added)))
-            return
+        if teacher and (added := _added(answer, asked, bare)):
+            raise LeftOut("teacher's answer was not supported", "、".join(sorted(added)))
     if chosen == rejected:
-        yield Dropped(conversation.source, "chosen equals rejected", chosen[:80])
-        return
+        raise LeftOut("chosen equals rejected", chosen[:80])
+    details = {"correct": correct, "kind": _kind(asked, bare)["name"]}
     details |= {"chosen_by": "teacher" if ask else "template", "rejected_by": "teacher" if plain else "template"}
-    pair = PreferencePair(
-        tuple(prompt), chosen, rejected, conversation.source, conversation.disease, conversation.department
-    )
-    yield Built(pair, details)
+    origin = conversation.source, conversation.disease, conversation.department
+    return Built(PreferencePair(tuple(prompt), chosen, rejected, *origin), details)
+
+
+def _said(teacher: Ask | None, prompts: str, asked: str, correct: str) -> str:
+    """A teacher's form of the correct answer, "" without a teacher."""
+    table = templates("preferences")[prompts]
+    return answered(teacher, table, {"answer": str}, question=asked, correct=correct)["answer"] if teacher else ""
 
 
 def _humane(asked: str, answer: str, pediatric: bool) -> str:
@@ -75,16 +66,9 @@ def _humane(asked: str, answer: str, pediatric: bool) -> str:
 
 def _plain(answer: str) -> str:
     table = templates("preferences")["plain"]
-    politeness = re.compile(f"(?:{table['politeness']})[，,。！!]+")
-    lines = []
-    for line in answer.split("\n"):
-        said = ""
-        for sentence in whole_sentences(line):
-            while match := politeness.match(sentence):
-                sentence = sentence[match.end() :]
-            said += sentence
-        lines.append(_rewritten(said, table["rewrite"]))
-    return "\n".join(filter(None, lines)) or answer
+    politeness = re.compile(f"^(?:(?:{table['politeness']})[，,。！!]+)+")
+    lines = ("".join(politeness.sub("", said) for said in whole_sentences(line)) for line in answer.split("\n"))
+    return "\n".join(filter(None, (_rewritten(line, table["rewrite"]) for line in lines))) or answer
 
 
 def _kind(asked: str, answer: str) -> dict[str, Any]:
@@ -101,12 +85,10 @@ def _added(answer: str, asked: str, correct: str) -> set[str]:
 
 
 def _same_words(text: str) -> str:
-    for word, others in templates("preferences")["synonyms"].items():
-        text = re.sub(others, word, text)
-    return text
+    return _rewritten(text, [(others, word) for word, others in templates("preferences")["synonyms"].items()])
 
 
 def _rewritten(text: str, changes: Sequence[Sequence[str]]) -> str:
-    for pattern, replacement in changes:
-        text = re.sub(pattern, replacement, text)
+    for form, replacement in changes:
+        text = re.sub(form, replacement, text)
     return text

@@ -8,13 +8,13 @@ the form, and a teacher's answer that brings new numbers, or loses old ones, is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from pedgpt.corpus.dialogues import NUMBER, evidence, whole_sentences, without_boilerplate, without_greeting
-from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, pick, templates
+from pedgpt.corpus.builders.dialogues import NUMBER, evidence, whole_sentences, without_boilerplate, without_greeting
+from pedgpt.corpus.rows import Ask, Built, LeftOut, Unusable, answered, builder, either, pattern, pick, templates
 from pedgpt.data.records import Conversation
 
 _CJK = "\u4e00-\u9fff"
@@ -22,7 +22,8 @@ _MARK = re.compile(r"(?<![\d.A-Za-z])(?:[（(](\d{1,2})[)）]、?|(\d{1,2})[、.
 _WIDE = {",": "，", ";": "；", ":": "：", "?": "？", "!": "！", ".": "。"}
 
 
-def reconstruct(conversation: Conversation, ask: Ask | None = None) -> Iterator[Built | Dropped]:
+@builder
+def reconstruct(conversation: Conversation, ask: Ask | None = None) -> Built:
     """The row with its last answer judged, enriched and reorganised, or dropped as "judged unusable: ...".
 
     `details["versions"]` holds, for the judgement and each step that changed something, the answer before it and why;
@@ -30,48 +31,40 @@ def reconstruct(conversation: Conversation, ask: Ask | None = None) -> Iterator[
     """
     asked = "\n".join(message.content for message in conversation.messages if message.role == "user")
     answer = conversation.messages[-1].content
-    versions: list[dict[str, str]] = []
-    refused: list[dict[str, str]] = []
-    try:
-        score, phrases, reason = _judge(asked, answer) if ask is None else _judged(asked, answer, ask)
-        versions.append({"step": "judge", "answer": answer, "reason": f"score {score:.1f}: {reason}"})
-        if phrases:
-            reasons = f"judged unusable: {phrases}"
-            yield Dropped(conversation.source, reasons, f"{versions[-1]['reason']}: {answer[:60]}")
-            return
-        for step in ("enrich", "reorganise"):
-            if ask is None and step == "enrich":
-                form, reason = _enrich(asked, answer)
-            elif ask is None:
-                form, reason = reorganise(answer), templates("reconstruct")["reorganise"]["reason"]
-            else:
-                form, reason = _said(step, asked, answer, ask)
-                if fault := _fault(asked, answer, form):
-                    refused.append({"step": step, "answer": form, "reason": fault})
-                    form = answer
-            if form != answer:
-                versions.append({"step": step, "answer": answer, "reason": reason})
-                answer = form
-    except Unusable as error:
-        yield Dropped(conversation.source, "teacher's answer was unusable", str(error)[:80])
-        return
+    score, unusable, reason = _judged(asked, answer, ask) if ask else _judge(asked, answer)
+    reason = f"score {score:.1f}: {reason}"
+    if unusable:
+        raise LeftOut(f"judged unusable: {unusable}", f"{reason}: {answer[:60]}")
+    versions, refused = [{"step": "judge", "answer": answer, "reason": reason}], []
+    for step in ("enrich", "reorganise"):
+        if ask:
+            form, reason = _asked(step, asked, answer, ask, answer=str, reason=str)
+            if fault := _fault(asked, answer, form):
+                refused.append({"step": step, "answer": form, "reason": fault})
+                form = answer
+        elif step == "enrich":
+            form, reason = _enrich(asked, answer)
+        else:
+            form, reason = reorganise(answer), templates("reconstruct")["reorganise"]["reason"]
+        if form != answer:
+            versions.append({"step": step, "answer": answer, "reason": reason})
+            answer = form
     messages = (*conversation.messages[:-1], replace(conversation.messages[-1], content=answer))
     details = {"versions": versions} | ({"refused": refused} if refused else {})
-    yield Built(replace(conversation, messages=messages), details)
+    return Built(replace(conversation, messages=messages), details)
 
 
 def _judge(asked: str, answer: str) -> tuple[float, str, str]:
     """(score, the phrase of its worst fault if it is below the threshold, all faults), by rules."""
-    words, rules = _patterns(), templates("reconstruct")["judge"]
-    said = reorganise(answer)
+    rules, said = templates("reconstruct")["judge"], reorganise(answer)
     bare = re.sub(rf"[^{_CJK}A-Za-z0-9]", "", without_greeting(said))
     found = {
         "terse": len(bare) < rules["terse"],
         "unrelated": not (_bigrams(asked) & _bigrams(answer) or set(bare) & evidence(asked)),
-        "promotional": bool(words["promotional"].search(answer)),
-        "referral": not words["see_doctor_asked"].search(asked) and _only_refers(said),
+        "promotional": _has("promotional", answer),
+        "referral": not _has("see_doctor_asked", asked) and _only_refers(said),
         "cut_off": _cut_off(answer),
-        "rude": bool(words["rude"].search(answer)),
+        "rude": _has("rude", answer),
     }
     faults = [rules["faults"][name] for name, is_so in found.items() if is_so]
     score = 1 - sum(fault["share"] for fault in faults)
@@ -79,24 +72,22 @@ def _judge(asked: str, answer: str) -> tuple[float, str, str]:
     return score, worst, ", ".join(fault["phrase"] for fault in faults) or "no fault"
 
 
+def _has(words: str, text: str) -> bool:
+    """Whether a text has some of these words of templates/reconstruct.toml."""
+    return bool(pattern("reconstruct", "words", words).search(text))
+
+
 def _judged(asked: str, answer: str, ask: Ask) -> tuple[float, str, str]:
-    reply = _reply("judge", asked, answer, ask, {"score": int, "reason": str})
-    score, reason = reply.get("score"), reply.get("reason")
-    if type(score) is not int or not 1 <= score <= 5 or not isinstance(reason, str):
-        raise Unusable(f"judged {score!r}, expected a whole number from 1 to 5 and a reason")
+    score, reason = _asked("judge", asked, answer, ask, score=int, reason=str)
+    if not 1 <= score <= 5:
+        raise Unusable(f"judged {score!r}, expected a whole number from 1 to 5")
     return score, "by the teacher" if score < templates("reconstruct")["teacher"]["judge"]["lowest"] else "", reason
 
 
-def _said(step: str, asked: str, answer: str, ask: Ask) -> tuple[str, str]:
-    reply = _reply(step, asked, answer, ask, {"answer": str, "reason": str})
-    if not isinstance(form := reply.get("answer"), str) or not form.strip():
-        raise Unusable(f"answer is {form!r}, expected a text")
-    return form.strip(), str(reply.get("reason", ""))
-
-
-def _reply(step: str, asked: str, answer: str, ask: Ask, fields: dict[str, type]) -> dict[str, Any]:
+def _asked(step: str, asked: str, before: str, ask: Ask, **fields: type) -> Iterable[Any]:
+    """The fields of a teacher's answer, in order."""
     prompts = templates("reconstruct")["teacher"][step]
-    return ask(prompts["system"], prompts["user"].format(question=asked, answer=answer), fields)
+    return answered(ask, prompts, fields, question=asked, answer=before).values()
 
 
 def _fault(asked: str, before: str, after: str) -> str:
@@ -116,15 +107,12 @@ def _numbers(text: str) -> set[str]:
 
 
 def _enrich(asked: str, answer: str) -> tuple[str, str]:
-    forms, words = templates("reconstruct")["enrich"], _patterns()
-    if not words["treatment"].search(asked) or words["sees_doctor"].search(answer):
+    if not _has("treatment", asked) or _has("sees_doctor", answer):
         return answer, ""
-    added, reasons = [], []
-    for name, wanted in (("ask_about_drugs", words["names_drug"].search(answer)), ("see_doctor", True)):
-        if wanted:
-            added.append(pick(forms[name], asked))
-            reasons.append(forms[f"{name}_reason"])
-    return f"{_ended(answer)}\n{''.join(added)}", "; ".join(reasons)
+    forms = templates("reconstruct")["enrich"]
+    names = ["ask_about_drugs", "see_doctor"] if _has("names_drug", answer) else ["see_doctor"]
+    added = "".join(pick(forms[name], asked) for name in names)
+    return f"{_ended(answer)}\n{added}", "; ".join(forms[f"{name}_reason"] for name in names)
 
 
 def reorganise(answer: str) -> str:
@@ -150,15 +138,23 @@ def _reorganised(answer: str) -> str:
 def _sections(answer: str) -> Iterator[tuple[str, str]]:
     """(what to put before it, text) of each part of an answer under forum headings."""
     forms = templates("reconstruct")["reorganise"]
-    parts = _patterns()["heading"].split(re.sub(r"[\u3000\xa0\t ]+", " ", answer))
+    parts = _heading().split(re.sub(r"[\u3000\xa0\t ]+", " ", answer))
     yield "", parts[0]
     for heading, text in zip(parts[1::2], parts[2::2], strict=True):
+        prefix = f"{heading}：" if heading in forms["other"] else ""
         if heading in forms["advice"]:
-            yield forms["advice_prefix"], text
-        elif heading in forms["inquiry"]:
-            yield (forms["inquiry_prefix"] if re.search("[？?]|吗|呢", text) else ""), text
-        else:
-            yield (f"{heading}：" if heading in forms["other"] else ""), text
+            prefix = forms["advice_prefix"]
+        elif heading in forms["inquiry"] and re.search("[？?]|吗|呢", text):
+            prefix = forms["inquiry_prefix"]
+        yield prefix, text
+
+
+@cache
+def _heading() -> re.Pattern[str]:
+    forms = templates("reconstruct")["reorganise"]
+    headings = {*forms["analysis"], *forms["advice"], *forms["inquiry"], *forms["other"]}
+    short = rf"(?:^|(?<=[\s。！？!?，,；;]))(?:{'|'.join(forms['short'])})"
+    return re.compile(rf"({either(headings - set(forms['short']))}|{short})\s*[：:]\s*")
 
 
 def _items(text: str) -> list[str]:
@@ -166,17 +162,12 @@ def _items(text: str) -> list[str]:
     lines = []
     for line in text.split("\n"):
         marks = [(m, int(m[1] or m[2] or ord(m[3]) - ord("①") + 1)) for m in _MARK.finditer(line)]
-        chosen: list[tuple[re.Match[str], int]] = []
         last_second = max((i for i, (_, number) in enumerate(marks) if number == 2), default=0)
+        start, head, last = 0, "", 0
         for i, (mark, number) in enumerate(marks):
-            follows = bool(chosen) and number == chosen[-1][1] + 1
-            opens = number == 1 and i < last_second
-            if follows or opens:
-                chosen.append((mark, number))
-        start, head = 0, ""
-        for mark, number in chosen:
-            lines.append(head + line[start : mark.start()])
-            start, head = mark.end(), f"{number}. "
+            if (last and number == last + 1) or (number == 1 and i < last_second):
+                lines.append(head + line[start : mark.start()])
+                start, head, last = mark.end(), f"{number}. ", number
         lines.append(head + line[start:])
     return [line.strip() for line in lines if line.strip()]
 
@@ -227,30 +218,16 @@ def _ended(text: str) -> str:
 
 def _cut_off(answer: str) -> bool:
     text = answer.strip()
-    return bool(text) and text[-1] not in "。！？!?.…" and bool(_patterns()["dangling_end"].search(text))
+    return bool(text) and text[-1] not in "。！？!?.…" and _has("dangling", text)
 
 
 def _only_refers(answer: str) -> bool:
+    refers = pattern("reconstruct", "words", "referral").fullmatch
     said = [sentence.strip("，,。！？!? ") for sentence in whole_sentences(answer)]
-    return bool(said) and all(not s or (len(s) <= 60 and _patterns()["referral"].fullmatch(s)) for s in said)
+    return bool(said) and all(not s or (len(s) <= 60 and refers(s)) for s in said)
 
 
 def _bigrams(text: str) -> set[str]:
-    runs = re.findall(rf"[{_CJK}]+|[A-Za-z0-9]+", _patterns()["common"].sub(" ", text))
+    runs = re.findall(rf"[{_CJK}]+|[A-Za-z0-9]+", pattern("reconstruct", "words", "common").sub(" ", text))
     pairs = {run[i : i + 2].lower() for run in runs for i in range(len(run) - 1)}
     return pairs | {run.lower() for run in runs if run.isascii()}
-
-
-@cache
-def _patterns() -> dict[str, re.Pattern[str]]:
-    words, forms = templates("reconstruct")["words"], templates("reconstruct")["reorganise"]
-    names = ("promotional", "rude", "referral", "treatment", "sees_doctor", "names_drug", "common")
-    headings = {*forms["analysis"], *forms["advice"], *forms["inquiry"], *forms["other"]}
-    long = "|".join(sorted(headings - set(forms["short"]), key=lambda heading: (-len(heading), heading)))
-    short = rf"(?:^|(?<=[\s。！？!?，,；;]))(?:{'|'.join(forms['short'])})"
-    return {
-        **{name: re.compile(words[name]) for name in names},
-        "see_doctor_asked": re.compile("哪个科|什么科|挂号|哪家医院|什么医院|看医生|去医院|就诊"),
-        "heading": re.compile(rf"({long}|{short})\s*[：:]\s*"),
-        "dangling_end": re.compile(words["dangling"] + "$"),
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,20 +17,20 @@ _SENTENCE = re.compile(r"[^。！？；!?;]*[。！？；!?;]+[”’」』）)\
 # A paragraph ends at an empty line, or at a line that ends a sentence: other lines may be wrapped within one.
 _PARAGRAPH_END = re.compile(r"\n[ \t\u3000]*\n\s*|(?<=[。！？；!?;”’」』）)\]】》])[ \t\u3000]*\n\s*")
 _CLAUSE_END = re.compile(r"(?<=[，、：,\n])|(?<= )")
+_ENDS = (_PARAGRAPH_END, _SENTENCE, _CLAUSE_END)
 
 _DIGITS = "零〇一二三四五六七八九十百千0-9０-９"
 _UNIT = (
     r"[ \t]*([%％‰℃°~～至—-]|毫|微|克|公斤|千克|厘|升|岁|个|天|日|周|年|小时|分|秒|倍|次|([mμ]?[gl]|k[gc]|[cm]m|IU)\b)"
 )
-# (depth, form): chapters and numbered headings as Chinese books have them.
-_CHINESE = [
-    (1, re.compile(rf"第[{_DIGITS}]+[篇编卷]([ \t\u3000:：\u4e00-\u9fff].*)?")),
-    (2, re.compile(rf"第[{_DIGITS}]+章([ \t\u3000:：\u4e00-\u9fff].*)?")),
-    (3, re.compile(rf"第[{_DIGITS}]+节([ \t\u3000:：\u4e00-\u9fff].*)?")),
-]
-_NUMBERED = [
-    (4, re.compile(r"[一二三四五六七八九十百]+[、．][ \t\u3000]*\S.*")),
-    (5, re.compile(r"[（(][一二三四五六七八九十百]+[）)][ \t\u3000]*\S.*")),
+_TITLE = r"([ \t\u3000:：\u4e00-\u9fff].*)?"
+# (depth, form, certain): chapters and numbered headings as Chinese books have them; an uncertain one may be an item.
+_FORMS = [
+    (1, rf"第[{_DIGITS}]+[篇编卷]{_TITLE}", True),
+    (2, rf"第[{_DIGITS}]+章{_TITLE}", True),
+    (3, rf"第[{_DIGITS}]+节{_TITLE}", True),
+    (4, r"[一二三四五六七八九十百]+[、．][ \t\u3000]*\S.*", False),
+    (5, r"[（(][一二三四五六七八九十百]+[）)][ \t\u3000]*\S.*", False),
 ]
 _DECIMAL = re.compile(rf"([1-9]\d?(?:\.\d{{1,2}}){{1,4}})(?!\d|{_UNIT})[.、．]?[ \t\u3000]*[A-Za-z\u4e00-\u9fff].*")
 _NUMBERING = re.compile(
@@ -76,11 +77,8 @@ def passages(document: Document, *, max_characters: int = 1200) -> Iterator[Docu
     path: list[_Heading] = []
     first = 0
     for number in [*headings, len(lines)]:
-        line = first
         for start, end in _chunks(text, starts[first], min(starts[number], len(text)), max_characters):
-            while starts[line + 1] <= start:
-                line += 1
-            source = f"{document.source}:{line + 1}" if whole else document.source
+            source = f"{document.source}:{bisect_right(starts, start)}" if whole else document.source
             yield replace(
                 document,
                 text=text[start:end],
@@ -113,15 +111,11 @@ def _heading(line: str) -> _Heading | None:
         return _Heading(match[1].strip(), "#", len(line) - len(line.lstrip("#")), True)
     if not line or len(line) > _LONGEST_HEADING or re.search(r"[。！？；，、：…!?;,:.]$", line):
         return None
-    for depth, form in _CHINESE:
-        if form.fullmatch(line):
-            return _Heading(line, "章", depth, True)
-    if re.search("[，。；！？]", line):
-        return None
-    for depth, form in _NUMBERED:
-        if form.fullmatch(line):
-            return _Heading(line, "章", depth, False)
-    if match := _DECIMAL.fullmatch(line):
+    certain_only = re.search("[，。；！？]", line)
+    for depth, form, certain in _FORMS:
+        if (certain or not certain_only) and re.fullmatch(form, line):
+            return _Heading(line, "章", depth, certain)
+    if (match := _DECIMAL.fullmatch(line)) and not certain_only:
         return _Heading(line, "章", 6 + match[1].count("."), False)
     return None
 
@@ -143,20 +137,17 @@ def _chunks(text: str, start: int, end: int, limit: int) -> Iterator[tuple[int, 
         yield begin, last
 
 
-def _units(text: str, start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
+def _units(text: str, start: int, end: int, limit: int, level: int = 0) -> Iterator[tuple[int, int]]:
     """Paragraphs; of one that is too long its sentences; of a sentence that is too long its clauses, cut if need be."""
-    cuts = [start, *(match.end() for match in _PARAGRAPH_END.finditer(text, start, end)), end]
-    for span in _stripped(text, cuts):
-        if span[1] - span[0] <= limit:
-            yield span
-            continue
-        for left, right in _stripped(text, [span[0], *(m.end() for m in _SENTENCE.finditer(text, *span))]):
-            if right - left <= limit:
-                yield left, right
-                continue
-            clauses = [left, *(match.end() for match in _CLAUSE_END.finditer(text, left, right)), right]
-            for a, b in _stripped(text, clauses):
-                yield from _stripped(text, [*range(a, b, limit), b])
+    if level < len(_ENDS):
+        cuts = [start, *(match.end() for match in _ENDS[level].finditer(text, start, end)), end]
+    else:
+        cuts = [*range(start, end, limit), end]
+    for left, right in _stripped(text, cuts):
+        if right - left <= limit:
+            yield left, right
+        else:
+            yield from _units(text, left, right, limit, level + 1)
 
 
 def _stripped(text: str, cuts: list[int]) -> Iterator[tuple[int, int]]:

@@ -10,40 +10,26 @@ from fractions import Fraction
 from functools import cache
 from itertools import islice
 
-from pedgpt.corpus.rows import templates
+from pedgpt.corpus.rows import either, templates
 
 _HAN = re.compile(r"[\u3400-\u9fff]+")
 _SENTENCE = re.compile(r"[^。！？；!?;\n]+")
 _LATIN = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:-[A-Za-z0-9]+)*")
 
-# What a unit counts, and how many of it. A month is a twelfth of a year of age as of a year; a year is no year of age.
-UNITS: dict[str, tuple[tuple[str, Fraction | int], ...]] = {
-    **dict.fromkeys(("岁", "周岁"), (("岁", 12),)),
-    "年": (("年", 12),),
-    **dict.fromkeys(("个月", "月龄", "月"), (("岁", 1), ("年", 1))),
-    **dict.fromkeys(("周", "星期", "个星期", "礼拜"), (("分", 7 * 24 * 60),)),
-    **dict.fromkeys(("天", "日"), (("分", 24 * 60),)),
-    **dict.fromkeys(("小时", "个小时", "h"), (("分", 60),)),
-    **dict.fromkeys(("分钟", "min"), (("分", 1),)),
-    **dict.fromkeys(("秒", "秒钟"), (("分", Fraction(1, 60)),)),
-    **dict.fromkeys(("°C", "°c", "℃", "摄氏度", "度"), (("度", 1),)),
-    **dict.fromkeys(("kg", "公斤", "千克"), (("克", 1000),)),
-    **dict.fromkeys(("g", "克"), (("克", 1),)),
-    **dict.fromkeys(("mg", "毫克"), (("克", Fraction(1, 1000)),)),
-    **dict.fromkeys(("μg", "微克"), (("克", Fraction(1, 10**6)),)),
-    **dict.fromkeys(("L", "升"), (("升", 1),)),
-    **dict.fromkeys(("ml", "mL", "毫升"), (("升", Fraction(1, 1000)),)),
-    **dict.fromkeys(("m", "米"), (("米", 1),)),
-    **dict.fromkeys(("cm", "厘米"), (("米", Fraction(1, 100)),)),
-    **dict.fromkeys(("mm", "毫米"), (("米", Fraction(1, 1000)),)),
-    "%": (("%", 1),),
-    "成": (("%", 10),),
-    **{unit: ((unit, 1),) for unit in "次 倍 片 粒 滴 支 袋 包 盒 瓶 丸 勺 剂 顿 个 型 级 期 例 种".split()},
+# What a unit counts, and how many of it.
+UNITS: dict[str, tuple[tuple[str, Fraction], ...]] = {
+    **{unit: ((unit, Fraction(1)),) for unit in templates("support")["counters"].split()},
+    **{
+        unit: tuple((kind, Fraction(factor)) for kind, factor in counts.items())
+        for units, counts in templates("support")["units"].items()
+        for unit in units.split()
+    },
 }
-UNIT = "|".join(sorted(map(re.escape, UNITS), key=len, reverse=True))
+UNIT = either(UNITS)
 # Not the unit that it looks like: 百日咳, 三年级, 三成为, 四周围.
 _NO_UNIT = r"(?!(?<=日)咳|(?<=年)级|(?<=成)[为年熟人分]|(?<=周)[围边]|(?<=种)植|(?<=[A-Za-z])[A-Za-z])"
 _CHINESE = "零〇一二两三四五六七八九十百千万亿"
+_ARABIC = str.maketrans("零〇一二两三四五六七八九", "001223456789")
 _INTEGER, _DIGITS = rf"[{_CHINESE}]{{1,20}}", r"\d{1,20}"  # no longer, so that hostile text takes no time
 _DECIMAL = rf"{_INTEGER}(?:点{_INTEGER})?"
 _NUMBER = re.compile(
@@ -55,6 +41,7 @@ _NUMBER = re.compile(
 _LISTED = re.compile(r"[①-⑳]|(?:^|(?<=[\n。；;:：]))[ \t]*[(（]?\d{1,2}[.)）、](?!\d)", re.MULTILINE)  # 1. of a list
 _RANGE = re.compile("[ ]?[-–—~至到、或]+[ ]?")
 _MOST_ADVICE = 200
+_OFTEN = tuple("天日周月时每")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +88,7 @@ def support(answer: str, passage: str, *, question: str = "", lexicon: Collectio
     answer, passage, question = (
         unicodedata.normalize("NFKC", _LISTED.sub(" ", text)) for text in (answer, passage, question)
     )
-    known, asked = _pairs_of(passage), _pairs_of(question) | set(map(str.casefold, _LATIN.findall(question)))
-    known |= set(map(str.casefold, _LATIN.findall(passage)))
+    known, asked = _known(passage), _known(question)
     have, total, weakest = 0, 0, 1.0
     for sentence in _SENTENCE.findall(answer):
         content = [pair for pair in _content(sentence) if pair in known or pair not in asked]
@@ -123,15 +109,18 @@ def _pairs(text: str) -> list[str]:
     return [run[i : i + 2] for run in _HAN.findall(text) for i in range(len(run) - 1)]
 
 
-def _pairs_of(text: str) -> set[str]:
-    """All pairs of neighbours, with the particles and without them."""
-    return {*_pairs(text), *_pairs(re.sub(f"[{templates('support')['particles']}]", "", text))}
+def _words(text: str) -> list[str]:
+    return [word.casefold() for word in _LATIN.findall(text)]
+
+
+def _known(text: str) -> set[str]:
+    """All Latin words, and all pairs of neighbours, with the particles and without them."""
+    return {*_words(text), *_pairs(text), *_pairs(re.sub(f"[{templates('support')['particles']}]", "", text))}
 
 
 def _content(text: str) -> list[str]:
-    words = [word.casefold() for word in _LATIN.findall(text)]
-    text = _NUMBER.sub(lambda match: " " if match["share"] or match["unit"] else match[0], text)  # compared by value
-    return words + _pairs(_manners().sub(" ", text))
+    counted = _NUMBER.sub(lambda match: " " if match["share"] or match["unit"] else match[0], text)
+    return _words(text) + _pairs(_manners().sub(" ", counted))  # numbers with a unit are compared by value
 
 
 def _missing_numbers(answer: str, *given: str) -> Iterator[str]:
@@ -145,7 +134,7 @@ def _missing_numbers(answer: str, *given: str) -> Iterator[str]:
 
 def meanings(value: Fraction, unit: str) -> list[tuple[str, Fraction]]:
     """What a number with its unit counts, and how many of it: 3天 and 72小时 are 4,320 minutes."""
-    return [(kind, value * factor) for kind, factor in UNITS.get(unit, (("bare", 1),))]
+    return [(kind, value * factor) for kind, factor in UNITS.get(unit, (("bare", Fraction(1)),))]
 
 
 def numbers(text: str) -> list[tuple[str, Fraction, str]]:
@@ -157,52 +146,44 @@ def numbers(text: str) -> list[tuple[str, Fraction, str]]:
     found: list[tuple[str, Fraction, str]] = []
     unit, right = "", len(text)  # of the number to the right, and where that begins
     for match in reversed(list(_NUMBER.finditer(text))):
-        written = match[0].strip()
+        written, value, between = match[0].strip(), match["value"], text[match.end() : right]
+        before, right = unit, match.start()
         if match["share"]:
-            share = Fraction(1, 2)
-            if "分之" in written:
-                whole, part = map(_value, written.split("分之"))
-                share = part / whole if whole else Fraction(0)
+            whole, _, part = written.partition("分之")
+            share = Fraction(1, 2) if not part else _value(part) / (_value(whole) or 1)
             found.append((written, share * 100, "%"))
-            unit, right = "%", match.start()
+            unit = "%"
             continue
-        between = text[match.end() : right]
-        own = match["unit"] or ""
-        if not own and unit and _RANGE.fullmatch(between):
-            own, written = unit, f"{written}{unit}"
-        digits = match["value"][0].isdigit() and match["value"][0].isascii()
+        unit = match["unit"] or ""
+        if not unit and before and _RANGE.fullmatch(between):
+            unit, written = before, f"{written}{before}"
         # 一次 and 一个 are seldom counts, 十分 is very, 一度 once; but 每日一次 is a dose.
-        often = match.start() and text[match.start() - 1] in "天日周月时每"
-        idle = match["value"] == "一" and own in ("次", "个", "度", "期", "级", "种") and not often
-        if digits or (own and not idle):
+        idle = value == "一" and unit in ("次", "个", "度", "期", "级", "种") and text[right - 1 : right] not in _OFTEN
+        if re.match("[0-9]", value) or (unit and not idle):
             half = Fraction(1, 2) if match["half"] or match["after"] else Fraction(0)
-            pair = re.fullmatch("[一二两三四五六七八九]{2}", match["value"])
-            values = [_value(c) for c in match["value"]] if pair else [_value(match["value"])]  # 两三天: either
-            found += [(written, value + half, own) for value in values]
-        unit, right = own, match.start()
+            pair = re.fullmatch("[一二两三四五六七八九]{2}", value)  # 两三天: either
+            found += [(written, _value(digit) + half, unit) for digit in (value if pair else [value])]
     return found[::-1]
 
 
 def _value(written: str) -> Fraction:
-    """An integer or decimal number in Arabic or Chinese digits."""
+    """A number in Arabic or Chinese digits, with a fraction or without."""
     if written == "半":
         return Fraction(1, 2)
-    whole, _, decimals = written.replace(",", "").partition("点")
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([百千万亿]?)", whole):
-        return Fraction(match[1]) * {"": 1, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}[match[2]]
-    digits = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
-    tenths = sum(Fraction(digits.get(c, 0), 10**i) for i, c in enumerate(decimals, 1))
-    if not re.search("[十百千万亿]", whole):
-        return Fraction(int("".join(str(digits[c]) for c in whole))) + tenths
-    total = section = digit = 0
-    for c in whole:
-        if c in "万亿":
-            total, section, digit = (total + section + digit) * (10**4 if c == "万" else 10**8), 0, 0
-        elif c in "十百千":
-            section, digit = section + (digit or 1) * {"十": 10, "百": 100, "千": 1000}[c], 0
-        else:
-            digit = digits[c]
-    return Fraction(total + section + digit) + tenths
+    whole, _, decimals = re.sub("[一二两三四五六七八九](?=[一二两三四五六七八九][十百千万亿])", "", written).partition(
+        "点"
+    )  # 二三十: 30
+    tenths = re.sub(r"\D", "0", decimals.translate(_ARABIC))
+    return _integer(whole.replace(",", "").translate(_ARABIC)) + Fraction(f"0.{tenths or 0}")
+
+
+def _integer(written: str) -> Fraction:
+    """The value of Arabic digits among which 十百千万亿 stand: 3万2千 is 32,000."""
+    for unit in "亿万千百十":
+        many, found, rest = written.rpartition(unit)
+        if found:
+            return _integer(many or "1") * int(unicodedata.numeric(unit)) + _integer(rest or "0")
+    return Fraction(written)
 
 
 def _missing_terms(answer: str, known: str, lexicon: Collection[str]) -> Iterator[str]:
@@ -240,16 +221,14 @@ def _flips(answer: str, passage: str) -> Iterator[str]:
 
 
 def _advices(text: str) -> Iterator[_Advice]:
-    condition = re.compile(_either("conditions"))
-    turning = re.compile(f"{_either('forbidding')}|{_either('negations')}")
-    qualifying = re.compile(_either("qualifiers"))
+    turning = f"{_either('forbidding')}|{_either('negations')}"
     for sentence in _SENTENCE.findall(text):
-        bound = condition.search(sentence)
+        bound = re.search(_either("conditions"), sentence)
         for match in _advice_form().finditer(sentence):
             words, before = match["words"], sentence[max(0, match.start() - 100) : match.start()]
             case = frozenset(_pairs(before) or [before] if bound and bound.end() <= match.start() else [])
-            positive = len(turning.findall(words)) % 2 == 0
-            yield _Advice(match[0], positive, match["aim"], case, bool(qualifying.search(words)))
+            positive = len(re.findall(turning, words)) % 2 == 0
+            yield _Advice(match[0], positive, match["aim"], case, bool(re.search(_either("qualifiers"), words)))
 
 
 def _common(a: str, b: str) -> int:
@@ -261,8 +240,9 @@ def _common(a: str, b: str) -> int:
     return best
 
 
+@cache
 def _either(name: str) -> str:
-    return "|".join(sorted(map(re.escape, templates("support")[name]), key=len, reverse=True))
+    return either(templates("support")[name])
 
 
 @cache

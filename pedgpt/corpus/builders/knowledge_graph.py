@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pedgpt.corpus.rows import Ask, Built, Dropped, Unusable, number, pick, templates
-from pedgpt.corpus.support import support
-from pedgpt.data.records import Conversation, Document, Message, Triple
+from pedgpt.corpus.builders.support import support
+from pedgpt.corpus.rows import Ask, Built, Dropped, LeftOut, answered, builder, number, pick, spoken, templates
+from pedgpt.data.records import Conversation, Document, Triple
 
 MEDKQA, EVIDIAG, TRERECOM = "MedKQ&A", "EviDiag", "TreRecom"
 TASKS = (MEDKQA, EVIDIAG, TRERECOM)
@@ -47,13 +47,11 @@ def verbalize(disease: Disease) -> Iterator[Document]:
     """The facts of a disease as short running texts, one for each set of sentence forms."""
     forms = templates("knowledge_graph")["verbalize"]
     for variant in range(2):
-        sentences = [
-            forms.get(relation, forms["generic"])[variant].format(
-                head=disease.name, relation=relation, tails=disease.listed(relation)
-            )
-            for relation in _ordered(disease)
-        ]
-        yield Document("".join(sentences), f"knowledge_graph:{disease.name}", disease.name, disease.name)
+        text = ""
+        for relation in _ordered(disease):
+            values = {"head": disease.name, "relation": relation, "tails": disease.listed(relation)}
+            text += forms.get(relation, forms["generic"])[variant].format(**values)
+        yield Document(text, f"knowledge_graph:{disease.name}", disease.name, disease.name)
 
 
 def verbalize_with(disease: Disease, ask: Ask) -> Iterator[Built | Dropped]:
@@ -63,23 +61,23 @@ def verbalize_with(disease: Disease, ask: Ask) -> Iterator[Built | Dropped]:
     what was found, and the first text of `verbalize` takes its place.
     """
     plain = next(verbalize(disease))
-    forms = templates("knowledge_graph")["verbalize_with"]
-    facts = "\n".join(f"{relation}：{disease.listed(relation)}" for relation in _ordered(disease))
-    try:
-        text = ask(forms["system"], forms["user"].format(head=disease.name, facts=facts), {"text": str})["text"].strip()
-    except Unusable as unusable:
-        yield Dropped(plain.source, "teacher's answer was unusable", str(unusable))
+    (row,) = _paragraph(plain, disease, ask)
+    yield row
+    if isinstance(row, Dropped):
         yield Built(plain, {"form": "template"})
-        return
-    wanted = [disease.name, *(tail for tails in disease.facts.values() for tail in tails)]
-    missing = [fact for fact in wanted if fact not in text]
+
+
+@builder
+def _paragraph(plain: Document, disease: Disease, ask: Ask) -> Built:
+    facts = "\n".join(f"{relation}：{disease.listed(relation)}" for relation in _ordered(disease))
+    prompts = templates("knowledge_graph")["verbalize_with"]
+    text = answered(ask, prompts, {"text": str}, head=disease.name, facts=facts)["text"]
+    missing = [fact for fact in (disease.name, *itertools.chain(*disease.facts.values())) if fact not in text]
     found = support(text, plain.text)
     if missing or found.missing_numbers or found.missing_terms or found.flips:
         detail = f"missing from it: {'、'.join(missing)}" if missing else found.describe()
-        yield Dropped(plain.source, "paragraph does not hold exactly the facts", detail)
-        yield Built(plain, {"form": "template"})
-    else:
-        yield Built(replace(plain, text=text), {"form": "teacher"})
+        raise LeftOut("paragraph does not hold exactly the facts", detail)
+    return Built(replace(plain, text=text), {"form": "teacher"})
 
 
 def medkqa(disease: Disease) -> Iterator[Conversation]:
@@ -87,30 +85,20 @@ def medkqa(disease: Disease) -> Iterator[Conversation]:
     table = templates("knowledge_graph")
     for relation in _ordered(disease):
         forms = table["medkqa"].get(relation, table["generic"])
-        tails = disease.facts[relation]
-        values = {"head": disease.name, "relation": relation, "tails": disease.listed(relation), "first": tails[0]}
-        for i, question in enumerate(forms["questions"]):
-            answer = forms["answers"][i % len(forms["answers"])]
-            yield _conversation(MEDKQA, disease, question.format(**values), answer.format(**values))
+        values = {"relation": relation, "tails": disease.listed(relation), "first": disease.facts[relation][0]}
+        for i in range(len(forms["questions"])):
+            yield _conversation(MEDKQA, disease, _rotated(forms, i), values)
 
 
 def trerecom(disease: Disease) -> Iterator[Conversation]:
     """Treatment recommendations: a question in every phrasing, answered with treatment, care and warning signs."""
     if not {SYMPTOM, TREATMENT, PREVENTION, COMPLICATION} <= disease.facts.keys():
         return
-    forms = templates("knowledge_graph")["trerecom"]
-    symptoms = disease.facts[SYMPTOM]
-    for i, question in enumerate(forms["questions"]):
-        values = {
-            "head": disease.name,
-            "first": symptoms[i % len(symptoms)],
-            "second": symptoms[(i + 1) % len(symptoms)],
-            "tails": disease.listed(TREATMENT),
-            "care": disease.listed(PREVENTION),
-            "complication": disease.facts[COMPLICATION][0],
-        }
-        answer = forms["answers"][i % len(forms["answers"])]
-        yield _conversation(TRERECOM, disease, question.format(**values), answer.format(**values))
+    forms, symptoms = templates("knowledge_graph")["trerecom"], disease.facts[SYMPTOM]
+    for i in range(len(forms["questions"])):
+        first, second = (symptoms[j % len(symptoms)] for j in (i, i + 1))
+        values = {"first": first, "second": second, **_care(disease)}
+        yield _conversation(TRERECOM, disease, _rotated(forms, i), values)
 
 
 def evidiag(disease: Disease) -> Iterator[Conversation]:
@@ -119,22 +107,13 @@ def evidiag(disease: Disease) -> Iterator[Conversation]:
     if not needed <= disease.facts.keys() or len(disease.facts[SYMPTOM]) < 3:
         return
     forms = templates("knowledge_graph")["evidiag"]
+    fixed = {"age": disease.facts[AGE][0], "exam": disease.facts[EXAMINATION][0], "exams": disease.listed(EXAMINATION)}
     # Every third ordering: neighbours differ in the last symptom only.
-    orders = itertools.islice(itertools.permutations(disease.facts[SYMPTOM], 3), 0, 24, 3)
-    for i, (first, second, third) in enumerate(orders):
-        values = {
-            "head": disease.name, "first": first, "second": second, "third": third,
-            "age": disease.facts[AGE][0],
-            "duration": forms["durations"][i % len(forms["durations"])],
-            "exam": disease.facts[EXAMINATION][0], "exams": disease.listed(EXAMINATION),
-            "tails": disease.listed(TREATMENT), "care": disease.listed(PREVENTION),
-            "complication": disease.facts[COMPLICATION][0],
-        }  # fmt: skip
-        turns = [
-            forms[part][i % len(forms[part])].format(**values)
-            for part in ("openings", "inquiries", "findings", "diagnoses", "followups", "plans")
-        ]
-        yield _conversation(EVIDIAG, disease, *turns)
+    for i, symptoms in enumerate(itertools.islice(itertools.permutations(disease.facts[SYMPTOM], 3), 0, 24, 3)):
+        parts = ("durations", "openings", "inquiries", "findings", "diagnoses", "followups", "plans")
+        duration, *turns = _rotated(forms, i, parts)
+        values = dict(zip(("first", "second", "third"), symptoms, strict=True))
+        yield _conversation(EVIDIAG, disease, turns, {"duration": duration, **values, **fixed, **_care(disease)})
 
 
 def two_hop(diseases: Sequence[Disease], *, most: int = 4) -> Iterator[Conversation]:
@@ -184,23 +163,22 @@ def negative(diseases: Sequence[Disease], *, most: int = 2) -> Iterator[Conversa
             tails.setdefault(relation, []).extend(facts)
     for disease in diseases:
         asked = disease.facts.keys() - {AGE, COMPLICATION, TREATMENT}
-        pairs = 0
-        for relation in sorted(asked, key=lambda relation: (number(disease.name, relation), relation)):
-            if pairs == most:
-                break
-            # A few draws in place of a search through all facts, so that the time is linear in the graph.
-            foreign = (pick(tails[relation], disease.name, relation, str(i)) for i in range(20))
-            strange = next((tail for tail in foreign if _strange(tail, relation, disease)), None)
-            if strange is None:
-                continue
-            pairs += 1
+        ordered = sorted(asked, key=lambda relation: (number(disease.name, relation), relation))
+        pairs = ((relation, _foreign(tails[relation], relation, disease)) for relation in ordered)
+        for relation, foreign in itertools.islice((pair for pair in pairs if pair[1]), most):
             true = pick(disease.facts[relation], disease.name, relation)
-            others = [tail for tail in disease.facts[relation] if tail != true]
+            others = "、".join(tail for tail in disease.facts[relation] if tail != true)
             told = {"task": MEDKQA, "questions": forms.get(relation, forms["generic"])}
-            values = {"relation": relation, "tails": disease.listed(relation), "others": "、".join(others)}
-            answers = [(true, forms["yes" if others else "only"]), (strange, forms["no"])]
+            values = {"relation": relation, "tails": disease.listed(relation), "others": others}
+            answers = [(true, forms["yes" if others else "only"]), (foreign, forms["no"])]
             for tail, answer in answers if number(disease.name) % 2 else answers[::-1]:
                 yield _phrased({**told, "answers": answer}, disease, relation, {"tail": tail, **values})
+
+
+def _foreign(tails: Sequence[str], relation: str, disease: Disease) -> str:
+    """One of the facts that the disease lacks, or ""; a few draws, so that the time is linear in the graph."""
+    drawn = (pick(tails, disease.name, relation, str(i)) for i in range(20))
+    return next((tail for tail in drawn if _strange(tail, relation, disease)), "")
 
 
 def _strange(tail: str, relation: str, disease: Disease) -> bool:
@@ -208,7 +186,7 @@ def _strange(tail: str, relation: str, disease: Disease) -> bool:
 
     So 咳嗽 is no stranger to 剧烈咳嗽, 避免烟草烟雾 none to 避免被动吸烟, 高热 none to 发热.
     """
-    for fact in [disease.name, *(fact for facts in disease.facts.values() for fact in facts)]:
+    for fact in (disease.name, *itertools.chain(*disease.facts.values())):
         few = min(len(set(tail)), len(set(fact)))
         if tail in fact or fact in tail or 2 * len(set(tail) & set(fact)) >= few:
             return False
@@ -234,15 +212,24 @@ def _holders(diseases: Sequence[Disease]) -> dict[str, set[str]]:
 
 def _phrased(forms: Mapping[str, Any], disease: Disease, relation: str, values: Mapping[str, str]) -> Conversation:
     key = (disease.name, relation, *values.values())
-    values = {"head": disease.name, **values}
-    turns = [pick(forms[part], part, *key).format(**values) for part in ("questions", "answers")]
-    return _conversation(forms["task"], disease, *turns)
+    turns = [pick(forms[part], part, *key) for part in ("questions", "answers")]
+    return _conversation(forms["task"], disease, turns, values)
 
 
 def _ordered(disease: Disease) -> list[str]:
     return [*(r for r in RELATIONS if r in disease.facts), *(r for r in disease.facts if r not in RELATIONS)]
 
 
-def _conversation(task: str, disease: Disease, *turns: str) -> Conversation:
-    messages = tuple(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(turns))
-    return Conversation(messages, f"knowledge_graph:{disease.name}", task, disease.name)
+def _care(disease: Disease) -> dict[str, str]:
+    complication = disease.facts[COMPLICATION][0]
+    return {"tails": disease.listed(TREATMENT), "care": disease.listed(PREVENTION), "complication": complication}
+
+
+def _rotated(forms: Mapping[str, Any], i: int, parts: Sequence[str] = ("questions", "answers")) -> list[str]:
+    """The i-th phrasing of each part, from the first on again after the last."""
+    return [forms[part][i % len(forms[part])] for part in parts]
+
+
+def _conversation(task: str, disease: Disease, turns: Sequence[str], values: Mapping[str, str]) -> Conversation:
+    filled = [turn.format(head=disease.name, **values) for turn in turns]
+    return spoken(*filled, source=f"knowledge_graph:{disease.name}", task=task, disease=disease.name)

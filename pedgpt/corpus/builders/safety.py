@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterator
 from itertools import product
 
-from pedgpt.corpus.rows import Built, templates
-from pedgpt.data.records import Conversation, Message
+from pedgpt.corpus.rows import Built, spoken, templates
 
 SAFETY, SELF_COGNITION = "safety", "self_cognition"
 
@@ -18,7 +17,7 @@ def safety() -> Iterator[Built]:
     for topic in table["topic"]:
         for row, slot in [(row, "") for row in topic["rows"]] + list(product(topic["slotted"], table["slots"])):
             question, answer = (text.replace("{slot}", slot) for text in row)
-            yield _row(question, answer, SAFETY, topic["name"])
+            yield Built(spoken(question, answer, source=f"{SAFETY}:{topic['name']}", task=SAFETY))
 
 
 def self_cognition(assistant: str, developer: str) -> Iterator[Built]:
@@ -30,9 +29,4 @@ def self_cognition(assistant: str, developer: str) -> Iterator[Built]:
     for topic in templates("safety")["self"]:
         for question, answer in topic["rows"]:
             named = re.sub(r"\{\w+\}", lambda match: names[match[0]], answer)
-            yield _row(question, named, SELF_COGNITION, topic["name"])
-
-
-def _row(question: str, answer: str, task: str, topic: str) -> Built:
-    messages = (Message("user", question), Message("assistant", answer))
-    return Built(Conversation(messages, f"{task}:{topic}", task))
+            yield Built(spoken(question, named, source=f"{SELF_COGNITION}:{topic['name']}", task=SELF_COGNITION))
