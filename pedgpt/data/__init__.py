@@ -1,18 +1,8 @@
 """Records, tokens, chat formats, packing: everything before the model."""
 
 from pedgpt.data.chat import ChatFormat, Example, chat_format, encode_conversation, encode_prompt, lessons
-from pedgpt.data.hybrid import (
-    Mixture,
-    PackedRows,
-    TextSource,
-    TokenStore,
-    as_completion,
-    heldout_files,
-    mix,
-    part_shares,
-    stage_sources,
-    write_tokens,
-)
+from pedgpt.data.hybrid import Mixture, as_completion, mix, part_shares
+from pedgpt.data.manifest import TextSource, heldout_files, stage_sources
 from pedgpt.data.packing import (
     Batch,
     collate,
@@ -39,6 +29,7 @@ from pedgpt.data.records import (
     read_triples,
 )
 from pedgpt.data.reference import load_reference, reference_date, reference_key, save_reference
+from pedgpt.data.store import PackedRows, TokenStore, write_tokens
 from pedgpt.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, taught_folder, train_tokenizer
 
 __all__ = [
