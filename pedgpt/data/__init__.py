@@ -13,6 +13,14 @@ from pedgpt.data.packing import (
     utilization,
 )
 from pedgpt.data.preference import EncodedPair, PreferenceBatch, collate_pairs, encode_pair, encode_pairs
+from pedgpt.data.readers import (
+    iter_records,
+    parse_columns,
+    read_conversations,
+    read_documents,
+    read_preferences,
+    read_triples,
+)
 from pedgpt.data.records import (
     Conversation,
     Document,
@@ -21,12 +29,6 @@ from pedgpt.data.records import (
     ReadSummary,
     Record,
     Triple,
-    iter_records,
-    parse_columns,
-    read_conversations,
-    read_documents,
-    read_preferences,
-    read_triples,
 )
 from pedgpt.data.reference import load_reference, reference_date, reference_key, save_reference
 from pedgpt.data.store import PackedRows, TokenStore, write_tokens

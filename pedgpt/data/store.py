@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pedgpt.data.hybrid import SURFACE_FORMS, Numbers, as_completion
+from pedgpt.data.inputs import files_of
 from pedgpt.data.manifest import TextSource
 from pedgpt.data.packing import Row, best_fit_arrays, document_stream
-from pedgpt.data.records import Conversation, ReadSummary, SkippedRow, files_of, iter_records
+from pedgpt.data.readers import iter_records
+from pedgpt.data.records import Conversation, ReadSummary, SkippedRow
 from pedgpt.data.tokenizer import Tokenizer
 from pedgpt.files import sync, write_text
 

@@ -28,7 +28,7 @@ from pedgpt.data import (
 )
 from pedgpt.data.hybrid import SURFACE_FORMS, as_completion
 from pedgpt.data.manifest import DOMAIN, INSTRUCTIONS
-from pedgpt.data.records import detect_kind
+from pedgpt.data.readers import detect_kind
 from pedgpt.data.store import discarded_on_error
 from pedgpt.training import BatchPlan
 
