@@ -1,6 +1,7 @@
 """Records, tokens, chat formats, packing: everything before the model."""
 
-from pedgpt.data.chat import ChatFormat, Example, chat_format, encode_conversation, encode_prompt, lessons
+from pedgpt.data.chat import ChatFormat, chat_format
+from pedgpt.data.examples import Example, encode_conversation, encode_prompt, lessons
 from pedgpt.data.hybrid import Mixture, as_completion, mix, part_shares
 from pedgpt.data.manifest import TextSource, heldout_files, stage_sources
 from pedgpt.data.packing import (
