@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pedgpt.corpus.classify import GENERAL, GENERAL_MEDICAL, PEDIATRIC, classify
-from pedgpt.data.records import Conversation, iter_records
+from pedgpt.data import Conversation, iter_records
 
 MEDICAL = "medical"  # this label does not say whether the patient is a child
 FILES = {  # each file's label; "" where a column gives it

@@ -69,8 +69,8 @@ def measure(count: int) -> None:
     sys.path.insert(0, str(ROOT / "recipes"))
     import build_corpus
 
-    from pedgpt.data import load_tokenizer, train_tokenizer
-    from pedgpt.data.hybrid import INSTRUCTIONS, PackedRows, TokenStore, mix, stage_sources, write_tokens
+    from pedgpt.data import PackedRows, TokenStore, load_tokenizer, mix, stage_sources, train_tokenizer, write_tokens
+    from pedgpt.data.manifest import INSTRUCTIONS
 
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         folder = Path(name)

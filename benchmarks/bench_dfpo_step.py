@@ -100,7 +100,7 @@ def trl_side(turns: "Turns", folder: str, pairs, compact: bool) -> None:
 
 def our_side(turns: "Turns", folder: str, pairs) -> None:
     from pedgpt.data import collate_pairs
-    from pedgpt.data.chat import Example
+    from pedgpt.data.examples import Example
     from pedgpt.data.preference import EncodedPair
     from pedgpt.losses import linear_dfpo_loss, linear_sequence_logps
     from pedgpt.models import load_model

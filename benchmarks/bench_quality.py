@@ -326,7 +326,7 @@ def list_real(folder: Path, half: str) -> None:
     from pedgpt.corpus.quality import normalize
     from pedgpt.corpus.rows import map_texts, number, question
     from pedgpt.data import iter_records
-    from pedgpt.data.records import detect_kind
+    from pedgpt.data.readers import detect_kind
 
     rows, near, against = [], NearDuplicates(), Decontaminator()
     seen: dict[bytes, str] = {}

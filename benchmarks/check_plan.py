@@ -53,7 +53,7 @@ def child(plan, arguments: list[str]) -> None:
     from pedgpt import training
     from pedgpt.adapters import inject_experts, inject_lora, set_noise_rows
     from pedgpt.data import EncodedPair, collate, collate_pairs
-    from pedgpt.data.chat import Example
+    from pedgpt.data.examples import Example
     from pedgpt.data.packing import Row
     from pedgpt.losses import linear_cross_entropy, linear_dfpo_loss, linear_sequence_logps
     from pedgpt.models import generation, load_model, load_weights

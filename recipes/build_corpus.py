@@ -34,7 +34,7 @@ from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.quality import normalize
 from pedgpt.corpus.sources import describe_sources, in_domain, is_corpus
 from pedgpt.data import ReadSummary, Triple, iter_records
-from pedgpt.data.records import detect_kind, parse_columns
+from pedgpt.data.readers import detect_kind, parse_columns
 from pedgpt.endpoint import EndpointFailure, in_order, load_endpoint
 from pedgpt.files import sync
 from pedgpt.training import run_recipe

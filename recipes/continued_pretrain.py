@@ -34,7 +34,8 @@ from pedgpt.data import (
     stage_sources,
     write_tokens,
 )
-from pedgpt.data.hybrid import DOMAIN, GENERAL, INSTRUCTIONS, discarded_on_error
+from pedgpt.data.manifest import DOMAIN, GENERAL, INSTRUCTIONS
+from pedgpt.data.store import discarded_on_error
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model

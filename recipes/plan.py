@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from pedgpt import training
 from pedgpt.adapters import ExpertLoRALinear, gate_metrics, inject_experts, inject_lora, record_gates, set_noise_rows
 from pedgpt.data import EncodedPair, collate, collate_pairs
-from pedgpt.data.chat import Example
+from pedgpt.data.examples import Example
 from pedgpt.data.packing import Batch, Row
 from pedgpt.data.preference import PreferenceBatch
 from pedgpt.evaluation.likelihood import pair_logps, perplexity

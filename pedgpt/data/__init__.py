@@ -1,18 +1,9 @@
 """Records, tokens, chat formats, packing: everything before the model."""
 
-from pedgpt.data.chat import ChatFormat, Example, chat_format, encode_conversation, encode_prompt, lessons
-from pedgpt.data.hybrid import (
-    Mixture,
-    PackedRows,
-    TextSource,
-    TokenStore,
-    as_completion,
-    heldout_files,
-    mix,
-    part_shares,
-    stage_sources,
-    write_tokens,
-)
+from pedgpt.data.chat import ChatFormat, chat_format
+from pedgpt.data.examples import Example, encode_conversation, encode_prompt, lessons
+from pedgpt.data.hybrid import Mixture, as_completion, mix, part_shares
+from pedgpt.data.manifest import TextSource, heldout_files, stage_sources
 from pedgpt.data.packing import (
     Batch,
     collate,
@@ -23,6 +14,14 @@ from pedgpt.data.packing import (
     utilization,
 )
 from pedgpt.data.preference import EncodedPair, PreferenceBatch, collate_pairs, encode_pair, encode_pairs
+from pedgpt.data.readers import (
+    iter_records,
+    parse_columns,
+    read_conversations,
+    read_documents,
+    read_preferences,
+    read_triples,
+)
 from pedgpt.data.records import (
     Conversation,
     Document,
@@ -31,14 +30,9 @@ from pedgpt.data.records import (
     ReadSummary,
     Record,
     Triple,
-    iter_records,
-    parse_columns,
-    read_conversations,
-    read_documents,
-    read_preferences,
-    read_triples,
 )
 from pedgpt.data.reference import load_reference, reference_date, reference_key, save_reference
+from pedgpt.data.store import PackedRows, TokenStore, write_tokens
 from pedgpt.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, taught_folder, train_tokenizer
 
 __all__ = [

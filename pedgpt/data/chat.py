@@ -1,18 +1,17 @@
-"""Conversations as tokens, with a loss mask that is exact because it is made segment by segment."""
+"""Chat formats: how a family writes roles, with a loss mask that is exact because it is made piece by piece."""
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, opens_thought, read_template
-from pedgpt.data.records import Conversation, Message
+from pedgpt.data.records import Message
 from pedgpt.data.tokenizer import Tokenizer
 from pedgpt.files import read_object, write_json, write_text
 
@@ -20,34 +19,14 @@ IGNORE_INDEX = -100
 GENERATION_FILE = "generation_config.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """Aligned training data: `labels[t]` is the token that position t predicts, −100 where there is no loss."""
-
-    tokens: list[int]
-    labels: list[int]
-    source: str = ""
-
-    @property
-    def supervised(self) -> int:
-        """How many positions carry loss."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A run of tokens; `targets` are what the model should have predicted at each of them, −100 for nothing."""
-
-    tokens: list[int]
-    targets: list[int]
-
-
+# Tokens, and what the model should have predicted at each of them, −100 for nothing.
+Rendered = tuple[list[int], list[int]]
 # A special token's id, or text; and the index of the answer that it is part of, None outside answers.
 Piece = tuple[int | str, int | None]
 
 
 class ChatFormat:
-    """How a family writes roles. `render` gives segments, `stop_tokens` what ends an answer.
+    """How a family writes roles. `render` gives tokens, `stop_tokens` what ends an answer.
 
     The last answer is written with its reasoning, if it has any; earlier answers are written without theirs. With
     `enable_thinking` false no answer has reasoning. `opens_thought` says whether the prompt ends with `<think>`, after
@@ -69,8 +48,8 @@ class ChatFormat:
         """Whether to expect reasoning before a new answer."""
         return self.enable_thinking is True
 
-    def render(self, messages: Sequence[Message], supervised: set[int], generation_prompt: bool) -> list[Segment]:
-        """Segments of `messages`; loss falls on the assistant messages whose indices are in `supervised`."""
+    def render(self, messages: Sequence[Message], supervised: set[int], generation_prompt: bool) -> Rendered:
+        """Tokens and targets of `messages`, with loss on the assistant messages whose indices are in `supervised`."""
         raise NotImplementedError
 
     def read_answer(self, text: str) -> Message:
@@ -135,24 +114,21 @@ class Baichuan2Chat(ChatFormat):
         # Generation may also run into the next user turn.
         self.stop_tokens = _stops(tokenizer, [self.eos, self.user])
 
-    def render(self, messages: Sequence[Message], supervised: set[int], generation_prompt: bool) -> list[Segment]:
-        segments = []
+    def render(self, messages: Sequence[Message], supervised: set[int], generation_prompt: bool) -> Rendered:
+        tokens: list[int] = []
+        targets: list[int] = []
         for i, message in enumerate(messages):
+            if message.role != "system":
+                tokens.append(self.user if message.role == "user" else self.assistant)
+                targets.append(self.eos if i - 1 in supervised else IGNORE_INDEX)
             ids = self.tokenizer.encode(_said(messages, i))
-            after_answer = self.eos if i - 1 in supervised else IGNORE_INDEX
-            if message.role == "system":
-                segments.append(_silent(ids))
-            elif message.role == "user":
-                segments.append(Segment([self.user], [after_answer]))
-                segments.append(_silent(ids))
-            else:
-                segments.append(_silent([self.assistant]))
-                segments.append(_spoken(ids) if i in supervised else _silent(ids))
+            tokens += ids
+            targets += ids if i in supervised else [IGNORE_INDEX] * len(ids)
         if generation_prompt:
-            segments.append(_silent([self.assistant]))
-        elif messages and messages[-1].role == "assistant":
-            segments.append(Segment([self.eos], [self.eos if len(messages) - 1 in supervised else IGNORE_INDEX]))
-        return segments
+            return [*tokens, self.assistant], [*targets, IGNORE_INDEX]
+        if messages and messages[-1].role == "assistant":
+            return [*tokens, self.eos], [*targets, self.eos if len(messages) - 1 in supervised else IGNORE_INDEX]
+        return tokens, targets
 
 
 class PiecewiseChat(ChatFormat):
@@ -181,8 +157,7 @@ class PiecewiseChat(ChatFormat):
     def check(self, pieces: list[Piece], supervised: set[int]) -> None:
         """Raise ValueError if these pieces cannot teach the answers in `supervised`."""
 
-    def render(self, messages: Sequence[Message], supervised: set[int], generation_prompt: bool) -> list[Segment]:
-        """Segments of `messages`; loss falls on the assistant messages whose indices are in `supervised`."""
+    def render(self, messages: Sequence[Message], supervised: set[int], generation_prompt: bool) -> Rendered:
         pieces = self.pieces(messages, generation_prompt)
         self.check(pieces, supervised)
         runs: list[Piece] = []
@@ -191,7 +166,8 @@ class PiecewiseChat(ChatFormat):
                 runs[-1] = (runs[-1][0] + piece, answer)
             elif piece != "":
                 runs.append((piece, answer))
-        segments = []
+        tokens: list[int] = []
+        targets: list[int] = []
         for at, (piece, answer) in enumerate(runs):
             before, after = (runs[i][0] if 0 <= i < len(runs) else None for i in (at - 1, at + 1))
             if isinstance(piece, str):
@@ -201,8 +177,9 @@ class PiecewiseChat(ChatFormat):
                 ids = self.tokenizer.encode(piece) if begins or not self.prefixes else self._inside(piece)
             else:
                 ids = [piece]
-            segments.append(_spoken(ids) if answer in supervised else _silent(ids))
-        return segments
+            tokens += ids
+            targets += ids if answer in supervised else [IGNORE_INDEX] * len(ids)
+        return tokens, targets
 
     def _inside(self, text: str) -> list[int]:
         """Ids of a text that does not begin the whole: encoded after a line break, whose ids are dropped again."""
@@ -227,13 +204,14 @@ class ChatML(PiecewiseChat):
         self.stop_tokens = _stops(tokenizer, [self.end])
 
     def pieces(self, messages: Sequence[Message], generation_prompt: bool) -> list[Piece]:
-        """What the format writes, in order."""
         pieces: list[Piece] = []
         for i, message in enumerate(messages):
             answer = i if message.role == "assistant" else None
-            pieces += [(self.start, None), (f"{message.role}\n", None)]
-            pieces += [(_said(messages, i), answer), (self.end, answer), ("\n", None)]
-        return pieces + ([(self.start, None), ("assistant\n", None)] if generation_prompt else [])
+            pieces += [*self._header(message.role), (_said(messages, i), answer), (self.end, answer), ("\n", None)]
+        return pieces + (self._header("assistant") if generation_prompt else [])
+
+    def _header(self, role: str) -> list[Piece]:
+        return [(self.start, None), (f"{role}\n", None)]
 
 
 class Llama3Chat(PiecewiseChat):
@@ -261,14 +239,14 @@ class Llama3Chat(PiecewiseChat):
         self.stop_tokens = _stops(tokenizer, [self.end, *others])
 
     def pieces(self, messages: Sequence[Message], generation_prompt: bool) -> list[Piece]:
-        """What the format writes, in order."""
         pieces: list[Piece] = [(self.bos, None)]
         for i, message in enumerate(messages):
             answer = i if message.role == "assistant" else None
-            pieces += [(self.start, None), (message.role, None), (self.header_end, None), ("\n\n", None)]
-            pieces += [(_said(messages, i).strip(), answer), (self.end, answer)]
-        opening: list[Piece] = [(self.start, None), ("assistant", None), (self.header_end, None), ("\n\n", None)]
-        return pieces + (opening if generation_prompt else [])
+            pieces += [*self._header(message.role), (_said(messages, i).strip(), answer), (self.end, answer)]
+        return pieces + (self._header("assistant") if generation_prompt else [])
+
+    def _header(self, role: str) -> list[Piece]:
+        return [(self.start, None), (role, None), (self.header_end, None), ("\n\n", None)]
 
 
 class TemplateChat(PiecewiseChat):
@@ -297,11 +275,9 @@ class TemplateChat(PiecewiseChat):
 
     @property
     def thinks(self) -> bool:
-        """Whether to expect reasoning before a new answer."""
         return self.template.thinks
 
     def pieces(self, messages: Sequence[Message], generation_prompt: bool) -> list[Piece]:
-        """What the template writes, in order; special tokens only where it writes them itself."""
         pieces: list[Piece] = []
         for part in self.template.parts(messages, generation_prompt):
             texts = [part.text] if part.place is not None else self.template.special.split(part.text)
@@ -310,7 +286,6 @@ class TemplateChat(PiecewiseChat):
         return pieces
 
     def check(self, pieces: list[Piece], supervised: set[int]) -> None:
-        """Raise ValueError if an answer has no place in the template, or no end that a model could learn."""
         ends = {answer: piece for piece, answer in pieces}
         for i in supervised:
             if i not in ends:
@@ -359,94 +334,6 @@ def chat_format(
     return own if own and (own.thinks or not _agree(built_in, own)) else built_in
 
 
-def encode_conversation(
-    messages: Sequence[Message], chat: ChatFormat, *, last_only: bool = False, source: str = ""
-) -> Example:
-    """Tokens and aligned labels of a conversation, with loss on every assistant message, or on the last one only.
-
-    A message whose `loss` is false never carries loss. Neither does an earlier answer with reasoning, because its
-    reasoning is left out here: `lessons` gives it a separate example. Raises ValueError naming `source` if the format
-    cannot write the conversation.
-    """
-    messages = _as_thought(messages, chat)
-    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    taught = [i for i in answers if i == answers[-1] or not (last_only or messages[i].reasoning)]
-    supervised = {i for i in taught if messages[i].loss}
-    try:
-        segments = chat.render(messages, supervised, generation_prompt=False)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}" if source else str(error)) from None
-    tokens = [token for segment in segments for token in segment.tokens]
-    targets = [target for segment in segments for target in segment.targets]
-    return Example(tokens[:-1], targets[1:], source)
-
-
-def lessons(conversation: Conversation, chat: ChatFormat) -> list[Conversation]:
-    """The examples that teach a conversation, so that each reasoning is learnt once and no history holds any.
-
-    For each earlier answer with reasoning there is the part that ends with it, with loss on this answer only. Then
-    comes the whole conversation, if another answer carries loss.
-    """
-    messages = conversation.messages
-    own = [i for i, m in enumerate(messages[:-1]) if m.role == "assistant" and m.reasoning and m.loss]
-    if chat.enable_thinking is False or not own:
-        return [conversation]
-    silent = tuple(replace(m, loss=m.loss and m.role != "assistant") for m in messages)
-    parts = [replace(conversation, messages=(*silent[:i], messages[i])) for i in own]
-    rest = any(m.role == "assistant" and m.loss for i, m in enumerate(messages) if i not in own)
-    return [*parts, conversation] if rest else parts
-
-
-def encode_shortened(
-    prompt: Sequence[Message], answers: Sequence[Message], chat: ChatFormat, row_length: int, *, last_only: bool = False
-) -> list[Example]:
-    """One prompt with each of its answers, as in `encode_conversation`, but cut to `row_length` tokens.
-
-    The prompt loses its oldest turns and, where that is not enough, the beginning of its last question; its system text
-    stays. An answer keeps at least half a row. A longer one is cut, and the cut is not taught as the end of an answer.
-    Raises ValueError if that leaves nothing to learn.
-    """
-    system = list(prompt[:1]) if prompt[0].role == "system" else []
-    turns = prompt[len(system) :]
-
-    def encoded(turns: Sequence[Message]) -> list[Example]:
-        return [encode_conversation([*system, *turns, answer], chat, last_only=last_only) for answer in answers]
-
-    def longest(turns: Sequence[Message]) -> int:
-        return max(len(example.tokens) for example in encoded(turns))
-
-    starts = range(0, len(turns) - 1, 2)
-    first = bisect_left(starts, True, key=lambda start: longest(turns[start:]) <= row_length)
-    turns = turns[2 * first :]
-    if first == len(starts) and (size := longest(turns)) > row_length:
-        (question,) = turns
-
-        def asked(start: int) -> list[Message]:
-            return [*system, replace(question, content=question.content[start:])]
-
-        room = row_length - min(size - len(encode_prompt(asked(0), chat)), row_length // 2)
-        cuts = range(len(question.content))
-        cut = bisect_left(cuts, True, key=lambda start: len(encode_prompt(asked(start), chat)) <= room)
-        if cut == len(cuts):
-            raise ValueError("no question has room beside its system text and half a row of answer")
-        turns = asked(cut)[len(system) :]
-    whole = encoded(turns)
-    for example, answer in zip(whole, answers, strict=True):
-        said = len(chat.tokenizer.encode(answer.content)) if answer.reasoning else 0
-        if said and len(example.tokens) - said >= row_length:
-            raise ValueError("its reasoning leaves no room for the answer")
-    examples = [Example(one.tokens[:row_length], one.labels[:row_length], one.source) for one in whole]
-    if not all(example.supervised for example in examples):
-        raise ValueError("nothing to learn would be left")
-    return examples
-
-
-def encode_prompt(messages: Sequence[Message], chat: ChatFormat) -> list[int]:
-    """Tokens after which the model writes the next assistant message."""
-    segments = chat.render(_as_thought(messages, chat), set(), generation_prompt=True)
-    return [token for segment in segments for token in segment.tokens]
-
-
 def read_day(text: str) -> date:
     """A day like "2026-03-31", today if empty; ValueError for any other text."""
     try:
@@ -455,22 +342,9 @@ def read_day(text: str) -> date:
         raise ValueError(f"template_date is {text!r}, expected a day like 2026-03-31") from None
 
 
-def _as_thought(messages: Sequence[Message], chat: ChatFormat) -> Sequence[Message]:
-    """The messages, without reasoning where thinking is off."""
-    return [replace(m, reasoning="") for m in messages] if chat.enable_thinking is False else messages
-
-
 def _said(messages: Sequence[Message], i: int) -> str:
     """The text of message i; the last message includes its reasoning."""
     return messages[i].written if i == len(messages) - 1 else messages[i].content
-
-
-def _silent(ids: list[int]) -> Segment:
-    return Segment(ids, [IGNORE_INDEX] * len(ids))
-
-
-def _spoken(ids: list[int]) -> Segment:
-    return Segment(ids, ids)
 
 
 def _stops(tokenizer: Tokenizer, ends: list[int]) -> tuple[int, ...]:
@@ -515,10 +389,9 @@ def _agree(built_in: ChatFormat, own: ChatFormat) -> bool:
     for probe in _PROBES:
         for messages, generation_prompt in ((probe, False), (probe[:-1], True)):
             try:
-                one, two = (chat.render(messages, set(), generation_prompt) for chat in (built_in, own))
+                left, right = (chat.render(messages, set(), generation_prompt)[0] for chat in (built_in, own))
             except ValueError:  # a template without a system text, say, is not the built-in format
                 return False
-            left, right = ([t for segment in segments for t in segment.tokens] for segments in (one, two))
             common = max(len(left), len(right)) if generation_prompt else min(len(left), len(right))
             if left[:common] != right[:common]:
                 return False

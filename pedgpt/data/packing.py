@@ -14,7 +14,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pedgpt.data.chat import IGNORE_INDEX, ChatFormat, Example, encode_conversation, encode_shortened, lessons
+from pedgpt.data.chat import IGNORE_INDEX, ChatFormat
+from pedgpt.data.examples import Example, encode_conversation, encode_shortened, lessons
 from pedgpt.data.records import Conversation, ReadSummary
 
 PADDING_DOCUMENT = -1

@@ -9,7 +9,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from pedgpt.data.chat import IGNORE_INDEX, ChatFormat, Example, encode_conversation, encode_shortened
+from pedgpt.data.chat import IGNORE_INDEX, ChatFormat
+from pedgpt.data.examples import Example, encode_conversation, encode_shortened
 from pedgpt.data.packing import Batch, Row, best_fit, collate, encode_fitting, padded
 from pedgpt.data.records import Message, PreferencePair, ReadSummary
 

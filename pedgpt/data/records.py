@@ -1,40 +1,21 @@
-"""Readers of every input format: documents, conversations, preference pairs and knowledge-graph triples.
+"""The records of every input format, and how a row of a file becomes one: names of fields, roles, reasoning, loss.
 
-A path names a file, or a folder, which stands for all files of data in it and in its subfolders; `tables.py` opens the
-files and cuts them into rows. Blank lines are no rows; every other row is returned or reported. A field that is null
-counts as missing. The readers' common settings:
-
-    on_bad_row      "error" raises BadRow at the first bad row; "skip" leaves it out and counts it in the summary
-    columns         the column of each field whose column has no known name: {"question": "ask"}; a file without any
-                    of these columns is read by its own names, with a warning
-    max_characters  bound on a row's text: all messages of a conversation; a pair's prompt and its longer reply
-    summary         a ReadSummary to add to; without one, skipped rows are described in a warning
-
-A missing path, an empty folder, an unknown extension, a table's unusable header or a wrong setting is a ValueError.
-Files in a folder that are no data, and rows that must not be learnt from, are left out whatever `on_bad_row` says; the
-summary gives the reason.
+A row is a mapping of names to values, as `tables.py` reads it from any format. A field that is null counts as missing.
+A row that cannot be used raises `Unfit` with the reason.
 """
 
 import json
-import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import count, islice, takewhile, zip_longest
-from pathlib import Path
 from typing import Any, TypeVar
 
-from pedgpt.data.tables import SUFFIXES, TEXTS, files_in, format_of, not_utf8, read_rows
-from pedgpt.data.tables import Unfit as _Unfit
-from pedgpt.files import nearest
+from pedgpt.data.tables import Unfit, not_utf8
 
-PathLike = str | os.PathLike[str]
-Paths = PathLike | Iterable[PathLike]
 Row = dict[str, Any]
 T = TypeVar("T")
+Columns = Mapping[str, str] | None
 Parser = Callable[[Row, str, int | None], T]  # fields, source, max_characters
 
 # Of several names, the first that a row has is used. raw_anwser is how the CMD cases spell it.
@@ -52,6 +33,21 @@ BAD = ("false", "0", "0.0", "-1", "no", "bad", "undesirable", "rejected", "否",
 USERS = ("user", "human", "patient", "患者", "病人", "用户")
 ASSISTANTS = ("assistant", "gpt", "chatgpt", "bot", "model", "doctor", "医生", "大夫", "助手")
 ROLES = {"system": "system"} | dict.fromkeys(USERS, "user") | dict.fromkeys(ASSISTANTS, "assistant")
+# What a reader takes a field for, in the order in which people are told; "" is the field's name itself.
+MEANINGS = (
+    dict.fromkeys(TURNS, "turns")
+    | {"history": "earlier turns"}
+    | dict.fromkeys(QUESTIONS, "user")
+    | dict.fromkeys(("input", *OPTIONS, *LETTERS), "user, below it")
+    | dict.fromkeys(ANSWERS, "assistant")
+    | dict.fromkeys(CHOSEN, "chosen")
+    | dict.fromkeys(REJECTED, "rejected")
+    | dict.fromkeys(("head", "relation", "tail", "text", "title", "task"), "")
+    | dict.fromkeys(REASONING, "reasoning")
+    | dict.fromkeys(UNDESIRABLE, "left out where false")
+    | {"system": "", "disease": ""}
+    | dict.fromkeys(DEPARTMENTS, "department")
+)
 # The fields that `columns` may name, by kind.
 _TALK = ("messages", "question", "input", "history", "system", "options", "department", "disease")
 FIELDS = {
@@ -142,16 +138,8 @@ class Triple:
     source: str
 
 
-class _LeftOut(_Unfit):
+class LeftOut(Unfit):
     """Why a good row is not read. It is counted, and under no policy is it an error."""
-
-
-class NoData(ValueError):
-    """A file in which no field of any row is one that is known."""
-
-
-class BadRow(ValueError):
-    """A row that cannot be used: "file:line: fault: what was found, what was expected; how to fix it"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,296 +202,20 @@ def split_thought(text: str) -> tuple[str, str]:
     return (thought, answer.lstrip("\n")) if closed and "<think>" not in thought else ("", text)
 
 
-Columns = Mapping[str, str] | None
-
-
-def read_documents(
-    paths: Paths,
-    *,
-    on_bad_row: str = "error",
-    max_characters: int | None = None,
-    summary: ReadSummary | None = None,
-    columns: Columns = None,
-) -> list[Document]:
-    """Read whole .txt and .md files, titled by their first markdown heading, and rows of `text`, optionally `title`."""
-    return _read(paths, "documents", on_bad_row, max_characters, summary, columns)
-
-
-def read_conversations(
-    paths: Paths,
-    *,
-    on_bad_row: str = "error",
-    max_characters: int | None = None,
-    summary: ReadSummary | None = None,
-    columns: Columns = None,
-) -> list[Conversation]:
-    """Read conversations, each row in any of these forms, with optional `system` and `task`.
-
-    Alpaca (`instruction`, `input`, `output`, `history`), ShareGPT (`conversations`), OpenAI (`messages`),
-    `conversation` of patient and doctor, `question` and `answer`, TRL's `prompt` and `completion`. A `title` is not
-    part of the question; an exam's `options` are.
-    What an assistant thought is read from `reasoning_content`, or from `<think>…</think>` before its answer.
-    An assistant's message with `"loss": false`, or `"weight": 0` as OpenAI writes it, carries no loss; if none carries
-    any, the row is bad. A row whose `label` is false (KTO: an undesirable answer) is left out.
-    """
-    return _read(paths, "conversations", on_bad_row, max_characters, summary, columns)
-
-
-def read_preferences(
-    paths: Paths,
-    *,
-    on_bad_row: str = "error",
-    max_characters: int | None = None,
-    summary: ReadSummary | None = None,
-    columns: Columns = None,
-) -> list[PreferencePair]:
-    """Read `prompt` (or ShareGPT `conversations`, or `question`), `chosen` and `rejected`, with optional `system`.
-
-    Each is a string or a list of messages; a reply may be one message, or repeat the whole prompt, which is removed.
-    Without a prompt it is what both lists of messages begin with, as in TRL.
-    """
-    return _read(paths, "preferences", on_bad_row, max_characters, summary, columns)
-
-
-def read_triples(
-    paths: Paths,
-    *,
-    on_bad_row: str = "error",
-    max_characters: int | None = None,
-    summary: ReadSummary | None = None,
-    columns: Columns = None,
-) -> list[Triple]:
-    """Read TSV of head, relation, tail (# begins a comment, quotes are text), or rows with those keys."""
-    return _read(paths, "triples", on_bad_row, max_characters, summary, columns)
-
-
-def iter_records(
-    paths: Paths,
-    kind: str,
-    *,
-    on_bad_row: str = "error",
-    max_characters: int | None = None,
-    summary: ReadSummary | None = None,
-    columns: Columns = None,
-) -> Iterator[Any]:
-    """What the reader of that kind returns, one by one, so that a file of any size takes the memory of a row.
-
-    `kind` is "documents", "conversations", "preferences" or "triples". Without a summary, skipped rows are not told.
-    """
-    if kind not in PARSERS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PARSERS)}")
-    tally = ReadSummary() if summary is None else summary
-    return _iterate(paths, kind, on_bad_row, max_characters, tally, columns)
-
-
-def parse_columns(columns: Iterable[str]) -> dict[str, str]:
-    """The setting `columns` of the recipes, ["question=ask", "answer=reply"], as the readers take it."""
-    pairs = [(name.strip(), column.strip()) for name, _, column in (item.partition("=") for item in columns)]
-    known = dict.fromkeys(field for fields in FIELDS.values() for field in fields)
-    for name, column in pairs:
-        if name not in known or not column:
-            hint = nearest(name, known, "fields") if name not in known else "expected the name of a column after ="
-            raise ValueError(f"columns: {name}={column} is not of the form field=column; {hint}")
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"columns: {', '.join(name for name, _ in pairs)}: a field is given twice")
-    return dict(pairs)
-
-
-def detect_kind(path: PathLike, columns: Columns = None) -> str:
-    """Tell "documents", "conversations", "preferences" or "triples" by a file's first rows.
-
-    Raises NoData if nothing there has a known field, and ValueError with the reason if rows cannot be used.
-    """
-    if Path(path).is_dir():
-        raise ValueError(f"{path}: found a folder, expected one file; name a file in it")
-    (file,) = files_of(path)
-    # Any TSV of three columns could hold triples, so there they come last; elsewhere their keys are the surer sign.
-    tsv = format_of(file) == ".tsv"
-    kinds = ["preferences", "conversations", *(["documents"] if tsv else []), "triples", "documents"]
-
-    @cache
-    def first_rows(triples: bool, *names: str) -> list[tuple[int | str, object]]:
-        return list(islice(read_rows(file, triples=triples, columns=names), 20))
-
-    reasons: list[tuple[bool, int, str]] = []  # (a field is missing, −known fields, why); the smallest is told
-    unknown = f"{file}: no row in it"
-    for kind in ["documents"] if format_of(file) in TEXTS else dict.fromkeys(kinds):
-        own = _own(columns, kind)
-        try:
-            for line, row in first_rows(tsv and kind == "triples", *own.values()):
-                try:
-                    PARSERS[kind](_fields(row, own), "", None)
-                    return kind
-                except _LeftOut:
-                    return kind
-                except _Unfit as unfit:
-                    known = len(_fields(row).keys() & {*KEYS[kind], *own.values()}) if isinstance(row, dict) else 0
-                    if known or isinstance(row, _Unfit):
-                        reasons.append(
-                            (str(unfit).startswith("missing field"), -known - len(own), f"{file}:{line}: {unfit}")
-                        )
-                    elif not reasons:
-                        unknown = f"{file}: {_unknown(row)}"
-        except ValueError as error:  # the file, or its columns for this kind
-            reasons.append((False, 0, str(error)))
-    if reasons:
-        raise ValueError(min(reasons, key=lambda reason: reason[:2])[2])
-    raise NoData(unknown)
-
-
-def _unknown(row: object) -> str:
-    found = f"the fields {_some(row)}" if isinstance(row, dict) else type(row).__name__
-    return f"no known field, found {found}; if it is data, name its fields by `columns`"
-
-
-def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:
-    """Which fields of a file its reader takes for what, and which it ignores, by the first good row; for people.
-
-    E.g. "question → user, raw_anwser → assistant, department; ignored: id".
-    """
-    (file,) = files_of(path)
-    if format_of(file) in TEXTS:
-        return "the whole file → text"
-    for _, row in islice(_rows(file, kind, columns), 20):
-        with suppress(_Unfit):
-            fields = _fields(row, _own(columns, kind))
-            PARSERS[kind](fields, "", None)
-            return _mapped(fields, kind)
-    return "no good row at its start"
-
-
-def _mapped(row: Row, kind: str) -> str:
-    used: dict[str, str] = {}
-    if kind == "triples":
-        used = dict.fromkeys(("head", "relation", "tail"), "")
-    elif kind == "documents":
-        used = {"text": "", "title": ""}
-    else:
-        first = TURNS if kind == "conversations" else ("prompt", *TURNS)
-        turns = next((name for name in first if row.get(name)), None)
-        asked, answered = (next((name for name in names if name in row), "") for names in (QUESTIONS, ANSWERS))
-        if turns:
-            used = {turns: "turns"}
-        elif asked:
-            used = {"history": "earlier turns", asked: "user", "input": "user, below it"}
-            lettered = LETTERS if {"a", "b"} <= row.keys() else ()
-            used |= dict.fromkeys((*OPTIONS, *lettered), "user, below it") | {answered: "assistant"}
-        if kind == "preferences":
-            used |= dict.fromkeys(CHOSEN, "chosen") | dict.fromkeys(REJECTED, "rejected")
-        else:
-            used |= {"task": ""} | dict.fromkeys(REASONING, "reasoning")
-            used |= dict.fromkeys(UNDESIRABLE, "left out where false")
-        used |= {"system": ""}
-    if kind != "triples":
-        used |= {"disease": "", next((name for name in DEPARTMENTS if row.get(name)), DEPARTMENTS[0]): "department"}
-    found = [
-        f"{name} → {meaning}" if meaning not in ("", name) else name for name, meaning in used.items() if name in row
-    ]
-    ignored = [name for name in row if name not in used]
-    return ", ".join(found) + (f"; ignored: {', '.join(ignored)}" if ignored else "")
-
-
-def _read(
-    paths: Paths,
-    kind: str,
-    on_bad_row: str,
-    max_characters: int | None,
-    summary: ReadSummary | None,
-    columns: Columns,
-) -> list[Any]:
-    tally = ReadSummary() if summary is None else summary
-    records = list(_iterate(paths, kind, on_bad_row, max_characters, tally, columns))
-    if summary is None and tally.skipped:
-        warnings.warn(f"some rows were skipped\n{tally.describe()}", stacklevel=3)
-    return records
-
-
-def _iterate(
-    paths: Paths, kind: str, on_bad_row: str, max_characters: int | None, tally: ReadSummary, columns: Columns
-) -> Iterator[Any]:
-    if on_bad_row not in ("error", "skip"):
-        raise ValueError(f'on_bad_row is {on_bad_row!r}, expected "error" or "skip"')
-    if max_characters is not None and max_characters < 1:
-        raise ValueError(f"max_characters is {max_characters}, expected 1 or more, or None for no bound")
-    own = _own(columns, kind)
-    for path in files_of(paths, tally):
-        tally.rows.setdefault(str(path), 0)
-        named, whole = not own, format_of(path) in TEXTS
-        for line, row in _rows(path, kind, columns):
-            place = f"{path}:{line}"
-            if not named and isinstance(row, dict):
-                named = True
-                if row.keys().isdisjoint(own.values()):
-                    found = f"found none of the columns {', '.join(own.values())}"
-                    warnings.warn(f"{place}: {found}, so the file's own names are used", stacklevel=4)
-            try:
-                record = PARSERS[kind](_fields(row, own), str(path) if whole else place, max_characters)
-            except _Unfit as unfit:
-                if on_bad_row == "error" and not isinstance(unfit, _LeftOut):
-                    raise BadRow(f"{place}: {unfit}") from None
-                tally.skip(place, str(unfit))
-            else:
-                file = place.rpartition(":")[0]
-                tally.rows[file] = tally.rows.get(file, 0) + 1
-                yield record
-
-
-def files_of(paths: Paths, tally: ReadSummary | None = None) -> list[Path]:
-    """The files that paths name, sorted within a folder; what a folder leaves out goes into `tally` with the reason.
-
-    Raises ValueError about all paths that are missing, of no known format, or folders without data.
-    """
-    files: list[Path] = []
-    problems: list[str] = []
-    for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
-        known: list[Path] = [path]
-        left_out: dict[Path, str] = {}
-        if path.is_dir():
-            known, left_out = files_in(path)
-        elif not path.exists():
-            problems.append(f"{path}: found no such file or folder; check the path")
-            continue
-        elif not format_of(path):
-            known = []
-        if not known:
-            problems.append(f"{path}: found no file ending in {' '.join(SUFFIXES)}; check the path or rename it")
-        files += known
-        if tally is not None:
-            tally.skipped += [SkippedRow(str(file), 0, f"left out, {reason}") for file, reason in left_out.items()]
-    if problems:
-        raise ValueError("\n".join(problems))
-    return files
-
-
-def _own(columns: Columns, kind: str) -> dict[str, str]:
-    """The given columns, without those for fields that this kind of record does not have."""
-    if unknown := set(columns or ()) - {field for fields in FIELDS.values() for field in fields}:
-        raise ValueError(f"columns has {', '.join(unknown)}, expected some of {', '.join(FIELDS[kind])}")
-    return {name: column for name, column in (columns or {}).items() if name in FIELDS[kind]}
-
-
-def _rows(path: Path, kind: str, columns: Columns) -> Iterator[tuple[int | str, object]]:
-    if kind != "documents" and format_of(path) in TEXTS:
-        found = path.suffix
-        yield 1, _Unfit("a text file", found, f"rows of {kind}", "name the files to read, not their folder")
-        return
-    yield from read_rows(path, triples=kind == "triples", columns=_own(columns, kind).values())
-
-
 def _check_length(limit: int | None, *texts: str) -> None:
     if limit is not None and (length := sum(map(len, texts))) > limit:
-        raise _Unfit("over-long", f"{length} characters", f"at most {limit}", "split the row or raise max_characters")
+        raise Unfit("over-long", f"{length} characters", f"at most {limit}", "split the row or raise max_characters")
 
 
 def _typed(value: object, kind: type[T], name: str) -> T:
     if isinstance(value, kind):
         return value
-    raise _Unfit(f"{name} has the wrong type", "null" if value is None else type(value).__name__, kind.__name__)
+    raise Unfit(f"{name} has the wrong type", "null" if value is None else type(value).__name__, kind.__name__)
 
 
-def _fields(row: object, columns: Columns = None) -> Row:
+def fields_of(row: object, columns: Columns = None) -> Row:
     """A row without nulls and NaNs, by names in lower case; `columns` says which of its columns hold which fields."""
-    if isinstance(row, _Unfit):
+    if isinstance(row, Unfit):
         raise row
     found = _typed(row, dict, "the row")
     columns = columns if columns and not found.keys().isdisjoint(columns.values()) else {}
@@ -519,10 +231,10 @@ def _field(row: Row, names: Iterable[str], expected: str) -> str:
     if (name := next((name for name in names if name in row), None)) is not None:
         return name
     fix = "rename or add the field, or name it by `columns`"
-    raise _Unfit("missing field", f"the keys {_some(row)}", expected, fix)
+    raise Unfit("missing field", f"the keys {some(row)}", expected, fix)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """Names for a message, the first 20: an object by id may have thousands."""
     first = list(islice(names, 21))
     return ", ".join([*first[:20], *["…"] * (len(first) > 20)]) or "(none)"
@@ -535,7 +247,7 @@ def _text(row: Row, name: str, *, optional: bool = False) -> str:
     if not text.strip():
         if optional:
             return ""
-        raise _Unfit(f"{name} is empty", repr(text), "some text")
+        raise Unfit(f"{name} is empty", repr(text), "some text")
     if unfit := not_utf8(text):  # bytes of a table or .json, or an escaped half of a pair: tokenizers stop at either
         raise unfit
     return text
@@ -547,7 +259,7 @@ def _messages(row: Row, name: str) -> list[Message]:
         fields = _joined({k: v for k, v in _typed(turn, dict, f"a message of {name}").items() if v is not None})
         written = _text(fields, _field(fields, ("from", "role"), "role or from"))
         if (role := ROLES.get(written.strip(" :：").lower())) is None:
-            raise _Unfit("unknown role", repr(written), ", ".join(ROLES))
+            raise Unfit("unknown role", repr(written), ", ".join(ROLES))
         # Many exports write an empty system message in every row: it says as much as none.
         content = _text(fields, _field(fields, ("value", "content"), "content or value"), optional=role == "system")
         messages += [_message(fields, role, content, _loss(fields, role))] if content else []
@@ -559,7 +271,7 @@ def _message(fields: Row, role: str, content: str, loss: bool = True) -> Message
     field = next((name for name in REASONING if role == "assistant" and name in fields), None)
     message = Message(role, content, loss, _text(fields, field, optional=True) if field else "")
     if not message.content.strip():
-        raise _Unfit("no answer after the reasoning", repr(content[-40:]), "an answer after </think>")
+        raise Unfit("no answer after the reasoning", repr(content[-40:]), "an answer after </think>")
     return message
 
 
@@ -570,7 +282,7 @@ def _joined(fields: Row) -> Row:
             texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
             said = [text for text in texts if isinstance(text, str)]
             if len(said) < len(texts):
-                raise _Unfit(f"a part of {name} is no text", json.dumps(parts)[:60], "parts with a text")
+                raise Unfit(f"a part of {name} is no text", json.dumps(parts)[:60], "parts with a text")
             fields = fields | {name: "\n".join(said)}
     return fields
 
@@ -581,12 +293,12 @@ def _loss(fields: Row, role: str) -> bool:
         if key in fields:
             value = fields[key]
             if type(value) is not kind or value not in (0, 1):  # True is an int too, and 1.0 is in (0, 1)
-                raise _Unfit(f"{key} of a message is unusable", json.dumps(value)[:40], expected)
+                raise Unfit(f"{key} of a message is unusable", json.dumps(value)[:40], expected)
             flags[key] = bool(value)
     if len(set(flags.values())) > 1:
-        raise _Unfit("loss and weight disagree", str(flags), "one of the two")
+        raise Unfit("loss and weight disagree", str(flags), "one of the two")
     if role != "assistant" and any(flags.values()):
-        raise _Unfit(f"{next(iter(flags))} asks for loss on another's words", role, "assistant", "remove the flag")
+        raise Unfit(f"{next(iter(flags))} asks for loss on another's words", role, "assistant", "remove the flag")
     return role != "assistant" or all(flags.values())
 
 
@@ -598,9 +310,9 @@ def _alternating(row: Row, messages: list[Message], last: str) -> tuple[Message,
     for number, role in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
-            raise _Unfit("roles do not alternate", f"{role} as turn {number + 1} after any system message", expected)
+            raise Unfit("roles do not alternate", f"{role} as turn {number + 1} after any system message", expected)
     if turns[-1:] != [last]:
-        raise _Unfit(f"no {last} turn at the end", turns[-1] if turns else "no turn", last)
+        raise Unfit(f"no {last} turn at the end", turns[-1] if turns else "no turn", last)
     return tuple(messages)
 
 
@@ -613,13 +325,13 @@ def _document(row: Row, source: str, limit: int | None) -> Document:
 def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
     for name in UNDESIRABLE:
         if name in row and str(row[name]).strip().lower() in BAD:
-            raise _LeftOut("an answer judged bad", f"{name} {row[name]}", "true or 1", "its pair may teach DFPO")
+            raise LeftOut("an answer judged bad", f"{name} {row[name]}", "true or 1", "its pair may teach DFPO")
     turns = next((name for name in TURNS if row.get(name)), None)
     if not turns and row.keys().isdisjoint(QUESTIONS):
         turns = next((name for name in TURNS if name in row), None)
     messages = _alternating(row, _messages(row, turns) if turns else _question_and_answer(row), "assistant")
     if not any(message.loss for message in messages if message.role == "assistant"):
-        raise _Unfit("nothing carries loss", "loss false on every assistant message", "one that is learnt from")
+        raise Unfit("nothing carries loss", "loss false on every assistant message", "one that is learnt from")
     _check_length(limit, *(message.written for message in messages))
     task = row.get("task")
     return Conversation(messages, source, task if isinstance(task, str) else "", *_topic(row))
@@ -646,7 +358,7 @@ def _asked(row: Row, question: str) -> list[Message]:
     messages = []
     for pair in _typed(row.get("history") or [], list, "history"):
         if len(_typed(pair, list, "a pair of history")) != 2:
-            raise _Unfit("history is not in pairs", f"{len(pair)} items", "[question, answer]")
+            raise Unfit("history is not in pairs", f"{len(pair)} items", "[question, answer]")
         for role, text in zip(("user", "assistant"), pair, strict=True):
             messages.append(_message({}, role, _text({"history": text}, "history")))
     extra = [_text(row, question), _text(row, "input", optional=True)]
@@ -681,7 +393,7 @@ def _option(number: int, each: object) -> tuple[str, object]:
     if not text and len(fields) == 1:
         return next((letter.upper(), said) for letter, said in fields.items())
     if not text:
-        raise _Unfit("an option without text", json.dumps(each, ensure_ascii=False)[:60], "value, text or content")
+        raise Unfit("an option without text", json.dumps(each, ensure_ascii=False)[:60], "value, text or content")
     key = next((str(fields[key]) for key in ("key", "label", "option") if fields.get(key)), chr(ord("A") + number))
     return key, fields[text]
 
@@ -700,7 +412,7 @@ def _preference(row: Row, source: str, limit: int | None) -> PreferencePair:
     prompt = tuple(replace(message, loss=True) for message in _alternating(row, written, "user"))
     chosen, rejected = (_reply(row, name, prompt) for name in names)
     if chosen.strip() == rejected.strip():
-        raise _Unfit("chosen equals rejected", repr(chosen[:40]), "two different replies", "delete the row")
+        raise Unfit("chosen equals rejected", repr(chosen[:40]), "two different replies", "delete the row")
     _check_length(limit, *(message.written for message in prompt), max(chosen, rejected, key=len))
     return PreferencePair(prompt, chosen, rejected, source, *_topic(row))
 
@@ -711,12 +423,12 @@ def _reply(row: Row, name: str, prompt: tuple[Message, ...]) -> str:
     messages = _messages(row, name)
     last = messages[-1] if messages else Message("no message", "")
     if last.role != "assistant":
-        raise _Unfit(f"{name} does not end with a reply", last.role, "assistant")
+        raise Unfit(f"{name} does not end with a reply", last.role, "assistant")
     if not last.loss:
-        raise _Unfit(f"{name} carries no loss", "loss false", "a reply that is learnt from")
+        raise Unfit(f"{name} carries no loss", "loss false", "a reply that is learnt from")
     repeated = tuple(replace(message, loss=True) for message in messages[:-1])
     if repeated not in ((), prompt, prompt[prompt[0].role == "system" :]):
-        raise _Unfit(f"{name} repeats another prompt", f"{len(messages) - 1} other messages", "those of the prompt")
+        raise Unfit(f"{name} repeats another prompt", f"{len(messages) - 1} other messages", "those of the prompt")
     return last.written
 
 

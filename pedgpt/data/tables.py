@@ -1,4 +1,4 @@
-"""Files as rows: which files of a folder hold data, and how each format is opened, decoded and cut into rows.
+"""Files as rows: how each format is opened, decoded and cut into rows.
 
 Text may be gzipped (.gz) and is UTF-8, UTF-16 or GB18030, with or without a byte-order mark; LF or CRLF ends a line, or
 CR in a file without LF. A file's content decides, not its name: JSON is one object a line, one list, objects over
@@ -12,7 +12,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import re
 import shlex
 import zipfile
@@ -23,13 +22,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
-TEXTS, EXTRA = (".txt", ".md"), {".parquet": "pyarrow", ".xlsx": "openpyxl"}
-SUFFIXES = (*TEXTS, ".jsonl", ".json", ".csv", ".tsv", *EXTRA)
-# Files beside the data: notes for people, and what other projects write about their data.
-NOTES = re.compile(r"(readme|licen[cs]e|changelog|requirements|dataset_infos?)(?![a-z]).*", re.IGNORECASE)
-ADVICE = dict.fromkeys((".zip", ".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst"), "an archive; unpack it")
-ADVICE |= {".xls": "an old workbook; save it as .xlsx", ".pdf": "no text; save its text as .txt"}
-ADVICE |= dict.fromkeys((".doc", ".docx"), ADVICE[".pdf"])
+from pedgpt.data.inputs import EXTRA, TEXTS, format_of
 
 BLOCK = 2**18  # characters, or bytes, that are read at once
 HEADING = re.compile(r"#{1,6}[ \t]+(\S.*?)([ \t]+#+)?\s*$")
@@ -60,45 +53,6 @@ def _byte_by_byte(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("pedgpt_byte_by_byte", _byte_by_byte)
-
-
-def format_of(path: Path) -> str:
-    """The format that a file's name tells: ".csv" for a.CSV and for a.csv.gz; empty if it is none of `SUFFIXES`."""
-    zipped = path.suffix.lower() == ".gz"
-    suffix = Path(path.stem).suffix.lower() if zipped else path.suffix.lower()
-    return suffix if suffix in SUFFIXES and not (zipped and suffix in EXTRA) else ""
-
-
-def stem_of(path: Path) -> str:
-    """A file's name without its suffix, and without .gz."""
-    return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
-
-
-def files_in(folder: Path) -> tuple[list[Path], dict[Path, str]]:
-    """The files in a folder and its subfolders that may hold data, sorted, and why each of the others is left out."""
-    files: list[Path] = []
-    left_out: dict[Path, str] = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        depth = next((i for i, name in enumerate(inside.parts, 1) if name.startswith((".", "~$", "__MACOSX"))), 0)
-        if depth:
-            left_out[folder.joinpath(*inside.parts[:depth])] = "hidden or temporary"
-        elif path.is_dir():
-            if path.is_symlink():
-                left_out[path] = "a link to a folder; name that folder itself"
-            elif not os.access(path, os.R_OK | os.X_OK):
-                left_out[path] = "a folder that may not be opened"
-        elif not path.is_file():
-            left_out[path] = "not a plain file"
-        elif NOTES.fullmatch(path.name) and path.suffix.lower() in ("", ".json", *TEXTS):
-            left_out[path] = "about the data, not data"
-        elif not format_of(path):
-            left_out[path] = ADVICE.get(path.suffix.lower(), "not a format that is read")
-        elif not path.stat().st_size:
-            left_out[path] = "empty"
-        else:
-            files.append(path)
-    return files, left_out
 
 
 def read_rows(

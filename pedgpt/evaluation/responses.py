@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pedgpt.data.chat import ChatFormat, encode_prompt
+from pedgpt.data.chat import ChatFormat
+from pedgpt.data.examples import encode_prompt
 from pedgpt.data.records import Conversation, Message
 from pedgpt.models.generation import generate
 from pedgpt.models.transformer import Transformer

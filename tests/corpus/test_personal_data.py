@@ -11,7 +11,7 @@ import pytest
 
 from pedgpt.corpus.quality import normalize, scrub
 from pedgpt.corpus.rows import texts
-from pedgpt.data.records import iter_records
+from pedgpt.data.readers import iter_records
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 

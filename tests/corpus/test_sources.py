@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pedgpt.corpus.sources import describe_sources, is_name, read_listing
-from pedgpt.data.records import field_mapping
+from pedgpt.data.readers import field_mapping
 
 SAMPLE = Path(__file__).resolve().parents[2] / "recipes" / "sample_corpus"
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pedgpt.data import Conversation, Message, TextSource, as_completion, heldout_files, mix, part_shares, stage_sources
-from pedgpt.data.hybrid import DOMAIN, GENERAL, INSTRUCTIONS, SURFACE_FORMS
+from pedgpt.data.hybrid import SURFACE_FORMS
+from pedgpt.data.manifest import DOMAIN, GENERAL, INSTRUCTIONS
 
 PARTS = (DOMAIN, GENERAL, INSTRUCTIONS)
 

@@ -6,20 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.data.records import (
+from pedgpt.data.readers import (
     BadRow,
-    Conversation,
-    Document,
-    Message,
-    PreferencePair,
-    ReadSummary,
-    Triple,
     detect_kind,
     read_conversations,
     read_documents,
     read_preferences,
     read_triples,
 )
+from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Triple
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 READERS = {

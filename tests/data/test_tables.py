@@ -12,12 +12,9 @@ import pytest
 from pyarrow import parquet
 
 from pedgpt.data import tables
-from pedgpt.data.records import (
+from pedgpt.data.readers import (
     BadRow,
-    Message,
     NoData,
-    PreferencePair,
-    ReadSummary,
     detect_kind,
     parse_columns,
     read_conversations,
@@ -25,6 +22,7 @@ from pedgpt.data.records import (
     read_preferences,
     read_triples,
 )
+from pedgpt.data.records import Message, PreferencePair, ReadSummary
 
 QA = [{"question": f"第{n}个问题：孩子发烧怎么办？", "answer": f"第{n}个回答：多喝水，观察体温。"} for n in range(3)]
 SAID = [(row["question"], row["answer"]) for row in QA]

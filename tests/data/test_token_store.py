@@ -26,8 +26,10 @@ from pedgpt.data import (
     train_tokenizer,
     write_tokens,
 )
-from pedgpt.data.hybrid import DOMAIN, INSTRUCTIONS, SURFACE_FORMS, as_completion, discarded_on_error
-from pedgpt.data.records import detect_kind
+from pedgpt.data.hybrid import SURFACE_FORMS, as_completion
+from pedgpt.data.manifest import DOMAIN, INSTRUCTIONS
+from pedgpt.data.readers import detect_kind
+from pedgpt.data.store import discarded_on_error
 from pedgpt.training import BatchPlan
 
 SAMPLE = Path(__file__).parents[2] / "recipes" / "sample_corpus"

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pedgpt.data.chat import Example
+from pedgpt.data.examples import Example
 from pedgpt.data.packing import Row, pack
 from pedgpt.data.preference import EncodedPair
 from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores

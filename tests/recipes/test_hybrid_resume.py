@@ -111,7 +111,7 @@ def test_a_run_killed_after_any_step_goes_on_bit_for_bit(lab, corpus, whole, ste
 # The recipe, but something kills the process: the third batch of texts, or the fourth step's rows.
 KILLED = """
 import os, runpy, signal, sys
-from pedgpt.data import Tokenizer, hybrid
+from pedgpt.data import PackedRows, Tokenizer
 kind, calls = sys.argv[1], []
 def dying(function, limit):
     def call(*arguments):
@@ -123,7 +123,7 @@ def dying(function, limit):
 if kind == "tokens":
     Tokenizer.encode_batch = dying(Tokenizer.encode_batch, 3)
 else:
-    hybrid.PackedRows.row = dying(hybrid.PackedRows.row, 18)
+    PackedRows.row = dying(PackedRows.row, 18)
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
