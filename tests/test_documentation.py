@@ -41,7 +41,7 @@ def test_every_file_of_the_library_has_a_line_in_the_tour():
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_snippets_of_the_readme_run(number, tmp_path, monkeypatch, capsys):
+def test_snippets_of_the_readme_run(number, tmp_path, monkeypatch):
     """The second asks for a model of transformers by name, and gets a small one of that family."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     small = Qwen3Config(vocab_size=10_000, num_key_value_heads=2, head_dim=8, **sizes)

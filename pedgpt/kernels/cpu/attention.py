@@ -54,7 +54,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> T
     plain = size >= 16 and all(x.stride(-1) == 1 for x in (q, k, v))
     if mask is not None or not SHORTEST <= tokens <= LONGEST or not plain or without_numbers():
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=heads != groups)
-    k, v = (x if heads == groups else x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
     return _Halves.apply(q, k, v)
 
 

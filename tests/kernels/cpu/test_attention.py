@@ -307,3 +307,20 @@ def test_a_document_whose_numbers_lie_apart_is_read_right(which):
     assert values[which].stride(-1) != 1
     q, k, v, dout = values
     check(attention, q, k, v, make_layout("none", 1, 400), dout)
+
+
+def test_halves_keep_no_copies_of_shared_heads():
+    q, k, v, _ = (x.requires_grad_() for x in operands(1, 8, 2, 512, 32))
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def kept_by(function):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            function(q, k, v, None)
+        return sum(kept.values())
+
+    assert kept_by(attention) <= kept_by(torchs) < 2 * sum(x.nbytes for x in (q, k, v))
