@@ -59,7 +59,7 @@ def generate_steps(
     reader = _read(model, prompts, cache, for_many=max_new_tokens >= LAY_OUT_FROM)
     logits = next(reader)
     for count in range(1, max_new_tokens + 1):
-        chosen, ids = _choose(logits, seen, running, generator, temperature, top_k, top_p, repetition_penalty)
+        chosen, ids = _choose(logits, seen, running, repetition_penalty, temperature, top_k, top_p, generator)
         step: list[int | None] = []
         for row, token in enumerate(ids):
             step.append(token if running[row] else None)
@@ -79,21 +79,24 @@ def _check(
     top_p: float | None, repetition_penalty: float, stop_strings: Sequence[str], decode: Any,
 ) -> None:  # fmt: skip
     """ValueError for an argument of `generate_steps` that nothing could be decoded with."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, found {max_new_tokens}")
-    if temperature < 0 or 0 < temperature < MIN_TEMPERATURE:
-        least = f"at least {MIN_TEMPERATURE}, found {temperature}"
-        raise ValueError(f"temperature must be 0, which takes the most probable token, or {least}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, found {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1] or None, found {top_p}")
-    if not (math.isfinite(temperature) and math.isfinite(repetition_penalty) and repetition_penalty > 0):
-        raise ValueError(f"{temperature=} and {repetition_penalty=} must be finite and positive")
-    if isinstance(stop_strings, str) or not all(stop_strings):
-        raise ValueError(f"stop_strings is {stop_strings!r}; expected a list of texts that are not empty")
-    if stop_strings and decode is None:
-        raise ValueError("stop_strings needs decode, the function that makes text of ids: a tokenizer's decode")
+    least = f"0, for the most probable token, or at least {MIN_TEMPERATURE}"
+    for fits, expected in (
+        (max_new_tokens >= 0, f"max_new_tokens must be at least 0, found {max_new_tokens}"),
+        (
+            temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf,
+            f"temperature must be {least}, found {temperature}",
+        ),
+        (top_k is None or top_k >= 1, f"top_k must be at least 1 or None, found {top_k}"),
+        (top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1] or None, found {top_p}"),
+        (0 < repetition_penalty < math.inf, f"{repetition_penalty=} must be finite and positive"),
+        (
+            not isinstance(stop_strings, str) and all(stop_strings),
+            f"{stop_strings=} must be a list of texts, none empty",
+        ),
+        (not stop_strings or decode, "stop_strings needs decode, which makes text of ids: a tokenizer's decode"),
+    ):
+        if not fits:
+            raise ValueError(expected)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty; give at least one token")
@@ -173,35 +176,34 @@ def generation_defaults(folder: str | Path) -> dict[str, Any]:
         return {}
     raw = read_object(file.parent, file.name)
 
-    def read(key: str, default: Any, kinds: type | tuple[type, ...]) -> Any:
+    def read(key: str, default: float, least: float = 0, most: float = 2**53) -> Any:
         value = default if raw.get(key) is None else raw[key]
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool)):
-            raise ValueError(f"{file}: {key} is {value!r}, which is of the wrong kind")
-        low = 1e-9 if key in ("top_p", "repetition_penalty") else 0
-        if isinstance(value, int | float) and not low <= value <= (1 if key == "top_p" else 2**53):
-            raise ValueError(f"{file}: {key} is {value!r:.40}, out of range")
-        return value
+        kind = type(default)
+        if type(value) not in (kind, int if kind is float else kind) or not least <= value <= most:
+            raise ValueError(f"{file}: {key} is {value!r:.40}, which is of the wrong kind or out of range")
+        return kind(value)
 
-    for key, plain in (("num_beams", 1), ("penalty_alpha", 0), ("typical_p", 1.0), ("min_p", 0)):
-        if read(key, plain, (int, float)) != plain:
+    for key, plain in (("num_beams", 1.0), ("penalty_alpha", 0.0), ("typical_p", 1.0), ("min_p", 0.0)):
+        if read(key, plain) != plain:
             raise ValueError(f"{file}: {key} is {raw[key]!r}; only greedy decoding and plain sampling are supported")
     given = raw.get("eos_token_id")
     ends = [] if given is None else given if isinstance(given, list) else [given]
     if not all(type(end) is int for end in ends):
         raise ValueError(f"{file}: eos_token_id is {given!r}; expected an id or a list of ids")
-    found: dict[str, Any] = {"stop_tokens": tuple(ends), "temperature": 0.0}
-    if read("do_sample", False, bool):
-        found |= {key: float(read(key, 1.0, (int, float))) for key in ("temperature", "top_p")}
-        found["top_k"] = read("top_k", 50, int) or None
-    found["repetition_penalty"] = float(read("repetition_penalty", 1.0, (int, float)))
-    limit = read("max_new_tokens", None, int)
-    return found if limit is None else found | {"max_new_tokens": limit}
+    found = {
+        "stop_tokens": tuple(ends),
+        "temperature": 0.0,
+        "repetition_penalty": read("repetition_penalty", 1.0, 1e-9),
+    }
+    if read("do_sample", False):
+        found |= {"temperature": read("temperature", 1.0), "top_p": read("top_p", 1.0, 1e-9, 1)}
+        found["top_k"] = read("top_k", 50) or None
+    return found | {"max_new_tokens": limit} if (limit := read("max_new_tokens", 0)) else found
 
 
 def _choose(
-    logits: Tensor, seen: Tensor, running: Sequence[bool], generator: torch.Generator | None,
-    temperature: float, top_k: int | None, top_p: float | None, penalty: float,
-) -> tuple[Tensor, list[int]]:  # fmt: skip
+    logits: Tensor, seen: Tensor, running: Sequence[bool], penalty: float, temperature: float, *others: Any
+) -> tuple[Tensor, list[int]]:
     """Ids [B] from logits [B, V], also as a list; `seen` [B, V] marks the tokens so far, and is kept.
 
     ValueError names the rows that run on and whose scores are not finite, and whether model or settings did it.
@@ -211,21 +213,17 @@ def _choose(
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     finite = (logits.abs().amax(-1) / (temperature or 1.0)).isfinite()  # NaN is the largest of all
     logits = logits.where(finite[:, None], 0.0)  # Rows that have stopped no longer count.
-    chosen = _sample(logits, temperature, top_k, top_p, generator)
+    chosen = _sample(logits, temperature, *others)
     if penalty != 1.0:
         seen.scatter_(1, chosen[:, None], True)
     ids, fine = torch.stack((chosen, finite.long())).tolist()  # together, to wait for the device once
     rows = [row for row, goes_on in enumerate(running) if goes_on and not fine[row]]
     if broken := [row for row in rows if not given[row].isfinite().all()]:
-        raise ValueError(
-            f"the model computes logits that are not finite for prompts {broken} (counted from 0); its weights are "
-            "damaged, or too large for float16: load it in float32 or bfloat16"
-        )
+        found = f"the model computes logits that are not finite for prompts {broken} (counted from 0)"
+        raise ValueError(f"{found}: its weights are damaged, or too large for float16; load float32 or bfloat16")
     if rows:
-        raise ValueError(
-            f"temperature={temperature}, repetition_penalty={penalty} makes the logits of prompts {rows} (counted from "
-            "0) overflow; a temperature of 0 always takes the most probable token"
-        )
+        cause = f"temperature={temperature}, repetition_penalty={penalty} makes the logits of prompts {rows}"
+        raise ValueError(f"{cause} (counted from 0) overflow; temperature 0 always takes the most probable token")
     return chosen, ids
 
 
