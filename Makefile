@@ -2,6 +2,7 @@
 # make demo CORPUS=path/to/folder  the same on your own files (any format that pedgpt reads)
 # make chat                        talk to the model that the demo trained
 # make test                        lint, types and tests, on two cores; JOBS=4 takes four
+# make docs                        the API reference, from the docstrings, in build/api/index.html
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,7 +11,7 @@ CORPUS ?= recipes/sample_corpus
 RUN    ?= $(if $(filter recipes/sample_corpus,$(CORPUS)),runs/demo,runs/$(notdir $(abspath $(CORPUS))))
 bin    := $(VENV)/bin
 
-.PHONY: demo chat trained test format clean
+.PHONY: demo chat trained test docs format clean
 
 demo: $(VENV)/.demo
 	PATH="$(abspath $(bin)):$$PATH" CORPUS="$(CORPUS)" RUN="$(RUN)" bash recipes/pipeline.sh
@@ -26,6 +27,9 @@ test: $(VENV)/.test
 	$(bin)/ruff format --check pedgpt recipes
 	$(bin)/mypy
 	$(bin)/python -m pytest -n $(JOBS) --dist loadfile
+
+docs: $(VENV)/.test
+	$(bin)/python -m pdoc pedgpt '!pedgpt.__main__' --output-directory build/api
 
 format: $(VENV)/.test
 	$(bin)/ruff check --fix .

@@ -8,13 +8,14 @@
 #     CORPUS=../my_sources bash recipes/pipeline.sh              a real checkpoint on eight GPUs
 set -euo pipefail
 
-CONFIG=${CONFIG:-demo}                  # folder of recipes/configs
-CORPUS=${CORPUS:-recipes/sample_corpus} # folder of sources
-RUN=${RUN:-runs/demo}                   # everything is written here
-MODEL=${MODEL:-$RUN/base}               # base model; the default is made from scratch
+recipes=$(dirname "${BASH_SOURCE[0]}")    # this folder
+CONFIG=${CONFIG:-demo}                    # folder of recipes/configs
+CORPUS=${CORPUS:-$recipes/sample_corpus}   # folder of sources
+RUN=${RUN:-runs/demo}                     # everything is written here
+MODEL=${MODEL:-$RUN/base}                 # base model; the default is made from scratch
 PYTHON=${PYTHON:-python}
 LAUNCH=${LAUNCH:-$PYTHON}               # how a training recipe is started
-configs=recipes/configs/$CONFIG
+configs=$recipes/configs/$CONFIG
 train=$RUN/corpus/train heldout=$RUN/corpus/heldout
 
 # Threads that wait leave their core to others: a little slower on an idle machine, much faster on a busy one.
@@ -34,25 +35,25 @@ evaluate() { # evaluate STAGE MODEL [more settings]: unless done since the stage
   present "$heldout/tasks" "$heldout/text" "$heldout/preferences"
   [ ${#found[@]} != 0 ] || return 0 # no row was held out
   [ -f "$finished" ] || finished=$MODEL/config.json
-  [ "$RUN/evaluation/$1.json" -nt "$finished" ] || $PYTHON recipes/evaluate.py --config "$configs/evaluate.toml" \
+  [ "$RUN/evaluation/$1.json" -nt "$finished" ] || $PYTHON "$recipes/evaluate.py" --config "$configs/evaluate.toml" \
     --model "$2" --heldout "$heldout" --output "$RUN/evaluation/$1.json" "${@:3}"
 }
 pretrain() { # pretrain STAGE [more settings]
-  $LAUNCH recipes/continued_pretrain.py --config "$configs/cpt.toml" --model "$MODEL" --output "$RUN/$1" \
+  $LAUNCH "$recipes/continued_pretrain.py" --config "$configs/cpt.toml" --model "$MODEL" --output "$RUN/$1" \
     --corpus "$RUN/corpus" "${@:2}"
   evaluate "$1" "$RUN/$1/model"
 }
 left_out() { say "Stage $1 is left out: the corpus holds no $2"; }
 
 say "Corpus"
-$PYTHON recipes/build_corpus.py --source "$CORPUS" --output "$RUN/corpus"
+$PYTHON "$recipes/build_corpus.py" --source "$CORPUS" --output "$RUN/corpus"
 present "$train/text/pediatric" "$train/text/general_medical"; text=${#found[@]}
 present "$train/generalist" "$train/tasks"; instructions=("${found[@]}")
 present "$train/text"
 
 if [ "$MODEL" = "$RUN/base" ]; then
   say "Tokenizer and untrained model"
-  [ -f "$MODEL/tokenizer.json" ] || $PYTHON recipes/init_model.py --config "$configs/base.toml" --output "$MODEL" \
+  [ -f "$MODEL/tokenizer.json" ] || $PYTHON "$recipes/init_model.py" --config "$configs/base.toml" --output "$MODEL" \
     --text "${found[@]}" --instructions "${instructions[@]}"
 fi
 evaluate base "$MODEL"
@@ -80,7 +81,7 @@ present "$train/generalist" "$train/tasks_sample"; instructions=("${found[@]}")
 if [ ${#instructions[@]} != 0 ]; then
   say "Stage 2: full supervised fine-tuning"
   present "$heldout/generalist"
-  $LAUNCH recipes/full_finetune.py --config "$configs/sft.toml" --model "$tuned" --output "$RUN/sft" \
+  $LAUNCH "$recipes/full_finetune.py" --config "$configs/sft.toml" --model "$tuned" --output "$RUN/sft" \
     --instructions "${instructions[@]}" --heldout_instructions "${found[@]}"
   tuned=$RUN/sft/model
   evaluate sft "$tuned"
@@ -92,7 +93,7 @@ aligned=$tuned
 if [ -d "$train/preferences" ]; then
   say "Stage 3: direct following preference optimization"
   present "$heldout/preferences"
-  $LAUNCH recipes/dfpo.py --config "$configs/dfpo.toml" --model "$tuned" --output "$RUN/dfpo" \
+  $LAUNCH "$recipes/dfpo.py" --config "$configs/dfpo.toml" --model "$tuned" --output "$RUN/dfpo" \
     --preferences "$train/preferences" --heldout_preferences "${found[@]}"
   aligned=$RUN/dfpo/model
   evaluate dfpo "$aligned" --reference "$tuned"
@@ -104,7 +105,7 @@ present "$train/tasks" "$train/generalist/general_medical"; instructions=("${fou
 if [ ${#instructions[@]} != 0 ]; then
   say "Stage 4: mixture of universal-specific experts"
   present "$heldout/tasks"
-  $LAUNCH recipes/expert_finetune.py --config "$configs/experts.toml" --model "$aligned" --output "$RUN/experts" \
+  $LAUNCH "$recipes/expert_finetune.py" --config "$configs/experts.toml" --model "$aligned" --output "$RUN/experts" \
     --instructions "${instructions[@]}" --heldout_instructions "${found[@]}"
   evaluate experts "$aligned" --adapter "$RUN/experts/adapter" --reference "$tuned"
 else
@@ -112,4 +113,4 @@ else
 fi
 
 say "Report"
-$PYTHON recipes/report.py --run "$RUN"
+$PYTHON "$recipes/report.py" --run "$RUN"

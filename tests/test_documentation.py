@@ -1,6 +1,8 @@
 """The README is one page, what it names exists, and the snippets of README and tour run as they stand."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,14 @@ def test_the_tour_prints_what_it_says(monkeypatch, capsys):
     exec(snippets(TOUR)[0], {})
     expected = re.search(r"^It prints.*?^```\n(.*?)^```", TOUR, re.DOTALL | re.MULTILINE)[1]
     assert capsys.readouterr().out.splitlines()[:-1] == expected.splitlines()[:-1]
+
+
+def test_one_command_builds_the_reference_of_all_public_names(tmp_path):
+    """The command of `make docs`."""
+    pytest.importorskip("pdoc")
+    command = [sys.executable, "-m", "pdoc", "pedgpt", "!pedgpt.__main__", "--output-directory", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    for folder in ("adapters", "corpus", "data", "losses", "models", "training"):
+        page = (tmp_path / "pedgpt" / f"{folder}.html").read_text(encoding="utf-8")
+        names = __import__(f"pedgpt.{folder}", fromlist=["__all__"]).__all__
+        assert names and not [name for name in names if f'id="{name}"' not in page]

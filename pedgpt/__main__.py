@@ -1,0 +1,65 @@
+"""The recipes from the command line, where there is no checkout.
+
+python -m pedgpt                      lists the recipes
+python -m pedgpt dfpo --help          runs one: `torchrun -m pedgpt dfpo …` on many GPUs
+python -m pedgpt demo                 trains a tiny model through all four stages, in runs/demo
+python -m pedgpt copy dfpo            copies a recipe here to be changed; `copy all` copies them with their settings
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+from pedgpt.files import nearest
+
+PACKAGE = Path(__file__).parent
+# An installation holds the recipes inside of the package, and a checkout beside it.
+RECIPES = next(folder for folder in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if folder.is_dir())
+
+
+def main(arguments: list[str]) -> None:
+    """Do what the arguments of the command line ask for; SystemExit that says what was expected instead."""
+    recipes = {file.stem: file for file in sorted(RECIPES.glob("*.py"))}
+    command, rest = (arguments or ["--help"])[0], arguments[1:]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        print("Recipes:")
+        for name, file in recipes.items():
+            print(f"  {name:20} {summary(file)}")
+    elif command == "copy":
+        copy(recipes, rest)
+    elif command == "demo":
+        os.execvpe("bash", ["bash", str(RECIPES / "pipeline.sh"), *rest], os.environ | {"PYTHON": sys.executable})
+    elif command in recipes:
+        sys.argv = [str(recipes[command]), *rest]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        raise SystemExit(f"error: unknown recipe {command!r}; {nearest(command, [*recipes, 'copy', 'demo'], 'names')}")
+
+
+def summary(recipe: Path) -> str:
+    """The first line of a recipe's docstring."""
+    return recipe.read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+
+
+def copy(recipes: dict[str, Path], names: list[str]) -> None:
+    """Copy recipes into the working folder, or all of them into its folder `recipes`; nothing is written over."""
+    if not names or not {*names} <= {*recipes, "all"}:
+        raise SystemExit(f"error: copy takes names of recipes, or all; known: {', '.join(recipes)}")
+    sources = {RECIPES: Path("recipes")} if "all" in names else {recipes[name]: Path(f"{name}.py") for name in names}
+    if taken := [str(target) for target in sources.values() if target.exists()]:
+        raise SystemExit(f"error: {', '.join(taken)} exists; move it away first, because copying would replace it")
+    for source, target in sources.items():
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, target)
+        print(f"copied {target}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
