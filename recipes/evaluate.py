@@ -16,21 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from pedgpt.adapters import ExpertLoRALinear, check_base, load_adapter, pack_adapters, record_gates
-from pedgpt.data import (
-    ReadSummary,
-    chat_format,
-    encode_conversations,
-    encode_document,
-    encode_pairs,
-    load_tokenizer,
-    pack,
-    parse_columns,
-    read_conversations,
-    read_documents,
-    read_preferences,
-    taught_folder,
-)
+from pedgpt import adapters, data
 from pedgpt.evaluation.generation_metrics import generation_scores, signature
 from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
 from pedgpt.evaluation.responses import answer, items, thin
@@ -77,17 +63,17 @@ def main(config: Config) -> None:
     if not heldout.is_dir():
         raise ValueError(f"--heldout {heldout}: no such folder")
     if config.adapter and not config.any_base:
-        check_base(config.adapter, config.model, weights_fingerprint(config.model))
+        adapters.check_base(config.adapter, config.model, weights_fingerprint(config.model))
     device = start(config.device).device
-    tokenizer = load_tokenizer(taught_folder(config.model, config.adapter))
+    tokenizer = data.load_tokenizer(data.taught_folder(config.model, config.adapter))
     for folder in filter(None, (config.model, config.reference)):
         sizes = ModelConfig.from_hf(folder)
         tokenizer.check_fits(sizes.vocab_size, folder)
         config.row_length = config.row_length or min(1024, sizes.max_position_embeddings)
         sizes.check_length(config.row_length)
-    chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
-    summary = ReadSummary()
-    tasks, task_rows, rows, pairs = read_heldout(heldout, config, tokenizer, chat, summary)
+    chat = data.chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
+    summary = data.ReadSummary()
+    tasks, task_rows, rows, pairs = read_heldout(heldout, config, chat, summary)
     if not (any(tasks.values()) or any(rows.values()) or pairs):
         raise ValueError(f"--heldout {heldout}: nothing to evaluate on; expected tasks/, text/ or preferences/")
 
@@ -98,32 +84,28 @@ def main(config: Config) -> None:
     reference_logps = pair_logps(load(config.reference), pairs, config.batch_size) if config.reference else None
     model = load(config.model)
     if config.adapter:
-        load_adapter(model, config.adapter, uniform_routing=config.uniform_routing)
-        pack_adapters(model)
+        adapters.load_adapter(model, config.adapter, uniform_routing=config.uniform_routing)
+        adapters.pack_adapters(model)
     model.eval()
 
     scores, samples, gates, entropy = {}, [], {}, {}
+    room = {"max_new_tokens": config.max_new_tokens, "max_thinking_tokens": config.max_thinking_tokens}
     for name, conversations in tasks.items():
-        questions = items(conversations, config.limit)
-        if not questions:
-            continue
-        room = {"max_new_tokens": config.max_new_tokens, "max_thinking_tokens": config.max_thinking_tokens}
-        answers = answer(model, chat, questions, **room, batch_size=config.generation_batch_size)
-        references = [question.reference for question in questions]
-        scores[name] = {"rows": len(questions), **generation_scores(references, answers)}
-        for question, text in list(zip(questions, answers, strict=True))[:: max(1, len(questions) // 3)][:3]:
-            asked = question.history[-1].content
-            samples.append({"task": name, "question": asked, "reference": question.reference, "answer": text})
+        if questions := items(conversations, config.limit):
+            answers = answer(model, chat, questions, **room, batch_size=config.generation_batch_size)
+            scores[name] = {"rows": len(questions), **generation_scores([q.reference for q in questions], answers)}
+            for question, text in list(zip(questions, answers, strict=True))[:: max(1, len(questions) // 3)][:3]:
+                asked = {"task": name, "question": question.history[-1].content}
+                samples.append({**asked, "reference": question.reference, "answer": text})
     perplexities = {name: perplexity(model, packed, config.batch_size) for name, packed in rows.items() if packed}
-    if any(isinstance(layer, ExpertLoRALinear) for layer in model.modules()):
+    if any(isinstance(layer, adapters.ExpertLoRALinear) for layer in model.modules()):
         for name, packed in task_rows.items():
             if packed:
                 gates[name], entropy[name] = expert_weights(model, packed)
     preference = None
     if pairs:
-        preference = dataclasses.asdict(
-            preference_scores(pair_logps(model, pairs, config.batch_size), pairs, reference_logps)
-        )
+        found = preference_scores(pair_logps(model, pairs, config.batch_size), pairs, reference_logps)
+        preference = dataclasses.asdict(found)
 
     results = {
         "model": config.model,
@@ -142,36 +124,33 @@ def main(config: Config) -> None:
     }
     print_table(results)
     if config.output:
-        path = Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, results)
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(config.output), results)
 
 
-def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSummary):
+def read_heldout(heldout: Path, config: Config, chat, summary):
     """Conversations by task, their packed rows, packed rows by perplexity, and pairs.
 
     What is too long for a row is left out everywhere, and counted.
     """
-    read, columns = {"on_bad_row": "skip", "summary": summary}, parse_columns(config.columns)
-    tasks, task_rows = {}, {}
+    policy, columns = {"on_bad_row": "skip", "summary": summary}, data.parse_columns(config.columns)
+    tokenizer, length, tasks, task_rows, pairs = chat.tokenizer, config.row_length, {}, {}, []
     for stem, name in TASKS.items():
         for path in table(heldout / "tasks" / stem):
-            conversations = read_conversations(path, columns=columns, **read)
-            examples = encode_conversations(conversations, chat, config.row_length, on_long_row="skip", **read)
+            conversations = data.read_conversations(path, columns=columns, **policy)
+            examples = data.encode_conversations(conversations, chat, length, on_long_row="skip", **policy)
             fitting = {example.source for example in examples}
             tasks[name] = [conversation for conversation in conversations if conversation.source in fitting]
-            task_rows[name] = pack(examples, config.row_length)
+            task_rows[name] = data.pack(examples, length)
     rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
     for path in (path for path in sorted((heldout / "text").glob("*")) if path.is_dir() or path.suffix == ".jsonl"):
-        documents = thin(read_documents(path, columns=columns, **read), config.text_limit)
+        documents = thin(data.read_documents(path, columns=columns, **policy), config.text_limit)
+        ends = {"eos_id": tokenizer.eos_id, "row_length": length, "prefix": tokenizer.document_prefix}
         texts = tokenizer.encode_batch([row.text for row in documents])
-        ends = {"eos_id": tokenizer.eos_id, "row_length": config.row_length, "prefix": tokenizer.document_prefix}
-        pieces = [piece for ids in texts for piece in encode_document(ids, **ends)]
-        rows[f"{path.stem}_text"] = pack(pieces, config.row_length)
-    pairs = []
+        rows[f"{path.stem}_text"] = data.pack([p for ids in texts for p in data.encode_document(ids, **ends)], length)
     for path in table(heldout / "preferences"):
-        found = read_preferences(path, columns=columns, **read)
-        pairs = encode_pairs(found, chat, config.row_length, on_long_row="skip", **read)
+        found = data.read_preferences(path, columns=columns, **policy)
+        pairs = data.encode_pairs(found, chat, length, on_long_row="skip", **policy)
     return tasks, task_rows, rows, pairs
 
 
@@ -185,7 +164,7 @@ def expert_weights(model, rows) -> tuple[list[float], float]:
 
     A row at a time, so that no padding is counted.
     """
-    with record_gates(model) as records:
+    with adapters.record_gates(model) as records:
         perplexity(model, rows, batch_size=1)
     weights = torch.tensor([record.mean() for record in records.values()]).mean(0).tolist()
     return weights, sum(record.entropy() for record in records.values()) / len(records)
@@ -200,17 +179,11 @@ def print_table(results: dict) -> None:
     print(f"  {results['signature']}")
     print("  perplexity: " + ", ".join(f"{name} {value:.2f}" for name, value in results["perplexity"].items()))
     if preference := results["preference"]:
-        print(
-            f"  preference on {preference['pairs']} pairs: "
-            + ", ".join(
-                f"{name.replace('_', ' ')} {value:.3f}"
-                for name, value in preference.items()
-                if name != "pairs" and value is not None
-            )
-        )
+        found = {name.replace("_", " "): value for name, value in preference.items() if value is not None}
+        shown = [f"{name} {value:.3f}" for name, value in found.items() if name != "pairs"]
+        print(f"  preference on {preference['pairs']} pairs: {', '.join(shown)}")
     for name, weights in (results["gates"] or {}).items():
-        shown = " ".join(f"{weight:.3f}" for weight in weights)
-        most = math.log(len(weights))
+        shown, most = " ".join(f"{weight:.3f}" for weight in weights), math.log(len(weights))
         print(f"  expert weights on {name}: {shown}, entropy {results['gate_entropy'][name]:.3f} of at most {most:.3f}")
     if results["skipped"]:
         print(f"  {results['skipped']} held-out rows skipped as bad or over-long")
