@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
 
 import torch
 from torch import Tensor
 
 from pedgpt.data.chat import IGNORE_INDEX, ChatFormat
-from pedgpt.data.examples import Example, encode_conversation, encode_shortened
-from pedgpt.data.packing import Batch, Row, best_fit, collate, encode_fitting, padded
+from pedgpt.data.examples import Example, encode_answers, encode_rows
+from pedgpt.data.packing import Batch, Row, best_fit, collate, padded
 from pedgpt.data.records import Message, PreferencePair, ReadSummary
+from pedgpt.data.store import TokenStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,43 +49,39 @@ class PreferenceBatch(Batch):
 
 def encode_pair(pair: PreferencePair, chat: ChatFormat) -> EncodedPair:
     """Tokens of prompt + chosen and prompt + rejected, with loss on the final answer alone."""
-    chosen, rejected = (
-        encode_conversation([*pair.prompt, Message("assistant", answer)], chat, last_only=True, source=pair.source)
-        for answer in (pair.chosen, pair.rejected)
-    )
-    return EncodedPair(chosen, rejected)
+    answers = [Message("assistant", text) for text in (pair.chosen, pair.rejected)]
+    return EncodedPair(*encode_answers(pair.prompt, answers, True, chat, pair.source))
 
 
 def encode_pairs(
-    pairs: Sequence[PreferencePair],
+    pairs: Iterable[PreferencePair],
     chat: ChatFormat,
     row_length: int,
     on_bad_row: str,
     summary: ReadSummary,
     on_long_row: str = "error",
 ) -> list[EncodedPair]:
-    """`encode_pair` of each; bad rows, and those with an answer too long, as in `encode_fitting`.
+    """`encode_pair` of each; bad rows, and those with an answer too long, as in `encode_rows`.
 
     `row_length` bounds prompt and answer together, for each answer; a pair that shares its prompt may take more.
     """
+    both = encode_rows(pairs, chat, row_length, on_bad_row, summary, on_long_row)
+    return [EncodedPair(chosen, rejected) for chosen, rejected in both]
 
-    def shorten(pair: PreferencePair) -> EncodedPair:
-        answers = [Message("assistant", answer) for answer in (pair.chosen, pair.rejected)]
-        chosen, rejected = encode_shortened(pair.prompt, answers, chat, row_length, last_only=True)
-        if chosen.tokens == rejected.tokens:
-            raise ValueError("its answers differ only in what would be cut")
-        return EncodedPair(replace(chosen, source=pair.source), replace(rejected, source=pair.source))
 
-    return encode_fitting(
-        pairs,
-        lambda pair: encode_pair(pair, chat),
-        lambda both: max(len(both.chosen.tokens), len(both.rejected.tokens)),
-        shorten,
-        row_length,
-        on_bad_row,
-        on_long_row,
-        summary,
-    )
+class StoredPairs:
+    """The pairs of a token store that `write_chats` made, each read when asked for."""
+
+    def __init__(self, store: TokenStore) -> None:
+        self.store, self.fingerprint = store, store.digest[:16]
+
+    def __len__(self) -> int:
+        return len(self.store) // 2
+
+    def __getitem__(self, number: int) -> EncodedPair:
+        starts = self.store.offsets[2 * number : 2 * number + 3].tolist()
+        chosen, rejected = (self.store.example(start, end - start) for start, end in pairwise(starts))
+        return EncodedPair(chosen, rejected)
 
 
 def collate_pairs(

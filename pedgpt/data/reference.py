@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -15,24 +15,23 @@ from torch import Tensor
 
 from pedgpt.data.chat import ChatFormat, TemplateChat
 from pedgpt.data.chat_template import read_template
-from pedgpt.data.packing import fingerprint
-from pedgpt.data.preference import EncodedPair
 from pedgpt.data.tokenizer import Tokenizer
 from pedgpt.files import atomic_write
 
 _NAME, _DATE = "logps", "template_date"
 
 
-def reference_key(*, model: str, chat: ChatFormat, pairs: Sequence[EncodedPair], dtype: str) -> dict[str, str]:
-    """All that the log-probabilities of `pairs` depend on, as short texts.
+def reference_key(*, model: str, chat: ChatFormat, data: str, dtype: str) -> dict[str, str]:
+    """All that the log-probabilities of pairs depend on, as short texts.
 
-    `model` is the reference's fingerprint, `dtype` that of the computation; the tokenizer is `chat`'s.
+    `model` is the reference's fingerprint, `data` that of the pairs, `dtype` that of the computation; the tokenizer is
+    `chat`'s.
     """
     return {
         "model": model,
         "tokenizer": tokenizer_fingerprint(chat.tokenizer),
         "chat_format": chat_fingerprint(chat),
-        "data": fingerprint([example for pair in pairs for example in (pair.chosen, pair.rejected)]),
+        "data": data,
         "dtype": dtype,
         **({_DATE: chat.today} if chat.today else {}),
     }
@@ -74,13 +73,19 @@ def save_reference(path: str | Path, logps: Tensor, key: Mapping[str, str]) -> N
         handle.write(content)
 
 
-def load_reference(path: str | Path, key: Mapping[str, str], num_pairs: int) -> Tensor | None:
+def load_reference(path: str | Path, key: Mapping[str, str], num_pairs: int, *, must_fit: bool = True) -> Tensor | None:
     """The log-probabilities [num_pairs, 2] float32 that were saved under `key`; None if there is no such file.
 
     Raises ValueError naming the file and the remedy if it was written under another key, with every entry that
-    differs, if it cannot be read, and if it holds anything but finite float32 numbers of that shape.
+    differs, if it cannot be read, and if it holds anything but finite float32 numbers of that shape; None instead if it
+    need not fit.
     """
-    path = Path(path)
+    with nullcontext() if must_fit else suppress(ValueError):
+        return _load(Path(path), key, num_pairs)
+    return None
+
+
+def _load(path: Path, key: Mapping[str, str], num_pairs: int) -> Tensor | None:
     try:
         with safe_open(path, "pt") as handle:
             found = dict(handle.metadata() or {})
