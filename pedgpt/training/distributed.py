@@ -121,7 +121,7 @@ def run_on_main(steps: Iterator[int], world: World) -> None:
     """
     mistake: Exception | None = None
     going = 1.0
-    show = {"desc": "tokens", "unit": "document", "delay": 5.0, "mininterval": 1.0, "file": sys.stderr}
+    show = {"desc": "tokens", "unit": " documents", "delay": 5.0, "mininterval": 1.0, "file": sys.stderr}
     with tqdm(disable=not world.is_main, **show) as bar:
         while going > 0:
             try:
