@@ -5,9 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pedgpt.data.chat import IGNORE_INDEX, ChatFormat
 from pedgpt.data.records import Conversation, Message, PreferencePair, ReadSummary
+
+Messages = Sequence[Message]
+Rows = Iterable[Conversation | PreferencePair]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +46,7 @@ def encode_document(
     return [Example(piece[:-1], piece[1:], source) for piece in pieces]
 
 
-def encode_conversation(
-    messages: Sequence[Message], chat: ChatFormat, *, last_only: bool = False, source: str = ""
-) -> Example:
+def encode_conversation(messages: Messages, chat: ChatFormat, *, last_only: bool = False, source: str = "") -> Example:
     """Tokens and aligned labels of a conversation, with loss on every assistant message, or on the last one only.
 
     A message whose `loss` is false never carries loss. Neither does an earlier answer with reasoning, because its
@@ -78,18 +80,13 @@ def lessons(conversation: Conversation, chat: ChatFormat) -> list[Conversation]:
     return [*parts, conversation] if rest else parts
 
 
-def encode_prompt(messages: Sequence[Message], chat: ChatFormat) -> list[int]:
+def encode_prompt(messages: Messages, chat: ChatFormat) -> list[int]:
     """Tokens after which the model writes the next assistant message."""
     return chat.render(_as_thought(messages, chat), set(), generation_prompt=True)[0]
 
 
 def encode_rows(
-    rows: Iterable[Conversation | PreferencePair],
-    chat: ChatFormat,
-    row_length: int,
-    on_bad_row: str,
-    summary: ReadSummary,
-    on_long_row: str = "error",
+    rows: Rows, chat: ChatFormat, row_length: int, on_bad_row: str, summary: ReadSummary, on_long_row: str = "error"
 ) -> Iterator[list[Example]]:
     """The examples of each row: chosen and rejected of a pair; of a conversation one for each of its `lessons`.
 
@@ -133,32 +130,20 @@ def encode_rows(
         raise ValueError(f"{long[0]}: {first} {others}; {fix}")
 
 
-def encode_conversations(
-    conversations: Iterable[Conversation],
-    chat: ChatFormat,
-    row_length: int,
-    on_bad_row: str,
-    summary: ReadSummary,
-    on_long_row: str = "error",
-) -> list[Example]:
-    """The chat-formatted examples of all conversations, as `encode_rows` gives them."""
-    return [one for (one,) in encode_rows(conversations, chat, row_length, on_bad_row, summary, on_long_row)]
+def encode_conversations(*arguments: Any, **settings: Any) -> list[Example]:
+    """All that `encode_rows` gives of conversations."""
+    return [example for (example,) in encode_rows(*arguments, **settings)]
 
 
 def encode_answers(
-    prompt: Sequence[Message], answers: Sequence[Message], last_only: bool, chat: ChatFormat, source: str = ""
+    prompt: Messages, answers: Messages, last_only: bool, chat: ChatFormat, source: str = ""
 ) -> list[Example]:
     """One prompt with each of its answers, as in `encode_conversation`."""
     return [encode_conversation([*prompt, one], chat, last_only=last_only, source=source) for one in answers]
 
 
 def encode_shortened(
-    prompt: Sequence[Message],
-    answers: Sequence[Message],
-    last_only: bool,
-    chat: ChatFormat,
-    row_length: int,
-    source: str = "",
+    prompt: Messages, answers: Messages, last_only: bool, chat: ChatFormat, row_length: int, source: str = ""
 ) -> list[Example]:
     """`encode_answers`, but cut to `row_length` tokens.
 
@@ -169,10 +154,10 @@ def encode_shortened(
     system = list(prompt[:1]) if prompt[0].role == "system" else []
     turns = prompt[len(system) :]
 
-    def encoded(turns: Sequence[Message]) -> list[Example]:
+    def encoded(turns: Messages) -> list[Example]:
         return encode_answers([*system, *turns], answers, last_only, chat)
 
-    def longest(turns: Sequence[Message]) -> int:
+    def longest(turns: Messages) -> int:
         return max(len(example.tokens) for example in encoded(turns))
 
     starts = range(0, len(turns) - 1, 2)
@@ -203,10 +188,7 @@ def encode_shortened(
     return examples
 
 
-Task = tuple[str, Sequence[Message], list[Message], bool]
-
-
-def _tasks(row: Conversation | PreferencePair, chat: ChatFormat) -> list[Task]:
+def _tasks(row: Conversation | PreferencePair, chat: ChatFormat) -> list[tuple[str, Messages, Messages, bool]]:
     """(source, prompt, answers, whether only the last answer is learnt) of each example or pair that a row becomes."""
     if isinstance(row, PreferencePair):
         answers = [Message("assistant", text) for text in (row.chosen, row.rejected)]
@@ -214,6 +196,6 @@ def _tasks(row: Conversation | PreferencePair, chat: ChatFormat) -> list[Task]:
     return [(row.source, one.messages[:-1], [one.messages[-1]], False) for one in lessons(row, chat)]
 
 
-def _as_thought(messages: Sequence[Message], chat: ChatFormat) -> Sequence[Message]:
+def _as_thought(messages: Messages, chat: ChatFormat) -> Messages:
     """The messages, without reasoning where thinking is off."""
     return [replace(m, reasoning="") for m in messages] if chat.enable_thinking is False else messages

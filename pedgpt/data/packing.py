@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -60,9 +60,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        moved: dict[str, Any] = {name: value.to(device) for name, value in values if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def pack(examples: Sequence[Example], row_length: int) -> list[Row]:
@@ -71,12 +70,11 @@ def pack(examples: Sequence[Example], row_length: int) -> list[Row]:
     Raises ValueError naming the source of an example longer than a row. Order within equal lengths is kept, so the
     result depends on the input alone.
     """
-    longest = max(examples, key=lambda example: len(example.tokens), default=None)
-    if longest is not None and len(longest.tokens) > row_length:
-        size = len(longest.tokens)
-        raise ValueError(f"{longest.source}: {size} tokens do not fit a row of {row_length}; raise row_length")
-    rows = best_fit([len(example.tokens) for example in examples], row_length)
-    return [Row.of([examples[i] for i in members]) for members in rows]
+    sizes = [len(example.tokens) for example in examples]
+    for example, size in zip(examples, sizes, strict=True):
+        if size > row_length:
+            raise ValueError(f"{example.source}: {size} tokens do not fit a row of {row_length}; raise row_length")
+    return [Row.of([examples[i] for i in members]) for members in best_fit(sizes, row_length)]
 
 
 def best_fit(sizes: ArrayLike, row_length: int) -> list[list[int]]:

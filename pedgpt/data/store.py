@@ -68,17 +68,16 @@ def write_tokens(
 ) -> Iterator[int]:
     """Make `folder` the token store of these sources as running text, as `_write` does."""
 
-    def texts(source: TextSource, summary: ReadSummary) -> Iterator[str]:
-        records = iter_records(source.paths, source.kind, on_bad_row=on_bad_row, summary=summary, columns=columns)
-        for number, record in enumerate(records):
-            if isinstance(record, Conversation):
-                # Hashed rather than in turn: rows whose kind alternates must not each get forms of their own.
-                yield as_completion(record, zlib.crc32(f"{seed}/{source.name}/{number}".encode()))
-            else:
-                yield record.text
-
     def encode(source: TextSource, summary: ReadSummary) -> Iterator[tuple[list[list[int]], None]]:
-        for batch in _batches(texts(source, summary), len):
+        records = iter_records(source.paths, source.kind, on_bad_row=on_bad_row, summary=summary, columns=columns)
+        # Forms are hashed rather than in turn: rows whose kind alternates must not each get forms of their own.
+        texts = (
+            as_completion(record, zlib.crc32(f"{seed}/{source.name}/{number}".encode()))
+            if isinstance(record, Conversation)
+            else record.text
+            for number, record in enumerate(records)
+        )
+        for batch in _batches(texts, len):
             yield [document_stream(ids, *around) for ids in tokenizer.encode_batch(batch)], None
 
     around = tokenizer.eos_id, tokenizer.document_prefix
@@ -220,22 +219,20 @@ class TokenStore:
     def example(self, start: int, length: int) -> Example:
         """`length` tokens from `start` on, which belong to one document; named "part/source document", from 1."""
         document, here = int(np.searchsorted(self.offsets, start, side="right")) - 1, slice(start, start + length)
-        for source, count in zip(self.sources, self.counts, strict=True):
-            if document < count:
-                name = f"{source.part}/{source.name} {document + 1}"
-                return Example(self.tokens[here].tolist(), self.labels[here].tolist(), name)
-            document -= count
-        raise IndexError(f"token {start} is beyond the {len(self.tokens)} of {self.folder}")
+        first = np.cumsum([0, *self.counts])
+        number = int(np.searchsorted(first, document, side="right")) - 1
+        source = self.sources[number]
+        name = f"{source.part}/{source.name} {document - first[number] + 1}"
+        return Example(self.tokens[here].tolist(), self.labels[here].tolist(), name)
 
 
 def read_summary(*stores: TokenStore) -> ReadSummary:
     """Which rows were read and skipped when these stores were made."""
-    both = ReadSummary()
-    for summary in (store.summary for store in stores):
-        both.rows |= summary.rows
-        both.skipped += summary.skipped
-        both.shortened += summary.shortened
-    return both
+    read = [store.summary for store in stores]
+    rows = {file: count for one in read for file, count in one.rows.items()}
+    return ReadSummary(
+        rows, [row for one in read for row in one.skipped], [row for one in read for row in one.shortened]
+    )
 
 
 def discards_tokens(main: Callable[[Any], None]) -> Callable[[Any], None]:
