@@ -21,7 +21,6 @@ from pedgpt.data import (
     ChatSettings,
     StoredPairs,
     TokenStore,
-    collate_pairs,
     discards_tokens,
     load_reference,
     read_summary,
@@ -77,7 +76,9 @@ def main(config: Config) -> None:
     files = {"train": config.preferences, "heldout": config.heldout_preferences}
     tokens = Path(config.output) / "tokens"
     training.run_on_main(write_chats(tokens, "preferences", files, chat, config), world)
-    pairs, heldout_pairs = (StoredPairs(TokenStore(tokens / part)) for part in files)
+    pairs, heldout_pairs = (
+        StoredPairs(TokenStore(tokens / part), shared_prompt=config.shared_prompt) for part in files
+    )
     plan = training.BatchPlan.from_settings(len(pairs), config)
     base, base_weights = model_fingerprint(config.model), weights_fingerprint(config.model)
     data = f"{pairs.fingerprint} on {base}"
@@ -111,15 +112,6 @@ def main(config: Config) -> None:
         operands, settings = states_and_head(batch)
         return linear_sequence_logps(*operands, num_sequences=len(batch.counts), **settings)[0]
 
-    def batches(pairs, logps=None):
-        """From numbers of pairs to a batch; `logps` are the reference's log-probabilities of all pairs."""
-
-        def make(numbers, ids):
-            known = None if logps is None else logps[numbers]
-            return collate_pairs([pairs[i] for i in numbers], ids, known, shared_prompt=config.shared_prompt)
-
-        return make
-
     # Reference log-probabilities, [pairs, 2]: the model as it comes in, without its adapter.
     def reference_logps(pairs):
         parts = []
@@ -127,7 +119,7 @@ def main(config: Config) -> None:
         with torch.no_grad(), autocast(world, dtype), adapters_disabled(model):
             for start in range(0, len(pairs), width):
                 mine = range(start, min(start + width, len(pairs)))[world.rank :: world.size]
-                logps = response_logps(batches(pairs)(mine, range(len(mine))).to(world.device))
+                logps = response_logps(pairs.batch(mine, range(len(mine))).to(world.device))
                 part = logps.new_zeros(config.micro_batch_size, 2)
                 part[: len(mine)] = logps[: 2 * len(mine)].view(2, len(mine)).T
                 parts.append(gather_rows(part, world))
@@ -144,7 +136,7 @@ def main(config: Config) -> None:
             save_reference(cache, reference, key)
     elif world.is_main:
         print(f"reference log-probabilities from {cache}")
-    heldout_reference = reference_logps(heldout_pairs)
+    pairs.reference_logps, heldout_pairs.reference_logps = reference, reference_logps(heldout_pairs)
 
     # Loss: everything summed over pairs, the loop divides by their number.
     def loss_function(model, batch):
@@ -167,13 +159,12 @@ def main(config: Config) -> None:
         return result.loss * batch.weight, dict(zip(METRICS, values, strict=True))
 
     def evaluate():
-        make = batches(heldout_pairs, heldout_reference)
-        return training.mean_loss(model, len(heldout_pairs), make, loss_function, config, world)
+        return training.mean_loss(model, len(heldout_pairs), heldout_pairs.batch, loss_function, config, world)
 
     training.train(
         model,
         plan,
-        batches(pairs, reference),
+        pairs.batch,
         loss_function,
         config,
         world,

@@ -60,10 +60,14 @@ def encode_pairs(*arguments: Any, **settings: Any) -> list[EncodedPair]:
 
 
 class StoredPairs:
-    """The pairs of a token store that `write_chats` made, each read when asked for."""
+    """The pairs of a token store that `write_chats` made, each read when asked for.
 
-    def __init__(self, store: TokenStore) -> None:
-        self.store, self.fingerprint = store, store.digest[:16]
+    `reference_logps` [pairs, 2] goes into their batches, once it is known.
+    """
+
+    def __init__(self, store: TokenStore, *, shared_prompt: bool = True) -> None:
+        self.store, self.fingerprint, self.shared_prompt = store, store.digest[:16], shared_prompt
+        self.reference_logps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.store) // 2
@@ -72,6 +76,11 @@ class StoredPairs:
         starts = self.store.offsets[2 * number : 2 * number + 3].tolist()
         chosen, rejected = (self.store.example(start, end - start) for start, end in pairwise(starts))
         return EncodedPair(chosen, rejected)
+
+    def batch(self, numbers: Sequence[int], row_ids: Sequence[int]) -> PreferenceBatch:
+        """The pairs of these numbers, as `collate_pairs` joins them."""
+        logps = None if self.reference_logps is None else self.reference_logps[list(numbers)]
+        return collate_pairs([self[i] for i in numbers], row_ids, logps, shared_prompt=self.shared_prompt)
 
 
 def collate_pairs(
