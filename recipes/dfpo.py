@@ -8,6 +8,7 @@
 The reference is the model as it comes in. Its log-probabilities are computed once, before training, and kept in a file
 that other runs on the same pairs can share (`reference_logps`), so there is never a second model. The prompt of a pair
 is computed once for both answers. All parameters train, or with `lora_rank` an adapter.
+Token ids lie on disk, in OUTPUT/tokens, until the run is finished.
 """
 
 from dataclasses import dataclass, field

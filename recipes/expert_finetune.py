@@ -7,6 +7,7 @@
 
 The model is frozen; each adapted layer gets one universal expert and several specific ones behind a noisy soft gate.
 Only the assistant's tokens carry loss.
+Token ids lie on disk, in OUTPUT/tokens, until the run is finished.
 """
 
 from dataclasses import dataclass, field

@@ -6,6 +6,7 @@
         --model runs/7b/cpt/model --output runs/7b/sft --instructions path/to/instructions
 
 Only the assistant's tokens carry loss. Conversations are packed; attention never crosses from one to another.
+Token ids lie on disk, in OUTPUT/tokens, until the run is finished.
 """
 
 from dataclasses import dataclass, field
