@@ -265,7 +265,7 @@ print(written - before, peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory as Linux tells it")
-def test_thirty_thousand_conversations_take_little_memory(tmp_path, folders):
+def test_many_conversations_take_little_memory(tmp_path, folders):
     # As lists of ids and labels they take 120 MB.
     with open(tmp_path / "talks.jsonl", "w", encoding="utf-8") as file:
         for i in range(30_000):
