@@ -6,6 +6,7 @@ import heapq
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -80,8 +81,7 @@ def pack(examples: Sequence[Example], row_length: int) -> list[Row]:
 def best_fit(sizes: ArrayLike, row_length: int) -> list[list[int]]:
     """The members of each row by `pack`'s rule, as indices into `sizes`, none above `row_length`; 0 is left out."""
     members, starts = best_fit_arrays(sizes, row_length)
-    items, ends = members.tolist(), starts.tolist()
-    return [items[first:last] for first, last in zip(ends[:-1], ends[1:], strict=True)]
+    return [members[first:last].tolist() for first, last in pairwise(starts)]
 
 
 def best_fit_arrays(sizes: ArrayLike, row_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -185,9 +185,9 @@ class TokenStore:
             about = json.loads((self.folder / "store.json").read_text(encoding="utf-8"))
             self.key, self.digest = about["key"], about["digest"]
             self.counts: list[int] = about["counts"]
-            self.sources = [TextSource(**{**source, "paths": tuple(source["paths"])}) for source in about["sources"]]
-            skipped = [SkippedRow(**row) for row in about["read"]["skipped"]]
-            self.summary = ReadSummary(**{**about["read"], "skipped": skipped})
+            self.sources = [TextSource(**source) for source in about["sources"]]
+            self.summary = ReadSummary(**about["read"])
+            self.summary.skipped = [SkippedRow(**row) for row in about["read"]["skipped"]]
             self.tokens = self._map("tokens.bin", np.dtype(about["dtype"]), about["tokens"])
             self.offsets = self._map("offsets.bin", np.dtype("<i8"), sum(self.counts) + 1)
             self.only_predicted = int(not about["labelled"])  # tokens at the end of each document
