@@ -238,19 +238,20 @@ def read_summary(*stores: TokenStore) -> ReadSummary:
 def discards_tokens(main: Callable[[Any], None]) -> Callable[[Any], None]:
     """Decorate a recipe: OUTPUT/tokens goes when the run is finished, or ends by a mistake before its first checkpoint.
 
-    A run that is stopped or killed keeps it, and need not make it again.
+    A run that is stopped or killed keeps it, so the next start uses it again, and a mistake at that start leaves it.
     """
 
     @functools.wraps(main)
     def wrapped(config: Any) -> None:
-        output = Path(config.output)
+        tokens = Path(config.output) / "tokens"
+        there = tokens.exists()
         try:
             main(config)
         except (ValueError, OSError):
-            if not any(output.glob("checkpoints/*")):
-                shutil.rmtree(output / "tokens", ignore_errors=True)
+            if not there and not any(tokens.parent.glob("checkpoints/*")):
+                shutil.rmtree(tokens, ignore_errors=True)
             raise
-        shutil.rmtree(output / "tokens", ignore_errors=True)
+        shutil.rmtree(tokens, ignore_errors=True)
 
     return wrapped
 

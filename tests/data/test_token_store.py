@@ -267,26 +267,28 @@ def test_a_store_that_was_not_finished_is_no_store(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.jsonl", "store"]
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("before", ["nothing", "tokens", "checkpoint"])
 @pytest.mark.parametrize(("end", "stays"), [(None, False), (ValueError, False), (OSError, False),
                                             (KeyboardInterrupt, True), (SystemExit, True)])  # fmt: skip
 def test_tokens_go_when_a_run_is_finished_or_ends_by_a_mistake_before_its_first_checkpoint(
-    tmp_path, end, stays, checkpoint
+    tmp_path, end, stays, before
 ):
     tokens = tmp_path / "tokens"
-    tokens.mkdir()
     (tmp_path / "metrics.jsonl").write_text("mine")
-    if checkpoint:
+    if before == "checkpoint":
         (tmp_path / "checkpoints" / "step_0000003").mkdir(parents=True)
+    if before == "tokens":  # of a start before this one
+        tokens.mkdir()
 
     @discards_tokens
     def main(config):
+        tokens.mkdir(exist_ok=True)
         if end:
             raise end("mistake")
 
     with pytest.raises(end, match="mistake") if end else nullcontext():
         main(SimpleNamespace(output=str(tmp_path)))
-    assert tokens.exists() == (stays or (checkpoint and end is not None))
+    assert tokens.exists() == (stays or (before != "nothing" and end is not None))
     assert (tmp_path / "metrics.jsonl").exists()
 
 
