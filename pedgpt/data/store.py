@@ -33,8 +33,8 @@ from pedgpt.files import sync, write_text
 _VERSION = 2
 _LABEL = np.dtype("<i4")
 T = TypeVar("T")
-# From a source to its documents, batch by batch: the ids of each, and the labels of each or None for running text.
-Encode = Callable[[TextSource, ReadSummary], Iterator[tuple[list[list[int]], list[list[int]] | None]]]
+# Documents, batch by batch: the ids of each, and the labels of each or, for running text, None.
+Documents = Iterator[tuple[list[list[int]], list[list[int]] | None]]
 
 
 @dataclass(kw_only=True)
@@ -68,7 +68,7 @@ def write_tokens(
 ) -> Iterator[int]:
     """Make `folder` the token store of these sources as running text, as `_write` does."""
 
-    def encode(source: TextSource, summary: ReadSummary) -> Iterator[tuple[list[list[int]], None]]:
+    def encode(source: TextSource, summary: ReadSummary) -> Documents:
         records = iter_records(source.paths, source.kind, on_bad_row=on_bad_row, summary=summary, columns=columns)
         # Forms are hashed rather than in turn: rows whose kind alternates must not each get forms of their own.
         texts = (
@@ -95,7 +95,7 @@ def write_chats(
     columns, tokenizer = parse_columns(settings.columns), chat.tokenizer
     length, bad, long = settings.row_length, settings.on_bad_row, settings.on_long_row
 
-    def encode(source: TextSource, summary: ReadSummary) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
+    def encode(source: TextSource, summary: ReadSummary) -> Documents:
         rows = iter_records(source.paths, kind, on_bad_row=bad, summary=summary, columns=columns)
         fitting = encode_rows(rows, chat, length, bad, summary, long)
         for batch in _batches(fitting, lambda examples: sum(len(one.tokens) for one in examples)):
@@ -116,7 +116,7 @@ def _write(
     sources: Sequence[TextSource],
     tokenizer: Tokenizer,
     made_of: Sequence[Any],
-    encode: Encode,
+    encode: Callable[[TextSource, ReadSummary], Documents],
     *,
     labelled: bool,
 ) -> Iterator[int]:
