@@ -146,7 +146,7 @@ def test_a_store_is_used_again_exactly_if_nothing_it_depends_on_has_changed(tmp_
 
     assert done() == 9 and done() == 0
     for changes in (
-        {"row_length": 257}, {"on_bad_row": "skip"}, {"on_long_row": "skip"}, {"columns": ["question=ask"]},
+        {"row_length": 257}, {"on_bad_row": "skip"}, {"on_long_row": "skip"}, {"columns": ["text=body"]},
         {"chat": other}, {"chat": silent}, {"chat": ended}, {"files": {"train": [*paths, *paths]}},
     ):  # fmt: skip
         assert done(**changes) > 0 and done(**changes) == 0, changes
