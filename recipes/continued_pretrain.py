@@ -10,36 +10,32 @@ Every token carries loss. Instructions become plain completions without chat rol
 Token ids lie on disk, in OUTPUT/tokens, until the run is finished.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pedgpt import training
 from pedgpt.data import (
     PackedRows,
-    ReadSummary,
     TextSource,
     Tokenizer,
     TokenStore,
-    collate,
+    discards_tokens,
     heldout_files,
     load_tokenizer,
     mix,
     parse_columns,
     part_shares,
+    read_summary,
     stage_sources,
     write_tokens,
 )
 from pedgpt.data.manifest import DOMAIN, GENERAL, INSTRUCTIONS
-from pedgpt.data.store import discarded_on_error
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
-from pedgpt.training.distributed import barrier, sum_over_ranks
 
 
 @dataclass(kw_only=True)
@@ -58,6 +54,7 @@ class Config(training.TrainingSettings):
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
 
 
+@discards_tokens
 def main(config: Config) -> None:
     config.check()
     if not 0 <= config.instruction_share <= 1 or config.domain_to_general <= 0 or config.total_tokens < 0:
@@ -74,33 +71,27 @@ def main(config: Config) -> None:
     tokenizer.check_fits(sizes.vocab_size, config.model)
     sizes.check_length(config.row_length)
     tokens = Path(config.output) / "tokens"
-    with discarded_on_error(tokens):  # a mistake that is found before the training leaves nothing behind
-        run_on_main(write_stores(config, tokenizer, tokens), world)
-        store, heldout = TokenStore(tokens / "train"), TokenStore(tokens / "heldout")
-        shares = part_shares(config.instruction_share, config.domain_to_general, store.parts())
-        mixture = mix(store.sources, store.sizes(), shares, total_tokens=config.total_tokens, seed=config.seed)
-        rows = PackedRows(store, mixture.order, config.row_length)
-        heldout_rows = PackedRows(heldout, np.arange(sum(heldout.counts)), config.row_length)
-        plan = training.BatchPlan.from_settings(len(rows), config)
-        data = f"{rows.fingerprint} on {model_fingerprint(config.model)}"
-        if training.is_finished(config, plan, data, world):
-            barrier(world)  # every rank has opened them
-            shutil.rmtree(tokens, ignore_errors=True)
-            return
-        if world.is_main:
-            read, held = store.summary, heldout.summary
-            print(ReadSummary(read.rows | held.rows, read.skipped + held.skipped).describe())
-            print(mixture.describe())
-            print(f"{len(rows):,} rows of {config.row_length}, {rows.utilization:.1%} used")
-            if rows.utilization < 0.99:
-                print("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
-        choices = training.run_choices(config.output, world, products.settle, products.use)
+    training.run_on_main(write_stores(config, tokenizer, tokens), world)
+    store, heldout = TokenStore(tokens / "train"), TokenStore(tokens / "heldout")
+    shares = part_shares(config.instruction_share, config.domain_to_general, store.parts())
+    mixture = mix(store.sources, store.sizes(), shares, total_tokens=config.total_tokens, seed=config.seed)
+    rows = PackedRows(store, mixture.order, config.row_length)
+    heldout_rows = PackedRows(heldout, None, config.row_length)
+    plan = training.BatchPlan.from_settings(len(rows), config)
+    data = f"{rows.fingerprint} on {model_fingerprint(config.model)}"
+    if training.is_finished(config, plan, data, world):
+        return
+    if world.is_main:
+        print(read_summary(store, heldout).describe(), mixture.describe(), rows.describe(), sep="\n")
+        if rows.utilization < 0.99:
+            print("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
+    choices = training.run_choices(config.output, world, products.settle, products.use)
 
-        # Model
-        model = load_model(config.model, dtype=torch.float32, device="meta")
-        model.activation_checkpointing = config.activation_checkpointing
-        training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
-        load_weights(model, config.model, dtype=torch.float32, device=world.device)
+    # Model
+    model = load_model(config.model, dtype=torch.float32, device="meta")
+    model.activation_checkpointing = config.activation_checkpointing
+    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+    load_weights(model, config.model, dtype=torch.float32, device=world.device)
 
     # Loss: next token at every position, summed; the loop divides by the tokens of the global batch.
     def loss_function(model, batch):
@@ -112,15 +103,12 @@ def main(config: Config) -> None:
         return loss, metrics
 
     def evaluate():
-        def make(indices, ids):
-            return collate([heldout_rows.row(i) for i in indices], ids)
-
-        return training.mean_loss(model, len(heldout_rows), make, loss_function, config, world)
+        return training.mean_loss(model, len(heldout_rows), heldout_rows.batch, loss_function, config, world)
 
     training.train(
         model,
         plan,
-        lambda indices, ids: collate([rows.row(i) for i in indices], ids),
+        rows.batch,
         loss_function,
         config,
         world,
@@ -136,7 +124,6 @@ def main(config: Config) -> None:
 
     training.gather_weights(model, world, save)
     training.finish(config, plan, data, world)
-    shutil.rmtree(tokens, ignore_errors=True)
 
 
 def write_stores(config: Config, tokenizer: Tokenizer, folder: Path) -> Iterator[int]:
@@ -154,20 +141,6 @@ def write_stores(config: Config, tokenizer: Tokenizer, folder: Path) -> Iterator
     yield from write_tokens(folder / "train", used, tokenizer, **read)
     held = [TextSource("held-out files", DOMAIN, "documents", tuple(heldout))] if heldout else []
     yield from write_tokens(folder / "heldout", held, tokenizer, **read)
-
-
-def run_on_main(steps: Iterator[int], world: training.World) -> None:
-    """Exhaust `steps` on the main rank; the others wait for one at a time, as a collective may not last long."""
-    mistake: Exception | None = None
-    going = 1.0
-    while going > 0:
-        try:
-            done = min(1, next(steps, 0)) if world.is_main else 0
-        except (ValueError, OSError) as error:
-            mistake, done = error, -1
-        going = sum_over_ranks([done], world)[0]
-    if going < 0:
-        raise mistake or ValueError("the first rank met a mistake in the data, and says which")
 
 
 if __name__ == "__main__":

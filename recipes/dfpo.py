@@ -8,10 +8,10 @@
 The reference is the model as it comes in. Its log-probabilities are computed once, before training, and kept in a file
 that other runs on the same pairs can share (`reference_logps`), so there is never a second model. The prompt of a pair
 is computed once for both answers. All parameters train, or with `lora_rank` an adapter.
+Token ids lie on disk, in OUTPUT/tokens, until the run is finished.
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,18 +19,16 @@ import torch
 from pedgpt import training
 from pedgpt.adapters import adapters_disabled, inject_lora, pack_adapters, save_adapter
 from pedgpt.data import (
-    ReadSummary,
-    chat_format,
-    collate_pairs,
-    encode_pairs,
-    fingerprint,
+    ChatSettings,
+    StoredPairs,
+    TokenStore,
+    discards_tokens,
     load_reference,
-    load_tokenizer,
-    parse_columns,
-    read_preferences,
+    read_summary,
     reference_date,
     reference_key,
     save_reference,
+    write_chats,
 )
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import check_dfpo_settings, linear_dfpo_loss, linear_sequence_logps
@@ -47,7 +45,7 @@ from pedgpt.training.distributed import autocast, gather_rows, sum_over_ranks
 
 
 @dataclass(kw_only=True)
-class Config(training.TrainingSettings):
+class Config(ChatSettings, training.TrainingSettings):
     model: str  # folder of the model of stage 2, also the reference
     preferences: list[str]  # pairs to train on: files or folders
     heldout_preferences: list[str] = field(default_factory=list)  # for the evaluation during training
@@ -59,15 +57,9 @@ class Config(training.TrainingSettings):
     lora_rank: int = 0  # rank of a LoRA on all linear layers; 0 trains all parameters
     lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
     lora_rslora: bool = False  # by alpha / sqrt(rank) instead
-    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
-    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: the day when the run began
-    row_length: int = 4096  # most tokens of prompt and answer
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. chosen=good, if the column's name is unknown
-    on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
-    on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
 
 
+@discards_tokens
 def main(config: Config) -> None:
     config.check()
     check_dfpo_settings(config.beta, config.mu, config.label_smoothing)
@@ -76,32 +68,26 @@ def main(config: Config) -> None:
     world = training.start(config.device)
     dtype = getattr(torch, config.dtype)
 
-    # Data
-    tokenizer = load_tokenizer(config.model)
-    sizes = ModelConfig.from_hf(config.model)
-    tokenizer.check_fits(sizes.vocab_size, config.model)
-    sizes.check_length(config.row_length)
+    # Data: token ids on disk, made by the first rank and mapped by all.
     cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
-    today = config.template_date or training.run_date(config.output, world, reference_date(cache))
-    chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, today)
-    config.template_date = chat.today  # goes into the checkpoints, so that the run can be resumed on another day
-    summary = ReadSummary()
-    read = {"on_bad_row": config.on_bad_row, "summary": summary}
-
-    def encoded(paths):
-        pairs = read_preferences(paths, columns=parse_columns(config.columns), **read)
-        return encode_pairs(pairs, chat, config.row_length, on_long_row=config.on_long_row, **read)
-
-    pairs, heldout_pairs = encoded(config.preferences), encoded(config.heldout_preferences)
-    make_batch = partial(collate_pairs, shared_prompt=config.shared_prompt)
+    chat = config.load_chat(config.template_date or training.run_date(config.output, world, reference_date(cache)))
+    sizes = ModelConfig.from_hf(config.model)
+    chat.tokenizer.check_fits(sizes.vocab_size, config.model)
+    sizes.check_length(config.row_length)
+    files = {"train": config.preferences, "heldout": config.heldout_preferences}
+    tokens = Path(config.output) / "tokens"
+    training.run_on_main(write_chats(tokens, "preferences", files, chat, config), world)
+    pairs, heldout_pairs = (
+        StoredPairs(TokenStore(tokens / part), shared_prompt=config.shared_prompt) for part in files
+    )
     plan = training.BatchPlan.from_settings(len(pairs), config)
-    examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
     base, base_weights = model_fingerprint(config.model), weights_fingerprint(config.model)
-    data = f"{fingerprint(examples)} on {base}"
+    data = f"{pairs.fingerprint} on {base}"
     if training.is_finished(config, plan, data, world):
         return
     if world.is_main:
-        print(f"{summary.describe()}\n{len(pairs):,} pairs, {len(heldout_pairs):,} held out")
+        print(read_summary(pairs.store, heldout_pairs.store).describe())
+        print(f"{len(pairs):,} pairs, {len(heldout_pairs):,} held out")
     choices = training.run_choices(config.output, world, products.settle, products.use)
 
     # Model
@@ -133,8 +119,8 @@ def main(config: Config) -> None:
         width = world.size * config.micro_batch_size
         with torch.no_grad(), autocast(world, dtype), adapters_disabled(model):
             for start in range(0, len(pairs), width):
-                mine = pairs[start : start + width][world.rank :: world.size]
-                logps = response_logps(make_batch(mine, range(len(mine))).to(world.device))
+                mine = range(start, min(start + width, len(pairs)))[world.rank :: world.size]
+                logps = response_logps(pairs.batch(mine, range(len(mine))).to(world.device))
                 part = logps.new_zeros(config.micro_batch_size, 2)
                 part[: len(mine)] = logps[: 2 * len(mine)].view(2, len(mine)).T
                 parts.append(gather_rows(part, world))
@@ -142,20 +128,16 @@ def main(config: Config) -> None:
 
     stream = dtype if world.size > 1 else stored  # of the residual stream: FSDP2 gathers weights in the former
     dtypes = f"products {dtype}, weights {stored}, residual stream {stream}"
-    key = reference_key(model=base, chat=chat, pairs=pairs, dtype=dtypes)
-    try:
-        reference = load_reference(cache, key, len(pairs))
-    except ValueError:  # a file that was asked for must fit; that of this output alone is made anew
-        if config.reference_logps:
-            raise
-        reference = None
+    key = reference_key(model=base, chat=chat, data=pairs.fingerprint, dtype=dtypes)
+    # A file that was asked for must fit; that of this output alone is made anew.
+    reference = load_reference(cache, key, len(pairs), must_fit=bool(config.reference_logps))
     if sum_over_ranks([reference is None], world)[0]:  # all compute, if one of them came before the file did
         reference = reference_logps(pairs)
         if world.is_main:
             save_reference(cache, reference, key)
     elif world.is_main:
         print(f"reference log-probabilities from {cache}")
-    heldout_reference = reference_logps(heldout_pairs)
+    pairs.reference_logps, heldout_pairs.reference_logps = reference, reference_logps(heldout_pairs)
 
     # Loss: everything summed over pairs, the loop divides by their number.
     def loss_function(model, batch):
@@ -178,19 +160,16 @@ def main(config: Config) -> None:
         return result.loss * batch.weight, dict(zip(METRICS, values, strict=True))
 
     def evaluate():
-        def make(indices, ids):
-            return make_batch([heldout_pairs[i] for i in indices], ids, heldout_reference[list(indices)])
-
-        return training.mean_loss(model, len(heldout_pairs), make, loss_function, config, world)
+        return training.mean_loss(model, len(heldout_pairs), heldout_pairs.batch, loss_function, config, world)
 
     training.train(
         model,
         plan,
-        lambda indices, ids: make_batch([pairs[i] for i in indices], ids, reference[indices]),
+        pairs.batch,
         loss_function,
         config,
         world,
-        evaluate=evaluate if heldout_pairs else None,
+        evaluate=evaluate if len(heldout_pairs) else None,
         fingerprint=data,
         choices=choices,
         watch=training.ChosenLikelihoodWatch(beta=config.beta, mu=config.mu, window=max(10, plan.total_steps // 20)),

@@ -7,6 +7,7 @@
 
 The model is frozen; each adapted layer gets one universal expert and several specific ones behind a noisy soft gate.
 Only the assistant's tokens carry loss.
+Token ids lie on disk, in OUTPUT/tokens, until the run is finished.
 """
 
 from dataclasses import dataclass, field
@@ -23,25 +24,14 @@ from pedgpt.adapters import (
     save_adapter,
     set_noise_rows,
 )
-from pedgpt.data import (
-    ReadSummary,
-    chat_format,
-    collate,
-    encode_conversations,
-    fingerprint,
-    load_tokenizer,
-    pack,
-    parse_columns,
-    read_conversations,
-    utilization,
-)
+from pedgpt.data import ChatSettings, PackedRows, TokenStore, discards_tokens, read_summary, write_chats
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, weights_fingerprint
 
 
 @dataclass(kw_only=True)
-class Config(training.TrainingSettings):
+class Config(ChatSettings, training.TrainingSettings):
     model: str  # folder of the model of stage 3
     instructions: list[str]  # conversations of all tasks: files or folders
     heldout_instructions: list[str] = field(default_factory=list)  # for the evaluation during training
@@ -51,38 +41,24 @@ class Config(training.TrainingSettings):
     num_specific_experts: int = 3  # behind the gate, beside the universal one
     dropout: float = 0.0  # on the experts' input
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # names or patterns of linear layers
-    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
-    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: the day when the run began
-    row_length: int = 4096  # tokens a packed row
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
-    on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
-    on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
 
 
+@discards_tokens
 def main(config: Config) -> None:
     config.check()
     world = training.start(config.device)
 
-    # Data
-    tokenizer = load_tokenizer(config.model)
+    # Data: token ids on disk, made by the first rank and mapped by all, packed into rows.
+    chat = config.load_chat(config.template_date or training.run_date(config.output, world))
     sizes = ModelConfig.from_hf(config.model)
-    tokenizer.check_fits(sizes.vocab_size, config.model)
+    chat.tokenizer.check_fits(sizes.vocab_size, config.model)
     sizes.check_length(config.row_length)
-    today = config.template_date or training.run_date(config.output, world)
-    chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, today)
-    config.template_date = chat.today  # goes into the checkpoints, so that the run can be resumed on another day
-    summary = ReadSummary()
-    read = {"on_bad_row": config.on_bad_row, "summary": summary}
-
-    def packed(paths):
-        conversations = read_conversations(paths, columns=parse_columns(config.columns), **read)
-        examples = encode_conversations(conversations, chat, config.row_length, on_long_row=config.on_long_row, **read)
-        return pack(examples, config.row_length)
-
-    rows, heldout_rows = packed(config.instructions), packed(config.heldout_instructions)
+    files = {"train": config.instructions, "heldout": config.heldout_instructions}
+    tokens = Path(config.output) / "tokens"
+    training.run_on_main(write_chats(tokens, "conversations", files, chat, config), world)
+    rows, heldout_rows = (PackedRows(TokenStore(tokens / part), None, config.row_length) for part in files)
     plan = training.BatchPlan.from_settings(len(rows), config)
-    data = f"{fingerprint(rows)} on {model_fingerprint(config.model)}"
+    data = f"{rows.fingerprint} on {model_fingerprint(config.model)}"
     base = {"base_model": config.model, "base_weights": weights_fingerprint(config.model)}
     if training.is_finished(config, plan, data, world):
         return
@@ -103,8 +79,8 @@ def main(config: Config) -> None:
     if world.is_main:
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         share = trainable / sum(parameter.numel() for parameter in model.parameters())
-        print(summary.describe())
-        print(f"{len(rows):,} rows of {config.row_length}, {utilization(rows, config.row_length):.1%} used")
+        print(read_summary(rows.store, heldout_rows.store).describe())
+        print(rows.describe())
         kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
         print(f"experts on {len(names)} layers ({kinds}), {trainable:,} trainable parameters ({share:.2%})")
     model.activation_checkpointing = config.activation_checkpointing
@@ -124,19 +100,16 @@ def main(config: Config) -> None:
         return loss, metrics
 
     def evaluate():
-        def make(indices, ids):
-            return collate([heldout_rows[i] for i in indices], ids)
-
-        return training.mean_loss(model, len(heldout_rows), make, loss_function, config, world)
+        return training.mean_loss(model, len(heldout_rows), heldout_rows.batch, loss_function, config, world)
 
     training.train(
         model,
         plan,
-        lambda indices, ids: collate([rows[i] for i in indices], ids),
+        rows.batch,
         loss_function,
         config,
         world,
-        evaluate=evaluate if heldout_rows else None,
+        evaluate=evaluate if len(heldout_rows) else None,
         fingerprint=data,
         choices=choices,
     )

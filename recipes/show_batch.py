@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from pedgpt.data import (
     Batch,
+    ChatSettings,
     ReadSummary,
     Tokenizer,
     chat_format,
@@ -49,19 +50,15 @@ RULE = "─"
 Span = tuple[str, bool, bool]  # text, whether it is a special token's name, whether it carries loss
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(ChatSettings):
     model: str  # folder of a model, or of its tokenizer's files only
     instructions: list[str] = field(default_factory=list)  # conversations: files or folders
     text: list[str] = field(default_factory=list)  # documents: files or folders
     preferences: list[str] = field(default_factory=list)  # preference pairs: files or folders
     rows: int = 2  # rows (pairs) of each kind to print, spread over all of them
     row_length: int = 512  # tokens a packed row
-    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
     template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
-    on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
     on_long_row: str = "skip"  # "truncate" shows rows that do not fit as training cuts them; else they are only counted
     color: str = "auto"  # auto: on a terminal, unless NO_COLOR is set; always; never
 

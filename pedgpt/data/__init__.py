@@ -1,19 +1,18 @@
 """Records, tokens, chat formats, packing: everything before the model."""
 
 from pedgpt.data.chat import ChatFormat, chat_format
-from pedgpt.data.examples import Example, encode_conversation, encode_prompt, lessons
-from pedgpt.data.hybrid import Mixture, as_completion, mix, part_shares
-from pedgpt.data.manifest import TextSource, heldout_files, stage_sources
-from pedgpt.data.packing import (
-    Batch,
-    collate,
+from pedgpt.data.examples import (
+    Example,
+    encode_conversation,
     encode_conversations,
     encode_document,
-    fingerprint,
-    pack,
-    utilization,
+    encode_prompt,
+    lessons,
 )
-from pedgpt.data.preference import EncodedPair, PreferenceBatch, collate_pairs, encode_pair, encode_pairs
+from pedgpt.data.hybrid import Mixture, as_completion, mix, part_shares
+from pedgpt.data.manifest import TextSource, heldout_files, stage_sources
+from pedgpt.data.packing import Batch, collate, pack, utilization
+from pedgpt.data.preference import EncodedPair, PreferenceBatch, StoredPairs, collate_pairs, encode_pair, encode_pairs
 from pedgpt.data.readers import (
     iter_records,
     parse_columns,
@@ -32,12 +31,21 @@ from pedgpt.data.records import (
     Triple,
 )
 from pedgpt.data.reference import load_reference, reference_date, reference_key, save_reference
-from pedgpt.data.store import PackedRows, TokenStore, write_tokens
+from pedgpt.data.store import (
+    ChatSettings,
+    PackedRows,
+    TokenStore,
+    discards_tokens,
+    read_summary,
+    write_chats,
+    write_tokens,
+)
 from pedgpt.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, taught_folder, train_tokenizer
 
 __all__ = [
     "Batch",
     "ChatFormat",
+    "ChatSettings",
     "Conversation",
     "Document",
     "EncodedPair",
@@ -49,6 +57,7 @@ __all__ = [
     "PreferencePair",
     "ReadSummary",
     "Record",
+    "StoredPairs",
     "StreamDecoder",
     "TextSource",
     "TokenStore",
@@ -58,13 +67,13 @@ __all__ = [
     "chat_format",
     "collate",
     "collate_pairs",
+    "discards_tokens",
     "encode_conversation",
     "encode_conversations",
     "encode_document",
     "encode_pair",
     "encode_pairs",
     "encode_prompt",
-    "fingerprint",
     "heldout_files",
     "iter_records",
     "lessons",
@@ -78,6 +87,7 @@ __all__ = [
     "read_documents",
     "read_preferences",
     "read_triples",
+    "read_summary",
     "reference_date",
     "reference_key",
     "save_reference",
@@ -85,5 +95,6 @@ __all__ = [
     "taught_folder",
     "train_tokenizer",
     "utilization",
+    "write_chats",
     "write_tokens",
 ]

@@ -1,13 +1,17 @@
-"""What is learnt from a conversation: tokens with aligned labels, cut to a row where they are too long."""
+"""What is learnt from a row: tokens with aligned labels, cut where they are too long, and a report of what is not."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pedgpt.data.chat import IGNORE_INDEX, ChatFormat
-from pedgpt.data.records import Conversation, Message
+from pedgpt.data.records import Conversation, Message, PreferencePair, ReadSummary
+
+Messages = Sequence[Message]
+Rows = Iterable[Conversation | PreferencePair]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +28,25 @@ class Example:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
-def encode_conversation(
-    messages: Sequence[Message], chat: ChatFormat, *, last_only: bool = False, source: str = ""
-) -> Example:
+def document_stream(ids: Sequence[int], eos_id: int | None, prefix: Sequence[int] = ()) -> list[int]:
+    """The ids of a text between `prefix`, unless it begins with that already or is empty, and its end."""
+    stream = [*ids, eos_id] if eos_id is not None else list(ids)
+    return [*prefix, *stream] if ids and stream[: len(prefix)] != list(prefix) else stream
+
+
+def encode_document(
+    ids: Sequence[int], eos_id: int | None, row_length: int, source: str = "", prefix: Sequence[int] = ()
+) -> list[Example]:
+    """A running text as examples of up to `row_length` tokens, in which each token but the first is predicted once.
+
+    The end of the text is predicted too. `prefix` is a tokenizer's `document_prefix`.
+    """
+    stream = document_stream(ids, eos_id, prefix)
+    pieces = (stream[start : start + row_length + 1] for start in range(0, len(stream) - 1, row_length))
+    return [Example(piece[:-1], piece[1:], source) for piece in pieces]
+
+
+def encode_conversation(messages: Messages, chat: ChatFormat, *, last_only: bool = False, source: str = "") -> Example:
     """Tokens and aligned labels of a conversation, with loss on every assistant message, or on the last one only.
 
     A message whose `loss` is false never carries loss. Neither does an earlier answer with reasoning, because its
@@ -60,15 +80,72 @@ def lessons(conversation: Conversation, chat: ChatFormat) -> list[Conversation]:
     return [*parts, conversation] if rest else parts
 
 
-def encode_prompt(messages: Sequence[Message], chat: ChatFormat) -> list[int]:
+def encode_prompt(messages: Messages, chat: ChatFormat) -> list[int]:
     """Tokens after which the model writes the next assistant message."""
     return chat.render(_as_thought(messages, chat), set(), generation_prompt=True)[0]
 
 
-def encode_shortened(
-    prompt: Sequence[Message], answers: Sequence[Message], chat: ChatFormat, row_length: int, *, last_only: bool = False
+def encode_rows(
+    rows: Rows, chat: ChatFormat, row_length: int, on_bad_row: str, summary: ReadSummary, on_long_row: str = "error"
+) -> Iterator[list[Example]]:
+    """The examples of each row: chosen and rejected of a pair; of a conversation one for each of its `lessons`.
+
+    A row that the chat format cannot write is a bad row: an error, or left out and counted in `summary`. For those
+    longer than `row_length`, `on_long_row` decides: "error" raises one ValueError about all of them after the last row,
+    "skip" leaves them out and counts them, "truncate" shortens and counts them, but leaves a row out if nothing would
+    be left to learn.
+    """
+    if on_long_row not in ("error", "skip", "truncate"):
+        raise ValueError(f'on_long_row is {on_long_row!r}, expected "error", "skip" or "truncate"')
+    long: list[str] = []
+    count, longest, first = 0, 0, ""
+    for source, prompt, answers, last_only in (task for row in rows for task in _tasks(row, chat)):
+        try:
+            examples = encode_answers(prompt, answers, last_only, chat, source)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{source}: ")
+            if on_bad_row == "error":
+                raise ValueError(f'{source}: {reason}; fix it, or set on_bad_row = "skip"') from None
+            summary.drop(source, reason)
+            continue
+        size = max(len(example.tokens) for example in examples)
+        reason = f"over-long: {size} tokens do not fit a row of {row_length}"
+        if size > row_length and on_long_row == "error":
+            count, longest, first = count + 1, max(longest, size), first or reason
+            long += [source] * (count <= 5)  # not all of them, so that memory does not grow with their number
+            continue
+        if size > row_length and on_long_row == "truncate":
+            try:
+                examples, size = encode_shortened(prompt, answers, last_only, chat, row_length, source), row_length
+                summary.shortened.append(source)
+            except ValueError as error:
+                reason += f", and {error}"
+        if size <= row_length:
+            yield examples
+        else:
+            summary.drop(source, reason)
+    if long:
+        others = f"({count} such rows, the longest of {longest}: {', '.join(long)}{', …' * (count > 5)})"
+        fix = 'raise row_length, or set on_long_row = "skip" or "truncate"'
+        raise ValueError(f"{long[0]}: {first} {others}; {fix}")
+
+
+def encode_conversations(*arguments: Any, **settings: Any) -> list[Example]:
+    """All that `encode_rows` gives of conversations."""
+    return [example for (example,) in encode_rows(*arguments, **settings)]
+
+
+def encode_answers(
+    prompt: Messages, answers: Messages, last_only: bool, chat: ChatFormat, source: str = ""
 ) -> list[Example]:
-    """One prompt with each of its answers, as in `encode_conversation`, but cut to `row_length` tokens.
+    """One prompt with each of its answers, as in `encode_conversation`."""
+    return [encode_conversation([*prompt, one], chat, last_only=last_only, source=source) for one in answers]
+
+
+def encode_shortened(
+    prompt: Messages, answers: Messages, last_only: bool, chat: ChatFormat, row_length: int, source: str = ""
+) -> list[Example]:
+    """`encode_answers`, but cut to `row_length` tokens.
 
     The prompt loses its oldest turns and, where that is not enough, the beginning of its last question; its system text
     stays. An answer keeps at least half a row. A longer one is cut, and the cut is not taught as the end of an answer.
@@ -77,10 +154,10 @@ def encode_shortened(
     system = list(prompt[:1]) if prompt[0].role == "system" else []
     turns = prompt[len(system) :]
 
-    def encoded(turns: Sequence[Message]) -> list[Example]:
-        return [encode_conversation([*system, *turns, answer], chat, last_only=last_only) for answer in answers]
+    def encoded(turns: Messages) -> list[Example]:
+        return encode_answers([*system, *turns], answers, last_only, chat)
 
-    def longest(turns: Sequence[Message]) -> int:
+    def longest(turns: Messages) -> int:
         return max(len(example.tokens) for example in encoded(turns))
 
     starts = range(0, len(turns) - 1, 2)
@@ -103,12 +180,22 @@ def encode_shortened(
         said = len(chat.tokenizer.encode(answer.content)) if answer.reasoning else 0
         if said and len(example.tokens) - said >= row_length:
             raise ValueError("its reasoning leaves no room for the answer")
-    examples = [Example(one.tokens[:row_length], one.labels[:row_length], one.source) for one in whole]
+    examples = [Example(one.tokens[:row_length], one.labels[:row_length], source) for one in whole]
     if not all(example.supervised for example in examples):
         raise ValueError("nothing to learn would be left")
+    if len(examples) > 1 and examples[0].tokens == examples[1].tokens:
+        raise ValueError("its answers differ only in what would be cut")
     return examples
 
 
-def _as_thought(messages: Sequence[Message], chat: ChatFormat) -> Sequence[Message]:
+def _tasks(row: Conversation | PreferencePair, chat: ChatFormat) -> list[tuple[str, Messages, Messages, bool]]:
+    """(source, prompt, answers, whether only the last answer is learnt) of each example or pair that a row becomes."""
+    if isinstance(row, PreferencePair):
+        answers = [Message("assistant", text) for text in (row.chosen, row.rejected)]
+        return [(row.source, row.prompt, answers, True)]
+    return [(row.source, one.messages[:-1], [one.messages[-1]], False) for one in lessons(row, chat)]
+
+
+def _as_thought(messages: Messages, chat: ChatFormat) -> Messages:
     """The messages, without reasoning where thinking is off."""
     return [replace(m, reasoning="") for m in messages] if chat.enable_thinking is False else messages

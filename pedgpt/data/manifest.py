@@ -44,8 +44,8 @@ def stage_sources(folder: str | Path, stage: int = 1) -> list[TextSource]:
     for entry in manifest["files"]:
         if entry["side"] != "train" or stage not in entry["stages"]:
             continue
-        part = INSTRUCTIONS if entry["kind"] == "conversations" else _TEXT_TABLES.get(entry["table"])
-        if part is None or entry["kind"] not in ("documents", "conversations"):
+        parts = {"conversations": INSTRUCTIONS, "documents": _TEXT_TABLES.get(entry["table"])}
+        if not (part := parts.get(entry["kind"])):
             found = f"found {entry['kind']} of table {entry['table']!r} in stage {stage}"
             expected = f"expected conversations, or documents of {', '.join(_TEXT_TABLES)}"
             raise _unusable(path, f"{entry['path']}: {found}, {expected}")

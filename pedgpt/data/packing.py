@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, Self, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pedgpt.data.chat import IGNORE_INDEX, ChatFormat
-from pedgpt.data.examples import Example, encode_conversation, encode_shortened, lessons
-from pedgpt.data.records import Conversation, ReadSummary
+from pedgpt.data.chat import IGNORE_INDEX
+from pedgpt.data.examples import Example
 
 PADDING_DOCUMENT = -1
-
-
-class Record(Protocol):
-    """What was read from a file, and where."""
-
-    @property
-    def source(self) -> str: ...
-
-
-R = TypeVar("R", bound=Record)
-E = TypeVar("E")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +28,16 @@ class Row:
     labels: list[int]
     documents: list[int]
     sources: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Self:
+        """These examples end to end."""
+        return cls(
+            [token for example in examples for token in example.tokens],
+            [label for example in examples for label in example.labels],
+            [number for number, example in enumerate(examples) for _ in example.tokens],
+            [example.source for example in examples],
+        )
 
 
 @dataclass(frozen=True)
@@ -63,33 +61,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        moved: dict[str, Any] = {name: value.to(device) for name, value in values if isinstance(value, Tensor)}
-        return replace(self, **moved)
-
-
-def encode_document(
-    ids: Sequence[int], eos_id: int | None, row_length: int, source: str = "", prefix: Sequence[int] = ()
-) -> list[Example]:
-    """A running text as examples in which every token carries loss, the end of the text included.
-
-    A text longer than a row becomes several examples; each token but the first is predicted exactly once. `prefix`
-    (a tokenizer's `document_prefix`) goes before a text that is not empty and does not begin with it already.
-    """
-    if row_length < 1:
-        raise ValueError(f"row_length must be at least 1, found {row_length}")
-    stream = document_stream(ids, eos_id, prefix)
-    pieces = []
-    for start in range(0, len(stream) - 1, row_length):
-        piece = stream[start : start + row_length + 1]
-        pieces.append(Example(piece[:-1], piece[1:], source))
-    return pieces
-
-
-def document_stream(ids: Sequence[int], eos_id: int | None, prefix: Sequence[int] = ()) -> list[int]:
-    """The ids of a text between `prefix`, unless it begins with that already or is empty, and its end."""
-    stream = [*ids, eos_id] if eos_id is not None else list(ids)
-    return [*prefix, *stream] if ids and stream[: len(prefix)] != list(prefix) else stream
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def pack(examples: Sequence[Example], row_length: int) -> list[Row]:
@@ -98,19 +71,17 @@ def pack(examples: Sequence[Example], row_length: int) -> list[Row]:
     Raises ValueError naming the source of an example longer than a row. Order within equal lengths is kept, so the
     result depends on the input alone.
     """
-    longest = max(examples, key=lambda example: len(example.tokens), default=None)
-    if longest is not None and len(longest.tokens) > row_length:
-        size = len(longest.tokens)
-        raise ValueError(f"{longest.source}: {size} tokens do not fit a row of {row_length}; raise row_length")
-    rows = best_fit([len(example.tokens) for example in examples], row_length)
-    return [_join([examples[i] for i in members]) for members in rows]
+    sizes = [len(example.tokens) for example in examples]
+    for example, size in zip(examples, sizes, strict=True):
+        if size > row_length:
+            raise ValueError(f"{example.source}: {size} tokens do not fit a row of {row_length}; raise row_length")
+    return [Row.of([examples[i] for i in members]) for members in best_fit(sizes, row_length)]
 
 
 def best_fit(sizes: ArrayLike, row_length: int) -> list[list[int]]:
     """The members of each row by `pack`'s rule, as indices into `sizes`, none above `row_length`; 0 is left out."""
     members, starts = best_fit_arrays(sizes, row_length)
-    items, ends = members.tolist(), starts.tolist()
-    return [items[first:last] for first, last in zip(ends[:-1], ends[1:], strict=True)]
+    return [members[first:last].tolist() for first, last in pairwise(starts)]
 
 
 def best_fit_arrays(sizes: ArrayLike, row_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -148,86 +119,6 @@ def best_fit_arrays(sizes: ArrayLike, row_length: int) -> tuple[NDArray[np.int64
     return order[np.argsort(row_of, kind="stable")], starts
 
 
-def encode_conversations(
-    conversations: Sequence[Conversation],
-    chat: ChatFormat,
-    row_length: int,
-    on_bad_row: str,
-    summary: ReadSummary,
-    on_long_row: str = "error",
-) -> list[Example]:
-    """Chat-formatted examples; bad and over-long rows as in `encode_fitting`."""
-
-    def shorten(row: Conversation) -> Example:
-        *prompt, answer = row.messages
-        return replace(encode_shortened(prompt, [answer], chat, row_length)[0], source=row.source)
-
-    return encode_fitting(
-        [lesson for row in conversations for lesson in lessons(row, chat)],
-        lambda row: encode_conversation(row.messages, chat, source=row.source),
-        lambda example: len(example.tokens),
-        shorten,
-        row_length,
-        on_bad_row,
-        on_long_row,
-        summary,
-    )
-
-
-def encode_fitting(
-    rows: Sequence[R],
-    encode: Callable[[R], E],
-    size: Callable[[E], int],
-    shorten: Callable[[R], E],
-    row_length: int,
-    on_bad_row: str,
-    on_long_row: str,
-    summary: ReadSummary,
-) -> list[E]:
-    """Records encoded one by one.
-
-    One that the chat format cannot write is a bad row: an error, or left out and counted in `summary`. For those longer
-    than a row, `on_long_row` decides: "error" raises one ValueError about all of them, "skip" leaves them out and
-    counts them, "truncate" shortens and counts them. A row is left out where `shorten` raises ValueError, because
-    nothing would be left to learn.
-    """
-    if on_long_row not in ("error", "skip", "truncate"):
-        raise ValueError(f'on_long_row is {on_long_row!r}, expected "error", "skip" or "truncate"')
-    kept: list[E] = []
-    long: list[tuple[int, str]] = []
-    for row in rows:
-        try:
-            example = encode(row)
-        except ValueError as error:
-            reason = str(error).removeprefix(f"{row.source}: ")
-            if on_bad_row == "error":
-                raise ValueError(f'{row.source}: {reason}; fix it, or set on_bad_row = "skip"') from None
-            summary.drop(row.source, reason)
-            continue
-        if (tokens := size(example)) <= row_length:
-            kept.append(example)
-            continue
-        long.append((tokens, row.source))
-        reason = f"over-long: {tokens} tokens do not fit a row of {row_length}"
-        if on_long_row == "truncate":
-            try:
-                kept.append(shorten(row))
-                summary.shortened.append(row.source)
-                continue
-            except ValueError as error:
-                reason += f", and {error}"
-        if on_long_row != "error":
-            summary.drop(row.source, reason)
-    if long and on_long_row == "error":
-        others = f" ({len(long)} such rows, the longest of {max(long)[0]}: "
-        others += f"{', '.join(source for _, source in long[:5])}{', …' * (len(long) > 5)})"
-        raise ValueError(
-            f"{long[0][1]}: over-long: {long[0][0]} tokens do not fit a row of {row_length}{others}; raise row_length, "
-            'or set on_long_row = "skip" or "truncate"'
-        )
-    return kept
-
-
 def collate(rows: Sequence[Row], row_ids: Sequence[int], pad_id: int = 0) -> Batch:
     """Rows as one batch, padded on the right to the longest; padding is a document of its own and carries no loss.
 
@@ -251,21 +142,6 @@ def utilization(rows: Sequence[Row], row_length: int) -> float:
     return sum(len(row.tokens) for row in rows) / max(1, len(rows) * row_length)
 
 
-def fingerprint(rows: Sequence[Row | Example]) -> str:
-    """A short name of exactly this training data, to tell whether a checkpoint belongs to it."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr((row.tokens, row.labels, getattr(row, "documents", None))).encode())
-    return digest.hexdigest()[:16]
-
-
 def padded(values: Sequence[list[int]], width: int, filler: int) -> Tensor:
     """Lists as one tensor [B, width], filled up on the right."""
     return torch.tensor([row + [filler] * (width - len(row)) for row in values])
-
-
-def _join(examples: list[Example]) -> Row:
-    tokens = [token for example in examples for token in example.tokens]
-    labels = [label for example in examples for label in example.labels]
-    documents = [number for number, example in enumerate(examples) for _ in example.tokens]
-    return Row(tokens, labels, documents, [example.source for example in examples])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pedgpt.data.chat import IGNORE_INDEX, ChatFormat
-from pedgpt.data.examples import Example, encode_conversation, encode_shortened
-from pedgpt.data.packing import Batch, Row, best_fit, collate, encode_fitting, padded
-from pedgpt.data.records import Message, PreferencePair, ReadSummary
+from pedgpt.data.examples import Example, encode_answers, encode_rows
+from pedgpt.data.packing import Batch, Row, best_fit, collate, padded
+from pedgpt.data.records import Message, PreferencePair
+from pedgpt.data.store import TokenStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,43 +50,37 @@ class PreferenceBatch(Batch):
 
 def encode_pair(pair: PreferencePair, chat: ChatFormat) -> EncodedPair:
     """Tokens of prompt + chosen and prompt + rejected, with loss on the final answer alone."""
-    chosen, rejected = (
-        encode_conversation([*pair.prompt, Message("assistant", answer)], chat, last_only=True, source=pair.source)
-        for answer in (pair.chosen, pair.rejected)
-    )
-    return EncodedPair(chosen, rejected)
+    answers = [Message("assistant", text) for text in (pair.chosen, pair.rejected)]
+    return EncodedPair(*encode_answers(pair.prompt, answers, True, chat, pair.source))
 
 
-def encode_pairs(
-    pairs: Sequence[PreferencePair],
-    chat: ChatFormat,
-    row_length: int,
-    on_bad_row: str,
-    summary: ReadSummary,
-    on_long_row: str = "error",
-) -> list[EncodedPair]:
-    """`encode_pair` of each; bad rows, and those with an answer too long, as in `encode_fitting`.
+def encode_pairs(*arguments: Any, **settings: Any) -> list[EncodedPair]:
+    """All that `encode_rows` gives of pairs; a row's length bounds each answer with its prompt, not both together."""
+    return [EncodedPair(chosen, rejected) for chosen, rejected in encode_rows(*arguments, **settings)]
 
-    `row_length` bounds prompt and answer together, for each answer; a pair that shares its prompt may take more.
+
+class StoredPairs:
+    """The pairs of a token store that `write_chats` made, each read when asked for.
+
+    `reference_logps` [pairs, 2] goes into their batches, once it is known.
     """
 
-    def shorten(pair: PreferencePair) -> EncodedPair:
-        answers = [Message("assistant", answer) for answer in (pair.chosen, pair.rejected)]
-        chosen, rejected = encode_shortened(pair.prompt, answers, chat, row_length, last_only=True)
-        if chosen.tokens == rejected.tokens:
-            raise ValueError("its answers differ only in what would be cut")
-        return EncodedPair(replace(chosen, source=pair.source), replace(rejected, source=pair.source))
+    def __init__(self, store: TokenStore, *, shared_prompt: bool = True) -> None:
+        self.store, self.fingerprint, self.shared_prompt = store, store.digest[:16], shared_prompt
+        self.reference_logps: Tensor | None = None
 
-    return encode_fitting(
-        pairs,
-        lambda pair: encode_pair(pair, chat),
-        lambda both: max(len(both.chosen.tokens), len(both.rejected.tokens)),
-        shorten,
-        row_length,
-        on_bad_row,
-        on_long_row,
-        summary,
-    )
+    def __len__(self) -> int:
+        return len(self.store) // 2
+
+    def __getitem__(self, number: int) -> EncodedPair:
+        starts = self.store.offsets[2 * number : 2 * number + 3].tolist()
+        chosen, rejected = (self.store.example(start, end - start) for start, end in pairwise(starts))
+        return EncodedPair(chosen, rejected)
+
+    def batch(self, numbers: Sequence[int], row_ids: Sequence[int]) -> PreferenceBatch:
+        """The pairs of these numbers, as `collate_pairs` joins them."""
+        logps = None if self.reference_logps is None else self.reference_logps[list(numbers)]
+        return collate_pairs([self[i] for i in numbers], row_ids, logps, shared_prompt=self.shared_prompt)
 
 
 def collate_pairs(
@@ -111,14 +107,12 @@ def collate_pairs(
         trees = [_part(answer, slice(None), 0, i) for i, answer in enumerate(answers)]
         members = [[i] for i in range(len(trees))]
         ids = [2 * i for i in row_ids] + [2 * i + 1 for i in row_ids]
-
     rows, branches, sequences = [], [], []
     for row in members:
-        joined = [token for i in row for token in trees[i]]
-        documents = [number for number, i in enumerate(row) for _ in trees[i]]
-        rows.append(Row([token for token, *_ in joined], [label for _, label, *_ in joined], documents))
-        branches.append([branch for *_, branch, _ in joined])
-        sequences.append([answer if label != IGNORE_INDEX else 0 for _, label, _, answer in joined])
+        tokens, labels, branch, sequence = map(list, zip(*(place for i in row for place in trees[i]), strict=True))
+        rows.append(Row(tokens, labels, [number for number, i in enumerate(row) for _ in trees[i]]))
+        branches.append(branch)
+        sequences.append(sequence)
     batch = collate(rows, ids, pad_id)
     width = batch.tokens.shape[1]
     if reference_logps is None or not pairs:
@@ -138,15 +132,12 @@ def collate_pairs(
 
 def _tree(pair: EncodedPair, chosen: int, rejected: int) -> list[tuple[int, int, int, int]]:
     """What both answers share, then the rest of each, as in `_part`; `chosen` and `rejected` number the answers."""
-    shared = pair.shared
-    trunk, rest = slice(shared), slice(shared, None)
-    return [
-        *_part(pair.chosen, trunk, 0, 0),
-        *_part(pair.chosen, rest, 1, chosen),
-        *_part(pair.rejected, rest, 2, rejected),
-    ]
+    trunk, rest = slice(pair.shared), slice(pair.shared, None)
+    both = _part(pair.chosen, rest, 1, chosen) + _part(pair.rejected, rest, 2, rejected)
+    return _part(pair.chosen, trunk, 0, 0) + both
 
 
 def _part(example: Example, where: slice, branch: int, answer: int) -> list[tuple[int, int, int, int]]:
-    """(token, label, branch, answer) at each of these places of an example."""
-    return [(*pair, branch, answer) for pair in zip(example.tokens[where], example.labels[where], strict=True)]
+    """(token, label, branch, answer) at each of these places of an example; answer 0 where there is no label."""
+    pairs = zip(example.tokens[where], example.labels[where], strict=True)
+    return [(token, label, branch, answer if label != IGNORE_INDEX else 0) for token, label in pairs]

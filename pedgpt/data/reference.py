@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,27 +15,22 @@ from torch import Tensor
 
 from pedgpt.data.chat import ChatFormat, TemplateChat
 from pedgpt.data.chat_template import read_template
-from pedgpt.data.packing import fingerprint
-from pedgpt.data.preference import EncodedPair
 from pedgpt.data.tokenizer import Tokenizer
 from pedgpt.files import atomic_write
 
 _NAME, _DATE = "logps", "template_date"
 
 
-def reference_key(*, model: str, chat: ChatFormat, pairs: Sequence[EncodedPair], dtype: str) -> dict[str, str]:
-    """All that the log-probabilities of `pairs` depend on, as short texts.
+def reference_key(*, model: str, chat: ChatFormat, data: str, dtype: str) -> dict[str, str]:
+    """All that the log-probabilities of pairs depend on, as short texts.
 
-    `model` is the reference's fingerprint, `dtype` that of the computation; the tokenizer is `chat`'s.
+    `model` is the reference's fingerprint, `data` that of the pairs, `dtype` that of the computation; the tokenizer is
+    `chat`'s.
     """
     return {
-        "model": model,
-        "tokenizer": tokenizer_fingerprint(chat.tokenizer),
-        "chat_format": chat_fingerprint(chat),
-        "data": fingerprint([example for pair in pairs for example in (pair.chosen, pair.rejected)]),
-        "dtype": dtype,
-        **({_DATE: chat.today} if chat.today else {}),
-    }
+        "model": model, "tokenizer": tokenizer_fingerprint(chat.tokenizer), "chat_format": chat_fingerprint(chat),
+        "data": data, "dtype": dtype, **({_DATE: chat.today} if chat.today else {}),
+    }  # fmt: skip
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
@@ -74,35 +69,35 @@ def save_reference(path: str | Path, logps: Tensor, key: Mapping[str, str]) -> N
         handle.write(content)
 
 
-def load_reference(path: str | Path, key: Mapping[str, str], num_pairs: int) -> Tensor | None:
+def load_reference(path: str | Path, key: Mapping[str, str], num_pairs: int, *, must_fit: bool = True) -> Tensor | None:
     """The log-probabilities [num_pairs, 2] float32 that were saved under `key`; None if there is no such file.
 
-    Raises ValueError naming the file and the remedy if it was written under another key, with every entry that
-    differs, if it cannot be read, and if it holds anything but finite float32 numbers of that shape.
+    A file that was written under another key, cannot be read, or holds anything but finite float32 numbers of that
+    shape is a ValueError that names the file and the remedy, and every entry of the key that differs; None instead if
+    the file need not fit.
     """
-    path = Path(path)
     try:
         with safe_open(path, "pt") as handle:
-            found = dict(handle.metadata() or {})
-            names = sorted(handle.keys())
+            found, names = dict(handle.metadata() or {}), sorted(handle.keys())
             tensor = handle.get_tensor(_NAME).clone() if names == [_NAME] else None  # not mapped from the file
+        differing = "; ".join(
+            f"{name[:40]!r} is {_quoted(found.get(name))}, expected {_quoted(key.get(name))}"
+            for name in sorted({*found, *key} - {"format"})
+            if found.get(name) != key.get(name)
+        )
+        fault = f"holds another run's reference log-probabilities: {differing}" if differing else None
+        if tensor is None:
+            others = ", ".join(map(_quoted, names[:5])) or "none"
+            fault = fault or f"must hold one tensor, {_NAME!r}, found {others}"
+        else:
+            fault = fault or _fault(tensor, num_pairs)
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, RuntimeError, MemoryError, OverflowError) as error:
-        raise _unusable(path, f"cannot be read as safetensors, it may be truncated ({error})") from None
-    found.pop("format", None)
-    differing = [
-        f"{name[:40]!r} is {_quoted(found.get(name))}, expected {_quoted(key.get(name))}"
-        for name in sorted({*found, *key})
-        if found.get(name) != key.get(name)
-    ]
-    if differing:
-        raise _unusable(path, f"holds another run's reference log-probabilities: {'; '.join(differing)}")
-    if tensor is None:
-        raise _unusable(path, f"must hold one tensor, {_NAME!r}, found {', '.join(map(_quoted, names[:5])) or 'none'}")
-    if fault := _fault(tensor, num_pairs):
-        raise _unusable(path, fault)
-    return tensor
+        fault = f"cannot be read as safetensors, it may be truncated ({error})"
+    if fault and must_fit:
+        raise ValueError(f"{path}: {fault}; delete the file, or give another path via --reference_logps")
+    return None if fault else tensor
 
 
 def _fault(logps: Tensor, num_pairs: int) -> str | None:
@@ -114,10 +109,6 @@ def _fault(logps: Tensor, num_pairs: int) -> str | None:
         first = int(bad[0]) + 1
         return f"{len(bad)} of {num_pairs} pairs have a log-probability that is not finite, first pair {first}"
     return None
-
-
-def _unusable(path: Path, fault: str) -> ValueError:
-    return ValueError(f"{path}: {fault}; delete the file, or give another path via --reference_logps")
 
 
 def _quoted(text: str | None) -> str:

@@ -1,32 +1,60 @@
-"""Texts as token ids on disk, so that a corpus never lies in memory, and the rows of a step made from them."""
+"""Token ids on disk, made once by one process and mapped by all, and the rows of a step made from them."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pedgpt.data.chat import ChatFormat, chat_format
+from pedgpt.data.examples import Example, document_stream, encode_rows
 from pedgpt.data.hybrid import SURFACE_FORMS, Numbers, as_completion
 from pedgpt.data.inputs import files_of
 from pedgpt.data.manifest import TextSource
-from pedgpt.data.packing import Row, best_fit_arrays, document_stream
-from pedgpt.data.readers import iter_records
+from pedgpt.data.packing import Batch, Row, best_fit_arrays, collate
+from pedgpt.data.readers import iter_records, parse_columns
 from pedgpt.data.records import Conversation, ReadSummary, SkippedRow
-from pedgpt.data.tokenizer import Tokenizer
+from pedgpt.data.reference import chat_fingerprint
+from pedgpt.data.tokenizer import Tokenizer, load_tokenizer
 from pedgpt.files import sync, write_text
 
-_VERSION = 1
+_VERSION = 2
+_LABEL = np.dtype("<i4")
+T = TypeVar("T")
+# Documents, batch by batch: the ids of each, and the labels of each or, for running text, None.
+Documents = Iterator[tuple[list[list[int]], list[list[int]] | None]]
+
+
+@dataclass(kw_only=True)
+class ChatSettings:
+    """How a stage reads conversations or preference pairs, and writes them as tokens."""
+
+    model: str  # folder of the model
+    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: the day when the run began
+    row_length: int = 4096  # tokens a packed row, or most tokens of a prompt with one of its answers
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
+    on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
+    on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
+
+    def load_chat(self, today: str) -> ChatFormat:
+        """The model's chat format; its day is kept as `template_date`, so that the run goes on with it on another."""
+        chat = chat_format(load_tokenizer(self.model), self.chat_format, self.enable_thinking, today)
+        self.template_date = chat.today
+        return chat
 
 
 def write_tokens(
@@ -38,16 +66,74 @@ def write_tokens(
     on_bad_row: str = "error",
     columns: Mapping[str, str] | None = None,
 ) -> Iterator[int]:
-    """Make `folder` the token store of these sources, yielding the number of texts done after each batch of them.
+    """Make `folder` the token store of these sources as running text, as `_write` does."""
 
-    What is there already stays if it was made of the same files, tokenizer, surface forms and settings; otherwise it
-    is made anew, under another name until it is complete. Holds one batch in memory. To be run to its end by one
-    process; each step is short, so that others can wait for it in a collective. Raises ValueError as the readers do.
+    def encode(source: TextSource, summary: ReadSummary) -> Documents:
+        records = iter_records(source.paths, source.kind, on_bad_row=on_bad_row, summary=summary, columns=columns)
+        # Forms are hashed rather than in turn: rows whose kind alternates must not each get forms of their own.
+        texts = (
+            as_completion(record, zlib.crc32(f"{seed}/{source.name}/{number}".encode()))
+            if isinstance(record, Conversation)
+            else record.text
+            for number, record in enumerate(records)
+        )
+        for batch in _batches(texts, len):
+            yield [document_stream(ids, *around) for ids in tokenizer.encode_batch(batch)], None
+
+    around = tokenizer.eos_id, tokenizer.document_prefix
+    made_of = [SURFACE_FORMS, *around, seed, on_bad_row, columns or {}]
+    return _write(Path(folder), sources, tokenizer, made_of, encode, labelled=False)
+
+
+def write_chats(
+    folder: str | Path, kind: str, paths: Mapping[str, Sequence[str]], chat: ChatFormat, settings: ChatSettings
+) -> Iterator[int]:
+    """Make `folder`/name a token store of each name's files, as `_write` does.
+
+    `kind` is "conversations", each of them a document, or "preferences", each of them two: chosen, then rejected.
     """
-    folder = Path(folder)
-    key = _key(sources, tokenizer, seed, on_bad_row, columns)
+    columns, tokenizer = parse_columns(settings.columns), chat.tokenizer
+    length, bad, long = settings.row_length, settings.on_bad_row, settings.on_long_row
+
+    def encode(source: TextSource, summary: ReadSummary) -> Documents:
+        rows = iter_records(source.paths, kind, on_bad_row=bad, summary=summary, columns=columns)
+        fitting = encode_rows(rows, chat, length, bad, summary, long)
+        for batch in _batches(fitting, lambda examples: sum(len(one.tokens) for one in examples)):
+            examples = list(chain.from_iterable(batch))
+            yield [one.tokens for one in examples], [one.labels for one in examples]
+
+    made_of = [
+        chat_fingerprint(chat), chat.enable_thinking, chat.today, tokenizer.bos_id, tokenizer.eos_id,
+        length, bad, long, columns,
+    ]  # fmt: skip
+    for name, files in paths.items():
+        source = TextSource("files", kind, kind, tuple(map(str, files)))
+        yield from _write(Path(folder) / name, [source], tokenizer, made_of, encode, labelled=True)
+
+
+def _write(
+    folder: Path,
+    sources: Sequence[TextSource],
+    tokenizer: Tokenizer,
+    made_of: Sequence[Any],
+    encode: Callable[[TextSource, ReadSummary], Documents],
+    *,
+    labelled: bool,
+) -> Iterator[int]:
+    """Make `folder` a token store, yielding the number of documents done after each batch of them.
+
+    What is there already stays if it was made of the same files, tokenizer and settings (`made_of`); otherwise it is
+    made anew, under another name until it is complete. Holds one batch in memory. To be run to its end by one process;
+    each step is short, so that others can wait for it in a collective. Raises ValueError as the readers do.
+    """
+    key = hashlib.sha256(json.dumps([_VERSION, tokenizer.description(), *made_of]).encode())
+    for source in sources:
+        key.update(json.dumps(asdict(source)).encode())
+        for path in files_of(source.paths):
+            with path.open("rb") as data:
+                key.update(json.dumps([str(path), hashlib.file_digest(data, "sha256").hexdigest()]).encode())
     with suppress(ValueError):
-        if TokenStore(folder).key == key:
+        if TokenStore(folder).key == key.hexdigest():
             return
     temporary = folder.with_name(f".{folder.name}.tmp")
     for old in (temporary, folder):
@@ -55,28 +141,30 @@ def write_tokens(
     temporary.mkdir(parents=True)
     summary, digest = ReadSummary(), hashlib.sha256()
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    names = ["tokens.bin", "offsets.bin", "labels.bin"][: 2 + labelled]
     counts: list[int] = []
     end = 0
-    with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "offsets.bin", "wb") as offsets:
-        offsets.write(np.zeros(1, "<i8").tobytes())
+    with ExitStack() as stack:
+        files = [stack.enter_context((temporary / name).open("wb")) for name in names]
+        files[1].write(np.zeros(1, "<i8").tobytes())
         for source in sources:
             counts.append(0)
-            for batch in _batches(_texts(source, seed, on_bad_row, columns, summary)):
-                around = tokenizer.eos_id, tokenizer.document_prefix
-                streams = [document_stream(ids, *around) for ids in tokenizer.encode_batch(batch)]
-                ends = end + np.cumsum([len(stream) for stream in streams], dtype="<i8")
-                for file, data in ((tokens, np.fromiter(chain.from_iterable(streams), dtype)), (offsets, ends)):
-                    file.write(data.tobytes())
-                    digest.update(data.tobytes())
-                counts[-1] += len(batch)
+            for documents, labels in encode(source, summary):
+                ends = end + np.cumsum([len(ids) for ids in documents], dtype="<i8")
+                arrays = [np.fromiter(chain.from_iterable(documents), dtype), ends]
+                if labels is not None:
+                    arrays.append(np.fromiter(chain.from_iterable(labels), _LABEL))
+                for file, array in zip(files, arrays, strict=True):
+                    file.write(array.tobytes())
+                    digest.update(array.tobytes())
+                counts[-1] += len(documents)
                 end = int(ends[-1])
-                yield len(batch)
-    for name in ("tokens.bin", "offsets.bin"):
+                yield len(documents)
+    for name in names:
         sync(temporary / name)
     store = {
-        "key": key, "digest": digest.hexdigest(), "dtype": dtype.str, "tokens": end, "counts": counts,
-        "sources": [asdict(source) for source in sources], "rows": summary.rows,
-        "skipped": [asdict(row) for row in summary.skipped],
+        "key": key.hexdigest(), "digest": digest.hexdigest(), "dtype": dtype.str, "tokens": end, "counts": counts,
+        "labelled": labelled, "sources": [asdict(source) for source in sources], "read": asdict(summary),
     }  # fmt: skip
     write_text(temporary / "store.json", json.dumps(store, ensure_ascii=False))
     os.replace(temporary, folder)
@@ -85,45 +173,30 @@ def write_tokens(
 class TokenStore:
     """The documents of several sources as token ids on disk, mapped into memory, source after source.
 
-    Document d is tokens[offsets[d] : offsets[d + 1]], its prefix and end included; `counts` says how many documents
-    each of `sources` has, `summary` which rows were read and skipped, `digest` names the contents. Raises ValueError if
-    the folder holds no complete store.
+    Document d is tokens[offsets[d] : offsets[d + 1]]; `labels` are aligned with `tokens`. In running text they are the
+    next tokens, so the last one of a document is only predicted. `counts` says how many documents each of `sources`
+    has, `summary` which rows were read and skipped, `digest` names the contents. Raises ValueError if the folder holds
+    no complete store.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        file = self.folder / "store.json"
         try:
-            about = json.loads(file.read_text(encoding="utf-8"))
+            about = json.loads((self.folder / "store.json").read_text(encoding="utf-8"))
             self.key, self.digest = about["key"], about["digest"]
             self.counts: list[int] = about["counts"]
-            self.sources = [TextSource(**{**source, "paths": tuple(source["paths"])}) for source in about["sources"]]
-            self.summary = ReadSummary(about["rows"], [SkippedRow(**row) for row in about["skipped"]])
+            self.sources = [TextSource(**source) for source in about["sources"]]
+            self.summary = ReadSummary(**about["read"])
+            self.summary.skipped = [SkippedRow(**row) for row in about["read"]["skipped"]]
             self.tokens = self._map("tokens.bin", np.dtype(about["dtype"]), about["tokens"])
             self.offsets = self._map("offsets.bin", np.dtype("<i8"), sum(self.counts) + 1)
+            self.only_predicted = int(not about["labelled"])  # tokens at the end of each document
+            self.labels = self.tokens[1:] if self.only_predicted else self._map("labels.bin", _LABEL, about["tokens"])
             if self.offsets[-1] != len(self.tokens):
                 raise ValueError(f"its offsets end at {self.offsets[-1]}, its tokens at {len(self.tokens)}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"no complete token store ({error}); delete it, and the next run makes it again"
             raise ValueError(f"{self.folder}: {reason}") from None
-
-    def sizes(self) -> list[Numbers]:
-        """The tokens that each document fills in rows, source by source: all but its last, which is only predicted."""
-        sizes = np.maximum(np.diff(self.offsets) - 1, 0)
-        return np.split(sizes, np.cumsum(self.counts)[:-1]) if self.counts else []
-
-    def parts(self) -> set[str]:
-        """The parts of the mixture that hold any text."""
-        return {source.part for source, sizes in zip(self.sources, self.sizes(), strict=True) if sizes.any()}
-
-    def source_of(self, token: int) -> str:
-        """Where the token at this place comes from: "part/source document", documents counted from 1."""
-        document = int(np.searchsorted(self.offsets, token, side="right")) - 1
-        for source, count in zip(self.sources, self.counts, strict=True):
-            if document < count:
-                return f"{source.part}/{source.name} {document + 1}"
-            document -= count
-        raise IndexError(f"token {token} is beyond the {len(self.tokens)} of {self.folder}")
 
     def _map(self, name: str, dtype: np.dtype, count: int) -> NDArray[Any]:
         path = self.folder / name
@@ -131,32 +204,72 @@ class TokenStore:
             raise ValueError(f"{name} has {size} bytes, expected {count * dtype.itemsize}")
         return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)  # nothing cannot be mapped
 
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
-@contextmanager
-def discarded_on_error(folder: str | Path) -> Iterator[None]:
-    """Leave neither `folder` nor, if it has nothing else in it, its parent behind a user's mistake."""
-    try:
-        yield
-    except (ValueError, OSError):
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            Path(folder).parent.rmdir()
-        raise
+    def sizes(self) -> list[Numbers]:
+        """The tokens that each document fills in rows, source by source."""
+        sizes = np.maximum(np.diff(self.offsets) - self.only_predicted, 0)
+        return np.split(sizes, np.cumsum(self.counts)[:-1]) if self.counts else []
+
+    def parts(self) -> set[str]:
+        """The parts of the mixture that hold any text."""
+        return {source.part for source, sizes in zip(self.sources, self.sizes(), strict=True) if sizes.any()}
+
+    def example(self, start: int, length: int) -> Example:
+        """`length` tokens from `start` on, which belong to one document; named "part/source document", from 1."""
+        document, here = int(np.searchsorted(self.offsets, start, side="right")) - 1, slice(start, start + length)
+        first = np.cumsum([0, *self.counts])
+        number = int(np.searchsorted(first, document, side="right")) - 1
+        source = self.sources[number]
+        name = f"{source.part}/{source.name} {document - first[number] + 1}"
+        return Example(self.tokens[here].tolist(), self.labels[here].tolist(), name)
+
+
+def read_summary(*stores: TokenStore) -> ReadSummary:
+    """Which rows were read and skipped when these stores were made."""
+    read = [store.summary for store in stores]
+    rows = {file: count for one in read for file, count in one.rows.items()}
+    return ReadSummary(
+        rows, [row for one in read for row in one.skipped], [row for one in read for row in one.shortened]
+    )
+
+
+def discards_tokens(main: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Decorate a recipe: OUTPUT/tokens goes when the run is finished, or ends by a mistake before its first checkpoint.
+
+    A run that is stopped or killed keeps it, so the next start uses it again, and a mistake at that start leaves it.
+    """
+
+    @functools.wraps(main)
+    def wrapped(config: Any) -> None:
+        tokens = Path(config.output) / "tokens"
+        there = tokens.exists()
+        try:
+            main(config)
+        except (ValueError, OSError):
+            if not there and not any(tokens.parent.glob("checkpoints/*")):
+                shutil.rmtree(tokens, ignore_errors=True)
+            raise
+        shutil.rmtree(tokens, ignore_errors=True)
+
+    return wrapped
 
 
 class PackedRows:
     """Documents of a store in rows of up to `row_length` tokens, packed best-fit by length and read when asked for.
 
-    `order` numbers the documents. One longer than a row becomes several pieces; each token but the first of a document
-    is predicted once. Takes tens of bytes of memory for each piece.
+    `order` numbers the documents; None takes all of them once. One longer than a row becomes several pieces. Takes tens
+    of bytes of memory for each piece.
     """
 
-    def __init__(self, store: TokenStore, order: Numbers, row_length: int) -> None:
+    def __init__(self, store: TokenStore, order: Numbers | None, row_length: int) -> None:
         if row_length < 1:
             raise ValueError(f"row_length must be at least 1, found {row_length}")
         self.store, self.row_length = store, row_length
+        order = np.arange(len(store)) if order is None else order
         begin = store.offsets[order]
-        size = np.maximum(store.offsets[order + 1] - begin - 1, 0)
+        size = np.maximum(store.offsets[order + 1] - begin - store.only_predicted, 0)
         pieces = -(-size // row_length)
         nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of its document's pieces
         starts = np.repeat(begin, pieces) + nth * row_length
@@ -169,15 +282,17 @@ class PackedRows:
 
     def row(self, number: int) -> Row:
         """Row `number`; its `sources` name part, source and number of each document."""
-        row = Row([], [], [])
         here = slice(*self.rows[number : number + 2])
-        for start, length in zip(self.starts[here].tolist(), self.lengths[here].tolist(), strict=True):
-            piece = self.store.tokens[start : start + length + 1].tolist()
-            row.tokens.extend(piece[:-1])
-            row.labels.extend(piece[1:])
-            row.documents.extend([len(row.sources)] * length)
-            row.sources.append(self.store.source_of(start))
-        return row
+        pieces = zip(self.starts[here].tolist(), self.lengths[here].tolist(), strict=True)
+        return Row.of([self.store.example(start, length) for start, length in pieces])
+
+    def batch(self, numbers: Sequence[int], row_ids: Sequence[int]) -> Batch:
+        """The rows of these numbers, as `collate` joins them."""
+        return collate([self.row(number) for number in numbers], row_ids)
+
+    def describe(self) -> str:
+        """How many rows there are, and the share of positions that hold a token."""
+        return f"{len(self):,} rows of {self.row_length}, {self.utilization:.1%} used"
 
     @property
     def utilization(self) -> float:
@@ -193,42 +308,15 @@ class PackedRows:
         return digest.hexdigest()[:16]
 
 
-def _texts(
-    source: TextSource, seed: int, on_bad_row: str, columns: Mapping[str, str] | None, summary: ReadSummary
-) -> Iterator[str]:
-    records = iter_records(source.paths, source.kind, on_bad_row=on_bad_row, summary=summary, columns=columns)
-    for number, record in enumerate(records):
-        if isinstance(record, Conversation):
-            # Hashed rather than in turn: rows whose kind alternates must not each get forms of their own.
-            yield as_completion(record, zlib.crc32(f"{seed}/{source.name}/{number}".encode()))
-        else:
-            yield record.text
-
-
-def _batches(texts: Iterable[str], most: int = 1000, characters: int = 2**18) -> Iterator[list[str]]:
-    """Texts in lists of up to `most`, ended early by long ones: its encoding takes 100 bytes a character."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if len(batch) == most or size >= characters:
+def _batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items in lists of up to 1000, ended early by large ones: encoding takes 100 bytes a character."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if len(batch) == 1000 or total >= 2**18:
             yield batch
-            batch, size = [], 0
+            batch, total = [], 0
     if batch:
         yield batch
-
-
-def _key(
-    sources: Sequence[TextSource], tokenizer: Tokenizer, seed: int, on_bad_row: str, columns: Mapping[str, str] | None
-) -> str:
-    """Names all that a token store depends on."""
-    ends = [tokenizer.eos_id, tokenizer.document_prefix]
-    digest = hashlib.sha256(json.dumps([_VERSION, SURFACE_FORMS, ends, seed, on_bad_row, columns or {}]).encode())
-    digest.update(tokenizer.description().encode())
-    for source in sources:
-        digest.update(json.dumps(asdict(source)).encode())
-        for path in files_of(source.paths):
-            with path.open("rb") as file:
-                digest.update(json.dumps([str(path), hashlib.file_digest(file, "sha256").hexdigest()]).encode())
-    return digest.hexdigest()

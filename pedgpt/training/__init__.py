@@ -2,7 +2,7 @@
 
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.config import TrainingSettings, make_printable, parse_settings, run_recipe
-from pedgpt.training.distributed import World, gather_rows, gather_weights, shard, start, stop
+from pedgpt.training.distributed import World, gather_rows, gather_weights, run_on_main, shard, start, stop
 from pedgpt.training.loop import finish, is_finished, mean_loss, run_choices, run_date, train
 from pedgpt.training.metrics import ChosenLikelihoodWatch
 
@@ -20,6 +20,7 @@ __all__ = [
     "parse_settings",
     "run_choices",
     "run_date",
+    "run_on_main",
     "run_recipe",
     "shard",
     "start",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,26 @@ def from_main(value: Any, world: World) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0, device=world.device)
     return values[0]
+
+
+def run_on_main(steps: Iterator[int], world: World) -> None:
+    """Exhaust `steps` on the main rank, with a bar of what each has done; the others wait, as a collective is short.
+
+    Raises what the first rank raises there, and ValueError on the other ranks.
+    """
+    mistake: Exception | None = None
+    going = 1.0
+    show = {"desc": "tokens", "unit": " documents", "delay": 5.0, "mininterval": 1.0, "file": sys.stderr}
+    with tqdm(disable=not world.is_main, **show) as bar:
+        while going > 0:
+            try:
+                done = next(steps, 0) if world.is_main else 0
+            except (ValueError, OSError) as error:
+                mistake, done = error, -1
+            bar.update(max(0, done))
+            (going,) = sum_over_ranks([done], world)
+    if going < 0:
+        raise mistake or ValueError("the first rank met a mistake in the data, and says which")
 
 
 def gather_rows(values: Tensor, world: World) -> Tensor:

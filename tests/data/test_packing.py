@@ -20,7 +20,6 @@ from pedgpt.data import (
     collate,
     encode_conversations,
     encode_document,
-    fingerprint,
     pack,
     utilization,
 )
@@ -232,27 +231,3 @@ def test_over_long_conversation_is_an_error_that_names_it(spoken, row_length, fi
         with pytest.raises(ValueError, match="talk.jsonl:4.*10 tokens.*9.*row_length.*on_long_row"):
             encode_conversations(rows, chat, row_length, "error", summary)
     assert not summary.skipped
-
-
-def test_fingerprint_changes_with_anything_that_is_trained_on():
-    def rows(tokens=(5, 6, 7), labels=(6, 7, IGNORED), documents=(0, 0, 1)):
-        return [Row(list(tokens), list(labels), list(documents)), Row([1], [2], [0])]
-
-    variants = [
-        rows(),
-        rows(tokens=(5, 6, 8)),
-        rows(tokens=(56, 7, 7)),
-        rows(labels=(6, 7, 8)),
-        rows(labels=(IGNORED, 7, IGNORED)),
-        rows(documents=(0, 1, 2)),  # where one document ends is training data too
-        rows()[::-1],
-        rows()[:1],
-        [*rows(), *rows()],
-        [Row([5, 6], [6, 7], [0, 0]), Row([7, 1], [IGNORED, 2], [0, 1])],
-        [],
-    ]
-    assert len({fingerprint(variant) for variant in variants}) == len(variants)
-    assert fingerprint(rows()) == fingerprint(rows())
-    examples = [Example([1, 2], [2, 3], "a:1")]
-    assert fingerprint(examples) == fingerprint([Example([1, 2], [2, 3], "moved:7")])
-    assert fingerprint(examples) != fingerprint([Example([1, 2], [IGNORED, 3], "a:1")])

@@ -7,6 +7,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pedgpt.data import Message, PreferencePair, chat_format, encode_pair, load_tokenizer
+from pedgpt.data import (
+    Message,
+    PreferencePair,
+    StoredPairs,
+    TextSource,
+    TokenStore,
+    chat_format,
+    encode_pair,
+    load_tokenizer,
+)
+from pedgpt.data import store as token_store
 from pedgpt.data.preference import EncodedPair
 from pedgpt.data.reference import chat_fingerprint, load_reference, reference_key, save_reference, tokenizer_fingerprint
 
@@ -219,7 +230,22 @@ def changed_json(file, change):
 def key_of(folder, name="chatml", pairs=None, dtype="float32", model="m"):
     chat = chat_format(load_tokenizer(folder), name)
     pairs = [encode_pair(pair, chat) for pair in PAIRS] if pairs is None else pairs
-    return reference_key(model=model, chat=chat, pairs=pairs, dtype=dtype)
+    return reference_key(model=model, chat=chat, data=fingerprint(pairs, chat.tokenizer), dtype=dtype)
+
+
+def fingerprint(pairs, tokenizer):
+    """What the token store of these pairs calls them."""
+    examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
+
+    def encode(source, summary):
+        if examples:
+            yield [one.tokens for one in examples], [one.labels for one in examples]
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = TextSource("files", "preferences", "preferences", ())
+        for _ in token_store._write(Path(folder) / "store", [source], tokenizer, [], encode, labelled=True):
+            pass
+        return StoredPairs(TokenStore(Path(folder) / "store")).fingerprint
 
 
 def differing(one, two):

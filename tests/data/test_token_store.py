@@ -7,7 +7,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from pedgpt.data import (
     PackedRows,
     TextSource,
     TokenStore,
+    discards_tokens,
     mix,
     part_shares,
     read_conversations,
@@ -29,7 +32,6 @@ from pedgpt.data import (
 from pedgpt.data.hybrid import SURFACE_FORMS, as_completion
 from pedgpt.data.manifest import DOMAIN, INSTRUCTIONS
 from pedgpt.data.readers import detect_kind
-from pedgpt.data.store import discarded_on_error
 from pedgpt.training import BatchPlan
 
 SAMPLE = Path(__file__).parents[2] / "recipes" / "sample_corpus"
@@ -265,19 +267,29 @@ def test_a_store_that_was_not_finished_is_no_store(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.jsonl", "store"]
 
 
-def test_a_mistake_leaves_nothing_behind_and_nothing_else_is_touched(tmp_path):
-    for kept in (False, True):
-        tokens = tmp_path / "run" / "tokens"
-        tokens.mkdir(parents=True)
-        if kept:
-            (tmp_path / "run" / "metrics.jsonl").write_text("mine")
-        with pytest.raises(ValueError, match="mistake"), discarded_on_error(tokens):
-            raise ValueError("mistake")
-        assert not tokens.exists() and (tmp_path / "run").exists() == kept
-    tokens.mkdir()
-    with pytest.raises(KeyboardInterrupt), discarded_on_error(tokens):
-        raise KeyboardInterrupt
-    assert tokens.exists()
+@pytest.mark.parametrize("before", ["nothing", "tokens", "checkpoint"])
+@pytest.mark.parametrize(("end", "stays"), [(None, False), (ValueError, False), (OSError, False),
+                                            (KeyboardInterrupt, True), (SystemExit, True)])  # fmt: skip
+def test_tokens_go_when_a_run_is_finished_or_ends_by_a_mistake_before_its_first_checkpoint(
+    tmp_path, end, stays, before
+):
+    tokens = tmp_path / "tokens"
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    if before == "checkpoint":
+        (tmp_path / "checkpoints" / "step_0000003").mkdir(parents=True)
+    if before == "tokens":  # of a start before this one
+        tokens.mkdir()
+
+    @discards_tokens
+    def main(config):
+        tokens.mkdir(exist_ok=True)
+        if end:
+            raise end("mistake")
+
+    with pytest.raises(end, match="mistake") if end else nullcontext():
+        main(SimpleNamespace(output=str(tmp_path)))
+    assert tokens.exists() == (stays or (before != "nothing" and end is not None))
+    assert (tmp_path / "metrics.jsonl").exists()
 
 
 def plan_of(rows, epochs=2.0):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pedgpt.adapters import check_base
+from pedgpt.data import load_tokenizer
 from pedgpt.models import load_model, weights_fingerprint
 from pedgpt.models.transformer import Block
 
@@ -78,7 +79,7 @@ def test_evaluation_matches_cross_entropy_of_the_saved_model(lab, tmp_path):
     model = load_model(tmp_path / "model", dtype=torch.float64)
     ids = json.loads((tmp_path / "model" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     user, assistant, eos = ids["<reserved_106>"], ids["<reserved_107>"], ids["</s>"]
-    encode = lab.module("full_finetune").load_tokenizer(tmp_path / "model").encode
+    encode = load_tokenizer(tmp_path / "model").encode
     total, count = 0.0, 0
     for line in (lab.folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines():
         tokens, targets = [], []  # targets[t]: what position t − 1 should have said
