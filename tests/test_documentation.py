@@ -37,6 +37,14 @@ def test_the_tests_that_the_readme_names_exist():
     assert len(named) >= 9 and named <= defined
 
 
+@pytest.mark.parametrize("name", ["README", "tour"])
+def test_the_chinese_page_has_the_same_code_figures_and_tests(name):
+    """What is prose in English is prose in Chinese; the rest is the same, so that no page falls behind."""
+    english, chinese = {"README": README, "tour": TOUR}[name], (ROOT / "docs" / f"{name}.zh.md").read_text("utf-8")
+    same = r"^```(?:python|bash)\n.*?^```|`test_\w+`|\| *[\d.,]+(?: %)? *(?=\|)|^ +[\w/]+\.(?:py|sh)\b"
+    assert re.findall(same, chinese, re.DOTALL | re.MULTILINE) == re.findall(same, english, re.DOTALL | re.MULTILINE)
+
+
 def test_every_file_of_the_library_has_a_line_in_the_tour():
     files = {file.name for file in (ROOT / "pedgpt").rglob("*.py") if not file.name.startswith("_")}
     assert not [name for name in sorted(files) if name not in TOUR]
