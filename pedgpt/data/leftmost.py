@@ -3,37 +3,38 @@
 Behaviour: google/sentencepiece's `bpe_model.cc`.
 """
 
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from heapq import heappop, heappush
-from itertools import pairwise
+from itertools import combinations, pairwise
+
+import tokenizers
 
 MAX_KNOWN, MAX_KNOWN_CHUNK = 1 << 18, 64  # chunks whose ids are remembered, and the most ids of one
 _NONE: set[str] = set()
 
 
 class LeftmostMerges:
-    """Corrects the ids that `tokenizers` gives with a vocabulary in which several pieces share a score.
+    """Corrects the ids that `backend` gives with a vocabulary in which several pieces share a score.
 
     sentencepiece merges the pair of the highest score first and, among equal scores, the leftmost pair of the text. A
     BPE of `tokenizers` ranks its merges, so among equal scores it prefers one piece to another wherever they stand.
     A text can be cut between two characters that stand side by side in no piece, because no merge crosses such a
     place in either library. What lies between two cuts is a chunk, and its ids depend on nothing but itself: each
-    chunk is merged once in sentencepiece's order, and its ids are remembered.
+    chunk is merged once in sentencepiece's order, and its ids are remembered. `scores` holds the score of every id,
+    None for an id that no merge makes or uses. Added tokens are found before any merge, so nothing crosses them.
 
     NOTE: -0.0, the score of the first piece that was trained, equals 0.0, as for sentencepiece up to 0.2.1. Release
     0.2.3 puts it below 0.0, which matters where a user's piece of score 0 overlaps that one piece.
     """
 
-    def __init__(self, names: Sequence[str], scores: Sequence[float | None]) -> None:
-        """The piece and the score of every id; the score is None for an id that no merge makes or uses."""
-        normal = [
-            (i, name, score) for i, (name, score) in enumerate(zip(names, scores, strict=True)) if score is not None
-        ]
-        self.names = names
-        self.ids = {name: i for i, name, _ in normal}
-        self.made = {name: score for _, name, score in normal if len(name) > 1}
+    def __init__(self, backend: tokenizers.Tokenizer, scores: Sequence[float | None]) -> None:
+        size = max(backend.get_vocab().values()) + 1
+        self.names = [backend.id_to_token(i) or "" for i in range(size)]
+        normal = {self.names[i]: score for i, score in enumerate(scores) if score is not None}
+        self.ids = {name: i for i, name in enumerate(self.names) if name in normal}
+        self.made = {name: score for name, score in normal.items() if len(name) > 1}
         count = Counter(self.made.values())
         self.tied = {name: score for name, score in self.made.items() if count[score] > 1}
         inside: dict[str, set[str]] = defaultdict(set)  # the characters that follow this one in some piece
@@ -42,50 +43,31 @@ class LeftmostMerges:
                 inside[one].add(next_one)
         # By id: a piece's first character, and those that follow its last one in some piece. An id that no merge makes
         # or uses has neither, so that there is a cut beside it.
-        self.first, self.follow = [""] * len(names), [_NONE] * len(names)
-        for i, name, _ in normal:
-            self.first[i], self.follow[i] = sys.intern(name[0]), inside[name[-1]]
-        self.known: dict[tuple[int, ...], tuple[int, ...]] = {}
+        added = {token.content for token in backend.get_added_tokens_decoder().values() if not token.special}
+        merged = [name if name in normal and name not in added else "" for name in self.names]
+        self.first = [name[:1] for name in merged]
+        self.follow = [inside[name[-1]] if name else _NONE for name in merged]
+        self.known = lru_cache(MAX_KNOWN)(self._merge)
 
     def correct(self, ids: list[int]) -> list[int]:
-        """sentencepiece's ids of the text for which `tokenizers` gives `ids`."""
-        first, follow, known, whole = self.first, self.follow, self.known, tuple(ids)
+        """sentencepiece's ids of the text for which `backend` gives `ids`."""
+        first, follow, whole = self.first, self.follow, tuple(ids)
         cuts = [n for n, (a, b) in enumerate(pairwise(ids), start=1) if first[b] not in follow[a]]
         found: list[int] = []
         for start, end in pairwise([0, *cuts, len(ids)]):
-            chunk = whole[start:end]
-            found += known.get(chunk) or self._merge(chunk)
+            merge = self.known if end - start <= MAX_KNOWN_CHUNK else self._merge
+            found += merge(whole[start:end])
         return found
 
-    def keep(self, ids: Iterable[int]) -> None:
-        """Merge nothing across these ids: they are added tokens, which `tokenizers` finds before any merge."""
-        for i in ids:
-            missing = i + 1 - len(self.first)
-            self.first += [""] * missing
-            self.follow += [_NONE] * missing
-            self.first[i], self.follow[i] = "", _NONE
-
     def _merge(self, chunk: tuple[int, ...]) -> tuple[int, ...]:
-        merged = chunk
-        if chunk and self.first[chunk[0]]:  # an id that no merge uses is a chunk of its own
-            text = "".join([self.names[i] for i in chunk])
-            merged = chunk if self._is_untied(text) else self._merge_leftmost(text)
-        if len(chunk) <= MAX_KNOWN_CHUNK:
-            if len(self.known) >= MAX_KNOWN:
-                self.known.clear()
-            self.known[chunk] = merged
-        return merged
-
-    def _is_untied(self, text: str) -> bool:
-        """Whether a text is short and no two pieces in it share a score, so that `tokenizers` is right."""
-        size = len(text)
-        if size > 16:  # looking up every part of it would take longer than merging
-            return False
-        parts = [text[start:end] for start in range(size) for end in range(start + 2, size + 1)]
-        scores = [self.tied[part] for part in parts if part in self.tied]
-        return len(set(scores)) == len(scores)
-
-    def _merge_leftmost(self, text: str) -> tuple[int, ...]:
+        if not chunk or not self.first[chunk[0]]:  # an id that no merge uses is a chunk of its own
+            return chunk
+        text = "".join([self.names[i] for i in chunk])
+        if len(text) <= 16:  # in a longer one, looking up every part would take longer than merging
+            parts = [text[start:end] for start, end in combinations(range(len(text) + 1), 2)]
+            scores = [self.tied[part] for part in parts if part in self.tied]
+            if len(set(scores)) == len(scores):  # no two pieces in it share a score, so `tokenizers` is right
+                return chunk
         ends = {at: at + 1 for at in range(len(text))}  # where the symbol that begins here ends, and the reverse
         starts = {end: at for at, end in ends.items()}
         candidates: list[tuple[float, int, int]] = []

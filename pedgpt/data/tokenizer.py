@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import warnings
@@ -32,7 +31,6 @@ _COMPANIONS = (
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
-_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _CONTROL = re.compile(r"<[^<>\s]+>$")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>$")
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")  # add a bos unless their config says otherwise
@@ -41,9 +39,9 @@ _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")  # add a bos unless their conf
 class Tokenizer:
     """Token ids of plain text; special tokens enter only by id, never from text that spells them.
 
-    `bos_id`, `eos_id`, `pad_id` are None where the checkpoint names none. `document_prefix` holds the ids that the
-    checkpoint puts before a document: its bos, or nothing. `leftmost` corrects the ids that `backend` gives, where the
-    vocabulary needs it.
+    `bos_id`, `eos_id`, `pad_id` are None where the checkpoint names none. `special` holds the id of each special token.
+    `document_prefix` holds the ids that the checkpoint puts before a document: its bos, or nothing. `scores` are those
+    of `convert_sentencepiece`: where they are given, `leftmost` corrects the ids that `backend` gives.
     """
 
     def __init__(
@@ -51,22 +49,24 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         config: dict[str, Any],
         folder: Path | None = None,
-        leftmost: LeftmostMerges | None = None,
+        scores: Sequence[float | None] | None = None,
     ) -> None:
-        self.backend, self.config, self.folder, self.leftmost = backend, config, folder, leftmost
-        self.file = (folder or Path()) / (MODEL_FILE if folder and not (folder / JSON_FILE).is_file() else JSON_FILE)
-        with _blame((folder or Path()) / CONFIG_FILE):
+        self.backend, self.config, self.folder = backend, config, folder
+        place = folder or Path()
+        self.file = place / (MODEL_FILE if folder and not (folder / JSON_FILE).is_file() else JSON_FILE)
+        with _blame(place / CONFIG_FILE):
             self.bos_id, self.eos_id, self.pad_id = (self._named(key) for key in _NAMED[:3])
             lists = [config[key] for key in _LISTED if isinstance(config.get(key), list)]
-            special = [_content(token) for tokens in lists for token in tokens]
-            ids = [self.bos_id, self.eos_id, self.pad_id, *map(backend.token_to_id, filter(None, special))]
+            names = [_content(token) for tokens in lists for token in tokens]
+            ids = [self.bos_id, self.eos_id, self.pad_id, *map(backend.token_to_id, filter(None, names))]
         with _blame(self.file):
             _protect_special_tokens(backend, {i for i in ids if i is not None})
             backend.encode_special_tokens = True
             backend.no_truncation()
             backend.no_padding()
-            if leftmost:
-                leftmost.keep(i for i, token in backend.get_added_tokens_decoder().items() if not token.special)
+            added = backend.get_added_tokens_decoder().items()
+            self.special = {token.content: i for i, token in added if token.special and token.content}
+            self.leftmost = LeftmostMerges(backend, scores) if scores else None
             self.document_prefix = self._document_prefix()
 
     @property
@@ -102,12 +102,25 @@ class Tokenizer:
         """The ids of the special tokens that `strings` spell. No decoded text holds them, so they stop by id."""
         if isinstance(strings, str) or not all(strings):
             raise ValueError(f"stop_strings is {strings!r}; expected a list of texts that are not empty")
-        added = self.backend.get_added_tokens_decoder()
-        return {i for i, token in added.items() if token.special and token.content in strings}
+        return {self.special[text] for text in strings if text in self.special}
 
     def has(self, *names: str) -> bool:
         """Whether the vocabulary has all these tokens."""
         return all(self.backend.token_to_id(name) is not None for name in names)
+
+    def names(self) -> dict[str, str]:
+        """The special tokens that the checkpoint names, as chat templates know them: bos_token, eos_token, …"""
+        keys = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+        return {key: name for key in keys if (name := _content(self.config.get(key))) is not None}
+
+    def prefixes_after_special(self) -> bool:
+        """Whether a text gets SentencePiece's space also after a special token, as the tokenizer itself parses both."""
+        self.backend.encode_special_tokens = False
+        try:
+            parsed = (self.backend.encode(f"{name}a", add_special_tokens=False).ids for name in self.special)
+            return next(parsed, [0, *self.encode("a")])[1:] == self.encode("a")
+        finally:
+            self.backend.encode_special_tokens = True
 
     def description(self) -> str:
         """All that the ids of a text depend on, as text, from which a fingerprint is made."""
@@ -120,11 +133,11 @@ class Tokenizer:
     def check_fits(self, vocab_size: int, folder: str) -> None:
         """Raise ValueError if the tokenizer has ids beyond the model's vocabulary (which may well be larger)."""
         special = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
-        beyond = [f"{name} is {i}" for name, i in special.items() if i is not None and i >= vocab_size]
+        beyond = [f", its {name} is {i}" for name, i in special.items() if i is not None and i >= vocab_size]
         if self.vocab_size > vocab_size or beyond:
             raise ValueError(
                 f"{folder}: the model has a vocabulary of {vocab_size} tokens, its tokenizer needs {self.vocab_size}"
-                f"{''.join(f', its {text}' for text in beyond)}; they do not belong together"
+                f"{''.join(beyond)}; they do not belong together"
             )
 
     def save(self, folder: str | Path, *, convert: bool = False, chat_template: str | None = None) -> None:
@@ -136,40 +149,39 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.folder is not None and not convert:
-            # Code that auto_map names is copied, for tools that run it; pedgpt does not.
-            for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
-                source = own_file(self.folder, name)
-                if self.folder.resolve() == folder.resolve():
-                    continue
-                if source:
-                    with atomic_write(folder / name, "wb") as target, source.open("rb") as origin:
-                        shutil.copyfileobj(origin, target)
-                elif name == "chat_template.jinja":  # an earlier one would hide that of tokenizer_config.json
-                    (folder / name).unlink(missing_ok=True)
+        if self.folder is None or convert:
+            with _blame(self.file):
+                write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))
+            if self.leftmost:
+                warnings.warn(f"{folder / JSON_FILE}: {self._what_ranks_lose(self.leftmost)}", stacklevel=2)
+            config = self.config
+            if convert:
+                config = {key: config[key] for key in _NAMED if key in config}
+                config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+                config |= {"chat_template": chat_template} if chat_template else {}
+            write_json(folder / CONFIG_FILE, config)
             return
-        with _blame(self.file):
-            write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))
-        if self.leftmost:
-            warnings.warn(f"{folder / JSON_FILE}: {self._what_ranks_lose(self.leftmost)}", stacklevel=2)
-        config = self.config
-        if convert:
-            config = {key: config[key] for key in _NAMED if key in config}
-            config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-            config |= {"chat_template": chat_template} if chat_template else {}
-        write_json(folder / CONFIG_FILE, config)
+        # Code that auto_map names is copied, for tools that run it; pedgpt does not.
+        for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
+            source = own_file(self.folder, name)
+            if self.folder.resolve() == folder.resolve():
+                continue
+            if source:
+                with atomic_write(folder / name, "wb") as target, source.open("rb") as origin:
+                    shutil.copyfileobj(origin, target)
+            elif name == "chat_template.jinja":  # an earlier one would hide that of tokenizer_config.json
+                (folder / name).unlink(missing_ok=True)
 
     def _what_ranks_lose(self, leftmost: LeftmostMerges) -> str:
-        texts = list(itertools.islice(leftmost.overlaps(), 20_000))
-        wrong = []
-        for text in texts:
-            ids = [token.id for token in self.backend.model.tokenize(text)]
-            if ids != leftmost.correct(ids):
-                wrong.append(text)
-        examples = ", ".join(map(repr, (wrong or texts)[:3]))
+        ranked = {
+            text: [token.id for token in self.backend.model.tokenize(text)]
+            for text in itertools.islice(leftmost.overlaps(), 20_000)
+        }
+        wrong = [text for text, ids in ranked.items() if ids != leftmost.correct(ids)]
+        examples = ", ".join(map(repr, (wrong or list(ranked))[:3]))
         return (
             "this vocabulary has pieces that share a score. SentencePiece merges the leftmost of them first, which a"
-            f" tokenizer.json cannot say. It was tried on {len(texts)} texts in which two such pieces overlap, and"
+            f" tokenizer.json cannot say. It was tried on {len(ranked)} texts in which two such pieces overlap, and"
             f" gives other ids for {len(wrong)}{f' ({examples})' if examples else ''}. A tool that reads"
             f" {MODEL_FILE} itself gives equal ids"
         )
@@ -205,7 +217,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
         self.stop_ids = tokenizer.stop_ids(stop_strings)
         self.tokenizer, self.stop_strings, self.stopped = tokenizer, tuple(stop_strings), False
-        self.special = {i for i, t in tokenizer.backend.get_added_tokens_decoder().items() if t.special}
+        self.special = set(tokenizer.special.values())
         self.context: list[int] = []  # already given; decoded again so that spacing between tokens is right
         self.pending: list[int] = []
         self.held = ""
@@ -258,27 +270,22 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder: tokenizer.json, or else tokenizer.model (SentencePiece BPE, converted).
 
     added_tokens.json and tokenizer_config.json's added_tokens_decoder complete it; special_tokens_map.json names what
-    tokenizer_config.json does not. Conversions are kept in $PEDGPT_CACHE, else $XDG_CACHE_HOME/pedgpt, else
-    ~/.cache/pedgpt. Raises ValueError naming the file if there is no tokenizer, or a file is broken, contradicts
-    another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
+    tokenizer_config.json does not. Raises ValueError naming the file if there is no tokenizer, or a file is broken,
+    contradicts another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
     """
     folder = Path(folder)
     config, names = read_object(folder, CONFIG_FILE), read_object(folder, NAMES_FILE)
     config |= {key: names[key] for key in (*_NAMED, *_LISTED) if key in names and key not in config}
-    leftmost = None
-    if path := own_file(folder, JSON_FILE):
-        with _blame(path):
-            backend = _load_json(path)
-    elif path := own_file(folder, MODEL_FILE):
-        with _blame(path):
-            backend, leftmost = convert_sentencepiece(path, _cache_folder())
-    else:
+    path = own_file(folder, JSON_FILE) or own_file(folder, MODEL_FILE)
+    if path is None:
         raise ValueError(f"{folder}: no tokenizer; expected {JSON_FILE} or {MODEL_FILE}")
+    with _blame(path):
+        backend, scores = (_load_json(path), None) if path.name == JSON_FILE else convert_sentencepiece(path)
     with _blame(folder / CONFIG_FILE):
         if not isinstance(config.get("add_bos_token"), bool | None):
             raise ValueError(f"add_bos_token is {config['add_bos_token']!r}, expected true or false")
         _add_tokens(backend, path, config, read_object(folder, ADDED_FILE))
-    return Tokenizer(backend, config, folder, leftmost)
+    return Tokenizer(backend, config, folder, scores)
 
 
 def taught_folder(model: str, adapter: str = "") -> str:
@@ -320,39 +327,34 @@ def _protect_special_tokens(backend: tokenizers.Tokenizer, named: set[int]) -> N
     pairs and are not marked, <think> and </think>, stay what they are: tokens that text may hold.
     """
     added = backend.get_added_tokens_decoder()
-    tokens = {i: added.get(i) or AddedToken(backend.id_to_token(i), normalized=False) for i in {*added, *named}}
     names = {token.content for token in added.values()}
     tags = {name for name in names if {f"<{name.strip('</>')}>", f"</{name.strip('</>')}>"} <= names}
-    control = {name for name in names - tags if _CONTROL.match(name)}
-    unmarked = [t for i, t in tokens.items() if not t.special and (i in named or t.content in control)]
-    for token in unmarked:
+    control = {i for i, token in added.items() if _CONTROL.match(token.content) and token.content not in tags}
+    tokens = [added.get(i) or AddedToken(backend.id_to_token(i), normalized=False) for i in sorted(named | control)]
+    for token in tokens:
         token.special = True
-    backend.add_tokens(unmarked)
+    backend.add_tokens(tokens)
 
 
 def _load_json(path: Path) -> tokenizers.Tokenizer:
     text = path.read_bytes()
-    state = json.loads(text, object_pairs_hook=unique_keys)
-    model = state.get("model") if isinstance(state, dict) else None
-    if isinstance(model, dict) and model.get("merges") and model.get("continuing_subword_prefix"):
+    objects: list[dict[str, Any]] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        objects.append(unique_keys(pairs))
+        return objects[-1]
+
+    state = json.loads(text, object_pairs_hook=collect)
+    if any(found.get("merges") and found.get("continuing_subword_prefix") for found in objects):
         # The library cuts it off every merge unchecked, which aborts the process where it is not there.
         raise ValueError("a BPE with a continuing_subword_prefix is not supported")
-    steps = list(_objects([state.get(key) for key in _STEPS])) if isinstance(state, dict) else []
-    growth = math.prod(max(1, len(str(step["content"]))) for step in steps if "pattern" in step and "content" in step)
-    if growth > 1000 or any(isinstance(step.get("ids"), list) and len(step["ids"]) > 16 for step in steps):
-        raise ValueError(f"its {', '.join(_STEPS)} make a text more than 1,000 times as long")
+    growth = math.prod(max(1, len(str(step["content"]))) for step in objects if {"pattern", "content"} <= step.keys())
+    if growth > 1000 or any(isinstance(step.get("ids"), list) and len(step["ids"]) > 16 for step in objects):
+        raise ValueError("its steps before and after the model make a text more than 1,000 times as long")
     backend = tokenizers.Tokenizer.from_buffer(text)
     for token in state.get("added_tokens") or []:
         _check_id(backend, path, token["content"], token["id"])  # the library does not mind another id
     return backend
-
-
-def _objects(value: object) -> Iterator[dict[str, Any]]:
-    if isinstance(value, dict):
-        yield value
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _objects(part)
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, source: Path, config: dict[str, Any], others: dict[str, Any]) -> None:
@@ -375,7 +377,6 @@ def _add_tokens(backend: tokenizers.Tokenizer, source: Path, config: dict[str, A
             raise ValueError(f"{source.with_name(ADDED_FILE)}: the id of {name!r} is {i!r}, expected a whole number")
         declared.append((i, name, {}, ADDED_FILE))
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    fresh = []
     for _, name, flags, _ in sorted(declared, key=lambda token: token[0]):
         old = known.get(name)
         if old and not flags:
@@ -384,8 +385,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, source: Path, config: dict[str, A
             flags = flags | {"normalized": old is not None and old.normalized}
         flags["special"] = flags.get("special") or old is not None and old.special
         known[name] = AddedToken(name, **flags)
-        fresh.append(known[name])
-    backend.add_tokens(fresh)
+        backend.add_tokens([known[name]])
     for i, name, _, file in declared:
         _check_id(backend, source.with_name(file), name, i)
 
@@ -397,15 +397,6 @@ def _check_id(backend: tokenizers.Tokenizer, path: Path, token: str, declared: i
             f"{path}: token {token!r} is declared with id {declared}, but becomes {found}: added tokens must follow"
             " the vocabulary without holes, each with an id and a name of its own"
         )
-
-
-def _cache_folder() -> Path | None:
-    if chosen := os.environ.get("PEDGPT_CACHE"):
-        return Path(chosen)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pedgpt"
-    except RuntimeError:  # no home
-        return None
 
 
 @contextlib.contextmanager
