@@ -9,17 +9,17 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, Part, opens_thought, read_template
+from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, Part, opens_thought, read_template, text_of
 from pedgpt.data.records import Message
-from pedgpt.data.tokenizer import Tokenizer
+from pedgpt.data.tokenizer import Tokenizer, token_name
 from pedgpt.files import read_object, write_json, write_text
 
 IGNORE_INDEX = -100
 GENERATION_FILE = "generation_config.json"
 # Whitespace at the ends of a text shows whether a template trims it.
 _PROBES = [
-    [Message(role, f" {role} 1\n") for role in roles]
-    for roles in (["user", "assistant"] * 2, ["system", *["user", "assistant"] * 2])
+    [Message(role, f" {role} 1\n") for role in [*system, "user", "assistant", "user", "assistant"]]
+    for system in ([], ["system"])
 ]
 
 
@@ -38,7 +38,7 @@ class ChatFormat:
     fill: Callable[[str], str] | None = staticmethod(str)  # what it makes of a message's text
     role_tokens: tuple[str, ...] = ()  # a tokenizer that has them was made for this format
     more_ends: tuple[str, ...] = ()  # tokens that end an answer besides those that the template writes
-    answer_end: int | None = None  # what an answer's end teaches, where that is not the token that stands there
+    teaches_eos = False  # whether an answer's end teaches eos, and not the token that stands there
     opens_thought = False
 
     def __init__(self, tokenizer: Tokenizer, enable_thinking: bool | None = None, today: str = "") -> None:
@@ -48,12 +48,14 @@ class ChatFormat:
         if found is None:
             raise ValueError(f"{folder}: it has no chat_template; set chat_format to a format by its name")
         special = tokenizer.special | {role: tokenizer.token_id(role) for role in self.role_tokens}
-        names = tokenizer.names()
+        named = {key: token_name(value) for key, value in tokenizer.config.items() if key.endswith("_token")}
+        names = {key: token for key, token in named.items() if token is not None}
         for key in ("bos_token", "eos_token"):
             if key in self.jinja and key not in names:
                 raise ValueError(f"{name} needs a {key} in tokenizer_config.json")
         self.template = ChatTemplate(*found, names, special, enable_thinking, read_day(today), self.fill)
         self.thinks, self.today = self.template.thinks, self.template.today
+        self.answer_end = tokenizer.eos_id if self.teaches_eos else None
         self.stop_tokens = self._stop_tokens()
         # Some tokens (Phi's) swallow the whitespace beside them.
         added = tokenizer.backend.get_added_tokens_decoder().items()
@@ -132,17 +134,15 @@ class ChatFormat:
         write_json(Path(folder) / GENERATION_FILE, settings)
 
     def agrees(self, other: ChatFormat) -> bool:
-        """Whether two formats give the same ids, but for what may follow the last answer of a whole conversation."""
-        for probe in _PROBES:
-            for messages, generation_prompt in ((probe, False), (probe[:-1], True)):
-                try:
-                    left, right = (chat.render(messages, set(), generation_prompt)[0] for chat in (self, other))
-                except ValueError:  # a template without a system text, say, is not the built-in format
+        """Whether two formats write the same, but for what may follow the last answer of a whole conversation."""
+        with suppress(ValueError):  # a template without a system text, say, is not the built-in format
+            for probe in _PROBES:
+                left, right = (text_of(chat.template.parts(probe, False)) for chat in (self, other))
+                prompts = [text_of(chat.template.parts(probe[:-1], True)) for chat in (self, other)]
+                if prompts[0] != prompts[1] or not (left.startswith(right) or right.startswith(left)):
                     return False
-                common = max(len(left), len(right)) if generation_prompt else min(len(left), len(right))
-                if left[:common] != right[:common]:
-                    return False
-        return True
+            return True
+        return False
 
     def _stop_tokens(self) -> tuple[int, ...]:
         """What ends an answer in the template, the end of a text, and the ends of generation_config.json, each once."""
@@ -185,6 +185,7 @@ class Baichuan2Chat(ChatFormat):
     """
 
     role_tokens = ("<reserved_106>", "<reserved_107>")
+    teaches_eos = True
     jinja = (
         "{% for message in messages %}"
         "{{ {'system': '', 'user': '<reserved_106>', 'assistant': '<reserved_107>'}[message['role']] }}"
@@ -193,10 +194,6 @@ class Baichuan2Chat(ChatFormat):
         "{% if add_generation_prompt %}{{ '<reserved_107>' }}"
         "{% elif messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     )
-
-    def __init__(self, tokenizer: Tokenizer, enable_thinking: bool | None = None, today: str = "") -> None:
-        super().__init__(tokenizer, enable_thinking, today)
-        self.answer_end = tokenizer.eos_id
 
 
 class ChatML(ChatFormat):

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date, datetime, time
 from functools import lru_cache, partial
-from itertools import takewhile, zip_longest
+from itertools import cycle, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -112,7 +112,7 @@ class ChatTemplate:
         if placed and not opened:
             return written
         prompt = self._written(messages[:-1], True)
-        if placed and not off and _text(written).startswith(_text(prompt)):
+        if placed and not off and text_of(written).startswith(text_of(prompt)):
             return written
         # The template drops the reasoning, or does not go on from its own prompt: write what a model would write there.
         opening = [] if opened else self._literal("<think>\n", last)
@@ -131,11 +131,11 @@ class ChatTemplate:
         parts, at = [], 0
         for number, part in enumerate(outline, start=1):
             if part.place is not None:
-                following = _text(takewhile(lambda part: part.place is None, outline[number:]))
+                following = text_of(takewhile(lambda part: part.place is None, outline[number:]))
                 part = part._replace(text=_stretch(said[part.place], following, text, at))
             parts.append(part)
             at += len(part.text)
-        if _text(parts) != text:
+        if text_of(parts) != text:
             raise self._error("changes the messages' text, so that answers cannot be told from the rest")
         return parts
 
@@ -144,59 +144,52 @@ class ChatTemplate:
 
     def _new_outline(self, shape: Shape, generation_prompt: bool) -> list[Part]:
         """`_written` for these roles, without the messages' text; an empty text has no part with a `place`."""
-        rendered = self._render_places(shape, generation_prompt)
+        rendered = self._rendered_places(shape, generation_prompt)
         for i, (role, has_content, _) in enumerate(shape):
             if has_content and f"{_LEFT}{2 * i}{_RIGHT}" not in rendered:
                 raise self._error(f"leaves out message {i + 1}, of role {role}")
-        answers = {i for i, (role, *_) in enumerate(shape) if role == "assistant"}
+        marked = rendered if self.marks_answers else self._mark_answers(rendered, shape)
         parts: list[Part] = []
-        last: int | None = None
-        if self.marks_answers:  # a block belongs to the answer in it, or the last one
-            for number, stretch in enumerate(_BLOCK.split(rendered)):
-                texts, places = self._cut(stretch, shape)
-                said = [place // 2 for place in places if place // 2 in answers]
-                last = said[0] if said and number % 2 else last
-                speaker = last if number % 2 else None
-                for text, place in zip_longest(texts, places):
-                    parts += self._literal(text, speaker)
-                    parts += [] if place is None else [Part("", speaker, place)]
-                last = said[-1] if said and not number % 2 else last
-            return parts
-        texts, places = self._cut(rendered, shape)
-        for text, place in zip_longest(texts, places):
-            message = None if place is None else place // 2
-            # The text of an answer goes on to the token that ends it,
-            ended = self.pattern.search(text) if last in answers else None
-            end = ended.end() if ended else 0
-            start = len(text)
-            if message in answers and message:
-                # and begins where the generation prompt ends: a <think></think> after that is the model's to write.
-                opening = self._cut(self._render_places(shape[:message], True), shape)[0][-1]
-                start = max(end, len(opening)) if text.startswith(opening) else start
-            if message in answers and message == last:  # what stands between reasoning and answer is the model's, too
-                end = start = 0
-            speaker = message if message in answers else None
-            parts += [*self._literal(text[:end], last), *self._literal(text[end:start])]
-            parts += self._literal(text[start:], speaker)
-            parts += [] if place is None else [Part("", speaker, place)]
-            last = message
+        last = None  # the answer that was written last
+        for is_block, stretch in zip(cycle([False, True]), _BLOCK.split(marked)):
+            pieces = _PLACE.split(stretch)  # a literal text and a place in turn
+            said = [int(place) // 2 for place in pieces[1::2] if shape[int(place) // 2][0] == "assistant"]
+            speaker = next(iter(said), last) if is_block else None
+            for n, piece in enumerate(pieces):
+                parts += [Part("", speaker, int(piece))] if n % 2 else self._literal(piece, speaker)
+            last = speaker if is_block else next(reversed(said), last)
         return parts
 
-    def _render_places(self, shape: Shape, generation_prompt: bool) -> str:
+    def _mark_answers(self, rendered: str, shape: Shape) -> str:
+        """Put the marks of `{% generation %}` around each answer."""
+        for i in reversed([i for i, (role, *_) in enumerate(shape) if role == "assistant"]):
+            places = re.findall(f"{_LEFT}(?:{2 * i}|{2 * i + 1}){_RIGHT}", rendered)
+            if not places:
+                continue
+            # It begins where the generation prompt ends: a <think></think> after that is the model's to write.
+            before, _, rest = rendered.partition(places[0])
+            literal = before.rpartition(_RIGHT)[2]
+            opening = self._rendered_places(shape[:i], True).rpartition(_RIGHT)[2] if i else literal
+            start = len(before) - (len(literal) - len(opening) if literal.startswith(opening) else 0)
+            # It goes on to the token that ends it.
+            end = rendered.rindex(places[-1]) + len(places[-1])
+            after = re.split(f"[{_LEFT}{_BEGIN}]", rendered[end:])[0]
+            ended = self.pattern.search(after)
+            end += ended.end() if ended else 0
+            rendered = f"{rendered[:start]}{_BEGIN}{rendered[start:end]}{_END}{rendered[end:]}"
+        return rendered
+
+    def _rendered_places(self, shape: Shape, generation_prompt: bool) -> str:
         """The template's text with the number of its place, between two marks, for each text of a message."""
         told = [is_there for _, *both in shape for is_there in both]
         said = [f"{_LEFT}{place}{_RIGHT}" if is_there else "" for place, is_there in enumerate(told)]
-        return self._render(said, [role for role, *_ in shape], generation_prompt, pedgpt_begin=_BEGIN, pedgpt_end=_END)
-
-    def _cut(self, rendered: str, shape: Shape) -> tuple[list[str], list[int]]:
-        """The literal texts between the places, and the places."""
-        pieces = _PLACE.split(rendered)
-        texts, places = pieces[::2], list(map(int, pieces[1::2]))
-        forged = [f"{_LEFT}{place}{_RIGHT}" for place in places if place >= 2 * len(shape)]
-        forged += [] if self.marks_answers else [mark for mark in (_BEGIN, _END) if mark in rendered]
+        marks = {"pedgpt_begin": _BEGIN, "pedgpt_end": _END}
+        text = self._render(said, [role for role, *_ in shape], generation_prompt, **marks)
+        forged = [mark[0] for mark in _PLACE.finditer(text) if int(mark[1]) >= len(told)]
+        forged += [] if self.marks_answers else [mark for mark in marks.values() if mark in text]
         if forged:
             raise self._error(f"writes {ascii(forged[0])}, which is no character of any text")
-        return texts, places
+        return text
 
     def _literal(self, text: str, speaker: int | None = None) -> list[Part]:
         """The template's own writing, cut at special tokens."""
@@ -257,10 +250,11 @@ class _Generation(Extension):
 
 def opens_thought(prompt: Iterable[Part]) -> bool:
     """Whether what is written after this prompt is reasoning."""
-    return _text(prompt).rstrip().endswith("<think>")
+    return text_of(prompt).rstrip().endswith("<think>")
 
 
-def _text(parts: Iterable[Part]) -> str:
+def text_of(parts: Iterable[Part]) -> str:
+    """The rendered text, special tokens spelled out."""
     return "".join([part.text for part in parts])
 
 

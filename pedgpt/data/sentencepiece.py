@@ -8,10 +8,13 @@ be reproduced is refused. So equal text gives equal ids.
 import math
 import re
 import struct
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from heapq import heappop, heappush
+from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import AddedToken, NormalizedString, Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
@@ -21,9 +24,11 @@ BPE_MODEL = 2  # of 1 unigram, 2 BPE, 3 word, 4 char
 SPACE = "▁"
 MAX_RULE_BYTES = 512  # what one character may become; NFKC's longest takes 33
 MAX_PIECE_LENGTH = 512  # the trainer's own limit; it keeps the search for merges linear in the file's size
+MAX_KNOWN, MAX_KNOWN_CHUNK = 1 << 18, 64  # chunks whose ids are remembered, and the most ids of one
 
 # The fields of each message that ids and text depend on: number, name and default.
 Schema = dict[int, tuple[str, Any]]
+Piece = tuple[str, float, int]  # text, score and type
 MODEL: Schema = {1: ("piece", b""), 2: ("trainer", b""), 3: ("normalizer", b""), 5: ("denormalizer", b"")}
 PIECE: Schema = {1: ("piece", b""), 2: ("score", 0.0), 3: ("type", NORMAL)}
 TRAINER: Schema = {
@@ -35,13 +40,6 @@ NORMALIZER: Schema = {
 }  # fmt: skip
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 WIRE_TYPES = {int: VARINT, bytes: BYTES, float: FIXED32}
-
-
-class SentencePieceModel(NamedTuple):
-    """A `tokenizer.model`: pieces (text, score, type) in the order of their ids, and the settings of the schemas."""
-
-    pieces: list[tuple[str, float, int]]
-    settings: dict[str, Any]
 
 
 def convert_sentencepiece(path: str | Path) -> tuple[Tokenizer, list[float | None] | None]:
@@ -57,19 +55,19 @@ def convert_sentencepiece(path: str | Path) -> tuple[Tokenizer, list[float | Non
     Raises ValueError naming the file if it is damaged, not BPE, or not reproducible; OSError if it cannot be read.
     """
     try:
-        model = parse_sentencepiece(Path(path).read_bytes())
-        tokenizer = _convert(model)
+        pieces, settings = parse_sentencepiece(Path(path).read_bytes())
+        tokenizer = _convert(pieces, settings)
     except ValueError as error:
         raise ValueError(f"{path}: a damaged SentencePiece model, or one that cannot be converted: {error}") from None
-    made = [score for piece, score, kind in model.pieces if kind == NORMAL and len(piece) > 1]
+    made = [score for piece, score, kind in pieces if kind == NORMAL and len(piece) > 1]
     tied = len(set(made)) < len(made)
-    return tokenizer, [score if kind == NORMAL else None for _, score, kind in model.pieces] if tied else None
+    return tokenizer, [score if kind == NORMAL else None for _, score, kind in pieces] if tied else None
 
 
-def parse_sentencepiece(data: bytes) -> SentencePieceModel:
-    """Read a model of any type: ModelProto {1 pieces, 2 trainer, 3 normalizer, 5 denormalizer}.
+def parse_sentencepiece(data: bytes) -> tuple[list[Piece], dict[str, Any]]:
+    """The pieces of a model of any type, in the order of their ids, and the settings of the schemas above.
 
-    Raises ValueError saying what is wrong with it.
+    Raises ValueError saying what is wrong with the model.
     """
     messages = defaultdict(list)
     for name, value in _fields(data, MODEL):
@@ -90,7 +88,7 @@ def parse_sentencepiece(data: bytes) -> SentencePieceModel:
             raise ValueError(f"pieces {ids[pieces[i][0]]} and {i} are the same, {pieces[i][0]!r}")
     settings = _message(messages["trainer"], TRAINER) | _message(messages["normalizer"], NORMALIZER)
     settings["denormalizer"] = _message(messages["denormalizer"], NORMALIZER)["charsmap"]
-    return SentencePieceModel(pieces, settings)
+    return pieces, settings
 
 
 def _message(parts: list[bytes], schema: Schema) -> dict[str, Any]:
@@ -130,8 +128,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     raise ValueError("a number is longer than 10 bytes" if shift == 70 else "it ends inside a number")
 
 
-def _convert(model: SentencePieceModel) -> Tokenizer:
-    pieces, settings = model
+def _convert(pieces: list[Piece], settings: dict[str, Any]) -> Tokenizer:
     unknown = [piece for piece, _, kind in pieces if kind == UNKNOWN]
     if len(unknown) != 1:
         raise ValueError(f"it has {len(unknown)} unknown pieces (type {UNKNOWN}), not one")
@@ -144,9 +141,8 @@ def _convert(model: SentencePieceModel) -> Tokenizer:
         "a long unk_surface": len(settings["unk_surface"]) > MAX_RULE_BYTES,
         "unused pieces": any(kind == UNUSED for _, _, kind in pieces),
     }
-    if any(unsupported.values()):
-        found = ", ".join(name for name, is_there in unsupported.items() if is_there)
-        raise ValueError(f"it has {found}, which tokenizers cannot reproduce")
+    if found := [name for name, is_there in unsupported.items() if is_there]:
+        raise ValueError(f"it has {', '.join(found)}, which tokenizers cannot reproduce")
     byte_fallback = bool(settings["byte_fallback"])
     byte_pieces = {piece for piece, _, kind in pieces if kind == BYTE}
     if byte_pieces != ({f"<0x{byte:02X}>" for byte in range(256)} if byte_fallback else set()):
@@ -171,7 +167,7 @@ def _convert(model: SentencePieceModel) -> Tokenizer:
     return tokenizer
 
 
-def _merges(pieces: list[tuple[str, float, int]], ids: dict[str, int]) -> list[tuple[str, str]]:
+def _merges(pieces: list[Piece], ids: dict[str, int]) -> list[tuple[str, str]]:
     ranked = []
     for piece, score, kind in pieces:
         if kind != NORMAL or len(piece) == 1:
@@ -252,3 +248,90 @@ def _decoder(settings: dict[str, Any], unknown: str) -> decoders.Decoder:
         return decoders.Sequence([surface, spaces, *fuse])
     leading = rf"\A{SPACE}+" if settings["remove_extra_whitespaces"] else rf"\A{SPACE}"
     return decoders.Sequence([surface, *fuse, decoders.Replace(Regex(leading), ""), spaces])
+
+
+class LeftmostMerges:
+    """Corrects the ids that `backend` gives with a vocabulary in which several pieces share a score.
+
+    sentencepiece merges the pair of the highest score first and, among equal scores, the leftmost pair of the text. A
+    BPE of `tokenizers` ranks its merges, so among equal scores it prefers one piece to another wherever they stand.
+    A text can be cut between two characters that stand side by side in no piece, because no merge crosses such a
+    place in either library. What lies between two cuts is a chunk, and its ids depend on nothing but itself: each
+    chunk is merged once in sentencepiece's order, and its ids are remembered. `scores` holds the score of every id,
+    None for an id that no merge makes or uses. Added tokens are found before any merge, so nothing crosses them.
+
+    NOTE: -0.0, the score of the first piece that was trained, equals 0.0, as for sentencepiece up to 0.2.1. Release
+    0.2.3 puts it below 0.0, which matters where a user's piece of score 0 overlaps that one piece.
+    """
+
+    def __init__(self, backend: Tokenizer, scores: Sequence[float | None]) -> None:
+        size = max(backend.get_vocab().values()) + 1
+        self.names = [backend.id_to_token(i) or "" for i in range(size)]
+        normal = {self.names[i]: score for i, score in enumerate(scores) if score is not None}
+        self.ids = {name: i for i, name in enumerate(self.names) if name in normal}
+        self.made = {name: score for name, score in normal.items() if len(name) > 1}
+        count = Counter(self.made.values())
+        self.tied = {name: score for name, score in self.made.items() if count[score] > 1}
+        inside: dict[str, set[str]] = defaultdict(set)  # the characters that follow this one in some piece
+        for name in self.made:
+            for one, next_one in pairwise(name):
+                inside[one].add(next_one)
+        # By id: a piece's first character, and those that follow its last one in some piece. An id that no merge makes
+        # or uses has neither, so that there is a cut beside it.
+        added = {token.content for token in backend.get_added_tokens_decoder().values() if not token.special}
+        merged = [name if name in normal and name not in added else "" for name in self.names]
+        self.first = [name[:1] for name in merged]
+        self.follow = [inside[name[-1]] if name else set() for name in merged]
+        self.known = lru_cache(MAX_KNOWN)(self._merge)
+
+    def correct(self, ids: list[int]) -> list[int]:
+        """sentencepiece's ids of the text for which `backend` gives `ids`."""
+        first, follow, whole = self.first, self.follow, tuple(ids)
+        cuts = [n for n, (a, b) in enumerate(pairwise(ids), start=1) if first[b] not in follow[a]]
+        found: list[int] = []
+        for start, end in pairwise([0, *cuts, len(ids)]):
+            merge = self.known if end - start <= MAX_KNOWN_CHUNK else self._merge
+            found += merge(whole[start:end])
+        return found
+
+    def _merge(self, chunk: tuple[int, ...]) -> tuple[int, ...]:
+        if not chunk or not self.first[chunk[0]]:  # an id that no merge uses is a chunk of its own
+            return chunk
+        text = "".join([self.names[i] for i in chunk])
+        if len(text) <= 16:  # in a longer one, looking up every part would take longer than merging
+            parts = [text[start:end] for start, end in combinations(range(len(text) + 1), 2)]
+            scores = [self.tied[part] for part in parts if part in self.tied]
+            if len(set(scores)) == len(scores):  # no two pieces in it share a score, so `tokenizers` is right
+                return chunk
+        ends = {at: at + 1 for at in range(len(text))}  # where the symbol that begins here ends, and the reverse
+        starts = {end: at for at, end in ends.items()}
+        candidates: list[tuple[float, int, int]] = []
+
+        def propose(start: int, end: int) -> None:
+            if (score := self.made.get(text[start:end])) is not None:
+                heappush(candidates, (-score, start, end))
+
+        for at in range(len(text) - 1):
+            propose(at, at + 2)
+        while candidates:
+            _, start, end = heappop(candidates)
+            middle = ends.get(start, end)
+            if ends.get(middle) != end:
+                continue  # one of the two symbols has gone into another piece since
+            del ends[middle], starts[middle]
+            ends[start], starts[end] = end, start
+            if start in starts:
+                propose(starts[start], end)
+            if end in ends:
+                propose(start, ends[end])
+        return tuple(self.ids[text[start:end]] for start, end in ends.items())
+
+    def overlaps(self) -> Iterator[str]:
+        """The texts in which two pieces of equal score overlap, so that one of them cannot be made."""
+        begins = defaultdict(list)
+        for piece, score in self.tied.items():
+            for n in range(1, len(piece)):
+                begins[score, piece[:n]].append(piece)
+        for piece, score in self.tied.items():
+            for n in range(1, len(piece)):
+                yield from (piece + other[n:] for other in begins.get((score, piece[-n:]), ()) if other != piece)

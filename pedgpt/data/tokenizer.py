@@ -17,8 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from pedgpt.data.leftmost import LeftmostMerges
-from pedgpt.data.sentencepiece import convert_sentencepiece
+from pedgpt.data.sentencepiece import LeftmostMerges, convert_sentencepiece
 from pedgpt.files import atomic_write, own_file, read_object, unique_keys, write_json, write_text
 
 JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
@@ -52,22 +51,28 @@ class Tokenizer:
         scores: Sequence[float | None] | None = None,
     ) -> None:
         self.backend, self.config, self.folder = backend, config, folder
-        place = folder or Path()
-        self.file = place / (MODEL_FILE if folder and not (folder / JSON_FILE).is_file() else JSON_FILE)
-        with _blame(place / CONFIG_FILE):
-            self.bos_id, self.eos_id, self.pad_id = (self._named(key) for key in _NAMED[:3])
-            lists = [config[key] for key in _LISTED if isinstance(config.get(key), list)]
-            names = [_content(token) for tokens in lists for token in tokens]
-            ids = [self.bos_id, self.eos_id, self.pad_id, *map(backend.token_to_id, filter(None, names))]
+        is_json = folder is None or (folder / JSON_FILE).is_file()
+        self.file = (folder or Path()) / (JSON_FILE if is_json else MODEL_FILE)
         with _blame(self.file):
-            _protect_special_tokens(backend, {i for i in ids if i is not None})
+            named = [self._named(key) for key in _NAMED[:3]]
+            self.bos_id, self.eos_id, self.pad_id = named
+            lists = [config[key] for key in _LISTED if isinstance(config.get(key), list)]
+            named += [backend.token_to_id(token_name(token) or "") for tokens in lists for token in tokens]
+            _protect_special_tokens(backend, {i for i in named if i is not None})
             backend.encode_special_tokens = True
             backend.no_truncation()
             backend.no_padding()
             added = backend.get_added_tokens_decoder().items()
             self.special = {token.content: i for i, token in added if token.special and token.content}
             self.leftmost = LeftmostMerges(backend, scores) if scores else None
-            self.document_prefix = self._document_prefix()
+            if is_json:
+                found = backend.encode("a", add_special_tokens=True)
+                marked = zip(found.ids, found.special_tokens_mask, strict=True)
+                self.document_prefix = [i for i, _ in itertools.takewhile(lambda pair: pair[1], marked)]
+            else:
+                chosen, default = config.get("add_bos_token"), config.get("tokenizer_class") in _LLAMA
+                adds_bos = default if chosen is None else chosen
+                self.document_prefix = [self.bos_id] if adds_bos and self.bos_id is not None else []
 
     @property
     def vocab_size(self) -> int:
@@ -108,19 +113,12 @@ class Tokenizer:
         """Whether the vocabulary has all these tokens."""
         return all(self.backend.token_to_id(name) is not None for name in names)
 
-    def names(self) -> dict[str, str]:
-        """The special tokens that the checkpoint names, as chat templates know them: bos_token, eos_token, …"""
-        keys = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-        return {key: name for key in keys if (name := _content(self.config.get(key))) is not None}
-
     def prefixes_after_special(self) -> bool:
         """Whether a text gets SentencePiece's space also after a special token, as the tokenizer itself parses both."""
         self.backend.encode_special_tokens = False
-        try:
-            parsed = (self.backend.encode(f"{name}a", add_special_tokens=False).ids for name in self.special)
-            return next(parsed, [0, *self.encode("a")])[1:] == self.encode("a")
-        finally:
-            self.backend.encode_special_tokens = True
+        parsed = [self.backend.encode(f"{name}a", add_special_tokens=False).ids for name in list(self.special)[:1]]
+        self.backend.encode_special_tokens = True
+        return not parsed or parsed[0][1:] == self.encode("a")
 
     def description(self) -> str:
         """All that the ids of a text depend on, as text, from which a fingerprint is made."""
@@ -153,7 +151,7 @@ class Tokenizer:
             with _blame(self.file):
                 write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))
             if self.leftmost:
-                warnings.warn(f"{folder / JSON_FILE}: {self._what_ranks_lose(self.leftmost)}", stacklevel=2)
+                self._warn_of_ranks(folder / JSON_FILE, self.leftmost)
             config = self.config
             if convert:
                 config = {key: config[key] for key in _NAMED if key in config}
@@ -172,38 +170,24 @@ class Tokenizer:
             elif name == "chat_template.jinja":  # an earlier one would hide that of tokenizer_config.json
                 (folder / name).unlink(missing_ok=True)
 
-    def _what_ranks_lose(self, leftmost: LeftmostMerges) -> str:
-        ranked = {
-            text: [token.id for token in self.backend.model.tokenize(text)]
-            for text in itertools.islice(leftmost.overlaps(), 20_000)
-        }
-        wrong = [text for text, ids in ranked.items() if ids != leftmost.correct(ids)]
-        examples = ", ".join(map(repr, (wrong or list(ranked))[:3]))
-        return (
-            "this vocabulary has pieces that share a score. SentencePiece merges the leftmost of them first, which a"
-            f" tokenizer.json cannot say. It was tried on {len(ranked)} texts in which two such pieces overlap, and"
-            f" gives other ids for {len(wrong)}{f' ({examples})' if examples else ''}. A tool that reads"
-            f" {MODEL_FILE} itself gives equal ids"
+    def _warn_of_ranks(self, file: Path, leftmost: LeftmostMerges) -> None:
+        tried = list(itertools.islice(leftmost.overlaps(), 20_000))
+        ranked = [[token.id for token in self.backend.model.tokenize(text)] for text in tried]
+        wrong = [text for text, ids in zip(tried, ranked, strict=True) if ids != leftmost.correct(ids)]
+        warnings.warn(
+            f"{file}: this vocabulary has pieces that share a score. SentencePiece merges the leftmost of them first,"
+            f" which a tokenizer.json cannot say. It was tried on {len(tried)} texts in which two such pieces overlap,"
+            f" and gives other ids for {len(wrong)} ({', '.join(map(repr, (wrong or tried)[:3]))}). A tool that reads"
+            f" {MODEL_FILE} itself gives equal ids",
+            stacklevel=3,
         )
 
     def _named(self, key: str) -> int | None:
-        if (value := self.config.get(key)) is None:
-            return None
-        name = _content(value)
-        if name is None or not self.has(name):
-            place = f"{(self.folder or Path()) / CONFIG_FILE} or {NAMES_FILE}"
+        value, name = self.config.get(key), token_name(self.config.get(key))
+        if value is not None and (name is None or not self.has(name)):
+            place = f"{self.file.with_name(CONFIG_FILE)} or {NAMES_FILE}"
             raise ValueError(f"{place}: {key} is {name or value!r}, which the tokenizer lacks")
-        return self.token_id(name)
-
-    def _document_prefix(self) -> list[int]:
-        if self.file.name == JSON_FILE:
-            found = self.backend.encode("a", add_special_tokens=True)
-            marked = zip(found.ids, found.special_tokens_mask, strict=True)
-            return [i for i, _ in itertools.takewhile(lambda pair: pair[1], marked)]
-        adds_bos = self.config.get("add_bos_token")
-        if adds_bos is None:
-            adds_bos = self.config.get("tokenizer_class") in _LLAMA
-        return [self.bos_id] if adds_bos and self.bos_id is not None else []
+        return None if name is None else self.token_id(name)
 
 
 class StreamDecoder:
@@ -217,7 +201,6 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
         self.stop_ids = tokenizer.stop_ids(stop_strings)
         self.tokenizer, self.stop_strings, self.stopped = tokenizer, tuple(stop_strings), False
-        self.special = set(tokenizer.special.values())
         self.context: list[int] = []  # already given; decoded again so that spacing between tokens is right
         self.pending: list[int] = []
         self.held = ""
@@ -228,13 +211,11 @@ class StreamDecoder:
             text, self.stopped = self.finish(), True
             return text
         name = self.tokenizer.backend.id_to_token(token)
-        if self.stopped or name is None or token in self.special:
+        if self.stopped or name is None or name in self.tokenizer.special:
             return ""
         self.pending.append(token)
-        if _BYTE.match(name):  # one wrong byte spoils the whole run
-            return ""
-        before, text = self._new_text()
-        if text.endswith("\ufffd"):
+        before, text = self._decoded()
+        if _BYTE.match(name) or text.endswith("\ufffd"):  # one wrong byte spoils the whole run
             return ""
         if not before:  # a space that begins the text may be dropped, so the context needs some text in it
             self.context += self.pending
@@ -245,25 +226,26 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """What is left at the end, broken characters included."""
-        text = self._release(self._new_text()[1]) if not self.stopped else ""
-        text, self.held = text + self.held, ""
-        self.context, self.pending = [], []
+        text = "" if self.stopped else self._release(self._decoded()[1]) + self.held
+        self.context, self.pending, self.held = [], [], ""
         return text
 
-    def _new_text(self) -> tuple[str, str]:
+    def _decoded(self) -> tuple[str, str]:
+        """The text of the context, and that of the pending ids after it."""
         before = self.tokenizer.decode(self.context)
         return before, self.tokenizer.decode(self.context + self.pending)[len(before) :]
 
     def _release(self, text: str) -> str:
-        text = self.held + text
+        """What cannot be part of a stop string any more."""
+        text, self.held = self.held + text, ""
         found = [(at + len(stop), at) for stop in self.stop_strings if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped, self.held = True, ""
+            self.stopped = True
             return text[: min(found)[1]]
         begun = (n for stop in self.stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        safe = len(text) - max(begun, default=0)
-        self.held = text[safe:]
-        return text[:safe]
+        size = len(text) - max(begun, default=0)
+        self.held = text[size:]
+        return text[:size]
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -279,12 +261,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = own_file(folder, JSON_FILE) or own_file(folder, MODEL_FILE)
     if path is None:
         raise ValueError(f"{folder}: no tokenizer; expected {JSON_FILE} or {MODEL_FILE}")
+    own: list[dict[str, Any]] = []
+    scores = None
     with _blame(path):
-        backend, scores = (_load_json(path), None) if path.name == JSON_FILE else convert_sentencepiece(path)
+        if path.name == JSON_FILE:
+            backend, own = _load_json(path)
+        else:
+            backend, scores = convert_sentencepiece(path)
     with _blame(folder / CONFIG_FILE):
         if not isinstance(config.get("add_bos_token"), bool | None):
             raise ValueError(f"add_bos_token is {config['add_bos_token']!r}, expected true or false")
-        _add_tokens(backend, path, config, read_object(folder, ADDED_FILE))
+        _add_tokens(backend, path, config, own)
     return Tokenizer(backend, config, folder, scores)
 
 
@@ -299,15 +286,12 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Se
     if len(special_tokens) < 3:
         raise ValueError("special_tokens must begin with the unknown, the begin and the end token")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     backend.decoder = decoders.ByteLevel()
+    special = [AddedToken(name, special=True) for name in special_tokens]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(name, special=True) for name in special_tokens],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=byte_level.alphabet(), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     unknown, begin, end = special_tokens[:3]
@@ -315,7 +299,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Se
     return Tokenizer(backend, config)
 
 
-def _content(token: object) -> str | None:
+def token_name(token: object) -> str | None:
+    """The name of a token as a configuration writes it, a string or {"content": …}; None for anything else."""
     name = token.get("content") if isinstance(token, dict) else token
     return name if isinstance(name, str) else None
 
@@ -336,7 +321,8 @@ def _protect_special_tokens(backend: tokenizers.Tokenizer, named: set[int]) -> N
     backend.add_tokens(tokens)
 
 
-def _load_json(path: Path) -> tokenizers.Tokenizer:
+def _load_json(path: Path) -> tuple[tokenizers.Tokenizer, list[dict[str, Any]]]:
+    """The tokenizer of a tokenizer.json, and the added tokens that the file declares."""
     text = path.read_bytes()
     objects: list[dict[str, Any]] = []
 
@@ -351,52 +337,46 @@ def _load_json(path: Path) -> tokenizers.Tokenizer:
     growth = math.prod(max(1, len(str(step["content"]))) for step in objects if {"pattern", "content"} <= step.keys())
     if growth > 1000 or any(isinstance(step.get("ids"), list) and len(step["ids"]) > 16 for step in objects):
         raise ValueError("its steps before and after the model make a text more than 1,000 times as long")
-    backend = tokenizers.Tokenizer.from_buffer(text)
-    for token in state.get("added_tokens") or []:
-        _check_id(backend, path, token["content"], token["id"])  # the library does not mind another id
-    return backend
+    return tokenizers.Tokenizer.from_buffer(text), state.get("added_tokens") or []
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, source: Path, config: dict[str, Any], others: dict[str, Any]) -> None:
+def _add_tokens(
+    backend: tokenizers.Tokenizer, path: Path, config: dict[str, Any], own: Sequence[dict[str, Any]]
+) -> None:
     """Add the tokens of added_tokens_decoder {"id": {"content": …, flags}} and of added_tokens.json {"token": id}.
 
-    They go by their ids. Tokens that are there already take the flags of the former.
+    They go by their ids. Tokens that are there already, among them the file's `own`, take the flags of the former.
     """
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise ValueError(f"added_tokens_decoder is a {type(decoder).__name__}, expected an object")
-    declared: list[tuple[int, str, dict[str, bool], str]] = []
+    declared: list[tuple[int, str, dict[str, bool], str]] = [(t["id"], t["content"], {}, path.name) for t in own]
     for key, value in decoder.items():
-        name = _content(value)
+        name = token_name(value)
         flags = {flag: value[flag] for flag in _FLAGS if flag in value} if isinstance(value, dict) else {}
         if name is None or not key.isdecimal() or not all(isinstance(flag, bool) for flag in flags.values()):
             raise ValueError(f"added_tokens_decoder's entry {key!r} is not an id with a token and its flags")
         declared.append((int(key), name, flags, CONFIG_FILE))
-    for name, i in others.items():
+    for name, i in read_object(path.parent, ADDED_FILE).items():
         if type(i) is not int:
-            raise ValueError(f"{source.with_name(ADDED_FILE)}: the id of {name!r} is {i!r}, expected a whole number")
+            raise ValueError(f"{path.with_name(ADDED_FILE)}: the id of {name!r} is {i!r}, expected a whole number")
         declared.append((i, name, {}, ADDED_FILE))
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for _, name, flags, _ in sorted(declared, key=lambda token: token[0]):
         old = known.get(name)
         if old and not flags:
             continue
-        if source.name == MODEL_FILE or not flags:  # its normalizer is for pieces: it may put a prefix before a token
+        if path.name == MODEL_FILE or not flags:  # its normalizer is for pieces: it may put a prefix before a token
             flags = flags | {"normalized": old is not None and old.normalized}
         flags["special"] = flags.get("special") or old is not None and old.special
         known[name] = AddedToken(name, **flags)
         backend.add_tokens([known[name]])
     for i, name, _, file in declared:
-        _check_id(backend, source.with_name(file), name, i)
-
-
-def _check_id(backend: tokenizers.Tokenizer, path: Path, token: str, declared: int) -> None:
-    found = backend.token_to_id(token)
-    if found != declared:
-        raise ValueError(
-            f"{path}: token {token!r} is declared with id {declared}, but becomes {found}: added tokens must follow"
-            " the vocabulary without holes, each with an id and a name of its own"
-        )
+        if (found := backend.token_to_id(name)) != i:  # the library does not mind another id
+            raise ValueError(
+                f"{path.with_name(file)}: token {name!r} is declared with id {i}, but becomes {found}: added tokens"
+                " must follow the vocabulary without holes, each with an id and a name of its own"
+            )
 
 
 @contextlib.contextmanager

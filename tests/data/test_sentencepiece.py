@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pedgpt.data import sentencepiece as converter
-from pedgpt.data.leftmost import LeftmostMerges
-from pedgpt.data.sentencepiece import SentencePieceModel, parse_sentencepiece
+from pedgpt.data.sentencepiece import LeftmostMerges, parse_sentencepiece
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
@@ -105,10 +104,6 @@ TAIL = field(2, field(3, 2)) + field(3, PLAIN)
 LETTERS = piece("a", -8.0) + piece("b", -9.0)
 
 
-def read_sentencepiece(path: Path) -> SentencePieceModel:
-    return parse_sentencepiece(path.read_bytes())
-
-
 def some_texts(count: int) -> list[str]:
     rng = random.Random(1)
     texts = ["", "   ", " ▁ ", "a" * 300, " " * 100, *ALPHABET, *SPELLED, "\r\n", "\n\n"]
@@ -148,8 +143,8 @@ def test_special_ids_and_unknown_pieces_decode_as_in_sentencepiece(train: Callab
 @pytest.mark.parametrize("name", SETTINGS)
 def test_model_fields_match_sentencepiece(train: Callable[..., Path], name: str) -> None:
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(train(name)))
-    model = read_sentencepiece(train(name))
-    for i, (text, score, kind) in enumerate(model.pieces):
+    pieces, _ = parse_sentencepiece(train(name).read_bytes())
+    for i, (text, score, kind) in enumerate(pieces):
         assert (text, score) == (oracle.id_to_piece(i), oracle.get_score(i))
         assert (kind == 2, kind == 3, kind == 6) == (oracle.is_unknown(i), oracle.is_control(i), oracle.is_byte(i))
 
@@ -205,7 +200,7 @@ def test_a_vocabulary_that_a_user_extended_with_pieces_of_score_0_gives_equal_id
     train: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
     rng = random.Random(5)
-    known = {text: kind for text, _, kind in read_sentencepiece(train(name)).pieces}
+    known = {text: kind for text, _, kind in parse_sentencepiece(train(name).read_bytes())[0]}
     letters = [text for text, kind in known.items() if len(text) == 1 and text > "\u4e00" and kind == 1]
     chinese = "".join(rng.choices(letters, k=620))
     words = [word for word in windows(chinese, range(2, 7)) if word not in known][:2000]
@@ -239,10 +234,9 @@ def test_a_long_text_without_a_cut_takes_time_in_proportion(tmp_path: Path) -> N
     assert ids == sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(text)
 
 
-def test_settings_that_the_file_leaves_out_are_those_of_the_format(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(HEAD + field(2, field(3, 2)) + field(2, field(42, 2**64 - 1)))  # two parts of one message
-    settings = read_sentencepiece(path).settings
+def test_settings_that_the_file_leaves_out_are_those_of_the_format() -> None:
+    data = HEAD + field(2, field(3, 2)) + field(2, field(42, 2**64 - 1))  # two parts of one message
+    _, settings = parse_sentencepiece(data)
     assert settings["model_type"] == 2 and settings["unk_surface"].decode() == " ⁇ "
     assert settings["add_dummy_prefix"] and settings["remove_extra_whitespaces"] and not settings["byte_fallback"]
 
@@ -297,7 +291,7 @@ def test_malformed_or_foreign_files_are_refused_by_name(tmp_path: Path, name: st
 
 def test_a_unigram_model_is_refused(train: Callable[..., Path]) -> None:
     path = train("unigram", model_type="unigram")
-    assert read_sentencepiece(path).settings["model_type"] == 1
+    assert parse_sentencepiece(path.read_bytes())[1]["model_type"] == 1
     with pytest.raises(ValueError, match="not BPE"):
         convert_sentencepiece(path)
 
