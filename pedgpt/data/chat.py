@@ -43,16 +43,16 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer, enable_thinking: bool | None = None, today: str = "") -> None:
         self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
-        name, folder = type(self).__name__, tokenizer.folder
-        found = (self.jinja, Path(name)) if self.jinja else read_template(tokenizer.config, folder)
+        own = (self.jinja, Path(type(self).__name__)) if self.jinja else None
+        found = own or read_template(tokenizer.config, tokenizer.folder)
         if found is None:
-            raise ValueError(f"{folder}: it has no chat_template; set chat_format to a format by its name")
+            raise ValueError(f"{tokenizer.folder}: it has no chat_template; set chat_format to a format by its name")
         special = tokenizer.special | {role: tokenizer.token_id(role) for role in self.role_tokens}
-        named = {key: token_name(value) for key, value in tokenizer.config.items() if key.endswith("_token")}
-        names = {key: token for key, token in named.items() if token is not None}
+        keys = [key for key in tokenizer.config if key.endswith("_token")]
+        names = {key: name for key in keys if (name := token_name(tokenizer.config[key])) is not None}
         for key in ("bos_token", "eos_token"):
             if key in self.jinja and key not in names:
-                raise ValueError(f"{name} needs a {key} in tokenizer_config.json")
+                raise ValueError(f"{type(self).__name__} needs a {key} in tokenizer_config.json")
         self.template = ChatTemplate(*found, names, special, enable_thinking, read_day(today), self.fill)
         self.thinks, self.today = self.template.thinks, self.template.today
         self.answer_end = tokenizer.eos_id if self.teaches_eos else None
@@ -63,8 +63,14 @@ class ChatFormat:
         self.strips_after = {i for i, token in added if token.special and token.rstrip}
         # SentencePiece puts a space before a text; inside one it must not, and after a special token it depends.
         self.newline = tokenizer.encode("\n")
-        self.prefixes = tokenizer.encode("a") != self._inside("a")
-        self.prefixes_after_special = self.prefixes and tokenizer.prefixes_after_special()
+        alone = tokenizer.encode("a")
+        self.prefixes = alone != self._inside("a")
+        tokenizer.backend.encode_special_tokens = False  # as the tokenizer itself parses both
+        try:
+            parsed = tokenizer.backend.encode(f"{next(iter(special), '')}a", add_special_tokens=False).ids
+        finally:
+            tokenizer.backend.encode_special_tokens = True
+        self.prefixes_after_special = self.prefixes and parsed[-len(alone) :] == alone
 
     def render(
         self, messages: Sequence[Message], supervised: set[int], generation_prompt: bool
@@ -75,7 +81,15 @@ class ChatFormat:
         it cannot write these messages, or cannot teach these answers.
         """
         parts = self.template.parts(messages, generation_prompt)
-        self._check(parts, supervised)
+        ends = {part.speaker: part.token for part in parts}
+        for i in supervised:
+            if i not in ends:
+                raise ValueError(f"the chat template writes no answer for message {i + 1}: {self.template.file}")
+            if not self.template.marks_answers and ends[i] is None:
+                raise ValueError(
+                    "the chat template writes no special token after an answer, so a model would never learn to stop: "
+                    f"{self.template.file}; add eos_token there, or set chat_format to another format"
+                )
         runs: list[Part] = []
         for part in parts:
             last = runs[-1] if runs else None
@@ -158,18 +172,6 @@ class ChatFormat:
         if tokenizer.folder:
             ends += _ends_of(read_object(tokenizer.folder, GENERATION_FILE), tokenizer.folder)
         return tuple(dict.fromkeys([end for end in ends if end is not None]))
-
-    def _check(self, parts: list[Part], supervised: set[int]) -> None:
-        """Raise ValueError if these parts cannot teach the answers in `supervised`."""
-        ends = {part.speaker: part.token for part in parts}
-        for i in supervised:
-            if i not in ends:
-                raise ValueError(f"the chat template writes no answer for message {i + 1}: {self.template.file}")
-            if not self.template.marks_answers and ends[i] is None:
-                raise ValueError(
-                    "the chat template writes no special token after an answer, so a model would never learn to stop: "
-                    f"{self.template.file}; add eos_token there, or set chat_format to another format"
-                )
 
     def _inside(self, text: str) -> list[int]:
         """Ids of a text that does not begin the whole: encoded after a line break, whose ids are dropped again."""

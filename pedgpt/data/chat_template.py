@@ -17,7 +17,7 @@ from datetime import date, datetime, time
 from functools import lru_cache, partial
 from itertools import cycle, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -39,17 +39,12 @@ Shape = tuple[tuple[str, bool, bool], ...]  # of each message its role, and whet
 
 
 class Part(NamedTuple):
-    """A stretch of a rendered conversation.
-
-    `speaker` is the index of the answer that it belongs to, for the loss. `place` says which text it is: 2 i for the
-    content of message i, 2 i + 1 for its reasoning, None for the template's own writing. `token` is the id of a special
-    token, None for text.
-    """
+    """A stretch of a rendered conversation."""
 
     text: str
-    speaker: int | None = None
-    place: int | None = None
-    token: int | None = None
+    speaker: int | None = None  # the index of the answer that it belongs to, for the loss
+    place: int | None = None  # 2 i: the content of message i, 2 i + 1: its reasoning, None: the template's own writing
+    token: int | None = None  # the id of a special token, None for text
 
 
 class ChatTemplate:
@@ -59,10 +54,8 @@ class ChatTemplate:
     where the template marks answers by `{% generation %}`, those blocks decide. Messages' text may lose whitespace at
     its ends, as many templates trim it; any other change is a ValueError, as is a content that is left out. `fill` says
     what a template of our own makes of a text, which then need not be rendered again for each conversation.
-    `enable_thinking` is given to the template if it is not None. `today` is the day that `strftime_now` writes, and
-    then "" if the template writes none.
-    Template and output are bounded in size. The sandbox runs no code of the checkpoint, but a hostile template can
-    still take time and memory.
+    `today` is the day that `strftime_now` writes, and then "" if the template writes none. Template and output are
+    bounded in size, but a hostile template can still take time and memory.
     """
 
     def __init__(
@@ -82,9 +75,8 @@ class ChatTemplate:
         self.fill = fill
         longest_first = sorted(special, key=len, reverse=True)
         self.pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
+        extensions = [loopcontrols, _Generation]
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         now = datetime.combine(today, time())  # one for a whole run, so that it can be resumed
         sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": now.strftime}
         sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
@@ -107,7 +99,7 @@ class ChatTemplate:
         if last < 1 or messages[last].role != "assistant" or 2 * last not in places:
             return written
         reasoning = messages[last].reasoning
-        placed = not reasoning or 2 * last + 1 in places
+        placed = not reasoning or 2 * last + 1 in places  # whether the template writes all that the model would
         opened = opens_thought(self._outline(self._shape(messages[:-1]), True))
         if placed and not opened:
             return written
@@ -181,11 +173,11 @@ class ChatTemplate:
 
     def _rendered_places(self, shape: Shape, generation_prompt: bool) -> str:
         """The template's text with the number of its place, between two marks, for each text of a message."""
-        told = [is_there for _, *both in shape for is_there in both]
-        said = [f"{_LEFT}{place}{_RIGHT}" if is_there else "" for place, is_there in enumerate(told)]
+        told = enumerate(is_there for _, *both in shape for is_there in both)
+        said = [f"{_LEFT}{place}{_RIGHT}" if is_there else "" for place, is_there in told]
         marks = {"pedgpt_begin": _BEGIN, "pedgpt_end": _END}
         text = self._render(said, [role for role, *_ in shape], generation_prompt, **marks)
-        forged = [mark[0] for mark in _PLACE.finditer(text) if int(mark[1]) >= len(told)]
+        forged = [mark[0] for mark in _PLACE.finditer(text) if int(mark[1]) >= len(said)]
         forged += [] if self.marks_answers else [mark for mark in marks.values() if mark in text]
         if forged:
             raise self._error(f"writes {ascii(forged[0])}, which is no character of any text")
@@ -267,5 +259,5 @@ def _stretch(said: str, following: str, text: str, at: int) -> str:
     return ""
 
 
-def _raise_exception(message: str) -> NoReturn:
+def _raise_exception(message: str) -> None:
     raise TemplateError(message)

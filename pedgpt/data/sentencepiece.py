@@ -49,10 +49,10 @@ def convert_sentencepiece(path: str | Path) -> tuple[Tokenizer, list[float | Non
     from which `LeftmostMerges` corrects the ids of the first; otherwise it is None.
     Merges: every split of a normal piece into two pieces, by the whole's score (descending), then the halves' ids.
     Control pieces become special tokens, which text never yields while `encode_special_tokens` is set (`to_str` drops
-    it); user-defined pieces become added tokens. No bos or eos is added. With a character map the normalizer is
-    Python code, and the tokenizer cannot be saved or pickled. Byte pieces that spell no valid text decode to U+FFFD
-    for their whole run, where sentencepiece saves the characters before.
-    Raises ValueError naming the file if it is damaged, not BPE, or not reproducible; OSError if it cannot be read.
+    it); user-defined pieces become added tokens. With a character map the normalizer is Python code, and the tokenizer
+    cannot be saved or pickled. Byte pieces that spell no valid text decode to U+FFFD for their whole run, where
+    sentencepiece saves the characters before.
+    Raises ValueError naming the file if it is damaged, not BPE, or not reproducible.
     """
     try:
         pieces, settings = parse_sentencepiece(Path(path).read_bytes())
@@ -65,10 +65,7 @@ def convert_sentencepiece(path: str | Path) -> tuple[Tokenizer, list[float | Non
 
 
 def parse_sentencepiece(data: bytes) -> tuple[list[Piece], dict[str, Any]]:
-    """The pieces of a model of any type, in the order of their ids, and the settings of the schemas above.
-
-    Raises ValueError saying what is wrong with the model.
-    """
+    """The pieces of a model of any type, in the order of their ids, and the settings of the schemas above."""
     messages = defaultdict(list)
     for name, value in _fields(data, MODEL):
         messages[name].append(value)

@@ -98,8 +98,7 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """The id of a token given by its exact name; ValueError if the vocabulary lacks it."""
-        found = self.backend.token_to_id(token)
-        if found is None:
+        if (found := self.backend.token_to_id(token)) is None:
             raise ValueError(f"the tokenizer has no token {token!r}")
         return found
 
@@ -112,13 +111,6 @@ class Tokenizer:
     def has(self, *names: str) -> bool:
         """Whether the vocabulary has all these tokens."""
         return all(self.backend.token_to_id(name) is not None for name in names)
-
-    def prefixes_after_special(self) -> bool:
-        """Whether a text gets SentencePiece's space also after a special token, as the tokenizer itself parses both."""
-        self.backend.encode_special_tokens = False
-        parsed = [self.backend.encode(f"{name}a", add_special_tokens=False).ids for name in list(self.special)[:1]]
-        self.backend.encode_special_tokens = True
-        return not parsed or parsed[0][1:] == self.encode("a")
 
     def description(self) -> str:
         """All that the ids of a text depend on, as text, from which a fingerprint is made."""
@@ -150,14 +142,21 @@ class Tokenizer:
         if self.folder is None or convert:
             with _blame(self.file):
                 write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))
-            if self.leftmost:
-                self._warn_of_ranks(folder / JSON_FILE, self.leftmost)
-            config = self.config
-            if convert:
-                config = {key: config[key] for key in _NAMED if key in config}
-                config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-                config |= {"chat_template": chat_template} if chat_template else {}
-            write_json(folder / CONFIG_FILE, config)
+            if leftmost := self.leftmost:
+                tried = list(itertools.islice(leftmost.overlaps(), 20_000))
+                ranked = [[token.id for token in self.backend.model.tokenize(text)] for text in tried]
+                wrong = [text for text, ids in zip(tried, ranked, strict=True) if ids != leftmost.correct(ids)]
+                warnings.warn(
+                    f"{folder / JSON_FILE}: this vocabulary has pieces that share a score. SentencePiece merges the"
+                    f" leftmost of them first, which a tokenizer.json cannot say. It was tried on {len(tried)} texts in"
+                    f" which two such pieces overlap, and gives other ids for {len(wrong)}"
+                    f" ({', '.join(map(repr, (wrong or tried)[:3]))}). A tool that reads {MODEL_FILE} gives equal ids",
+                    stacklevel=2,
+                )
+            made = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            made |= {"chat_template": chat_template} if chat_template else {}
+            config = {key: self.config[key] for key in _NAMED if key in self.config}
+            write_json(folder / CONFIG_FILE, config | made if convert else self.config)
             return
         # Code that auto_map names is copied, for tools that run it; pedgpt does not.
         for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
@@ -169,18 +168,6 @@ class Tokenizer:
                     shutil.copyfileobj(origin, target)
             elif name == "chat_template.jinja":  # an earlier one would hide that of tokenizer_config.json
                 (folder / name).unlink(missing_ok=True)
-
-    def _warn_of_ranks(self, file: Path, leftmost: LeftmostMerges) -> None:
-        tried = list(itertools.islice(leftmost.overlaps(), 20_000))
-        ranked = [[token.id for token in self.backend.model.tokenize(text)] for text in tried]
-        wrong = [text for text, ids in zip(tried, ranked, strict=True) if ids != leftmost.correct(ids)]
-        warnings.warn(
-            f"{file}: this vocabulary has pieces that share a score. SentencePiece merges the leftmost of them first,"
-            f" which a tokenizer.json cannot say. It was tried on {len(tried)} texts in which two such pieces overlap,"
-            f" and gives other ids for {len(wrong)} ({', '.join(map(repr, (wrong or tried)[:3]))}). A tool that reads"
-            f" {MODEL_FILE} itself gives equal ids",
-            stacklevel=3,
-        )
 
     def _named(self, key: str) -> int | None:
         value, name = self.config.get(key), token_name(self.config.get(key))
