@@ -101,11 +101,12 @@ class ChatFormat:
         targets: list[int] = []
         for at, (text, speaker, _, token) in enumerate(runs):
             if token is None:
-                before, after = (runs[n].token if 0 <= n < len(runs) else None for n in (at - 1, at + 1))
+                before = runs[at - 1].token if at else None
                 text = text.lstrip() if before in self.strips_after else text
-                text = text.rstrip() if after in self.strips_before else text
-                begins = at == 0 or (before is not None and self.prefixes_after_special)
-                ids = taught = self.tokenizer.encode(text) if begins or not self.prefixes else self._inside(text)
+                if self.strips_before and at + 1 < len(runs) and runs[at + 1].token in self.strips_before:
+                    text = text.rstrip()
+                inside = self.prefixes and at and (before is None or not self.prefixes_after_special)
+                ids = taught = self._inside(text) if inside else self.tokenizer.encode(text)
             else:
                 ids, taught = [token], [token if self.answer_end is None else self.answer_end]
             tokens += ids

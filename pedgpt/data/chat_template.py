@@ -86,12 +86,15 @@ class ChatTemplate:
             raise ValueError(f"{file}: its chat template is not valid Jinja ({error})") from None
         self.marks_answers = bool(re.search(r"\{%[-+]?\s*generation\b", source))
         self.thinks = "think>" in source if enable_thinking is None else enable_thinking
+        self.may_open = "<think>" in source  # a thought, in a prompt
         self.today = today.isoformat() if "strftime_now" in source else ""
         self._outline = lru_cache(maxsize=4096)(self._new_outline)
 
     def parts(self, messages: Sequence[Message], generation_prompt: bool) -> list[Part]:
         """The rendered conversation; `speaker` of its parts tells the answers. Raises ValueError naming the file."""
         written = self._written(messages, generation_prompt)
+        if not self.may_open and not (messages and messages[-1].reasoning):
+            return written
         off = self.enable_thinking is False
         if generation_prompt:  # where thinking is off, a thought that the template opens is closed at once
             return [*written, *self._literal(CLOSING)] if off and opens_thought(written) else written
@@ -117,14 +120,13 @@ class ChatTemplate:
         outline = self._outline(self._shape(messages), generation_prompt)
         said = [text for message in messages for text in (message.content, message.reasoning)]
         if self.fill:
-            said = list(map(self.fill, said))
-            return [part if part.place is None else part._replace(text=said[part.place]) for part in outline]
+            return [p if p.place is None else Part(self.fill(said[p.place]), p.speaker, p.place) for p in outline]
         text = self._render(said, [message.role for message in messages], generation_prompt)
         parts, at = [], 0
         for number, part in enumerate(outline, start=1):
             if part.place is not None:
                 following = text_of(takewhile(lambda part: part.place is None, outline[number:]))
-                part = part._replace(text=_stretch(said[part.place], following, text, at))
+                part = Part(_stretch(said[part.place], following, text, at), part.speaker, part.place)
             parts.append(part)
             at += len(part.text)
         if text_of(parts) != text:

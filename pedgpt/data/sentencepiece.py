@@ -283,12 +283,11 @@ class LeftmostMerges:
 
     def correct(self, ids: list[int]) -> list[int]:
         """sentencepiece's ids of the text for which `backend` gives `ids`."""
-        first, follow, whole = self.first, self.follow, tuple(ids)
+        first, follow, known, whole = self.first, self.follow, self.known, tuple(ids)
         cuts = [n for n, (a, b) in enumerate(pairwise(ids), start=1) if first[b] not in follow[a]]
         found: list[int] = []
         for start, end in pairwise([0, *cuts, len(ids)]):
-            merge = self.known if end - start <= MAX_KNOWN_CHUNK else self._merge
-            found += merge(whole[start:end])
+            found += known(whole[start:end]) if end - start <= MAX_KNOWN_CHUNK else self._merge(whole[start:end])
         return found
 
     def _merge(self, chunk: tuple[int, ...]) -> tuple[int, ...]:
