@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import warnings
@@ -18,8 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from pedgpt.data.leftmost import LeftmostMerges
-from pedgpt.data.sentencepiece import convert_sentencepiece
+from pedgpt.data.sentencepiece import LeftmostMerges, convert_sentencepiece
 from pedgpt.files import atomic_write, own_file, read_object, unique_keys, write_json, write_text
 
 JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
@@ -32,7 +30,6 @@ _COMPANIONS = (
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
-_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _CONTROL = re.compile(r"<[^<>\s]+>$")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>$")
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")  # add a bos unless their config says otherwise
@@ -41,9 +38,9 @@ _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")  # add a bos unless their conf
 class Tokenizer:
     """Token ids of plain text; special tokens enter only by id, never from text that spells them.
 
-    `bos_id`, `eos_id`, `pad_id` are None where the checkpoint names none. `document_prefix` holds the ids that the
-    checkpoint puts before a document: its bos, or nothing. `leftmost` corrects the ids that `backend` gives, where the
-    vocabulary needs it.
+    `bos_id`, `eos_id`, `pad_id` are None where the checkpoint names none. `special` holds the id of each special token.
+    `document_prefix` holds the ids that the checkpoint puts before a document: its bos, or nothing. `scores` are those
+    of `convert_sentencepiece`: where they are given, `leftmost` corrects the ids that `backend` gives.
     """
 
     def __init__(
@@ -51,23 +48,31 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         config: dict[str, Any],
         folder: Path | None = None,
-        leftmost: LeftmostMerges | None = None,
+        scores: Sequence[float | None] | None = None,
     ) -> None:
-        self.backend, self.config, self.folder, self.leftmost = backend, config, folder, leftmost
-        self.file = (folder or Path()) / (MODEL_FILE if folder and not (folder / JSON_FILE).is_file() else JSON_FILE)
-        with _blame((folder or Path()) / CONFIG_FILE):
-            self.bos_id, self.eos_id, self.pad_id = (self._named(key) for key in _NAMED[:3])
-            lists = [config[key] for key in _LISTED if isinstance(config.get(key), list)]
-            special = [_content(token) for tokens in lists for token in tokens]
-            ids = [self.bos_id, self.eos_id, self.pad_id, *map(backend.token_to_id, filter(None, special))]
+        self.backend, self.config, self.folder = backend, config, folder
+        is_json = folder is None or (folder / JSON_FILE).is_file()
+        self.file = (folder or Path()) / (JSON_FILE if is_json else MODEL_FILE)
         with _blame(self.file):
-            _protect_special_tokens(backend, {i for i in ids if i is not None})
+            named = [self._named(key) for key in _NAMED[:3]]
+            self.bos_id, self.eos_id, self.pad_id = named
+            lists = [config[key] for key in _LISTED if isinstance(config.get(key), list)]
+            named += [backend.token_to_id(token_name(token) or "") for tokens in lists for token in tokens]
+            _protect_special_tokens(backend, {i for i in named if i is not None})
             backend.encode_special_tokens = True
             backend.no_truncation()
             backend.no_padding()
-            if leftmost:
-                leftmost.keep(i for i, token in backend.get_added_tokens_decoder().items() if not token.special)
-            self.document_prefix = self._document_prefix()
+            added = backend.get_added_tokens_decoder().items()
+            self.special = {token.content: i for i, token in added if token.special and token.content}
+            self.leftmost = LeftmostMerges(backend, scores) if scores else None
+            if is_json:
+                found = backend.encode("a", add_special_tokens=True)
+                marked = zip(found.ids, found.special_tokens_mask, strict=True)
+                self.document_prefix = [i for i, _ in itertools.takewhile(lambda pair: pair[1], marked)]
+            else:
+                chosen, default = config.get("add_bos_token"), config.get("tokenizer_class") in _LLAMA
+                adds_bos = default if chosen is None else chosen
+                self.document_prefix = [self.bos_id] if adds_bos and self.bos_id is not None else []
 
     @property
     def vocab_size(self) -> int:
@@ -93,8 +98,7 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """The id of a token given by its exact name; ValueError if the vocabulary lacks it."""
-        found = self.backend.token_to_id(token)
-        if found is None:
+        if (found := self.backend.token_to_id(token)) is None:
             raise ValueError(f"the tokenizer has no token {token!r}")
         return found
 
@@ -102,8 +106,7 @@ class Tokenizer:
         """The ids of the special tokens that `strings` spell. No decoded text holds them, so they stop by id."""
         if isinstance(strings, str) or not all(strings):
             raise ValueError(f"stop_strings is {strings!r}; expected a list of texts that are not empty")
-        added = self.backend.get_added_tokens_decoder()
-        return {i for i, token in added.items() if token.special and token.content in strings}
+        return {self.special[text] for text in strings if text in self.special}
 
     def has(self, *names: str) -> bool:
         """Whether the vocabulary has all these tokens."""
@@ -120,11 +123,11 @@ class Tokenizer:
     def check_fits(self, vocab_size: int, folder: str) -> None:
         """Raise ValueError if the tokenizer has ids beyond the model's vocabulary (which may well be larger)."""
         special = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
-        beyond = [f"{name} is {i}" for name, i in special.items() if i is not None and i >= vocab_size]
+        beyond = [f", its {name} is {i}" for name, i in special.items() if i is not None and i >= vocab_size]
         if self.vocab_size > vocab_size or beyond:
             raise ValueError(
                 f"{folder}: the model has a vocabulary of {vocab_size} tokens, its tokenizer needs {self.vocab_size}"
-                f"{''.join(f', its {text}' for text in beyond)}; they do not belong together"
+                f"{''.join(beyond)}; they do not belong together"
             )
 
     def save(self, folder: str | Path, *, convert: bool = False, chat_template: str | None = None) -> None:
@@ -136,62 +139,42 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.folder is not None and not convert:
-            # Code that auto_map names is copied, for tools that run it; pedgpt does not.
-            for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
-                source = own_file(self.folder, name)
-                if self.folder.resolve() == folder.resolve():
-                    continue
-                if source:
-                    with atomic_write(folder / name, "wb") as target, source.open("rb") as origin:
-                        shutil.copyfileobj(origin, target)
-                elif name == "chat_template.jinja":  # an earlier one would hide that of tokenizer_config.json
-                    (folder / name).unlink(missing_ok=True)
+        if self.folder is None or convert:
+            with _blame(self.file):
+                write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))
+            if leftmost := self.leftmost:
+                tried = list(itertools.islice(leftmost.overlaps(), 20_000))
+                ranked = [[token.id for token in self.backend.model.tokenize(text)] for text in tried]
+                wrong = [text for text, ids in zip(tried, ranked, strict=True) if ids != leftmost.correct(ids)]
+                warnings.warn(
+                    f"{folder / JSON_FILE}: this vocabulary has pieces that share a score. SentencePiece merges the"
+                    f" leftmost of them first, which a tokenizer.json cannot say. It was tried on {len(tried)} texts in"
+                    f" which two such pieces overlap, and gives other ids for {len(wrong)}"
+                    f" ({', '.join(map(repr, (wrong or tried)[:3]))}). A tool that reads {MODEL_FILE} gives equal ids",
+                    stacklevel=2,
+                )
+            made = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            made |= {"chat_template": chat_template} if chat_template else {}
+            config = {key: self.config[key] for key in _NAMED if key in self.config}
+            write_json(folder / CONFIG_FILE, config | made if convert else self.config)
             return
-        with _blame(self.file):
-            write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))
-        if self.leftmost:
-            warnings.warn(f"{folder / JSON_FILE}: {self._what_ranks_lose(self.leftmost)}", stacklevel=2)
-        config = self.config
-        if convert:
-            config = {key: config[key] for key in _NAMED if key in config}
-            config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-            config |= {"chat_template": chat_template} if chat_template else {}
-        write_json(folder / CONFIG_FILE, config)
-
-    def _what_ranks_lose(self, leftmost: LeftmostMerges) -> str:
-        texts = list(itertools.islice(leftmost.overlaps(), 20_000))
-        wrong = []
-        for text in texts:
-            ids = [token.id for token in self.backend.model.tokenize(text)]
-            if ids != leftmost.correct(ids):
-                wrong.append(text)
-        examples = ", ".join(map(repr, (wrong or texts)[:3]))
-        return (
-            "this vocabulary has pieces that share a score. SentencePiece merges the leftmost of them first, which a"
-            f" tokenizer.json cannot say. It was tried on {len(texts)} texts in which two such pieces overlap, and"
-            f" gives other ids for {len(wrong)}{f' ({examples})' if examples else ''}. A tool that reads"
-            f" {MODEL_FILE} itself gives equal ids"
-        )
+        # Code that auto_map names is copied, for tools that run it; pedgpt does not.
+        for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
+            source = own_file(self.folder, name)
+            if self.folder.resolve() == folder.resolve():
+                continue
+            if source:
+                with atomic_write(folder / name, "wb") as target, source.open("rb") as origin:
+                    shutil.copyfileobj(origin, target)
+            elif name == "chat_template.jinja":  # an earlier one would hide that of tokenizer_config.json
+                (folder / name).unlink(missing_ok=True)
 
     def _named(self, key: str) -> int | None:
-        if (value := self.config.get(key)) is None:
-            return None
-        name = _content(value)
-        if name is None or not self.has(name):
-            place = f"{(self.folder or Path()) / CONFIG_FILE} or {NAMES_FILE}"
+        value, name = self.config.get(key), token_name(self.config.get(key))
+        if value is not None and (name is None or not self.has(name)):
+            place = f"{self.file.with_name(CONFIG_FILE)} or {NAMES_FILE}"
             raise ValueError(f"{place}: {key} is {name or value!r}, which the tokenizer lacks")
-        return self.token_id(name)
-
-    def _document_prefix(self) -> list[int]:
-        if self.file.name == JSON_FILE:
-            found = self.backend.encode("a", add_special_tokens=True)
-            marked = zip(found.ids, found.special_tokens_mask, strict=True)
-            return [i for i, _ in itertools.takewhile(lambda pair: pair[1], marked)]
-        adds_bos = self.config.get("add_bos_token")
-        if adds_bos is None:
-            adds_bos = self.config.get("tokenizer_class") in _LLAMA
-        return [self.bos_id] if adds_bos and self.bos_id is not None else []
+        return None if name is None else self.token_id(name)
 
 
 class StreamDecoder:
@@ -205,7 +188,6 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
         self.stop_ids = tokenizer.stop_ids(stop_strings)
         self.tokenizer, self.stop_strings, self.stopped = tokenizer, tuple(stop_strings), False
-        self.special = {i for i, t in tokenizer.backend.get_added_tokens_decoder().items() if t.special}
         self.context: list[int] = []  # already given; decoded again so that spacing between tokens is right
         self.pending: list[int] = []
         self.held = ""
@@ -216,13 +198,11 @@ class StreamDecoder:
             text, self.stopped = self.finish(), True
             return text
         name = self.tokenizer.backend.id_to_token(token)
-        if self.stopped or name is None or token in self.special:
+        if self.stopped or name is None or name in self.tokenizer.special:
             return ""
         self.pending.append(token)
-        if _BYTE.match(name):  # one wrong byte spoils the whole run
-            return ""
-        before, text = self._new_text()
-        if text.endswith("\ufffd"):
+        before, text = self._decoded()
+        if _BYTE.match(name) or text.endswith("\ufffd"):  # one wrong byte spoils the whole run
             return ""
         if not before:  # a space that begins the text may be dropped, so the context needs some text in it
             self.context += self.pending
@@ -233,52 +213,53 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """What is left at the end, broken characters included."""
-        text = self._release(self._new_text()[1]) if not self.stopped else ""
-        text, self.held = text + self.held, ""
-        self.context, self.pending = [], []
+        text = "" if self.stopped else self._release(self._decoded()[1]) + self.held
+        self.context, self.pending, self.held = [], [], ""
         return text
 
-    def _new_text(self) -> tuple[str, str]:
+    def _decoded(self) -> tuple[str, str]:
+        """The text of the context, and that of the pending ids after it."""
         before = self.tokenizer.decode(self.context)
         return before, self.tokenizer.decode(self.context + self.pending)[len(before) :]
 
     def _release(self, text: str) -> str:
-        text = self.held + text
+        """What cannot be part of a stop string any more."""
+        text, self.held = self.held + text, ""
         found = [(at + len(stop), at) for stop in self.stop_strings if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped, self.held = True, ""
+            self.stopped = True
             return text[: min(found)[1]]
         begun = (n for stop in self.stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        safe = len(text) - max(begun, default=0)
-        self.held = text[safe:]
-        return text[:safe]
+        size = len(text) - max(begun, default=0)
+        self.held = text[size:]
+        return text[:size]
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder: tokenizer.json, or else tokenizer.model (SentencePiece BPE, converted).
 
     added_tokens.json and tokenizer_config.json's added_tokens_decoder complete it; special_tokens_map.json names what
-    tokenizer_config.json does not. Conversions are kept in $PEDGPT_CACHE, else $XDG_CACHE_HOME/pedgpt, else
-    ~/.cache/pedgpt. Raises ValueError naming the file if there is no tokenizer, or a file is broken, contradicts
-    another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
+    tokenizer_config.json does not. Raises ValueError naming the file if there is no tokenizer, or a file is broken,
+    contradicts another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
     """
     folder = Path(folder)
     config, names = read_object(folder, CONFIG_FILE), read_object(folder, NAMES_FILE)
     config |= {key: names[key] for key in (*_NAMED, *_LISTED) if key in names and key not in config}
-    leftmost = None
-    if path := own_file(folder, JSON_FILE):
-        with _blame(path):
-            backend = _load_json(path)
-    elif path := own_file(folder, MODEL_FILE):
-        with _blame(path):
-            backend, leftmost = convert_sentencepiece(path, _cache_folder())
-    else:
+    path = own_file(folder, JSON_FILE) or own_file(folder, MODEL_FILE)
+    if path is None:
         raise ValueError(f"{folder}: no tokenizer; expected {JSON_FILE} or {MODEL_FILE}")
+    own: list[dict[str, Any]] = []
+    scores = None
+    with _blame(path):
+        if path.name == JSON_FILE:
+            backend, own = _load_json(path)
+        else:
+            backend, scores = convert_sentencepiece(path)
     with _blame(folder / CONFIG_FILE):
         if not isinstance(config.get("add_bos_token"), bool | None):
             raise ValueError(f"add_bos_token is {config['add_bos_token']!r}, expected true or false")
-        _add_tokens(backend, path, config, read_object(folder, ADDED_FILE))
-    return Tokenizer(backend, config, folder, leftmost)
+        _add_tokens(backend, path, config, own)
+    return Tokenizer(backend, config, folder, scores)
 
 
 def taught_folder(model: str, adapter: str = "") -> str:
@@ -292,15 +273,12 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Se
     if len(special_tokens) < 3:
         raise ValueError("special_tokens must begin with the unknown, the begin and the end token")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     backend.decoder = decoders.ByteLevel()
+    special = [AddedToken(name, special=True) for name in special_tokens]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(name, special=True) for name in special_tokens],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=byte_level.alphabet(), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     unknown, begin, end = special_tokens[:3]
@@ -308,7 +286,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Se
     return Tokenizer(backend, config)
 
 
-def _content(token: object) -> str | None:
+def token_name(token: object) -> str | None:
+    """The name of a token as a configuration writes it, a string or {"content": …}; None for anything else."""
     name = token.get("content") if isinstance(token, dict) else token
     return name if isinstance(name, str) else None
 
@@ -320,92 +299,71 @@ def _protect_special_tokens(backend: tokenizers.Tokenizer, named: set[int]) -> N
     pairs and are not marked, <think> and </think>, stay what they are: tokens that text may hold.
     """
     added = backend.get_added_tokens_decoder()
-    tokens = {i: added.get(i) or AddedToken(backend.id_to_token(i), normalized=False) for i in {*added, *named}}
     names = {token.content for token in added.values()}
     tags = {name for name in names if {f"<{name.strip('</>')}>", f"</{name.strip('</>')}>"} <= names}
-    control = {name for name in names - tags if _CONTROL.match(name)}
-    unmarked = [t for i, t in tokens.items() if not t.special and (i in named or t.content in control)]
-    for token in unmarked:
+    control = {i for i, token in added.items() if _CONTROL.match(token.content) and token.content not in tags}
+    tokens = [added.get(i) or AddedToken(backend.id_to_token(i), normalized=False) for i in sorted(named | control)]
+    for token in tokens:
         token.special = True
-    backend.add_tokens(unmarked)
+    backend.add_tokens(tokens)
 
 
-def _load_json(path: Path) -> tokenizers.Tokenizer:
+def _load_json(path: Path) -> tuple[tokenizers.Tokenizer, list[dict[str, Any]]]:
+    """The tokenizer of a tokenizer.json, and the added tokens that the file declares."""
     text = path.read_bytes()
-    state = json.loads(text, object_pairs_hook=unique_keys)
-    model = state.get("model") if isinstance(state, dict) else None
-    if isinstance(model, dict) and model.get("merges") and model.get("continuing_subword_prefix"):
+    objects: list[dict[str, Any]] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        objects.append(unique_keys(pairs))
+        return objects[-1]
+
+    state = json.loads(text, object_pairs_hook=collect)
+    if any(found.get("merges") and found.get("continuing_subword_prefix") for found in objects):
         # The library cuts it off every merge unchecked, which aborts the process where it is not there.
         raise ValueError("a BPE with a continuing_subword_prefix is not supported")
-    steps = list(_objects([state.get(key) for key in _STEPS])) if isinstance(state, dict) else []
-    growth = math.prod(max(1, len(str(step["content"]))) for step in steps if "pattern" in step and "content" in step)
-    if growth > 1000 or any(isinstance(step.get("ids"), list) and len(step["ids"]) > 16 for step in steps):
-        raise ValueError(f"its {', '.join(_STEPS)} make a text more than 1,000 times as long")
-    backend = tokenizers.Tokenizer.from_buffer(text)
-    for token in state.get("added_tokens") or []:
-        _check_id(backend, path, token["content"], token["id"])  # the library does not mind another id
-    return backend
+    growth = math.prod(max(1, len(str(step["content"]))) for step in objects if {"pattern", "content"} <= step.keys())
+    if growth > 1000 or any(isinstance(step.get("ids"), list) and len(step["ids"]) > 16 for step in objects):
+        raise ValueError("its steps before and after the model make a text more than 1,000 times as long")
+    return tokenizers.Tokenizer.from_buffer(text), state.get("added_tokens") or []
 
 
-def _objects(value: object) -> Iterator[dict[str, Any]]:
-    if isinstance(value, dict):
-        yield value
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _objects(part)
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, source: Path, config: dict[str, Any], others: dict[str, Any]) -> None:
+def _add_tokens(
+    backend: tokenizers.Tokenizer, path: Path, config: dict[str, Any], own: Sequence[dict[str, Any]]
+) -> None:
     """Add the tokens of added_tokens_decoder {"id": {"content": …, flags}} and of added_tokens.json {"token": id}.
 
-    They go by their ids. Tokens that are there already take the flags of the former.
+    They go by their ids. Tokens that are there already, among them the file's `own`, take the flags of the former.
     """
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise ValueError(f"added_tokens_decoder is a {type(decoder).__name__}, expected an object")
-    declared: list[tuple[int, str, dict[str, bool], str]] = []
+    declared: list[tuple[int, str, dict[str, bool], str]] = [(t["id"], t["content"], {}, path.name) for t in own]
     for key, value in decoder.items():
-        name = _content(value)
+        name = token_name(value)
         flags = {flag: value[flag] for flag in _FLAGS if flag in value} if isinstance(value, dict) else {}
         if name is None or not key.isdecimal() or not all(isinstance(flag, bool) for flag in flags.values()):
             raise ValueError(f"added_tokens_decoder's entry {key!r} is not an id with a token and its flags")
         declared.append((int(key), name, flags, CONFIG_FILE))
-    for name, i in others.items():
+    for name, i in read_object(path.parent, ADDED_FILE).items():
         if type(i) is not int:
-            raise ValueError(f"{source.with_name(ADDED_FILE)}: the id of {name!r} is {i!r}, expected a whole number")
+            raise ValueError(f"{path.with_name(ADDED_FILE)}: the id of {name!r} is {i!r}, expected a whole number")
         declared.append((i, name, {}, ADDED_FILE))
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    fresh = []
     for _, name, flags, _ in sorted(declared, key=lambda token: token[0]):
         old = known.get(name)
         if old and not flags:
             continue
-        if source.name == MODEL_FILE or not flags:  # its normalizer is for pieces: it may put a prefix before a token
+        if path.name == MODEL_FILE or not flags:  # its normalizer is for pieces: it may put a prefix before a token
             flags = flags | {"normalized": old is not None and old.normalized}
         flags["special"] = flags.get("special") or old is not None and old.special
         known[name] = AddedToken(name, **flags)
-        fresh.append(known[name])
-    backend.add_tokens(fresh)
+        backend.add_tokens([known[name]])
     for i, name, _, file in declared:
-        _check_id(backend, source.with_name(file), name, i)
-
-
-def _check_id(backend: tokenizers.Tokenizer, path: Path, token: str, declared: int) -> None:
-    found = backend.token_to_id(token)
-    if found != declared:
-        raise ValueError(
-            f"{path}: token {token!r} is declared with id {declared}, but becomes {found}: added tokens must follow"
-            " the vocabulary without holes, each with an id and a name of its own"
-        )
-
-
-def _cache_folder() -> Path | None:
-    if chosen := os.environ.get("PEDGPT_CACHE"):
-        return Path(chosen)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pedgpt"
-    except RuntimeError:  # no home
-        return None
+        if (found := backend.token_to_id(name)) != i:  # the library does not mind another id
+            raise ValueError(
+                f"{path.with_name(file)}: token {name!r} is declared with id {i}, but becomes {found}: added tokens"
+                " must follow the vocabulary without holes, each with an id and a name of its own"
+            )
 
 
 @contextlib.contextmanager

@@ -16,10 +16,8 @@ USER, ASSISTANT = 195, 196
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PEDGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield load_tokenizer(FOLDER)
+def ours():
+    return load_tokenizer(FOLDER)
 
 
 @pytest.fixture(scope="module")

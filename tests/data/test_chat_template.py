@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from pedgpt.data import (
@@ -24,17 +24,7 @@ from pedgpt.data import (
 )
 
 IGNORED = -100
-TEXTS = [
-    "医生您好，我家孩子发烧三天了，体温38.5度，请问是怎么回事？",
-    "考虑急性上呼吸道感染，建议多休息、多喝水。",
-    "The child has had a fever for 3 days.\n\nGive water and rest, then see a doctor.\n",
-    "system user assistant You are a helpful assistant.\n\n[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n [/INST] ok",
-] * 3
-SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LLAMA3_TOKENS = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
-]  # fmt: skip
+
 QWEN25 = (
     "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
     "{%- else %}{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}\n"
@@ -46,6 +36,7 @@ QWEN25 = (
     "{%- endfor %}\n"
     "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"
 )
+
 QWEN3 = (
     "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"
     "{%- endif %}\n"
@@ -76,6 +67,7 @@ QWEN3 = (
     "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}\n"
     "{%- endif %}\n"
 )
+
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
     "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim"
@@ -83,6 +75,7 @@ LLAMA3 = (
     "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+
 LLAMA31 = (  # the same with what 3.1 writes about dates, in a system turn that is always there
     "{{- bos_token }}{%- if messages[0].role == 'system' %}{%- set system = messages[0].content|trim %}"
     "{%- set messages = messages[1:] %}{%- else %}{%- set system = '' %}{%- endif %}"
@@ -93,6 +86,7 @@ LLAMA31 = (  # the same with what 3.1 writes about dates, in a system turn that 
     "{{- message.content | trim + '<|eot_id|>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
+
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
     "{% set system_message = messages[0]['content'] %}"
@@ -106,6 +100,7 @@ LLAMA2 = (
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -114,6 +109,7 @@ MISTRAL = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
+
 GENERATION = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
@@ -189,64 +185,6 @@ CASES = {
 }
 
 
-def train(kind):
-    """A backend of each kind, and the special tokens' names for its config."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    if kind in ("chatml", "llama3"):
-        names = CHATML_TOKENS if kind == "chatml" else LLAMA3_TOKENS
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-        )
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        )
-        backend.train_from_iterator(TEXTS, trainer)
-        backend.add_special_tokens([AddedToken(name, special=True) for name in names])
-        if kind == "chatml":  # not marked special in Qwen's own files either
-            backend.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
-            return backend, {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}, "bos_token": None}
-        return backend, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-    # As Llama 2's files: bytes that have no piece fall back to <0xXX>, spaces are ▁, one is put before a text.
-    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    bytes_ = [f"<0x{b:02X}>" for b in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False, limit_alphabet=100
-    )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)  # no piece goes on after a ▁
-    backend.train_from_iterator([text.replace("\n", " ") for text in TEXTS], trainer)
-    if kind == "llama2_prepend":  # after every special token, too
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        backend.pre_tokenizer = None
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = state["added_tokens"][:3]  # byte pieces are ordinary ones
-    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-
-
-@pytest.fixture(scope="module")
-def kinds():
-    return {kind: train(kind) for kind in ("chatml", "llama3", "llama2_prepend", "llama2_first")}
-
-
-@pytest.fixture(scope="module")
-def folder_of(kinds, tmp_path_factory):
-    def make(kind, template=None):
-        folder = tmp_path_factory.mktemp("folder")
-        backend, config = kinds[kind]
-        backend.save(str(folder / "tokenizer.json"))
-        config = config if template is None else config | {"chat_template": template}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        return folder
-
-    return make
-
-
 @pytest.fixture(scope="module")
 def cases(kinds, folder_of):
     """By name: ours, transformers', the spans by hand, whether a system text is taken."""
@@ -262,8 +200,11 @@ def cases(kinds, folder_of):
 
 
 PIECES = ["孩子", "发烧", "龘", "😀", "👩‍⚕️", "38.5", " ", "  ", "\n", "\n\n", "\t", "fever", " is", "é", "\ufdd0", "0"]
+
 TEXT = st.lists(st.sampled_from([*PIECES, "\ufdd1", "\ufdd2\ufdd3", "\ue000"]), max_size=7).map("".join)
+
 ASKED = st.builds("{}{}{}".format, TEXT, st.just("问"), TEXT)
+
 # A word in front: an answer is cut from what stands before it, so that a prompt ends where the answer begins.
 SAID = st.builds("答{}".format, TEXT)
 
@@ -450,62 +391,7 @@ def test_auto_picks_the_format_that_gives_the_checkpoints_ids(kind, template, pi
     assert type(chat_format(load_tokenizer(folder_of(kind, template)))).__name__ == picked
 
 
-def test_template_file_wins_and_lists_hold_a_default(folder_of):
-    def prompt(folder):
-        chat = chat_format(load_tokenizer(folder), "template")
-        return chat.tokenizer.backend.decode(encode_prompt([Message("user", "a")], chat), skip_special_tokens=False)
-
-    def named(name, text):
-        return {"name": name, "template": text + "{{ messages[0].content }}"}
-
-    folder = folder_of("chatml", [named("tool_use", "tool:"), named("default", "own:")])
-    assert prompt(folder) == "own:a"
-    (folder / "chat_template.jinja").write_text("file:{{ messages[0].content }}", encoding="utf-8")
-    assert prompt(folder) == "file:a"
-    for unusable in ([named("rag", "x")], {"default": "x"}, 3, [{"name": "default"}]):
-        with pytest.raises(ValueError, match="tokenizer_config.json.*default"):
-            chat_format(load_tokenizer(folder_of("chatml", unusable)))
-
-
-TURN = [Message("user", "问"), Message("assistant", "a\"答")]
-ALL = "{% for m in messages %}{{ m.content }}{% endfor %}"
-BROKEN = {
-    "syntax": ("{% for m in %}", "not valid Jinja.*Expected"),
-    "unknown tag": ("{% generaton %}", "not valid Jinja.*generaton"),
-    "its own complaint": ("{{ raise_exception('only one turn, please') }}", "only one turn, please"),
-    "type error": ("{{ messages + 1 }}", "fails .*list"),
-    "missing attribute": ("{{ nothing.at_all }}", "nothing"),
-    "forbidden": ("{{ ''.__class__.__mro__ }}", "unsafe"),
-    "division": ("{{ 1 // 0 }}", "zero"),
-    "rewrites": ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "changes the messages' text"),
-    "escapes": ("{% for m in messages %}{{ m.content | tojson }}</s>{% endfor %}", "changes the messages' text"),
-    "looks at the text": ("{% if '问' in messages[0].content %}b{% endif %}" + ALL, "changes the messages' text"),
-    "leaves out": ("{% for m in messages[1:] %}{{ m.content }}</s>{% endfor %}", "leaves out message 1.*user"),
-    "no end": ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "never learn to stop.*eos_token"),
-    "no mark": ("{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}", "no answer"),
-    "forged place": ("\ufdd077\ufdd1" + ALL, "no character"),
-    "forged by an escape": (r"{{ '\ufdd077\ufdd1' }}" + ALL, "no character"),
-    "forged mark": ("{{ pedgpt_begin }}" + ALL, "no character"),
-    "forged number": ("\ufdd0" + "9" * 5000 + "\ufdd1" + ALL, "no special token"),
-    "end without a beginning": ("{% generation %}{% endgeneration %}{{ pedgpt_end }}" + ALL, "changes"),
-    "half a text": ("{% for m in messages %}{{ m.content[:1] + m.content }}</s>{% endfor %}", "changes|no char"),
-    "endless": ("{% for i in range(9999) %}{% for j in range(9999) %}{{ i }}{% endfor %}{% endfor %}", "1,048,576"),
-    "too long range": ("{% for i in range(10 ** 9) %}{% endfor %}", "too big"),
-    "deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "not valid Jinja"),
-    "huge": (" " * (1 << 20) + "x", "1,048,577 characters"),
-}
-
-
-@pytest.mark.parametrize(("template", "told"), BROKEN.values(), ids=BROKEN)
-def test_unusable_templates_are_errors_that_name_the_file(template, told, folder_of):
-    folder = folder_of("llama2_first", template)
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        if name == "chat_template.jinja":
-            (folder / name).write_text(template, encoding="utf-8")
-        with pytest.raises(ValueError, match=told) as caught:
-            encode_conversation(TURN, chat_format(load_tokenizer(folder)), source="rows.jsonl:7")
-        assert str(folder / name) in str(caught.value)
-        assert "not valid" in told or "characters" in told or str(caught.value).startswith("rows.jsonl:7: ")
+TURN = [Message("user", "问"), Message("assistant", 'a"答')]
 
 
 def test_conversation_that_the_template_refuses_is_a_bad_row(folder_of):
@@ -542,25 +428,9 @@ def test_damaged_templates_name_their_file_or_work(kinds, name, place, lost, put
     assert 'a"答' in learnt and "问" not in learnt
 
 
-def test_template_that_is_a_link_out_of_the_folder_is_refused(folder_of, tmp_path):
-    (tmp_path / "secret").write_text("{{ messages[0].content }}", encoding="utf-8")
-    folder = folder_of("chatml")
-    (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
-    with pytest.raises(ValueError, match="link out of its folder"):
-        chat_format(load_tokenizer(folder))
-
-
 def test_answer_ends_where_the_template_ends_it_although_it_is_not_marked(folder_of):
     unmarked = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     chat = chat_format(load_tokenizer(folder_of("chatml", unmarked)), "template")
     assert chat.stop_tokens == (chat.tokenizer.token_id("<|im_end|>"),)
     example = encode_conversation([Message("user", "问"), Message("assistant", "答")], chat)
     assert chat.tokenizer.backend.decode([t for t in example.labels if t != IGNORED], skip_special_tokens=False) == "答"
-
-
-def test_template_without_a_file_is_an_error_that_says_so(folder_of):
-    folder = folder_of("llama2_first")
-    with pytest.raises(ValueError, match="chat_template"):
-        chat_format(load_tokenizer(folder))
-    with pytest.raises(ValueError, match="chat_template"):
-        chat_format(load_tokenizer(folder), "template")

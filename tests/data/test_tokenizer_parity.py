@@ -20,8 +20,7 @@ def script():
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the open medical data is not there")
-def test_ids_and_texts_match_sentencepiece_and_transformers(script, tmp_path, monkeypatch):
-    monkeypatch.setenv("PEDGPT_CACHE", "")  # restored afterwards; the script sets its own
+def test_ids_and_texts_match_sentencepiece_and_transformers(script, tmp_path):
     found = script.texts_of(DATA)
     assert len(found) > 30_000
     rows = list(script.check(tmp_path, found[::30] + script.random_texts(1000), found[::30], 4000, most_overlaps=500))

@@ -17,9 +17,8 @@ ANSWER = "多喝水，观察体温。"
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path):
     """Tiny weights of Baichuan2's shape, with all rows of its vocabulary, beside the vendor's tokenizer files."""
-    monkeypatch.setenv("PEDGPT_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     shape = {"model_type": "baichuan", "vocab_size": 125_696, "max_position_embeddings": 64, "initializer_range": 0.5}
