@@ -189,7 +189,7 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
                         parse(fields_of(row, own), "", None)
                     return kind
                 except Unfit as unfit:
-                    count = len({*row, *fields_of(row)} & known) if isinstance(row, dict) else isinstance(row, Unfit)
+                    count = len(fields_of(row).keys() & known) if isinstance(row, dict) else isinstance(row, Unfit)
                     if count:
                         reasons.append((count, f"{file}:{line}: {unfit}"))
                     else:

@@ -324,7 +324,7 @@ def _options(row: Row) -> list[str]:
     if len(name) == 1:
         given = {key.upper(): row[key] for key in LETTERS if key in row} if {"a", "b"} <= row.keys() else []
     if isinstance(given, str):
-        return [_text(row, name)]
+        return [_text(row, name, optional=True)]
     if isinstance(given, dict) and isinstance(given.get("text"), list):  # as ARC writes them
         given = dict(zip(given.get("label") or LETTERS.upper(), given["text"], strict=False))
     if isinstance(given, list):
@@ -364,9 +364,8 @@ def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
             raise LeftOut("an answer judged bad", f"{name} {row[name]}", "true or 1", "its pair may teach DFPO")
     forms = "question and answer, instruction and output, conversations, conversation or messages"
     name = _filled(row, "messages") or _find(row, (*NAMES["question"], *NAMES["messages"]), forms)
-    said = _asked(row, name)
-    if name in NAMES["question"]:
-        said += _said(row, _find(row, NAMES["answer"], forms))
+    answer = _find(row, NAMES["answer"], forms) if name in NAMES["question"] else ""
+    said = _asked(row, name) + (_said(row, answer) if answer else [])
     messages = _alternating(row, said, "assistant")
     taught = any(message.loss for message in messages if message.role == "assistant")
     _must(taught, "nothing carries loss", "loss false on every assistant message", "one that is learnt from")

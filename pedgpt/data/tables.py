@@ -198,8 +198,8 @@ def _json_stream(text: TextIO, wrapped: int) -> Rows:
 
     def more() -> bool:
         nonlocal buffer, at
-        piece = text.read(max(BLOCK, len(buffer) - at))  # doubled, so that a long row is not read often
-        buffer, at = buffer[at:] + piece, 0
+        if piece := text.read(max(BLOCK, len(buffer) - at)):  # doubled, so that a long row is not read often
+            buffer, at = buffer[at:] + piece, 0
         return bool(piece)
 
     def pass_over(wanted: re.Pattern[str]) -> int:
