@@ -224,7 +224,7 @@ def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:
         return "the whole file → text"
     own, (parse, *fields) = _own(columns, kind), KINDS[kind]
     known = [FIELDS[field] for field in FIELDS if field in sum(fields, ())]
-    meanings = {name: meaning for meaning, *names in known for name in names}
+    meanings = {name: meaning for meaning, names in known for name in names.split()}
     for _, row in islice(read_rows(file, triples=kind == "triples"), 20):
         with suppress(Unfit):
             watched = _Watched(fields_of(row, own))

@@ -23,33 +23,26 @@ Columns = Mapping[str, str] | None
 # first that a row has is used. raw_anwser is how the CMD cases spell it; complex_cot is HuatuoGPT-o1's; a to h are
 # the columns of an exam's options in tables like CMMLU's.
 FIELDS = {
-    "messages": ("turns", "conversations", "conversation", "messages"),
+    "messages": ("turns", "conversations conversation messages"),
     "history": ("earlier turns", "history"),
-    "question": ("user", "question", "ask", "instruction", "prompt", "query", "问题", "提问"),
+    "question": ("user", "question ask instruction prompt query 问题 提问"),
     "prompt": ("turns", "prompt"),
     "input": ("user, below it", "input"),
-    "options": ("user, below it", "option", "options", "choices", "选项", *LETTERS),
-    "answer": ("assistant", "answer", "output", "response", "completion", "raw_anwser", "回答", "答复", "答案"),
-    "chosen": ("chosen", "chosen", "response_chosen", "chosen_response"),
-    "rejected": ("rejected", "rejected", "response_rejected", "rejected_response"),
-    "head": ("head", "head"),
-    "relation": ("relation", "relation"),
-    "tail": ("tail", "tail"),
-    "text": ("text", "text"),
-    "title": ("title", "title"),
-    "task": ("task", "task"),
-    "reasoning_content": ("reasoning", "reasoning_content", "complex_cot"),
-    "label": ("left out where false", "label", "kto_tag"),
-    "system": ("system", "system"),
-    "disease": ("disease", "disease"),
-    "department": ("department", "department", "cate1", "科室"),
+    "options": ("user, below it", "option options choices 选项 a b c d e f g h"),
+    "answer": ("assistant", "answer output response completion raw_anwser 回答 答复 答案"),
+    "chosen": ("chosen", "chosen response_chosen chosen_response"),
+    "rejected": ("rejected", "rejected response_rejected rejected_response"),
+    "reasoning_content": ("reasoning", "reasoning_content complex_cot"),
+    "label": ("left out where false", "label kto_tag"),
+    **{name: (name, name) for name in ("head", "relation", "tail", "text", "title", "task", "system", "disease")},
+    "department": ("department", "department cate1 科室"),
 }
-NAMES = {name: names[1:] for name, names in FIELDS.items()}
-BAD = ("false", "0", "0.0", "-1", "no", "bad", "undesirable", "rejected", "否", "差")  # labels of an undesirable answer
+NAMES = {field: tuple(names.split()) for field, (_, names) in FIELDS.items()}
+BAD = "false 0 0.0 -1 no bad undesirable rejected 否 差".split()  # labels of an undesirable answer
 LOSS = {"loss": {"true": True, "false": False}, "weight": {"0": False, "1": True}}  # what flags of a message say
 ROLES = {"system": "system"}
-ROLES |= dict.fromkeys(("user", "human", "patient", "患者", "病人", "用户"), "user")
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "doctor", "医生", "大夫", "助手"), "assistant")
+ROLES |= dict.fromkeys("user human patient 患者 病人 用户".split(), "user")
+ROLES |= dict.fromkeys("assistant gpt chatgpt bot model doctor 医生 大夫 助手".split(), "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +186,9 @@ def fields_of(row: object, columns: Columns = None) -> Row:
     columns = columns if columns and not found.keys().isdisjoint(columns.values()) else {}
     for column in columns.values():
         _find(found, [column], f"{column}, which `columns` names")
-    taken = set(columns.values())
-    fields = [(key.strip().lower(), value) for key, value in found.items() if value is not None and key not in taken]
-    fields += [(name, found[column]) for name, column in columns.items()]
-    return {name: value for name, value in fields if value is not None and value == value}  # pandas writes NaN
+    good = {key: value for key, value in found.items() if value is not None and value == value}  # pandas writes NaN
+    fields = {key.strip().lower(): value for key, value in good.items() if key not in columns.values()}
+    return fields | {name: good[column] for name, column in columns.items() if column in good}
 
 
 def _find(row: Row, names: Iterable[str], expected: str) -> str:
@@ -241,8 +233,8 @@ def _labels(row: Row, *fields: str) -> list[str]:
 
 
 def _check_length(limit: int | None, *texts: str) -> None:
-    fits, fix = limit is None or sum(map(len, texts)) <= limit, "split the row or raise max_characters"
-    _must(fits, "over-long", f"{sum(map(len, texts))} characters", f"at most {limit}", fix)
+    length, fix = sum(map(len, texts)), "split the row or raise max_characters"
+    _must(limit is None or length <= limit, "over-long", f"{length} characters", f"at most {limit}", fix)
 
 
 def _messages(row: Row, name: str) -> list[Message]:
@@ -264,7 +256,7 @@ def _messages(row: Row, name: str) -> list[Message]:
 
 def _message(fields: Row, role: str, content: str, loss: bool = True) -> Message:
     """A message; what an assistant thought stands in a field of its own, or in the content before the answer."""
-    thought = next((name for name in NAMES["reasoning_content"] if role == "assistant" and name in fields), "")
+    thought = _filled(fields, "reasoning_content") if role == "assistant" else ""
     message = Message(role, content, loss, _text(fields, thought, optional=True))
     _must(message.content.strip(), "no answer after the reasoning", "nothing", "an answer after </think>")
     return message

@@ -46,15 +46,6 @@ class Unfit(ValueError):
         super().__init__(reason.encode(errors="backslashreplace").decode())  # a broken key must not break the report
 
 
-def _byte_by_byte(error: UnicodeError) -> tuple[str, int]:
-    """Each byte that is no text becomes a lone surrogate, U+DC00 + byte, so that it costs only its own row."""
-    assert isinstance(error, UnicodeDecodeError)
-    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
-
-
-codecs.register_error("pedgpt_byte_by_byte", _byte_by_byte)
-
-
 def read_rows(path: Path, *, triples: bool = False) -> Rows:
     """Yield (line, row) for each row of a file: its fields by name, or the `Unfit` that says why it has none.
 
@@ -71,7 +62,7 @@ def read_rows(path: Path, *, triples: bool = False) -> Rows:
             yield line, row
     except ImportError as error:
         raise ValueError(f'{path}: reading it needs {error.name}: pip install -e ".[tables]"') from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         after = int(str(line).rpartition(":")[2]) + 1
         yield after, Unfit("damaged file", str(error), "a whole file", "get it again; what follows is lost")
 
@@ -104,7 +95,10 @@ def open_text(path: Path) -> TextIO:
         # 64 MB at most: if all of it is ASCII, a later row in another encoding is bad.
         while sample.isascii() and b"\0" not in sample and file.tell() < 2**26 and (more := file.read(BLOCK)):
             sample = more
-    return io.TextIOWrapper(binary(), _encoding(path, sample), errors="pedgpt_byte_by_byte", newline=newline)
+    encoding = _encoding(path, sample)
+    # A byte that is no text becomes a lone surrogate, U+DC00 + byte, so that it costs only its own row.
+    errors = "surrogatepass" if encoding.startswith("utf-16") else "surrogateescape"
+    return io.TextIOWrapper(binary(), encoding, errors, newline)
 
 
 def _encoding(path: Path, sample: bytes) -> str:
@@ -114,9 +108,7 @@ def _encoding(path: Path, sample: bytes) -> str:
     beyond = b" ".join(re.findall(rb"[\x80-\xff]+", sample))[: 2**16]
     text = beyond.decode(errors="replace")
     broken = text.count("\ufffd")
-    if (
-        sample.count(0) < 0.2 * len(sample) and broken <= 1 + len(text) / 20 or not sample
-    ):  # its end may cut a character
+    if sample.count(0) <= 0.2 * len(sample) and broken <= 1 + len(text) / 20:  # the sample's end may cut a character
         return "utf-8-sig"
     # Simplified Chinese consists of the characters of GB2312, which Big5 or broken UTF-8 rarely seem to be.
     simplified = beyond.decode("gb2312", errors="replace")
@@ -162,7 +154,7 @@ def _json_rows(text: TextIO, suffix: str) -> Rows:
         end = DECODER.raw_decode(head, begin)[1]
         one_a_line = "\n" not in head[begin:end] and not head[end:].partition("\n")[0].strip()
     first = _first_of_wrapped(head)
-    if not one_a_line or head[begin : begin + 1] == "[" or (first and head[end:].lstrip()[:1] != "{"):
+    if not one_a_line or head.startswith("[", begin) or (first and head[end:].lstrip()[:1] != "{"):
         yield from _json_stream(text, first)
         return
     for number, line in enumerate(text, 1):
