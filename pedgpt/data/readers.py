@@ -101,8 +101,6 @@ def iter_records(
     names the column of each field whose column has no known name, {"question": "ask"}; a file without any of these
     columns is read by its own names, with a warning.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row is {on_bad_row!r}, expected "error" or "skip"')
     if max_characters is not None and max_characters < 1:

@@ -256,16 +256,16 @@ def _table(path: Path, text: TextIO, suffix: str, triples: bool) -> Rows:
     # strict: without it, a quote that is never closed takes the rest of the file into one cell
     quoting: Any = csv.QUOTE_NONE if triples else csv.QUOTE_MINIMAL
     new_reader = partial(csv.reader, delimiter=separator, quoting=quoting, strict=True)
-    reader, number, first, doubtful = new_reader(lines()), 1, True, 0
+    reader, number, first, fault = new_reader(lines()), 1, True, ""
     names = ["head", "relation", "tail"]
     while True:
         taken.clear()
+        doubtful = bool(fault or waiting)  # lines after a stray quote must be faultless
         try:
             cells = next(reader, None)
             fault = "a stray quote" if doubtful and not well_formed.fullmatch("".join(taken)) else ""
         except csv.Error as error:
-            # A stray quote may have taken good rows along: go on with the next line, whose row must now be faultless.
-            doubtful = max(doubtful, number + len(taken) - 1)
+            # The quote may have taken good rows along: go on with the next line.
             cells, fault = taken[:1], f"{error}, in lines {number} to {number + len(taken) - 1}"
             waiting.extendleft(reversed(taken[1:]))
             del taken[1:]
@@ -274,7 +274,6 @@ def _table(path: Path, text: TextIO, suffix: str, triples: bool) -> Rows:
             return
         line, number = number, number + len(taken)
         if fault:
-            doubtful = max(doubtful, line)
             yield line, Unfit("invalid CSV", fault, "cells closed by a quote", 'write " inside a cell as ""')
         elif cells and (len(cells) > 1 or not cells[0].isspace()) and not (triples and cells[0].startswith("#")):
             titles = [cell.strip() for cell in cells] if first else []
@@ -283,7 +282,6 @@ def _table(path: Path, text: TextIO, suffix: str, triples: bool) -> Rows:
                 names = titles
             else:
                 yield line, _named(cells, names)
-                doubtful = doubtful if line <= doubtful else 0
             first = False
 
 
