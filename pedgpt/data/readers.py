@@ -176,7 +176,7 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
     tsv = format_of(file) == ".tsv"
     kinds = ("preferences", "conversations", *(("documents", "triples") if tsv else ("triples", "documents")))
     first_rows = cache(lambda triples: list(islice(read_rows(file, triples=triples), 20)))
-    reasons: list[tuple[int, str]] = []  # how many fields are known, and why a row cannot be used
+    reasons: list[tuple[int, str]] = []  # how many fields are known or named, and why a row cannot be used
     for kind in ("documents",) if format_of(file) in TEXTS else kinds:
         own, (parse, needed, _) = _own(columns, kind), KINDS[kind]
         known = {*own.values(), *(name for field in needed for name in NAMES[field])}
@@ -187,25 +187,21 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
                         parse(fields_of(row, own), "", None)
                     return kind
                 except Unfit as unfit:
-                    count = len(fields_of(row).keys() & known) if isinstance(row, dict) else isinstance(row, Unfit)
-                    if count:
-                        reasons.append((count, f"{file}:{line}: {unfit}"))
-                    else:
-                        found = f"the fields {some(row)}" if isinstance(row, dict) else type(row).__name__
-                        why = f"no known field, found {found}; if it is data, name its fields by `columns`"
-                        reasons.append((0, f"{file}: {why}"))
+                    names = fields_of(row) if isinstance(row, dict) else known if isinstance(row, Unfit) else ()
+                    count, fix = len(known.intersection(names)), "if it is data, name its fields by `columns`"
+                    unknown = f"no known field, found the fields {some(names)}; {fix}"
+                    told = f"{file}:{line}: {unfit}" if count else f"{file}: {unknown}"
+                    reasons.append((count and count + len(own), told))
         except ValueError as error:  # the file
-            reasons.append((1, str(error)))
+            reasons.append((len(known), str(error)))
     count, why = max(reasons, key=lambda reason: reason[0], default=(0, f"{file}: no row in it"))
     raise ValueError(why) if count else NoData(why)
 
 
 class _Watched(dict[str, Any]):
-    """A row that remembers which of its fields were read."""
+    """A row that remembers in `taken` which of its fields were read."""
 
-    def __init__(self, row: dict[str, Any]) -> None:
-        super().__init__(row)
-        self.taken: set[str] = set()
+    taken: set[str]
 
     def __getitem__(self, name: str) -> Any:
         self.taken.add(name)
@@ -226,6 +222,7 @@ def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:
     for _, row in islice(read_rows(file, triples=kind == "triples"), 20):
         with suppress(Unfit):
             watched = _Watched(fields_of(row, own))
+            watched.taken = set()
             parse(watched, "", None)
             taken = [(name, meaning) for name, meaning in meanings.items() if name in watched.taken]
             found = ", ".join(name if meaning == name else f"{name} → {meaning}" for name, meaning in taken)

@@ -9,14 +9,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice, takewhile
+from itertools import islice, takewhile, zip_longest
+from string import ascii_uppercase
 from typing import Any, TypeVar
 
 from pedgpt.data.tables import Unfit, not_utf8
 
 Row = dict[str, Any]
 T = TypeVar("T")
-LETTERS = "abcdefgh"
 Columns = Mapping[str, str] | None
 
 # Each field: what a reader takes it for, in the order in which people are told, and its names, of which the
@@ -216,9 +216,7 @@ def _typed(value: object, kind: type[T], name: str) -> T:
 
 
 def _text(row: Row, name: str, *, optional: bool = False) -> str:
-    if optional and name not in row:
-        return ""
-    text = _typed(row[_find(row, [name], name)], str, name)
+    text = "" if optional and name not in row else _typed(row[_find(row, [name], name)], str, name)
     if unfit := not_utf8(text):  # bytes of a table or .json, or an escaped half of a pair: tokenizers stop at either
         raise unfit
     blank = not text.strip()
@@ -313,14 +311,14 @@ def _options(row: Row) -> list[str]:
     """The choices of an exam's question, each like "A. fever"; they get letters where they have none."""
     name = _filled(row, "options")
     given = row[name] if name else []
-    if len(name) == 1:
-        given = {key.upper(): row[key] for key in LETTERS if key in row} if {"a", "b"} <= row.keys() else []
+    if len(name) == 1:  # columns of a table
+        given = {key.upper(): row[key] for key in "abcdefgh" if key in row} if {"a", "b"} <= row.keys() else []
     if isinstance(given, str):
         return [_text(row, name, optional=True)]
     if isinstance(given, dict) and isinstance(given.get("text"), list):  # as ARC writes them
-        given = dict(zip(given.get("label") or LETTERS.upper(), given["text"], strict=False))
+        given = [{"key": key, "text": text} for key, text in zip_longest(given.get("label") or [], given["text"])]
     if isinstance(given, list):
-        given = dict(map(_option, LETTERS.upper(), given))
+        given = dict(map(_option, ascii_uppercase, given))
     options = {}
     for letter, text in _typed(given, dict, "options").items():
         text = {} if text is None else {"options": str(text) if type(text) in (int, float) else text}
@@ -368,7 +366,7 @@ def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
 def _preference(row: Row, source: str, limit: int | None) -> PreferencePair:
     forms = "prompt (or conversations, or question), chosen and rejected"
     names = [_find(row, NAMES[field], forms) for field in ("chosen", "rejected")]
-    said = [_said({name: row[name]}, name) for name in names]
+    said = [_said({name: row[name]}, name) or [Message("no message", "")] for name in names]
     prompts = ("prompt", *NAMES["messages"], *NAMES["question"])
     if len(said[0]) > 1 and row.keys().isdisjoint(prompts):
         # TRL's implicit prompt is what both lists begin with, before the reply at their end.
@@ -378,21 +376,17 @@ def _preference(row: Row, source: str, limit: int | None) -> PreferencePair:
         asked = _asked(row, _find(row, prompts, forms))
     # Of a pair only the replies carry loss: what the prompt's own flags say is true either way.
     prompt = tuple(replace(message, loss=True) for message in _alternating(row, asked, "user"))
-    chosen, rejected = (_reply(messages, name, prompt) for name, messages in zip(names, said, strict=True))
+    for name, (*before, last) in zip(names, said, strict=True):
+        _must(last.role == "assistant", f"{name} does not end with a reply", last.role, "assistant")
+        _must(last.loss, f"{name} carries no loss", "loss false", "a reply that is learnt from")
+        repeated = tuple(replace(message, loss=True) for message in before)
+        known = repeated in ((), prompt, prompt[prompt[0].role == "system" :])
+        _must(known, f"{name} repeats another prompt", f"{len(before)} other messages", "those of the prompt")
+    chosen, rejected = (messages[-1].written for messages in said)
     same = chosen.strip() == rejected.strip()
     _must(not same, "chosen equals rejected", repr(chosen[:40]), "two different replies", "delete the row")
     _check_length(limit, *(message.written for message in prompt), max(chosen, rejected, key=len))
     return PreferencePair(prompt, chosen, rejected, source, *_labels(row, "disease", "department"))
-
-
-def _reply(messages: list[Message], name: str, prompt: tuple[Message, ...]) -> str:
-    *before, last = messages or [Message("no message", "")]
-    _must(last.role == "assistant", f"{name} does not end with a reply", last.role, "assistant")
-    _must(last.loss, f"{name} carries no loss", "loss false", "a reply that is learnt from")
-    repeated = tuple(replace(message, loss=True) for message in before)
-    known = repeated in ((), prompt, prompt[prompt[0].role == "system" :])
-    _must(known, f"{name} repeats another prompt", f"{len(before)} other messages", "those of the prompt")
-    return last.written
 
 
 def _triple(row: Row, source: str, limit: int | None) -> Triple:
@@ -402,15 +396,11 @@ def _triple(row: Row, source: str, limit: int | None) -> Triple:
 
 
 Parser = Callable[[Row, str, int | None], Any]  # fields, source, max_characters
-ABOUT = ("system", "history", "input", "options", "disease", "department")
+TALK = ("messages", "question", "history", "input", "options", "system", "disease", "department")
 # Each kind of records: how a row becomes one, the fields by which a row is known as one, and its other fields.
 KINDS: dict[str, tuple[Parser, tuple[str, ...], tuple[str, ...]]] = {
     "documents": (_document, ("text",), ("title", "disease", "department")),
-    "conversations": (
-        _conversation,
-        ("messages", "question", "answer"),
-        (*ABOUT, "task", "reasoning_content", "label"),
-    ),
-    "preferences": (_preference, ("prompt", "chosen", "rejected"), ("messages", "question", *ABOUT)),
+    "conversations": (_conversation, ("messages", "question", "answer"), (*TALK, "reasoning_content", "label", "task")),
+    "preferences": (_preference, ("prompt", "chosen", "rejected"), TALK),
     "triples": (_triple, ("head", "relation", "tail"), ()),
 }

@@ -34,7 +34,7 @@ FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:')
 # An object around a list of rows begins like {"version": 1, "data": [{.
 MEMBER = re.compile(r'[\s\ufeff,{]*("(?:[^"\\]|\\.)*")\s*:\s*')
 WRAPPERS = "data|rows|examples|instances|items|records|train|validation|dev|test"
-FURTHER = re.compile(rf'"(?:{WRAPPERS})"\s*:\s*(?=\[\s*\{{)')
+FURTHER = rf'"(?:{WRAPPERS})"\s*:\s*(?=\[\s*\{{)'
 Rows = Iterator[tuple[int | str, object]]
 
 
@@ -174,7 +174,7 @@ def _first_of_wrapped(head: str) -> int:
     at = 0
     with suppress(*BROKEN):
         while member := MEMBER.match(head, at):
-            if FURTHER.match(head, member.start(1)):
+            if re.compile(FURTHER).match(head, member.start(1)):
                 return member.end()
             at = DECODER.raw_decode(head, member.end())[1]
     return 0
@@ -187,24 +187,22 @@ def _json_stream(text: TextIO, wrapped: int) -> Rows:
     object whose first key is that row's first key, or that begins a line at the same indent.
     """
     buffer, at, number, in_list, value = text.read(BLOCK), wrapped, 0, False, None
+    before = 0  # characters of the text before the buffer
 
     def more() -> bool:
-        nonlocal buffer, at
+        nonlocal buffer, at, before
         if piece := text.read(max(BLOCK, len(buffer) - at)):  # doubled, so that a long row is not read often
-            buffer, at = buffer[at:] + piece, 0
+            buffer, at, before = buffer[at:] + piece, 0, before + at
         return bool(piece)
 
-    def pass_over(wanted: re.Pattern[str]) -> int:
-        """Go behind the next match, or to the end; return how many characters are passed over."""
+    def pass_over(wanted: str) -> None:
+        """Go behind the next match, or to the end."""
         nonlocal at
-        passed = 0
-        while not (found := wanted.search(buffer, at)):
-            start, at = at, max(at, len(buffer) - 1000)
-            passed += at - start
+        while not (found := re.compile(wanted).search(buffer, at)):
+            at = max(at, len(buffer) - 1000)
             if not more():
                 break
-        start, at = at, found.end() if found else len(buffer)
-        return passed + at - start
+        at = found.end() if found else len(buffer)
 
     while True:
         sign = SIGN.search(buffer, at)
@@ -229,8 +227,9 @@ def _json_stream(text: TextIO, wrapped: int) -> Rows:
                 line = buffer.rfind("\n", 0, at) + 1
                 if line and not (indent := buffer[line:at]).strip():
                     begins += rf'|(?<=\n{indent})(?=\{{\s*")'
-                at += 1
-                value = _invalid_json(f"{found} ({pass_over(re.compile(begins)) + 1:,} characters are left out)")
+                start, at = before + at, at + 1
+                pass_over(begins)
+                value = _invalid_json(f"{found} ({before + at - start:,} characters are left out)")
             number += 1
             yield number, value
     if in_list and not isinstance(value, Unfit):
