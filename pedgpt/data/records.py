@@ -261,16 +261,13 @@ def _message(fields: Row, role: str, content: str, loss: bool = True) -> Message
 
 
 def _loss(turn: Row, role: str) -> bool:
-    flags = set()
-    for key, meanings in LOSS.items():
-        if key in turn:
-            written = json.dumps(turn[key])
-            _must(written in meanings, f"{key} of a message is unusable", written[:40], " or ".join(meanings))
-            flag = meanings[written]
-            _must(role == "assistant" or not flag, f"{key} asks for loss on another's words", role, "assistant")
-            flags.add(flag)
-    _must(len(flags) < 2, "loss and weight disagree", "true and false", "one of the two")
-    return role != "assistant" or False not in flags
+    flags = {key: LOSS[key].get(json.dumps(turn[key])) for key in LOSS if key in turn}
+    for key, flag in flags.items():
+        found = json.dumps(turn[key])[:40]
+        _must(flag is not None, f"{key} of a message is unusable", found, " or ".join(LOSS[key]))
+        _must(role == "assistant" or not flag, f"{key} asks for loss on another's words", role, "assistant")
+    _must(len({*flags.values()}) < 2, "loss and weight disagree", "true and false", "one of the two")
+    return role != "assistant" or all(flags.values())
 
 
 def _alternating(row: Row, messages: list[Message], last: str) -> tuple[Message, ...]:

@@ -192,7 +192,9 @@ def _json_stream(text: TextIO, wrapped: int) -> Rows:
     def more() -> bool:
         nonlocal buffer, at, before
         if piece := text.read(max(BLOCK, len(buffer) - at)):  # doubled, so that a long row is not read often
-            buffer, at, before = buffer[at:] + piece, 0, before + at
+            line = buffer.rfind("\n", max(0, at - 100), at)  # its indent tells where the next row begins
+            start = at if line < 0 else line
+            buffer, at, before = buffer[start:] + piece, at - start, before + start
         return bool(piece)
 
     def pass_over(wanted: str) -> None:
