@@ -158,10 +158,10 @@ def parse_columns(columns: Iterable[str]) -> dict[str, str]:
 
 def _own(columns: Columns, kind: str) -> dict[str, str]:
     """The given columns, without those for fields that this kind of record does not have."""
-    _, needed, others = KINDS[kind]
-    if unknown := set(columns or ()) - FIELDS.keys():
+    columns, (_, needed, others) = columns or {}, KINDS[kind]
+    if unknown := columns.keys() - FIELDS.keys():
         raise ValueError(f"columns has {', '.join(unknown)}, expected some of {', '.join(needed + others)}")
-    return {name: column for name, column in (columns or {}).items() if name in needed + others}
+    return {name: column for name, column in columns.items() if name in needed + others}
 
 
 def detect_kind(path: PathLike, columns: Columns = None) -> str:
@@ -172,12 +172,11 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
     if Path(path).is_dir():
         raise ValueError(f"{path}: found a folder, expected one file; name a file in it")
     (file,) = files_of(path)
-    # Any TSV of three columns could hold triples, so there they come last; elsewhere their keys are the surer sign.
     tsv = format_of(file) == ".tsv"
-    kinds = ("preferences", "conversations", *(("documents", "triples") if tsv else ("triples", "documents")))
+    kinds = sorted(KINDS, key=lambda kind: tsv and kind == "triples")  # last: any TSV of three columns could hold them
     first_rows = cache(lambda triples: list(islice(read_rows(file, triples=triples), 20)))
     reasons: list[tuple[int, str]] = []  # how many fields are known or named, and why a row cannot be used
-    for kind in ("documents",) if format_of(file) in TEXTS else kinds:
+    for kind in ["documents"] if format_of(file) in TEXTS else kinds:
         own, (parse, needed, _) = _own(columns, kind), KINDS[kind]
         known = {*own.values(), *(name for field in needed for name in NAMES[field])}
         try:

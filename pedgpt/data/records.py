@@ -240,8 +240,8 @@ def _messages(row: Row, name: str) -> list[Message]:
     for turn in _typed([row[name]] if isinstance(row[name], dict) else row[name], list, name):
         turn = {key: value for key, value in _typed(turn, dict, f"a message of {name}").items() if value is not None}
         written = _text(turn, _find(turn, ("from", "role"), "role or from"))
-        role = ROLES.get(written.strip(" :：").lower(), "")
-        _must(role, "unknown role", written, ", ".join(ROLES))
+        if not (role := ROLES.get(written.strip(" :：").lower())):
+            raise Unfit("unknown role", written, ", ".join(ROLES))
         said = _find(turn, ("value", "content"), "content or value")
         if isinstance(turn[said], list):
             parts = [part.get("text") if isinstance(part, dict) else part for part in turn[said]]
@@ -277,7 +277,8 @@ def _alternating(row: Row, messages: list[Message], last: str) -> tuple[Message,
     turns = turns[1:] if turns[:1] == ["system"] else turns
     for number, role in enumerate(turns, 1):
         expected = ("assistant", "user")[number % 2]
-        _must(role == expected, "roles do not alternate", f"{role} as turn {number} after any system message", expected)
+        if role != expected:
+            raise Unfit("roles do not alternate", f"{role} as turn {number} after any system message", expected)
     _must(turns[-1:] == [last], f"no {last} turn at the end", turns[-1] if turns else "no turn", last)
     return tuple(messages)
 
@@ -392,12 +393,12 @@ def _triple(row: Row, source: str, limit: int | None) -> Triple:
     return Triple(head, relation, tail, source)
 
 
-Parser = Callable[[Row, str, int | None], Any]  # fields, source, max_characters
 TALK = ("messages", "question", "history", "input", "options", "system", "disease", "department")
-# Each kind of records: how a row becomes one, the fields by which a row is known as one, and its other fields.
-KINDS: dict[str, tuple[Parser, tuple[str, ...], tuple[str, ...]]] = {
-    "documents": (_document, ("text",), ("title", "disease", "department")),
-    "conversations": (_conversation, ("messages", "question", "answer"), (*TALK, "reasoning_content", "label", "task")),
+# Each kind of records, the surest sign first: how a row (with its source and max_characters) becomes one, the fields by
+# which a row is known as one, and its other fields.
+KINDS: dict[str, tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]]] = {
     "preferences": (_preference, ("prompt", "chosen", "rejected"), TALK),
+    "conversations": (_conversation, ("messages", "question", "answer"), (*TALK, "reasoning_content", "label", "task")),
     "triples": (_triple, ("head", "relation", "tail"), ()),
+    "documents": (_document, ("text",), ("title", "disease", "department")),
 }
