@@ -8,25 +8,28 @@ from pathlib import Path
 PathLike = str | os.PathLike[str]
 Paths = PathLike | Iterable[PathLike]
 
-TEXTS, EXTRA = (".txt", ".md"), {".parquet": "pyarrow", ".xlsx": "openpyxl"}
+TEXTS, EXTRA = (".txt", ".md"), (".parquet", ".xlsx")
 SUFFIXES = (*TEXTS, ".jsonl", ".json", ".csv", ".tsv", *EXTRA)
 # Files beside the data: notes for people, and what other projects write about their data.
 NOTES = re.compile(r"(readme|licen[cs]e|changelog|requirements|dataset_infos?)(?![a-z]).*", re.IGNORECASE)
-ADVICE = dict.fromkeys((".zip", ".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst"), "an archive; unpack it")
-ADVICE |= {".xls": "an old workbook; save it as .xlsx", ".pdf": "no text; save its text as .txt"}
-ADVICE |= dict.fromkeys((".doc", ".docx"), ADVICE[".pdf"])
+ADVICE = dict.fromkeys(".zip .rar .7z .tar .gz .tgz .bz2 .xz .zst".split(), "an archive; unpack it")
+ADVICE |= dict.fromkeys((".pdf", ".doc", ".docx"), "no text; save its text as .txt")
+ADVICE[".xls"] = "an old workbook; save it as .xlsx"
+
+
+def _unpacked(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() == ".gz" else path
 
 
 def format_of(path: Path) -> str:
     """The format that a file's name tells: ".csv" for a.CSV and for a.csv.gz; empty if it is none of `SUFFIXES`."""
-    zipped = path.suffix.lower() == ".gz"
-    suffix = Path(path.stem).suffix.lower() if zipped else path.suffix.lower()
-    return suffix if suffix in SUFFIXES and not (zipped and suffix in EXTRA) else ""
+    suffix = _unpacked(path).suffix.lower()
+    return suffix if suffix in SUFFIXES and (suffix not in EXTRA or _unpacked(path) == path) else ""
 
 
 def stem_of(path: Path) -> str:
     """A file's name without its suffix, and without .gz."""
-    return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
+    return _unpacked(path).stem
 
 
 def files_in(folder: Path) -> tuple[list[Path], dict[Path, str]]:
@@ -34,10 +37,10 @@ def files_in(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     files: list[Path] = []
     left_out: dict[Path, str] = {}
     for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        depth = next((i for i, name in enumerate(inside.parts, 1) if name.startswith((".", "~$", "__MACOSX"))), 0)
-        if depth:
-            left_out[folder.joinpath(*inside.parts[:depth])] = "hidden or temporary"
+        names = path.relative_to(folder).parts
+        hidden = next((n for n, name in enumerate(names, 1) if name.startswith((".", "~$", "__MACOSX"))), 0)
+        if hidden:
+            left_out[folder.joinpath(*names[:hidden])] = "hidden or temporary"
         elif path.is_dir():
             if path.is_symlink():
                 left_out[path] = "a link to a folder; name that folder itself"

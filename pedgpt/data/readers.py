@@ -15,14 +15,13 @@ from contextlib import suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from pedgpt.data.inputs import TEXTS, PathLike, Paths, files_of, format_of
 from pedgpt.data.records import (
     FIELDS,
-    KEYS,
-    MEANINGS,
-    PARSERS,
+    KINDS,
+    NAMES,
     Columns,
     Conversation,
     Document,
@@ -46,23 +45,12 @@ class BadRow(ValueError):
     """A row that cannot be used: "file:line: fault: what was found, what was expected; how to fix it"."""
 
 
-class Settings(TypedDict, total=False):
-    """What every reader takes."""
-
-    on_bad_row: str  # "error" raises BadRow at the first bad row; "skip" leaves it out and counts it in the summary
-    max_characters: int | None  # bound on a row's text: all messages; a pair's prompt and its longer reply
-    summary: ReadSummary | None  # to add to; without one, skipped rows are described in a warning
-    # The column of each field whose column has no known name: {"question": "ask"}. A file without any of these columns
-    # is read by its own names, with a warning.
-    columns: Columns
-
-
-def read_documents(paths: Paths, **settings: Unpack[Settings]) -> list[Document]:
+def read_documents(paths: Paths, **settings: Any) -> list[Document]:
     """Read whole .txt and .md files, titled by their first markdown heading, and rows of `text`, optionally `title`."""
-    return _read(paths, "documents", settings)
+    return _read(paths, "documents", **settings)
 
 
-def read_conversations(paths: Paths, **settings: Unpack[Settings]) -> list[Conversation]:
+def read_conversations(paths: Paths, **settings: Any) -> list[Conversation]:
     """Read conversations, each row in any of these forms, with optional `system` and `task`.
 
     Alpaca (`instruction`, `input`, `output`, `history`), ShareGPT (`conversations`), OpenAI (`messages`),
@@ -72,29 +60,28 @@ def read_conversations(paths: Paths, **settings: Unpack[Settings]) -> list[Conve
     An assistant's message with `"loss": false`, or `"weight": 0` as OpenAI writes it, carries no loss; if none carries
     any, the row is bad. A row whose `label` is false (KTO: an undesirable answer) is left out.
     """
-    return _read(paths, "conversations", settings)
+    return _read(paths, "conversations", **settings)
 
 
-def read_preferences(paths: Paths, **settings: Unpack[Settings]) -> list[PreferencePair]:
+def read_preferences(paths: Paths, **settings: Any) -> list[PreferencePair]:
     """Read `prompt` (or ShareGPT `conversations`, or `question`), `chosen` and `rejected`, with optional `system`.
 
     Each is a string or a list of messages; a reply may be one message, or repeat the whole prompt, which is removed.
     Without a prompt it is what both lists of messages begin with, as in TRL.
     """
-    return _read(paths, "preferences", settings)
+    return _read(paths, "preferences", **settings)
 
 
-def read_triples(paths: Paths, **settings: Unpack[Settings]) -> list[Triple]:
+def read_triples(paths: Paths, **settings: Any) -> list[Triple]:
     """Read TSV of head, relation, tail (# begins a comment, quotes are text), or rows with those keys."""
-    return _read(paths, "triples", settings)
+    return _read(paths, "triples", **settings)
 
 
-def _read(paths: Paths, kind: str, settings: Settings) -> list[Any]:
-    summary = settings.get("summary") or ReadSummary()
-    complete: Settings = {**settings, "summary": summary}
-    records = list(iter_records(paths, kind, **complete))
-    if settings.get("summary") is None and summary.skipped:
-        warnings.warn(f"some rows were skipped\n{summary.describe()}", stacklevel=3)
+def _read(paths: Paths, kind: str, summary: ReadSummary | None = None, **settings: Any) -> list[Any]:
+    told = summary or ReadSummary()
+    records = list(iter_records(paths, kind, summary=told, **settings))
+    if summary is None and told.skipped:
+        warnings.warn(f"some rows were skipped\n{told.describe()}", stacklevel=3)
     return records
 
 
@@ -109,10 +96,11 @@ def iter_records(
 ) -> Iterator[Any]:
     """What the reader of that kind returns, one by one, so that a file of any size takes the memory of a row.
 
-    `kind` is "documents", "conversations", "preferences" or "triples". Without a summary, skipped rows are not told.
+    `kind` is "documents", "conversations", "preferences" or "triples". A bad row raises BadRow, or is counted in the
+    summary if `on_bad_row` is "skip". `max_characters` bounds all messages, or a prompt and its longer reply. `columns`
+    names the column of each field whose column has no known name, {"question": "ask"}; a file without any of these
+    columns is read by its own names, with a warning.
     """
-    if kind not in PARSERS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PARSERS)}")
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row is {on_bad_row!r}, expected "error" or "skip"')
     if max_characters is not None and max_characters < 1:
@@ -122,17 +110,17 @@ def iter_records(
     summary.skipped += [SkippedRow(str(file), 0, f"left out, {reason}") for file, reason in left_out.items()]
     for path in files:
         summary.rows.setdefault(str(path), 0)
-        named = not own
-        for line, row in _rows(path, kind, own):
+        whole, checked = format_of(path) in TEXTS, not own
+        rows = read_rows(path, triples=kind == "triples")
+        if whole and kind != "documents":
+            rows = iter([(1, Unfit("a text file", path.suffix, f"rows of {kind}", "name the files, not their folder"))])
+        for line, row in rows:
             place = f"{path}:{line}"
-            if not named and isinstance(row, dict):
-                named = True
-                if row.keys().isdisjoint(own.values()):
-                    found = f"found none of the columns {', '.join(own.values())}"
-                    warnings.warn(f"{place}: {found}, so the file's own names are used", stacklevel=4)
+            if not checked and isinstance(row, dict):
+                checked = True
+                _check_columns(path, row, own)
             try:
-                source = str(path) if format_of(path) in TEXTS else place
-                record = PARSERS[kind](fields_of(row, own), source, max_characters)
+                record = KINDS[kind][0](fields_of(row, own), str(path) if whole else place, max_characters)
             except Unfit as unfit:
                 if on_bad_row == "error" and not isinstance(unfit, LeftOut):
                     raise BadRow(f"{place}: {unfit}") from None
@@ -143,31 +131,37 @@ def iter_records(
                 yield record
 
 
-def _rows(path: Path, kind: str, own: dict[str, str]) -> Iterator[tuple[int | str, object]]:
-    if kind != "documents" and format_of(path) in TEXTS:
-        yield 1, Unfit("a text file", path.suffix, f"rows of {kind}", "name the files to read, not their folder")
-    else:
-        yield from read_rows(path, triples=kind == "triples", columns=own.values())
+def _check_columns(path: Path, row: dict[str, Any], own: dict[str, str]) -> None:
+    """Warn if a file's first row has no column that `columns` names; ValueError if a table has only some of them."""
+    lacking = [column for column in own.values() if column not in row]
+    if len(lacking) == len(own):
+        found = f"found none of the columns {', '.join(lacking)}"
+        warnings.warn(f"{path}: {found}, so the file's own names are used", stacklevel=5)
+    elif lacking and format_of(path) not in (".json", ".jsonl"):  # there each row may have other fields
+        found = f"found columns {', '.join(row)}, expected {', '.join(lacking)}"
+        raise ValueError(f"{path}:1: {found}; fix `columns`")
 
 
 def parse_columns(columns: Iterable[str]) -> dict[str, str]:
     """The setting `columns` of the recipes, ["question=ask", "answer=reply"], as the readers take it."""
-    pairs = [(name.strip(), column.strip()) for name, _, column in (item.partition("=") for item in columns)]
-    known = dict.fromkeys(field for fields in FIELDS.values() for field in fields)
-    for name, column in pairs:
-        if name not in known or not column:
-            hint = nearest(name, known, "fields") if name not in known else "expected the name of a column after ="
+    found: dict[str, str] = {}
+    for name, _, column in (item.partition("=") for item in columns):
+        name, column = name.strip(), column.strip()
+        if name not in FIELDS or not column:
+            hint = nearest(name, FIELDS, "fields") if name not in FIELDS else "expected the name of a column after ="
             raise ValueError(f"columns: {name}={column} is not of the form field=column; {hint}")
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"columns: {', '.join(name for name, _ in pairs)}: a field is given twice")
-    return dict(pairs)
+        if name in found:
+            raise ValueError(f"columns: {name}: a field is given twice")
+        found[name] = column
+    return found
 
 
 def _own(columns: Columns, kind: str) -> dict[str, str]:
     """The given columns, without those for fields that this kind of record does not have."""
-    if unknown := set(columns or ()) - {field for fields in FIELDS.values() for field in fields}:
-        raise ValueError(f"columns has {', '.join(unknown)}, expected some of {', '.join(FIELDS[kind])}")
-    return {name: column for name, column in (columns or {}).items() if name in FIELDS[kind]}
+    columns, (_, needed, others) = columns or {}, KINDS[kind]
+    if unknown := columns.keys() - FIELDS.keys():
+        raise ValueError(f"columns has {', '.join(unknown)}, expected some of {', '.join(needed + others)}")
+    return {name: column for name, column in columns.items() if name in needed + others}
 
 
 def detect_kind(path: PathLike, columns: Columns = None) -> str:
@@ -178,54 +172,39 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
     if Path(path).is_dir():
         raise ValueError(f"{path}: found a folder, expected one file; name a file in it")
     (file,) = files_of(path)
-    # Any TSV of three columns could hold triples, so there they come last; elsewhere their keys are the surer sign.
     tsv = format_of(file) == ".tsv"
-    kinds = ["preferences", "conversations", *(["documents"] if tsv else []), "triples", "documents"]
-
-    @cache
-    def first_rows(triples: bool, *names: str) -> list[tuple[int | str, object]]:
-        return list(islice(read_rows(file, triples=triples, columns=names), 20))
-
-    reasons: list[tuple[bool, int, str]] = []  # (a field is missing, −known fields, why); the smallest is told
-    unknown = "no row in it"
-    for kind in ["documents"] if format_of(file) in TEXTS else dict.fromkeys(kinds):
-        own = _own(columns, kind)
+    kinds = sorted(KINDS, key=lambda kind: tsv and kind == "triples")  # last: any TSV of three columns could hold them
+    first_rows = cache(lambda triples: list(islice(read_rows(file, triples=triples), 20)))
+    reasons: list[tuple[int, str]] = []  # how many fields are known or named, and why a row cannot be used
+    for kind in ["documents"] if format_of(file) in TEXTS else kinds:
+        own, (parse, needed, _) = _own(columns, kind), KINDS[kind]
+        known = {*own.values(), *(name for field in needed for name in NAMES[field])}
         try:
-            for line, row in first_rows(tsv and kind == "triples", *own.values()):
+            for line, row in first_rows(tsv and kind == "triples"):
                 try:
-                    PARSERS[kind](fields_of(row, own), "", None)
-                    return kind
-                except LeftOut:
+                    with suppress(LeftOut):
+                        parse(fields_of(row, own), "", None)
                     return kind
                 except Unfit as unfit:
-                    known = len(fields_of(row).keys() & {*KEYS[kind], *own.values()}) if isinstance(row, dict) else 0
-                    if known or isinstance(row, Unfit):
-                        missing = str(unfit).startswith("missing field")
-                        reasons.append((missing, -known - len(own), f"{file}:{line}: {unfit}"))
-                    elif not reasons:
-                        found = f"the fields {some(row)}" if isinstance(row, dict) else type(row).__name__
-                        unknown = f"no known field, found {found}; if it is data, name its fields by `columns`"
-        except ValueError as error:  # the file, or its columns for this kind
-            reasons.append((False, 0, str(error)))
-    if reasons:
-        raise ValueError(min(reasons, key=lambda reason: reason[:2])[2])
-    raise NoData(f"{file}: {unknown}")
+                    names = fields_of(row) if isinstance(row, dict) else known if isinstance(row, Unfit) else ()
+                    count, fix = len(known.intersection(names)), "if it is data, name its fields by `columns`"
+                    unknown = f"no known field, found the fields {some(names)}; {fix}"
+                    told = f"{file}:{line}: {unfit}" if count else f"{file}: {unknown}"
+                    reasons.append((count and count + len(own), told))
+        except ValueError as error:  # the file
+            reasons.append((len(known), str(error)))
+    count, why = max(reasons, key=lambda reason: reason[0], default=(0, f"{file}: no row in it"))
+    raise ValueError(why) if count else NoData(why)
 
 
 class _Watched(dict[str, Any]):
-    """A row that remembers which of its fields were read."""
+    """A row that remembers in `taken` which of its fields were read."""
 
-    def __init__(self, row: dict[str, Any]) -> None:
-        super().__init__(row)
-        self.taken: set[str] = set()
+    taken: set[str]
 
     def __getitem__(self, name: str) -> Any:
         self.taken.add(name)
         return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The field of that name."""
-        return self[name] if name in self else default
 
 
 def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:
@@ -236,13 +215,16 @@ def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:
     (file,) = files_of(path)
     if format_of(file) in TEXTS:
         return "the whole file → text"
-    own, meanings = _own(columns, kind), MEANINGS | ({"prompt": "turns"} if kind == "preferences" else {})
-    for _, row in islice(_rows(file, kind, own), 20):
+    own, (parse, *fields) = _own(columns, kind), KINDS[kind]
+    known = [FIELDS[field] for field in FIELDS if field in sum(fields, ())]
+    meanings = {name: meaning for meaning, names in known for name in names.split()}
+    for _, row in islice(read_rows(file, triples=kind == "triples"), 20):
         with suppress(Unfit):
             watched = _Watched(fields_of(row, own))
-            PARSERS[kind](watched, "", None)
+            watched.taken = set()
+            parse(watched, "", None)
             taken = [(name, meaning) for name, meaning in meanings.items() if name in watched.taken]
-            ignored = [name for name in watched if name not in watched.taken]
-            found = ", ".join(name if meaning in ("", name) else f"{name} → {meaning}" for name, meaning in taken)
-            return found + (f"; ignored: {', '.join(ignored)}" if ignored else "")
+            found = ", ".join(name if meaning == name else f"{name} → {meaning}" for name, meaning in taken)
+            ignored = ", ".join(name for name in watched if name not in watched.taken)
+            return f"{found}; ignored: {ignored}" if ignored else found
     return "no good row at its start"

@@ -16,26 +16,26 @@ import re
 import shlex
 import zipfile
 import zlib
-from collections import deque
-from collections.abc import Collection, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
-from pedgpt.data.inputs import EXTRA, TEXTS, format_of
+from pedgpt.data.inputs import TEXTS, format_of
 
 BLOCK = 2**18  # characters, or bytes, that are read at once
 HEADING = re.compile(r"#{1,6}[ \t]+(\S.*?)([ \t]+#+)?\s*$")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# A character of GB2312, of which simplified Chinese texts consist, is in the group; others beyond ASCII are not.
-GB2312 = re.compile(rb"([\xa1-\xa9\xb0-\xf7][\xa1-\xfe])|[\x80-\xff][\x40-\xfe]?")
 USUAL = re.compile("[\t\n\r -~\xa0-\xff\u2000-\u206f\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]")
-GAP = re.compile("[\\s,\ufeff]*")
+SIGN = re.compile("[^\\s,\ufeff]")  # what does not merely separate JSON values
 FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:')
 # An object around a list of rows begins like {"version": 1, "data": [{.
-WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "train", "validation", "dev", "test")
-MEMBER = re.compile(r'\s*[{,]\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
-FURTHER = re.compile(rf'"(?:{"|".join(WRAPPERS)})"\s*:\s*\[\s*(?=\{{)')
+MEMBER = re.compile(r'[\s\ufeff,{]*("(?:[^"\\]|\\.)*")\s*:\s*')
+WRAPPERS = "data|rows|examples|instances|items|records|train|validation|dev|test"
+FURTHER = rf'"(?:{WRAPPERS})"\s*:\s*(?=\[\s*\{{)'
+Rows = Iterator[tuple[int | str, object]]
 
 
 class Unfit(ValueError):
@@ -46,61 +46,38 @@ class Unfit(ValueError):
         super().__init__(reason.encode(errors="backslashreplace").decode())  # a broken key must not break the report
 
 
-def _byte_by_byte(error: UnicodeError) -> tuple[str, int]:
-    """Each byte that is no text becomes a lone surrogate, U+DC00 + byte, so that it costs only its own row."""
-    assert isinstance(error, UnicodeDecodeError)
-    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
-
-
-codecs.register_error("pedgpt_byte_by_byte", _byte_by_byte)
-
-
-def read_rows(
-    path: Path, *, triples: bool = False, columns: Collection[str] = ()
-) -> Iterator[tuple[int | str, object]]:
+def read_rows(path: Path, *, triples: bool = False) -> Rows:
     """Yield (line, row) for each row of a file: its fields by name, or the `Unfit` that says why it has none.
 
     Elements of a JSON list and rows of a .parquet or .xlsx are numbered, from 1, in place of lines; those of a
     workbook's second and later sheets are "sheet:row". With `triples` a .tsv needs no header and its quotes are text.
-    A table with some of `columns`, but not all, is a ValueError, as is a file whose encoding is unknown.
+    A file whose encoding is unknown is a ValueError, as is a table in which two columns have one name.
     """
     line: int | str = 0
-    try:
-        for line, row in _reader(path, triples, columns):
-            yield line, row
-    except ImportError:
-        package = EXTRA[format_of(path)]
-        raise ValueError(f'{path}: reading it needs {package}: pip install -e ".[tables]"') from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield _after(line), Unfit("damaged file", str(error), "a whole .gz", "get the file again; what follows is lost")
-
-
-def _after(line: int | str) -> int:
-    return int(str(line).rpartition(":")[2]) + 1
-
-
-def _reader(path: Path, triples: bool, columns: Collection[str]) -> Iterator[tuple[int | str, object]]:
-    # A row that cannot be parsed is yielded as its Unfit: a generator that raises could not go on to the next row.
     suffix = format_of(path)
-    if suffix == ".parquet":
-        yield from _parquet(path, columns)
-    elif suffix == ".xlsx":
-        yield from _workbook(path, columns)
-    else:
-        with open_text(path) as text:
-            if suffix in TEXTS:
-                yield _whole_text(text)
-            elif suffix in (".json", ".jsonl"):
-                yield from _json_rows(text, suffix)
-            else:
-                yield from _table(path, text, suffix, triples and suffix == ".tsv", columns)
+    binary = {".parquet": _parquet, ".xlsx": _workbook}.get(suffix)
+    try:
+        # A row that cannot be parsed is yielded as its Unfit: a generator that raises could not go on to the next row.
+        for line, row in binary(path) if binary else _text_rows(path, suffix, triples):
+            yield line, row
+    except ImportError as error:
+        raise ValueError(f'{path}: reading it needs {error.name}: pip install -e ".[tables]"') from None
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        after = int(str(line).rpartition(":")[2]) + 1
+        yield after, Unfit("damaged file", str(error), "a whole file", "get it again; what follows is lost")
 
 
-def _whole_text(text: TextIO) -> tuple[int, object]:
-    lines = [line.replace("\r\n", "\n") for line in text]
-    title = next((heading[1] for line in lines if (heading := HEADING.match(line))), "")
-    broken = next((number for number, line in enumerate(lines, 1) if not_utf8(line)), 1)
-    return broken, {"text": "".join(lines), "title": title}
+def _text_rows(path: Path, suffix: str, triples: bool) -> Rows:
+    with open_text(path) as text:
+        if suffix in TEXTS:
+            lines = [line.replace("\r\n", "\n") for line in text]
+            title = next((heading[1] for line in lines if (heading := HEADING.match(line))), "")
+            broken = next((number for number, line in enumerate(lines, 1) if not_utf8(line)), 1)
+            yield broken, {"text": "".join(lines), "title": title}
+        elif suffix in (".json", ".jsonl"):
+            yield from _json_rows(text, suffix)
+        else:
+            yield from _table(path, text, suffix, triples and suffix == ".tsv")
 
 
 def open_text(path: Path) -> TextIO:
@@ -113,47 +90,39 @@ def open_text(path: Path) -> TextIO:
         return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
 
     with binary() as file:
-        encoding = _encoding(path, file)
-        file.seek(0)
         sample = file.read(BLOCK)
-    newline = None if b"\r" in sample and b"\n" not in sample else "\n"
-    return io.TextIOWrapper(binary(), encoding, errors="pedgpt_byte_by_byte", newline=newline)
+        newline = None if b"\r" in sample and b"\n" not in sample else "\n"
+        # 64 MB at most: if all of it is ASCII, a later row in another encoding is bad.
+        while sample.isascii() and b"\0" not in sample and file.tell() < 2**26 and (more := file.read(BLOCK)):
+            sample = more
+    encoding = _encoding(path, sample)
+    # A byte that is no text becomes a lone surrogate, U+DC00 + byte, so that it costs only its own row.
+    errors = "surrogatepass" if encoding.startswith("utf-16") else "surrogateescape"
+    return io.TextIOWrapper(binary(), encoding, errors, newline)
 
 
-def _encoding(path: Path, file: BinaryIO) -> str:
-    """The encoding, by the byte-order mark or the first bytes that are not ASCII; ValueError if those are no text."""
-    sample = file.read(BLOCK)
+def _encoding(path: Path, sample: bytes) -> str:
+    """The encoding of a file by bytes of it that are not all ASCII; ValueError if those are no text."""
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    for _ in range(256):  # 64 MB at most: if all of it is ASCII, a later row in another encoding is bad
-        if not sample.isascii() or b"\0" in sample or not (more := file.read(BLOCK)):
-            break
-        sample = more
-    zeros = sample.count(0) / max(1, len(sample))
-    odd = re.search(rb"[\x80-\xff]", sample)
-    told = sample[odd.start() if odd else 0 :][: 2**16]
-    text = told.decode(errors="replace")
-    broken, beyond = text.count("\ufffd"), sum(char > "\x7f" for char in text)
-    if zeros < 0.2 and broken <= 1 + beyond / 20:  # the sample's end may cut a character
+    beyond = b" ".join(re.findall(rb"[\x80-\xff]+", sample))[: 2**16]
+    text = beyond.decode(errors="replace")
+    broken = text.count("\ufffd")
+    if sample.count(0) <= 0.2 * len(sample) and broken <= 1 + len(text) / 20:  # the sample's end may cut a character
         return "utf-8-sig"
-    if zeros:
-        shares = {}
-        for name in ("utf-16-le", "utf-16-be"):
-            read = sample[: min(2**16, len(sample) // 2 * 2)].decode(name, errors="replace")
-            shares[name] = len(USUAL.findall(read)) / len(read)
-        likely = max(shares, key=lambda name: shares[name])
-        if shares[likely] > 0.9:
-            return likely
-    else:
-        pairs = GB2312.findall(told)
-        if sum(map(bool, pairs)) > 0.9 * len(pairs):
-            return "gb18030"
-    if sum(char > "\u07ff" for char in text) - broken > 0.2 * beyond:  # UTF-8 with bad rows in it
+    # Simplified Chinese consists of the characters of GB2312, which Big5 or broken UTF-8 rarely seem to be.
+    simplified = beyond.decode("gb2312", errors="replace")
+    if b"\0" not in sample and simplified.count("\ufffd") < 0.1 * len(simplified):
+        return "gb18030"
+    for name in ("utf-16-le", "utf-16-be") if b"\0" in sample else ():
+        read = sample[: 2**16].decode(name, errors="replace")
+        if len(USUAL.findall(read)) > 0.9 * len(read):
+            return name
+    if sum(char > "\u07ff" for char in text) - broken > 0.1 * len(text):  # UTF-8 with bad rows in it
         return "utf-8-sig"
-    guess = "BIG5" if told.decode("cp950", errors="replace").count("\ufffd") <= 1 else "GB18030"
     old, new = (shlex.quote(str(name)) for name in (path, path.with_name(f"{path.stem}.utf8{path.suffix}")))
-    line = f"iconv -f {'UTF-16LE' if zeros > 0.2 else guess} -t UTF-8 {old} > {new}"
-    raise ValueError(f"{path}: found neither UTF-8 nor UTF-16 nor GB18030; convert it, perhaps by {line}")
+    fix = f"convert it, perhaps by iconv -f BIG5 -t UTF-8 {old} > {new}"
+    raise ValueError(f"{path}: found neither UTF-8 nor UTF-16 nor GB18030; {fix}")
 
 
 def not_utf8(text: str) -> Unfit | None:
@@ -164,129 +133,112 @@ def not_utf8(text: str) -> Unfit | None:
     return None
 
 
-def _json_rows(text: TextIO, suffix: str) -> Iterator[tuple[int, object]]:
-    head = text.read(BLOCK)
-    text.seek(0)
-    start = GAP.match(head)
-    first, _, rest = head[start.end() if start else 0 :].partition("\n")
-    row = _parsed(first)
-    whole = not isinstance(row, Unfit) and not _list_inside(row)
-    lines = isinstance(row, dict) and rest.lstrip()[:1] == "{"  # a list in a row of many lines is the row's own
-    around = first[:1] == "[" or _wrapped(head)
-    if lines or not around and (whole or not (suffix == ".json" or _begins_object(head))):
-        for number, line in enumerate(text, 1):
-            if line := line.strip("\ufeff \t\r\n"):
-                yield number, not_utf8(line) or _parsed(line)
-    else:
-        yield from _json_stream(text)
-
-
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; json would keep the last of several values of one key and lose the others."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)} twice")
+        raise ValueError(f"the key {_repeated(name for name, _ in pairs)} twice")
     return found
 
 
-def _parsed(line: str) -> object:
-    try:
-        return json.loads(line, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        return Unfit("invalid JSON", str(error), "one object a line, or one list")
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
+BROKEN = (ValueError, RecursionError)
 
 
-def _list_inside(value: object) -> list[object]:
-    """The rows of an object around lists, {"data": [{…}, …]}; none of any other value."""
-    lists = [rows for name, rows in value.items() if name in WRAPPERS] if isinstance(value, dict) else []
-    rows = [row for rows in lists if isinstance(rows, list) for row in rows]
-    return rows if all(isinstance(row, dict) for row in rows) else []
+def _json_rows(text: TextIO, suffix: str) -> Rows:
+    head = text.read(BLOCK)
+    text.seek(0)
+    sign = SIGN.search(head)
+    begin, end, one_a_line = sign.start() if sign else 0, len(head), suffix == ".jsonl"
+    with suppress(*BROKEN):
+        end = DECODER.raw_decode(head, begin)[1]
+        one_a_line = "\n" not in head[begin:end] and not head[end:].partition("\n")[0].strip()
+    first = _first_of_wrapped(head)
+    if not one_a_line or head.startswith("[", begin) or (first and head[end:].lstrip()[:1] != "{"):
+        yield from _json_stream(text, first)
+        return
+    for number, line in enumerate(text, 1):
+        if line := line.strip("\ufeff \t\r\n"):
+            try:
+                yield number, not_utf8(line) or DECODER.decode(line)
+            except BROKEN as error:
+                yield number, _invalid_json(str(error))
 
 
-def _wrapped(head: str) -> int:
-    """Where the first row of an object around a list begins; 0 if a text does not begin with such an object."""
-    at = cast(re.Match[str], GAP.match(head)).end()
-    with suppress(ValueError, RecursionError):
+def _invalid_json(found: str) -> Unfit:
+    return Unfit("invalid JSON", found, "one object a line, or one list")
+
+
+def _first_of_wrapped(head: str) -> int:
+    """Where the list begins if a text begins with an object around a list of rows; else 0."""
+    at = 0
+    with suppress(*BROKEN):
         while member := MEMBER.match(head, at):
-            if member[1] in WRAPPERS and (rows := re.compile(r"\[\s*(?=\{)").match(head, member.end())):
-                return rows.end()
-            at = json.JSONDecoder().raw_decode(head, member.end())[1]
+            if re.compile(FURTHER).match(head, member.start(1)):
+                return member.end()
+            at = DECODER.raw_decode(head, member.end())[1]
     return 0
 
 
-def _begins_object(head: str) -> bool:
-    """Whether a text begins with an object over several lines."""
-    try:
-        return isinstance(json.JSONDecoder().raw_decode(head.lstrip("\ufeff \t\r\n"))[0], dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _json_stream(text: TextIO) -> Iterator[tuple[int, object]]:
+def _json_stream(text: TextIO, wrapped: int) -> Rows:
     """JSON values one after the other, with those of a list as rows of their own; one block and one row in memory.
 
-    After a row that is broken, reading goes on at the next object whose first key is that row's first key, or that
-    begins a line at the same indent.
+    `wrapped` is where the list of an object around it begins. After a row that is broken, reading goes on at the next
+    object whose first key is that row's first key, or that begins a line at the same indent.
     """
-    buffer = text.read(BLOCK)
-    at = wrapped = _wrapped(buffer)
-    in_list, number, broken = bool(wrapped), 0, False
-    decode = json.JSONDecoder(object_pairs_hook=_once).raw_decode
-    while True:
-        at = cast(re.Match[str], GAP.match(buffer, at)).end()
-        if at == len(buffer):
-            if not (buffer := text.read(BLOCK)):
+    buffer, at, number, in_list, value = text.read(BLOCK), wrapped, 0, False, None
+    before = 0  # characters of the text before the buffer
+
+    def more() -> bool:
+        nonlocal buffer, at, before
+        if piece := text.read(max(BLOCK, len(buffer) - at)):  # doubled, so that a long row is not read often
+            line = buffer.rfind("\n", max(0, at - 100), at)  # its indent tells where the next row begins
+            start = at if line < 0 else line
+            buffer, at, before = buffer[start:] + piece, at - start, before + start
+        return bool(piece)
+
+    def pass_over(wanted: str) -> None:
+        """Go behind the next match, or to the end."""
+        nonlocal at
+        while not (found := re.compile(wanted).search(buffer, at)):
+            at = max(at, len(buffer) - 1000)
+            if not more():
                 break
-            at = 0
-            continue
-        if buffer[at] == ("]" if in_list else "["):
+        at = found.end() if found else len(buffer)
+
+    while True:
+        sign = SIGN.search(buffer, at)
+        at = sign.start() if sign else len(buffer)
+        if not sign:
+            if not more():
+                break
+        elif sign[0] == ("]" if in_list else "["):
             at, in_list = at + 1, not in_list
-            if wrapped:  # what follows describes the list, or is another one
-                buffer, at, _ = _next(FURTHER, text, buffer, at)
-                further = FURTHER.match(buffer, at)
-                at, in_list = (further.end(), True) if further else (at, False)
-            continue
-        try:
-            value, at = decode(buffer, at)
-            broken = False
-        except (ValueError, RecursionError) as error:
-            place = getattr(error, "pos", at)
-            cut = place > len(buffer) - 10 or "Unterminated" in str(error)
-            if cut and (more := text.read(max(BLOCK, len(buffer)))):  # doubled, so that a long row is not read often
-                buffer, at = buffer[at:] + more, 0
-                continue
-            found = f"{getattr(error, 'msg', error)} after {buffer[max(at, place - 20) : place]!r}"
-            own = FIRST_KEY.match(buffer, at)
-            begins = r'\{\s*"' + (re.escape(own[1]) + r'"\s*:' if own else "")
-            line = buffer.rfind("\n", 0, at) + 1
-            if line and not (indent := buffer[line:at]).strip():
-                begins += rf'|(?<=\n{indent})\{{\s*"'
-            buffer, at, passed = _next(re.compile(begins), text, buffer, at + 1)
-            found += f" ({passed + 1:,} characters are left out)"
-            value, broken = Unfit("invalid JSON", found, "one object a line, or one list"), True
-        for row in (not in_list and _list_inside(value)) or [value]:
+            if wrapped and not in_list:  # what follows describes the list, or is another one
+                pass_over(FURTHER)
+        else:
+            try:
+                value, at = DECODER.raw_decode(buffer, at)
+            except BROKEN as error:
+                place = getattr(error, "pos", at)
+                if (place > len(buffer) - 10 or "Unterminated" in str(error)) and more():
+                    continue
+                found = f"{getattr(error, 'msg', error)} after {buffer[max(at, place - 20) : place]!r}"
+                own = FIRST_KEY.match(buffer, at)
+                begins = r'(?=\{\s*"' + (re.escape(own[1]) + r'"\s*:)' if own else ")")
+                line = buffer.rfind("\n", 0, at) + 1
+                if line and not (indent := buffer[line:at]).strip():
+                    begins += rf'|(?<=\n{indent})(?=\{{\s*")'
+                start, at = before + at, at + 1
+                pass_over(begins)
+                value = _invalid_json(f"{found} ({before + at - start:,} characters are left out)")
             number += 1
-            yield number, row
-    if in_list and not broken:
+            yield number, value
+    if in_list and not isinstance(value, Unfit):
         yield number + 1, Unfit("invalid JSON", "the end of the file inside a list", "]", "get the whole file")
 
 
-def _next(wanted: re.Pattern[str], text: TextIO, buffer: str, at: int) -> tuple[str, int, int]:
-    """(buffer, place, characters passed over) of `wanted` from `at` on; an empty buffer if it is nowhere."""
-    passed = -at
-    while not (found := wanted.search(buffer, at)):
-        if not (more := text.read(BLOCK)):
-            return "", 0, passed + len(buffer)
-        kept = max(at, len(buffer) - 1000)
-        passed += kept
-        buffer, at = buffer[kept:] + more, 0
-    return buffer, found.start(), passed + found.start()
-
-
-def _table(
-    path: Path, text: TextIO, suffix: str, triples: bool, columns: Collection[str]
-) -> Iterator[tuple[int, object]]:
+def _table(path: Path, text: TextIO, suffix: str, triples: bool) -> Rows:
     csv.field_size_limit(2**31 - 1)
     header = next((line for line in text if line.strip("\ufeff \t\r\n")), "")
     text.seek(0)
@@ -302,51 +254,46 @@ def _table(
             taken.append(line)
             yield line
 
-    def new_reader() -> Any:
-        # strict: without it, a quote that is never closed takes the rest of the file into one cell
-        quoting: Any = csv.QUOTE_NONE if triples else csv.QUOTE_MINIMAL
-        return csv.reader(lines(), delimiter=separator, quoting=quoting, strict=True)
-
-    names = ["head", "relation", "tail"] if triples else []
-    reader, number, first, doubtful = new_reader(), 1, True, 0
+    # strict: without it, a quote that is never closed takes the rest of the file into one cell
+    quoting: Any = csv.QUOTE_NONE if triples else csv.QUOTE_MINIMAL
+    new_reader = partial(csv.reader, delimiter=separator, quoting=quoting, strict=True)
+    reader, number, first, fault = new_reader(lines()), 1, True, ""
+    names = ["head", "relation", "tail"]
     while True:
         taken.clear()
+        doubtful = bool(fault or waiting)  # lines after a stray quote must be faultless
         try:
-            cells = next(reader)
-        except StopIteration:
-            return
+            cells = next(reader, None)
+            fault = "a stray quote" if doubtful and not well_formed.fullmatch("".join(taken)) else ""
         except csv.Error as error:
-            last = number + len(taken) - 1
-            span = f"{error}, in lines {number} to {last}"
-            yield number, Unfit("invalid CSV", span, "cells closed by a quote", 'write " inside a cell as ""')
-            # A stray quote may have taken good rows along: go on with the next line, whose row must now be faultless.
+            # The quote may have taken good rows along: go on with the next line.
+            cells, fault = taken[:1], f"{error}, in lines {number} to {number + len(taken) - 1}"
             waiting.extendleft(reversed(taken[1:]))
-            reader, number, doubtful = new_reader(), number + 1, max(doubtful, last)
-            continue
+            del taken[1:]
+            reader = new_reader(lines())
+        if cells is None:
+            return
         line, number = number, number + len(taken)
-        blank = not cells or (len(cells) == 1 and cells[0].isspace())
-        if blank or (triples and cells[0].startswith("#")):
-            continue
-        if first and (not names or [cell.strip() for cell in cells] == names):
-            names = [cell.strip() for cell in cells]
-            check_header(f"{path}:{line}", names, columns)
-        elif doubtful and not well_formed.fullmatch("".join(taken)):
-            yield line, Unfit("invalid CSV", "a stray quote", "cells closed by a quote", 'write " inside a cell as ""')
-            doubtful = max(doubtful, number - 1)
-        else:
-            yield line, _named(cells, names)
-            doubtful = doubtful if line <= doubtful else 0
-        first = False
+        if fault:
+            yield line, Unfit("invalid CSV", fault, "cells closed by a quote", 'write " inside a cell as ""')
+        elif cells and (len(cells) > 1 or not cells[0].isspace()) and not (triples and cells[0].startswith("#")):
+            titles = [cell.strip() for cell in cells] if first else []
+            if first and (not triples or titles == names):
+                _check_header(f"{path}:{line}", titles)
+                names = titles
+            else:
+                yield line, _named(cells, names)
+            first = False
 
 
-def check_header(place: str, names: list[str], columns: Collection[str]) -> None:
-    """Raise ValueError if a table's columns cannot be told apart, are no text, or are only some of `columns`."""
-    if unfit := not_utf8(",".join(names)):
-        raise ValueError(f"{place}: {unfit}")
-    if (lacking := set(columns) - set(names)) and lacking != set(columns):  # without any, its own names are used
-        raise ValueError(f"{place}: found columns {', '.join(names)}, expected {', '.join(lacking)}; fix `columns`")
-    if twice := {name for name in names if name and names.count(name) > 1}:
-        raise ValueError(f"{place}: found the column {', '.join(twice)} twice, expected it once; rename one")
+def _repeated(names: Iterable[str]) -> str:
+    """The names that come twice, but for columns without a name."""
+    return ", ".join(name for name, count in Counter(names).items() if name and count > 1)
+
+
+def _check_header(place: str, names: list[str]) -> None:
+    if repeated := _repeated(names):
+        raise ValueError(f"{place}: found the column {repeated} twice, expected it once; rename one")
 
 
 def _named(cells: list[Any], names: list[str]) -> object:
@@ -356,58 +303,49 @@ def _named(cells: list[Any], names: list[str]) -> object:
     return dict(zip(names, cells, strict=True))
 
 
-def _parquet(path: Path, columns: Collection[str]) -> Iterator[tuple[int, object]]:
+def _parquet(path: Path) -> Rows:
     from pyarrow import ArrowException, parquet
 
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            check_header(f"{path}:1", file.schema_arrow.names, columns)
-            for batch in file.iter_batches(batch_size=256, use_threads=False):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+            _check_header(f"{path}:1", file.schema_arrow.names)
+            batches = file.iter_batches(batch_size=256, use_threads=False)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
-        yield number + 1, Unfit("damaged file", " ".join(str(error).split()), "a whole .parquet", "get the file again")
+        raise EOFError(" ".join(str(error).split())) from None
 
 
-def _workbook(path: Path, columns: Collection[str]) -> Iterator[tuple[int | str, object]]:
+def _workbook(path: Path) -> Rows:
     from openpyxl import load_workbook
 
-    line: int | str = 0
     try:
         with closing(load_workbook(path, read_only=True, data_only=True)) as book:
             for sheet in book.worksheets:
                 sheet.reset_dimensions()  # some programs write a wrong size
-                names: list[str] = []
-                titled = False  # whether all that came so far is one cell, which may be a title above the header
-                for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
-                    line = number if sheet is book.worksheets[0] else f"{sheet.title}:{number}"
-                    values = [_cell(cell) for cell in cells]
-                    while values and values[-1] == "" and len(values) > len(names):
-                        values.pop()
-                    if all(value == "" for value in values):
-                        continue
-                    if names and not (titled and len(values) > 1):
-                        titled = False
-                        yield line, _named([*values, *[""] * (len(names) - len(values))], names)
-                        continue
-                    names = [str(value).strip() for value in values]
-                    titled = len(names) == 1
-                    try:
-                        check_header(f"{path}:{line}", names, columns)
-                    except ValueError as error:
-                        if sheet is book.worksheets[0]:
-                            raise
-                        found = str(error).partition(": found ")[2].partition(", expected")[0]
-                        yield line, Unfit("a sheet that is not read", found, "a header like the first sheet's")
-                        break
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, SyntaxError) as error:
-        yield _after(line), Unfit("damaged file", str(error), "an .xlsx workbook", "save it again")
+                place = "" if sheet is book.worksheets[0] else f"{sheet.title}:"
+                for number, row in _sheet(sheet.iter_rows(values_only=True)):
+                    yield f"{place}{number}", row
+    except (zipfile.BadZipFile, KeyError, SyntaxError) as error:
+        raise EOFError(str(error)) from None
 
 
-def _cell(value: object) -> Any:
-    """A cell as text, as in a CSV, except true and false; Excel writes a carriage return as _x000D_."""
-    if isinstance(value, bool):
-        return value
-    return "" if value is None else str(value).replace("_x000D_\n", "\n")
+def _sheet(rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, object]]:
+    """The rows of a sheet, as text but for true and false; Excel writes a carriage return as _x000D_."""
+    names: list[str] = []
+    titled = False  # whether all that came so far is one cell, which may be a title above the header
+    for number, row in enumerate(rows, 1):
+        texts = ["" if value is None else str(value).replace("_x000D_\n", "\n") for value in row]
+        cells = [value if isinstance(value, bool) else text for value, text in zip(row, texts, strict=True)]
+        while len(cells) > len(names) and cells[-1] == "":
+            cells.pop()
+        if not any(texts):
+            continue
+        if names and not (titled and len(cells) > 1):
+            titled = False
+            yield number, _named([*cells, *[""] * (len(names) - len(cells))], names)
+            continue
+        names = [str(cell).strip() for cell in cells]
+        titled = len(names) == 1
+        if repeated := _repeated(names):
+            yield number, Unfit("a sheet that is not read", f"the column {repeated} twice", "it once", "rename one")
+            return
