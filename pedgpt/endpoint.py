@@ -412,7 +412,7 @@ class Endpoint:
             found.encode()  # raises for half a surrogate pair, which no file can hold
             text = self._mask(found)
         names = ("prompt_tokens", "completion_tokens")
-        counts = [usage.get(name) for name in names] if isinstance(usage, dict) else [None]
+        counts: list[Any] = [usage.get(name) for name in names] if isinstance(usage, dict) else [None]
         known = all(type(count) is int and bool(text) <= count < 1 << 40 for count in counts)
         prompt, completion = counts if known else (prompt_characters, len(text)) if text else (0, 0)
         self._sql("BEGIN IMMEDIATE")

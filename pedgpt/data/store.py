@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from pedgpt.data.packing import Row, best_fit_arrays, document_stream
 from pedgpt.data.readers import iter_records
 from pedgpt.data.records import Conversation, ReadSummary, SkippedRow
 from pedgpt.data.tokenizer import Tokenizer
-from pedgpt.files import sync, write_text
+from pedgpt.files import publish, sync, write_text
 
 _VERSION = 1
 
@@ -79,7 +78,7 @@ def write_tokens(
         "skipped": [asdict(row) for row in summary.skipped],
     }  # fmt: skip
     write_text(temporary / "store.json", json.dumps(store, ensure_ascii=False))
-    os.replace(temporary, folder)
+    publish(temporary, folder)
 
 
 class TokenStore:
