@@ -148,27 +148,19 @@ def load_adapter(
     return list(tensors)
 
 
-def _select(
-    model: nn.Module, name: str, layers: list[str], experts: int, config: Mapping[str, Any], path: Path
-) -> None:
+def _select(model: nn.Module, name: str, layers: list[str], experts: int, config: dict[str, Any], path: Path) -> None:
     """Activate the model's adapter `name`; ValueError if it has other layers or settings than the file."""
-    wanted = {
-        "peft_type": EXPERTS if experts else LORA,
-        "r": config["r"],
-        "lora_alpha": config["lora_alpha"],
-        "use_rslora": config.get("use_rslora", False),
-        "num_specific_experts": experts,
-        "layers": layers,
-    }
+    wanted = {"use_rslora": False} | config
+    wanted |= {"peft_type": EXPERTS if experts else LORA, "num_specific_experts": experts, "layers": layers}
     before = active_adapter(model)
     set_adapter(model, name)
     there = adapted_layers(model)
     found = _settings(next(iter(there.values()))) | {"layers": list(there)}
-    for key, value in wanted.items():
-        if found[key] != value:
+    for key, value in found.items():
+        if wanted[key] != value:
             set_adapter(model, before)
             raise ValueError(
-                f"{path}: {key} is {value}, the model's adapter {name!r} has {found[key]}; load it under another name"
+                f"{path}: {key} is {wanted[key]}, the model's adapter {name!r} has {value}; load it under another name"
             )
 
 
