@@ -195,7 +195,7 @@ class Endpoint:
             raise ValueError(self._shown(f"url or proxy of the {self.title} cannot be used: {error}")) from None
         self._database = _open_cache(self.cache)
         # Everything that follows is changed in the event loop's thread only, except where `_lock` is held.
-        self._usage, self._spent = Usage(), (0, 0, 0)
+        self._usage = Usage()
         self._pending: dict[str, asyncio.Task[str]] = {}
         self._reserved = 0  # tokens, of the requests in flight
         self._resume = 0.0  # on the clock of time.monotonic: before it nothing is sent
@@ -249,10 +249,7 @@ class Endpoint:
         """The numbers at this moment; of a closed endpoint, the last."""
         with contextlib.suppress(EndpointFailure):
             self._call(self._count_spent())
-        now, (prompt, completion, estimated) = dataclasses.replace(self._usage), self._spent
-        now.all_prompt_tokens, now.all_completion_tokens, now.estimated = prompt, completion, estimated
-        now.cost, now.all_cost = self._cost(now.prompt_tokens, now.completion_tokens), self._cost(prompt, completion)
-        return now
+        return dataclasses.replace(self._usage)
 
     def describe(self) -> str:
         """The usage, in one paragraph."""
@@ -275,9 +272,9 @@ class Endpoint:
 
     def so_far(self) -> str:
         """Cost, tokens and retries of this run, for a progress bar."""
-        u = self._usage
-        cost, tokens = self._cost(u.prompt_tokens, u.completion_tokens), u.prompt_tokens + u.completion_tokens
-        return f"{cost:.2f} {self.settings.currency}, {tokens:,} tokens, {u.retries} retries"
+        u = self.usage
+        tokens = u.prompt_tokens + u.completion_tokens
+        return f"{u.cost:.2f} {self.settings.currency}, {tokens:,} tokens, {u.retries} retries"
 
     # All methods that follow run in the event loop, except `_call`.
 
@@ -306,7 +303,10 @@ class Endpoint:
             await self._count_spent()
 
     async def _count_spent(self) -> None:
-        self._spent = self._sql("SELECT prompt, completion, estimated FROM spent")
+        u = self._usage
+        u.all_prompt_tokens, u.all_completion_tokens, u.estimated = self._sql("SELECT * FROM spent")
+        u.cost = self._cost(u.prompt_tokens, u.completion_tokens)
+        u.all_cost = self._cost(u.all_prompt_tokens, u.all_completion_tokens)
 
     async def _answer(self, key: str, payload: dict[str, Any]) -> str:
         """The answer from the cache, from an identical request in flight, or from the server."""
