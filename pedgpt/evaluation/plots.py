@@ -21,9 +21,9 @@ STYLE: Any = {
     "axes.labelcolor": INK, "axes.edgecolor": FAINT, "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 10.5, "axes.titlepad": 9,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E7EAEE",
-    **{f"{axis}tick.color": INK for axis in "xy"},
-    **{f"{axis}tick.{which}.size": 0 for axis in "xy" for which in ("major", "minor")},
-    **{f"figure.constrained_layout.{pad}": 0.1 for pad in ("h_pad", "w_pad")},
+    "xtick.color": INK, "xtick.major.size": 0, "xtick.minor.size": 0,
+    "ytick.color": INK, "ytick.major.size": 0, "ytick.minor.size": 0,
+    "figure.constrained_layout.h_pad": 0.1, "figure.constrained_layout.w_pad": 0.1,
 }  # fmt: skip
 
 
