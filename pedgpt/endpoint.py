@@ -24,14 +24,13 @@ import time
 import typing
 import zlib
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Self, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, NoReturn, Self, TypeVar
 
 from tqdm import tqdm
 
@@ -41,14 +40,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _AHEAD = 4  # items in flight per worker, so that one slow answer does not keep the others waiting
-_RETRIED = {408, 409, 425, 429}  # and all from 500
 _MAX_BODY = 4 << 20  # bytes, as sent and as decompressed
-_APPLICATION, _VERSION = 0x50656447, 1  # of the cache file: SQLite's application_id and user_version
+_URL = re.compile(r'https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[!"$->A-~]*)?', re.ASCII)
 _RANGES = {
     "temperature": (0, 2), "max_tokens": (1, 1e9), "concurrency": (1, 1024), "timeout": (1e-3, 86400),
     "max_retries": (0, 1000), "retry_wait": (1e-6, 86400), "max_wait": (1e-3, 86400), "token_budget": (0, 1e15),
     "price_per_million_input": (0, 1e9), "price_per_million_output": (0, 1e9),
 }  # fmt: skip
+_APPLICATION, _VERSION = 0x50656447, 1  # of the cache file: SQLite's application_id and user_version
+_SCHEMA = (
+    "CREATE TABLE answers (key TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE spent (prompt INTEGER, completion INTEGER, estimated INTEGER)",
+    "INSERT INTO spent VALUES (0, 0, 0)",
+    f"PRAGMA application_id = {_APPLICATION}",
+    f"PRAGMA user_version = {_VERSION}",
+)
 
 
 @dataclass
@@ -73,13 +79,8 @@ class EndpointSettings:
 
     def check(self) -> None:
         """Raise ValueError for a value out of range."""
-        try:
-            url = urlsplit(self.url)
-            good = url.scheme in ("http", "https") and url.hostname and url.port != 0
-        except ValueError:
-            good = False
-        if not good or re.search(r"[\s@?#]|[^ -~]|/chat/completions/?$", self.url):
-            shown = "" if re.search("[@?#]", self.url) else f", found {self.url!r}"
+        if not _URL.fullmatch(self.url) or self.url.rstrip("/").endswith("/chat/completions"):
+            shown = "" if re.search("[@?#]", self.url) else f", found {self.url!r}"  # these may stand before a secret
             raise ValueError(
                 "url must be http(s)://host[:port]/path, without user and password, ?, # and /chat/completions" + shown
             )
@@ -95,17 +96,12 @@ class EndpointSettings:
         """The key, "" if none is wanted; ValueError if the environment has none or one that cannot be used."""
         variable = self.key_variable
         key = os.environ.get(variable, "") if variable else ""
-        if variable and not key:
-            raise ValueError(
-                f"the environment variable {variable} with the endpoint's key is not set; set it, or give "
-                'key_variable = "" for a server that wants no key'
-            )
         # An error would show a key that no header can hold, and a word as short as "none" cannot be masked in answers.
-        if key and not re.fullmatch(r"[!#-\[\]-~]{8,}", key):
-            raise ValueError(
-                f"the environment variable {variable} must hold at least 8 ASCII characters without spaces, quotes and "
-                'backslashes; give key_variable = "" for a server that wants no key'
-            )
+        if variable and not re.fullmatch(r"[!#-\[\]-~]{8,}", key):
+            wrong = "must hold at least 8 ASCII characters without spaces, quotes and backslashes"
+            wrong = wrong if key else "with the endpoint's key is not set; set it"
+            hint = 'give key_variable = "" for a server that wants no key'
+            raise ValueError(f"the environment variable {variable} {wrong}, or {hint}")
         return key
 
 
@@ -187,11 +183,11 @@ class Endpoint:
             import httpx
         except ImportError:
             raise ValueError(f'{self.title}: needs the package httpx: pip install -e ".[corpus]"') from None
+        self._httpx, self._url = httpx, settings.url.rstrip("/") + "/chat/completions"
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
-        self._url, self._http_error = settings.url.rstrip("/") + "/chat/completions", httpx.HTTPError
         try:  # redirects are not followed: the key must not go to another host
             self._client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False)
             self._client.build_request("POST", self._url)
@@ -199,12 +195,12 @@ class Endpoint:
             raise ValueError(self._shown(f"url or proxy of the {self.title} cannot be used: {error}")) from None
         self._database = _open_cache(self.cache)
         # Everything that follows is changed in the event loop's thread only, except where `_lock` is held.
-        self._usage, self._spent = Usage(), (0, 0, 0)
+        self._usage = Usage()
         self._pending: dict[str, asyncio.Task[str]] = {}
         self._reserved = 0  # tokens, of the requests in flight
         self._resume = 0.0  # on the clock of time.monotonic: before it nothing is sent
         self._slots, self._freed = asyncio.Semaphore(settings.concurrency), asyncio.Event()
-        self._halt, self._reason = asyncio.Event(), ""
+        self._halt, self._reason = asyncio.Event(), ""  # why nothing is sent any more
         self._lock, self._closed = threading.Lock(), False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -253,10 +249,7 @@ class Endpoint:
         """The numbers at this moment; of a closed endpoint, the last."""
         with contextlib.suppress(EndpointFailure):
             self._call(self._count_spent())
-        now, (prompt, completion, estimated) = dataclasses.replace(self._usage), self._spent
-        now.all_prompt_tokens, now.all_completion_tokens, now.estimated = prompt, completion, estimated
-        now.cost, now.all_cost = self._cost(now.prompt_tokens, now.completion_tokens), self._cost(prompt, completion)
-        return now
+        return dataclasses.replace(self._usage)
 
     def describe(self) -> str:
         """The usage, in one paragraph."""
@@ -276,6 +269,12 @@ class Endpoint:
         if u.unanswered:
             text += f"; {u.unanswered} requests were cut or timed out, the server may charge for them too"
         return printable(text + ".")
+
+    def so_far(self) -> str:
+        """Cost, tokens and retries of this run, for a progress bar."""
+        u = self.usage
+        tokens = u.prompt_tokens + u.completion_tokens
+        return f"{u.cost:.2f} {self.settings.currency}, {tokens:,} tokens, {u.retries} retries"
 
     # All methods that follow run in the event loop, except `_call`.
 
@@ -304,7 +303,10 @@ class Endpoint:
             await self._count_spent()
 
     async def _count_spent(self) -> None:
-        self._spent = self._sql("SELECT prompt, completion, estimated FROM spent")
+        u = self._usage
+        u.all_prompt_tokens, u.all_completion_tokens, u.estimated = self._sql("SELECT * FROM spent")
+        u.cost = self._cost(u.prompt_tokens, u.completion_tokens)
+        u.all_cost = self._cost(u.all_prompt_tokens, u.all_completion_tokens)
 
     async def _answer(self, key: str, payload: dict[str, Any]) -> str:
         """The answer from the cache, from an identical request in flight, or from the server."""
@@ -333,73 +335,68 @@ class Endpoint:
                 while (pause := self._resume - time.monotonic()) > 0:
                     await self._pause(pause + random.uniform(0, s.retry_wait))
                 await self._pause(0)
+                self._usage.retries += retry > 0
                 try:
                     # A server that knows the header repeats what it has answered: after an unusable answer, ask anew.
-                    answer = await self._post(f"{key}-{unusable}" if unusable else key, body, is_retry=retry > 0)
+                    answer = await self._post(f"{key}-{unusable}" if unusable else key, body)
                     unusable += 1
                     return self._keep(key, answer, prompt)
                 except _Again as error:
-                    problem, again = str(error), error
+                    again = error
             wait = max(again.wait, random.uniform(0, min(s.max_wait, s.retry_wait * 2.0 ** min(retry, 30))))
             if again.everyone:
                 self._resume = max(self._resume, time.monotonic() + wait)
             if retry < s.max_retries:
                 await self._pause(wait)
         if again.answered and self._has_answered():
-            raise Unusable(problem)
-        raise EndpointFailure(f"no answer from {s.url} in {s.max_retries + 1} requests; the last: {problem}")
+            raise Unusable(str(again))
+        raise EndpointFailure(f"no answer from {s.url} in {s.max_retries + 1} requests; the last: {again}")
 
-    async def _post(self, key: str, body: bytes, is_retry: bool) -> dict[str, Any]:
+    async def _post(self, key: str, body: bytes) -> dict[str, Any]:
         """One request; the JSON object of a good answer, else _Again, EndpointFailure or Unusable."""
-        s, data, sent, whole = self.settings, bytearray(), False, False
-
-        async def trace(event: str, _: object) -> None:
-            nonlocal sent
-            sent = sent or event == "http11.send_request_headers.started"
-
-        options: dict[str, Any] = {"headers": {"Idempotency-Key": key}, "extensions": {"trace": trace}}
+        seconds, data, headers = self.settings.timeout, bytearray(), {"Idempotency-Key": key}
         self._usage.requests += 1
-        self._usage.retries += is_retry
+        self._usage.unanswered += 1  # until it is answered, or turns out never to have been sent
         try:
             async with (
-                asyncio.timeout(s.timeout),
-                self._client.stream("POST", self._url, content=body, **options) as response,
+                asyncio.timeout(seconds),
+                self._client.stream("POST", self._url, content=body, headers=headers) as response,
             ):
                 async for part in response.aiter_raw():
                     data += part
                     if len(data) > _MAX_BODY:
                         raise _Again(f"the answer is longer than {_MAX_BODY} bytes")
-            whole = True
         except TimeoutError:
-            raise _Again(f"no whole answer within {s.timeout:g} seconds") from None
-        except self._http_error as error:
+            raise _Again(f"no whole answer within {seconds:g} seconds") from None
+        except self._httpx.HTTPError as error:
+            self._usage.unanswered -= isinstance(error, self._httpx.ConnectError)
             raise _Again(self._shown(f"{type(error).__name__}: {error}")) from None
-        finally:
-            self._usage.unanswered += sent and not whole
-        answer = _decoded(data, response.headers.get("Content-Encoding", "identity"))
-        try:
+        self._usage.unanswered -= 1
+        found, answer = None, bytes(data)
+        with contextlib.suppress(zlib.error):  # a server may compress without being asked; no JSON begins like that
+            answer = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(answer, _MAX_BODY)
+        with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(answer)
-        except (ValueError, RecursionError):
-            found = None
-        if 200 <= response.status_code < 300 and isinstance(found, dict):
+        if response.is_success and isinstance(found, dict):
             return found
+        asked = self._shown(str(json.loads(body)["messages"][-1].get("content")))[:80]
         said = f"HTTP {response.status_code}: {self._message(found, answer)}"
-        self._refuse(response.status_code, said, response.headers.get("Retry-After"), json.loads(body)["messages"])
+        self._refuse(response.status_code, asked, said, _retry_after(response.headers.get("Retry-After")))
 
-    def _refuse(self, status: int, said: str, later: str | None, messages: list[dict[str, Any]]) -> typing.NoReturn:
+    def _refuse(self, status: int, asked: str, said: str, wait: float | None) -> NoReturn:
         """Raise the error for a response that holds no answer."""
-        s, asked = self.settings, self._shown(str(messages[-1].get("content")))[:80]
+        s = self.settings
         if 200 <= status < 300:
             raise _Again(f"the answer is no JSON object: {said}")
         if status in (401, 403):
-            self._stop(f"{s.url} refuses the key in {s.key_variable or 'key_variable'}: {said}")
+            self._reason = self._reason or f"{s.url} refuses the key in {s.key_variable or 'key_variable'}: {said}"
+            self._halt.set()
             raise EndpointFailure(self._reason)
-        if status not in _RETRIED and status < 500:
+        if status < 500 and status not in (408, 409, 425, 429):
             if status in (400, 413, 422) and self._has_answered():
                 raise Unusable(f"{said}, for {asked!r}")
             hint = "; redirects are not followed, set url to the final address" if status < 400 else ""
             raise EndpointFailure(f"{s.url} refuses the request {asked!r}: {said}{hint}")
-        wait = _retry_after(later)
         if wait is not None and wait > s.max_wait:
             raise EndpointFailure(
                 f"{s.url} asks to wait {wait:.0f} seconds, longer than max_wait = {s.max_wait:g}; run again later, "
@@ -409,44 +406,39 @@ class Endpoint:
 
     def _keep(self, key: str, answer: dict[str, Any], prompt_characters: int) -> str:
         """Commit an answer's text and tokens, and return the text; _Again if there is none."""
-        try:
-            text = answer["choices"][0]["message"]["content"]
-            text.encode()  # raises for half a surrogate pair, which no file can hold
-        except (KeyError, IndexError, TypeError, AttributeError, UnicodeEncodeError):
-            text = ""
-        text = self._mask(text).strip() if isinstance(text, str) else ""
-        usage = answer.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
-        prompt: Any = usage.get("prompt_tokens")
-        completion: Any = usage.get("completion_tokens")
-        if not (known := all(type(n) is int and bool(text) <= n < 1 << 40 for n in (prompt, completion))):
-            prompt, completion = (prompt_characters, len(text)) if text else (0, 0)
-        with self._database:  # takes back what an interruption leaves half done
-            self._sql("BEGIN IMMEDIATE")
-            if text:
-                self._sql("INSERT OR IGNORE INTO answers VALUES (?, ?)", key, text)
-            spend = "UPDATE spent SET prompt = prompt + ?, completion = completion + ?, estimated = estimated + ?"
-            self._sql(spend, prompt, completion, int(bool(text) and not known))
-            self._sql("COMMIT")
+        text, usage = "", answer.get("usage")
+        with contextlib.suppress(LookupError, TypeError, AttributeError, UnicodeEncodeError):
+            found = answer["choices"][0]["message"]["content"].strip()
+            found.encode()  # raises for half a surrogate pair, which no file can hold
+            text = self._mask(found)
+        names = ("prompt_tokens", "completion_tokens")
+        counts: list[Any] = [usage.get(name) for name in names] if isinstance(usage, dict) else [None]
+        known = all(type(count) is int and bool(text) <= count < 1 << 40 for count in counts)
+        prompt, completion = counts if known else (prompt_characters, len(text)) if text else (0, 0)
+        self._sql("BEGIN IMMEDIATE")
+        if text:
+            self._sql("INSERT OR IGNORE INTO answers VALUES (?, ?)", key, text)
+        spend = "UPDATE spent SET prompt = prompt + ?, completion = completion + ?, estimated = estimated + ?"
+        self._sql(spend, prompt, completion, bool(text) and not known)
+        self._sql("COMMIT")
         self._usage.prompt_tokens += prompt
         self._usage.completion_tokens += completion
         self._usage.answered += bool(text)
-        if text:
-            # Another process may have been first.
-            return self._sql("SELECT text FROM answers WHERE key = ?", key)[0]
-        raise _Again(f"the answer has no text: {self._message(answer, b'')}", answered=True)
+        if not text:
+            raise _Again(f"the answer has no text: {self._message(answer, b'')}", answered=True)
+        return self._sql("SELECT text FROM answers WHERE key = ?", key)[0]  # another process may have been first
 
     def _has_answered(self) -> bool:
         return self._sql("SELECT EXISTS (SELECT 1 FROM answers)")[0] == 1
 
     @contextlib.asynccontextmanager
-    async def _reserve(self, tokens: int) -> typing.AsyncIterator[None]:
+    async def _reserve(self, tokens: int) -> AsyncIterator[None]:
         """Reserve tokens for a request; if too few are left, wait for those in flight, which may need fewer."""
         budget = self.settings.token_budget
-        while budget:
-            used = self._sql("SELECT prompt + completion FROM spent")[0]
-            if used + self._reserved + tokens <= budget:
-                break
+        while (
+            budget
+            and (used := sum(self._sql("SELECT prompt, completion FROM spent"))) + self._reserved + tokens > budget
+        ):
             if not self._reserved:
                 raise BudgetSpent(
                     f"token_budget = {budget:,} is spent: {used:,} tokens were used, and the next request may need "
@@ -467,10 +459,6 @@ class Endpoint:
                 await asyncio.wait_for(self._halt.wait(), seconds)
         if self._reason:
             raise EndpointFailure(self._reason)
-
-    def _stop(self, reason: str) -> None:
-        self._reason = self._reason or reason
-        self._halt.set()
 
     def _cost(self, prompt: int, completion: int) -> float:
         s = self.settings
@@ -494,13 +482,14 @@ class Endpoint:
         text = self._mask(text[:20_000])
         return text if len(text) <= 300 else text[:300] + "…"
 
-    def _message(self, found: object, data: bytes | bytearray) -> str:
-        """What a server says is wrong."""
-        said = found.get("error", found) if isinstance(found, dict) else found
-        said = said.get("message", said) if isinstance(said, dict) else said
+    def _message(self, found: Any, data: bytes) -> str:
+        """What a server says is wrong: the message in its JSON, else all that it said."""
+        for name in ("error", "message"):
+            found = found.get(name, found) if isinstance(found, dict) else found
         with contextlib.suppress(RecursionError):
-            said = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
-        return self._shown(said if found is not None and isinstance(said, str) else data.decode("utf-8", "replace"))
+            if found is not None:
+                return self._shown(found if isinstance(found, str) else json.dumps(found, ensure_ascii=False))
+        return self._shown(data.decode("utf-8", "replace"))
 
 
 def in_order(
@@ -525,90 +514,59 @@ def in_order(
     with bar:
         for result in _in_threads(items, work, workers) if workers else map(work, items):
             if desc and endpoints:
-                bar.set_postfix_str("; ".join(map(_cost_so_far, endpoints)), refresh=False)
+                bar.set_postfix_str(printable("; ".join(endpoint.so_far() for endpoint in endpoints)), refresh=False)
             bar.update()
             yield result
 
 
-def _cost_so_far(endpoint: Endpoint) -> str:
-    u = endpoint.usage
-    tokens = u.prompt_tokens + u.completion_tokens
-    return printable(f"{u.cost:.2f} {endpoint.settings.currency}, {tokens:,} tokens, {u.retries} retries")
-
-
 def _in_threads(items: Iterable[T], work: Callable[[T], R], workers: int) -> Iterator[R]:
-    stopped, wait = threading.Event(), True
-    failed: list[BaseException] = []
-
-    def guarded(item: T) -> R:
-        if stopped.is_set():  # items start in order, so this one comes after that which failed
-            raise CancelledError
-        try:
-            return work(item)
-        except BaseException as error:
-            failed.append(error)
-            stopped.set()
-            raise
-
+    pool, wait = ThreadPoolExecutor(workers), True
     flying: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(workers)
+
+    def stop_after_failure(done: Future[R]) -> None:
+        if not done.cancelled() and done.exception():
+            pool.shutdown(wait=False, cancel_futures=True)
+
     try:
         for item in items:
-            flying.append(pool.submit(guarded, item))
+            try:
+                flying.append(pool.submit(work, item))
+            except RuntimeError:  # the pool takes no more: an item in flight has failed
+                break
+            flying[-1].add_done_callback(stop_after_failure)
             if len(flying) == _AHEAD * workers:
                 yield flying.popleft().result()
-        while flying:
+        while flying:  # items begin in order, so what was cancelled comes after what failed
             yield flying.popleft().result()
-    except CancelledError:  # an item that had not begun when a later one failed
-        raise failed[0] from None
     except BaseException as error:
         wait = isinstance(error, Exception)  # after Ctrl-C the endpoint is closed, which ends what is in flight
         raise
     finally:
-        stopped.set()
-        pool.shutdown(wait, cancel_futures=not wait)
+        pool.shutdown(wait, cancel_futures=True)
 
 
 def _open_cache(path: Path) -> sqlite3.Connection:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-    except (OSError, sqlite3.Error) as error:
-        raise ValueError(f"{path}: the cache of answers cannot be opened ({error})") from None
-    try:
-        database.execute("BEGIN IMMEDIATE")
-        found = [database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
-        if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
-            database.execute("CREATE TABLE answers (key TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID")
-            database.execute("CREATE TABLE spent (prompt INTEGER, completion INTEGER, estimated INTEGER)")
-            database.execute("INSERT INTO spent VALUES (0, 0, 0)")
-            database.execute(f"PRAGMA application_id = {_APPLICATION}")
-            database.execute(f"PRAGMA user_version = {_VERSION}")
-        elif found != [_APPLICATION, _VERSION]:
-            what = "of another version" if found[0] == _APPLICATION else "of another program"
-            raise ValueError(f"it is an SQLite file {what}")
-        database.execute("COMMIT")
-        with contextlib.suppress(sqlite3.OperationalError):  # SQLite does not wait here; who is first sets it for all
-            database.execute("PRAGMA journal_mode = WAL")
-        # In WAL mode NORMAL loses nothing to a kill; FULL loses nothing to a power cut either, and a sync per answer
-        # is nothing beside the seconds and the money that the answer took.
-        database.execute("PRAGMA synchronous = FULL")
-        return database
-    except (sqlite3.Error, ValueError) as error:
-        database.close()
-        raise ValueError(f"{path}: cannot be used as a cache of answers ({error}); give another path") from None
-
-
-def _decoded(data: bytearray, encoding: str) -> bytes | bytearray:
-    """The body, at most `_MAX_BODY` bytes of it, decompressed if the server compressed it without being asked."""
-    try:
-        if encoding.strip().lower() in ("gzip", "x-gzip", "deflate"):
-            decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # by its header
-            whole = decoder.decompress(data, _MAX_BODY)
-            return whole if not decoder.unconsumed_tail else b"(more than %d bytes when decompressed)" % _MAX_BODY
-    except zlib.error as error:
-        return f"(the compression is broken: {error})".encode()
-    return data
+    """The database at `path`, made if there is none; ValueError for any other file, which stays as it is."""
+    with contextlib.ExitStack() as undo:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+            undo.callback(database.close)
+            database.execute("BEGIN IMMEDIATE")
+            for statement in () if database.execute("SELECT 1 FROM sqlite_master").fetchone() else _SCHEMA:
+                database.execute(statement)
+            found = [database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+            if found != [_APPLICATION, _VERSION]:
+                raise ValueError("it is an SQLite file of another program or version")
+            database.execute("COMMIT")
+            with contextlib.suppress(sqlite3.OperationalError):  # SQLite does not wait here; the first sets it for all
+                database.execute("PRAGMA journal_mode = WAL")
+            # An answer took seconds and money, so a sync for each is cheap: FULL loses nothing to a power cut either.
+            database.execute("PRAGMA synchronous = FULL")
+            undo.pop_all()
+            return database
+        except (OSError, sqlite3.Error, ValueError) as error:
+            raise ValueError(f"{path}: cannot be used as a cache of answers ({error}); give another path") from None
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -16,7 +16,6 @@ import re
 import secrets
 import shutil
 import socket
-import stat
 import sys
 import threading
 import time
@@ -53,12 +52,9 @@ def atomic_write(path: str | Path, mode: str = "w", *, size: int = 0) -> Iterato
         try:
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as handle:
                 yield handle
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, path)
+            publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -78,8 +74,14 @@ def settle(temporary: str | Path, path: str | Path) -> None:
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)  # safetensors' save_file leaves a file that only its owner can read
     with naming_full_disk(path, os.stat(temporary).st_size):
-        sync(temporary)
-        os.replace(temporary, path)
+        publish(temporary, path)
+
+
+def publish(temporary: str | Path, path: str | Path) -> None:
+    """Give a finished file or folder its name, once its content is on the disk; then that name is on it too."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(Path(path).parent)
 
 
 def sync(path: str | Path) -> None:
@@ -129,18 +131,14 @@ def disk_full(path: str | Path, size: int, reason: str = "No space left on devic
 def free_space(path: str | Path) -> int | None:
     """Bytes free on the disk that holds `path`, or will hold it; None where the disk does not say."""
     path = Path(path).absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    usage = shutil.disk_usage(path)
+    usage = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists()))
     return usage.free if usage.total else None
 
 
 def readable_size(size: int) -> str:
     """Bytes in the largest unit of which there is one."""
-    return next((f"{size / unit:.1f} {name}" for name, unit in _UNITS.items() if size >= unit), f"{size} bytes")
-
-
-_UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
+    units = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
+    return next((f"{size / unit:.1f} {name}" for name, unit in units.items() if size >= unit), f"{size} bytes")
 
 
 @contextmanager
@@ -157,12 +155,11 @@ def sole_writer(output: str | Path, *, beside: bool = False) -> Iterator[None]:
     made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        handle = _take_lock(file, output)
     except (FileExistsError, NotADirectoryError):
         raise ValueError(
             f"{file.parent}: cannot be a folder, as a file is in its place; choose another --output"
         ) from None
-    try:
-        handle = _take_lock(file, output)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -184,74 +181,53 @@ def sole_writer(output: str | Path, *, beside: bool = False) -> Iterator[None]:
 
 def _take_lock(file: Path, output: str | Path) -> int:
     """A file descriptor that holds the lock; a restart by torchrun waits for the process that it replaces."""
-    mine = {"process": os.getpid(), **_here(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    host, run = socket.gethostname(), os.environ.get("TORCHELASTIC_RUN_ID", "none")  # restarts keep torchrun's name
+    mine = {"process": os.getpid(), "host": host, "since": time.strftime("%Y-%m-%d %H:%M:%S"), "run": run}
     patience = time.monotonic() + (10 if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else 0)
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        holder = _read_holder(handle)
-        free = _is_free(handle, holder, file, output)
+        holder: dict[str, Any] = {}
+        with suppress(OSError, ValueError, RecursionError, TypeError, LookupError):  # no file that a holder wrote
+            found = json.loads(os.pread(handle, 4096, 0))
+            holder = {name: found[name] for name in mine}
+        who = printable("process {process} on {host}".format_map(holder)) if holder else "another process"
+        locked, held = True, False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            locked, held = False, error.errno == errno.EWOULDBLOCK
+        if holder and not held and not (locked and holder["host"] == host) and not holder["run"] == run != "none":
+            # `flock` cannot know of a holder on another host or on a disk without locks.
+            print(f"{output}: waiting {4 * HEARTBEAT:.0f} s for a sign of life of {who}", file=sys.stderr)
+            held = _shows_life(handle, file)
         with suppress(FileNotFoundError):  # the holder may have removed the file, so that this lock is on none
-            if free and os.path.samestat(os.fstat(handle), os.stat(file)):
+            if not held and os.path.samestat(os.fstat(handle), os.stat(file)):
                 with suppress(OSError):  # a full disk
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, json.dumps(mine).encode(), 0)
                 return handle
         os.close(handle)
-        if not free and time.monotonic() > patience:
-            who = "process {process} on {host} since {since}".format_map(holder) if holder else "another process"
-            raise ValueError(
-                f"{output} is in use by {printable(who)}; wait for its end, stop it, or choose another --output"
-            )
+        if held and time.monotonic() > patience:
+            who += printable(f" since {holder['since']}") if holder else ""
+            raise ValueError(f"{output} is in use by {who}; wait for its end, stop it, or choose another --output")
         time.sleep(0.05)
-
-
-def _here() -> dict[str, str]:
-    """This host, and torchrun's name of this run, which its restarts keep, on other hosts as well."""
-    return {"host": socket.gethostname(), "run": os.environ.get("TORCHELASTIC_RUN_ID", "none")}
-
-
-def _is_free(handle: int, holder: dict[str, Any] | None, file: Path, output: str | Path) -> bool:
-    """Lock the file; false if another process holds it.
-
-    `flock` cannot know of a holder on another host or on a disk without locks: there this waits for a sign of life.
-    """
-    locked = True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno == errno.EWOULDBLOCK:
-            return False
-        locked = False
-    here = _here()
-    if holder is None or (locked and holder["host"] == here["host"]) or holder["run"] == here["run"] != "none":
-        return True
-    seconds, before = 4 * HEARTBEAT, os.fstat(handle).st_mtime_ns
-    who = printable("{process} on {host}".format_map(holder))
-    print(f"{output}: waiting {seconds:.0f} s for a sign of life of process {who}", file=sys.stderr)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:  # two hosts' clocks may differ, so only a change of the file's time counts
-        time.sleep(HEARTBEAT / 5)
-        with suppress(FileNotFoundError):
-            if os.stat(file).st_mtime_ns != before:
-                return False
-    return True
-
-
-def _read_holder(handle: int) -> dict[str, Any] | None:
-    """What the holder of a lock wrote into its file; None for anything else."""
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        return None
-    with suppress(ValueError, RecursionError):
-        holder = json.loads(os.pread(handle, 4096, 0))
-        if isinstance(holder, dict) and {"process", "host", "since", "run"} <= holder.keys():
-            return holder
-    return None
 
 
 def _show_life(file: Path, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT):
         with suppress(OSError):
             os.utime(file)
+
+
+def _shows_life(handle: int, file: Path) -> bool:
+    """Whether the file's time changes: two hosts' clocks may differ, so the time itself says nothing."""
+    before, end = os.fstat(handle).st_mtime_ns, time.monotonic() + 4 * HEARTBEAT
+    while time.monotonic() < end:
+        time.sleep(HEARTBEAT / 5)
+        with suppress(FileNotFoundError):
+            if os.stat(file).st_mtime_ns != before:
+                return True
+    return False
 
 
 def own_file(folder: Path, name: str) -> Path | None:

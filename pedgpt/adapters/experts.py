@@ -1,6 +1,29 @@
 """The mixture of universal-specific experts (PediatricsGPT §3.4), in its packed form.
 
-Letters: N specific experts, R rank, one universal expert first: (N+1)·R rows of A.
+                              x [T, in]
+         ┌───────────────────────┼─────────────────────────┐
+         ▼                       ▼                         ▼
+    ┌──────────┐     ┌──────────────────────┐     ┌─────────────────┐
+    │ W  frozen│     │ A_u                  │     │ router W_g      │
+    │          │     │ A_1                  │     │ [N, in], noise  │
+    │ [out, in]│     │ ...                  │     │ by W_n [N, in]  │
+    │          │     │ A_N      [(N+1)R, in]│     └─────────────────┘
+    └──────────┘     └──────────────────────┘              ▼ softmax
+         │                       ▼  h [T, (N+1)R]      gates [T, N]
+         │                ┌──────────────┐                 │
+         │                │ scale of R   │◄────────────────┘
+         │                │ numbers each │  1 for A_u, gate j for A_j
+         │                └──────────────┘
+         │                       ▼
+         │           ┌──────────────────────┐
+         │           │ B_u B_1 ... B_N      │
+         │           │         [out, (N+1)R]│
+         │           └──────────────────────┘
+         └────────► + ◄──────────┘ times α/R
+                    ▼
+                y [T, out]
+
+Letters: T tokens, N specific experts, R rank; u is the universal expert, which is always on and stands first.
 """
 
 from __future__ import annotations
@@ -13,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pedgpt.adapters.lora import AdaptedLinear
+from pedgpt.adapters.lora import AdaptedLinear, temporarily
 from pedgpt.kernels import lora_linear
 
 
@@ -45,7 +68,6 @@ class ExpertLoRALinear(AdaptedLinear):
         self.num_specific_experts = num_specific_experts
         self.router = nn.Parameter(self.lora_A.new_zeros(num_specific_experts, base.in_features))
         self.router_noise = nn.Parameter(torch.zeros_like(self.router))
-        self.noise_stream: NoiseStream | None = None
         self.gate_record: GateRecord | None = None
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -137,14 +159,8 @@ def record_gates(model: nn.Module, where: Tensor | None = None) -> Iterator[dict
     if not layers:
         raise ValueError("the model has no expert layers; inject_experts or load_adapter first")
     records = {name: GateRecord(where) for name in layers}
-    before = [layer.gate_record for layer in layers.values()]
-    for name, layer in layers.items():
-        layer.gate_record = records[name]
-    try:
+    with temporarily(list(layers.values()), "gate_record", list(records.values())):
         yield records
-    finally:
-        for layer, record in zip(layers.values(), before, strict=True):
-            layer.gate_record = record
 
 
 def gate_metrics(records: Mapping[str, GateRecord]) -> dict[str, Tensor]:

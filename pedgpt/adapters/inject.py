@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pedgpt.adapters.experts import ExpertLoRALinear
-from pedgpt.adapters.lora import AdaptedLinear, LoRALinear
+from pedgpt.adapters.lora import HALF, AdaptedLinear, LoRALinear, temporarily
 from pedgpt.kernels import Linear
 
 ALL_LINEAR = "all-linear"
@@ -126,14 +126,8 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     if record.merged:
         raise ValueError("an adapter is merged into the weights and cannot be switched off; unmerge_lora first")
     layers = [*adapted_layers(model).values(), *(layer for group in record.layers.values() for layer in group.values())]
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
-        layer.enabled = False
-    try:
+    with temporarily(layers, "enabled", [False] * len(layers)):
         yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
 
 
 def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only: bool = False) -> float:
@@ -196,8 +190,7 @@ def unmerge_lora(model: nn.Module) -> None:
         layer.to(current.device, None if current.dtype == layer.weight.dtype else current.dtype)
         layer.train(_linear(model, name).training)
         _replace(model, name, layer)
-        if isinstance(layer, ExpertLoRALinear):
-            layer.noise_stream = None
+        layer.noise_stream = None
     record.merged.clear()
 
 
@@ -214,9 +207,8 @@ def _inject(
     if foreign := [name for name in adapted_layers(model) if name not in record.of(record.active)]:
         raise ValueError(f"the model has adapters already that it does not know, as {foreign[0]}; load the base again")
     linears = linear_layers(model)
-    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     names: set[str] = set()
-    for pattern in patterns:
+    for pattern in [target_modules] if isinstance(target_modules, str) else target_modules:
         found = {pattern} if pattern in linears else {name for name in linears if _matches(name, pattern)}
         if not found:
             kinds = sorted({name.rpartition(".")[2] for name in linears})
@@ -238,9 +230,7 @@ def _inject(
 
 
 def _matches(name: str, pattern: str) -> bool:
-    if pattern == ALL_LINEAR:
-        return True
-    return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
+    return pattern in (ALL_LINEAR, name) or name.endswith("." + pattern) or fnmatchcase(name, pattern)
 
 
 def _whole(model: nn.Module) -> nn.Module:
@@ -270,13 +260,10 @@ def _activate(model: nn.Module, adapter: str | None) -> None:
         return
     leaving, coming = record.of(record.active), record.of(adapter)
     for name in {**leaving, **coming}:
-        current = _linear(model, name)
-        layer = coming.get(name)
-        if layer is None:
-            _replace(model, name, _plain(current, current.weight))
-        else:
+        current, layer = _linear(model, name), coming.get(name)
+        if layer is not None:
             _attach(layer, current)
-            _replace(model, name, layer)
+        _replace(model, name, layer or _plain(current, current.weight))
     for layer in leaving.values():
         _detach(layer)
     record.active = adapter
@@ -287,8 +274,7 @@ def _attach(layer: AdaptedLinear, current: nn.Linear) -> None:
     _detach(layer)
     weight = current.weight
     # As AdaptedLinear begins: over half precision in a dtype of its own, over the meta device where it is.
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    layer.to(None if weight.is_meta else weight.device, None if half else weight.dtype)
+    layer.to(None if weight.is_meta else weight.device, None if weight.dtype in HALF else weight.dtype)
     layer.weight, layer.bias = weight, current.bias
     layer.train(current.training)
 
@@ -298,8 +284,7 @@ def _detach(layer: AdaptedLinear) -> None:
     layer.register_parameter("weight", None)
     layer.register_parameter("bias", None)
     layer.packed = None
-    if isinstance(layer, ExpertLoRALinear):
-        layer.noise_stream = None  # of a batch that is long gone when the layer returns
+    layer.noise_stream = None  # of a batch that is long gone when the layer returns
 
 
 def _plain(current: nn.Linear, weight: Tensor) -> nn.Linear:
@@ -342,22 +327,18 @@ def _merged(layer: AdaptedLinear) -> nn.Linear:
 
 
 def _default_probe(model: nn.Module) -> Tensor:
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(module.num_embeddings, (1, 128), generator=generator, device="cpu")
-            return ids.to(module.weight.device)
-    raise ValueError("the model has no nn.Embedding to draw token ids for; give probe, an input of the model")
+    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    if embedding is None:
+        raise ValueError("the model has no nn.Embedding to draw token ids for; give probe, an input of the model")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(embedding.num_embeddings, (1, 128), generator=generator, device="cpu")
+    return ids.to(embedding.weight.device)
 
 
 @torch.no_grad()
 def _logits(model: nn.Module, probe: Tensor) -> Tensor:
     """What the model computes in evaluation; every module keeps its mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    modules = list(model.modules())
+    with temporarily(modules, "training", [False] * len(modules)):
         found = model(probe)
         return found if isinstance(found, Tensor) else found.logits  # as transformers' models give them
-    finally:
-        for module, training in modes:
-            module.training = training

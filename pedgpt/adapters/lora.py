@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pedgpt.kernels import lora_linear, transformed
 from pedgpt.kernels.expert_gate import ALIGNMENT
 
+HALF = (torch.bfloat16, torch.float16)
 _optimizer_steps = 0
 
 
@@ -36,11 +38,13 @@ class Packed:
 
     def is_current(self, parameters: Mapping[str, Tensor | None]) -> bool:
         """Whether the parameters have the memory and the values from which this was made."""
+        if self.steps != _optimizer_steps:
+            return False
         for name, pointer, version in self.sources:
             parameter = parameters[name]
             if parameter is None or parameter.data_ptr() != pointer or parameter._version != version:
                 return False
-        return self.steps == _optimizer_steps
+        return True
 
 
 class AdaptedLinear(nn.Linear):
@@ -69,8 +73,9 @@ class AdaptedLinear(nn.Linear):
         self.dropout = dropout
         self.enabled = True
         self.packed: Packed | None = None
+        self.noise_stream: Any = None  # of experts: where the gate's noise comes from
         # Adapters train in float32 over a bf16 base: at bf16 a small update would round away.
-        dtype = torch.float32 if base.weight.dtype in (torch.bfloat16, torch.float16) else base.weight.dtype
+        dtype = torch.float32 if base.weight.dtype in HALF else base.weight.dtype
         # A base on the meta device is filled later; the adapter is made now, where torch makes new tensors.
         device = None if base.weight.is_meta else base.weight.device
         self.lora_A = nn.Parameter(torch.empty(hidden_size, base.in_features, dtype=dtype, device=device))
@@ -156,6 +161,19 @@ def pack_adapters(model: nn.Module) -> None:
             targets += [*P[: sum(map(len, stacked))].split([len(p) for p in stacked]), B]
             layer.packed = Packed(P, B, layer.adapter_parameters())
         torch._foreach_copy_(targets, sources)
+
+
+@contextmanager
+def temporarily(modules: Sequence[nn.Module], attribute: str, values: Sequence[Any]) -> Iterator[None]:
+    """Within the context, each module has another value of an attribute."""
+    before = [getattr(module, attribute) for module in modules]
+    for module, value in zip(modules, values, strict=True):
+        setattr(module, attribute, value)
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            setattr(module, attribute, value)
 
 
 def _up_to_multiple(number: int, of: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from pedgpt.data.readers import iter_records, parse_columns
 from pedgpt.data.records import Conversation, ReadSummary, SkippedRow
 from pedgpt.data.reference import chat_fingerprint
 from pedgpt.data.tokenizer import Tokenizer, load_tokenizer
-from pedgpt.files import sync, write_text
+from pedgpt.files import publish, sync, write_text
 
 _VERSION = 2
 _LABEL = np.dtype("<i4")
@@ -167,7 +166,7 @@ def _write(
         "labelled": labelled, "sources": [asdict(source) for source in sources], "read": asdict(summary),
     }  # fmt: skip
     write_text(temporary / "store.json", json.dumps(store, ensure_ascii=False))
-    os.replace(temporary, folder)
+    publish(temporary, folder)
 
 
 class TokenStore:

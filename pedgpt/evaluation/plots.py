@@ -17,30 +17,14 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, VIOLET, INK, FAINT = "#2F6DB5", "#E0772F", "#2A9D7F", "#8559A5", "#2B2F36", "#9AA1AB"
 PALETTE = (BLUE, ORANGE, GREEN, VIOLET, "#B8860B", "#C2476A", "#4A90A4")
 STYLE: Any = {
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 10.5,
-    "axes.titlepad": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E7EAEE",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-    "figure.constrained_layout.h_pad": 0.1,
-    "figure.constrained_layout.w_pad": 0.1,
-}
+    "font.size": 9.5, "text.color": INK, "savefig.dpi": 150, "legend.frameon": False,
+    "axes.labelcolor": INK, "axes.edgecolor": FAINT, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 10.5, "axes.titlepad": 9,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E7EAEE",
+    "xtick.color": INK, "xtick.major.size": 0, "xtick.minor.size": 0,
+    "ytick.color": INK, "ytick.major.size": 0, "ytick.minor.size": 0,
+    "figure.constrained_layout.h_pad": 0.1, "figure.constrained_layout.w_pad": 0.1,
+}  # fmt: skip
 
 
 def draw(run: Run) -> list[str] | None:

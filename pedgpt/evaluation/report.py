@@ -11,6 +11,7 @@ import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import gt, le, lt
 from pathlib import Path
 
 from pedgpt.evaluation.plots import PLOTS, draw
@@ -40,60 +41,52 @@ class Check:
         return f"{'–' if self.passed is None else '✓' if self.passed else '✗'} {self.label}: {self.detail}"
 
 
+_ROUGE = tuple(f"tasks/{task}/rouge-l" for task in TASKS)
+# (what is expected, the stage before, the stage after, what is measured, whether two numbers keep it)
+_EXPECTED: tuple[tuple[str, str, str, tuple[str, ...], Callable[[float, float], bool]], ...] = (
+    ("Hybrid CPT lowers the perplexity of pediatric text", "base", "cpt", ("perplexity/pediatric_text",), gt),
+    (
+        "The hybrid mixture reads instructions better than text alone (perplexity)",
+        "cpt_text", "cpt", ("perplexity/instructions",), gt,
+    ),
+    ("SFT raises ROUGE-L on all three tasks", "cpt", "sft", _ROUGE, lt),
+    (
+        "DFPO doesn't lower the log-probability of chosen answers (nats per token)",
+        "sft", "dfpo", ("preference/chosen_logp_per_token",), le,
+    ),
+    ("Experts raise ROUGE-L on all three tasks", "dfpo", "experts", _ROUGE, lt),
+    (
+        "Experts cost general medicine less than 2 % in perplexity",
+        "dfpo", "experts", ("perplexity/general_medical_text",), lambda before, after: after < 1.02 * before,
+    ),
+)  # fmt: skip
+
+
 def expectations(run: Run) -> list[Check]:
     """What the stages should bring, each held against the measured numbers, whichever way they came out."""
-    rouge = [f"tasks/{task}/rouge-l" for task in TASKS]
-
-    def compare(label: str, before: str, after: str, what: list[str], holds: Callable[[float, float], bool]) -> Check:
-        parts, results = [], []
-        for path in what:
-            keys = path.split("/")
-            name = keys[1].replace("_", " ")
-            old, new = run.number(before, *keys), run.number(after, *keys)
-            if old is None or new is None:
-                return Check(label, None, f"not measured ({name}, {before if old is None else after})")
-            change = f"{new / old - 1:+.1%}" if keys[0] == "perplexity" and old else f"{new - old:+.2f}"
-            parts.append(f"{name} {_show(old)} → {_show(new)} ({change})")
-            results.append(holds(old, new))
-        return Check(label, all(results), ", ".join(parts))
-
+    checks = [_compared(run, *expected) for expected in _EXPECTED]
     accuracy, pairs = (run.number("dfpo", "preference", key) for key in ("reward_accuracy", "pairs"))
-    preferred = "Rewards after DFPO prefer the chosen answer in at least 80 % of pairs"
     measured = f"{_percent(accuracy)}{f' of {pairs:.0f} pairs' if pairs else ''}"
     measured = "not measured (reward accuracy, dfpo)" if accuracy is None else measured
-    return [
-        compare(
-            "Hybrid CPT lowers the perplexity of pediatric text",
-            "base",
-            "cpt",
-            ["perplexity/pediatric_text"],
-            lambda old, new: new < old,
-        ),
-        compare(
-            "The hybrid mixture reads instructions better than text alone (perplexity)",
-            "cpt_text",
-            "cpt",
-            ["perplexity/instructions"],
-            lambda old, new: new < old,
-        ),
-        compare("SFT raises ROUGE-L on all three tasks", "cpt", "sft", rouge, lambda old, new: new > old),
-        Check(preferred, None if accuracy is None else accuracy >= 0.8, measured),
-        compare(
-            "DFPO doesn't lower the log-probability of chosen answers (nats per token)",
-            "sft",
-            "dfpo",
-            ["preference/chosen_logp_per_token"],
-            lambda old, new: new >= old,
-        ),
-        compare("Experts raise ROUGE-L on all three tasks", "dfpo", "experts", rouge, lambda old, new: new > old),
-        compare(
-            "Experts cost general medicine less than 2 % in perplexity",
-            "dfpo",
-            "experts",
-            ["perplexity/general_medical_text"],
-            lambda old, new: new < 1.02 * old,
-        ),
-    ]
+    preferred = "Rewards after DFPO prefer the chosen answer in at least 80 % of pairs"
+    checks.insert(3, Check(preferred, None if accuracy is None else accuracy >= 0.8, measured))
+    return checks
+
+
+def _compared(
+    run: Run, label: str, before: str, after: str, what: Sequence[str], holds: Callable[[float, float], bool]
+) -> Check:
+    parts, results = [], []
+    for path in what:
+        keys = path.split("/")
+        name = keys[1].replace("_", " ")
+        old, new = run.number(before, *keys), run.number(after, *keys)
+        if old is None or new is None:
+            return Check(label, None, f"not measured ({name}, {before if old is None else after})")
+        change = f"{new / old - 1:+.1%}" if keys[0] == "perplexity" and old else f"{new - old:+.2f}"
+        parts.append(f"{name} {_show(old)} → {_show(new)} ({change})")
+        results.append(holds(old, new))
+    return Check(label, all(results), ", ".join(parts))
 
 
 def stage_table(run: Run) -> str:
@@ -170,16 +163,10 @@ def _stage_rows(run: Run) -> list[list[str]]:
     rows = [heads + ["preferred\nby reward", "preferred\nby likelihood", "chosen\nlog-prob\nper token"]]
     for stage in run.stages.values():
         reward, likelihood = (stage.number("preference", f"{kind}_accuracy") for kind in ("reward", "likelihood"))
-        rows.append(
-            [
-                stage.label,
-                *(_show(stage.number("tasks", task, "rouge-l")) for task in tasks),
-                *(_show(stage.number("perplexity", name)) for name in texts),
-                _percent(reward),
-                _percent(likelihood),
-                _show(stage.number("preference", "chosen_logp_per_token"), 3),
-            ]
-        )
+        scores = [_show(stage.number("tasks", task, "rouge-l")) for task in tasks]
+        scores += [_show(stage.number("perplexity", name)) for name in texts]
+        chosen = _show(stage.number("preference", "chosen_logp_per_token"), 3)
+        rows.append([stage.label, *scores, _percent(reward), _percent(likelihood), chosen])
     return rows
 
 
@@ -206,10 +193,10 @@ def _task_section(run: Run) -> list[str]:
         signatures.setdefault(str(stage.evaluation.get("signature") or "unsigned"), []).append(stage.label)
     page = ["## Every score", "Per answer, then averaged, × 100. Scores compare only under the same signature:"]
     if len(signatures) == 1:
-        page += [f"`{signature}`" for signature in signatures]
+        page.append(f"`{next(iter(signatures))}`")
     else:
-        page += ["\n".join(f"- `{signature}`: {'; '.join(labels)}" for signature, labels in signatures.items())]
-        page += ["**The stages were scored under different signatures: don't compare across them.**"]
+        page.append("\n".join(f"- `{signature}`: {'; '.join(labels)}" for signature, labels in signatures.items()))
+        page.append("**The stages were scored under different signatures: don't compare across them.**")
     for task in run.names("tasks", TASKS):
         stages = [stage for stage in evaluated if task in stage.evaluation["tasks"]]
         scores = ordered((name for stage in stages for name in stage.evaluation["tasks"][task]), SCORES)

@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from pedgpt.files import DiskFull, naming_full_disk, sync, write_json
+from pedgpt.files import DiskFull, naming_full_disk, publish, write_json
 from pedgpt.training.distributed import World, barrier, sum_over_ranks
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -91,8 +91,7 @@ def _complete(temporary: Path, target: Path, state: Mapping[str, Any], sums: lis
         found |= {name: _checksum(temporary / name) for name in (_INDEX, _STATE)}
         write_json(temporary / _SUMS, found)
         _remove(target)
-        os.replace(temporary, target)
-        sync(target.parent)
+        publish(temporary, target)
 
 
 def checkpoint_size(model: nn.Module) -> int:

@@ -1,5 +1,6 @@
 """causal_lm_loss and sequence_logps against sums written by hand in float64."""
 
+import inspect
 import math
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pedgpt.data import chat
+from pedgpt.kernels.linear_logps import linear_nll, linear_token_logps
 from pedgpt.losses import IGNORE_INDEX, causal_lm_loss, sequence_logps
 
 SHAPES = [(2, 5, 11), (1, 1, 2), (3, 1, 300), (1, 7, 1), (4, 9, 33)]
@@ -161,3 +164,9 @@ def test_other_shapes_are_refused(function, logits, labels):
 def test_a_label_outside_the_vocabulary_is_an_error(label):
     with pytest.raises((IndexError, RuntimeError)):
         causal_lm_loss(torch.zeros(1, 2, 5), torch.tensor([[0, label]]))
+
+
+def test_the_label_that_is_left_out_is_one_number():
+    """The data, the losses and the kernels may not import each other, so each of them names it."""
+    defaults = [inspect.signature(op).parameters["ignore_index"].default for op in (linear_token_logps, linear_nll)]
+    assert {IGNORE_INDEX, chat.IGNORE_INDEX, *defaults} == {-100}
