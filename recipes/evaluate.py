@@ -31,14 +31,13 @@ from pedgpt.data import (
     read_preferences,
     taught_folder,
 )
+from pedgpt.data.tasks import TASKS
 from pedgpt.evaluation.generation_metrics import generation_scores, signature
 from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
 from pedgpt.evaluation.responses import answer, items, thin
 from pedgpt.files import write_json
 from pedgpt.models import ModelConfig, load_model, weights_fingerprint
 from pedgpt.training import run_recipe, start
-
-TASKS = {"medkqa": "MedKQ&A", "evidiag": "EviDiag", "trerecom": "TreRecom"}
 
 
 @dataclass
@@ -154,7 +153,7 @@ def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSu
     """
     read, columns = {"on_bad_row": "skip", "summary": summary}, parse_columns(config.columns)
     tasks, task_rows = {}, {}
-    for stem, name in TASKS.items():
+    for name, stem in TASKS.items():
         for path in table(heldout / "tasks" / stem):
             conversations = read_conversations(path, columns=columns, **read)
             examples = encode_conversations(conversations, chat, config.row_length, on_long_row="skip", **read)

@@ -11,9 +11,9 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from pedgpt.corpus.builders.knowledge_graph import EVIDIAG
 from pedgpt.corpus.rows import Ask, Built, LeftOut, answered, builder, either, pattern, templates
 from pedgpt.data.records import Conversation, Message
+from pedgpt.data.tasks import EVIDIAG
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 # The sentences of a text as written, up to 。！？ or a line's end, not up to ； as sections.sentences has them.

@@ -13,9 +13,8 @@ from typing import Any
 from pedgpt.corpus.builders.support import support
 from pedgpt.corpus.rows import Ask, Built, Dropped, LeftOut, answered, builder, number, pick, spoken, templates
 from pedgpt.data.records import Conversation, Document, Triple
+from pedgpt.data.tasks import EVIDIAG, MEDKQA, TRERECOM
 
-MEDKQA, EVIDIAG, TRERECOM = "MedKQ&A", "EviDiag", "TreRecom"
-TASKS = (MEDKQA, EVIDIAG, TRERECOM)
 SYMPTOM, AGE, CAUSE, EXAMINATION = "症状", "好发年龄", "病因", "检查"
 TREATMENT, PREVENTION, COMPLICATION = "治疗", "预防", "并发症"
 RELATIONS = (SYMPTOM, AGE, CAUSE, EXAMINATION, TREATMENT, PREVENTION, COMPLICATION)  # others have generic templates

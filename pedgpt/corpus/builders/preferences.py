@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from pedgpt.corpus.builders.dialogues import evidence, whole_sentences
-from pedgpt.corpus.builders.knowledge_graph import TASKS
 from pedgpt.corpus.builders.reconstruct import reorganise
 from pedgpt.corpus.rows import Ask, Built, LeftOut, answered, builder, pattern, pick, templates
 from pedgpt.data.records import Conversation, PreferencePair
+from pedgpt.data.tasks import TASKS
 
 # Words of the evidence that name no finding.
 _CONNECTIVES = re.compile("考虑|诊断|可能.?|属于|疑似|确诊|怀疑|引起|导致|报告|指标|症|不适")

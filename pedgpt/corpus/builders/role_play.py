@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from pedgpt.corpus.builders.knowledge_graph import MEDKQA
 from pedgpt.corpus.builders.sections import BETWEEN, sentences, unnumbered
 from pedgpt.corpus.builders.support import support
 from pedgpt.corpus.rows import Ask, Built, Dropped, LeftOut, answered, builder, pattern, pick, spoken, templates
 from pedgpt.data.records import Document
+from pedgpt.data.tasks import MEDKQA
 
 ROLES = ("parent", "colleague")
 _LONGEST_SUBJECT = 20  # characters
