@@ -74,7 +74,7 @@ def _judge(asked: str, answer: str) -> tuple[float, str, str]:
 
 def _has(words: str, text: str) -> bool:
     """Whether a text has some of these words of templates/reconstruct.toml."""
-    return bool(pattern("reconstruct", "words", words).search(text))
+    return bool(pattern("reconstruct", words).search(text))
 
 
 def _judged(asked: str, answer: str, ask: Ask) -> tuple[float, str, str]:
@@ -222,12 +222,12 @@ def _cut_off(answer: str) -> bool:
 
 
 def _only_refers(answer: str) -> bool:
-    refers = pattern("reconstruct", "words", "referral").fullmatch
+    refers = pattern("reconstruct", "referral").fullmatch
     said = [sentence.strip("，,。！？!? ") for sentence in whole_sentences(answer)]
     return bool(said) and all(not s or (len(s) <= 60 and refers(s)) for s in said)
 
 
 def _bigrams(text: str) -> set[str]:
-    runs = re.findall(rf"[{_CJK}]+|[A-Za-z0-9]+", pattern("reconstruct", "words", "common").sub(" ", text))
+    runs = re.findall(rf"[{_CJK}]+|[A-Za-z0-9]+", pattern("reconstruct", "common").sub(" ", text))
     pairs = {run[i : i + 2].lower() for run in runs for i in range(len(run) - 1)}
     return pairs | {run.lower() for run in runs if run.isascii()}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from itertools import product
 
 from pedgpt.corpus.rows import Built, spoken, templates
 
@@ -13,11 +11,14 @@ SAFETY, SELF_COGNITION = "safety", "self_cognition"
 
 def safety() -> Iterator[Built]:
     """Risky requests with answers that refuse what is unsafe and name the next step."""
-    table = templates("safety")
-    for topic in table["topic"]:
-        for row, slot in [(row, "") for row in topic["rows"]] + list(product(topic["slotted"], table["slots"])):
-            question, answer = (text.replace("{slot}", slot) for text in row)
-            yield Built(spoken(question, answer, source=f"{SAFETY}:{topic['name']}", task=SAFETY))
+    for topic in templates("safety")["topic"]:
+        slotted = [
+            [text.replace("{slot}", slot) for text in row]
+            for row in topic["slotted"]
+            for slot in templates("safety")["slots"]
+        ]
+        for turns in topic["rows"] + slotted:
+            yield Built(spoken(*turns, source=f"{SAFETY}:{topic['name']}", task=SAFETY))
 
 
 def self_cognition(assistant: str, developer: str) -> Iterator[Built]:
@@ -25,8 +26,7 @@ def self_cognition(assistant: str, developer: str) -> Iterator[Built]:
     for key, name in (("assistant", assistant), ("developer", developer)):
         if not name.strip():
             raise ValueError(f"{key}: found {name!r}, expected a name")
-    names = {"{assistant}": assistant.strip(), "{developer}": developer.strip()}
     for topic in templates("safety")["self"]:
         for question, answer in topic["rows"]:
-            named = re.sub(r"\{\w+\}", lambda match: names[match[0]], answer)
+            named = answer.format(assistant=assistant.strip(), developer=developer.strip())
             yield Built(spoken(question, named, source=f"{SELF_COGNITION}:{topic['name']}", task=SELF_COGNITION))
