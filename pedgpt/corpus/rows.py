@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from importlib.resources import files
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, Record
 from pedgpt.endpoint import Unusable as Unusable  # builders take it from here
@@ -37,16 +37,21 @@ class Dropped:
     detail: str = ""
 
 
+Row = Built | Dropped
+# A teacher: chat messages and the wanted fields in, those of its JSON answer out; raises Unusable if none is usable.
+Ask = Callable[[str, str, Mapping[str, type]], dict[str, Any]]
+
+
 class LeftOut(Exception):
     """Raised by a builder that leaves its row out, with the reason and the detail of `Dropped`."""
 
 
-def builder(build: Callable[..., Built | None]) -> Callable[..., Iterator[Built | Dropped]]:
+def builder(build: Callable[..., Built | None]) -> Callable[..., Iterator[Row]]:
     """A builder of one row: it yields what `build` returns, or the Dropped row of the LeftOut or Unusable raised."""
 
     @wraps(build)
-    def rows(record: Record, /, *args: Any, **kwargs: Any) -> Iterator[Built | Dropped]:
-        row: Built | Dropped | None
+    def rows(record: Record, /, *args: Any, **kwargs: Any) -> Iterator[Row]:
+        row: Row | None
         try:
             row = build(record, *args, **kwargs)
         except Unusable as error:
@@ -57,12 +62,6 @@ def builder(build: Callable[..., Built | None]) -> Callable[..., Iterator[Built 
             yield row
 
     return rows
-
-
-class Ask(Protocol):
-    """A teacher: chat messages in, the wanted fields of its JSON answer out; raises Unusable if none is usable."""
-
-    def __call__(self, system: str, user: str, fields: Mapping[str, type]) -> dict[str, Any]: ...
 
 
 def answered(ask: Ask, prompts: Mapping[str, str], fields: Mapping[str, type], **values: str) -> dict[str, Any]:

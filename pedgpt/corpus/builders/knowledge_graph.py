@@ -12,7 +12,7 @@ from itertools import chain, combinations, islice, permutations
 from typing import Any
 
 from pedgpt.corpus.builders.support import support
-from pedgpt.corpus.rows import Ask, Built, Dropped, LeftOut, answered, builder, number, pick, spoken, templates
+from pedgpt.corpus.rows import Ask, Built, Dropped, LeftOut, Row, answered, builder, number, pick, spoken, templates
 from pedgpt.data.records import Conversation, Document, Triple
 from pedgpt.data.tasks import EVIDIAG, MEDKQA, TRERECOM
 
@@ -49,15 +49,14 @@ def verbalize(disease: Disease) -> Iterator[Document]:
     """The facts of a disease as short running texts, one for each set of sentence forms."""
     forms = _FORMS["verbalize"]
     for variant in range(2):
-        turns = [forms.get(relation, forms["generic"])[variant] for relation in _ordered(disease)]
-        told = (
-            turn.format(head=disease.name, relation=relation, tails=disease.listed(relation))
-            for turn, relation in zip(turns, _ordered(disease), strict=True)
-        )
-        yield Document("".join(told), f"knowledge_graph:{disease.name}", disease.name, disease.name)
+        text = ""
+        for relation in _ordered(disease):
+            values = {"head": disease.name, "relation": relation, "tails": disease.listed(relation)}
+            text += forms.get(relation, forms["generic"])[variant].format(**values)
+        yield Document(text, f"knowledge_graph:{disease.name}", disease.name, disease.name)
 
 
-def verbalize_with(disease: Disease, ask: Ask) -> Iterator[Built | Dropped]:
+def verbalize_with(disease: Disease, ask: Ask) -> Iterator[Row]:
     """The same facts as one fluent paragraph by a teacher; `details` hold its "form", "teacher" or "template".
 
     A paragraph that lacks the name or a fact, or gives a number, a drug or an advice that no fact does, is Dropped with
@@ -176,12 +175,11 @@ def _foreign(tails: Sequence[str], relation: str, disease: Disease) -> list[str]
     facts = [set(fact) for fact in (disease.name, *chain(*disease.facts.values()))]
     ends = {fact[-1] for fact in disease.facts[relation]} if relation == SYMPTOM else set()
     drawn = (pick(tails, disease.name, relation, str(i)) for i in range(20))
-    strange = (
-        tail
-        for tail in drawn
-        if tail[-1] not in ends and all(2 * len(fact & set(tail)) < min(len(fact), len(set(tail))) for fact in facts)
-    )
-    return list(islice(strange, 1))
+    for tail in drawn:
+        alike = (2 * len(fact & set(tail)) >= min(len(fact), len(set(tail))) for fact in facts)
+        if tail[-1] not in ends and not any(alike):
+            return [tail]
+    return []
 
 
 def _holders(diseases: Sequence[Disease]) -> dict[str, set[str]]:

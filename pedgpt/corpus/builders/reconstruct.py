@@ -8,7 +8,9 @@ the form, and a teacher's answer that brings new numbers, or loses old ones, is 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from pedgpt.corpus.builders.dialogues import NUMBER, evidence, whole_sentences, without_boilerplate, without_greeting
 from pedgpt.corpus.rows import (
@@ -47,39 +49,40 @@ def reconstruct(conversation: Conversation, ask: Ask | None = None) -> Built:
     """
     asked = "\n".join(message.content for message in conversation.messages if message.role == "user")
     *context, last = conversation.messages
-    answer, versions, refused = last.content, [], []
-    for step, offline in {"judge": _judge, "enrich": _enrich, "reorganise": _reorganise}.items():
-        form, reason = _asked(step, asked, answer, ask) if ask else offline(asked, answer)
+    answer, refused = last.content, []
+    versions = [{"step": "judge", "answer": answer, "reason": _judged(asked, answer, ask)}]
+    for step, offline in (("enrich", _enrich), ("reorganise", _reorganise)):
+        form, reason = _asked(step, asked, answer, ask, answer=str, reason=str) if ask else offline(asked, answer)
         if fault := _fault(asked, answer, form) if ask else "":
             refused.append({"step": step, "answer": form, "reason": fault})
-        elif form != answer or step == "judge":
+        elif form != answer:
             versions.append({"step": step, "answer": answer, "reason": reason})
             answer = form
     details = {"versions": versions} | ({"refused": refused} if refused else {})
     return Built(replace(conversation, messages=(*context, replace(last, content=answer))), details)
 
 
-def _asked(step: str, asked: str, answer: str, ask: Ask) -> tuple[str, str]:
-    """A teacher's form of the answer and why; of the judgement the answer itself, unless it is unusable."""
-    prompts, judges = _FORMS["teacher"][step], step == "judge"
-    fields = {"score" if judges else "answer": int if judges else str, "reason": str}
-    form, reason = answered(ask, prompts, fields, question=asked, answer=answer).values()
-    if not judges:
-        return form, reason
-    if not 1 <= form <= 5:
-        raise Unusable(f"judged {form!r}, expected a whole number from 1 to 5")
-    return _judged(answer, form, reason, "by the teacher" if form < prompts["lowest"] else "")
+def _asked(step: str, asked: str, before: str, ask: Ask, **fields: type) -> Iterable[Any]:
+    """The fields of a teacher's answer, in order."""
+    return answered(ask, _FORMS["teacher"][step], fields, question=asked, answer=before).values()
 
 
-def _judged(answer: str, score: float, reason: str, unusable: str) -> tuple[str, str]:
-    reason = f"score {score:.1f}: {reason}"
+def _judged(asked: str, answer: str, ask: Ask | None) -> str:
+    """The score of the answer and why; left out if it is too low."""
+    if ask:
+        score, reason = _asked("judge", asked, answer, ask, score=int, reason=str)
+        unusable = "by the teacher" if score < _FORMS["teacher"]["judge"]["lowest"] else ""
+        if not 1 <= score <= 5:
+            raise Unusable(f"judged {score!r}, expected a whole number from 1 to 5")
+    else:
+        score, reason, unusable = _judge(asked, answer)
     if unusable:
-        raise LeftOut(f"judged unusable: {unusable}", f"{reason}: {answer[:60]}")
-    return answer, reason
+        raise LeftOut(f"judged unusable: {unusable}", f"score {score:.1f}: {reason}: {answer[:60]}")
+    return f"score {score:.1f}: {reason}"
 
 
-def _judge(asked: str, answer: str) -> tuple[str, str]:
-    """The answer and its faults, by rules; left out as its worst fault if the score is below the threshold."""
+def _judge(asked: str, answer: str) -> tuple[float, str, str]:
+    """(score, all faults, the worst fault if the score is below the threshold), by rules."""
     rules, said = _FORMS["judge"], reorganise(answer)
     bare = re.sub(rf"[^{_CJK}A-Za-z0-9]", "", without_greeting(said))
     found = {
@@ -93,7 +96,7 @@ def _judge(asked: str, answer: str) -> tuple[str, str]:
     faults = [rules["faults"][name] for name, is_so in found.items() if is_so]
     score = 1 - sum(fault["share"] for fault in faults)
     worst = max(faults, key=lambda fault: fault["share"])["phrase"] if score < rules["threshold"] else ""
-    return _judged(answer, score, ", ".join(fault["phrase"] for fault in faults) or "no fault", worst)
+    return score, ", ".join(fault["phrase"] for fault in faults) or "no fault", worst
 
 
 def _has(words: str, text: str) -> bool:

@@ -10,19 +10,7 @@ from collections.abc import Iterator
 
 from pedgpt.corpus.builders.sections import BETWEEN, sentences, unnumbered
 from pedgpt.corpus.builders.support import support
-from pedgpt.corpus.rows import (
-    Ask,
-    Built,
-    Dropped,
-    LeftOut,
-    answered,
-    builder,
-    pattern,
-    pick,
-    rewritten,
-    spoken,
-    templates,
-)
+from pedgpt.corpus.rows import Ask, Built, LeftOut, Row, answered, builder, pattern, pick, rewritten, spoken, templates
 from pedgpt.data.records import Document
 from pedgpt.data.tasks import MEDKQA, TRERECOM
 
@@ -32,7 +20,7 @@ _ASPECTS = _FORMS["aspects"]
 _LONGEST_SUBJECT = 20  # characters
 
 
-def role_play(passage: Document, ask: Ask | None = None) -> Iterator[Built | Dropped]:
+def role_play(passage: Document, ask: Ask | None = None) -> Iterator[Row]:
     """Rows of one question and one answer; `details` hold "support" (0 to 1), "role" and "aspect".
 
     Offline: the passage's sentences are sorted into aspects by cue words (症状, 病因, 治疗, ...); of each aspect found,
@@ -40,11 +28,9 @@ def role_play(passage: Document, ask: Ask | None = None) -> Iterator[Built | Dro
     with its sentences in their order. The subject of the questions is the passage's disease or, cleaned of 诊疗指南 and
     such, its title or the nearest heading that names more than 治疗; a passage without a subject gives no rows.
 
-    With a teacher: two calls for each of a parent and a colleague, who asks, and the doctor, who answers and quotes the
-    passage (`details["evidence"]`).
-
-    An answer that the passage does not support is Dropped, as is a teacher's question that points at the passage or
-    repeats, and a quotation that is not in it.
+    With a teacher: a parent asks, then a colleague, and each time the doctor answers and quotes the passage
+    (`details["evidence"]`). An answer that the passage does not support is Dropped, as is a teacher's question that
+    points at the passage or repeats, and a quotation that is not in it.
     """
     if ask:
         known: set[str] = set()
