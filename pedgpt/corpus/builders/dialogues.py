@@ -21,8 +21,11 @@ _CLAUSE = re.compile(r"[^，,]+[，,]?")
 _LONGEST = 60  # characters of a courtesy; it also keeps the time of the patterns linear in the text
 _EDGES = " \t\u3000，,。.！!？?；;：:~～…"
 _ASKING = re.compile(r"[？?]|吗|呢|么[。！]?$|什么|怎么|如何|多少|能不能|是不是|有没有")
-_POLITE = re.compile(f"(?:{either(_FORMS['polite'])})*")
-_ACKNOWLEDGING = re.compile(f"(?:{either(_FORMS['polite'] + _FORMS['acknowledging'])})*")
+_POLITE = either(_FORMS["polite"])
+_WHOLE = {
+    "thanks": re.compile(f"(?=.*(?:{_FORMS['core']}))(?:{_POLITE})*"),
+    "acknowledging": re.compile(f"(?:{_POLITE}|{either(_FORMS['acknowledging'])})*"),
+}
 
 
 @builder
@@ -72,9 +75,11 @@ def without_boilerplate(text: str) -> str:
 
 def without_greeting(text: str) -> str:
     """A text without the greetings that open it."""
-    while (opening := re.match(r"[^，,。！!？?：:；;\s]{1,12}[，,。！!：:；;\s]+", text)) and _is_greeting(opening[0]):
+    while (opening := re.match(r"[^，,。！!？?：:；;\s]{1,12}[，,。！!：:；;\s]+", text)) and _fits(
+        "greeting", opening[0]
+    ):
         text = text[opening.end() :]
-    return "" if _is_greeting(text) else text
+    return "" if _fits("greeting", text) else text
 
 
 def _cleaned(pairs: list[tuple[Message, Message]]) -> tuple[list[tuple[Message, Message]], int]:
@@ -104,20 +109,21 @@ def _stripped(sentence: str) -> str:
     closes = _closings([clause.strip(_EDGES) for clause in clauses])
     if not any(closes):
         return sentence if body.strip() else ""
-    said = [i for i, clause in enumerate(clauses) if not (closes[i] or _is_greeting(clause))]
+    said = [i for i, clause in enumerate(clauses) if not (closes[i] or _fits("greeting", clause))]
     if not said:
         return ""
     first = 0 if _fits("leaning", clauses[said[0]]) else said[0]
-    last = len(clauses) if _fits("dangling", clauses[said[-1]].strip(_EDGES)) else said[-1]
+    last = len(clauses) if _fits("dangling", clauses[said[-1]]) else said[-1]
     kept = "".join(clause for i, clause in enumerate(clauses) if first <= i <= last or not closes[i])
     return kept + sentence[len(body) :] if last + 1 >= len(clauses) else kept.rstrip("，, ") + "。"
 
 
 def _closings(clauses: list[str]) -> list[bool]:
     """Which clauses only thank, wish or advertise."""
-    plain = [not is_evidence(clause) for clause in clauses]
+    plain = [bool(clause) and not is_evidence(clause) for clause in clauses]
     closes = [
-        bool(clause) and (plain[i] and _is_courteous(clause) or _fits("platform", clause) and not NUMBER.search(clause))
+        (plain[i] and (_fits("thanks", clause) or _fits("wish", clause)))
+        or (_fits("platform", clause) and not NUMBER.search(clause))
         for i, clause in enumerate(clauses)
     ]
     wishing = False
@@ -130,37 +136,29 @@ def _closings(clauses: list[str]) -> list[bool]:
     return closes
 
 
-def _is_courteous(clause: str) -> bool:
-    thanks = pattern("dialogues", "core").search(clause) and _POLITE.fullmatch(clause)
-    return len(clause) <= _LONGEST and bool(thanks or _fits("wish", clause))
-
-
 def _fits(form: str, text: str) -> bool:
     """Whether the whole text, if not too long for a courtesy, has a form of templates/dialogues.toml."""
-    return len(text) <= _LONGEST and bool(pattern("dialogues", form).fullmatch(text))
-
-
-def _is_greeting(clause: str) -> bool:
-    return _fits("greeting", clause.strip(_EDGES))
+    bare = text.strip(_EDGES)
+    return len(bare) <= _LONGEST and bool((_WHOLE.get(form) or pattern("dialogues", form)).fullmatch(bare))
 
 
 def _clauses(text: str) -> list[str]:
+    """The clauses of a text but its greetings."""
     found = (clause.strip(_EDGES) for sentence in whole_sentences(text) for clause in _CLAUSE.findall(sentence))
-    return [clause for clause in found if clause]
+    return [clause for clause in found if clause and not _fits("greeting", clause)]
 
 
 def _patient_is_courteous(text: str, answers_a_question: bool) -> bool:
-    clauses = [clause for clause in _clauses(text) if not _is_greeting(clause)]
+    clauses = _clauses(text)
     said = "".join(clauses)
     if is_evidence(said) or (said and _ASKING.search(text)) or (answers_a_question and not re.search("谢|再见", said)):
         return False
-    return all(_fits("wish", clause) or _ACKNOWLEDGING.fullmatch(clause) for clause in clauses)
+    return all(_fits("wish", clause) or _fits("acknowledging", clause) for clause in clauses)
 
 
 def _doctor_says_nothing(answer: str, patient: str) -> bool:
-    clauses = [clause for clause in _clauses(answer) if not _is_greeting(clause)]
-    heard = all(_fits("hearing", clause) for clause in clauses)
-    return heard and not (clauses and _ASKING.search(patient))
+    clauses = _clauses(answer)
+    return all(_fits("hearing", clause) for clause in clauses) and not (clauses and _ASKING.search(patient))
 
 
 def _completed(turn: str, before: list[Message], ask: Ask | None) -> tuple[str, str]:
@@ -184,7 +182,7 @@ def _by_template(turn: str, patient: str) -> str:
     if not bare or len(bare) > forms["limit"] or is_evidence(bare):
         return ""
     sentences = [s for s in whole_sentences(patient) if s.strip(_EDGES)]
-    asked = list(filter(_ASKING.search, sentences)) or [s for s in sentences if not _is_greeting(s)] or [patient]
+    asked = list(filter(_ASKING.search, sentences)) or [s for s in sentences if not _fits("greeting", s)] or [patient]
     chosen = without_greeting(asked[-1].strip(_EDGES))
     quote = (re.sub("^[^，,]*谢[^，,]*[，,]", "", chosen) or chosen).replace("“", "‘").replace("”", "’")
     if all(re.fullmatch(forms["assents"], part) for part in re.split("[，,。！!]", bare) if part):

@@ -46,32 +46,29 @@ def _said(teacher: Ask | None, prompts: str, asked: str, correct: str) -> str:
     answer = answered(teacher, _FORMS[prompts], {"answer": str}, question=asked, correct=correct)["answer"]
     synonyms = [(others, word) for word, others in _FORMS["synonyms"].items()]
     known = rewritten(asked + correct, synonyms)
-    added = {term for term in evidence(rewritten(answer, synonyms)) if term not in known}
-    if added := {term for term in added if not pattern("preferences", "connectives").fullmatch(term)}:
-        raise LeftOut("teacher's answer was not supported", "、".join(sorted(added)))
+    new = sorted(term for term in evidence(rewritten(answer, synonyms)) if term not in known)
+    if added := [term for term in new if not pattern("preferences", "connectives").fullmatch(term)]:
+        raise LeftOut("teacher's answer was not supported", "、".join(added))
     return answer
 
 
 def _humane(asked: str, answer: str, pediatric: bool) -> str:
     kind, child = _kind(asked, answer), pediatric or pattern("preferences", "child").search(asked)
     said = rewritten(answer, (_FORMS["humane"]["child"] if child else []) + _FORMS["humane"]["all"])
-    who, told = (
-        "child" if child else "adult",
-        "told" if pattern("preferences", "sees_doctor").search(answer) else "untold",
-    )
+    who, told = "child" if child else "adult", pattern("preferences", "sees_doctor").search(answer)
     forms = kind[who]
     if pattern("role_play", "grave").search(asked + answer):
         forms = [form for form in forms if not pattern("preferences", "soothing").search(form)]
-    closings = _FORMS["closing"].get(kind["name"]) or _FORMS["closing"][f"{who}_{told}"]
+    closings = _FORMS["closing"].get(kind["name"]) or _FORMS["closing"][f"{who}_{'told' if told else 'untold'}"]
     return ("\n" if "\n" in said else "").join([pick(forms, asked), said, pick(closings, answer)])
 
 
 def _plain(answer: str) -> str:
-    plain = _FORMS["plain"]
-    lines = (
-        "".join(re.sub(plain["politeness"], "", said) for said in whole_sentences(line)) for line in answer.split("\n")
-    )
-    return "\n".join(filter(None, (rewritten(line, plain["rewrite"]) for line in lines))) or answer
+    def told(line: str) -> str:
+        bare = (re.sub(_FORMS["plain"]["politeness"], "", said) for said in whole_sentences(line))
+        return rewritten("".join(bare), _FORMS["plain"]["rewrite"])
+
+    return "\n".join(filter(None, map(told, answer.split("\n")))) or answer
 
 
 def _kind(asked: str, answer: str) -> dict[str, Any]:

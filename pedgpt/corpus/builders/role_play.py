@@ -23,10 +23,8 @@ _LONGEST_SUBJECT = 20  # characters
 def role_play(passage: Document, ask: Ask | None = None) -> Iterator[Row]:
     """Rows of one question and one answer; `details` hold "support" (0 to 1), "role" and "aspect".
 
-    Offline: the passage's sentences are sorted into aspects by cue words (症状, 病因, 治疗, ...); of each aspect found,
-    a parent or a colleague asks in one of several phrasings, chosen by a hash of the passage, and the doctor answers
-    with its sentences in their order. The subject of the questions is the passage's disease or, cleaned of 诊疗指南 and
-    such, its title or the nearest heading that names more than 治疗; a passage without a subject gives no rows.
+    Offline: cue words sort the passage's sentences into aspects (症状, 病因, 治疗, ...). A parent or a colleague asks
+    about each aspect, and the doctor answers with its sentences; a passage without a `subject` gives no rows.
 
     With a teacher: a parent asks, then a colleague, and each time the doctor answers and quotes the passage
     (`details["evidence"]`). An answer that the passage does not support is Dropped, as is a teacher's question that
@@ -42,7 +40,7 @@ def role_play(passage: Document, ask: Ask | None = None) -> Iterator[Row]:
 
 
 def subject(passage: Document) -> str:
-    """What the passage is about, as a question would name it, or ""."""
+    """What the passage is about: its disease, or the nearest title or heading that names more than 治疗; else ""."""
     general = pattern("role_play", "general_titles")
     headings = passage.source.split(BETWEEN)[:0:-1]  # the nearest first, without the file
     for name in (passage.disease, passage.title, *headings):

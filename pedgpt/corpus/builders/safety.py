@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 from pedgpt.corpus.rows import Built, spoken, templates
 
@@ -11,13 +12,10 @@ SAFETY, SELF_COGNITION = "safety", "self_cognition"
 
 def safety() -> Iterator[Built]:
     """Risky requests with answers that refuse what is unsafe and name the next step."""
-    for topic in templates("safety")["topic"]:
-        slotted = [
-            [text.replace("{slot}", slot) for text in row]
-            for row in topic["slotted"]
-            for slot in templates("safety")["slots"]
-        ]
-        for turns in topic["rows"] + slotted:
+    table = templates("safety")
+    for topic in table["topic"]:
+        for row, slot in [*product(topic["rows"], [""]), *product(topic["slotted"], table["slots"])]:
+            turns = [text.replace("{slot}", slot) for text in row]
             yield Built(spoken(*turns, source=f"{SAFETY}:{topic['name']}", task=SAFETY))
 
 

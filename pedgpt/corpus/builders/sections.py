@@ -22,9 +22,7 @@ _BARE = re.compile(r"\S(?:.*\S)?", re.DOTALL)
 _ENDS = (_PARAGRAPH_END, _SENTENCE, _CLAUSE_END)
 
 _DIGITS, _NUMERAL = "零〇一二三四五六七八九十百千0-9０-９", "[一二三四五六七八九十百]+"
-_UNIT = (
-    r"[ \t]*([%％‰℃°~～至—-]|毫|微|克|公斤|千克|厘|升|岁|个|天|日|周|年|小时|分|秒|倍|次|([mμ]?[gl]|k[gc]|[cm]m|IU)\b)"
-)
+_UNIT = r"[ \t]*([%％‰℃°~～至—毫微克厘升岁个天日周年分秒倍次-]|公斤|千克|小时|([mμ]?[gl]|k[gc]|[cm]m|IU)\b)"
 _TITLE, _SPACE = r"([ \t\u3000:：\u4e00-\u9fff].*)?", r"[ \t\u3000]*"
 # Chapters and numbered headings as Chinese books have them, by depth. From the fourth on, one may be an item of a list.
 _FORMS = [
