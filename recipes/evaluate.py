@@ -153,8 +153,8 @@ def read_heldout(heldout: Path, config: Config, tokenizer, chat, summary: ReadSu
     """
     read, columns = {"on_bad_row": "skip", "summary": summary}, parse_columns(config.columns)
     tasks, task_rows = {}, {}
-    for name, stem in TASKS.items():
-        for path in table(heldout / "tasks" / stem):
+    for name, folder in TASKS.items():
+        for path in table(heldout / folder):
             conversations = read_conversations(path, columns=columns, **read)
             examples = encode_conversations(conversations, chat, config.row_length, on_long_row="skip", **read)
             fitting = {example.source for example in examples}

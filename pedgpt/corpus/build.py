@@ -92,7 +92,7 @@ def table_of(record: Record, source: Source) -> str:
         return f"text/{source.domain or PEDIATRIC}"
     if isinstance(record, PreferencePair):
         return "preferences"
-    return f"tasks/{TASKS[record.task]}" if record.task in TASKS else f"generalist/{record.task}"
+    return TASKS.get(record.task) or f"generalist/{record.task}"
 
 
 def stages(name: str) -> list[int]:
