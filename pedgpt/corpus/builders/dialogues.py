@@ -53,14 +53,14 @@ def evidiag_dialogue(conversation: Conversation, ask: Ask | None = None) -> Buil
     return Built(record, {"cut_turns": cut, "rewritten": rewritten})
 
 
-def is_evidence(text: str) -> bool:
-    """Whether a text holds a symptom, a finding, an examination, a diagnosis, a drug or a digit."""
-    return bool(evidence(text))
-
-
 def evidence(text: str) -> set[str]:
     """The numbers of a text and its words for symptoms, findings, diseases, drugs and the like."""
     return {*NUMBER.findall(text), *pattern("dialogues", "evidence").findall(text)}
+
+
+def is_evidence(text: str) -> bool:
+    """Whether a text holds a symptom, a finding, an examination, a diagnosis, a drug or a digit."""
+    return bool(NUMBER.search(text) or pattern("dialogues", "evidence").search(text))
 
 
 def without_boilerplate(text: str) -> str:

@@ -76,16 +76,14 @@ def passages(document: Document, *, max_characters: int = 1200) -> Iterator[Docu
     whole = PurePath(document.source).suffix.lower() in (".txt", ".md")
     starts = [0, *accumulate(len(line) + 1 for line in lines)]  # of each line, and of what follows the last one
     path: list[_Heading] = []
-    first = 0
-    for number in [*headings, len(lines)]:
-        for start, end in _chunks(text, starts[first], min(starts[number], len(text)), max_characters):
+    for above, below in pairwise([-1, *headings, len(lines)]):
+        if above >= 0:
+            path = [*takewhile(headings[above].is_within, path), headings[above]]
+        for start, end in _chunks(text, starts[above + 1], min(starts[below], len(text)), max_characters):
             source = f"{document.source}:{bisect_right(starts, start)}" if whole else document.source
             source = BETWEEN.join([source, *(heading.text for heading in path)])
             title = unnumbered(path[-1].text) if path else document.title
             yield replace(document, text=text[start:end], source=source, title=title)
-        if number < len(lines):
-            path = [*takewhile(headings[number].is_within, path), headings[number]]
-            first = number + 1
 
 
 def _headings(lines: list[str]) -> dict[int, _Heading]:
@@ -94,9 +92,8 @@ def _headings(lines: list[str]) -> dict[int, _Heading]:
     for number, line in reversed(list(enumerate(lines))):
         if heading := _heading(line):
             # A numbered line with nothing beneath it is an item of a list: it must not be lost as a heading of nothing.
-            if heading.certain or (
-                beneath and (not follower or (follower.is_within(heading) and not follower.certain))
-            ):
+            holds = beneath and (not follower or (follower.is_within(heading) and not follower.certain))
+            if heading.certain or holds:
                 kept[number] = heading
         if line:
             beneath, follower = True, heading

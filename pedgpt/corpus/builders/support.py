@@ -201,7 +201,7 @@ class _Advice(NamedTuple):
     positive: bool
     aim: str  # what is advised
     condition: set[str]  # the pairs of what stands before it in its sentence, if that is a condition
-    qualified: bool  # 不推荐常规使用 leaves other use open
+    bound: bool  # by its condition, or as 不推荐常规使用 leaves other use open
 
 
 def _flips(answer: str, passage: str) -> Iterator[str]:
@@ -211,9 +211,8 @@ def _flips(answer: str, passage: str) -> Iterator[str]:
         overlap = {True: 0, False: 0}
         for other in given:
             opposite = other.positive != advice.positive
-            bound = other.condition or other.qualified
-            # Otherwise it is said of another case.
-            if not (opposite and bound and advice.condition and not advice.condition & other.condition):
+            elsewhere = other.bound and advice.condition and not advice.condition & other.condition
+            if not (opposite and elsewhere):  # not said of another case
                 overlap[opposite] = max(overlap[opposite], _common(advice.aim, other.aim))
         if overlap[True] >= min(3, len(advice.aim)) and overlap[True] > overlap[False]:
             yield advice.text
@@ -227,7 +226,8 @@ def _advices(text: str) -> Iterator[_Advice]:
             words, before = match["words"], sentence[max(0, match.start() - 100) : match.start()]
             case = set(_pairs(before) or [before] if bound and bound.end() <= match.start() else [])
             positive = len(re.findall(turning, words)) % 2 == 0
-            yield _Advice(match[0], positive, match["aim"], case, bool(re.search(_WORDS["qualifiers"], words)))
+            qualified = re.search(_WORDS["qualifiers"], words)
+            yield _Advice(match[0], positive, match["aim"], case, bool(case or qualified))
 
 
 def _common(a: str, b: str) -> int:
