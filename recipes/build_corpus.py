@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from pedgpt.corpus import Split, diseases, read_listing
 from pedgpt.corpus.assemble import Assembly, Limits
-from pedgpt.corpus.build import TABLES, build, build_disease, build_graph, build_templates, divided
+from pedgpt.corpus.build import build, build_disease, build_graph, build_templates, divided
 from pedgpt.corpus.builders.knowledge_graph import Disease
 from pedgpt.corpus.builders.teacher import Teacher
 from pedgpt.corpus.card import statistics_table, write_card, write_manifest
@@ -35,13 +35,14 @@ from pedgpt.corpus.quality import normalize
 from pedgpt.corpus.sources import describe_sources, in_domain, is_corpus
 from pedgpt.data import ReadSummary, Triple, iter_records
 from pedgpt.data.readers import detect_kind, parse_columns
+from pedgpt.data.tasks import TASKS
 from pedgpt.endpoint import EndpointFailure, in_order, load_endpoint
 from pedgpt.files import sync
 from pedgpt.training import run_recipe
 
 # Tables whose answers serve as running text where a domain has none.
 ANSWERS = {
-    "pediatric": tuple(TABLES.values()),
+    "pediatric": tuple(TASKS.values()),
     "general_medical": ("generalist/general_medical",),
     "general": ("generalist/general",),
 }

@@ -17,14 +17,13 @@ from typing import ClassVar
 import torch
 
 from pedgpt import adapters, data
+from pedgpt.data.tasks import TASKS
 from pedgpt.evaluation.generation_metrics import generation_scores, signature
 from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
 from pedgpt.evaluation.responses import answer, items, thin
 from pedgpt.files import write_json
 from pedgpt.models import ModelConfig, load_model, weights_fingerprint
 from pedgpt.training import run_recipe, start
-
-TASKS = {"medkqa": "MedKQ&A", "evidiag": "EviDiag", "trerecom": "TreRecom"}
 
 
 @dataclass
@@ -135,8 +134,8 @@ def read_heldout(heldout: Path, config: Config, chat, summary):
     """
     policy, columns = {"on_bad_row": "skip", "summary": summary}, data.parse_columns(config.columns)
     tokenizer, length, tasks, task_rows, pairs = chat.tokenizer, config.row_length, {}, {}, []
-    for stem, name in TASKS.items():
-        for path in table(heldout / "tasks" / stem):
+    for name, folder in TASKS.items():
+        for path in table(heldout / folder):
             conversations = data.read_conversations(path, columns=columns, **policy)
             examples = data.encode_conversations(conversations, chat, length, on_long_row="skip", **policy)
             fitting = {example.source for example in examples}

@@ -4,10 +4,6 @@ sources → builders (build) → filters, duplicates, split (assemble) → shard
 """
 
 from pedgpt.corpus.builders.knowledge_graph import (
-    EVIDIAG,
-    MEDKQA,
-    TASKS,
-    TRERECOM,
     diseases,
     evidiag,
     medkqa,
@@ -22,6 +18,7 @@ from pedgpt.corpus.duplicates import Contradictions, NearDuplicates
 from pedgpt.corpus.quality import normalize, scrub
 from pedgpt.corpus.sources import read_listing
 from pedgpt.corpus.split import Split, question_key
+from pedgpt.data.tasks import EVIDIAG, MEDKQA, TASKS, TRERECOM
 
 __all__ = [
     "EVIDIAG", "GENERAL", "GENERAL_MEDICAL", "MEDKQA", "PEDIATRIC", "TASKS", "TRERECOM", "Contradictions",

@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 
 from pedgpt.corpus.builders.dialogues import evidiag_dialogue
 from pedgpt.corpus.builders.knowledge_graph import (
-    EVIDIAG,
-    MEDKQA,
-    TRERECOM,
     Disease,
     evidiag,
     medkqa,
@@ -28,8 +25,7 @@ from pedgpt.corpus.classify import PEDIATRIC, classify
 from pedgpt.corpus.rows import Ask, Built, Dropped
 from pedgpt.corpus.sources import Source, is_name
 from pedgpt.data.records import Conversation, Document, PreferencePair, Record
-
-TABLES = {MEDKQA: "tasks/medkqa", EVIDIAG: "tasks/evidiag", TRERECOM: "tasks/trerecom"}
+from pedgpt.data.tasks import EVIDIAG, TASKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +92,7 @@ def table_of(record: Record, source: Source) -> str:
         return f"text/{source.domain or PEDIATRIC}"
     if isinstance(record, PreferencePair):
         return "preferences"
-    return TABLES.get(record.task) or f"generalist/{record.task}"
+    return TASKS.get(record.task) or f"generalist/{record.task}"
 
 
 def stages(name: str) -> list[int]:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import islice
 
-from pedgpt.corpus.builders.knowledge_graph import EVIDIAG, MEDKQA, TRERECOM
 from pedgpt.corpus.quality import chinese_share, simplified
 from pedgpt.corpus.rows import templates
 from pedgpt.data.records import Conversation, Document
+from pedgpt.data.tasks import EVIDIAG, MEDKQA, TRERECOM
 
 DOMAINS = PEDIATRIC, GENERAL_MEDICAL, GENERAL = "pediatric", "general_medical", "general"
 

@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from importlib.resources import files
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, Record
 from pedgpt.endpoint import Unusable as Unusable  # builders take it from here
 
 T = TypeVar("T")
-R = TypeVar("R", bound=Record)
-P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,44 +37,49 @@ class Dropped:
     detail: str = ""
 
 
+Row = Built | Dropped
+# A teacher: chat messages and the wanted fields in, those of its JSON answer out; raises Unusable if none is usable.
+Ask = Callable[[str, str, Mapping[str, type]], dict[str, Any]]
+
+
 class LeftOut(Exception):
     """Raised by a builder that leaves its row out, with the reason and the detail of `Dropped`."""
 
 
-def builder(build: Callable[Concatenate[R, P], Built | None]) -> Callable[Concatenate[R, P], Iterator[Built | Dropped]]:
+def builder(build: Callable[..., Built | None]) -> Callable[..., Iterator[Row]]:
     """A builder of one row: it yields what `build` returns, or the Dropped row of the LeftOut or Unusable raised."""
 
     @wraps(build)
-    def rows(record: R, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[Built | Dropped]:
+    def rows(record: Record, /, *args: Any, **kwargs: Any) -> Iterator[Row]:
+        row: Row | None
         try:
             row = build(record, *args, **kwargs)
         except Unusable as error:
-            yield Dropped(record.source, "teacher's answer was unusable", str(error))
+            row = Dropped(record.source, "teacher's answer was unusable", str(error))
         except LeftOut as left_out:
-            yield Dropped(record.source, *left_out.args)
-        else:
-            yield from [row] if row else []
+            row = Dropped(record.source, *left_out.args)
+        if row:
+            yield row
 
     return rows
 
 
-class Ask(Protocol):
-    """A teacher: chat messages in, the wanted fields of its JSON answer out; raises Unusable if none is usable."""
-
-    def __call__(self, system: str, user: str, fields: Mapping[str, type]) -> dict[str, Any]: ...
-
-
 def answered(ask: Ask, prompts: Mapping[str, str], fields: Mapping[str, type], **values: str) -> dict[str, Any]:
-    """A teacher's answer to `prompts` filled with `values`, its texts stripped.
+    """A teacher's answer to `prompts` filled with `values`, as `wanted` gives it."""
+    return wanted(ask(prompts["system"].format(**values), prompts["user"].format(**values), fields), fields)
 
-    Raises Unusable if a field is of another type, or the first one blank.
-    """
-    said = ask(prompts["system"].format(**values), prompts["user"].format(**values), fields)
-    said = {name: value.strip() if isinstance(value := said.get(name), str) else value for name in fields}
+
+def wanted(said: Mapping[str, Any], fields: Mapping[str, type]) -> dict[str, Any]:
+    """The fields of an answer, texts stripped; Unusable if one is of another type, or the first one blank."""
+    found: dict[str, Any] = {name: said.get(name) for name in fields}
     for i, (name, kind) in enumerate(fields.items()):
-        if type(said[name]) is not kind or (i == 0 and said[name] == ""):
-            raise Unusable(f"{name} is {said[name]!r:.80}, expected {kind.__name__}")
-    return said
+        if isinstance(found[name], str):
+            found[name] = found[name].strip()
+        elif kind is float and type(found[name]) is int:
+            found[name] = float(found[name])
+        if type(found[name]) is not kind or (i == 0 and found[name] == ""):
+            raise Unusable(f"{name} is {found[name]!r:.80}, expected {kind.__name__}")
+    return found
 
 
 def spoken(*turns: str, source: str, task: str, disease: str = "", department: str = "") -> Conversation:
@@ -104,8 +107,8 @@ def map_texts(record: Record, change: Callable[[str], str]) -> Record:
     if isinstance(record, Document):
         return replace(record, text=change(record.text), title=change(record.title))
     if isinstance(record, Conversation):
-        return replace(record, messages=tuple(changed(message) for message in record.messages))
-    prompt = tuple(changed(message) for message in record.prompt)
+        return replace(record, messages=tuple(map(changed, record.messages)))
+    prompt = tuple(map(changed, record.prompt))
     return replace(record, prompt=prompt, chosen=change(record.chosen), rejected=change(record.rejected))
 
 
@@ -125,12 +128,17 @@ def templates(name: str) -> dict[str, Any]:
 
 
 @cache
-def pattern(name: str, *keys: str) -> re.Pattern[str]:
-    """The regular expression under `keys` of templates/`name`.toml; a list there holds alternatives."""
-    found: Any = templates(name)
-    for key in keys:
-        found = found[key]
+def pattern(name: str, key: str) -> re.Pattern[str]:
+    """The regular expression `key` of templates/`name`.toml; a list there holds alternatives."""
+    found = templates(name)[key]
     return re.compile(found if isinstance(found, str) else "|".join(found))
+
+
+def rewritten(text: str, changes: Iterable[Sequence[str]]) -> str:
+    """The text with each pattern of `changes` replaced by what stands beside it, one after another."""
+    for form, replacement in changes:
+        text = re.sub(form, replacement, text)
+    return text
 
 
 def either(words: Iterable[str]) -> str:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pedgpt.evaluation.run import PERPLEXITIES, TASKS, Run, Stage, ordered, split
+from pedgpt.data.tasks import TASKS
+from pedgpt.evaluation.run import PERPLEXITIES, Run, Stage, ordered, split
 from pedgpt.files import atomic_write
 
 if TYPE_CHECKING:

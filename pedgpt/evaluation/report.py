@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from operator import gt, le, lt
 from pathlib import Path
 
+from pedgpt.data.tasks import TASKS
 from pedgpt.evaluation.plots import PLOTS, draw
-from pedgpt.evaluation.run import PERPLEXITIES, STAGE_LABELS, TASKS, Run, ordered
+from pedgpt.evaluation.run import PERPLEXITIES, STAGE_LABELS, Run, ordered
 from pedgpt.files import write_text
 
 SCORES = ("rows", *(f"rouge-{n}" for n in "12l"), *(f"bleu-{n}" for n in "1234"), "gleu", "distinct-1", "distinct-2")

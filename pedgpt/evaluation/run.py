@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ STAGE_LABELS = {
     "dfpo": "DFPO",
     "experts": "experts",
 }
-TASKS = ("MedKQ&A", "EviDiag", "TreRecom")
 PERPLEXITIES = ("pediatric_text", "instructions", "general_medical_text", "general_text")
 SHAPES: dict[str, tuple[type, Any]] = {
     "tasks": (dict, dict),
@@ -69,7 +68,7 @@ class Run:
     def number(self, stage: str, *keys: str) -> float | None:
         return self.stages[stage].number(*keys) if stage in self.stages else None
 
-    def names(self, part: str, order: Sequence[str]) -> list[str]:
+    def names(self, part: str, order: Collection[str]) -> list[str]:
         """Keys found under `part` ("tasks", "perplexity") in any stage: those of `order` first, then the others."""
         return ordered((key for stage in self.stages.values() for key in stage.evaluation[part]), order)
 
@@ -94,7 +93,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def ordered(names: Iterable[str], order: Sequence[str]) -> list[str]:
+def ordered(names: Iterable[str], order: Collection[str]) -> list[str]:
     """The names that are there: those of `order` first, in its order, then the others."""
     found = dict.fromkeys(names)
     return [name for name in order if name in found] + [name for name in found if name not in order]

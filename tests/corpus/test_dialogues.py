@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from pedgpt.corpus.builders.dialogues import evidiag_dialogue, is_evidence, without_boilerplate, without_greeting
-from pedgpt.corpus.builders.knowledge_graph import EVIDIAG
 from pedgpt.corpus.rows import Built, Dropped, Unusable
 from pedgpt.data import read_conversations
 from pedgpt.data.records import Conversation, Message
+from pedgpt.data.tasks import EVIDIAG
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 SAMPLE = Path(__file__).parents[2] / "recipes" / "sample_corpus" / "consultations.jsonl"

@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 
 from pedgpt.corpus.builders.knowledge_graph import (
-    EVIDIAG,
-    MEDKQA,
-    TRERECOM,
     diseases,
     evidiag,
     medkqa,
@@ -22,6 +19,7 @@ from pedgpt.corpus.builders.knowledge_graph import (
 )
 from pedgpt.corpus.rows import Built, Dropped, Unusable
 from pedgpt.data import Triple, read_triples
+from pedgpt.data.tasks import EVIDIAG, MEDKQA, TRERECOM
 
 SAMPLE = Path(__file__).resolve().parents[2] / "recipes" / "sample_corpus" / "knowledge_graph.tsv"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.corpus.builders.knowledge_graph import MEDKQA, TRERECOM
 from pedgpt.corpus.builders.role_play import role_play, subject
 from pedgpt.corpus.rows import Built, Dropped, Unusable
 from pedgpt.data import Document, read_documents
+from pedgpt.data.tasks import MEDKQA, TRERECOM
 
 SAMPLE = Path(__file__).resolve().parents[2] / "recipes" / "sample_corpus"
 COLD = Document(

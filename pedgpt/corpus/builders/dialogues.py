@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import cache
-from typing import Any
 
-from pedgpt.corpus.builders.knowledge_graph import EVIDIAG
 from pedgpt.corpus.rows import Ask, Built, LeftOut, answered, builder, either, pattern, templates
 from pedgpt.data.records import Conversation, Message
+from pedgpt.data.tasks import EVIDIAG
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 # The sentences of a text as written, up to 。！？ or a line's end, not up to ； as sections.sentences has them.
 whole_sentences = re.compile(r"[^。！？!?\n]*[。！？!?]+[”’」』）)]*|[^。！？!?\n]+").findall
+_FORMS = templates("dialogues")
 _CLAUSE = re.compile(r"[^，,]+[，,]?")
-_LONGEST = 60  # characters of a courtesy; it also keeps the time of the patterns below linear in the text
+_LONGEST = 60  # characters of a courtesy; it also keeps the time of the patterns linear in the text
 _EDGES = " \t\u3000，,。.！!？?；;：:~～…"
 _ASKING = re.compile(r"[？?]|吗|呢|么[。！]?$|什么|怎么|如何|多少|能不能|是不是|有没有")
+_POLITE = either(_FORMS["polite"])
+_WHOLE = {
+    "thanks": re.compile(f"(?=.*(?:{_FORMS['core']}))(?:{_POLITE})*"),
+    "acknowledging": re.compile(f"(?:{_POLITE}|{either(_FORMS['acknowledging'])})*"),
+}
 
 
 @builder
@@ -32,10 +36,12 @@ def evidiag_dialogue(conversation: Conversation, ask: Ask | None = None) -> Buil
     left, or nothing that the doctor says. `details` counts the cut turns and lists the rewritten ones. A teacher's form
     that changes a number, a term or a diagnosis gives way to the template.
     """
-    messages = [m for m in conversation.messages if m.role == "system"]
+    messages = [message for message in conversation.messages if message.role == "system"]
     said = conversation.messages[len(messages) :]
     kept, cut = _cleaned(list(zip(said[::2], said[1::2], strict=True)))
-    if not any(assistant.loss and without_boilerplate(assistant.content) for _, assistant in kept):
+    text = "".join(message.content for pair in kept for message in pair)
+    medical = len(kept) > 1 or is_evidence(text) or pattern("dialogues", "medical").search(text)
+    if not (medical and any(answer.loss and without_boilerplate(answer.content) for _, answer in kept)):
         raise LeftOut("fewer than two turns after cleaning", "".join(message.content for message in said)[:80])
     rewritten = []
     for turn, (user, assistant) in enumerate(kept, 1):
@@ -43,21 +49,18 @@ def evidiag_dialogue(conversation: Conversation, ask: Ask | None = None) -> Buil
         messages += [user, replace(assistant, content=form)]
         if by:
             rewritten.append({"turn": 2 * turn, "before": assistant.content, "after": form, "by": by})
-    text = "".join(message.content for message in messages)
-    if len(kept) < 2 and not (is_evidence(text) or pattern("dialogues", "medical").search(text)):
-        raise LeftOut("fewer than two turns after cleaning", text[:80])
     record = replace(conversation, messages=tuple(messages), task=EVIDIAG if len(kept) > 1 else "")
     return Built(record, {"cut_turns": cut, "rewritten": rewritten})
-
-
-def is_evidence(text: str) -> bool:
-    """Whether a text holds a symptom, a finding, an examination, a diagnosis, a drug or a digit."""
-    return bool(evidence(text))
 
 
 def evidence(text: str) -> set[str]:
     """The numbers of a text and its words for symptoms, findings, diseases, drugs and the like."""
     return {*NUMBER.findall(text), *pattern("dialogues", "evidence").findall(text)}
+
+
+def is_evidence(text: str) -> bool:
+    """Whether a text holds a symptom, a finding, an examination, a diagnosis, a drug or a digit."""
+    return bool(NUMBER.search(text) or pattern("dialogues", "evidence").search(text))
 
 
 def without_boilerplate(text: str) -> str:
@@ -72,9 +75,11 @@ def without_boilerplate(text: str) -> str:
 
 def without_greeting(text: str) -> str:
     """A text without the greetings that open it."""
-    while (opening := re.match(r"[^，,。！!？?：:；;\s]{1,12}[，,。！!：:；;\s]+", text)) and _is_greeting(opening[0]):
+    while (opening := re.match(r"[^，,。！!？?：:；;\s]{1,12}[，,。！!：:；;\s]+", text)) and _fits(
+        "greeting", opening[0]
+    ):
         text = text[opening.end() :]
-    return "" if _is_greeting(text) else text
+    return "" if _fits("greeting", text) else text
 
 
 def _cleaned(pairs: list[tuple[Message, Message]]) -> tuple[list[tuple[Message, Message]], int]:
@@ -82,115 +87,86 @@ def _cleaned(pairs: list[tuple[Message, Message]]) -> tuple[list[tuple[Message, 
     kept: list[tuple[Message, Message]] = []
     pending, joined = "", 0
     for i, (user, assistant) in enumerate(pairs):
-        asked_before = bool(kept) and bool(_ASKING.search((whole_sentences(kept[-1][1].content) or [""])[-1]))
-        courtesy = _patient_is_courteous(user.content, asked_before)
-        answer = without_boilerplate(assistant.content)
-        silent = not answer or _doctor_says_nothing(answer, user.content)
-        if courtesy and answer != assistant.content.strip() and _fits("remark", answer):
-            silent = silent or not (is_evidence(answer) or _ASKING.search(answer))
-        said = pending if pending and courtesy else user.content
+        asked_before = kept and _ASKING.search((whole_sentences(kept[-1][1].content) or [""])[-1])
+        courtesy = _patient_is_courteous(user.content, bool(asked_before))
+        said, answer = pending if pending and courtesy else user.content, without_boilerplate(assistant.content)
         if pending and not courtesy:
             joined += 1
-            pending = pending.rstrip()
-            said = pending + ("" if pending[-1] in "。！？!?；;，," else "。") + said.lstrip()
-        if not silent:
+            said = re.sub(r"(?<![。！？!?；;，,\s])\s*$", "。", pending).rstrip() + said.lstrip()
+        if answer and not _doctor_says_nothing(answer, user.content):
             kept.append((replace(user, content=said), replace(assistant, content=answer)))
             pending = ""
-        elif said.strip() and (pending or not courtesy):
-            if i + 1 < len(pairs):  # the doctor only nods: the patient speaks on
-                pending = said
-            elif is_evidence(said) or _ASKING.search(said):  # never lost, even if no more than a courtesy answers it
-                kept.append((replace(user, content=said), assistant))
+        elif i + 1 < len(pairs):  # the doctor only nods: the patient speaks on
+            pending = said if pending or not courtesy else ""
+        elif (pending or not courtesy) and (is_evidence(said) or _ASKING.search(said)):
+            kept.append((replace(user, content=said), assistant))  # never lost, even if a courtesy answers it
     return kept, 2 * (len(pairs) - len(kept)) - joined
 
 
 def _stripped(sentence: str) -> str:
     body = sentence.rstrip("。！？!?”’」』）) ")
     clauses = _CLAUSE.findall(body)
-    greets = [_is_greeting(clause) for clause in clauses]
-    closes = _closings(clauses)
-    if not clauses or (any(closes) and all(map(max, greets, closes))):
-        return "" if any(closes) or not body.strip() else sentence
-    start = next(i for i in range(len(clauses)) if not (greets[i] or closes[i]) or not any(closes[i:]))
-    if _fits("leaning", clauses[start]):
-        start = 0
-    stop = len(clauses)
-    while stop > start and closes[stop - 1]:
-        stop -= 1
-    if stop < len(clauses) and _fits("dangling", clauses[stop - 1].strip(_EDGES)):
-        stop = len(clauses)
-    kept = [clause for i, clause in enumerate(clauses[:stop]) if i >= start or not closes[i]]
-    if stop == len(clauses):
-        return "".join(kept) + sentence[len(body) :]
-    return "".join(kept).rstrip("，, ") + "。"
+    closes = _closings([clause.strip(_EDGES) for clause in clauses])
+    if not any(closes):
+        return sentence if body.strip() else ""
+    said = [i for i, clause in enumerate(clauses) if not (closes[i] or _fits("greeting", clause))]
+    if not said:
+        return ""
+    first = 0 if _fits("leaning", clauses[said[0]]) else said[0]
+    last = len(clauses) if _fits("dangling", clauses[said[-1]]) else said[-1]
+    kept = "".join(clause for i, clause in enumerate(clauses) if first <= i <= last or not closes[i])
+    return kept + sentence[len(body) :] if last + 1 >= len(clauses) else kept.rstrip("，, ") + "。"
 
 
 def _closings(clauses: list[str]) -> list[bool]:
-    """Which clauses only thank, wish or advertise; a condition ("如果还有问题") counts with the clause after it."""
-    closes = [False] * len(clauses)
-    bares = [clause.strip(_EDGES) for clause in clauses]
-    for i, bare in reversed(list(enumerate(bares))):
-        if len(bare) > _LONGEST:
-            continue
-        thanks = pattern("dialogues", "core").search(bare) and _only_words(bare, "polite")
-        conditional = any(closes[i + 1 : i + 2]) and _fits("condition", bare)
-        courteous = bare and not is_evidence(bare) and (thanks or conditional or _fits("wish", bare))
-        closes[i] = bool(courteous or (_fits("platform", bare) and not NUMBER.search(bare)))
-    wishing = False  # "祝您手术顺利，恢复迅速"
-    for i, bare in enumerate(bares):
-        goes_on = wishing and _fits("wished", bare) and not is_evidence(bare)
-        wishing = goes_on or (closes[i] and _fits("wish", bare))
+    """Which clauses only thank, wish or advertise."""
+    plain = [bool(clause) and not is_evidence(clause) for clause in clauses]
+    closes = [
+        (plain[i] and (_fits("thanks", clause) or _fits("wish", clause)))
+        or (_fits("platform", clause) and not NUMBER.search(clause))
+        for i, clause in enumerate(clauses)
+    ]
+    wishing = False
+    for i, clause in enumerate(clauses):  # a wish goes on: "祝您手术顺利，恢复迅速"
+        goes_on = wishing and plain[i] and _fits("wished", clause)
+        wishing = goes_on or (closes[i] and _fits("wish", clause))
         closes[i] = closes[i] or goes_on
+    for i in reversed(range(len(clauses) - 1)):  # a condition belongs to what follows it: "如果还有问题"
+        closes[i] = closes[i] or (closes[i + 1] and plain[i] and _fits("condition", clauses[i]))
     return closes
 
 
 def _fits(form: str, text: str) -> bool:
-    """Whether the whole text has a form of templates/dialogues.toml."""
-    return bool(pattern("dialogues", form).fullmatch(text))
-
-
-def _only_words(text: str, *lists: str) -> bool:
-    """Whether the text holds nothing but words of these lists of templates/dialogues.toml."""
-    return not _word(*lists).sub("", text)
-
-
-@cache
-def _word(*lists: str) -> re.Pattern[str]:
-    return re.compile(either(word for name in lists for word in templates("dialogues")[name]))
-
-
-def _is_greeting(clause: str) -> bool:
-    bare = clause.strip(_EDGES)
-    return len(bare) <= _LONGEST and _fits("greeting", bare)
+    """Whether the whole text, if not too long for a courtesy, has a form of templates/dialogues.toml."""
+    bare = text.strip(_EDGES)
+    return len(bare) <= _LONGEST and bool((_WHOLE.get(form) or pattern("dialogues", form)).fullmatch(bare))
 
 
 def _clauses(text: str) -> list[str]:
+    """The clauses of a text but its greetings."""
     found = (clause.strip(_EDGES) for sentence in whole_sentences(text) for clause in _CLAUSE.findall(sentence))
-    return [clause for clause in found if clause]
+    return [clause for clause in found if clause and not _fits("greeting", clause)]
 
 
 def _patient_is_courteous(text: str, answers_a_question: bool) -> bool:
-    clauses = [clause for clause in _clauses(text) if not _is_greeting(clause)]
+    clauses = _clauses(text)
     said = "".join(clauses)
     if is_evidence(said) or (said and _ASKING.search(text)) or (answers_a_question and not re.search("谢|再见", said)):
         return False
-    return all(_fits("wish", clause) or _only_words(clause, "polite", "acknowledging") for clause in clauses)
+    return all(_fits("wish", clause) or _fits("acknowledging", clause) for clause in clauses)
 
 
 def _doctor_says_nothing(answer: str, patient: str) -> bool:
     clauses = _clauses(answer)
-    heard = [_fits("hearing", clause) for clause in clauses]
-    greets = map(_is_greeting, clauses)
-    return all(map(max, heard, greets)) and not (any(heard) and _ASKING.search(patient))
+    return all(_fits("hearing", clause) for clause in clauses) and not (clauses and _ASKING.search(patient))
 
 
 def _completed(turn: str, before: list[Message], ask: Ask | None) -> tuple[str, str]:
     """(the turn, "") or (its completed form, who completed it)."""
-    forms, prompts = templates("dialogues")["terse"], templates("dialogues")["teacher"]
-    offline = _by_template(turn, before[-1].content, forms)
+    offline, prompts = _by_template(turn, before[-1].content), _FORMS["teacher"]
     if ask and (offline or len(turn.strip(_EDGES)) <= prompts["limit"]):
         names = {"system": "说明", "user": "患者", "assistant": "医生"}
-        dialogue = "\n".join(f"{names[m.role]}：{m.content}" for m in before)
+        dialogue = "\n".join(f"{names[message.role]}：{message.content}" for message in before)
         answer = answered(ask, prompts, {"answer": str}, dialogue=dialogue, turn=turn)["answer"]
         diagnoses = filter(is_evidence, whole_sentences(turn))
         survives = all(s.strip(_EDGES) in answer for s in diagnoses) and evidence(answer) <= evidence(dialogue + turn)
@@ -199,23 +175,18 @@ def _completed(turn: str, before: list[Message], ask: Ask | None) -> tuple[str, 
     return (offline, "template") if offline else (turn, "")
 
 
-def _by_template(turn: str, patient: str, forms: dict[str, Any]) -> str:
-    bare = without_greeting(turn).strip(_EDGES)
-    parts = [part for part in re.split("[，,。！!]", bare) if part]
-    if not parts or len(bare) > forms["limit"] or is_evidence(bare):
+def _by_template(turn: str, patient: str) -> str:
+    """The turn with what it refers to, the patient's last question or else the last sentence, or ""."""
+    forms, said = _FORMS["terse"], without_greeting(turn)
+    bare = said.strip(_EDGES)
+    if not bare or len(bare) > forms["limit"] or is_evidence(bare):
         return ""
-    quote = _quote(patient)
-    if all(re.fullmatch(forms["assents"], part) for part in parts):
-        return forms["answered"].format(quote=quote, turn=without_greeting(turn))
+    sentences = [s for s in whole_sentences(patient) if s.strip(_EDGES)]
+    asked = list(filter(_ASKING.search, sentences)) or [s for s in sentences if not _fits("greeting", s)] or [patient]
+    chosen = without_greeting(asked[-1].strip(_EDGES))
+    quote = (re.sub("^[^，,]*谢[^，,]*[，,]", "", chosen) or chosen).replace("“", "‘").replace("”", "’")
+    if all(re.fullmatch(forms["assents"], part) for part in re.split("[，,。！!]", bare) if part):
+        return forms["answered"].format(quote=quote, turn=said)
     if re.fullmatch(forms["elliptical"], bare):
-        return forms["asked"].format(quote=quote, turn=without_greeting(turn).removeprefix("请问"))
+        return forms["asked"].format(quote=quote, turn=said.removeprefix("请问"))
     return ""
-
-
-def _quote(patient: str) -> str:
-    """What a terse turn refers to: the patient's last question, else the last sentence."""
-    said = [s.strip(_EDGES) for s in whole_sentences(patient) if s.strip(_EDGES) and not _is_greeting(s)]
-    asked = [s.strip(_EDGES) for s in whole_sentences(patient) if _ASKING.search(s) and s.strip(_EDGES)]
-    chosen = (asked or said or [patient.strip()])[-1]
-    chosen = re.sub("^[^，,]*谢[^，,]*[，,]", "", without_greeting(chosen)) or chosen
-    return chosen.replace("“", "‘").replace("”", "’")

@@ -8,18 +8,36 @@ the form, and a teacher's answer that brings new numbers, or loses old ones, is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 from pedgpt.corpus.builders.dialogues import NUMBER, evidence, whole_sentences, without_boilerplate, without_greeting
-from pedgpt.corpus.rows import Ask, Built, LeftOut, Unusable, answered, builder, either, pattern, pick, templates
+from pedgpt.corpus.rows import (
+    Ask,
+    Built,
+    LeftOut,
+    Unusable,
+    answered,
+    builder,
+    either,
+    pattern,
+    pick,
+    rewritten,
+    templates,
+)
 from pedgpt.data.records import Conversation
 
+_FORMS = templates("reconstruct")
+_PREFIXES = {heading: prefix for prefix, headings in _FORMS["headings"].items() for heading in headings}
+_HEADING = re.compile(
+    rf"({either(_PREFIXES.keys() - set(_FORMS['short']))}"
+    rf"|(?:^|(?<=[\s。！？!?，,；;]))(?:{'|'.join(_FORMS['short'])}))\s*[：:]\s*"
+)
 _CJK = "\u4e00-\u9fff"
 _MARK = re.compile(r"(?<![\d.A-Za-z])(?:[（(](\d{1,2})[)）]、?|(\d{1,2})[、.．)）](?!\d)|([①-⑳])[、.]?)\s*")
-_WIDE = {",": "，", ";": "；", ":": "：", "?": "？", "!": "！", ".": "。"}
+_NARROW = re.compile(rf"(?<=[{_CJK}”）)])\s*([,;:?!.])(?=\s*(?:[{_CJK}“（(]|$))")
+_WIDE = str.maketrans(",;:?!.", "，；：？！。")
 
 
 @builder
@@ -30,33 +48,42 @@ def reconstruct(conversation: Conversation, ask: Ask | None = None) -> Built:
     `details["refused"]`, if there, a teacher's answers that were not taken.
     """
     asked = "\n".join(message.content for message in conversation.messages if message.role == "user")
-    answer = conversation.messages[-1].content
-    score, unusable, reason = _judged(asked, answer, ask) if ask else _judge(asked, answer)
-    reason = f"score {score:.1f}: {reason}"
-    if unusable:
-        raise LeftOut(f"judged unusable: {unusable}", f"{reason}: {answer[:60]}")
-    versions, refused = [{"step": "judge", "answer": answer, "reason": reason}], []
-    for step in ("enrich", "reorganise"):
-        if ask:
-            form, reason = _asked(step, asked, answer, ask, answer=str, reason=str)
-            if fault := _fault(asked, answer, form):
-                refused.append({"step": step, "answer": form, "reason": fault})
-                form = answer
-        elif step == "enrich":
-            form, reason = _enrich(asked, answer)
-        else:
-            form, reason = reorganise(answer), templates("reconstruct")["reorganise"]["reason"]
-        if form != answer:
+    *context, last = conversation.messages
+    answer, refused = last.content, []
+    versions = [{"step": "judge", "answer": answer, "reason": _judged(asked, answer, ask)}]
+    for step, offline in (("enrich", _enrich), ("reorganise", _reorganise)):
+        form, reason = _asked(step, asked, answer, ask, answer=str, reason=str) if ask else offline(asked, answer)
+        if fault := _fault(asked, answer, form) if ask else "":
+            refused.append({"step": step, "answer": form, "reason": fault})
+        elif form != answer:
             versions.append({"step": step, "answer": answer, "reason": reason})
             answer = form
-    messages = (*conversation.messages[:-1], replace(conversation.messages[-1], content=answer))
     details = {"versions": versions} | ({"refused": refused} if refused else {})
-    return Built(replace(conversation, messages=messages), details)
+    return Built(replace(conversation, messages=(*context, replace(last, content=answer))), details)
+
+
+def _asked(step: str, asked: str, before: str, ask: Ask, **fields: type) -> Iterable[Any]:
+    """The fields of a teacher's answer, in order."""
+    return answered(ask, _FORMS["teacher"][step], fields, question=asked, answer=before).values()
+
+
+def _judged(asked: str, answer: str, ask: Ask | None) -> str:
+    """The score of the answer and why; left out if it is too low."""
+    if ask:
+        score, reason = _asked("judge", asked, answer, ask, score=int, reason=str)
+        unusable = "by the teacher" if score < _FORMS["teacher"]["judge"]["lowest"] else ""
+        if not 1 <= score <= 5:
+            raise Unusable(f"judged {score!r}, expected a whole number from 1 to 5")
+    else:
+        score, reason, unusable = _judge(asked, answer)
+    if unusable:
+        raise LeftOut(f"judged unusable: {unusable}", f"score {score:.1f}: {reason}: {answer[:60]}")
+    return f"score {score:.1f}: {reason}"
 
 
 def _judge(asked: str, answer: str) -> tuple[float, str, str]:
-    """(score, the phrase of its worst fault if it is below the threshold, all faults), by rules."""
-    rules, said = templates("reconstruct")["judge"], reorganise(answer)
+    """(score, all faults, the worst fault if the score is below the threshold), by rules."""
+    rules, said = _FORMS["judge"], reorganise(answer)
     bare = re.sub(rf"[^{_CJK}A-Za-z0-9]", "", without_greeting(said))
     found = {
         "terse": len(bare) < rules["terse"],
@@ -69,25 +96,12 @@ def _judge(asked: str, answer: str) -> tuple[float, str, str]:
     faults = [rules["faults"][name] for name, is_so in found.items() if is_so]
     score = 1 - sum(fault["share"] for fault in faults)
     worst = max(faults, key=lambda fault: fault["share"])["phrase"] if score < rules["threshold"] else ""
-    return score, worst, ", ".join(fault["phrase"] for fault in faults) or "no fault"
+    return score, ", ".join(fault["phrase"] for fault in faults) or "no fault", worst
 
 
 def _has(words: str, text: str) -> bool:
     """Whether a text has some of these words of templates/reconstruct.toml."""
-    return bool(pattern("reconstruct", "words", words).search(text))
-
-
-def _judged(asked: str, answer: str, ask: Ask) -> tuple[float, str, str]:
-    score, reason = _asked("judge", asked, answer, ask, score=int, reason=str)
-    if not 1 <= score <= 5:
-        raise Unusable(f"judged {score!r}, expected a whole number from 1 to 5")
-    return score, "by the teacher" if score < templates("reconstruct")["teacher"]["judge"]["lowest"] else "", reason
-
-
-def _asked(step: str, asked: str, before: str, ask: Ask, **fields: type) -> Iterable[Any]:
-    """The fields of a teacher's answer, in order."""
-    prompts = templates("reconstruct")["teacher"][step]
-    return answered(ask, prompts, fields, question=asked, answer=before).values()
+    return bool(pattern("reconstruct", words).search(text))
 
 
 def _fault(asked: str, before: str, after: str) -> str:
@@ -97,22 +111,25 @@ def _fault(asked: str, before: str, after: str) -> str:
         return f"loses the number {min(old - new)}"
     if new - old - _numbers(asked):
         return f"adds the number {min(new - old - _numbers(asked))}"
-    if len(after) < len(before) / 2:
-        return "loses more than half of the answer"
-    return ""
+    return "loses more than half of the answer" if len(after) < len(before) / 2 else ""
 
 
 def _numbers(text: str) -> set[str]:
-    return set(NUMBER.findall(re.sub(r"(?m)^\s*\d{1,2}[.、](?!\d)\s*", "", "\n".join(_items(text)))))
+    """The numbers of a text, those of its lists left out."""
+    return set(NUMBER.findall("\n".join(re.sub(r"^\d{1,2}[.、](?!\d)", "", body) for _, body in _items(text))))
 
 
 def _enrich(asked: str, answer: str) -> tuple[str, str]:
     if not _has("treatment", asked) or _has("sees_doctor", answer):
         return answer, ""
-    forms = templates("reconstruct")["enrich"]
+    forms = _FORMS["enrich"]
     names = ["ask_about_drugs", "see_doctor"] if _has("names_drug", answer) else ["see_doctor"]
     added = "".join(pick(forms[name], asked) for name in names)
     return f"{_ended(answer)}\n{added}", "; ".join(forms[f"{name}_reason"] for name in names)
+
+
+def _reorganise(asked: str, answer: str) -> tuple[str, str]:
+    return reorganise(answer), "forum headings, boilerplate, lists and punctuation put in order"
 
 
 def reorganise(answer: str) -> str:
@@ -125,40 +142,23 @@ def reorganise(answer: str) -> str:
 
 
 def _reorganised(answer: str) -> str:
-    paragraphs: list[str] = []
+    lines: list[str] = []
     seen: set[str] = set()
-    for prefix, section in _sections(answer):
-        lines = [line for text in _items(section) if (line := _clean(text, seen))]
-        if lines and prefix and paragraphs and not re.match("建议|\\d", lines[0]):
-            lines[0] = prefix + lines[0]
-        paragraphs += lines
-    return "\n".join(_ended_lines(paragraphs))
+    _, *rest = parts = _HEADING.split(re.sub(r"[\u3000\xa0\t ]+", " ", answer))
+    for heading, section in zip(["", *rest[::2]], parts[::2], strict=True):
+        found = [head + body for head, text in _items(section) if (body := _clean(text, seen))]
+        if found and lines and not re.match("建议|\\d", found[0]):
+            found[0] = _PREFIXES.get(heading, "") + found[0]
+        lines += found
+    if lines and _cut_off(lines[-1]):  # the last clause goes, unless it says a number or most of the answer
+        shorter = re.sub("(?:，|(?<=[。！？；]))[^，。！？；]*$", "", lines[-1])
+        if len(shorter) >= 8 and not NUMBER.search(lines[-1][len(shorter) :]):
+            lines[-1] = shorter
+    return "\n".join(map(_ended, lines))
 
 
-def _sections(answer: str) -> Iterator[tuple[str, str]]:
-    """(what to put before it, text) of each part of an answer under forum headings."""
-    forms = templates("reconstruct")["reorganise"]
-    parts = _heading().split(re.sub(r"[\u3000\xa0\t ]+", " ", answer))
-    yield "", parts[0]
-    for heading, text in zip(parts[1::2], parts[2::2], strict=True):
-        prefix = f"{heading}：" if heading in forms["other"] else ""
-        if heading in forms["advice"]:
-            prefix = forms["advice_prefix"]
-        elif heading in forms["inquiry"] and re.search("[？?]|吗|呢", text):
-            prefix = forms["inquiry_prefix"]
-        yield prefix, text
-
-
-@cache
-def _heading() -> re.Pattern[str]:
-    forms = templates("reconstruct")["reorganise"]
-    headings = {*forms["analysis"], *forms["advice"], *forms["inquiry"], *forms["other"]}
-    short = rf"(?:^|(?<=[\s。！？!?，,；;]))(?:{'|'.join(forms['short'])})"
-    return re.compile(rf"({either(headings - set(forms['short']))}|{short})\s*[：:]\s*")
-
-
-def _items(text: str) -> list[str]:
-    """A text's lines, with each item of an enumeration (1、 2、 …, from 1 on, at least two) on its own line."""
+def _items(text: str) -> list[tuple[str, str]]:
+    """(its number or "", its text) of each line and of each item of an enumeration (1、 2、 …, at least two)."""
     lines = []
     for line in text.split("\n"):
         marks = [(m, int(m[1] or m[2] or ord(m[3]) - ord("①") + 1)) for m in _MARK.finditer(line)]
@@ -169,46 +169,27 @@ def _items(text: str) -> list[str]:
                 lines.append(head + line[start : mark.start()])
                 start, head, last = mark.end(), f"{number}. ", number
         lines.append(head + line[start:])
-    return [line.strip() for line in lines if line.strip()]
+    return re.findall(r"(?m)^[^\S\n]*(\d{1,2}\. |)(.*\S)", "\n".join(lines))
 
 
 def _clean(text: str, seen: set[str]) -> str:
-    mark = re.match(r"\d{1,2}\. ", text)
-    head, body = (mark[0], text[mark.end() :]) if mark else ("", text)
-    body = re.sub("^[你您]好(?![转起像些了多的好吃奇])", "", without_greeting(_punctuated(body)))
-    body = without_boilerplate(body)
+    """A line or an item without greetings, boilerplate and the sentences that were `seen` before it."""
+    body = re.sub("^[你您]好(?![转起像些了多的好吃奇])", "", without_greeting(_punctuated(text)))
     kept = []
-    for sentence in map(without_greeting, whole_sentences(body)):
+    for sentence in map(without_greeting, whole_sentences(without_boilerplate(body))):
         key = sentence.strip(" 。！？!?，,")
         if len(key) < 8 or key not in seen:
             kept.append(sentence)
         seen.add(key)
-    body = "".join(kept).strip(" ，,、；;")
-    return head + body if body else ""
+    return "".join(kept).strip(" ，,、；;")
 
 
 def _punctuated(text: str) -> str:
     """Full-width marks between Chinese words, none twice, none at the start, no spaces between Chinese words."""
-    text = re.sub(rf"(?<=[{_CJK}”）)])\s*([,;:?!.])(?=\s*(?:[{_CJK}“（(]|$))", lambda m: _WIDE[m[1]], text)
-    text = re.sub(rf"(?<=[{_CJK}]),(?=\d)", "，", text)
-    text = re.sub(rf"(?<=[{_CJK}]{{4}}) +(?=(?:祝|希望|望|谢谢|感谢|以上|建议)[{_CJK}])", "，", text)
+    text = _NARROW.sub(lambda mark: mark[1].translate(_WIDE), text)
     if len(re.findall("[，。！？；、,.]", text)) * 20 < len(text):  # spaces stand for the marks that are not there
         text = re.sub(rf"(?<=[{_CJK}]{{4}}) +(?=[{_CJK}]{{4}})", "，", text)
-    text = re.sub(rf"(?<=[{_CJK}，。！？；：、》”]) +(?=[{_CJK}，。！？；：、《“])", "", text)
-    text = re.sub(r"([。！？、；：])\1+", r"\1", re.sub("[，,]{2,}", "，", text))
-    text = re.sub("[，,]*([。！？；：])[，,。；.]*", r"\1", text)
-    return text.strip().lstrip("，,。.、；;：:！!？?>")
-
-
-def _ended_lines(lines: Sequence[str]) -> list[str]:
-    """Lines that end as sentences do; the answer's last clause goes if it stops in the middle."""
-    ended = list(lines)
-    if ended and _cut_off(ended[-1]):
-        whole, _, rest = ended[-1].rpartition("，")
-        stop = max(ended[-1].rfind(mark) for mark in "。！？；")
-        shorter = whole if len(whole) > stop else ended[-1][: stop + 1]
-        ended[-1] = shorter if len(shorter) >= 8 and not NUMBER.search(ended[-1][len(shorter) :]) else ended[-1]
-    return [_ended(line) for line in ended]
+    return rewritten(text, _FORMS["punctuation"]).strip().lstrip("，,。.、；;：:！!？?>")
 
 
 def _ended(text: str) -> str:
@@ -222,12 +203,11 @@ def _cut_off(answer: str) -> bool:
 
 
 def _only_refers(answer: str) -> bool:
-    refers = pattern("reconstruct", "words", "referral").fullmatch
     said = [sentence.strip("，,。！？!? ") for sentence in whole_sentences(answer)]
-    return bool(said) and all(not s or (len(s) <= 60 and refers(s)) for s in said)
+    return bool(said) and all(not s or (len(s) <= 60 and pattern("reconstruct", "referral").fullmatch(s)) for s in said)
 
 
 def _bigrams(text: str) -> set[str]:
-    runs = re.findall(rf"[{_CJK}]+|[A-Za-z0-9]+", pattern("reconstruct", "words", "common").sub(" ", text))
+    runs = re.findall(rf"[{_CJK}]+|[A-Za-z0-9]+", pattern("reconstruct", "common").sub(" ", text))
     pairs = {run[i : i + 2].lower() for run in runs for i in range(len(run) - 1)}
     return pairs | {run.lower() for run in runs if run.isascii()}

@@ -8,29 +8,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from pedgpt.corpus.builders.knowledge_graph import MEDKQA
 from pedgpt.corpus.builders.sections import BETWEEN, sentences, unnumbered
 from pedgpt.corpus.builders.support import support
-from pedgpt.corpus.rows import Ask, Built, Dropped, LeftOut, answered, builder, pattern, pick, spoken, templates
+from pedgpt.corpus.rows import Ask, Built, LeftOut, Row, answered, builder, pattern, pick, rewritten, spoken, templates
 from pedgpt.data.records import Document
+from pedgpt.data.tasks import MEDKQA, TRERECOM
 
 ROLES = ("parent", "colleague")
+_FORMS = templates("role_play")
+_ASPECTS = _FORMS["aspects"]
 _LONGEST_SUBJECT = 20  # characters
 
 
-def role_play(passage: Document, ask: Ask | None = None) -> Iterator[Built | Dropped]:
+def role_play(passage: Document, ask: Ask | None = None) -> Iterator[Row]:
     """Rows of one question and one answer; `details` hold "support" (0 to 1), "role" and "aspect".
 
-    Offline: the passage's sentences are sorted into aspects by cue words (症状, 病因, 治疗, ...); of each aspect found,
-    a parent or a colleague asks in one of several phrasings, chosen by a hash of the passage, and the doctor answers
-    with its sentences in their order. The subject of the questions is the passage's disease or, cleaned of 诊疗指南 and
-    such, its title or the nearest heading that names more than 治疗; a passage without a subject gives no rows.
+    Offline: cue words sort the passage's sentences into aspects (症状, 病因, 治疗, ...). A parent or a colleague asks
+    about each aspect, and the doctor answers with its sentences; a passage without a `subject` gives no rows.
 
-    With a teacher: two calls for each of a parent and a colleague, who asks, and the doctor, who answers and quotes the
-    passage (`details["evidence"]`).
-
-    An answer that the passage does not support is Dropped, as is a teacher's question that points at the passage or
-    repeats, and a quotation that is not in it.
+    With a teacher: a parent asks, then a colleague, and each time the doctor answers and quotes the passage
+    (`details["evidence"]`). An answer that the passage does not support is Dropped, as is a teacher's question that
+    points at the passage or repeats, and a quotation that is not in it.
     """
     if ask:
         known: set[str] = set()
@@ -38,18 +36,17 @@ def role_play(passage: Document, ask: Ask | None = None) -> Iterator[Built | Dro
             yield from _asked(passage, ask, role, known)
     elif name := subject(passage):
         for aspect, parts in _by_aspect(passage, name).items():
-            yield from _templated(passage, name, aspect, "".join(parts))
+            yield from _templated(passage, name, aspect, re.sub("[；;]$", "。", "".join(parts)))
 
 
 def subject(passage: Document) -> str:
-    """What the passage is about, as a question would name it, or ""."""
-    general = re.compile(templates("role_play")["general_titles"])
+    """What the passage is about: its disease, or the nearest title or heading that names more than 治疗; else ""."""
+    general = pattern("role_play", "general_titles")
     headings = passage.source.split(BETWEEN)[:0:-1]  # the nearest first, without the file
     for name in (passage.disease, passage.title, *headings):
         name = unnumbered(name.strip())
         if not general.fullmatch(name):
-            for words in templates("role_play")["title_words"]:
-                name = re.sub(words, "", name).strip()
+            name = rewritten(name, [(words, "") for words in _FORMS["title_words"]]).strip()
         if 2 <= len(name) <= _LONGEST_SUBJECT and not re.search("[。？！，；：]", name) and not general.fullmatch(name):
             return name
     return ""
@@ -57,60 +54,52 @@ def subject(passage: Document) -> str:
 
 @builder
 def _templated(passage: Document, name: str, aspect: str, text: str) -> Built:
-    table = templates("role_play")
-    forms, openings = table["aspects"][aspect], table["openings"]
-    role = pick(ROLES, passage.text, aspect)
+    forms, body = _ASPECTS[aspect], re.sub(f"^(?:{_FORMS['pronouns']})", lambda _: name, text)
+    body = re.sub(f"^{_FORMS['possessive']}", lambda _: f"{name}的", body)
+    role, closing = pick(ROLES, passage.text, aspect), ""
     question = pick(forms[role], passage.text, aspect, "question").format(subject=name)
-    body, closing = _said(text, name, role), ""
+    tone = role
     if role == "parent":
+        body = rewritten(body, _FORMS["to_parents"])
         closing = pick(forms["closings"], passage.text, aspect, "closing")
         if any(closing[i : i + 3] in body for i in range(len(closing) - 2)):
             closing = ""  # said already
-    grave = role == "parent" and re.search(table["grave"], question + body)
-    opening = pick(openings["grave" if grave else role], passage.text, aspect, "opening")
+        tone = "grave" if pattern("role_play", "grave").search(question + body) else role
+    opening = pick(_FORMS["openings"][tone], passage.text, aspect, "opening")
     return _checked(passage, question, opening + body + closing, aspect, role, body)
 
 
 def _by_aspect(passage: Document, name: str) -> dict[str, list[str]]:
     """The sentences of each aspect, in order; parts between semicolons are sentences if they have another aspect."""
     found: dict[str, list[str]] = {}
-    previous, ended, dangling = "", True, templates("role_play")["dangling"]
+    previous, ended = "", True
     for part in sentences(passage.text):
         scores = _scores(part, name, passage.title)
         # What leans on the sentence before it stays with it.
-        leans = re.match(dangling, part) or (not ended and max(scores.values()) < scores.get(previous, 0) + 2)
-        if not (previous and leans):
+        leans = not ended and max(scores.values()) < scores.get(previous, 0) + 2
+        if not (previous and (leans or pattern("role_play", "dangling").match(part))):
             previous = _best(scores)
         ended = not part.endswith(("；", ";"))
         if previous:
             found.setdefault(previous, []).append(part)
-    return {aspect: [*parts[:-1], re.sub("[；;]$", "。", parts[-1])] for aspect, parts in found.items()}
+    return found
 
 
 def _scores(sentence: str, name: str, title: str) -> dict[str, int]:
     """How many cues of each aspect a sentence has, those that it begins with threefold, its heading twofold."""
     scores = {}
-    for aspect, forms in templates("role_play")["aspects"].items():
+    for aspect, forms in _ASPECTS.items():
         begins = any(re.match(cue.replace("{subject}", re.escape(name)), sentence) for cue in forms["begins"])
-        cues = 3 * begins + sum(bool(re.search(cue, sentence)) for cue in forms["cues"])
         heading = 2 * bool(re.fullmatch(forms["titles"], title))
+        cues = 3 * begins + sum(bool(re.search(cue, sentence)) for cue in forms["cues"])
         scores[aspect] = cues + heading if begins or heading or not forms.get("strict") else 0
     return scores
-
-
-def _said(answer: str, name: str, role: str) -> str:
-    """An answer without a pronoun at its beginning: 其 is the subject's, 本病 the subject; plainer to parents."""
-    table = templates("role_play")
-    changes = {table["pronouns"]: name, table["possessive"]: name + "的"}
-    for form, words in (changes | (table["to_parents"] if role == "parent" else {})).items():
-        answer = re.sub(f"^(?:{form})", words.replace("\\", r"\\"), answer)
-    return answer
 
 
 @builder
 def _asked(passage: Document, ask: Ask, role: str, known: set[str]) -> Built:
     """What a teacher asks in this role, unless it is among the `known` questions, and what it answers as the doctor."""
-    prompts, pointing = templates("role_play")["teacher"], pattern("role_play", "pointing")
+    prompts, pointing = _FORMS["teacher"], pattern("role_play", "pointing")
     values = {"role": prompts["roles"][role], "title": subject(passage) or passage.title, "passage": passage.text}
     question = answered(ask, prompts["question"], {"question": str, "role": str}, **values)["question"]
     if pointing.search(question):
@@ -143,7 +132,7 @@ def _checked(passage: Document, question: str, answer: str, aspect: str, role: s
     found = support(said, passage.text, question=question)
     if not found.ok():
         raise LeftOut("answer not supported by its passage", f"{found.describe()}; {answer}")
-    task = templates("role_play")["aspects"][aspect]["task"] if aspect else MEDKQA
+    task = TRERECOM if aspect in _FORMS["treating"] else MEDKQA
     origin = {"source": passage.source, "disease": passage.disease, "department": passage.department}
     kept = {"support": round(found.share, 3), "role": role, "aspect": aspect}
     return Built(spoken(question, answer, task=task, **origin), kept | details)

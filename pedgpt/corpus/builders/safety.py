@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from itertools import product
 
@@ -15,9 +14,9 @@ def safety() -> Iterator[Built]:
     """Risky requests with answers that refuse what is unsafe and name the next step."""
     table = templates("safety")
     for topic in table["topic"]:
-        for row, slot in [(row, "") for row in topic["rows"]] + list(product(topic["slotted"], table["slots"])):
-            question, answer = (text.replace("{slot}", slot) for text in row)
-            yield Built(spoken(question, answer, source=f"{SAFETY}:{topic['name']}", task=SAFETY))
+        for row, slot in [*product(topic["rows"], [""]), *product(topic["slotted"], table["slots"])]:
+            turns = [text.replace("{slot}", slot) for text in row]
+            yield Built(spoken(*turns, source=f"{SAFETY}:{topic['name']}", task=SAFETY))
 
 
 def self_cognition(assistant: str, developer: str) -> Iterator[Built]:
@@ -25,8 +24,7 @@ def self_cognition(assistant: str, developer: str) -> Iterator[Built]:
     for key, name in (("assistant", assistant), ("developer", developer)):
         if not name.strip():
             raise ValueError(f"{key}: found {name!r}, expected a name")
-    names = {"{assistant}": assistant.strip(), "{developer}": developer.strip()}
     for topic in templates("safety")["self"]:
         for question, answer in topic["rows"]:
-            named = re.sub(r"\{\w+\}", lambda match: names[match[0]], answer)
+            named = answer.format(assistant=assistant.strip(), developer=developer.strip())
             yield Built(spoken(question, named, source=f"{SELF_COGNITION}:{topic['name']}", task=SELF_COGNITION))

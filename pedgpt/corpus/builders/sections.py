@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, pairwise, takewhile
 from pathlib import PurePath
+from typing import NamedTuple
 
 from pedgpt.data.records import Document
 from pedgpt.data.tables import HEADING
@@ -17,35 +18,35 @@ _SENTENCE = re.compile(r"[^。！？；!?;]*[。！？；!?;]+[”’」』）)\
 # A paragraph ends at an empty line, or at a line that ends a sentence: other lines may be wrapped within one.
 _PARAGRAPH_END = re.compile(r"\n[ \t\u3000]*\n\s*|(?<=[。！？；!?;”’」』）)\]】》])[ \t\u3000]*\n\s*")
 _CLAUSE_END = re.compile(r"(?<=[，、：,\n])|(?<= )")
+_BARE = re.compile(r"\S(?:.*\S)?", re.DOTALL)
 _ENDS = (_PARAGRAPH_END, _SENTENCE, _CLAUSE_END)
 
-_DIGITS = "零〇一二三四五六七八九十百千0-9０-９"
-_UNIT = (
-    r"[ \t]*([%％‰℃°~～至—-]|毫|微|克|公斤|千克|厘|升|岁|个|天|日|周|年|小时|分|秒|倍|次|([mμ]?[gl]|k[gc]|[cm]m|IU)\b)"
-)
-_TITLE = r"([ \t\u3000:：\u4e00-\u9fff].*)?"
-# (depth, form, certain): chapters and numbered headings as Chinese books have them; an uncertain one may be an item.
+_DIGITS, _NUMERAL = "零〇一二三四五六七八九十百千0-9０-９", "[一二三四五六七八九十百]+"
+_UNIT = r"[ \t]*([%％‰℃°~～至—毫微克厘升岁个天日周年分秒倍次-]|公斤|千克|小时|([mμ]?[gl]|k[gc]|[cm]m|IU)\b)"
+_TITLE, _SPACE = r"([ \t\u3000:：\u4e00-\u9fff].*)?", r"[ \t\u3000]*"
+# Chapters and numbered headings as Chinese books have them, by depth. From the fourth on, one may be an item of a list.
 _FORMS = [
-    (1, rf"第[{_DIGITS}]+[篇编卷]{_TITLE}", True),
-    (2, rf"第[{_DIGITS}]+章{_TITLE}", True),
-    (3, rf"第[{_DIGITS}]+节{_TITLE}", True),
-    (4, r"[一二三四五六七八九十百]+[、．][ \t\u3000]*\S.*", False),
-    (5, r"[（(][一二三四五六七八九十百]+[）)][ \t\u3000]*\S.*", False),
+    *(re.compile(rf"第[{_DIGITS}]+{unit}{_TITLE}") for unit in ("[篇编卷]", "章", "节")),
+    re.compile(rf"{_NUMERAL}[、．]{_SPACE}\S.*"),
+    re.compile(rf"[（(]{_NUMERAL}[）)]{_SPACE}\S.*"),
+    re.compile(rf"(?P<number>[1-9]\d?(\.\d{{1,2}}){{1,4}})(?!\d|{_UNIT})[.、．]?{_SPACE}[A-Za-z\u4e00-\u9fff].*"),
 ]
-_DECIMAL = re.compile(rf"([1-9]\d?(?:\.\d{{1,2}}){{1,4}})(?!\d|{_UNIT})[.、．]?[ \t\u3000]*[A-Za-z\u4e00-\u9fff].*")
 _NUMBERING = re.compile(
-    rf"(?:第[{_DIGITS}]+[篇编卷章节][ \t\u3000:：]*|[一二三四五六七八九十百]+[、．]|[（(][一二三四五六七八九十百]+[）)]"
-    r"|\d+(?:\.\d+)+[.、．]?|\d+[.、．])[ \t\u3000]*"
+    rf"(?:第[{_DIGITS}]+[篇编卷章节][ \t\u3000:：]*|{_NUMERAL}[、．]|[（(]{_NUMERAL}[）)]"
+    rf"|\d+(?:\.\d+)+[.、．]?|\d+[.、．]){_SPACE}"
 )
 _LONGEST_HEADING = 30  # characters
 
 
-@dataclass(frozen=True, slots=True)
-class _Heading:
+class _Heading(NamedTuple):
     text: str
     family: str  # of headings that can be compared by depth
     depth: int
     certain: bool  # false: could be an item of a list
+
+    def is_within(self, other: _Heading) -> bool:
+        """A family seen for the first time is within all the others."""
+        return self.family != other.family or self.depth > other.depth
 
 
 def sentences(text: str) -> list[str]:
@@ -75,48 +76,38 @@ def passages(document: Document, *, max_characters: int = 1200) -> Iterator[Docu
     whole = PurePath(document.source).suffix.lower() in (".txt", ".md")
     starts = [0, *accumulate(len(line) + 1 for line in lines)]  # of each line, and of what follows the last one
     path: list[_Heading] = []
-    first = 0
-    for number in [*headings, len(lines)]:
-        for start, end in _chunks(text, starts[first], min(starts[number], len(text)), max_characters):
+    for above, below in pairwise([-1, *headings, len(lines)]):
+        if above >= 0:
+            path = [*takewhile(headings[above].is_within, path), headings[above]]
+        for start, end in _chunks(text, starts[above + 1], min(starts[below], len(text)), max_characters):
             source = f"{document.source}:{bisect_right(starts, start)}" if whole else document.source
-            yield replace(
-                document,
-                text=text[start:end],
-                source=BETWEEN.join([source, *(heading.text for heading in path)]),
-                title=unnumbered(path[-1].text) if path else document.title,
-            )
-        if number < len(lines):
-            heading = headings[number]
-            # What is not deeper ends; a family seen for the first time is within all the others.
-            stays = [i for i, h in enumerate(path) if h.family == heading.family and h.depth >= heading.depth]
-            path = [*(path[: stays[0]] if stays else path), heading]
-            first = number + 1
+            source = BETWEEN.join([source, *(heading.text for heading in path)])
+            title = unnumbered(path[-1].text) if path else document.title
+            yield replace(document, text=text[start:end], source=source, title=title)
 
 
 def _headings(lines: list[str]) -> dict[int, _Heading]:
-    found = {number: heading for number, line in enumerate(lines) if (heading := _heading(line))}
     kept = {}
-    for number, heading in found.items():
-        after = next((n for n in range(number + 1, len(lines)) if lines[n]), None)
-        follower = found.get(after) if after is not None else None
-        deeper = follower and (follower.family != heading.family or follower.depth > heading.depth)
-        # A numbered line with nothing beneath it is an item of a list: it must not be lost as a heading of nothing.
-        if heading.certain or (after is not None and (follower is None or (deeper and not follower.certain))):
-            kept[number] = heading
-    return kept
+    beneath, follower = False, None  # whether a line follows that is not empty, and the heading that it is
+    for number, line in reversed(list(enumerate(lines))):
+        if heading := _heading(line):
+            # A numbered line with nothing beneath it is an item of a list: it must not be lost as a heading of nothing.
+            holds = beneath and (not follower or (follower.is_within(heading) and not follower.certain))
+            if heading.certain or holds:
+                kept[number] = heading
+        if line:
+            beneath, follower = True, heading
+    return dict(reversed(kept.items()))
 
 
 def _heading(line: str) -> _Heading | None:
     if match := HEADING.match(line):
         return _Heading(match[1].strip(), "#", len(line) - len(line.lstrip("#")), True)
-    if not line or len(line) > _LONGEST_HEADING or re.search(r"[。！？；，、：…!?;,:.]$", line):
-        return None
-    certain_only = re.search("[，。；！？]", line)
-    for depth, form, certain in _FORMS:
-        if (certain or not certain_only) and re.fullmatch(form, line):
-            return _Heading(line, "章", depth, certain)
-    if (match := _DECIMAL.fullmatch(line)) and not certain_only:
-        return _Heading(line, "章", 6 + match[1].count("."), False)
+    if len(line) <= _LONGEST_HEADING and not re.search(r"[。！？；，、：…!?;,:.]$", line):
+        for depth, form in enumerate(_FORMS):
+            certain = depth < 3
+            if (match := form.fullmatch(line)) and (certain or not re.search("[，。；！？]", line)):
+                return _Heading(line, "章", depth + match.groupdict().get("number", "").count("."), certain)
     return None
 
 
@@ -127,31 +118,21 @@ def unnumbered(heading: str) -> str:
 
 def _chunks(text: str, start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
     """Spans of at most `limit` characters without space at either end, which hold all of text[start:end] but space."""
-    begin, last = -1, -1
+    span: tuple[int, int] | None = None
     for left, right in _units(text, start, end, limit):
-        if begin >= 0 and right - begin > limit:
-            yield begin, last
-            begin = -1
-        begin, last = (left if begin < 0 else begin), right
-    if begin >= 0:
-        yield begin, last
+        if span and right - span[0] > limit:
+            yield span
+            span = None
+        span = (span[0] if span else left, right)
+    if span:
+        yield span
 
 
 def _units(text: str, start: int, end: int, limit: int, level: int = 0) -> Iterator[tuple[int, int]]:
     """Paragraphs; of one that is too long its sentences; of a sentence that is too long its clauses, cut if need be."""
-    if level < len(_ENDS):
-        cuts = [start, *(match.end() for match in _ENDS[level].finditer(text, start, end)), end]
-    else:
-        cuts = [*range(start, end, limit), end]
-    for left, right in _stripped(text, cuts):
-        if right - left <= limit:
-            yield left, right
-        else:
-            yield from _units(text, left, right, limit, level + 1)
-
-
-def _stripped(text: str, cuts: list[int]) -> Iterator[tuple[int, int]]:
-    for left, right in zip(cuts, cuts[1:], strict=False):
-        part = text[left:right]
-        if part.strip():
-            yield left + len(part) - len(part.lstrip()), left + len(part.rstrip())
+    cuts = range(start + limit, end, limit)
+    ends = cuts if level == len(_ENDS) else (match.end() for match in _ENDS[level].finditer(text, start, end))
+    for left, right in pairwise([start, *ends, end]):
+        if match := _BARE.search(text, left, right):
+            fits = match.end() - match.start() <= limit
+            yield from [match.span()] if fits else _units(text, *match.span(), limit, level + 1)

@@ -7,30 +7,31 @@ import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
 from itertools import islice
+from typing import NamedTuple
 
-from pedgpt.corpus.rows import either, templates
+from pedgpt.corpus.rows import either, pattern, templates
 
+_FORMS = templates("support")
+_WORDS = {name: either(words) for name, words in _FORMS.items() if isinstance(words, list)}
 _HAN = re.compile(r"[\u3400-\u9fff]+")
 _SENTENCE = re.compile(r"[^。！？；!?;\n]+")
 _LATIN = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:-[A-Za-z0-9]+)*")
+_PARTICLES = re.compile(f"[{_FORMS['particles']}]")
+_MANNERS = re.compile(f"{_WORDS['manners']}|{_PARTICLES.pattern}")
 
 # What a unit counts, and how many of it.
-UNITS: dict[str, tuple[tuple[str, Fraction], ...]] = {
-    **{unit: ((unit, Fraction(1)),) for unit in templates("support")["counters"].split()},
-    **{
-        unit: tuple((kind, Fraction(factor)) for kind, factor in counts.items())
-        for units, counts in templates("support")["units"].items()
-        for unit in units.split()
-    },
+UNITS: dict[str, list[tuple[str, Fraction]]] = {
+    unit: [(kind, Fraction(factor)) for kind, factor in counts.items()]
+    for units, counts in [*((unit, {unit: 1}) for unit in _FORMS["counters"].split()), *_FORMS["units"].items()]
+    for unit in units.split()
 }
 UNIT = either(UNITS)
 # Not the unit that it looks like: 百日咳, 三年级, 三成为, 四周围.
 _NO_UNIT = r"(?!(?<=日)咳|(?<=年)级|(?<=成)[为年熟人分]|(?<=周)[围边]|(?<=种)植|(?<=[A-Za-z])[A-Za-z])"
-_CHINESE = "零〇一二两三四五六七八九十百千万亿"
+_DIGIT = "[一二两三四五六七八九]"
 _ARABIC = str.maketrans("零〇一二两三四五六七八九", "001223456789")
-_INTEGER, _DIGITS = rf"[{_CHINESE}]{{1,20}}", r"\d{1,20}"  # no longer, so that hostile text takes no time
+_INTEGER, _DIGITS = r"[零〇一二两三四五六七八九十百千万亿]{1,20}", r"\d{1,20}"  # bounded for the sake of hostile text
 _DECIMAL = rf"{_INTEGER}(?:点{_INTEGER})?"
 _NUMBER = re.compile(
     rf"(?P<share>(?:{_INTEGER}|{_DIGITS})分之(?:{_DECIMAL}|{_DIGITS}(?:\.{_DIGITS})?)|一半)"
@@ -40,8 +41,12 @@ _NUMBER = re.compile(
 )
 _LISTED = re.compile(r"[①-⑳]|(?:^|(?<=[\n。；;:：]))[ \t]*[(（]?\d{1,2}[.)）、](?!\d)", re.MULTILINE)  # 1. of a list
 _RANGE = re.compile("[ ]?[-–—~至到、或]+[ ]?")
+_TURNING = f"(?:{_WORDS['negations']})(?=(?:{_WORDS['fillers']})*(?:{_WORDS['advice']}))"
+_ADVISED = f"(?:{_WORDS['forbidding']}|{_TURNING}|{_WORDS['advice']})"
+_ADVICE = re.compile(
+    rf"(?P<words>{_ADVISED}(?:{_ADVISED}|{_WORDS['fillers']})*)(?P<aim>[\u3400-\u9fffA-Za-z0-9、]{{2,24}})"
+)
 _MOST_ADVICE = 200
-_OFTEN = tuple("天日周月时每")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +61,10 @@ class Support:
     """
 
     share: float
-    missing_numbers: tuple[str, ...] = ()
-    missing_terms: tuple[str, ...] = ()
-    flips: tuple[str, ...] = ()
-    weakest: float = 1.0
+    missing_numbers: tuple[str, ...]
+    missing_terms: tuple[str, ...]
+    flips: tuple[str, ...]
+    weakest: float
 
     def ok(self, min_share: float = 0.6) -> bool:
         """Nothing missing or turned round, `min_share` of the whole supported, and half that of every sentence."""
@@ -91,15 +96,15 @@ def support(answer: str, passage: str, *, question: str = "", lexicon: Collectio
     known, asked = _known(passage), _known(question)
     have, total, weakest = 0, 0, 1.0
     for sentence in _SENTENCE.findall(answer):
-        content = [pair for pair in _content(sentence) if pair in known or pair not in asked]
-        supported = sum(pair in known for pair in content)
+        content = [gram for gram in _content(sentence) if gram in known or gram not in asked]
+        supported = sum(gram in known for gram in content)
         have, total = have + supported, total + len(content)
-        if len(content) >= 8 and re.search(templates("support")["medical"], sentence):
+        if len(content) >= 8 and pattern("support", "medical").search(sentence):
             weakest = min(weakest, supported / len(content))
     return Support(
         share=have / total if total else 0.0,
-        missing_numbers=tuple(_missing_numbers(answer, passage, question)),
-        missing_terms=tuple(_missing_terms(answer, passage + "\n" + question, lexicon)),
+        missing_numbers=tuple(_missing_numbers(answer, numbers(passage) + numbers(question))),
+        missing_terms=tuple(_missing_terms(answer, f"{passage}\n{question}".casefold(), lexicon)),
         flips=tuple(_flips(answer, passage)),
         weakest=weakest,
     )
@@ -109,23 +114,23 @@ def _pairs(text: str) -> list[str]:
     return [run[i : i + 2] for run in _HAN.findall(text) for i in range(len(run) - 1)]
 
 
-def _words(text: str) -> list[str]:
-    return [word.casefold() for word in _LATIN.findall(text)]
+def _grams(text: str) -> list[str]:
+    """Latin words and pairs of neighbouring Chinese characters."""
+    return [word.casefold() for word in _LATIN.findall(text)] + _pairs(text)
 
 
 def _known(text: str) -> set[str]:
-    """All Latin words, and all pairs of neighbours, with the particles and without them."""
-    return {*_words(text), *_pairs(text), *_pairs(re.sub(f"[{templates('support')['particles']}]", "", text))}
+    return {*_grams(text), *_pairs(_PARTICLES.sub("", text))}
 
 
 def _content(text: str) -> list[str]:
+    # Numbers with a unit are compared by value.
     counted = _NUMBER.sub(lambda match: " " if match["share"] or match["unit"] else match[0], text)
-    return _words(text) + _pairs(_manners().sub(" ", counted))  # numbers with a unit are compared by value
+    return _grams(_MANNERS.sub(" ", counted))
 
 
-def _missing_numbers(answer: str, *given: str) -> Iterator[str]:
-    there = [number for text in given for number in numbers(text)]
-    known = {meaning for _, value, unit in there for meaning in [("any", value), *meanings(value, unit)]}
+def _missing_numbers(answer: str, given: list[tuple[str, Fraction, str]]) -> Iterator[str]:
+    known = {meaning for _, value, unit in given for meaning in [("any", value), *meanings(value, unit)]}
     for written, value, unit in numbers(answer):
         # Without a unit on either side, the value alone counts.
         if known.isdisjoint([("bare", value), *meanings(value, unit)] if unit else [("any", value)]):
@@ -134,7 +139,7 @@ def _missing_numbers(answer: str, *given: str) -> Iterator[str]:
 
 def meanings(value: Fraction, unit: str) -> list[tuple[str, Fraction]]:
     """What a number with its unit counts, and how many of it: 3天 and 72小时 are 4,320 minutes."""
-    return [(kind, value * factor) for kind, factor in UNITS.get(unit, (("bare", Fraction(1)),))]
+    return [(kind, value * factor) for kind, factor in UNITS.get(unit, [("bare", Fraction(1))])]
 
 
 def numbers(text: str) -> list[tuple[str, Fraction, str]]:
@@ -150,7 +155,7 @@ def numbers(text: str) -> list[tuple[str, Fraction, str]]:
         before, right = unit, match.start()
         if match["share"]:
             whole, _, part = written.partition("分之")
-            share = Fraction(1, 2) if not part else _value(part) / (_value(whole) or 1)
+            share = _value(part) / (_value(whole) or 1) if part else Fraction(1, 2)
             found.append((written, share * 100, "%"))
             unit = "%"
             continue
@@ -158,23 +163,20 @@ def numbers(text: str) -> list[tuple[str, Fraction, str]]:
         if not unit and before and _RANGE.fullmatch(between):
             unit, written = before, f"{written}{before}"
         # 一次 and 一个 are seldom counts, 十分 is very, 一度 once; but 每日一次 is a dose.
-        idle = value == "一" and unit in ("次", "个", "度", "期", "级", "种") and text[right - 1 : right] not in _OFTEN
+        idle = value == "一" and unit in tuple("次个度期级种") and text[right - 1 : right] not in tuple("天日周月时每")
         if re.match("[0-9]", value) or (unit and not idle):
-            half = Fraction(1, 2) if match["half"] or match["after"] else Fraction(0)
-            pair = re.fullmatch("[一二两三四五六七八九]{2}", value)  # 两三天: either
+            half = Fraction(1, 2) if match["half"] or match["after"] else 0
+            pair = re.fullmatch(_DIGIT * 2, value)  # 两三天: either
             found += [(written, _value(digit) + half, unit) for digit in (value if pair else [value])]
     return found[::-1]
 
 
 def _value(written: str) -> Fraction:
-    """A number in Arabic or Chinese digits, with a fraction or without."""
+    """A number in Arabic or Chinese digits, with a fraction or without; 二三十 is 30."""
     if written == "半":
         return Fraction(1, 2)
-    whole, _, decimals = re.sub("[一二两三四五六七八九](?=[一二两三四五六七八九][十百千万亿])", "", written).partition(
-        "点"
-    )  # 二三十: 30
-    tenths = re.sub(r"\D", "0", decimals.translate(_ARABIC))
-    return _integer(whole.replace(",", "").translate(_ARABIC)) + Fraction(f"0.{tenths or 0}")
+    whole, _, decimals = re.sub(f"{_DIGIT}(?={_DIGIT}[十百千万亿])|,", "", written).translate(_ARABIC).partition("点")
+    return _integer(whole) + Fraction(f"0.{re.sub('[^0-9]', '0', decimals) or 0}")
 
 
 def _integer(written: str) -> Fraction:
@@ -187,21 +189,19 @@ def _integer(written: str) -> Fraction:
 
 
 def _missing_terms(answer: str, known: str, lexicon: Collection[str]) -> Iterator[str]:
-    named = [match[0] for match in re.finditer(templates("support")["drugs"], answer)]
+    named = [match[0] for match in pattern("support", "drugs").finditer(answer)]
     # Latin names that hold a digit are names as a whole: B12, EV71.
     named += [word for word in _LATIN.findall(answer) if re.search(r"\d", word)]
     named += [term for term in lexicon if term in answer]
-    folded = known.casefold()
-    yield from dict.fromkeys(name for name in named if name.casefold() not in folded)
+    yield from (name for name in dict.fromkeys(named) if name.casefold() not in known)
 
 
-@dataclass(frozen=True, slots=True)
-class _Advice:
+class _Advice(NamedTuple):
     text: str
     positive: bool
     aim: str  # what is advised
-    condition: frozenset[str]  # the pairs of what stands before it in its sentence, if that is a condition
-    qualified: bool  # 不推荐常规使用 leaves other use open
+    condition: set[str]  # the pairs of what stands before it in its sentence, if that is a condition
+    bound: bool  # by its condition, or as 不推荐常规使用 leaves other use open
 
 
 def _flips(answer: str, passage: str) -> Iterator[str]:
@@ -210,25 +210,24 @@ def _flips(answer: str, passage: str) -> Iterator[str]:
     for advice in islice(_advices(answer), _MOST_ADVICE):
         overlap = {True: 0, False: 0}
         for other in given:
-            common = _common(advice.aim, other.aim)
             opposite = other.positive != advice.positive
-            bound = other.condition or other.qualified
-            if opposite and bound and advice.condition and not advice.condition & other.condition:
-                continue  # said of another case
-            overlap[opposite] = max(overlap[opposite], common)
+            elsewhere = other.bound and advice.condition and not advice.condition & other.condition
+            if not (opposite and elsewhere):  # not said of another case
+                overlap[opposite] = max(overlap[opposite], _common(advice.aim, other.aim))
         if overlap[True] >= min(3, len(advice.aim)) and overlap[True] > overlap[False]:
             yield advice.text
 
 
 def _advices(text: str) -> Iterator[_Advice]:
-    turning = f"{_either('forbidding')}|{_either('negations')}"
+    turning = f"{_WORDS['forbidding']}|{_WORDS['negations']}"
     for sentence in _SENTENCE.findall(text):
-        bound = re.search(_either("conditions"), sentence)
-        for match in _advice_form().finditer(sentence):
+        bound = re.search(_WORDS["conditions"], sentence)
+        for match in _ADVICE.finditer(sentence):
             words, before = match["words"], sentence[max(0, match.start() - 100) : match.start()]
-            case = frozenset(_pairs(before) or [before] if bound and bound.end() <= match.start() else [])
+            case = set(_pairs(before) or [before] if bound and bound.end() <= match.start() else [])
             positive = len(re.findall(turning, words)) % 2 == 0
-            yield _Advice(match[0], positive, match["aim"], case, bool(re.search(_either("qualifiers"), words)))
+            qualified = re.search(_WORDS["qualifiers"], words)
+            yield _Advice(match[0], positive, match["aim"], case, bool(case or qualified))
 
 
 def _common(a: str, b: str) -> int:
@@ -238,21 +237,3 @@ def _common(a: str, b: str) -> int:
         while i + best < len(a) and a[i : i + best + 1] in b:
             best += 1
     return best
-
-
-@cache
-def _either(name: str) -> str:
-    return either(templates("support")[name])
-
-
-@cache
-def _advice_form() -> re.Pattern[str]:
-    advice, fillers = _either("advice"), _either("fillers")
-    turning = f"(?:{_either('negations')})(?=(?:{fillers})*(?:{advice}))"
-    one = f"(?:{_either('forbidding')}|{turning}|{advice})"
-    return re.compile(rf"(?P<words>{one}(?:{one}|{fillers})*)(?P<aim>[\u3400-\u9fffA-Za-z0-9、]{{2,24}})")
-
-
-@cache
-def _manners() -> re.Pattern[str]:
-    return re.compile(f"{_either('manners')}|[{templates('support')['particles']}]")
