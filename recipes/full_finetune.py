@@ -26,9 +26,11 @@ from pedgpt.data import (
     read_conversations,
     utilization,
 )
+from pedgpt.data.packing import Row
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
+from pedgpt.training.plan import print_plan
 
 
 @dataclass(kw_only=True)
@@ -45,8 +47,39 @@ class Config(training.TrainingSettings):
     on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
 
 
+def model_and_loss(config: Config, world: training.World):
+    """What trains, as yet without weights, and its loss."""
+    model = load_model(config.model, dtype=torch.float32, device="meta")
+    model.config.check_length(config.row_length)
+    model.activation_checkpointing = config.activation_checkpointing
+    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+
+    # Loss: next token at the assistant's positions, summed; the loop divides by the tokens of the global batch.
+    def loss_function(model, batch):
+        metrics = {}
+        hidden = model.hidden_states(batch.tokens, documents=batch.documents)
+        loss = linear_cross_entropy(
+            hidden,
+            model.lm_head.weight,
+            batch.labels,
+            num_tokens=1,
+            normalize=model.config.normalize_head,
+            metrics=metrics,
+        )
+        return loss, metrics
+
+    return model, loss_function
+
+
+def full_rows(config: Config, count: int):
+    """A batch for --plan."""
+    return collate([Row(*[[0] * config.row_length] * 3)] * count, range(count))
+
+
 def main(config: Config) -> None:
     config.check()
+    if config.plan:
+        return print_plan(config, model_and_loss, full_rows)
     world = training.start(config.device)
 
     # Data
@@ -75,20 +108,8 @@ def main(config: Config) -> None:
         print(f"{len(rows):,} rows of {config.row_length}, {utilization(rows, config.row_length):.1%} used")
     choices = training.run_choices(config.output, world, products.settle, products.use)
 
-    # Model
-    model = load_model(config.model, dtype=torch.float32, device="meta")
-    model.activation_checkpointing = config.activation_checkpointing
-    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+    model, loss_function = model_and_loss(config, world)
     load_weights(model, config.model, dtype=torch.float32, device=world.device)
-
-    # Loss: next token at the assistant's positions, summed; the loop divides by the tokens of the global batch.
-    def loss_function(model, batch):
-        metrics = {}
-        hidden = model.hidden_states(batch.tokens, documents=batch.documents)
-        loss = linear_cross_entropy(
-            hidden, model.lm_head.weight, batch.labels, num_tokens=1, normalize=sizes.normalize_head, metrics=metrics
-        )
-        return loss, metrics
 
     def evaluate():
         def make(indices, ids):
