@@ -158,7 +158,8 @@ def test_a_deep_model_takes_what_two_shallow_ones_tell(lab, tmp_path, stage, sha
     arguments = stage, {**shape, "num_hidden_layers": 7}, {**changed, "device": device}, ranks
     told, _ = planned(lab, tmp_path, *arguments)
     whole, _ = planned(lab, tmp_path, *arguments, how=count_step)
-    assert peak(told) == peak(whole)
+    # On several cards FSDP2 gathers the next block beside this one, which two blocks show only in part.
+    assert peak(told) - LIBRARIES == pytest.approx(peak(whole) - LIBRARIES, rel=0.01 if ranks > 1 else 0)
 
 
 def test_an_expert_in_one_block_only_is_not_counted_in_all(lab, tmp_path):
@@ -244,12 +245,25 @@ def test_mistakes_end_in_one_line(lab, stage, flags, said):
 FOLDERS = ("baichuan2_7b", "baichuan2_13b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "qwen2.5-7b", "llama3.1-8b")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+def shipped(folder, stage):
+    """(number of cards, GB of each) that the first line of a settings file names, and the settings."""
+    text = (CONFIGS / folder / f"{stage}.toml").read_text("utf-8")
+    number, size = re.search(r"on (one|8) GPUs? of (24|80) GB", text.splitlines()[0]).groups()
+    return int(number.replace("one", "1")), int(size), tomllib.loads(text)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dfpo", "experts"])
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_shipped_settings_fit_the_cards_that_they_name(lab, folder, stage):
-    first = (CONFIGS / folder / f"{stage}.toml").read_text("utf-8").splitlines()[0]
-    number, size = re.search(r"on (one|8) GPUs? of (24|80) GB", first).groups()
-    done = called(lab, stage, "--plan", f"{number.replace('one', '1')}x{size}", folder=folder)
+    number, size, _ = shipped(folder, stage)
+    done = called(lab, stage, "--plan", f"{number}x{size}", folder=folder)
     assert done.code == 0, done.out + done.err
     taken = float(re.search(r"^fits: ([\d.]+) of", done.out, re.M)[1])
-    assert taken < 0.9 * float(size)  # the rest is for the holes between what is held
+    assert taken < 0.9 * size  # the rest is for the holes between what is held
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_stage_1_takes_what_stage_2_does(folder):
+    (*cards, cpt), (*others, sft) = shipped(folder, "cpt"), shipped(folder, "sft")
+    names = "row_length", "micro_batch_size", "global_batch_size", "dtype", "activation_checkpointing"
+    assert cards == others and [cpt[name] for name in names] == [sft[name] for name in names]
