@@ -46,8 +46,8 @@ RUNS = [
     ("expert_finetune", "--dtype bfloat16 --row_length 512"),
     ("expert_finetune", "--dtype bfloat16 --row_length 1024 --activation_checkpointing block"),
     ("full_finetune", "--plan 2x1 --global_batch_size 8"),
-    ("full_finetune", "--plan 2x1 --activation_checkpointing block --dtype bfloat16"),
-    ("expert_finetune", "--plan 2x1 --global_batch_size 8 --dtype bfloat16"),
+    ("full_finetune", "--plan 2x1 --global_batch_size 8 --row_length 512 --dtype bfloat16"),
+    ("expert_finetune", "--plan 2x1 --global_batch_size 8 --row_length 512 --dtype bfloat16"),
 ]
 
 
