@@ -44,7 +44,7 @@ RUNS = [
     ("expert_finetune", "--activation_checkpointing block"),
     ("expert_finetune", "--activation_checkpointing selective --dropout 0.1"),
     ("expert_finetune", "--dtype bfloat16 --row_length 512"),
-    ("expert_finetune", "--dtype bfloat16 --row_length 1024 --activation_checkpointing block"),
+    ("expert_finetune", "--dtype bfloat16 --row_length 2048 --activation_checkpointing block"),
     ("full_finetune", "--plan 2x1 --global_batch_size 8"),
     ("full_finetune", "--plan 2x1 --global_batch_size 8 --row_length 512 --dtype bfloat16"),
     ("expert_finetune", "--plan 2x1 --global_batch_size 8 --row_length 512 --dtype bfloat16"),
