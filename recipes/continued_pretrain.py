@@ -23,6 +23,7 @@ from pedgpt.data import (
     Tokenizer,
     TokenStore,
     discards_tokens,
+    full_rows,
     heldout_files,
     load_tokenizer,
     mix,
@@ -36,6 +37,7 @@ from pedgpt.data.manifest import DOMAIN, GENERAL, INSTRUCTIONS
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
+from pedgpt.training.plan import print_plan
 
 
 @dataclass(kw_only=True)
@@ -54,9 +56,27 @@ class Config(training.TrainingSettings):
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
 
 
+def model_and_loss(config: Config, world: training.World):
+    """What trains, as yet without weights, and its loss."""
+    model = load_model(config.model, dtype=torch.float32, device="meta")
+    model.config.check_length(config.row_length)
+    model.activation_checkpointing = config.activation_checkpointing
+    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+
+    # Loss: next token at every position, summed; the loop divides by the tokens of the global batch.
+    def loss_function(model, batch):
+        hidden, metrics = model.hidden_states(batch.tokens, documents=batch.documents), {}
+        settings = {"num_tokens": 1, "normalize": model.config.normalize_head, "metrics": metrics}
+        return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, **settings), metrics
+
+    return model, loss_function
+
+
 @discards_tokens
 def main(config: Config) -> None:
     config.check()
+    if config.plan:
+        return print_plan(config, model_and_loss, full_rows)
     if not 0 <= config.instruction_share <= 1 or config.domain_to_general <= 0 or config.total_tokens < 0:
         raise ValueError("instruction_share must be in [0, 1], domain_to_general positive, total_tokens not negative")
     if config.corpus and (config.text or config.general_text or config.instructions):
@@ -87,20 +107,8 @@ def main(config: Config) -> None:
             print("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
     choices = training.run_choices(config.output, world, products.settle, products.use)
 
-    # Model
-    model = load_model(config.model, dtype=torch.float32, device="meta")
-    model.activation_checkpointing = config.activation_checkpointing
-    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+    model, loss_function = model_and_loss(config, world)
     load_weights(model, config.model, dtype=torch.float32, device=world.device)
-
-    # Loss: next token at every position, summed; the loop divides by the tokens of the global batch.
-    def loss_function(model, batch):
-        metrics = {}
-        hidden = model.hidden_states(batch.tokens, documents=batch.documents)
-        loss = linear_cross_entropy(
-            hidden, model.lm_head.weight, batch.labels, num_tokens=1, normalize=sizes.normalize_head, metrics=metrics
-        )
-        return loss, metrics
 
     def evaluate():
         return training.mean_loss(model, len(heldout_rows), heldout_rows.batch, loss_function, config, world)

@@ -23,6 +23,7 @@ from pedgpt.data import (
     StoredPairs,
     TokenStore,
     discards_tokens,
+    full_pairs,
     load_reference,
     read_summary,
     reference_date,
@@ -42,6 +43,7 @@ from pedgpt.models import (
     weights_fingerprint,
 )
 from pedgpt.training.distributed import autocast, gather_rows, sum_over_ranks
+from pedgpt.training.plan import print_plan
 
 
 @dataclass(kw_only=True)
@@ -59,12 +61,67 @@ class Config(ChatSettings, training.TrainingSettings):
     lora_rslora: bool = False  # by alpha / sqrt(rank) instead
 
 
+def model_and_loss(config: Config, world: training.World):
+    """What trains, as yet without weights, and its loss."""
+    model = load_model(config.model, dtype=stored_dtype(config), device="meta")
+    model.config.check_length(config.row_length)
+    if config.lora_rank:
+        torch.manual_seed(config.seed)
+        names = inject_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, rslora=config.lora_rslora)
+        if world.is_main and not config.plan:
+            kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            print(f"LoRA on {len(names)} layers ({kinds})")
+    model.activation_checkpointing = config.activation_checkpointing
+    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+
+    # Loss: everything summed over pairs, the loop divides by their number.
+    def loss_function(model, batch):
+        if batch.weight == 0:
+            return response_logps(model, batch).sum(), dict.fromkeys(METRICS, torch.zeros(()))
+        pack_adapters(model)
+        head = {}
+        operands, settings = states_and_head(model, batch)
+        result = linear_dfpo_loss(
+            *operands, *batch.reference_logps.chunk(2), **settings,
+            beta=config.beta, mu=config.mu, label_smoothing=config.label_smoothing, metrics=head,
+        )  # fmt: skip
+        logps = torch.stack((result.chosen_logps, result.rejected_logps))
+        per_token = logps / batch.counts.view(2, -1).clamp(min=1)
+        values = (
+            result.preference * batch.weight, result.regularization * batch.weight,
+            result.chosen_rewards.sum(), result.rejected_rewards.sum(), result.margins.sum(), result.accuracies.sum(),
+            *logps.sum(-1), *per_token.sum(-1), *(value.sum() / 2 for value in head.values()),
+        )  # fmt: skip
+        return result.loss * batch.weight, dict(zip(METRICS, values, strict=True))
+
+    return model, loss_function
+
+
+def stored_dtype(config: Config) -> torch.dtype:
+    """Of the model's weights: what trains is float32, and what is frozen has the dtype of the computation."""
+    return getattr(torch, config.dtype) if config.lora_rank else torch.float32
+
+
+def states_and_head(model, batch):
+    hidden = model.hidden_states(batch.tokens, documents=batch.documents, branches=batch.branches)
+    settings = {"sequences": batch.sequences, "normalize": model.config.normalize_head}
+    return (hidden, model.lm_head.weight, batch.labels), settings
+
+
+def response_logps(model, batch):
+    """Summed log-probabilities, [2P]: chosen responses, then rejected ones."""
+    operands, settings = states_and_head(model, batch)
+    return linear_sequence_logps(*operands, num_sequences=len(batch.counts), **settings)[0]
+
+
 @discards_tokens
 def main(config: Config) -> None:
     config.check()
     check_dfpo_settings(config.beta, config.mu, config.label_smoothing)
     if config.lora_rslora and not config.lora_rank:
         raise ValueError("lora_rslora is set without lora_rank, so there is no LoRA to scale; give lora_rank too")
+    if config.plan:
+        return print_plan(config, model_and_loss, full_pairs)
     world = training.start(config.device)
     dtype = getattr(torch, config.dtype)
 
@@ -90,28 +147,9 @@ def main(config: Config) -> None:
         print(f"{len(pairs):,} pairs, {len(heldout_pairs):,} held out")
     choices = training.run_choices(config.output, world, products.settle, products.use)
 
-    # Model
-    stored = dtype if config.lora_rank else torch.float32
-    model = load_model(config.model, dtype=stored, device="meta")
-    if config.lora_rank:
-        torch.manual_seed(config.seed)
-        names = inject_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, rslora=config.lora_rslora)
-        if world.is_main:
-            kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-            print(f"LoRA on {len(names)} layers ({kinds})")
-    model.activation_checkpointing = config.activation_checkpointing
-    training.shard(model, model.model.layers, world, dtype)
+    model, loss_function = model_and_loss(config, world)
+    stored = stored_dtype(config)
     load_weights(model, config.model, dtype=stored, device=world.device)
-
-    def states_and_head(batch):
-        hidden = model.hidden_states(batch.tokens, documents=batch.documents, branches=batch.branches)
-        settings = {"sequences": batch.sequences, "normalize": sizes.normalize_head}
-        return (hidden, model.lm_head.weight, batch.labels), settings
-
-    def response_logps(batch):
-        """Summed log-probabilities, [2P]: chosen responses, then rejected ones."""
-        operands, settings = states_and_head(batch)
-        return linear_sequence_logps(*operands, num_sequences=len(batch.counts), **settings)[0]
 
     # Reference log-probabilities, [pairs, 2]: the model as it comes in, without its adapter.
     def reference_logps(pairs):
@@ -120,7 +158,7 @@ def main(config: Config) -> None:
         with torch.no_grad(), autocast(world, dtype), adapters_disabled(model):
             for start in range(0, len(pairs), width):
                 mine = range(start, min(start + width, len(pairs)))[world.rank :: world.size]
-                logps = response_logps(pairs.batch(mine, range(len(mine))).to(world.device))
+                logps = response_logps(model, pairs.batch(mine, range(len(mine))).to(world.device))
                 part = logps.new_zeros(config.micro_batch_size, 2)
                 part[: len(mine)] = logps[: 2 * len(mine)].view(2, len(mine)).T
                 parts.append(gather_rows(part, world))
@@ -138,26 +176,6 @@ def main(config: Config) -> None:
     elif world.is_main:
         print(f"reference log-probabilities from {cache}")
     pairs.reference_logps, heldout_pairs.reference_logps = reference, reference_logps(heldout_pairs)
-
-    # Loss: everything summed over pairs, the loop divides by their number.
-    def loss_function(model, batch):
-        if batch.weight == 0:
-            return response_logps(batch).sum(), dict.fromkeys(METRICS, torch.zeros(()))
-        pack_adapters(model)
-        head = {}
-        operands, settings = states_and_head(batch)
-        result = linear_dfpo_loss(
-            *operands, *batch.reference_logps.chunk(2), **settings,
-            beta=config.beta, mu=config.mu, label_smoothing=config.label_smoothing, metrics=head,
-        )  # fmt: skip
-        logps = torch.stack((result.chosen_logps, result.rejected_logps))
-        per_token = logps / batch.counts.view(2, -1).clamp(min=1)
-        values = (
-            result.preference * batch.weight, result.regularization * batch.weight,
-            result.chosen_rewards.sum(), result.rejected_rewards.sum(), result.margins.sum(), result.accuracies.sum(),
-            *logps.sum(-1), *per_token.sum(-1), *(value.sum() / 2 for value in head.values()),
-        )  # fmt: skip
-        return result.loss * batch.weight, dict(zip(METRICS, values, strict=True))
 
     def evaluate():
         return training.mean_loss(model, len(heldout_pairs), heldout_pairs.batch, loss_function, config, world)

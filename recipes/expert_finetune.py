@@ -24,10 +24,11 @@ from pedgpt.adapters import (
     save_adapter,
     set_noise_rows,
 )
-from pedgpt.data import ChatSettings, PackedRows, TokenStore, discards_tokens, read_summary, write_chats
+from pedgpt.data import ChatSettings, PackedRows, TokenStore, discards_tokens, full_rows, read_summary, write_chats
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, weights_fingerprint
+from pedgpt.training.plan import print_plan
 
 
 @dataclass(kw_only=True)
@@ -43,9 +44,47 @@ class Config(ChatSettings, training.TrainingSettings):
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # names or patterns of linear layers
 
 
+def model_and_loss(config: Config, world: training.World):
+    """What trains, as yet without weights, and its loss."""
+    # Model and adapter: the frozen weights stay in the dtype of the computation, the experts train in float32.
+    model = load_model(config.model, dtype=getattr(torch, config.dtype), device="meta")
+    model.config.check_length(config.row_length)
+    torch.manual_seed(config.seed)
+    names = inject_experts(
+        model,
+        rank=config.rank,
+        alpha=config.alpha,
+        rslora=config.rslora,
+        num_specific_experts=config.num_specific_experts,
+        dropout=config.dropout,
+        target_modules=config.target_modules,
+    )
+    if world.is_main and not config.plan:
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        share = trainable / sum(parameter.numel() for parameter in model.parameters())
+        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        print(f"experts on {len(names)} layers ({kinds}), {trainable:,} trainable parameters ({share:.2%})")
+    model.activation_checkpointing = config.activation_checkpointing
+    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+
+    # Loss: as in stage 2; the gate's noise follows the row, so it does not depend on ranks or accumulation.
+    def loss_function(model, batch):
+        set_noise_rows(model, config.seed, batch.row_ids)
+        pack_adapters(model)
+        with record_gates(model, where=batch.labels != IGNORE_INDEX) as gates:
+            hidden = model.hidden_states(batch.tokens, documents=batch.documents)
+        metrics = gate_metrics(gates)
+        settings = {"num_tokens": 1, "normalize": model.config.normalize_head, "metrics": metrics}
+        return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, **settings), metrics
+
+    return model, loss_function
+
+
 @discards_tokens
 def main(config: Config) -> None:
     config.check()
+    if config.plan:
+        return print_plan(config, model_and_loss, full_rows)
     world = training.start(config.device)
 
     # Data: token ids on disk, made by the first rank and mapped by all, packed into rows.
@@ -64,40 +103,12 @@ def main(config: Config) -> None:
         return
     choices = training.run_choices(config.output, world, products.settle, products.use)
 
-    # Model and adapter: the frozen weights stay in the dtype of the computation, the experts train in float32.
-    model = load_model(config.model, dtype=getattr(torch, config.dtype), device="meta")
-    torch.manual_seed(config.seed)
-    names = inject_experts(
-        model,
-        rank=config.rank,
-        alpha=config.alpha,
-        rslora=config.rslora,
-        num_specific_experts=config.num_specific_experts,
-        dropout=config.dropout,
-        target_modules=config.target_modules,
-    )
     if world.is_main:
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        share = trainable / sum(parameter.numel() for parameter in model.parameters())
         print(read_summary(rows.store, heldout_rows.store).describe())
         print(rows.describe())
-        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-        print(f"experts on {len(names)} layers ({kinds}), {trainable:,} trainable parameters ({share:.2%})")
-    model.activation_checkpointing = config.activation_checkpointing
-    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
-    load_weights(model, config.model, dtype=getattr(torch, config.dtype), device=world.device)
 
-    # Loss: as in stage 2; the gate's noise follows the row, so it does not depend on ranks or accumulation.
-    def loss_function(model, batch):
-        set_noise_rows(model, config.seed, batch.row_ids)
-        pack_adapters(model)
-        with record_gates(model, where=batch.labels != IGNORE_INDEX) as gates:
-            hidden = model.hidden_states(batch.tokens, documents=batch.documents)
-        metrics = gate_metrics(gates)
-        loss = linear_cross_entropy(
-            hidden, model.lm_head.weight, batch.labels, num_tokens=1, normalize=sizes.normalize_head, metrics=metrics
-        )
-        return loss, metrics
+    model, loss_function = model_and_loss(config, world)
+    load_weights(model, config.model, dtype=getattr(torch, config.dtype), device=world.device)
 
     def evaluate():
         return training.mean_loss(model, len(heldout_rows), heldout_rows.batch, loss_function, config, world)

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from pedgpt import training
-from pedgpt.data import ChatSettings, PackedRows, TokenStore, discards_tokens, read_summary, write_chats
+from pedgpt.data import ChatSettings, PackedRows, TokenStore, discards_tokens, full_rows, read_summary, write_chats
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
+from pedgpt.training.plan import print_plan
 
 
 @dataclass(kw_only=True)
@@ -28,9 +29,27 @@ class Config(ChatSettings, training.TrainingSettings):
     heldout_instructions: list[str] = field(default_factory=list)  # for the evaluation during training
 
 
+def model_and_loss(config: Config, world: training.World):
+    """What trains, as yet without weights, and its loss."""
+    model = load_model(config.model, dtype=torch.float32, device="meta")
+    model.config.check_length(config.row_length)
+    model.activation_checkpointing = config.activation_checkpointing
+    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+
+    # Loss: next token at the assistant's positions, summed; the loop divides by the tokens of the global batch.
+    def loss_function(model, batch):
+        hidden, metrics = model.hidden_states(batch.tokens, documents=batch.documents), {}
+        settings = {"num_tokens": 1, "normalize": model.config.normalize_head, "metrics": metrics}
+        return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, **settings), metrics
+
+    return model, loss_function
+
+
 @discards_tokens
 def main(config: Config) -> None:
     config.check()
+    if config.plan:
+        return print_plan(config, model_and_loss, full_rows)
     world = training.start(config.device)
 
     # Data: token ids on disk, made by the first rank and mapped by all, packed into rows.
@@ -51,20 +70,8 @@ def main(config: Config) -> None:
         print(rows.describe())
     choices = training.run_choices(config.output, world, products.settle, products.use)
 
-    # Model
-    model = load_model(config.model, dtype=torch.float32, device="meta")
-    model.activation_checkpointing = config.activation_checkpointing
-    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
+    model, loss_function = model_and_loss(config, world)
     load_weights(model, config.model, dtype=torch.float32, device=world.device)
-
-    # Loss: next token at the assistant's positions, summed; the loop divides by the tokens of the global batch.
-    def loss_function(model, batch):
-        metrics = {}
-        hidden = model.hidden_states(batch.tokens, documents=batch.documents)
-        loss = linear_cross_entropy(
-            hidden, model.lm_head.weight, batch.labels, num_tokens=1, normalize=sizes.normalize_head, metrics=metrics
-        )
-        return loss, metrics
 
     def evaluate():
         return training.mean_loss(model, len(heldout_rows), heldout_rows.batch, loss_function, config, world)

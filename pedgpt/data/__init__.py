@@ -11,8 +11,16 @@ from pedgpt.data.examples import (
 )
 from pedgpt.data.hybrid import Mixture, as_completion, mix, part_shares
 from pedgpt.data.manifest import TextSource, heldout_files, stage_sources
-from pedgpt.data.packing import Batch, collate, pack, utilization
-from pedgpt.data.preference import EncodedPair, PreferenceBatch, StoredPairs, collate_pairs, encode_pair, encode_pairs
+from pedgpt.data.packing import Batch, collate, full_rows, pack, utilization
+from pedgpt.data.preference import (
+    EncodedPair,
+    PreferenceBatch,
+    StoredPairs,
+    collate_pairs,
+    encode_pair,
+    encode_pairs,
+    full_pairs,
+)
 from pedgpt.data.readers import (
     iter_records,
     parse_columns,
@@ -74,6 +82,8 @@ __all__ = [
     "encode_pair",
     "encode_pairs",
     "encode_prompt",
+    "full_pairs",
+    "full_rows",
     "heldout_files",
     "iter_records",
     "lessons",

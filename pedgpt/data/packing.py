@@ -137,6 +137,12 @@ def collate(rows: Sequence[Row], row_ids: Sequence[int], pad_id: int = 0) -> Bat
     )
 
 
+def full_rows(settings: Any, count: int) -> Batch:
+    """So many rows of one document of `settings.row_length` tokens each, of which all are learnt, for a plan."""
+    zeros = [0] * settings.row_length
+    return collate([Row(zeros, zeros, zeros)] * count, range(count))
+
+
 def utilization(rows: Sequence[Row], row_length: int) -> float:
     """The share of positions that hold a token."""
     return sum(len(row.tokens) for row in rows) / max(1, len(rows) * row_length)

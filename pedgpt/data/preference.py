@@ -130,6 +130,12 @@ def collate_pairs(
     )
 
 
+def full_pairs(settings: Any, count: int) -> PreferenceBatch:
+    """So many pairs of `settings.row_length` tokens, whose answers have nothing in common, for a plan."""
+    pair = EncodedPair(*(Example([token] * settings.row_length, [token] * settings.row_length) for token in range(2)))
+    return collate_pairs([pair] * count, range(count), shared_prompt=settings.shared_prompt)
+
+
 def _tree(pair: EncodedPair, chosen: int, rejected: int) -> list[tuple[int, int, int, int]]:
     """What both answers share, then the rest of each, as in `_part`; `chosen` and `rejected` number the answers."""
     trunk, rest = slice(pair.shared), slice(pair.shared, None)

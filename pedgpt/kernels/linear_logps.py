@@ -135,7 +135,7 @@ class _Head:
         self.weight = self.given.to(dtype)
         self.wide = torch.promote_types(dtype, torch.float32)
         self.softmax = softmax
-        self.on_cpu = weight.device.type == "cpu"
+        self.on_cpu = weight.device.type == "cpu" and not weight.is_cuda
         logits = (CHUNK if self.on_cpu else CHUNK_CUDA) * 4 // self.weight.element_size()
         # NOTE: never more than 8,192 tokens, because some libraries lose digits in a longer sum of products.
         self.chunk = min(2**13, max(1, logits // max(1, len(weight))))

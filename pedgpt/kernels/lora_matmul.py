@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pedgpt.kernels._transforms import autocast_dtype
+from pedgpt.kernels._transforms import autocast_dtype, without_numbers
 from pedgpt.kernels._triton import by_triton
 from pedgpt.kernels.cpu.products import product, refuse_create_graph, sum_of_products
 from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, Stream, down_gate, down_gate_backward
@@ -105,7 +105,8 @@ def lora_linear(
     dtype, leading = autocast_dtype(x, x.dtype), x.shape[:-1]
     impl = "triton" if by_triton(impl, x) else "torch"
     if impl == "torch" and router is not None and noise is not None and not isinstance(noise, Tensor):
-        noise = noise.normal(x.new_empty(*leading, len(router), dtype=torch.promote_types(dtype, torch.float32)))
+        like = x.new_empty(*leading, len(router), dtype=torch.promote_types(dtype, torch.float32))
+        noise = like if without_numbers() else noise.normal(like)  # Drawing it is most operations of a plan.
     operands = (
         x.to(dtype).reshape(-1, x.shape[-1]), weight.to(dtype), None if bias is None else bias.to(dtype),
         lora_A, lora_B, router, None if noise is None else router_noise,

@@ -60,6 +60,7 @@ class TrainingSettings:
     keep_checkpoints: int = 2  # how many of the last checkpoints stay on disk
     seed: int = 0  # of the data order, the initial adapters and all noise
     device: str = "auto"  # auto, cpu or cuda
+    plan: str = ""  # 24 or 8x80: only say what a step takes on a card of 24 GB, or on each of 8 of 80 GB
 
     def check(self) -> None:
         """Raise ValueError for a value out of range, before anything is loaded."""
@@ -115,6 +116,9 @@ def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
         and f.default is dataclasses.MISSING
         and f.default_factory is dataclasses.MISSING
     ]
+    if converted.get("plan"):  # It reads neither data nor weights, and writes nothing.
+        converted |= {name: (typing.get_origin(kinds[name]) or kinds[name])() for name in missing if name != "model"}
+        missing = [name for name in missing if name == "model"]
     if missing:
         raise ValueError(f"missing setting: {', '.join(missing)}; give --{missing[0]} or set it in the --config file")
     return cls(**converted)
@@ -137,7 +141,7 @@ def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: bool = True) ->
     try:
         config = parse_settings(cls, arguments)
         output = str(getattr(config, "output", ""))
-        writes = lock and output and os.environ.get("RANK", "0") == "0"
+        writes = lock and output and not getattr(config, "plan", "") and os.environ.get("RANK", "0") == "0"
         with sole_writer(output, beside=getattr(cls, "lock_beside", False)) if writes else nullcontext():
             main(config)
             stop()

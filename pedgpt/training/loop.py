@@ -31,7 +31,7 @@ from pedgpt.training.optim import build_optimizer, learning_rate
 # Settings that change neither the data nor the weights, so a run may be resumed with others; held-out files too.
 _FREE = {
     "output", "micro_batch_size", "activation_checkpointing", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-    "device", "reference_logps", "shared_prompt",
+    "device", "reference_logps", "shared_prompt", "plan",
 }  # fmt: skip
 
 

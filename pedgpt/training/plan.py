@@ -1,138 +1,131 @@
-"""What a step holds in memory, counted without taking any: the code runs on tensors that have shapes and no numbers.
+"""What a step holds in memory, found without taking any: the recipe's own code runs on tensors that have no numbers.
 
-    with counting() as counter:
-        model = on_shapes(model)  # from the meta device
-        counter.claim(model.parameters(), "weights")
-        counter.at("forward", "activations")  # the moment that begins, and the part that new tensors belong to
-        hidden = model(tokens)
-    counter.peaks["forward"].parts  # bytes by part, when their sum was largest: {"weights": 4096, "activations": 512}
+    python recipes/dfpo.py --config recipes/configs/qwen3-8b/dfpo.toml --model recipes/configs/qwen3-8b --plan 8x80
 
-torch's FakeTensorMode runs the model's own code, and a dispatch mode above it counts each storage from the operation
-that makes it until nothing refers to it any more. So this file describes no model.
+torch's FakeTensorMode gives tensors a shape and no memory, and its process group of no processes lets FSDP2 split the
+model. `Counter` sees each operation, and counts every storage from then until nothing refers to it any more. So nothing
+here describes a model, an optimizer or a loss.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import re
 import weakref
-from collections import defaultdict
+from collections import Counter as Sums
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from pedgpt.files import read_object, write_json
 from pedgpt.training import loop
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World
+from pedgpt.training.distributed import World, stop
 from pedgpt.training.optim import build_optimizer
 
+GB = 10**9
+# A CUDA context with cuBLAS and its workspaces: assumed, not measured.
+LIBRARIES = 600 * 2**20
+ACTIVATIONS, EXCHANGED = "activations, logits", "exchanged by the cards"
+MOMENTS = ("forward", "backward", "update")
+PARTS = ("weights", "gradients", "AdamW's state", EXCHANGED, ACTIVATIONS, "libraries")
+Moments = dict[str, dict[str, int]]  # bytes by part
+S = TypeVar("S", bound=TrainingSettings)
+Build = Callable[[S, World], tuple[nn.Module, loop.LossFunction]]
+MakeBatch = Callable[[S, int], Any]  # a batch of so many full rows
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Peak:
-    """Bytes by part when most was held, and how many of them were in small storages that come and go."""
+@dataclass(eq=False)
+class Held:
+    """A storage of so many bytes. What it is part of may become known after it has been counted."""
 
-    parts: dict[str, int]
-    small: int
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-    def grown(self, before: Peak, times: int) -> Peak:
-        """What this peak becomes if it grows `times` more by what it grew since `before`."""
-        parts = {name: size + times * (size - before.parts.get(name, 0)) for name, size in self.parts.items()}
-        return Peak(parts, self.small + times * (self.small - before.small))
+    size: int
+    part: str = ACTIVATIONS
 
 
 class Counter(TorchDispatchMode):
-    """Counts the storages that are alive, by part, and keeps the peak of each moment.
+    """Counts the storages that are alive. `peaks[moment]` has those that were when their sum was largest."""
 
-    `peaks[moment].small` counts storages below `small` bytes, except in the parts that are `lasting`.
-    """
-
-    def __init__(self, lasting: Collection[str] = (), small: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.lasting, self.limit = lasting, small
-        self.peaks: dict[str, Peak] = {}
-        self.moment, self.part = "", ""
-        self.parts: dict[str, int] = defaultdict(int)
-        self.total = self.small = self.highest = 0
-        self.alive: dict[int, tuple[Any, int, str]] = {}  # by address: a weak reference to the storage, bytes, part
+        self.moment = ""
+        self.total = 0
+        self.alive: dict[int, tuple[Any, Held]] = {}  # by address: a weak reference to the storage, and what it holds
+        self.peaks: dict[str, list[Held]] = {}
+        self.highest: dict[str, int] = {}
 
-    def at(self, moment: str, part: str, **held: int) -> None:
-        """From here on peaks are those of `moment`, or of none if it is empty, and new tensors belong to `part`.
-
-        `held`: bytes of parts that no operation makes, from here on.
-        """
-        self.moment, self.part = "", part
-        for name, size in held.items():
-            self.hold(name, size)
-        self.moment = moment
-        self.highest = self.peaks[moment].total if moment in self.peaks else -1
-        self._change("", 0, 0)
-
-    def claim(self, tensors: Iterable[Tensor], part: str) -> None:
-        """From here on these tensors belong to `part`; if it is empty, they are not counted."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._remove(storage._cdata)
-            self._add(storage, part)
-
-    def hold(self, part: str, size: int) -> None:
-        """Count `size` bytes as this part, which no operation makes."""
-        self._change(part, size - self.parts[part], self.limit)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # What it does to this rank's own rows comes here, too.
         if function is torch.ops.prim.device.default:  # asked so often that it would take most of the time
             return torch.device("cpu")
         answer = ANSWERS.get(function)
         result = answer(*args) if answer else function(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                if storage._cdata not in self.alive:
-                    self._add(storage, self._part_of(function, args))
+            if isinstance(value, Tensor) and (storage := value.untyped_storage())._cdata not in self.alive:
+                self.add(storage)
+        if function.namespace in ("fsdp", "c10d"):
+            exchanged = (value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor))
+            self.claim(exchanged, EXCHANGED, of=[ACTIVATIONS])
         return result
 
-    def _part_of(self, function: Any, args: Any) -> str:
-        if function is aten._to_copy.default:  # autocast casts weights, and may keep the copies
-            source = self.alive.get(args[0].untyped_storage()._cdata)
-            return "copies" if source and source[2] == "weights" else self.part
-        return self.part
+    def add(self, storage: Any, part: str = ACTIVATIONS) -> None:
+        """Count the storage from here on, with the size that it has now."""
+        key = storage._cdata
+        self.remove(key)
+        held = Held(storage.nbytes(), part)
+        self.alive[key] = weakref.ref(storage, lambda _: self.remove(key)), held
+        self.total += held.size
+        self._record()
 
-    def _add(self, storage: Any, part: str) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self.alive[key] = weakref.ref(storage, lambda _: self._remove(key)), size, part
-        self._change(part, size, size)
+    def begin(self, moment: str) -> None:
+        """The moment that the following peaks are those of."""
+        self.moment = moment
+        self._record()
 
-    def _remove(self, key: int) -> None:
+    def _record(self) -> None:
+        if self.total > self.highest.get(self.moment, -1):
+            self.highest[self.moment] = self.total
+            self.peaks[self.moment] = [held for _, held in self.alive.values()]
+
+    def remove(self, key: int) -> None:
+        """Count the storage with this address no more, if it was counted."""
         if found := self.alive.pop(key, None):
-            _, size, part = found
-            self._change(part, -size, size)
+            self.total -= found[1].size
 
-    def _change(self, part: str, difference: int, size: int) -> None:
-        if part:
-            self.parts[part] += difference
-            self.total += difference
-            self.small += difference * (size < self.limit and part not in self.lasting)
-        if self.moment and self.total > self.highest:
-            self.highest = self.total
-            self.peaks[self.moment] = Peak(dict(self.parts), self.small)
+    def claim(self, tensors: Iterable[Tensor | None], part: str, of: Collection[str] = PARTS) -> None:
+        """Those of these tensors that belong to a part `of` belong to `part`, in the peaks counted before, too."""
+        for tensor in tensors:
+            found = None if tensor is None else self.alive.get(_local(tensor).untyped_storage()._cdata)
+            if found and found[1].part in of:
+                found[1].part = part
+
+    def parts(self, moment: str) -> dict[str, int]:
+        """Bytes by part at the peak of this moment."""
+        sums = Sums[str]()
+        for held in self.peaks[moment]:
+            sums[held.part] += held.size
+        return dict(sums)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 # Tensors without numbers cannot say what is in them. What code asks of them is answered as in a step that goes well:
 # every token is supervised, no check finds anything wrong, and numbers are finite.
-
-
-def _all_places(x: Tensor) -> Tensor:
-    return x.new_empty(x.numel(), x.ndim, dtype=torch.int64)
 
 
 def _indexed(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
@@ -145,14 +138,14 @@ def _number(x: Tensor) -> Any:
     return {torch.bool: getattr(x, "holds_everywhere", False)}.get(x.dtype, 1.0 if x.is_floating_point() else 1)
 
 
-def _everywhere(x: Tensor, *arguments: Any) -> Tensor:
+def _everywhere(x: Tensor, *_: Any) -> Tensor:
     found = aten.any.default(x)
     found.holds_everywhere = True
     return found
 
 
 ANSWERS: dict[Any, Callable[..., Any]] = {
-    aten.nonzero.default: _all_places,
+    aten.nonzero.default: lambda x: x.new_empty(x.numel(), x.ndim, dtype=torch.int64),
     aten.index.Tensor: _indexed,
     aten._local_scalar_dense.default: _number,
     aten.all.default: _everywhere,
@@ -160,173 +153,176 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
 
 
 @contextmanager
-def counting(*, on_gpu: bool = False, lasting: Collection[str] = (), small: int = 0) -> Iterator[Counter]:
+def counting(*, on_gpu: bool = False) -> Iterator[Counter]:
     """In here tensors have shapes only, and the counter counts them, as on a CPU or as on a GPU."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # they take 100 MB
 
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
-        if on_gpu:
-            # NOTE: Code is only told that it is on a GPU, because tensors that claim a GPU need torch built with CUDA.
-            stack.enter_context(patch.object(FakeTensor, "is_cuda", property(lambda _: True)))
-        yield stack.enter_context(Counter(lasting, small))
+    counter, resize = Counter(), torch.UntypedStorage.resize_
+
+    def resized(storage: Any, size: int) -> Any:  # FSDP2 frees gathered weights and makes room for them in this way
+        found = resize(storage, size)
+        counter.add(storage, EXCHANGED)
+        return found
+
+    # NOTE: Code is only told that it is on a GPU, because tensors that claim a GPU need torch built with CUDA.
+    told = patch.object(FakeTensor, "is_cuda", property(lambda _: True)) if on_gpu else nullcontext()
+    with FakeTensorMode(), patch.object(torch.UntypedStorage, "resize_", resized), told, counter:
+        yield counter
 
 
-def on_shapes(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """The same model with parameters of which only the shapes exist, in `dtype` or their own; it was on meta before."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for name, old in model.named_parameters(remove_duplicate=False):
+def on_shapes(model: nn.Module) -> None:
+    """Give the model parameters of which only the shapes exist; they were on the meta device before."""
+    made: dict[Tensor, nn.Parameter] = {}  # a tied parameter stays one
+    for name, old in list(model.named_parameters(remove_duplicate=False)):
         if old not in made:
-            made[old] = nn.Parameter(torch.empty(old.shape, dtype=dtype or old.dtype), old.requires_grad)
+            new = torch.empty(_local(old).shape, dtype=old.dtype)
+            if isinstance(old, DTensor):
+                sizes: Any = {"shape": old.shape, "stride": old.stride()}
+                new = DTensor.from_local(new, old.device_mesh, old.placements, run_check=False, **sizes)
+            made[old] = nn.Parameter(new, old.requires_grad)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, made[old])
-    return model
 
 
-def count_step(
-    counter: Counter,
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    ends: tuple[nn.Module, nn.Module],
-    make_batch: Callable[[], Any],
-    loss_function: loop.LossFunction,
-    settings: TrainingSettings,
-    ranks: int = 1,
-    accumulates: bool = False,
-) -> None:
-    """One step of the training loop, which finds the optimizer's state there, on one of `ranks` that share a model.
+@contextmanager
+def processes(count: int) -> Iterator[World]:
+    """The first of so many processes, of which no other exists."""
+    if count > 1:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    `model` comes from the meta device. A forward pass begins with the first of `ends`, and the loss follows the last. A
-    step that `accumulates` also finds the gradients of an earlier micro-batch there.
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield World(0, count, torch.device("cpu"))
+    finally:
+        stop()
 
-    The moments are "masks" (all up to the first block, which makes them), "forward" (the last block), "loss", "its
-    gradient", the backward pass of the "last block" and of the "first block", and "update". If blocks are alike, the
-    peak of each moment grows in proportion to their number. The blocks between take no more than the last or the first,
-    because in the backward pass what was kept becomes less and gradients become more, both at a constant rate.
+
+def count(build: Build, make_batch: MakeBatch, settings: Any, ranks: int = 1) -> Moments:
+    """Bytes by part at the peak of a step's "forward", "backward" and "update", on each of `ranks` cards.
+
+    Only models of 2 and 4 blocks are run: every further block adds half of what the last two added.
     """
-    counter.at("", "optimizer")
-    share = _Shards(counter, model, blocks, ends[0], settings, ranks)
-    optimizer = build_optimizer(nn.ParameterList(share.rows.values()), settings)
-    for rows in share.rows.values():
-        if rows.requires_grad:
-            rows.grad = torch.empty_like(rows)
-            counter.claim([rows.grad], "gradients")
-    optimizer.step()
-    if not accumulates:
-        optimizer.zero_grad(set_to_none=True)
-
-    def before_update(*_: Any) -> None:
-        share.end_backward()
-        counter.at("update", "optimizer", **dict.fromkeys(share.forward, 0))
-
-    _name_moments(counter, share, blocks, ends)
-
-    def loss_and_metrics(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, metrics = loss_function(model, batch)
-        loss.register_hook(lambda gradient: counter.at("its gradient", "head"))
-        return loss, metrics
-
-    optimizer.register_step_pre_hook(before_update)
-    counter.at("", "activations")
-    world = World(0, 1, torch.device("cpu"))
-    loop._step(model.train(), optimizer, [make_batch()], loss_and_metrics, settings, world)
-    counter.at("", "")
+    file = Path(settings.model, "config.json") if Path(settings.model).is_dir() else Path(settings.model)
+    raw = read_object(file.parent, file.name)
+    depth, found = raw["num_hidden_layers"], []
+    alike = not re.search(r"\d", " ".join(getattr(settings, "target_modules", ())))
+    with TemporaryDirectory() as scratch:
+        for layers in (2, 4) if depth > 4 and alike else (depth,):
+            write_json(Path(scratch, "config.json"), {**raw, "num_hidden_layers": layers})
+            found.append(count_step(build, make_batch, dataclasses.replace(settings, model=scratch), ranks))
+    peaks, first = found[-1], found[0]
+    for moment, parts in peaks.items():
+        further = ((part, size, size - first[moment].get(part, 0)) for part, size in parts.items())
+        peaks[moment] = {part: size + (depth - 4) * grown // 2 for part, size, grown in further}
+    halves = {name: [parts for moment, parts in peaks.items() if name in moment] for name in MOMENTS}
+    return {name: max(parts, key=lambda part: sum(part.values())) for name, parts in halves.items()}
 
 
-def _name_moments(
-    counter: Counter, share: _Shards, blocks: Sequence[nn.Module], ends: tuple[nn.Module, nn.Module]
-) -> None:
-    """Hooks that tell the counter which moment of the step begins."""
+def count_step(build: Build, make_batch: MakeBatch, settings: S, ranks: int = 1) -> Moments:
+    """As `count`, of a model as it is, with moments for the start and for the end of both passes.
 
-    def begins(module: nn.Module, moment: str, part: str, **held: int) -> None:
-        """The moment begins when the gradient of what this module gives arrives."""
-
-        def after(module: nn.Module, arguments: Any, hidden: Tensor) -> None:
-            if hidden.requires_grad:
-                hidden.register_hook(lambda gradient: counter.at(moment, part, **held))
-
-        module.register_forward_hook(after)
-
-    _once_before(ends[0], lambda: counter.at("masks", "activations", **share.forward))
-    if len(blocks) > 1:
-        _once_before(blocks[1], lambda: counter.at("", "activations"))
-    _once_before(blocks[-1], lambda: counter.at("forward", "activations"))
-    for block in blocks[-2:-1]:
-        begins(block, "", "activations")
-    begins(blocks[0], "first block", "activations")
-    begins(ends[1], "last block" if len(blocks) > 1 else "first block", "activations", **share.backward)
-    ends[1].register_forward_hook(lambda *_: counter.at("loss", "head"))
-
-
-def _once_before(module: nn.Module, call: Callable[[], None]) -> None:
-    """Call it before this module's next forward pass, and not again when the backward pass computes it again."""
-
-    def before(*_: Any) -> None:
-        handle.remove()
-        call()
-
-    handle = module.register_forward_pre_hook(before)
-
-
-class _Shards:
-    """One rank's rows of each parameter, and what FSDP2 gathers and reduces beside them.
-
-    The root's own parameters are gathered throughout, and each block's beside those of the next. The backward pass
-    holds gathered blocks in two buffers and a half-done third, and gradients leave in float32. On one rank the rows are
-    the parameters themselves, and nothing is gathered.
+    It is a step of the training loop that finds the optimizer's state there, and where it accumulates, the gradients of
+    an earlier micro-batch. From block to block the memory changes at a constant rate, so the peak of a half is that of
+    its first or last block, and grows in proportion to the depth.
     """
+    with processes(ranks) as world:
+        with torch.device("meta"):
+            model, loss_function = build(settings, world)
+        with counting(on_gpu=settings.device != "cpu") as counter:
+            on_shapes(model)
+            counter.claim(model.parameters(), "weights")
+            optimizer = build_optimizer(model, settings)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+            # NOTE: DTensor tries each kind of operation once on whole tensors, which must not be counted later.
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            rows = -(-settings.global_batch_size // ranks)
+            if rows <= settings.micro_batch_size:
+                optimizer.zero_grad(set_to_none=True)
 
-    def __init__(
-        self,
-        counter: Counter,
-        model: nn.Module,
-        blocks: Sequence[nn.Module],
-        first: nn.Module,
-        settings: TrainingSettings,
-        ranks: int,
-    ) -> None:
-        dtype = getattr(torch, settings.dtype)
-        stored = [parameter.dtype for parameter in model.parameters()]
-        gathered = list(on_shapes(model, dtype if ranks > 1 else None).parameters())
-        self.counter, self.forward, self.backward = counter, dict[str, int](), dict[str, int]()
-        self.rows: dict[nn.Parameter, nn.Parameter] = {parameter: parameter for parameter in gathered}
-        self.root: set[nn.Parameter] = set()  # their gradients leave together, at the end
-        if ranks > 1:
-            for parameter, own in zip(gathered, stored, strict=True):
-                rows = torch.empty(math.ceil(len(parameter) / ranks), *parameter.shape[1:], dtype=own)
-                self.rows[parameter] = nn.Parameter(rows, parameter.requires_grad)
-            inner = {parameter for block in blocks for parameter in block.parameters()}
-            self.root = set(gathered) - inner
-            root, block = (sum(p.nbytes for p in group) for group in (self.root, blocks[0].parameters()))
-            leaving = 1 + 4 // dtype.itemsize
-            trains = all(parameter.requires_grad for parameter in blocks[0].parameters())
-            self.forward = {"gathered": root + 2 * block}
-            self.backward = {"gathered": root + (3 + leaving * trains) * block}
-        counter.claim(self.rows, "")
-        counter.claim(self.rows.values(), "weights")
-        for parameter in gathered:
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._came)
-        if ranks > 1:
-            for parameter in first.parameters():  # the last to get its gradient
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(lambda _: counter.hold("gathered", leaving * root))
+            def halfway(module: nn.Module, arguments: Any, hidden: Tensor) -> None:
+                if counter.moment == "forward":
+                    counter.begin("forward, end")
+                if hidden.requires_grad:
+                    hidden.register_hook(lambda gradient: counter.begin("backward, end"))
 
-    def _came(self, parameter: nn.Parameter) -> None:
-        if self.rows[parameter] is parameter or parameter in self.root:
-            self.counter.claim([parameter.grad], "gradients")  # type: ignore[list-item]
-        else:
-            self._reduce(parameter)
+            def moments(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+                counter.begin("forward")
+                found = loss_function(model, batch)
+                counter.begin("backward")
+                return found
 
-    def _reduce(self, parameter: nn.Parameter) -> None:
-        """What is left of a gradient is this rank's rows of it."""
-        rows = self.rows[parameter]
-        if rows.grad is None:
-            rows.grad = torch.empty_like(rows)
-            self.counter.claim([rows.grad], "gradients")
-        parameter.grad = None
+            def before_update(*_: Any) -> None:
+                counter.claim((parameter.grad for parameter in trained), "gradients")
+                state = (value for values in optimizer.state.values() for value in values.values())
+                counter.claim(state, "AdamW's state")
+                counter.begin("update")
 
-    def end_backward(self) -> None:
-        for parameter in self.root:
-            if parameter.requires_grad:
-                self._reduce(parameter)
+            blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+            blocks[len(blocks) // 2 - 1].register_forward_hook(halfway)
+            optimizer.register_step_pre_hook(before_update)
+            batch = make_batch(settings, min(rows, settings.micro_batch_size))
+            loop._step(model.train(), optimizer, [batch], moments, settings, world)
+    return {moment: {**counter.parts(moment), "libraries": LIBRARIES} for moment in counter.peaks if moment}
+
+
+def print_plan(settings: S, build: Build, make_batch: MakeBatch) -> None:
+    """Print what a step holds on each card of `settings.plan`, and which single change would make it fit.
+
+    `build` makes the model, split over the ranks and on the meta device, and its loss; `make_batch` a batch of so many
+    rows. Raises SystemExit with the code 1 if it does not fit.
+    """
+    ranks, size = cards(settings.plan)
+    with torch.device("meta"):
+        model, _ = build(settings, World(0, 1, torch.device("cpu")))
+    everything, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (0, 1))
+    print(f"{everything:,} parameters, {trained:,} train ({trained / everything:.2%}); {settings.dtype}")
+    moments = count(build, make_batch, settings, ranks)
+    print(f"\n{'GB on a card, at most in':<26}" + "".join(f"{moment:>10}" for moment in moments))
+    for part in (*PARTS, "total"):
+        values = [parts.get(part, 0) if part in PARTS else sum(parts.values()) for parts in moments.values()]
+        if any(values):
+            print(f"{part:<26}" + "".join(f"{value / GB:>10.2f}" for value in values))
+    total = peak(moments)
+    if total <= size * GB:
+        print(f"\nfits: {total / GB:.2f} of {size:g} GB", flush=True)
+        return
+    print(f"\ndoes not fit: {total / GB:.2f} of {size:g} GB; one change makes it", flush=True)
+    enough = False  # cards
+    for name, value in changes(settings):
+        if name == "plan" and enough:
+            continue
+        changed = dataclasses.replace(settings, **{name: value})
+        found = peak(count(build, make_batch, changed, cards(changed.plan)[0]))
+        enough |= name == "plan" and found <= size * GB
+        shown = str(value).lower() if isinstance(value, bool) else value
+        if found < 0.995 * total:
+            print(f"  {f'{name} {shown}':<36}{found / GB:>8.2f} GB{'  fits' * (found <= size * GB)}", flush=True)
+    raise SystemExit(1)
+
+
+def peak(moments: Moments) -> int:
+    """Bytes at the highest of the moments."""
+    return max(sum(parts.values()) for parts in moments.values())
+
+
+def cards(plan: str) -> tuple[int, float]:
+    """The number of cards and the GB of each: "24" is (1, 24.0), and "8x80" is (8, 80.0)."""
+    found = re.fullmatch(r"(?:([1-9]\d{0,4})x)?(\d{1,6}(?:\.\d+)?)", plan)
+    if not found:
+        raise ValueError(f'plan must be the size of a card in GB, as "24", or also their number, as "8x80": {plan!r}')
+    return int(found[1] or 1), float(found[2])
+
+
+def changes(settings: TrainingSettings) -> Iterator[tuple[str, Any]]:
+    """Settings that may take less memory, with their values."""
+    ranks, size = cards(settings.plan)
+    options: list[tuple[str, Any]] = [
+        ("micro_batch_size", 1), ("activation_checkpointing", "selective"), ("activation_checkpointing", "block"),
+        *(("plan", f"{ranks * factor}x{size:g}") for factor in (2, 4, 8)),
+        ("row_length", max(1, getattr(settings, "row_length", 1) // 2)), ("dtype", "bfloat16"),
+        ("shared_prompt", False), ("lora_rank", getattr(settings, "lora_rank", 0) or 8),
+    ]  # fmt: skip
+    return ((name, value) for name, value in options if getattr(settings, name, value) != value)

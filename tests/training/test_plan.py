@@ -8,41 +8,43 @@ import pytest
 import torch
 from torch import nn
 
-from pedgpt.training.plan import Peak, counting, on_shapes
+from pedgpt.training.plan import ACTIVATIONS, EXCHANGED, cards, counting, on_shapes, processes
 
 
 def test_what_is_alive_counts_until_nothing_refers_to_it():
     with counting() as counter:
-        counter.at("first", "kept")
+        counter.begin("first")
         kept = torch.empty(100)
-        counter.at("first", "temporary")
         view = torch.zeros(50, dtype=torch.float64).view(5, 10)  # one storage of 400 bytes
         del view
-        counter.at("second", "temporary")
+        counter.begin("second")
         kept.add_(1)  # in place: nothing new
-        assert counter.parts == {"kept": 400, "temporary": 0}
-    assert counter.peaks["first"].parts == {"kept": 400, "temporary": 400}
-    assert counter.peaks["first"].total == 800 and counter.peaks["second"].total == 400
+        assert counter.total == 400
+    assert counter.parts("first") == {ACTIVATIONS: 800} and counter.parts("second") == {ACTIVATIONS: 400}
 
 
-def test_gradients_copies_and_held_bytes_have_parts_of_their_own():
+def test_what_is_claimed_later_has_its_part_in_earlier_peaks_too():
     with torch.device("meta"):
         model = nn.Linear(8, 4, bias=False)
-    with counting(lasting=["weights"], small=100) as counter:
+    with counting() as counter:
         on_shapes(model)
         counter.claim(model.parameters(), "weights")
-        counter.at("step", "activations", held=1000)
-        x = torch.empty(2, 8)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = model(x)
-            assert counter.parts["copies"] == 64  # the weight in bfloat16, while autocast keeps it
-        y.sum().backward()
-        counter.claim([model.weight.grad], "gradients")
-        counter.hold("held", 0)
-    found = counter.parts
-    assert (found["weights"], found["gradients"], found["held"]) == (128, 128, 0)
-    assert counter.peaks["step"].parts["held"] == 1000
-    assert counter.peaks["step"].small < 500  # neither weights nor what is larger than 100 bytes
+        counter.begin("step")
+        model(torch.empty(2, 8)).sum().backward()
+        counter.claim([model.weight.grad, None], "gradients")
+    found = counter.parts("step")
+    assert found["weights"] == found["gradients"] == 128 and found[ACTIVATIONS] >= 64
+
+
+def test_a_storage_that_is_resized_counts_with_its_new_size():
+    """As FSDP2 frees the weights that it gathered."""
+    with counting() as counter:
+        gathered = torch.empty(100)
+        gathered.untyped_storage().resize_(0)
+        assert counter.total == 0
+        counter.begin("again")
+        gathered.untyped_storage().resize_(400)
+    assert counter.parts("again") == {EXCHANGED: 400}
 
 
 def test_questions_about_values_get_the_answers_of_a_step_that_goes_well():
@@ -65,12 +67,11 @@ def test_code_is_told_of_a_gpu_only_where_one_is_planned():
 
 def test_tied_parameters_stay_tied():
     with torch.device("meta"):
-        model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+        model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)).to(torch.bfloat16)
         model[1].weight = model[0].weight
     with counting() as counter:
-        assert on_shapes(model, torch.bfloat16)[1].weight is model[0].weight
-        counter.claim(model.parameters(), "weights")
-        assert counter.parts["weights"] == 2 * 20
+        on_shapes(model)
+        assert model[1].weight is model[0].weight and counter.total == 2 * 20
 
 
 def test_no_memory_is_taken():
@@ -79,15 +80,26 @@ def test_no_memory_is_taken():
 
     with counting() as counter:
         before = resident()
-        counter.at("step", "activations")
+        counter.begin("step")
         matrix = torch.zeros(2**17, 2**13)  # 4 GiB
         (matrix @ matrix.t()).exp()  # 64 GiB each
         assert resident() - before < 2**28
-    assert counter.peaks["step"].total == 4 * 2**30 + 2 * 64 * 2**30
+    assert counter.parts("step") == {ACTIVATIONS: 4 * 2**30 + 2 * 64 * 2**30}
     gc.collect()
 
 
-@pytest.mark.parametrize("times", [0, 3])
-def test_a_peak_grows_by_what_it_grew(times):
-    grown = Peak({"a": 30, "b": 7}, 5).grown(Peak({"a": 20}, 3), times)
-    assert grown == Peak({"a": 30 + 10 * times, "b": 7 + 7 * times}, 5 + 2 * times)
+def test_other_processes_are_only_imagined():
+    with processes(8) as world:
+        assert (world.rank, world.size, torch.distributed.get_world_size()) == (0, 8, 8)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("plan", "found"), [("24", (1, 24)), ("8x80", (8, 80)), ("1x0.5", (1, 0.5))])
+def test_cards(plan, found):
+    assert cards(plan) == found
+
+
+@pytest.mark.parametrize("plan", ["", "8*80", "0x80", "x80", "8x", "-1", "nan", "24 GB"])
+def test_a_mistaken_plan_is_told_the_form(plan):
+    with pytest.raises(ValueError, match=r'as "24", or also their number, as "8x80"'):
+        cards(plan)
