@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,13 +103,24 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
     return total.tolist()
 
 
-def from_main(value: Any, world: World) -> Any:
-    """The main rank's value, of JSON's types, on every rank."""
-    if world.size == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0, device=world.device)
-    return values[0]
+def all_values(value: Any, world: World) -> list[Any]:
+    """Every rank's value, in the order of the ranks."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def together(world: World, otherwise: Exception) -> Iterator[None]:
+    """Raise on every rank if the block fails on one, there its own error: who went on would wait for it for ever."""
+    fault = None
+    try:
+        yield
+    except Exception as error:
+        fault = error
+    if sum_over_ranks([fault is not None], world)[0]:
+        raise fault or otherwise
 
 
 def gather_rows(values: Tensor, world: World) -> Tensor:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -23,7 +23,7 @@ from pedgpt.files import write_json
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, autocast, barrier, from_main, reshard, sum_over_ranks
+from pedgpt.training.distributed import World, all_values, autocast, barrier, reshard, sum_over_ranks
 from pedgpt.training.keeping import Checkpoints, StopRequest
 from pedgpt.training.metrics import MetricsLog
 from pedgpt.training.optim import build_optimizer, learning_rate
@@ -31,7 +31,7 @@ from pedgpt.training.optim import build_optimizer, learning_rate
 # Settings that change neither the data nor the weights, so a run may be resumed with others; held-out files too.
 _FREE = {
     "output", "micro_batch_size", "activation_checkpointing", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-    "device", "reference_logps", "shared_prompt",
+    "device", "reference_logps", "shared_prompt", "log_to",
 }  # fmt: skip
 
 
@@ -64,27 +64,34 @@ def train(
     fingerprint: str = "",
     watch: Callable[[dict[str, float]], str | None] | None = None,
     choices: Mapping[str, bool] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Train what is not frozen, from the last checkpoint in `settings.output` if there is one.
 
     Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks
     or of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
     Writes a line per step to metrics.jsonl; on the main rank `watch` is then given it, and what text it returns is
-    shown as a warning. `choices`, from `run_choices`, go into the checkpoints. SIGTERM and Ctrl-C end the run after the
-    step, with a checkpoint, by SystemExit(128 + signal). Raises ValueError if the loss, the gradient or a weight is not
-    finite.
+    shown as a warning. `choices`, from `run_choices`, go into the checkpoints. `optimizer` may be another than AdamW;
+    the settings set its learning rate. With `keep_best` the model ends as the best evaluation found it. SIGTERM and
+    Ctrl-C end the run after the step, with a checkpoint, by SystemExit(128 + signal). Raises ValueError if the loss,
+    the gradient or a weight is not finite.
     """
+    if settings.keep_best and evaluate is None:
+        raise ValueError("keep_best needs rows to evaluate on; give held-out files")
     reshard(model)
-    optimizer = build_optimizer(model, settings)
+    optimizer = optimizer or build_optimizer(model, settings)
     run = describe_run(settings, plan, fingerprint)
     del run["save_dtype"]  # only the result is written in it, so until then a run may go on with another one
     checkpoints = Checkpoints(settings, model, optimizer, run, world, choices)
     first = checkpoints.resume(plan.total_steps)
-    log = MetricsLog(Path(settings.output) / "metrics.jsonl", after_step=first) if world.is_main else None
+    file, every = Path(settings.output) / "metrics.jsonl", settings.evaluate_every
+    log = MetricsLog(file, first, settings.log_to, run) if world.is_main else None
     tokens, seconds = log.totals() if log else (0, 0.0)
+    best = all_values(log.best if log else math.inf, world)[0]
 
     model.train()
-    with StopRequest(world) as stop, _progress_bar(settings, first, plan.total_steps, world) as bar:
+    trackers = closing(log) if log else nullcontext()
+    with trackers, StopRequest(world) as stop, _progress_bar(settings, first, plan.total_steps, world) as bar:
         for step in range(first, plan.total_steps):
             began = time.perf_counter()
             rate = _prepare(step, plan, optimizer, settings, world)
@@ -97,10 +104,13 @@ def train(
                 "tokens": tokens, "tokens_per_second": num_tokens / took, "seconds": seconds,
             }  # fmt: skip
             last = step + 1 == plan.total_steps
-            if evaluate and (last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)):
+            if evaluate and (last or (every and (step + 1) % every == 0)):
                 record |= {f"eval_{name}": value for name, value in evaluate().items()}
                 model.train()
                 reshard(model)
+                if settings.keep_best and record["eval_loss"] < best:
+                    best = record["eval_loss"]
+                    checkpoints.save_best(step + 1)
             if log:
                 log.write(record)
                 _show(record, bar, watch)
@@ -112,6 +122,8 @@ def train(
                 if sent:
                     bar.close()
                     stop.leave(sent, f"{settings.output}: step {step + 1} of {plan.total_steps}", saved)
+    if settings.keep_best:
+        checkpoints.load_best()
     model.eval()
 
 
@@ -208,7 +220,7 @@ def run_choices(
             found = {name: ours for name, ours in _state(Path(output))["choices"].items() if isinstance(ours, bool)}
         use(found)
         found = settle()
-    found = from_main(found, world)
+    found = all_values(found, world)[0]
     if not world.is_main:
         use(found)
     return found

@@ -1,59 +1,103 @@
-"""metrics.jsonl: one JSON object per optimizer step; and a watch on those of preference optimization."""
+"""metrics.jsonl: one JSON object per optimizer step; trackers; and a watch on preference optimization."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from pedgpt.files import naming_full_disk, sync, write_text
 
+# What a tracker is given at each step, and what ends it.
+Tracker = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]
+
 
 class MetricsLog:
     """Appends to a file of one JSON line per step; on resuming, lines after the checkpoint's step are dropped.
 
-    Raises ValueError naming the file and the line if one of a step before the checkpoint is damaged.
+    Each step goes to the `trackers` too ("wandb", "tensorboard"), which are given `settings`. Raises ValueError naming
+    the file and the line if one of a step before the checkpoint is damaged.
     """
 
-    def __init__(self, path: Path, after_step: int = 0) -> None:
+    def __init__(
+        self, path: Path, after_step: int = 0, trackers: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[dict[str, Any]] = []
-        if path.exists():
-            for number, line in enumerate(path.read_bytes().splitlines(), 1):
-                if (kept[-1]["step"] if kept else 0) == after_step:
-                    break  # what follows, perhaps the line that a killed run was writing, is written again
-                try:
-                    record = json.loads(line)
-                    later = record["step"] > after_step
-                    float(record["tokens"] + record["seconds"])
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    raise ValueError(
-                        f"{path}:{number}: not the record of a step, the file is damaged; "
-                        "delete the line to go on without it"
-                    ) from None
-                if later:
-                    break
-                kept.append(record)
-        self.last = kept[-1] if kept else None
+        self.best = math.inf  # the lowest held-out loss so far
+        for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+            if (kept[-1]["step"] if kept else 0) == after_step:
+                break  # what follows, perhaps the line that a killed run was writing, is written again
+            try:
+                record = json.loads(line)
+                later = record["step"] > after_step
+                float(record["tokens"] + record["seconds"])
+                self.best = min(self.best, math.inf if later else record.get("eval_loss", math.inf))
+            except (ValueError, TypeError, KeyError, RecursionError, AttributeError):
+                raise ValueError(
+                    f"{path}:{number}: not the record of a step, the file is damaged; "
+                    "delete the line to go on without it"
+                ) from None
+            if later:
+                break
+            kept.append(record)
+        self.last: dict[str, Any] = kept[-1] if kept else {"tokens": 0, "seconds": 0.0}
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.trackers = [TRACKERS[name](path.parent, after_step, settings or {}) for name in trackers]
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one step."""
         line = json.dumps(record) + "\n"
         with naming_full_disk(self.path, len(line)), open(self.path, "a", encoding="utf-8") as handle:
             handle.write(line)
+        for write, _ in self.trackers:
+            write(record)
 
     def sync(self) -> None:
         """Wait until all lines are on the disk."""
         sync(self.path)
 
+    def close(self) -> None:
+        """End the trackers."""
+        for _, end in self.trackers:
+            end()
+
     def totals(self) -> tuple[int, float]:
         """(tokens, seconds) spent so far."""
-        return (self.last["tokens"], self.last["seconds"]) if self.last else (0, 0.0)
+        return self.last["tokens"], self.last["seconds"]
+
+
+def _tensorboard(output: Path, after_step: int, settings: Mapping[str, Any]) -> Tracker:
+    """Event files in `output`/tensorboard; those of steps after the checkpoint are hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(output / "tensorboard"), purge_step=after_step + 1)
+
+    def write(record: dict[str, Any]) -> None:
+        for name in record.keys() - {"step"}:
+            writer.add_scalar(name, record[name], record["step"])
+
+    return write, writer.close
+
+
+def _wandb(output: Path, after_step: int, settings: Mapping[str, Any]) -> Tracker:
+    """A run named as the folder; what resumes from a checkpoint goes on under the id in `output`/wandb_id.txt."""
+    import wandb
+
+    file = output / "wandb_id.txt"
+    if not (after_step and file.exists()):
+        write_text(file, secrets.token_hex(4))
+    name = file.read_text(encoding="utf-8")
+    run = wandb.init(id=name, resume="allow", name=output.name, dir=str(output), config=dict(settings))
+    return lambda record: run.log(record, step=record["step"]), run.finish
+
+
+TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard}
 
 
 class ChosenLikelihoodWatch:
