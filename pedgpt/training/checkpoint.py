@@ -58,9 +58,9 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier(world)
-    tensors, moments = _contents(model, optimizer)
-    state = {"step": step, "run": run, "choices": choices or {}, "optimizer": _settings(optimizer)}
-    state["numbers"] = {f"{name}.{key}": moments[name][key] for name, key in _entries(moments, of_tensors=False)}
+    tensors, places = _contents(model, optimizer)
+    numbers = {name: values[key] for name, (values, key) in places.items()}
+    state = {"step": step, "run": run, "choices": choices or {}, "optimizer": _settings(optimizer), "numbers": numbers}
     try:
         writer = _Writer(temporary)
         writer.target, writer.size = target, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -90,32 +90,30 @@ def load_checkpoint(
     optimizer differs from what the checkpoint was written with, naming each difference.
     """
     state = _verify(checkpoint, run, optimizer, world)
-    tensors, moments = _contents(model, optimizer)
+    tensors, places = _contents(model, optimizer)
     with _naming(checkpoint), _plain_errors():
-        # NOTE: DCP fills the tensors in place, and `moments` holds the optimizer's own dictionaries, so this fills the
-        # optimizer too; `set_optimizer_state_dict` would round moments to the dtype of their parameters.
+        # NOTE: this fills the optimizer too, because the tensors and the dictionaries are its own;
+        # `set_optimizer_state_dict` would round moments to the dtype of their parameters.
         dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=world.size == 1)
-        for name, key in _entries(moments, of_tensors=False):
-            moments[name][key] = state["numbers"][f"{name}.{key}"]
+        for name, (values, key) in places.items():
+            values[key] = state["numbers"][name]
     return state["step"]
 
 
-def _contents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a checkpoint, and the optimizer's state of each parameter, made by an empty step if it has none.
-
-    A checkpoint holds nothing but tensors, because DCP pickles anything else; `state.json` has the numbers.
-    """
-    whole: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer)) if optimizer else {"state": {}}
-    moments = whole["state"]
-    tensors = {f"model.{name}": parameter.data for name, parameter in trained(model).items()}
-    kept = {f"optimizer.{name}.{key}": moments[name][key] for name, key in _entries(moments, of_tensors=True)}
-    return tensors | kept, moments
-
-
-def _entries(moments: Mapping[str, Mapping[str, Any]], of_tensors: bool) -> Iterator[tuple[str, str]]:
-    """(parameter, key) of the tensors in an optimizer's state, or of all else."""
+def _contents(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[dict[str, Tensor], dict[str, tuple[dict[str, Any], str]]]:
+    """The tensors of a checkpoint, and where the optimizer has anything else: DCP would pickle it."""
+    tensors: dict[str, Tensor] = {f"model.{name}": parameter.data for name, parameter in trained(model).items()}
+    places = {}
+    moments: Any = get_optimizer_state_dict(model, optimizer)["state"] if optimizer else {}  # made if there is none yet
     for name, values in moments.items():
-        yield from ((name, key) for key, value in values.items() if isinstance(value, Tensor) == of_tensors)
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{name}.{key}"] = value
+            else:
+                places[f"{name}.{key}"] = values, key
+    return tensors, places
 
 
 def _settings(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext, suppress
 from datetime import date
 from pathlib import Path
@@ -26,7 +26,7 @@ from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, all_values, autocast, barrier, reshard, sum_over_ranks
 from pedgpt.training.keeping import Checkpoints, StopRequest
 from pedgpt.training.metrics import MetricsLog
-from pedgpt.training.optim import build_optimizer, learning_rate
+from pedgpt.training.optim import build_optimizer, learning_rate, trained
 
 # Settings that change neither the data nor the weights, so a run may be resumed with others; held-out files too.
 _FREE = {
@@ -156,7 +156,7 @@ def mean_loss(
     training = model.training
     model.eval()
     sums: dict[str, Any] = {}
-    weight = 0.0
+    weight = 0
     with torch.no_grad():
         # Every rank makes the same number of forward passes, perhaps empty ones: sharded weights are gathered together.
         width = settings.micro_batch_size * world.size
@@ -164,13 +164,10 @@ def mean_loss(
             rows = list(range(start, min(start + width, num_rows)))[world.rank :: world.size]
             batch = make_batch(rows, rows)
             with autocast(world, getattr(torch, settings.dtype)):
-                loss, metrics = loss_function(model, batch.to(world.device))
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.double()
+                _add(sums, *loss_function(model, batch.to(world.device)))
             weight += batch.weight
     model.train(training)
-    *totals, weight = sum_over_ranks([*_numbers(sums.values()), weight], world)
-    return {name: total / max(weight, 1) for name, total in zip(sums, totals, strict=True)}
+    return _means(sums, weight, world)
 
 
 def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) -> dict[str, Any]:
@@ -186,18 +183,12 @@ def run_date(output: str | Path, world: World, shared: str = "") -> str:
     It is the day of the run in `output` if that is finished or has a checkpoint, else `shared`, else today. The main
     rank decides for all ranks, because midnight may pass while they start.
     """
-    folder, found = Path(output), ""
-    with suppress(Exception):  # a fault in these files is reported where they are read in full
-        done = folder / "done.json"
-        found = (json.loads(done.read_bytes()) if done.is_file() else _state(folder)["run"])["template_date"]
+    found = _remembered(Path(output)).get("template_date") or shared
     try:
-        day = date.fromisoformat(found or shared) if found or shared else date.today()
+        day = date.fromisoformat(found) if found else date.today()
     except (TypeError, ValueError):
-        raise ValueError(
-            f"{output}: its template_date is {found or shared!r}, expected a day like 2026-03-31"
-        ) from None
-    (number,) = sum_over_ranks([day.toordinal() if world.is_main else 0], world)
-    return date.fromordinal(int(number)).isoformat()
+        raise ValueError(f"{output}: its template_date is {found!r}, expected a day like 2026-03-31") from None
+    return date.fromordinal(all_values(day.toordinal(), world)[0]).isoformat()
 
 
 def run_choices(
@@ -216,9 +207,9 @@ def run_choices(
     use({})  # raises on every rank what it may raise
     found: dict[str, bool] = {}
     if world.is_main:
-        with suppress(Exception):  # a fault in the file is reported where it is read in full
-            found = {name: ours for name, ours in _state(Path(output))["choices"].items() if isinstance(ours, bool)}
-        use(found)
+        stored = _remembered(Path(output)).get("choices")
+        stored = stored if isinstance(stored, dict) else {}
+        use({name: ours for name, ours in stored.items() if isinstance(ours, bool)})
         found = settle()
     found = all_values(found, world)[0]
     if not world.is_main:
@@ -226,9 +217,14 @@ def run_choices(
     return found
 
 
-def _state(output: Path) -> dict[str, Any]:
-    """What the last checkpoint says of itself; OSError if there is none."""
-    return json.loads(((latest_checkpoint(output / "checkpoints") or output) / "state.json").read_bytes())
+def _remembered(output: Path) -> dict[str, Any]:
+    """What a finished run, or its last checkpoint, says of it; a fault in these files is told where all is read."""
+    with suppress(Exception):
+        if (done := output / "done.json").is_file():
+            return dict(json.loads(done.read_bytes()))
+        state = json.loads(((latest_checkpoint(output / "checkpoints") or output) / "state.json").read_bytes())
+        return {**state["run"], "choices": state.get("choices")}
+    return {}
 
 
 def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> bool:
@@ -295,22 +291,18 @@ def _step(
     world: World,
 ) -> tuple[dict[str, float], int, float]:
     """One update; returns the metrics, the tokens and the gradient norm of the whole global batch."""
-    weight, num_tokens = sum_over_ranks(
-        [sum(batch.weight for batch in batches), sum(batch.num_tokens for batch in batches)], world
-    )
+    mine = sum(batch.weight for batch in batches)
+    weight, num_tokens = sum_over_ranks([mine, sum(batch.num_tokens for batch in batches)], world)
     sums: dict[str, Any] = {}
     for batch in batches:
         with autocast(world, getattr(torch, settings.dtype)):
             loss, metrics = loss_function(model, batch.to(world.device))
         # FSDP averages gradients over ranks; the sum is wanted.
         (loss * (world.size / max(weight, 1))).backward()
-        for name, value in {"loss": loss, **metrics}.items():
-            sums[name] = sums.get(name, 0.0) + value.detach()
+        _add(sums, loss, metrics)
         del loss  # and its graph, before the next one is made
-    totals = sum_over_ranks(_numbers(sums.values()), world)
-    means = {name: total / max(weight, 1) for name, total in zip(sums, totals, strict=True)}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+    means = _means(sums, mine, world)
+    norm = nn.utils.clip_grad_norm_(list(trained(model).values()), settings.max_grad_norm or float("inf"))
     grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     for name, number in (("loss", means["loss"]), ("gradient's norm", grad_norm)):
         if not math.isfinite(number):
@@ -320,7 +312,13 @@ def _step(
     return means, int(num_tokens), grad_norm
 
 
-def _numbers(values: Iterable[Tensor]) -> list[float]:
-    """Scalars on one device or several, in one transfer: each would wait for the device."""
-    scalars = [value.detach().double() for value in values]
-    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []
+def _add(sums: dict[str, Any], loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+    for name, value in {"loss": loss, **metrics}.items():
+        sums[name] = sums.get(name, 0.0) + value.detach().double()
+
+
+def _means(sums: Mapping[str, Tensor], weight: int, world: World) -> dict[str, float]:
+    """The sums of all ranks over their weight, in one transfer from the device: each would wait for it."""
+    scalars = [value.to(world.device) for value in sums.values()]
+    *totals, weight_of_all = sum_over_ranks([*(torch.stack(scalars).tolist() if scalars else ()), weight], world)
+    return {name: total / max(weight_of_all, 1) for name, total in zip(sums, totals, strict=True)}

@@ -29,24 +29,24 @@ class MetricsLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[dict[str, Any]] = []
+        self.last: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
         self.best = math.inf  # the lowest held-out loss so far
         for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
-            if (kept[-1]["step"] if kept else 0) == after_step:
+            if self.last["step"] == after_step:
                 break  # what follows, perhaps the line that a killed run was writing, is written again
             try:
                 record = json.loads(line)
-                later = record["step"] > after_step
-                float(record["tokens"] + record["seconds"])
-                self.best = min(self.best, math.inf if later else record.get("eval_loss", math.inf))
+                float(record["step"] + record["tokens"] + record["seconds"])
+                held_out = float(record.get("eval_loss", math.inf))
             except (ValueError, TypeError, KeyError, RecursionError, AttributeError):
                 raise ValueError(
                     f"{path}:{number}: not the record of a step, the file is damaged; "
                     "delete the line to go on without it"
                 ) from None
-            if later:
+            if record["step"] > after_step:
                 break
+            self.last, self.best = record, min(self.best, held_out)
             kept.append(record)
-        self.last: dict[str, Any] = kept[-1] if kept else {"tokens": 0, "seconds": 0.0}
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self.trackers = [TRACKERS[name](path.parent, after_step, settings or {}) for name in trackers]
 
