@@ -62,6 +62,7 @@ class Checkpoints:
         whole = all(parameter.requires_grad for parameter in model.parameters())  # else it is an adapter
         dtype = getattr(torch, settings.save_dtype or (settings.dtype if whole else "float32"))
         self.result = sum(parameter.numel() for parameter in parameters) * dtype.itemsize + weights * settings.keep_best
+        self.best = math.inf  # the lowest held-out loss so far
         self.written = time.monotonic()
         self.seconds = self.size / _BYTES_A_SECOND
 
@@ -114,11 +115,13 @@ class Checkpoints:
             self._free(self.result)
         return True
 
-    def save_best(self, step: int) -> None:
-        """Write the weights, which are the best so far, in place of those that were."""
-        save_checkpoint(self.folder / "best", step, self.model, None, self.run, self.world)
-        if self.world.is_main:
-            prune_checkpoints(self.folder / "best", 1)
+    def keep_best(self, step: int, loss: float) -> None:
+        """Write the weights in place of the best ones so far, if this held-out loss is lower."""
+        if self.settings.keep_best and loss < self.best:
+            self.best = loss
+            save_checkpoint(self.folder / "best", step, self.model, None, self.run, self.world)
+            if self.world.is_main:
+                prune_checkpoints(self.folder / "best", 1)
 
     def load_best(self) -> None:
         """Make the model the best one of the run."""

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext, suppress
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -17,7 +17,6 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from pedgpt.files import write_json
 from pedgpt.training.batches import BatchPlan
@@ -25,7 +24,7 @@ from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, all_values, autocast, barrier, reshard, sum_over_ranks
 from pedgpt.training.keeping import Checkpoints, StopRequest
-from pedgpt.training.metrics import MetricsLog
+from pedgpt.training.metrics import Report
 from pedgpt.training.optim import build_optimizer, learning_rate, trained
 
 # Settings that change neither the data nor the weights, so a run may be resumed with others; held-out files too.
@@ -83,65 +82,36 @@ def train(
     run = describe_run(settings, plan, fingerprint)
     del run["save_dtype"]  # only the result is written in it, so until then a run may go on with another one
     checkpoints = Checkpoints(settings, model, optimizer, run, world, choices)
-    first = checkpoints.resume(plan.total_steps)
-    file, every = Path(settings.output) / "metrics.jsonl", settings.evaluate_every
-    log = MetricsLog(file, first, settings.log_to, run) if world.is_main else None
-    tokens, seconds = log.totals() if log else (0, 0.0)
-    best = all_values(log.best if log else math.inf, world)[0]
-
+    first, total, sent = checkpoints.resume(plan.total_steps), plan.total_steps, 0
     model.train()
-    trackers = closing(log) if log else nullcontext()
-    with trackers, StopRequest(world) as stop, _progress_bar(settings, first, plan.total_steps, world) as bar:
-        for step in range(first, plan.total_steps):
-            began = time.perf_counter()
-            rate = _prepare(step, plan, optimizer, settings, world)
-            batches = [make_batch(rows, ids) for rows, ids in plan.micro_batches(step, world.rank, world.size)]
-            metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world)
-            took = time.perf_counter() - began
-            tokens, seconds = tokens + num_tokens, seconds + took
-            record: dict[str, Any] = {
-                "step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm,
-                "tokens": tokens, "tokens_per_second": num_tokens / took, "seconds": seconds,
-            }  # fmt: skip
-            last = step + 1 == plan.total_steps
-            if evaluate and (last or (every and (step + 1) % every == 0)):
-                record |= {f"eval_{name}": value for name, value in evaluate().items()}
-                model.train()
-                reshard(model)
-                if settings.keep_best and record["eval_loss"] < best:
-                    best = record["eval_loss"]
-                    checkpoints.save_best(step + 1)
-            if log:
-                log.write(record)
-                _show(record, bar, watch)
-            due, sent = stop.agree(checkpoints.due(step + 1))
-            if due or last or sent:
-                if log:
-                    log.sync()  # a checkpoint's steps are in the log, whatever happens
-                saved = checkpoints.save(step + 1, ending=bool(last or sent))
+    with StopRequest(world) as stop:
+        with Report(settings, run, first, total, world, watch) as report:
+            checkpoints.best = all_values(report.log and report.log.best, world)[0]
+            for step in range(first, total):
+                began = time.perf_counter()
+                rate = _prepare(step, plan, optimizer, settings, world)
+                batches = [make_batch(rows, ids) for rows, ids in plan.micro_batches(step, world.rank, world.size)]
+                metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world)
+                record = {"step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm}
+                record |= report.spent(num_tokens, time.perf_counter() - began)
+                last, every = step + 1 == total, settings.evaluate_every
+                if evaluate and (last or (every and (step + 1) % every == 0)):
+                    record |= {f"eval_{name}": value for name, value in evaluate().items()}
+                    model.train()
+                    reshard(model)
+                    checkpoints.keep_best(step + 1, record.get("eval_loss", math.inf))
+                report.write(record)
+                due, sent = stop.agree(checkpoints.due(step + 1))
+                if due or last or sent:
+                    if report.log:
+                        report.log.sync()  # a checkpoint's steps are in the log, whatever happens
+                    saved = checkpoints.save(step + 1, ending=bool(last or sent))
                 if sent:
-                    bar.close()
-                    stop.leave(sent, f"{settings.output}: step {step + 1} of {plan.total_steps}", saved)
-    if settings.keep_best:
-        checkpoints.load_best()
+                    break
+        if sent:
+            stop.leave(sent, f"{settings.output}: step {step + 1} of {total}", saved)
+    checkpoints.load_best()
     model.eval()
-
-
-def _progress_bar(settings: TrainingSettings, first: int, total: int, world: World) -> tqdm:
-    """The steps done, on the main rank's standard error."""
-    interactive = sys.stderr.isatty()
-    return tqdm(
-        total=total, initial=first, unit="step", desc=Path(settings.output).name, disable=not world.is_main,
-        dynamic_ncols=interactive, mininterval=0.2 if interactive else 10, file=sys.stderr,
-    )  # fmt: skip
-
-
-def _show(record: dict[str, float], bar: tqdm, watch: Callable[[dict[str, float]], str | None] | None) -> None:
-    """Move the progress bar on by one step, and print what `watch` warns of above it."""
-    bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False)
-    bar.update()
-    if watch and (warning := watch(record)):
-        tqdm.write(f"warning: {warning}", file=sys.stderr)
 
 
 def mean_loss(

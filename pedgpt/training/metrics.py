@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
+
+from tqdm import tqdm
 
 from pedgpt.files import naming_full_disk, sync, write_text
+from pedgpt.training.config import TrainingSettings
+from pedgpt.training.distributed import World
 
 # What a tracker is given at each step, and what ends it.
 Tracker = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]
@@ -19,13 +24,10 @@ Tracker = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]
 class MetricsLog:
     """Appends to a file of one JSON line per step; on resuming, lines after the checkpoint's step are dropped.
 
-    Each step goes to the `trackers` too ("wandb", "tensorboard"), which are given `settings`. Raises ValueError naming
-    the file and the line if one of a step before the checkpoint is damaged.
+    Raises ValueError naming the file and the line if one of a step before the checkpoint is damaged.
     """
 
-    def __init__(
-        self, path: Path, after_step: int = 0, trackers: Sequence[str] = (), settings: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, path: Path, after_step: int = 0) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[dict[str, Any]] = []
@@ -48,24 +50,16 @@ class MetricsLog:
             self.last, self.best = record, min(self.best, held_out)
             kept.append(record)
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.trackers = [TRACKERS[name](path.parent, after_step, settings or {}) for name in trackers]
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one step."""
         line = json.dumps(record) + "\n"
         with naming_full_disk(self.path, len(line)), open(self.path, "a", encoding="utf-8") as handle:
             handle.write(line)
-        for write, _ in self.trackers:
-            write(record)
 
     def sync(self) -> None:
         """Wait until all lines are on the disk."""
         sync(self.path)
-
-    def close(self) -> None:
-        """End the trackers."""
-        for _, end in self.trackers:
-            end()
 
     def totals(self) -> tuple[int, float]:
         """(tokens, seconds) spent so far."""
@@ -97,7 +91,56 @@ def _wandb(output: Path, after_step: int, settings: Mapping[str, Any]) -> Tracke
     return lambda record: run.log(record, step=record["step"]), run.finish
 
 
-TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard}
+_TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard}
+
+
+class Report:
+    """What a run tells of itself, on the main rank only: metrics.jsonl, trackers, a progress bar, warnings."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        run: Mapping[str, Any],
+        first: int,
+        total: int,
+        world: World,
+        watch: Callable[[dict[str, float]], str | None] | None,
+    ) -> None:
+        output, self.watch = Path(settings.output), watch
+        self.log = MetricsLog(output / "metrics.jsonl", after_step=first) if world.is_main else None
+        self.tokens, self.seconds = self.log.totals() if self.log else (0, 0.0)
+        self.trackers = [_TRACKERS[name](output, first, run) for name in settings.log_to if world.is_main]
+        interactive = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total, initial=first, unit="step", desc=output.name, disable=not world.is_main,
+            dynamic_ncols=interactive, mininterval=0.2 if interactive else 10, file=sys.stderr,
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        for _tell, end in self.trackers:
+            end()
+
+    def spent(self, num_tokens: int, seconds: float) -> dict[str, float]:
+        """The entries of a record that say what the step and the run so far have taken."""
+        self.tokens, self.seconds = self.tokens + num_tokens, self.seconds + seconds
+        return {"tokens": self.tokens, "tokens_per_second": num_tokens / seconds, "seconds": self.seconds}
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Tell one step everywhere; what `watch` warns of is printed above the bar."""
+        if self.log is None:
+            return
+        self.log.write(record)
+        for tell, _ in self.trackers:
+            tell(record)
+        speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+        self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed}", refresh=False)
+        self.bar.update()
+        if self.watch and (warning := self.watch(record)):
+            tqdm.write(f"warning: {warning}", file=sys.stderr)
 
 
 class ChosenLikelihoodWatch:
