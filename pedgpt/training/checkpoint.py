@@ -28,8 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from pedgpt.files import DiskFull, naming_full_disk, sync, write_json
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, all_values, barrier, together
-from pedgpt.training.optim import trained
+from pedgpt.training.distributed import World, all_values, barrier, together, trained
 
 _STATE, _INDEX, _SUMS = "state.json", ".metadata", "checksums.json"
 # Settings that name the data and the base model, whose content the fingerprint in `_CONTENT` proves.

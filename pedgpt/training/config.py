@@ -69,26 +69,25 @@ class TrainingSettings:
 
     def check(self) -> None:
         """Raise ValueError for a value out of range or a package that is not there, before anything is loaded."""
-        dtypes = ("float32", "bfloat16")
-        floats = [f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), float)]
-        rules: list[tuple[str, Callable[[Any], bool], Sequence[str]]] = [
+        floats = " ".join(f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), float))
+        rules: list[tuple[str, Callable[[Any], bool], str]] = [
             ("be a finite number", math.isfinite, floats),
-            ("be at least 1", lambda x: x >= 1, ("global_batch_size", "micro_batch_size", "keep_checkpoints")),
-            ("not be negative", lambda x: x >= 0, ("max_steps", "evaluate_every", "max_grad_norm", "weight_decay")),
-            ("be positive", lambda x: x > 0, ("epochs", "learning_rate")),
-            ("be between 0 and 1", lambda x: 0 <= x <= 1, ("warmup_ratio", "final_learning_rate_ratio", "decay_ratio")),
-            ("be at least 0 and below 1", lambda x: 0 <= x < 1, ("beta1", "beta2")),
-            ('be "float32" or "bfloat16"', dtypes.__contains__, ("dtype",)),
-            ('be "float32" or "bfloat16"', ("", *dtypes).__contains__, ("save_dtype",)),
-            ("name wandb or tensorboard", {"wandb", "tensorboard"}.issuperset, ("log_to",)),
+            ("be at least 1", lambda x: x >= 1, "global_batch_size micro_batch_size keep_checkpoints"),
+            ("not be negative", lambda x: x >= 0, "max_steps evaluate_every max_grad_norm weight_decay"),
+            ("be positive", lambda x: x > 0, "epochs learning_rate"),
+            ("be between 0 and 1", lambda x: 0 <= x <= 1, "warmup_ratio final_learning_rate_ratio decay_ratio"),
+            ("be at least 0 and below 1", lambda x: 0 <= x < 1, "beta1 beta2"),
+            ('be "float32" or "bfloat16"', lambda x: x in ("float32", "bfloat16"), "dtype"),
+            ('be "float32" or "bfloat16"', lambda x: x in ("", "float32", "bfloat16"), "save_dtype"),
             (
                 'be "auto" or a number of steps',
                 lambda x: x == "auto" or (isinstance(x, int) and x >= 0),
-                ("checkpoint_every",),
+                "checkpoint_every",
             ),
+            ("name wandb or tensorboard", lambda x: {*x} <= {"wandb", "tensorboard"}, "log_to"),
         ]
         for what, holds, names in rules:
-            for name in names:
+            for name in names.split():
                 if not holds(value := getattr(self, name)):
                     raise ValueError(f"{name} must {what}, found {value!r}")
         if self.keep_best and not self.evaluate_every:

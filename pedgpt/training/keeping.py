@@ -28,8 +28,7 @@ from pedgpt.training.checkpoint import (
     save_checkpoint,
 )
 from pedgpt.training.config import TrainingSettings, tell_torchrun
-from pedgpt.training.distributed import World, sum_over_ranks
-from pedgpt.training.optim import trained
+from pedgpt.training.distributed import World, sum_over_ranks, trained
 
 # checkpoint_every = "auto" waits _SECONDS, or _TIMES as long as writing takes (5 % of the time) if that is longer.
 _SECONDS, _TIMES = 600.0, 20
@@ -196,7 +195,7 @@ def require_finite(model: nn.Module, step: int, world: World) -> None:
         )
 
 
-class StopRequest:
+class StopRequest(ExitStack):
     """SIGTERM, Ctrl-C and a closed terminal are the wish to stop after this step; a second signal ends the run at once.
 
     NOTE: what comes within a second is the same wish, because `timeout` and service managers send their signal to
@@ -204,24 +203,21 @@ class StopRequest:
     """
 
     def __init__(self, world: World) -> None:
+        super().__init__()
         self.world = world
         self.number = 0
-        self.undo = ExitStack()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             read, write = os.pipe()
             os.set_blocking(write, False)
-            self.undo.callback(os.close, write)  # ends the thread
-            self.undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write))  # gets each signal Python handles
+            self.callback(os.close, write)  # ends the thread
+            self.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write))  # gets each signal Python handles
             threading.Thread(target=self._watch, args=(read,), daemon=True).start()
             for number in STOPPING:
                 if signal.getsignal(number) != signal.SIG_IGN:
-                    self.undo.callback(signal.signal, number, signal.signal(number, self._note))
+                    self.callback(signal.signal, number, signal.signal(number, self._note))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo.close()
 
     def _note(self, number: int, frame: object) -> None:
         if self.world.is_main and not self.number:  # a `print` here could interrupt another one

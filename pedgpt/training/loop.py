@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -22,10 +22,10 @@ from pedgpt.files import write_json
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, all_values, autocast, barrier, reshard, sum_over_ranks
+from pedgpt.training.distributed import World, all_values, autocast, barrier, reshard, sum_over_ranks, trained
 from pedgpt.training.keeping import Checkpoints, StopRequest
 from pedgpt.training.metrics import Report
-from pedgpt.training.optim import build_optimizer, learning_rate, trained
+from pedgpt.training.optim import build_optimizer, learning_rate
 
 # Settings that change neither the data nor the weights, so a run may be resumed with others; held-out files too.
 _FREE = {
@@ -85,7 +85,7 @@ def train(
     first, total, sent = checkpoints.resume(plan.total_steps), plan.total_steps, 0
     model.train()
     with StopRequest(world) as stop:
-        with Report(settings, run, first, total, world, watch) as report:
+        with closing(Report(settings, run, first, total, world, watch)) as report:
             checkpoints.best = all_values(report.log and report.log.best, world)[0]
             for step in range(first, total):
                 began = time.perf_counter()

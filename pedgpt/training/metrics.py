@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -116,10 +116,8 @@ class Report:
             dynamic_ncols=interactive, mininterval=0.2 if interactive else 10, file=sys.stderr,
         )  # fmt: skip
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the bar and the trackers."""
         self.bar.close()
         for _tell, end in self.trackers:
             end()

@@ -8,11 +8,7 @@ import torch
 from torch import nn
 
 from pedgpt.training.config import TrainingSettings
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+from pedgpt.training.distributed import trained
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
