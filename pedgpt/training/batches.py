@@ -38,12 +38,10 @@ class BatchPlan:
         """
         ids = range(step * self.global_batch_size, min((step + 1) * self.global_batch_size, self.total_rows))
         mine = ids[rank::world_size]
-        rounds = math.ceil(math.ceil(len(ids) / world_size) / self.micro_batch_size)
-        batches = []
-        for i in range(rounds):
-            chunk = mine[i * self.micro_batch_size : (i + 1) * self.micro_batch_size]
-            batches.append(([self._row(i) for i in chunk], list(chunk)))
-        return batches
+        size = self.micro_batch_size
+        rounds = math.ceil(math.ceil(len(ids) / world_size) / size)
+        chunks = [mine[i * size : (i + 1) * size] for i in range(rounds)]
+        return [([self._row(row_id) for row_id in chunk], list(chunk)) for chunk in chunks]
 
     def _row(self, row_id: int) -> int:
         epoch, place = divmod(row_id, self.num_rows)

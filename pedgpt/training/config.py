@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 import math
@@ -14,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -34,6 +35,7 @@ from pedgpt.training.distributed import stop
 
 C = TypeVar("C")
 Recompute = Literal["none", "selective", "block"]
+Schedule = Literal["cosine", "constant", "linear", "wsd"]
 
 
 @dataclass
@@ -47,6 +49,8 @@ class TrainingSettings:
     micro_batch_size: int = 4  # rows per forward pass and rank; the rest of the batch is accumulated
     learning_rate: float = 1e-5  # peak of the schedule
     final_learning_rate_ratio: float = 0.1  # learning rate at the end, as a share of the peak
+    schedule: Schedule = "cosine"  # after the warm-up: cosine, constant, linear, or wsd (constant, then linear decay)
+    decay_ratio: float = 0.1  # share of the steps in which the learning rate of wsd falls
     warmup_ratio: float = 0.03  # share of the steps in which the learning rate rises linearly
     weight_decay: float = 0.1  # AdamW, on matrices only
     beta1: float = 0.9  # AdamW
@@ -56,38 +60,42 @@ class TrainingSettings:
     save_dtype: str = ""  # of the trained weights on disk: float32 or bfloat16; empty: dtype, for adapters float32
     activation_checkpointing: Recompute = "none"  # computed again to save memory: none, selective (cheap parts), block
     evaluate_every: int = 0  # steps between evaluations on held-out rows; 0: only at the end
+    keep_best: bool = False  # the result is the model of the lowest held-out loss, not the last one
     checkpoint_every: int | str = "auto"  # steps between checkpoints; auto: about 5 % of the time goes to them; 0: none
     keep_checkpoints: int = 2  # how many of the last checkpoints stay on disk
+    log_to: list[str] = field(default_factory=list)  # besides metrics.jsonl: wandb, tensorboard
     seed: int = 0  # of the data order, the initial adapters and all noise
     device: str = "auto"  # auto, cpu or cuda
     plan: str = ""  # 24 or 8x80: only say what a step takes on a card of 24 GB, or on each of 8 of 80 GB
 
     def check(self) -> None:
-        """Raise ValueError for a value out of range, before anything is loaded."""
-        for f in dataclasses.fields(self):
-            if isinstance(value := getattr(self, f.name), float) and not math.isfinite(value):
-                raise ValueError(f"{f.name} must be a finite number, found {value}")
-        for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        every = self.checkpoint_every
-        if every != "auto" and not (isinstance(every, int) and every >= 0):
-            raise ValueError(f'checkpoint_every must be "auto" or a number of steps, found {every!r}')
-        for name in ("max_steps", "evaluate_every", "max_grad_norm", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
-        for name in ("epochs", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
-        for name in ("warmup_ratio", "final_learning_rate_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
-        for name in ("dtype", "save_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16", "" if name == "save_dtype" else "float32"):
-                raise ValueError(f'{name} must be "float32" or "bfloat16", found {getattr(self, name)!r}')
+        """Raise ValueError for a value out of range or a package that is not there, before anything is loaded."""
+        floats = " ".join(f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), float))
+        rules: list[tuple[str, Callable[[Any], bool], str]] = [
+            ("be a finite number", math.isfinite, floats),
+            ("be at least 1", lambda x: x >= 1, "global_batch_size micro_batch_size keep_checkpoints"),
+            ("not be negative", lambda x: x >= 0, "max_steps evaluate_every max_grad_norm weight_decay"),
+            ("be positive", lambda x: x > 0, "epochs learning_rate"),
+            ("be between 0 and 1", lambda x: 0 <= x <= 1, "warmup_ratio final_learning_rate_ratio decay_ratio"),
+            ("be at least 0 and below 1", lambda x: 0 <= x < 1, "beta1 beta2"),
+            ('be "float32" or "bfloat16"', lambda x: x in ("float32", "bfloat16"), "dtype"),
+            ('be "float32" or "bfloat16"', lambda x: x in ("", "float32", "bfloat16"), "save_dtype"),
+            (
+                'be "auto" or a number of steps',
+                lambda x: x == "auto" or (isinstance(x, int) and x >= 0),
+                "checkpoint_every",
+            ),
+            ("name wandb or tensorboard", lambda x: {*x} <= {"wandb", "tensorboard"}, "log_to"),
+        ]
+        for what, holds, names in rules:
+            for name in names.split():
+                if not holds(value := getattr(self, name)):
+                    raise ValueError(f"{name} must {what}, found {value!r}")
+        if self.keep_best and not self.evaluate_every:
+            raise ValueError("keep_best compares evaluations during training; set evaluate_every to a number of steps")
+        for name in self.log_to:
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(f"log_to names {name}, which is not installed: pip install 'pedgpt[{name}]'")
 
 
 def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
@@ -96,32 +104,104 @@ def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
     A list field takes several values; of a repeated flag the last counts. Raises ValueError for an unknown key (with
     the nearest known one), a value of the wrong type, a missing required field or an unreadable file.
     """
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     kinds = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+
+    def kind_of(name: str, place: str) -> Any:
+        if name not in names:
+            raise ValueError(f"{place} is no setting of this recipe; {nearest(name, names, 'settings')}")
+        return kinds[name]
+
     flags = _split_flags(arguments)
-    converted: dict[str, Any] = {}
     if "config" in flags:
         file = _single("config", flags.pop("config"))
         for name, value in read_toml(file).items():
             place = f"{toml_place(file, name)}: {name}"
-            _require_known(name, known, place)
-            converted[name] = _convert(place, value, kinds[name])
-    for name, given in flags.items():
-        _require_known(name, known, "--" + name.replace("_", "-"))
-        converted[name] = _convert(name, given, kinds[name], flag=True)
-    missing = [
-        name
-        for name, f in known.items()
-        if converted.get(name, "") == ""  # an output "" would be the folder in which the command runs
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if converted.get("plan"):  # It reads neither data nor weights, and writes nothing.
-        converted |= {name: (typing.get_origin(kinds[name]) or kinds[name])() for name in missing if name != "model"}
+            kind = kind_of(name, place)
+            found[name] = _convert(place, value, kind)
+    for name, words in flags.items():
+        kind = kind_of(name, "--" + name.replace("_", "-"))
+        found[name] = _convert(f"--{name}", _from_words(name, words, kind), kind)
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is MISSING]  # type: ignore[arg-type]
+    missing = [name for name in required if found.get(name, "") == ""]  # "" would be the folder of the command
+    if found.get("plan"):  # It reads neither data nor weights, and writes nothing.
+        found |= {name: (typing.get_origin(kinds[name]) or kinds[name])() for name in missing if name != "model"}
         missing = [name for name in missing if name == "model"]
     if missing:
         raise ValueError(f"missing setting: {', '.join(missing)}; give --{missing[0]} or set it in the --config file")
-    return cls(**converted)
+    return cls(**found)
+
+
+def _split_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """The words after each flag; of a repeated flag the last counts."""
+    flags: dict[str, list[str]] = {}
+    words: list[str] | None = None
+    for argument in arguments:
+        if re.match(r"--[A-Za-z]", argument):
+            name, equals, value = argument[2:].partition("=")
+            words = flags[name.replace("-", "_")] = [value] if equals else []
+        elif words is None:
+            raise ValueError(f"unexpected argument {argument!r}; settings are given as --key value")
+        else:
+            words.append(argument)
+    return flags
+
+
+def _single(name: str, words: list[str]) -> str:
+    if len(words) != 1:
+        raise ValueError(f"--{name} takes one value, found {len(words)}")
+    return words[0]
+
+
+def _types(kind: Any) -> list[Any]:
+    """The types that a field allows, such as int and str of `int | str`."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return [option for option in options if option is not types.NoneType]
+
+
+def _from_words(name: str, words: list[str], kind: Any) -> Any:
+    """The words after a flag as TOML would have the value; text that fits no type of the field stays text."""
+    if typing.get_origin(kind) is list:
+        return words
+    options = _types(kind)
+    if bool in options and not words:
+        return True
+    text = _single(name, words)
+    for option in options:
+        if option in (int, float, bool):
+            with suppress(ValueError, KeyError):
+                return {"true": True, "false": False}[text.lower()] if option is bool else option(text)
+    return text
+
+
+def _convert(place: str, value: Any, kind: Any) -> Any:
+    """A TOML value as the type of its field; ValueError names the place."""
+    if typing.get_origin(kind) is list:
+        value = [value] if isinstance(value, str) else value
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+        raise ValueError(f"{place} must be a list of strings, found {toml_shown(value)}")
+    if typing.get_origin(kind) is Literal:
+        words = [json.dumps(word) for word in typing.get_args(kind)]
+        if isinstance(value, str) and json.dumps(value) in words:
+            return value
+        hint = f"; {words[-1]} is what true was" if kind == Recompute and str(value).lower() == "true" else ""
+        raise ValueError(f"{place} must be {', '.join(words[:-1])} or {words[-1]}, found {toml_shown(value)}{hint}")
+    return toml_value(place, value, *_types(kind))
+
+
+def describe_settings(cls: type) -> str:
+    """Every setting with its comment and default, for --help."""
+    lines = ["", "settings (--config FILE.toml, --key value; the last counts):"]
+    comments: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), flags=re.MULTILINE))
+    for f in dataclasses.fields(cls):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        shown = "required" if default is MISSING else repr(default)
+        lines.append(f"  --{f.name:<26} {comments.get(f.name, '')} [{shown}]")
+    return "\n".join([inspect.getdoc(sys.modules[cls.__module__]) or "", *lines])
 
 
 def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: bool = True) -> None:
@@ -157,23 +237,22 @@ def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: bool = True) ->
 
 def leave(error: BaseException, output: str = "") -> NoReturn:
     """End a recipe: a user's mistake, a full disk or a signal in one line, and anything else with its traceback."""
-    reason, cause = None if isinstance(error, DiskFull) else full_disk(error), True
+    full = None if isinstance(error, DiskFull) else full_disk(error)
+    code, line, cause = 2, f"error: {error}", True
     if isinstance(error, SystemExit):  # whoever stopped the run has said so
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        code, line = error.code if isinstance(error.code, int) else int(error.code is not None), ""
     elif isinstance(error, KeyboardInterrupt):
         code, line = 130, "stopped by Ctrl-C; the same command goes on, or starts anew"
-    elif reason:
-        code, line = 2, f"error: {disk_full(getattr(error, 'filename', None) or output or '.', 0, reason)}"
-    elif isinstance(error, ValueError | OSError):
-        code, line = 2, f"error: {error}"
+    elif full:
+        line = f"error: {disk_full(getattr(error, 'filename', None) or output or '.', 0, full)}"
     elif isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error)):
-        code, line, cause = 2, "error: another process of this run has ended, and says why", False
-    else:
+        line, cause = "error: another process of this run has ended, and says why", False
+    elif not isinstance(error, ValueError | OSError):
         raise error
     if code == 2 and os.environ.get("PEDGPT_TRACEBACK"):
         raise error
     with suppress(OSError):  # standard error may be a file on a full disk
-        if not isinstance(error, SystemExit):
+        if line:
             tell_torchrun(line, cause)
             print(printable(line), file=sys.stderr, flush=True)
     # Other ranks may wait for this one in a collective: leave at once, torchrun ends them.
@@ -198,78 +277,3 @@ def tell_torchrun(line: str, cause: bool = True) -> None:
         said = {"message": printable(line), "extraInfo": {"timestamp": str(when)}}
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": said}, file)
-
-
-def describe_settings(cls: type) -> str:
-    """Every setting with its comment and default, for --help."""
-    comments: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), flags=re.MULTILINE))
-    lines = [
-        inspect.getdoc(sys.modules[cls.__module__]) or "",
-        "",
-        "settings (--config FILE.toml, --key value; the last counts):",
-    ]
-    for f in dataclasses.fields(cls):
-        default = "required"
-        if f.default is not dataclasses.MISSING:
-            default = repr(f.default)
-        elif f.default_factory is not dataclasses.MISSING:
-            default = repr(f.default_factory())
-        lines.append(f"  --{f.name:<26} {comments.get(f.name, '')} [{default}]")
-    return "\n".join(lines)
-
-
-def _split_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
-    flags: dict[str, list[str]] = {}
-    current: list[str] | None = None
-    for argument in arguments:
-        if re.match(r"--[A-Za-z]", argument):
-            name, equals, value = argument[2:].partition("=")
-            current = flags[name.replace("-", "_")] = []  # of a repeated flag the last counts
-            if equals:
-                current.append(value)
-        elif current is None:
-            raise ValueError(f"unexpected argument {argument!r}; settings are given as --key value")
-        else:
-            current.append(argument)
-    return flags
-
-
-def _require_known(name: str, known: typing.Iterable[str], where: str) -> None:
-    names = list(known)
-    if name not in names:
-        raise ValueError(f"{where} is no setting of this recipe; {nearest(name, names, 'settings')}")
-
-
-def _single(name: str, given: list[str]) -> str:
-    if len(given) != 1:
-        raise ValueError(f"--{name} takes one value, found {len(given)}")
-    return given[0]
-
-
-def _convert(name: str, value: Any, kind: Any, flag: bool = False) -> Any:
-    """A TOML value, or the list of strings that followed a flag, as the type of the field."""
-    kinds = [kind]
-    if isinstance(kind, types.UnionType):  # such as int | str; of a flag, the first type that fits
-        kinds = [option for option in typing.get_args(kind) if option is not types.NoneType]
-    if typing.get_origin(kind) is list:
-        if isinstance(value, str):
-            value = [value]
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return value
-        raise ValueError(f"{name} must be a list of strings, found {toml_shown(value)}")
-    if typing.get_origin(kind) is Literal:
-        words, value = typing.get_args(kind), _single(name, value) if flag else value
-        if value in words and isinstance(value, str):
-            return value
-        expected = f"{', '.join(map(json.dumps, words[:-1]))} or {json.dumps(words[-1])}"
-        hint = {"true": f"; {json.dumps(words[-1])} is what true was"}.get(str(value).lower(), "")
-        raise ValueError(f"{'--' * flag}{name} must be {expected}, found {toml_shown(value)}{hint}")
-    if not flag:
-        return toml_value(name, value, *kinds)
-    value = text = "true" if bool in kinds and not value else _single(name, value)
-    for kind in reversed(kinds):  # the text stays where it is no such type
-        with suppress(ValueError, KeyError):
-            value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    return toml_value(f"--{name}", value, *kinds)

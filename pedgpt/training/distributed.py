@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,21 +40,17 @@ def start(device: str = "auto") -> World:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees no CUDA device; use --device cpu or auto")
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
     if "RANK" not in os.environ:
-        return World(0, 1, torch.device("cuda", 0) if on_cuda else torch.device("cpu"))
+        return World(0, 1, target)
     if on_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(target)
     if not dist.is_initialized():
-        backend, restart = "nccl" if on_cuda else "gloo", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if restart == "0":
-            dist.init_process_group(backend)
-        else:
-            # NOTE: the store still holds the addresses of the processes that torchrun has replaced, and a process that
-            # comes before the others would connect to those; so each restart gets names of its own.
-            store, rank, size = next(rendezvous("env://"))
-            store = dist.PrefixStore(f"restart {restart}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    target = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_cuda else torch.device("cpu")
+        # NOTE: the store still holds the addresses of the processes that torchrun has replaced, and a process that
+        # comes before the others would connect to those; so each restart gets names of its own.
+        store, rank, size = next(rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size)
     return World(dist.get_rank(), dist.get_world_size(), target)
 
 
@@ -83,6 +79,11 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, dtype: to
     return model
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def reshard(model: nn.Module) -> None:
     """Make `model.parameters()` the sharded ones again: a forward without a backward leaves the root's gathered."""
     if isinstance(model, FSDPModule):
@@ -105,13 +106,24 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
     return total.tolist()
 
 
-def from_main(value: Any, world: World) -> Any:
-    """The main rank's value, of JSON's types, on every rank."""
-    if world.size == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0, device=world.device)
-    return values[0]
+def all_values(value: Any, world: World) -> list[Any]:
+    """Every rank's value, in the order of the ranks."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def together(world: World, otherwise: Exception) -> Iterator[None]:
+    """Raise on every rank if the block fails on one, there its own error: who went on would wait for it for ever."""
+    fault = None
+    try:
+        yield
+    except Exception as error:
+        fault = error
+    if sum_over_ranks([fault is not None], world)[0]:
+        raise fault or otherwise
 
 
 def run_on_main(steps: Iterator[int], world: World) -> None:
@@ -158,7 +170,7 @@ def gather_weights(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Call `write` on the main rank with (name, whole tensor on the CPU), one at a time; called on all ranks."""
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = trained(model)
 
     def gathered() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in model.state_dict().items():

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from pedgpt.files import DiskFull, disk_full, free_space, readable_size
 from pedgpt.training.checkpoint import (
     all_checkpoints,
-    checkpoint_size,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
+    remove_checkpoint,
     save_checkpoint,
 )
 from pedgpt.training.config import TrainingSettings, tell_torchrun
-from pedgpt.training.distributed import World, sum_over_ranks
+from pedgpt.training.distributed import World, sum_over_ranks, trained
 
 # checkpoint_every = "auto" waits _SECONDS, or _TIMES as long as writing takes (5 % of the time) if that is longer.
 _SECONDS, _TIMES = 600.0, 20
@@ -51,14 +53,15 @@ class Checkpoints:
         choices: Mapping[str, bool] | None = None,
     ) -> None:
         self.folder = Path(settings.output) / "checkpoints"
-        self.every, self.keep = settings.checkpoint_every, settings.keep_checkpoints
-        self.model, self.optimizer, self.run, self.world = model, optimizer, run, world
-        self.choices = choices
-        self.size = checkpoint_size(model)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.settings, self.every, self.keep = settings, settings.checkpoint_every, settings.keep_checkpoints
+        self.model, self.optimizer, self.run, self.world, self.choices = model, optimizer, run, world, choices
+        parameters = trained(model).values()
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        self.size = 3 * weights  # with two moments of each, as AdamW has them; other optimizers have no more
         whole = all(parameter.requires_grad for parameter in model.parameters())  # else it is an adapter
         dtype = getattr(torch, settings.save_dtype or (settings.dtype if whole else "float32"))
-        self.result = sum(parameter.numel() for parameter in trained) * dtype.itemsize
+        self.result = sum(parameter.numel() for parameter in parameters) * dtype.itemsize + weights * settings.keep_best
+        self.best = math.inf  # the lowest held-out loss so far
         self.written = time.monotonic()
         self.seconds = self.size / _BYTES_A_SECOND
 
@@ -72,6 +75,8 @@ class Checkpoints:
             self._check_space(total_steps - step)
             if step:
                 print(f"resuming from {checkpoint} at step {step} of {total_steps}", file=sys.stderr)
+            else:  # what a run with perhaps other settings found best
+                prune_checkpoints(self.folder / "best", 0)
         return step
 
     def due(self, step: int) -> bool:
@@ -89,7 +94,7 @@ class Checkpoints:
         require_finite(self.model, step, self.world)
         if not self.every:
             return False
-        optional = ending or not isinstance(self.every, int)
+        optional = ending or self.every == "auto"
         began = time.monotonic()
         try:
             if not sum_over_ranks([self.world.is_main and self._make_room(optional)], self.world)[0]:
@@ -109,29 +114,44 @@ class Checkpoints:
             self._free(self.result)
         return True
 
+    def keep_best(self, step: int, loss: float) -> None:
+        """Write the weights in place of the best ones so far, if this held-out loss is lower."""
+        if self.settings.keep_best and loss < self.best:
+            self.best = loss
+            save_checkpoint(self.folder / "best", step, self.model, None, self.run, self.world)
+            if self.world.is_main:
+                prune_checkpoints(self.folder / "best", 1)
+
+    def load_best(self) -> None:
+        """Make the model the best one of the run."""
+        if best := latest_checkpoint(self.folder / "best"):
+            step = load_checkpoint(best, self.model, None, self.run, self.world)
+            if self.world.is_main:
+                print(f"{self.settings.output}: the result is the model after step {step}, of the lowest held-out loss")
+
+    def _space(self) -> float:
+        """Bytes free on the disk; no limit where it does not say."""
+        free = free_space(self.folder)
+        return math.inf if free is None else free
+
     def _make_room(self, optional: bool) -> bool:
-        free, existing = free_space(self.folder), len(all_checkpoints(self.folder))
-        if free is None:
-            return True
-        if optional and free + (existing - 1) * self.size < self.result:
+        """Whether there is room for a checkpoint, once older ones are deleted."""
+        usable = self._space() + (len(all_checkpoints(self.folder)) - 1) * self.size
+        if optional and usable < self.result:
             return False  # the result would not fit beside it
-        if free + (existing - 1) * self.size >= self.size:
+        if usable >= self.size:
             self._free(self.size)
-        return (free_space(self.folder) or 0) >= self.size
+        return self._space() >= self.size
 
     def _free(self, needed: int) -> None:
         """Delete old checkpoints, never the last one, until `needed` bytes are free."""
-        while len(existing := all_checkpoints(self.folder)) > 1:
-            free = free_space(self.folder)
-            if free is None or free >= needed:
-                return
-            prune_checkpoints(self.folder, len(existing) - 1)
+        for checkpoint in all_checkpoints(self.folder)[:-1]:
+            if self._space() < needed:
+                remove_checkpoint(checkpoint)
 
     def _check_space(self, steps: int) -> None:
         """Warn before the training of what will not fit; DiskFull if the result or a promised checkpoint cannot fit."""
-        free, existing = free_space(self.folder), len(all_checkpoints(self.folder))
-        if free is None:
-            return
+        free, existing = self._space(), len(all_checkpoints(self.folder))
         if self.every and self.seconds > 20 and "TORCHELASTIC_RUN_ID" in os.environ:
             print(
                 f"note: a checkpoint takes about {self.seconds:.0f} s, and torchrun kills its processes 30 s after "
@@ -148,25 +168,25 @@ class Checkpoints:
             raise disk_full(self.folder.parent, self.result)
         if 0 < every < steps and usable < needed:
             raise disk_full(self.folder, needed)
-        fitting = (free + existing * self.size - self.result) // self.size if self.size else self.keep
-        space = f"{readable_size(free)} free, a checkpoint takes {readable_size(self.size)}"
-        space = f"warning: {self.folder.parent}: {space}, the result {readable_size(self.result)}"
-        if self.every and fitting < self.keep:
-            kept = f"only {fitting} of {self.keep} checkpoints are kept" if fitting > 0 else "there is no room for one"
-            lost = "" if fitting > 0 else ", so a run that is killed starts anew"
-            print(f"{space}: {kept}{lost}", file=sys.stderr)
+        room = free + existing * self.size - self.result
+        if self.every and room < self.keep * self.size:
+            fitting = int(room // self.size)
+            kept = "there is no room for one, so a run that is killed starts anew"
+            if fitting > 0:
+                kept = f"only {fitting} of {self.keep} checkpoints are kept"
+            space = f"{readable_size(int(free))} free, a checkpoint takes {readable_size(self.size)}"
+            result = readable_size(self.result)
+            print(f"warning: {self.folder.parent}: {space}, the result {result}: {kept}", file=sys.stderr)
 
 
 def require_finite(model: nn.Module, step: int, world: World) -> None:
     """ValueError, on every rank, if a weight that trains is infinite or not a number."""
-    local: list[tuple[str, Tensor]] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensor = parameter.detach()
-            local.append((name, tensor.to_local() if isinstance(tensor, DTensor) else tensor))
-    # First a sum of each, as an exact check of a large matrix takes memory; a sum may be infinite where no weight is.
-    finite = torch.stack([tensor.sum(dtype=torch.float32) for _, tensor in local]).isfinite().tolist()
-    bad = [name for (name, tensor), sure in zip(local, finite, strict=True) if not sure and not tensor.isfinite().all()]
+    tensors = {name: parameter.detach() for name, parameter in trained(model).items()}
+    tensors = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+    # The largest of each, infinite or not a number where one number is: exact, and at no further memory.
+    largest = {name: torch.linalg.vector_norm(tensor, torch.inf) for name, tensor in tensors.items() if tensor.numel()}
+    finite = torch.stack(list(largest.values())).isfinite().tolist() if largest else []
+    bad = [name for name, fine in zip(largest, finite, strict=True) if not fine]
     if sum_over_ranks([len(bad)], world)[0]:
         which = f", first {bad[0]}" if bad else ""
         raise ValueError(
@@ -175,7 +195,7 @@ def require_finite(model: nn.Module, step: int, world: World) -> None:
         )
 
 
-class StopRequest:
+class StopRequest(ExitStack):
     """SIGTERM, Ctrl-C and a closed terminal are the wish to stop after this step; a second signal ends the run at once.
 
     NOTE: what comes within a second is the same wish, because `timeout` and service managers send their signal to
@@ -183,27 +203,21 @@ class StopRequest:
     """
 
     def __init__(self, world: World) -> None:
+        super().__init__()
         self.world = world
         self.number = 0
-        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            read, self.pipe = os.pipe()
-            os.set_blocking(self.pipe, False)
-            self.pipe_before = signal.set_wakeup_fd(self.pipe)  # gets each signal that Python handles
+            read, write = os.pipe()
+            os.set_blocking(write, False)
+            self.callback(os.close, write)  # ends the thread
+            self.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write))  # gets each signal Python handles
             threading.Thread(target=self._watch, args=(read,), daemon=True).start()
             for number in STOPPING:
                 if signal.getsignal(number) != signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self._note)
+                    self.callback(signal.signal, number, signal.signal(number, self._note))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(self.pipe_before)
-            os.close(self.pipe)  # ends the thread
 
     def _note(self, number: int, frame: object) -> None:
         if self.world.is_main and not self.number:  # a `print` here could interrupt another one
@@ -216,7 +230,7 @@ class StopRequest:
 
     def _watch(self, pipe: int) -> None:
         """End the process at the second wish, also where it hangs in a collective and Python calls no handler."""
-        first = float("inf")
+        first = math.inf
         while received := os.read(pipe, 1):
             if received[0] in STOPPING:
                 first = min(first, time.monotonic())

@@ -8,8 +8,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -17,21 +17,20 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from pedgpt.files import write_json
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, autocast, barrier, from_main, reshard, sum_over_ranks
+from pedgpt.training.distributed import World, all_values, autocast, barrier, reshard, sum_over_ranks, trained
 from pedgpt.training.keeping import Checkpoints, StopRequest
-from pedgpt.training.metrics import MetricsLog
+from pedgpt.training.metrics import Report
 from pedgpt.training.optim import build_optimizer, learning_rate
 
 # Settings that change neither the data nor the weights, so a run may be resumed with others; held-out files too.
 _FREE = {
     "output", "micro_batch_size", "activation_checkpointing", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-    "device", "reference_logps", "shared_prompt", "plan",
+    "device", "reference_logps", "shared_prompt", "log_to", "plan",
 }  # fmt: skip
 
 
@@ -64,72 +63,55 @@ def train(
     fingerprint: str = "",
     watch: Callable[[dict[str, float]], str | None] | None = None,
     choices: Mapping[str, bool] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Train what is not frozen, from the last checkpoint in `settings.output` if there is one.
 
     Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks
     or of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
     Writes a line per step to metrics.jsonl; on the main rank `watch` is then given it, and what text it returns is
-    shown as a warning. `choices`, from `run_choices`, go into the checkpoints. SIGTERM and Ctrl-C end the run after the
-    step, with a checkpoint, by SystemExit(128 + signal). Raises ValueError if the loss, the gradient or a weight is not
-    finite.
+    shown as a warning. `choices`, from `run_choices`, go into the checkpoints. `optimizer` may be another than AdamW;
+    the settings set its learning rate. With `keep_best` the model ends as the best evaluation found it. SIGTERM and
+    Ctrl-C end the run after the step, with a checkpoint, by SystemExit(128 + signal). Raises ValueError if the loss,
+    the gradient or a weight is not finite.
     """
+    if settings.keep_best and evaluate is None:
+        raise ValueError("keep_best needs rows to evaluate on; give held-out files")
     reshard(model)
-    optimizer = build_optimizer(model, settings)
+    optimizer = optimizer or build_optimizer(model, settings)
     run = describe_run(settings, plan, fingerprint)
     del run["save_dtype"]  # only the result is written in it, so until then a run may go on with another one
     checkpoints = Checkpoints(settings, model, optimizer, run, world, choices)
-    first = checkpoints.resume(plan.total_steps)
-    log = MetricsLog(Path(settings.output) / "metrics.jsonl", after_step=first) if world.is_main else None
-    tokens, seconds = log.totals() if log else (0, 0.0)
-
+    first, total, sent = checkpoints.resume(plan.total_steps), plan.total_steps, 0
     model.train()
-    with StopRequest(world) as stop, _progress_bar(settings, first, plan.total_steps, world) as bar:
-        for step in range(first, plan.total_steps):
-            began = time.perf_counter()
-            rate = _prepare(step, plan, optimizer, settings, world)
-            batches = [make_batch(rows, ids) for rows, ids in plan.micro_batches(step, world.rank, world.size)]
-            metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world)
-            took = time.perf_counter() - began
-            tokens, seconds = tokens + num_tokens, seconds + took
-            record: dict[str, Any] = {
-                "step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm,
-                "tokens": tokens, "tokens_per_second": num_tokens / took, "seconds": seconds,
-            }  # fmt: skip
-            last = step + 1 == plan.total_steps
-            if evaluate and (last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)):
-                record |= {f"eval_{name}": value for name, value in evaluate().items()}
-                model.train()
-                reshard(model)
-            if log:
-                log.write(record)
-                _show(record, bar, watch)
-            due, sent = stop.agree(checkpoints.due(step + 1))
-            if due or last or sent:
-                if log:
-                    log.sync()  # a checkpoint's steps are in the log, whatever happens
-                saved = checkpoints.save(step + 1, ending=bool(last or sent))
+    with StopRequest(world) as stop:
+        with closing(Report(settings, run, first, total, world, watch)) as report:
+            checkpoints.best = all_values(report.log and report.log.best, world)[0]
+            for step in range(first, total):
+                began = time.perf_counter()
+                rate = _prepare(step, plan, optimizer, settings, world)
+                batches = [make_batch(rows, ids) for rows, ids in plan.micro_batches(step, world.rank, world.size)]
+                metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world)
+                record = {"step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm}
+                record |= report.spent(num_tokens, time.perf_counter() - began)
+                last, every = step + 1 == total, settings.evaluate_every
+                if evaluate and (last or (every and (step + 1) % every == 0)):
+                    record |= {f"eval_{name}": value for name, value in evaluate().items()}
+                    model.train()
+                    reshard(model)
+                    checkpoints.keep_best(step + 1, record.get("eval_loss", math.inf))
+                report.write(record)
+                due, sent = stop.agree(checkpoints.due(step + 1))
+                if due or last or sent:
+                    if report.log:
+                        report.log.sync()  # a checkpoint's steps are in the log, whatever happens
+                    saved = checkpoints.save(step + 1, ending=bool(last or sent))
                 if sent:
-                    bar.close()
-                    stop.leave(sent, f"{settings.output}: step {step + 1} of {plan.total_steps}", saved)
+                    break
+        if sent:
+            stop.leave(sent, f"{settings.output}: step {step + 1} of {total}", saved)
+    checkpoints.load_best()
     model.eval()
-
-
-def _progress_bar(settings: TrainingSettings, first: int, total: int, world: World) -> tqdm:
-    """The steps done, on the main rank's standard error."""
-    interactive = sys.stderr.isatty()
-    return tqdm(
-        total=total, initial=first, unit="step", desc=Path(settings.output).name, disable=not world.is_main,
-        dynamic_ncols=interactive, mininterval=0.2 if interactive else 10, file=sys.stderr,
-    )  # fmt: skip
-
-
-def _show(record: dict[str, float], bar: tqdm, watch: Callable[[dict[str, float]], str | None] | None) -> None:
-    """Move the progress bar on by one step, and print what `watch` warns of above it."""
-    bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False)
-    bar.update()
-    if watch and (warning := watch(record)):
-        tqdm.write(f"warning: {warning}", file=sys.stderr)
 
 
 def mean_loss(
@@ -144,7 +126,7 @@ def mean_loss(
     training = model.training
     model.eval()
     sums: dict[str, Any] = {}
-    weight = 0.0
+    weight = 0
     with torch.no_grad():
         # Every rank makes the same number of forward passes, perhaps empty ones: sharded weights are gathered together.
         width = settings.micro_batch_size * world.size
@@ -152,13 +134,10 @@ def mean_loss(
             rows = list(range(start, min(start + width, num_rows)))[world.rank :: world.size]
             batch = make_batch(rows, rows)
             with autocast(world, getattr(torch, settings.dtype)):
-                loss, metrics = loss_function(model, batch.to(world.device))
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.double()
+                _add(sums, *loss_function(model, batch.to(world.device)))
             weight += batch.weight
     model.train(training)
-    *totals, weight = sum_over_ranks([*_numbers(sums.values()), weight], world)
-    return {name: total / max(weight, 1) for name, total in zip(sums, totals, strict=True)}
+    return _means(sums, weight, world)
 
 
 def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) -> dict[str, Any]:
@@ -174,18 +153,12 @@ def run_date(output: str | Path, world: World, shared: str = "") -> str:
     It is the day of the run in `output` if that is finished or has a checkpoint, else `shared`, else today. The main
     rank decides for all ranks, because midnight may pass while they start.
     """
-    folder, found = Path(output), ""
-    with suppress(Exception):  # a fault in these files is reported where they are read in full
-        done = folder / "done.json"
-        found = (json.loads(done.read_bytes()) if done.is_file() else _state(folder)["run"])["template_date"]
+    found = _remembered(Path(output)).get("template_date") or shared
     try:
-        day = date.fromisoformat(found or shared) if found or shared else date.today()
+        day = date.fromisoformat(found) if found else date.today()
     except (TypeError, ValueError):
-        raise ValueError(
-            f"{output}: its template_date is {found or shared!r}, expected a day like 2026-03-31"
-        ) from None
-    (number,) = sum_over_ranks([day.toordinal() if world.is_main else 0], world)
-    return date.fromordinal(int(number)).isoformat()
+        raise ValueError(f"{output}: its template_date is {found!r}, expected a day like 2026-03-31") from None
+    return date.fromordinal(all_values(day.toordinal(), world)[0]).isoformat()
 
 
 def run_choices(
@@ -204,19 +177,24 @@ def run_choices(
     use({})  # raises on every rank what it may raise
     found: dict[str, bool] = {}
     if world.is_main:
-        with suppress(Exception):  # a fault in the file is reported where it is read in full
-            found = {name: ours for name, ours in _state(Path(output))["choices"].items() if isinstance(ours, bool)}
-        use(found)
+        stored = _remembered(Path(output)).get("choices")
+        stored = stored if isinstance(stored, dict) else {}
+        use({name: ours for name, ours in stored.items() if isinstance(ours, bool)})
         found = settle()
-    found = from_main(found, world)
+    found = all_values(found, world)[0]
     if not world.is_main:
         use(found)
     return found
 
 
-def _state(output: Path) -> dict[str, Any]:
-    """What the last checkpoint says of itself; OSError if there is none."""
-    return json.loads(((latest_checkpoint(output / "checkpoints") or output) / "state.json").read_bytes())
+def _remembered(output: Path) -> dict[str, Any]:
+    """What a finished run, or its last checkpoint, says of it; a fault in these files is told where all is read."""
+    with suppress(Exception):
+        if (done := output / "done.json").is_file():
+            return dict(json.loads(done.read_bytes()))
+        state = json.loads(((latest_checkpoint(output / "checkpoints") or output) / "state.json").read_bytes())
+        return {**state["run"], "choices": state.get("choices")}
+    return {}
 
 
 def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> bool:
@@ -283,22 +261,18 @@ def _step(
     world: World,
 ) -> tuple[dict[str, float], int, float]:
     """One update; returns the metrics, the tokens and the gradient norm of the whole global batch."""
-    weight, num_tokens = sum_over_ranks(
-        [sum(batch.weight for batch in batches), sum(batch.num_tokens for batch in batches)], world
-    )
+    mine = sum(batch.weight for batch in batches)
+    weight, num_tokens = sum_over_ranks([mine, sum(batch.num_tokens for batch in batches)], world)
     sums: dict[str, Any] = {}
     for batch in batches:
         with autocast(world, getattr(torch, settings.dtype)):
             loss, metrics = loss_function(model, batch.to(world.device))
         # FSDP averages gradients over ranks; the sum is wanted.
         (loss * (world.size / max(weight, 1))).backward()
-        for name, value in {"loss": loss, **metrics}.items():
-            sums[name] = sums.get(name, 0.0) + value.detach()
+        _add(sums, loss, metrics)
         del loss  # and its graph, before the next one is made
-    totals = sum_over_ranks(_numbers(sums.values()), world)
-    means = {name: total / max(weight, 1) for name, total in zip(sums, totals, strict=True)}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+    means = _means(sums, mine, world)
+    norm = nn.utils.clip_grad_norm_(list(trained(model).values()), settings.max_grad_norm or float("inf"))
     grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     for name, number in (("loss", means["loss"]), ("gradient's norm", grad_norm)):
         if not math.isfinite(number):
@@ -308,7 +282,13 @@ def _step(
     return means, int(num_tokens), grad_norm
 
 
-def _numbers(values: Iterable[Tensor]) -> list[float]:
-    """Scalars on one device or several, in one transfer: each would wait for the device."""
-    scalars = [value.detach().double() for value in values]
-    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []
+def _add(sums: dict[str, Any], loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+    for name, value in {"loss": loss, **metrics}.items():
+        sums[name] = sums.get(name, 0.0) + value.detach().double()
+
+
+def _means(sums: Mapping[str, Tensor], weight: int, world: World) -> dict[str, float]:
+    """The sums of all ranks over their weight, in one transfer from the device: each would wait for it."""
+    scalars = [value.to(world.device) for value in sums.values()]
+    *totals, weight_of_all = sum_over_ranks([*(torch.stack(scalars).tolist() if scalars else ()), weight], world)
+    return {name: total / max(weight_of_all, 1) for name, total in zip(sums, totals, strict=True)}

@@ -1,15 +1,24 @@
-"""metrics.jsonl: one JSON object per optimizer step; and a watch on those of preference optimization."""
+"""metrics.jsonl: one JSON object per optimizer step; trackers; and a watch on preference optimization."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import secrets
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tqdm import tqdm
+
 from pedgpt.files import naming_full_disk, sync, write_text
+from pedgpt.training.config import TrainingSettings
+from pedgpt.training.distributed import World
+
+# What a tracker is given at each step, and what ends it.
+Tracker = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]
 
 
 class MetricsLog:
@@ -22,23 +31,24 @@ class MetricsLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[dict[str, Any]] = []
-        if path.exists():
-            for number, line in enumerate(path.read_bytes().splitlines(), 1):
-                if (kept[-1]["step"] if kept else 0) == after_step:
-                    break  # what follows, perhaps the line that a killed run was writing, is written again
-                try:
-                    record = json.loads(line)
-                    later = record["step"] > after_step
-                    float(record["tokens"] + record["seconds"])
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    raise ValueError(
-                        f"{path}:{number}: not the record of a step, the file is damaged; "
-                        "delete the line to go on without it"
-                    ) from None
-                if later:
-                    break
-                kept.append(record)
-        self.last = kept[-1] if kept else None
+        self.last: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
+        self.best = math.inf  # the lowest held-out loss so far
+        for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+            if self.last["step"] == after_step:
+                break  # what follows, perhaps the line that a killed run was writing, is written again
+            try:
+                record = json.loads(line)
+                float(record["step"] + record["tokens"] + record["seconds"])
+                held_out = float(record.get("eval_loss", math.inf))
+            except (ValueError, TypeError, KeyError, RecursionError, AttributeError):
+                raise ValueError(
+                    f"{path}:{number}: not the record of a step, the file is damaged; "
+                    "delete the line to go on without it"
+                ) from None
+            if record["step"] > after_step:
+                break
+            self.last, self.best = record, min(self.best, held_out)
+            kept.append(record)
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict[str, Any]) -> None:
@@ -53,7 +63,82 @@ class MetricsLog:
 
     def totals(self) -> tuple[int, float]:
         """(tokens, seconds) spent so far."""
-        return (self.last["tokens"], self.last["seconds"]) if self.last else (0, 0.0)
+        return self.last["tokens"], self.last["seconds"]
+
+
+def _tensorboard(output: Path, after_step: int, settings: Mapping[str, Any]) -> Tracker:
+    """Event files in `output`/tensorboard; those of steps after the checkpoint are hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(output / "tensorboard"), purge_step=after_step + 1)
+
+    def write(record: dict[str, Any]) -> None:
+        for name in record.keys() - {"step"}:
+            writer.add_scalar(name, record[name], record["step"])
+
+    return write, writer.close
+
+
+def _wandb(output: Path, after_step: int, settings: Mapping[str, Any]) -> Tracker:
+    """A run named as the folder; what resumes from a checkpoint goes on under the id in `output`/wandb_id.txt."""
+    import wandb
+
+    file = output / "wandb_id.txt"
+    if not (after_step and file.exists()):
+        write_text(file, secrets.token_hex(4))
+    name = file.read_text(encoding="utf-8")
+    run = wandb.init(id=name, resume="allow", name=output.name, dir=str(output), config=dict(settings))
+    return lambda record: run.log(record, step=record["step"]), run.finish
+
+
+_TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard}
+
+
+class Report:
+    """What a run tells of itself, on the main rank only: metrics.jsonl, trackers, a progress bar, warnings."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        run: Mapping[str, Any],
+        first: int,
+        total: int,
+        world: World,
+        watch: Callable[[dict[str, float]], str | None] | None,
+    ) -> None:
+        output, self.watch = Path(settings.output), watch
+        self.log = MetricsLog(output / "metrics.jsonl", after_step=first) if world.is_main else None
+        self.tokens, self.seconds = self.log.totals() if self.log else (0, 0.0)
+        self.trackers = [_TRACKERS[name](output, first, run) for name in settings.log_to if world.is_main]
+        interactive = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total, initial=first, unit="step", desc=output.name, disable=not world.is_main,
+            dynamic_ncols=interactive, mininterval=0.2 if interactive else 10, file=sys.stderr,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End the bar and the trackers."""
+        self.bar.close()
+        for _tell, end in self.trackers:
+            end()
+
+    def spent(self, num_tokens: int, seconds: float) -> dict[str, float]:
+        """The entries of a record that say what the step and the run so far have taken."""
+        self.tokens, self.seconds = self.tokens + num_tokens, self.seconds + seconds
+        return {"tokens": self.tokens, "tokens_per_second": num_tokens / seconds, "seconds": self.seconds}
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Tell one step everywhere; what `watch` warns of is printed above the bar."""
+        if self.log is None:
+            return
+        self.log.write(record)
+        for tell, _ in self.trackers:
+            tell(record)
+        speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+        self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed}", refresh=False)
+        self.bar.update()
+        if self.watch and (warning := self.watch(record)):
+            tqdm.write(f"warning: {warning}", file=sys.stderr)
 
 
 class ChosenLikelihoodWatch:

@@ -100,6 +100,32 @@ def test_evaluation_matches_cross_entropy_of_the_saved_model(lab, tmp_path):
     assert metrics[-1]["eval_loss"] == pytest.approx(total / count, abs=1e-5)
 
 
+@pytest.mark.parametrize(("recipe", "ranks"), [("full_finetune", 1), ("expert_finetune", 1), ("full_finetune", 2)])
+def test_the_best_model_is_that_of_a_run_which_ends_there(lab, recipe, ranks, tmp_path):
+    heldout = tmp_path / "heldout.jsonl"  # answers unlike those that are learnt: soon their loss rises
+    rows = [{"question": "孩子发烧怎么办？", "answer": answer} for answer in ("诊烧孩常", "婴湿肺发", "哮贫腹幼")]
+    heldout.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    common = {
+        "epochs": None, "learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0, "evaluate_every": 1,
+        "heldout_instructions": heldout,
+    }  # fmt: skip
+
+    def ran(name, **settings):
+        if ranks == 1:
+            assert lab.run(recipe, tmp_path / name, **common, **settings).code == 0
+        else:
+            result = lab.torchrun_all([(recipe, tmp_path / name, {**common, **settings}, None)])
+            assert result.code == 0, result.err
+        return lab.weights(tmp_path / name)
+
+    best = ran("best", max_steps=7, keep_best="true")
+    losses = [line["eval_loss"] for line in lab.metrics(tmp_path / "best")]
+    step = losses.index(min(losses)) + 1
+    assert 1 < step < 7 and not (tmp_path / "best" / "checkpoints").exists()
+    expected = ran("short", max_steps=step)
+    assert all(torch.equal(tensor, best[name]) for name, tensor in expected.items())
+
+
 def test_dfpo_starts_from_the_reference(lab):
     first = lab.metrics(lab.reference("dfpo"))[0]
     assert first["loss/preference"] == pytest.approx(math.log(2), abs=1e-5)

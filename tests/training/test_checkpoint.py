@@ -237,7 +237,7 @@ def test_ranks_that_share_the_reading_leave_no_file_unread(saved, monkeypatch):
     (saved / "checksums.json").write_text(json.dumps(sums))
     read = []
     monkeypatch.setattr(checkpoints, "_checksum", lambda path: read.append(path.name) or sums[path.name])
-    checkpoints._verify(saved, RUN, WORLD)
+    checkpoints._verify(saved, RUN, make(1)[1], WORLD)
     assert read == ["state.json", *sorted(sums.keys() - {"state.json"})]
 
 
@@ -333,4 +333,6 @@ def test_a_state_without_its_fields_is_an_error(saved, state):
 
 
 def test_the_state_is_readable(saved):
-    assert json.loads((saved / "state.json").read_text(encoding="utf-8")) == {"step": 3, "run": RUN, "choices": {}}
+    state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
+    assert state.pop("optimizer")["optimizer"] == "AdamW"
+    assert state == {"step": 3, "run": RUN, "choices": {}, "numbers": {}}

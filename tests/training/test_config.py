@@ -168,12 +168,32 @@ def test_missing_settings_and_stray_arguments_are_named():
         ("epochs", 0.0),
         ("learning_rate", 0.0), ("learning_rate", float("nan")), ("epochs", float("inf")), ("beta2", float("nan")),
         ("warmup_ratio", 1.1), ("final_learning_rate_ratio", -0.1), ("dtype", "float16"), ("save_dtype", "float16"),
-        ("beta1", 1.0), ("beta2", -0.1),
+        ("beta1", 1.0), ("beta2", -0.1), ("decay_ratio", 1.5),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must .*found '?{value}"):
         TrainingSettings("out", **{name: value}).check()
+
+
+def test_a_schedule_is_one_of_four_words(tmp_path):
+    with pytest.raises(ValueError) as error:
+        parse_settings(TrainingSettings, ["--output", "o", "--schedule", "cosin"])
+    assert str(error.value) == '--schedule must be "cosine", "constant", "linear" or "wsd", found \'cosin\''
+    (tmp_path / "c.toml").write_text("schedule = true", encoding="utf-8")
+    with pytest.raises(ValueError, match='or "wsd", found true$'):
+        parse_settings(TrainingSettings, ["--output", "o", "--config", str(tmp_path / "c.toml")])
+
+
+def test_trackers_and_the_best_model_need_what_they_are_made_of(monkeypatch):
+    with pytest.raises(ValueError, match=r"log_to must name wandb or tensorboard, found \['mlflow'\]"):
+        TrainingSettings("out", log_to=["mlflow"]).check()
+    for name in ("wandb", "tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ValueError, match=rf"log_to names {name}, .* pip install 'pedgpt\[{name}\]'"):
+            TrainingSettings("out", log_to=[name]).check()
+    with pytest.raises(ValueError, match="keep_best compares evaluations during training; set evaluate_every"):
+        TrainingSettings("out", keep_best=True).check()
 
 
 def test_the_defaults_are_in_range():

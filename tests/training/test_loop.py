@@ -139,6 +139,64 @@ def test_evaluation_is_written_when_asked_and_at_the_end(tmp_path):
     assert [line["step"] for line in metrics if line.get("eval_loss") == 7.0] == [2, 4, 5]
 
 
+class Stopped(Exception):
+    """Stands for the death of a process."""
+
+
+def best_of(tmp_path, losses, die_after=None, **chosen):
+    """A run whose evaluations find these losses: (its weight at the end, the weights after each step)."""
+    settings = TrainingSettings(
+        str(tmp_path), **{"global_batch_size": 2, "evaluate_every": 1, "keep_best": True, "max_steps": len(losses),
+                          "learning_rate": 0.1, "checkpoint_every": 1, **chosen},
+    )  # fmt: skip
+    plan, made, weights = BatchPlan.from_settings(len(X), settings), model(), {}
+
+    def watch(record):
+        weights[record["step"]] = made.weight.detach().clone()
+        if record["step"] == die_after:
+            raise Stopped
+
+    steps = iter(range(max((int(path.name[5:]) for path in tmp_path.glob("checkpoints/step_*")), default=0), 99))
+    training.train(
+        made, plan, lambda rows, ids: Batch(rows), loss_function, settings, WORLD,
+        evaluate=lambda: {"loss": losses[next(steps)]}, watch=watch,
+    )  # fmt: skip
+    return made.weight.detach(), weights
+
+
+@pytest.mark.parametrize("losses", [[3, 1, 2, 2], [1, 2, 3, 4], [4, 3, 2, 1], [2, 1, 1, float("nan")]])
+def test_the_best_model_is_that_of_the_lowest_held_out_loss(tmp_path, losses):
+    found, weights = best_of(tmp_path, losses)
+    assert torch.equal(found, weights[losses.index(min(losses)) + 1])
+    last, weights = best_of(tmp_path / "last", losses, keep_best=False)
+    assert torch.equal(last, weights[4]) and not (tmp_path / "last/checkpoints/best").exists()
+
+
+@pytest.mark.parametrize("losses", [[3, 1, 2, 2], [1, 2, 3, 4], [4, 3, 2, 1], [3, 2, 1, 2]])
+@pytest.mark.parametrize("die_after", [1, 2, 3])
+@pytest.mark.parametrize("every", [1, 2, 0])
+def test_the_best_model_survives_a_death(tmp_path, losses, die_after, every):
+    expected, _ = best_of(tmp_path / "whole", losses)
+    with pytest.raises(Stopped):
+        best_of(tmp_path / "run", losses, die_after, checkpoint_every=every)
+    found, _ = best_of(tmp_path / "run", losses, checkpoint_every=every)
+    assert torch.equal(found, expected)
+    again, weights = best_of(tmp_path / "run", losses, checkpoint_every=every)
+    assert torch.equal(again, expected) and not weights.keys() - ({1, 2, 3, 4} if every == 0 else set())
+
+
+def test_a_best_model_of_a_run_that_starts_anew_is_forgotten(tmp_path):
+    with pytest.raises(Stopped):
+        best_of(tmp_path, [0, 1, 1], die_after=2, checkpoint_every=0)
+    found, weights = best_of(tmp_path, [2, 1, 1], checkpoint_every=0, seed=3)
+    assert torch.equal(found, weights[2])
+
+
+def test_the_best_model_needs_rows_to_evaluate_on(tmp_path):
+    with pytest.raises(ValueError, match="keep_best needs rows to evaluate on; give held-out files"):
+        run(tmp_path, keep_best=True, evaluate_every=1)
+
+
 def watched(tmp_path, world, watch, **chosen):
     settings = TrainingSettings(str(tmp_path), **{"max_steps": 4, "global_batch_size": 2, **chosen})
     plan = BatchPlan.from_settings(len(X), settings)
@@ -214,6 +272,6 @@ def test_what_a_run_is_names_all_that_changes_its_weights():
     assert set(described) == {
         "epochs", "max_steps", "global_batch_size", "learning_rate", "final_learning_rate_ratio", "warmup_ratio",
         "weight_decay", "beta1", "beta2", "max_grad_norm", "dtype", "save_dtype", "seed", "total_steps",
-        "rows_and_base_model",
+        "rows_and_base_model", "schedule", "decay_ratio", "keep_best",
     }  # fmt: skip
     json.dumps(described)

@@ -41,6 +41,21 @@ def test_schedule_at_its_limits_matches_hand_calculation(total, chosen, expected
     assert rates(total, **chosen) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        # Two steps of warm-up, then eight: of the peak 2, down to 1 at the end, which the last step does not reach.
+        ({"schedule": "constant"}, [1, 2, *[2] * 8]),
+        ({"schedule": "linear"}, [1, 2, *(1 + left / 8 for left in range(8, 0, -1))]),
+        ({"schedule": "wsd", "decay_ratio": 0.3}, [1, 2, *[2] * 6, 1 + 2 / 3, 1 + 1 / 3]),
+        ({"schedule": "wsd", "decay_ratio": 0.0}, [1, 2, *[2] * 8]),
+        ({"schedule": "wsd", "decay_ratio": 1.0}, [1, 2, *(1 + left / 8 for left in range(8, 0, -1))]),
+    ],
+)
+def test_other_schedules_match_hand_calculation(chosen, expected):
+    assert rates(10, warmup_ratio=0.2, final_learning_rate_ratio=0.5, **chosen) == pytest.approx(expected)
+
+
 class Toy(nn.Module):
     def __init__(self):
         super().__init__()
