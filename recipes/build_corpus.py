@@ -26,10 +26,10 @@ from typing import ClassVar
 
 from pedgpt.corpus import Split, diseases, read_listing
 from pedgpt.corpus.assemble import Assembly, Limits
-from pedgpt.corpus.build import TABLES, build, build_disease, build_graph, build_templates, divided
+from pedgpt.corpus.build import build, build_disease, build_graph, build_templates, divided
 from pedgpt.corpus.builders.knowledge_graph import Disease
 from pedgpt.corpus.builders.teacher import Teacher
-from pedgpt.corpus.card import statistics_table, write_card, write_manifest
+from pedgpt.corpus.card import statistics_table, write_card
 from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.quality import normalize
 from pedgpt.corpus.sources import describe_sources, in_domain, is_corpus
@@ -41,9 +41,9 @@ from pedgpt.training import run_recipe
 
 # Tables whose answers serve as running text where a domain has none.
 ANSWERS = {
-    "pediatric": tuple(TABLES.values()),
-    "general_medical": ("generalist/general_medical",),
-    "general": ("generalist/general",),
+    "pediatric": ("tasks/",),
+    "general_medical": ("generalist/general_medical/",),
+    "general": ("generalist/general/",),
 }
 
 
@@ -149,7 +149,9 @@ def main(config: Config) -> None:
         for source in sources:
             if source.kind == "knowledge_graph":
                 for part in ("train", "heldout"):  # apart, so that no row joins facts of both sides
-                    graph = [disease for disease in graphs[source.name] if assembly.side_of(disease.name) == part]
+                    graph = [
+                        disease for disease in graphs[source.name] if split.side(f"disease/{disease.name}") == part
+                    ]
                     for steps in in_turn(graph, build_disease, source):
                         assembly.take(steps, source)
                     assembly.take(build_graph(graph, source), source)
@@ -174,7 +176,7 @@ def main(config: Config) -> None:
         name: teacher.settings.model if teacher else ""
         for name, teacher in (("teacher", ask), ("plain_teacher", plain))
     }
-    manifest = write_manifest(corpus, assembly, sources, settings, summaries)
+    manifest = assembly.write_manifest(corpus, sources, settings, summaries)
     write_card(corpus, manifest)
     if not any(file["side"] == "train" for file in corpus.files):
         print(statistics_table(corpus))

@@ -1,69 +1,17 @@
-"""The manifest and the corpus card: what the corpus holds, where it came from, and what was left out."""
+"""The corpus card: what the corpus holds, where it came from, and what was left out."""
 
 from __future__ import annotations
 
-import json
-import platform
 import re
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from pedgpt import __version__
-from pedgpt.corpus.assemble import Assembly, Corpus
-from pedgpt.corpus.sources import Source
-from pedgpt.data.records import ReadSummary
+from pedgpt.corpus.assemble import Corpus
 
 STAGES = {1: "continued pre-training", 2: "full fine-tuning", 3: "DFPO", 4: "experts"}
-
-
-def write_manifest(
-    corpus: Corpus,
-    assembly: Assembly,
-    sources: Sequence[Source],
-    settings: Mapping[str, Any],
-    summaries: Mapping[str, ReadSummary],
-) -> dict[str, Any]:
-    """Write manifest.json and return it. `summaries` say of each source what was read and what could not be.
-
-    Deterministic: it holds no date and no path outside the corpus.
-    """
-    rows: dict[str, dict[str, int]] = {}
-    for file in corpus.files:
-        counts = rows.setdefault(file["table"], {"train": 0, "heldout": 0})
-        counts[file["side"]] += file["rows"]
-    left_out: dict[str, dict[str, int]] = {}
-    for (source, reason), count in sorted(assembly.dropped.items()):
-        left_out.setdefault(source, {})[reason] = count
-    manifest = {
-        "version": 1,
-        "made_by": {
-            "pedgpt": __version__, "python": platform.python_version(), "numpy": np.__version__,
-            "unicode": unicodedata.unidata_version,
-        },
-        "settings": dict(settings),
-        "sources": {
-            source.name: {
-                "kind": source.kind, "domain": source.domain or "by words", "licence": source.licence,
-                "weight": source.weight, "epochs": source.epochs, "build": list(source.build),
-                "read": sum(summaries[source.name].rows.values()), "skipped": len(summaries[source.name].skipped),
-                "built": assembly.built[source.name],
-            }
-            for source in sources
-        },
-        "rows": dict(sorted(rows.items())),
-        "dropped": left_out,
-        "personal_data_replaced": dict(sorted(assembly.replaced.items())),
-        "contradictory_questions": corpus.contradictions,
-        "files": corpus.files,
-    }  # fmt: skip
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    (corpus.folder / "manifest.json").write_text(text, encoding="utf-8")
-    return manifest
 
 
 def write_card(corpus: Corpus, manifest: Mapping[str, Any]) -> None:
