@@ -6,9 +6,8 @@
         --teacher recipes/configs/teacher.toml
 
 Writes train/ and heldout/ (JSONL by table and source), manifest.json, README.md (the corpus card) and reports/ (every
-row left out with its reason). A TOML file lists the sources with kind, licence and weight, as in
-recipes/sample_corpus/corpus.toml; in a folder without one, and its subfolders, files are found by their content: text,
-JSON, CSV, .parquet and .xlsx, also gzipped, in UTF-8, UTF-16 or GB18030. What is not read is listed with the reason.
+row left out with its reason). A TOML file lists the sources, as recipes/sample_corpus/corpus.toml does; in a folder
+without one files are found by their content, see docs/corpus.md. What is not read is listed with the reason.
 
 Without a teacher everything is made by templates and building twice gives the same bytes. With one, what it answered is
 kept beside the output (OUTPUT.teacher.sqlite, and OUTPUT.plain_teacher.sqlite): a run that was killed goes on without
@@ -39,12 +38,8 @@ from pedgpt.endpoint import EndpointFailure, in_order, load_endpoint
 from pedgpt.files import sync
 from pedgpt.training import run_recipe
 
-# Tables whose answers serve as running text where a domain has none.
-ANSWERS = {
-    "pediatric": ("tasks/",),
-    "general_medical": ("generalist/general_medical/",),
-    "general": ("generalist/general/",),
-}
+# The folder of tables whose answers serve as running text where a domain has none.
+ANSWERS = {"pediatric": "tasks/", "general_medical": "generalist/general_medical/", "general": "generalist/general/"}
 # What a corpus without tables that begin in one of these ways lacks for one of the four stages.
 LACKS = {
     ("text/pediatric", "text/general_medical"): "running text on medicine, so stage 1 has only instructions, if any",
@@ -77,18 +72,16 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for a value out of range, before anything is read."""
-        wanted = {
-            "domain": (self.domain in ("", *DOMAINS), f"one of {', '.join(DOMAINS)}, or empty"),
-            "pediatric_share": (0 <= self.pediatric_share <= 1, "between 0 and 1"),
-            "min_chinese": (0 <= self.min_chinese <= 1, "between 0 and 1"),
-            "near_duplicate": (0 < self.near_duplicate <= 1, "above 0 and at most 1"),
-            "heldout_share": (0 <= self.heldout_share < 1, "at least 0 and below 1"),
-            "min_characters": (self.min_characters >= 1, "at least 1"),
-            "max_characters": (self.max_characters >= 1, "at least 1"),
-            "shard_rows": (self.shard_rows >= 1, "at least 1"),
-            "on_bad_row": (self.on_bad_row in ("skip", "error"), '"skip" or "error"'),
-        }
-        for name, (fits, expected) in wanted.items():
+        domains, positive = f"one of {', '.join(DOMAINS)}, or empty", ("min_characters", "max_characters", "shard_rows")
+        for name, fits, expected in (
+            ("domain", self.domain in ("", *DOMAINS), domains),
+            ("pediatric_share", 0 <= self.pediatric_share <= 1, "between 0 and 1"),
+            ("min_chinese", 0 <= self.min_chinese <= 1, "between 0 and 1"),
+            ("near_duplicate", 0 < self.near_duplicate <= 1, "above 0 and at most 1"),
+            ("heldout_share", 0 <= self.heldout_share < 1, "at least 0 and below 1"),
+            ("on_bad_row", self.on_bad_row in ("skip", "error"), '"skip" or "error"'),
+            *((name, getattr(self, name) >= 1, "at least 1") for name in positive),
+        ):
             if not fits:
                 raise ValueError(f"{name} must be {expected}, found {getattr(self, name)!r}")
 
@@ -125,11 +118,9 @@ def main(config: Config) -> None:
         return iter_records(source.files, source.reads, **policy)
 
     # The graphs first: their diseases are what the split goes by.
-    graphs = {
-        source.name: diseases(normalized(read(source), config.on_bad_row, summaries[source.name]))
-        for source in sources
-        if source.kind == "knowledge_graph"
-    }
+    graphs = {}
+    for source in (source for source in sources if source.kind == "knowledge_graph"):
+        graphs[source.name] = diseases(normalized(read(source), config.on_bad_row, summaries[source.name]))
     known = [disease for graph in graphs.values() for disease in graph]
     split = Split((disease.name for disease in known), heldout_share=config.heldout_share, seed=config.seed)
     limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
@@ -170,9 +161,9 @@ def main(config: Config) -> None:
             print(teacher.describe())
 
         # A domain without running text: the answers of its conversations are text too.
-        for domain, tables in ANSWERS.items():
+        for domain, folder in ANSWERS.items():
             if not assembly.tables[f"text/{domain}"]:
-                assembly.answers_as_text(f"text/{domain}", tables)
+                assembly.answers_as_text(f"text/{domain}", (folder,))
         corpus = assembly.finish(config.pediatric_share)
 
     settings = asdict(config) | {role: endpoint.model for role, endpoint in endpoints.items()}
@@ -229,13 +220,14 @@ def placed(work, item):
     try:
         return work(item)
     except EndpointFailure as error:
-        place = item.name if isinstance(item, Disease) else item.source
-        raise EndpointFailure(f"{error} (asked about {place})") from None
+        raise EndpointFailure(
+            f"{error} (asked about {item.name if isinstance(item, Disease) else item.source})"
+        ) from None
 
 
 def check_output(output: Path, listing: Path, inputs: list[Path]) -> None:
     """Refuse a folder whose replacement would lose something that is no corpus, or that is read."""
-    for path in (listing.resolve(), *(path.resolve() for path in inputs)):
+    for path in (path.resolve() for path in (listing, *inputs)):
         inside = path != listing.resolve() and path in output.parents  # of a folder all files are read
         if output == path or output in path.parents or inside:
             raise ValueError(f"--output {output}: lies in, or holds, the input {path}; choose another folder")
@@ -245,9 +237,8 @@ def check_output(output: Path, listing: Path, inputs: list[Path]) -> None:
 
 def replace_folder(output: Path, complete: Path) -> None:
     """Put a complete corpus, safe on disk, in the place of an earlier one: at no moment is there half of one."""
-    for path in complete.rglob("*"):
-        if path.is_file():
-            sync(path)
+    for path in filter(Path.is_file, complete.rglob("*")):
+        sync(path)
     old = output.with_name(f".{output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():

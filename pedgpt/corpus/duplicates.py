@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pedgpt.corpus.builders.support import UNIT, UNITS, meanings, numbers
+from pedgpt.corpus.rows import pattern
 from pedgpt.corpus.split import Names, question_key
 
 # Five characters are two or three Chinese words: fewer are shared by unrelated texts of one specialty, and of more, one
@@ -184,19 +185,9 @@ def _buckets(bands: U64) -> npt.NDArray[np.int32]:
     return buckets
 
 
-# How an answer begins that says yes or no, after a greeting and the like.
-_OPENING = re.compile(
-    r"(?:[您你]好|问题分析|病情分析|意见建议|指导意见|回答|答|医生|[，,。.！!：:、\s])*"
-    r"(?:一般|通常|当然|完全|原则上|理论上|这种情况|这个|这|孩子|宝宝|来说|情况下|都|也|，|,)*?"
-    r"(?:(?P<no>不可以|不可能|不可|不能|不是|不会|不需要|不用|不必|不宜|不应|不行|没有(?!问题|关系|影响)|无需|无须|否(?=[，,。.！!]))"
-    r"|(?P<yes>(?:可以|需要|没有问题|没问题|没有关系|没关系)(?!不)"
-    r"|(?:能|会|有)(?=的|[，,。.！!]|够|可能)|是(?=的|[，,。.！!])|应该|必须|要(?!不|看)))"
-)
-
-
 def polarity(answer: str) -> int:
     """1 if the answer's first sentence begins by affirming (可以, 能, 是的), -1 if by denying (不可以), or 0."""
-    match = _OPENING.match(answer)
+    match = pattern("duplicates", "opening").match(answer)
     return 0 if not match else 1 if match["yes"] else -1
 
 
