@@ -82,6 +82,8 @@ class Assembly:
         self._near = NearDuplicates(self.folder, threshold=self.limits.near_duplicate, seed=self.limits.seed)
         self._compared = array("q")  # the row behind each text of _near
         self._decontaminator = Decontaminator()
+        names = ("min_characters", "max_characters", "min_chinese")
+        self._bounds: dict[str, Any] = {name: getattr(self.limits, name) for name in names}
 
     def clean(self, records: Iterable[Record], source: Source) -> Iterator[Record]:
         """Records with normalised texts and without personal data; one that is left with too little is left out."""
@@ -92,7 +94,7 @@ class Assembly:
                 disease=self._cleaned(record.disease),
                 department=self._cleaned(record.department),
             )
-            if found := self._fault(cleaned):
+            if found := fault(cleaned, **self._bounds):
                 self.built[source.name] += 1
                 self.drop(source.name, cleaned.source, *found)
             else:
@@ -227,7 +229,7 @@ class Assembly:
         record = row.record
         if builder:  # what a reader gave is clean already
             record = map_texts(record, self._cleaned)
-        if found := self._fault(record):
+        if found := fault(record, **self._bounds):
             return self.drop(source, record.source, *found)
         if not (group := group or self.split.group(record)):
             return self.drop(source, record.source, "is about diseases of both sides of the split")
@@ -265,10 +267,6 @@ class Assembly:
             text, found = scrub(text)
             self.replaced += found if counted else Counter()
         return text
-
-    def _fault(self, record: Record) -> tuple[str, str] | None:
-        low, high = self.limits.min_characters, self.limits.max_characters
-        return fault(record, min_characters=low, max_characters=high, min_chinese=self.limits.min_chinese)
 
     def _source_of(self, number: int) -> str:
         return self._rows[number].record.source
