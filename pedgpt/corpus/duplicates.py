@@ -30,6 +30,7 @@ from pedgpt.corpus.split import Names, question_key
 # changed character would spoil too many.
 GRAM = 5
 PERMUTATIONS = 120
+BATCH = 2**16  # characters that are hashed at once
 CANDIDATES = 512  # kept rows that a row is compared with at most, those of its rarest buckets first
 NO_NAMES = Names()
 BLUR = 0.11  # three standard errors of a similarity of 0.8 as estimated from the signatures
@@ -126,14 +127,16 @@ class NearDuplicates:
         # In b bands of r, a pair of similarity s is seen with probability 1 - (1 - s^r)^b. For 0.8: 20 of 6, 0.998.
         self._depth = max(r for r in (1, 2, 3, 4, 5, 6, 8) if (1 - threshold**r) ** (PERMUTATIONS // r) <= 0.01)
         self._keys, self._signatures = Spool(folder), bytearray()
+        self._batch: list[str] = []  # keys that have no signature yet
+        self._waiting = 0  # their characters
 
     def add(self, text: str) -> int:
         """Take in a row; its index."""
         key = question_key(text).ljust(GRAM, "\0")  # so that a shorter one is a single gram
-        hashes = (gram_hashes(key, GRAM) >> np.uint64(32)).astype(np.uint32)
-        parts = (hashes[i : i + 4096, None] * self._factors for i in range(0, len(hashes), 4096))
-        least = np.min([part.min(axis=0) for part in parts], axis=0)
-        self._signatures += least.astype(np.uint16).tobytes()  # the low halves agree as often, all but 2^-16
+        self._batch.append(key)
+        self._waiting += len(key)
+        if self._waiting >= BATCH:
+            self._sign()
         return self._keys.append(key)
 
     def find(self, names: Names = NO_NAMES) -> list[tuple[int, int, float]]:
@@ -141,6 +144,7 @@ class NearDuplicates:
 
         `names` are the keys of names such as those of diseases and drugs: rows that name different ones are different.
         """
+        self._sign()
         signatures = np.frombuffer(self._signatures, np.uint16).reshape(-1, PERMUTATIONS)
         parts = range(0, PERMUTATIONS, self._depth)
         weighted = [signatures[:, i : i + self._depth] @ self._weights[i : i + self._depth] for i in parts]
@@ -169,6 +173,18 @@ class NearDuplicates:
                 for rows in own:
                     rows.append(row)
         return found
+
+    def _sign(self) -> None:
+        if not self._batch:
+            return
+        lengths = np.array([len(key) for key in self._batch])
+        inside = np.ones(lengths.sum(), bool)  # grams that do not reach into the next row
+        inside[(np.cumsum(lengths)[:, None] - np.arange(1, GRAM)).ravel()] = False
+        hashes = (gram_hashes("".join(self._batch), GRAM) >> np.uint64(32)).astype(np.uint32)[inside[: 1 - GRAM]]
+        starts = np.cumsum(lengths - GRAM + 1) - (lengths - GRAM + 1)
+        least = [np.minimum.reduceat(hashes * factor, starts) for factor in self._factors]
+        self._signatures += np.stack(least, axis=1).astype(np.uint16).tobytes()  # the low halves agree as often
+        self._batch, self._waiting = [], 0
 
     def close(self) -> None:
         """Delete the temporary file."""

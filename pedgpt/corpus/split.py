@@ -22,7 +22,10 @@ def question_key(text: str) -> str:
         text = _SIGN.sub(_HELD["-"], text)
     if "/" in text or "／" in text:
         text = _PER.sub(_HELD["/"], text)
-    key = unicodedata.normalize("NFKC", text).casefold().translate(_KEYS)
+    try:
+        key = text.translate(_KEYS)
+    except _Composing:
+        key = "".join(map(_mark, unicodedata.normalize("NFKC", text).casefold()))
     return _ZEROS.sub(lambda match: match[0].rstrip("0").rstrip("."), key) if "." in key else key
 
 
@@ -55,12 +58,21 @@ def _separated(match: re.Match[str]) -> str:
 _THOUSANDS = re.compile(r"(?:.*\D)?\d{1,3}[,，]\d{3}(?:\D.*)?", re.DOTALL)
 
 
-class _Keys(dict[int, str]):
-    """What a character leaves in a key: itself, the mark that it stands for, or nothing."""
+def _mark(c: str) -> str:
+    return _MARKS.get(c) or (c if unicodedata.category(c)[0] in "LNS" or c in "%‰" else "")
 
+
+class _Composing(Exception):
+    """A character that NFKC may join to the one before it: the text cannot be read one by one."""
+
+
+class _Keys(dict[int, str]):
     def __missing__(self, code: int) -> str:
-        kept = unicodedata.category(chr(code))[0] in "LNS" or chr(code) in "%‰"
-        self[code] = _MARKS.get(chr(code)) or (chr(code) if kept else "")
+        plain = unicodedata.normalize("NFKC", chr(code))
+        # Marks, and the vowels and finals of Hangul; nothing else composes with what stands before it.
+        if any(unicodedata.category(c)[0] == "M" or "\u1160" <= c <= "\u11ff" for c in plain):
+            raise _Composing
+        self[code] = "".join(map(_mark, plain.casefold()))
         return self[code]
 
 
