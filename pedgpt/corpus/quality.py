@@ -26,7 +26,7 @@ _INVISIBLE = (
     "\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\uf8ff\U000e0000-\U000e007f\U000f0000-\U0010ffff"
 )
-_ODD = re.compile(rf"(?P<indent>(?<![^\n])\u3000+)|[{_INVISIBLE}{''.join(_PLAIN)}]")
+_ODD = re.compile(f"[{_INVISIBLE}{''.join(_PLAIN)}]")
 _NESTED = re.compile(r"&(?:(?:amp|AMP|#0{0,4}38|#[xX]0{0,4}26);)+")  # &amp;amp;lt;
 _ENTITY = re.compile(r"&(?:[A-Za-z]{2,8}\d{0,2}|#\d{1,7}|#[xX][0-9A-Fa-f]{1,6});")
 _TAG = re.compile(r"(?<![ \t])[ \t]*<(?:br\s*/?|/?p(?:\s[^<>\n]{0,200})?)>[ \t]*", re.IGNORECASE)
@@ -45,7 +45,9 @@ def normalize(text: str) -> str:
     for _ in range(10):  # what one step uncovers (&amp;lt;br&amp;gt;) is the next one's
         before = text
         text = unicodedata.normalize("NFC", text).replace("\r\n", "\n")
-        text = _ODD.sub(lambda match: "" if match["indent"] else _PLAIN.get(match[0], ""), text)
+        if "\u3000" in text:
+            text = re.sub(r"(\A|\n)\u3000+", r"\1", text)  # the indent of a Chinese paragraph
+        text = _ODD.sub(lambda match: _PLAIN.get(match[0], ""), text)
         text = re.sub(r"(?<=\d)．(?=\d)", ".", text) if "．" in text else text
         text = "".join(part if i % 2 else _tidy(part) for i, part in enumerate(_CODE.split(text))).strip()
         if text == before:
