@@ -6,9 +6,8 @@
         --teacher recipes/configs/teacher.toml
 
 Writes train/ and heldout/ (JSONL by table and source), manifest.json, README.md (the corpus card) and reports/ (every
-row left out with its reason). A TOML file lists the sources with kind, licence and weight, as in
-recipes/sample_corpus/corpus.toml; in a folder without one, and its subfolders, files are found by their content: text,
-JSON, CSV, .parquet and .xlsx, also gzipped, in UTF-8, UTF-16 or GB18030. What is not read is listed with the reason.
+row left out with its reason). A TOML file lists the sources, as recipes/sample_corpus/corpus.toml does; in a folder
+without one files are found by their content, see docs/corpus.md. What is not read is listed with the reason.
 
 Without a teacher everything is made by templates and building twice gives the same bytes. With one, what it answered is
 kept beside the output (OUTPUT.teacher.sqlite, and OUTPUT.plain_teacher.sqlite): a run that was killed goes on without
@@ -18,33 +17,35 @@ asking anything twice.
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from pedgpt.corpus import Split, diseases, read_listing
-from pedgpt.corpus.assemble import Assembly, Limits
+from pedgpt.corpus.assemble import Assembly, Corpus, Limits
 from pedgpt.corpus.build import build, build_disease, build_graph, build_templates, divided
 from pedgpt.corpus.builders.knowledge_graph import Disease
 from pedgpt.corpus.builders.teacher import Teacher
-from pedgpt.corpus.card import statistics_table, write_card, write_manifest
+from pedgpt.corpus.card import statistics_table, write_card
 from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.quality import normalize
 from pedgpt.corpus.sources import describe_sources, in_domain, is_corpus
 from pedgpt.data import ReadSummary, Triple, iter_records
 from pedgpt.data.readers import detect_kind, parse_columns
-from pedgpt.data.tasks import TASKS
 from pedgpt.endpoint import EndpointFailure, in_order, load_endpoint
 from pedgpt.files import sync
 from pedgpt.training import run_recipe
 
-# Tables whose answers serve as running text where a domain has none.
-ANSWERS = {
-    "pediatric": tuple(TASKS.values()),
-    "general_medical": ("generalist/general_medical",),
-    "general": ("generalist/general",),
+# The folder of tables whose answers serve as running text where a domain has none.
+ANSWERS = {"pediatric": "tasks/", "general_medical": "generalist/general_medical/", "general": "generalist/general/"}
+# What a corpus without tables that begin in one of these ways lacks for one of the four stages.
+LACKS = {
+    ("text/pediatric", "text/general_medical"): "running text on medicine, so stage 1 has only instructions, if any",
+    ("generalist/", "tasks_sample"): "conversations, so stage 1 has only text, if any, and stage 2 nothing to train on",
+    ("preferences",): "preference pairs, so stage 3 has nothing to train on",
+    ("tasks/",): "rows of the three pediatric tasks, so stage 4 has {}",
 }
 
 
@@ -71,40 +72,36 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for a value out of range, before anything is read."""
-        if self.domain not in ("", *DOMAINS):
-            raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, or empty, found {self.domain!r}")
-        for name in ("pediatric_share", "min_chinese"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
-        if not 0 < self.near_duplicate <= 1:
-            raise ValueError(f"near_duplicate must be above 0 and at most 1, found {self.near_duplicate}")
-        if not 0 <= self.heldout_share < 1:
-            raise ValueError(f"heldout_share must be at least 0 and below 1, found {self.heldout_share}")
-        for name in ("min_characters", "max_characters", "shard_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.on_bad_row not in ("skip", "error"):
-            raise ValueError(f'on_bad_row must be "skip" or "error", found {self.on_bad_row!r}')
+        domains, positive = f"one of {', '.join(DOMAINS)}, or empty", ("min_characters", "max_characters", "shard_rows")
+        for name, fits, expected in (
+            ("domain", self.domain in ("", *DOMAINS), domains),
+            ("pediatric_share", 0 <= self.pediatric_share <= 1, "between 0 and 1"),
+            ("min_chinese", 0 <= self.min_chinese <= 1, "between 0 and 1"),
+            ("near_duplicate", 0 < self.near_duplicate <= 1, "above 0 and at most 1"),
+            ("heldout_share", 0 <= self.heldout_share < 1, "at least 0 and below 1"),
+            ("on_bad_row", self.on_bad_row in ("skip", "error"), '"skip" or "error"'),
+            *((name, getattr(self, name) >= 1, "at least 1") for name in positive),
+        ):
+            if not fits:
+                raise ValueError(f"{name} must be {expected}, found {getattr(self, name)!r}")
 
 
 def main(config: Config) -> None:
     config.check()
     chosen = {"teacher": config.teacher, "plain_teacher": config.plain_teacher}
-    teachers = {role: load_endpoint(Path(path)) if path else None for role, path in chosen.items()}
-    for found in filter(None, teachers.values()):
-        found.read_key()  # a missing one is told before anything is read
-    listing, output = Path(config.source), Path(config.output)
+    endpoints = {role: load_endpoint(Path(path)) for role, path in chosen.items() if path}
+    for endpoint in endpoints.values():
+        endpoint.read_key()  # a missing one is told before anything is read
+    listing, output = Path(config.source), Path(config.output).resolve()
     left_out: dict[Path, str] = {}
-    sources = read_listing(listing, parse_columns(config.columns), left_out)
-    print(f"{describe_sources(sources, listing, left_out)}\n")
-    if config.domain and all(source.domain for source in sources):
+    found = read_listing(listing, parse_columns(config.columns), left_out)
+    print(f"{describe_sources(found, listing, left_out)}\n")
+    if config.domain and all(source.domain for source in found):
         raise ValueError(f"--domain is for files that are found by content; write `domain` in {listing}")
-    by_content = [source.name for source in sources if not source.domain]
-    sources = [in_domain(source, config.domain) for source in sources]
-    for source in sources:
-        if source.name in by_content:
+    sources = [in_domain(source, config.domain) for source in found]
+    for source, before in zip(sources, found, strict=True):
+        if not before.domain:
             print(f"{source.name}: {source.domain or 'each row of the domain that its words tell'}")
-    output = output.resolve()
     read_files = [file for source in sources for file in source.files]
     check_output(output, listing, [*read_files, *map(Path, config.evaluation)])
     building, old = (output.with_name(f".{output.name}.{what}") for what in ("building", "old"))
@@ -121,66 +118,69 @@ def main(config: Config) -> None:
         return iter_records(source.files, source.reads, **policy)
 
     # The graphs first: their diseases are what the split goes by.
-    graphs = {
-        source.name: diseases(normalized(read(source), config.on_bad_row, summaries[source.name]))
-        for source in sources
-        if source.kind == "knowledge_graph"
-    }
-    names = (disease.name for graph in graphs.values() for disease in graph)
-    split = Split(names, heldout_share=config.heldout_share, seed=config.seed)
+    graphs = {}
+    for source in (source for source in sources if source.kind == "knowledge_graph"):
+        graphs[source.name] = diseases(normalized(read(source), config.on_bad_row, summaries[source.name]))
+    known = [disease for graph in graphs.values() for disease in graph]
+    split = Split((disease.name for disease in known), heldout_share=config.heldout_share, seed=config.seed)
     limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
     with contextlib.ExitStack() as stack:
-        ask, plain = (  # each with a cache of its own: budgets and prices are of one model
-            stack.enter_context(Teacher(found, output.with_name(f"{output.name}.{role}.sqlite"))) if found else None
-            for role, found in teachers.items()
-        )
-        workers = max((found.concurrency for found in teachers.values() if found), default=0)
+        teachers = {  # each with a cache of its own: budgets and prices are of one model
+            role: stack.enter_context(Teacher(endpoint, output.with_name(f"{output.name}.{role}.sqlite")))
+            for role, endpoint in endpoints.items()
+        }
+        ask, plain = teachers.get("teacher"), teachers.get("plain_teacher")
+        workers = max((endpoint.concurrency for endpoint in endpoints.values()), default=0)
 
         def in_turn(inputs, work, source):
             work = partial(placed, partial(work, source=source, ask=ask, plain=plain))
-            return in_order(inputs, work, workers=workers, desc=source.name, endpoints=list(filter(None, (ask, plain))))
+            return in_order(inputs, work, workers=workers, desc=source.name, endpoints=[*teachers.values()])
 
         assembly = stack.enter_context(contextlib.closing(Assembly(building, limits, split)))
-        known = (disease.facts.values() for graph in graphs.values() for disease in graph)
-        assembly.names.update(name for facts in known for tails in facts for name in tails)
+        assembly.names.update(name for disease in known for tails in disease.facts.values() for name in tails)
         for path, kind in kinds.items():
             assembly.protect(iter_records(path, kind))
 
         # Each input through its source's builders; a teacher is asked about several at a time, the order stays.
-        for source in sources:
+        def made(source):
             if source.kind == "knowledge_graph":
                 for part in ("train", "heldout"):  # apart, so that no row joins facts of both sides
-                    graph = [disease for disease in graphs[source.name] if assembly.side_of(disease.name) == part]
-                    for steps in in_turn(graph, build_disease, source):
-                        assembly.take(steps, source)
-                    assembly.take(build_graph(graph, source), source)
+                    graph = [each for each in graphs[source.name] if split.side(f"disease/{each.name}") == part]
+                    yield from in_turn(graph, build_disease, source)
+                    yield build_graph(graph, source)
             elif source.reads:
-                for steps in in_turn(assembly.clean(divided(read(source), source), source), build, source):
-                    assembly.take(steps, source)
+                yield from in_turn(assembly.clean(divided(read(source), source), source), build, source)
             else:
-                assembly.take(build_templates(source), source)
+                yield build_templates(source)
+
+        for source in sources:
+            for steps in made(source):
+                assembly.take(steps, source)
             assembly.unreadable(summaries[source.name], source)
-        for teacher in filter(None, (ask, plain)):
+        for teacher in teachers.values():
             print(teacher.describe())
 
         # A domain without running text: the answers of its conversations are text too.
-        for domain, tables in ANSWERS.items():
+        for domain, folder in ANSWERS.items():
             if not assembly.tables[f"text/{domain}"]:
-                assembly.answers_as_text(f"text/{domain}", tables)
+                assembly.answers_as_text(f"text/{domain}", (folder,))
         corpus = assembly.finish(config.pediatric_share)
 
-    settings = {key: value for key, value in asdict(config).items() if key not in ("source", "output")}
+    settings = asdict(config) | {role: endpoint.model for role, endpoint in endpoints.items()}
     settings["evaluation"] = [Path(path).name for path in config.evaluation]
-    settings |= {
-        name: teacher.settings.model if teacher else ""
-        for name, teacher in (("teacher", ask), ("plain_teacher", plain))
-    }
-    manifest = write_manifest(corpus, assembly, sources, settings, summaries)
+    del settings["source"], settings["output"]
+    manifest = assembly.write_manifest(corpus, sources, settings, summaries)
     write_card(corpus, manifest)
     if not any(file["side"] == "train" for file in corpus.files):
         print(statistics_table(corpus))
         raise ValueError(f"{listing}: no training row came out of it; see {building / 'reports'}")
     replace_folder(output, building)
+    tell(corpus, manifest, left_out)
+    print(f"written to {config.output}; README.md in it is the corpus card")
+
+
+def tell(corpus: Corpus, manifest: dict, left_out: dict) -> None:
+    """Print what came of it, and what the corpus lacks for one of the four stages."""
     print(statistics_table(corpus))
     for name, reasons in manifest["dropped"].items():
         print(f"{name}: left out " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()))
@@ -191,42 +191,27 @@ def main(config: Config) -> None:
     print(f"questions answered in different ways: {corpus.contradictions:,} (reports/contradictions.jsonl)")
     for part in ("train", "heldout"):
         print(f"{part}: {sum(file['rows'] for file in corpus.files if file['side'] == part):,} rows")
-    print(*absent(corpus.files), sep="\n")
-    print(f"written to {config.output}; README.md in it is the corpus card")
-
-
-def absent(files: list[dict]) -> Iterator[str]:
-    """What a corpus lacks for one of the four stages, in words."""
-    tables = {file["table"] for file in files if file["side"] == "train"}
-
-    def lacks(*beginnings):
-        return not any(table.startswith(beginnings) for table in tables)
-
-    if lacks("text/pediatric", "text/general_medical"):
-        yield "absent: running text on medicine, so stage 1 has only instructions, if there are any"
-    if lacks("generalist/", "tasks_sample"):
-        yield "absent: conversations, so stage 1 has only text, if there is any, and stage 2 nothing to train on"
-    if lacks("preferences"):
-        yield "absent: preference pairs, so stage 3 has nothing to train on"
-    if lacks("tasks/"):
-        other = "nothing to train on" if lacks("generalist/general_medical") else "only general medicine"
-        yield f"absent: rows of the three pediatric tasks, so stage 4 has {other}"
-    if all(file["side"] == "train" for file in files):
-        yield "absent: held-out rows, so there is nothing to evaluate on; more rows or a higher --heldout_share help"
+    tables = [file["table"] for file in corpus.files if file["side"] == "train"]
+    for beginnings, lack in LACKS.items():
+        if not any(table.startswith(beginnings) for table in tables):
+            other = "only general medicine" if "generalist/general_medical" in tables else "nothing to train on"
+            print(f"absent: {lack.format(other)}")
+    if all(file["side"] == "train" for file in corpus.files):
+        print("absent: held-out rows, so there is nothing to evaluate on; more rows or a higher --heldout_share help")
 
 
 def normalized(triples: Iterable[Triple], on_bad_row: str, summary: ReadSummary) -> list[Triple]:
     """Triples as the rest of the corpus is written; one with nothing visible in its head or tail is a bad row."""
     kept = []
     for triple in triples:
-        head, relation, tail = (normalize(text) for text in (triple.head, triple.relation, triple.tail))
-        if head and relation and tail:
-            kept.append(replace(triple, head=head, relation=relation, tail=tail))
-            continue
+        named = {name: normalize(getattr(triple, name)) for name in ("head", "relation", "tail")}
         reason = "head, relation or tail is empty: found nothing visible, expected some text"
-        if on_bad_row == "error":
+        if all(named.values()):
+            kept.append(replace(triple, **named))
+        elif on_bad_row == "error":
             raise ValueError(f"{triple.source}: {reason}")
-        summary.drop(triple.source, reason)
+        else:
+            summary.drop(triple.source, reason)
     return kept
 
 
@@ -235,13 +220,14 @@ def placed(work, item):
     try:
         return work(item)
     except EndpointFailure as error:
-        place = item.name if isinstance(item, Disease) else item.source
-        raise EndpointFailure(f"{error} (asked about {place})") from None
+        raise EndpointFailure(
+            f"{error} (asked about {item.name if isinstance(item, Disease) else item.source})"
+        ) from None
 
 
 def check_output(output: Path, listing: Path, inputs: list[Path]) -> None:
     """Refuse a folder whose replacement would lose something that is no corpus, or that is read."""
-    for path in (listing.resolve(), *(path.resolve() for path in inputs)):
+    for path in (path.resolve() for path in (listing, *inputs)):
         inside = path != listing.resolve() and path in output.parents  # of a folder all files are read
         if output == path or output in path.parents or inside:
             raise ValueError(f"--output {output}: lies in, or holds, the input {path}; choose another folder")
@@ -251,9 +237,8 @@ def check_output(output: Path, listing: Path, inputs: list[Path]) -> None:
 
 def replace_folder(output: Path, complete: Path) -> None:
     """Put a complete corpus, safe on disk, in the place of an earlier one: at no moment is there half of one."""
-    for path in complete.rglob("*"):
-        if path.is_file():
-            sync(path)
+    for path in filter(Path.is_file, complete.rglob("*")):
+        sync(path)
     old = output.with_name(f".{output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():

@@ -11,28 +11,30 @@ import hashlib
 import json
 import math
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 from pedgpt.corpus.build import Step, stages, table_of
 from pedgpt.corpus.builders.role_play import subject
 from pedgpt.corpus.builders.sections import BETWEEN
 from pedgpt.corpus.decontaminate import Decontaminator
-from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, digest
+from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, Spool, digest
 from pedgpt.corpus.quality import fault, normalize, scrub
 from pedgpt.corpus.rows import Built, Dropped, map_texts, question, texts
 from pedgpt.corpus.sources import Source
 from pedgpt.corpus.split import Names, Split, question_key
+from pedgpt.data.manifest import write_manifest
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record
 
 KINDS = {Document: "documents", Conversation: "conversations", PreferencePair: "preferences"}
 # Builders whose rows resemble others on purpose: the same fact in several phrasings, an answer as text. They are split
-# by disease and compared exactly alone.
+# by disease, and only exact copies of them are left out.
 VARIANTS = ("graph/", "role_play", "preferences", "safety", "self_cognition", "answer")
 LONGEST_NAME = 20  # characters of a disease's or a drug's name; a longer title or fact is a sentence
+BUILT_FROM = "built from a row that was left out"
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,14 @@ class Limits:
     seed: int
 
 
-@dataclass
-class Statistics:
-    """What the corpus card tells of one table and source."""
-
-    rows: int = 0
-    heldout: int = 0
-    turns: int = 0
-    asked: int = 0  # characters
-    answered: int = 0  # characters; of running text, its own
+class _Row(NamedTuple):
+    record: Record
+    details: dict[str, Any]
+    table: str
+    source: str
+    builder: str
+    parent: int
+    topic: str
 
 
 @dataclass
@@ -74,17 +75,15 @@ class Assembly:
 
     def __post_init__(self) -> None:
         (self.folder / "reports").mkdir(parents=True)
-        self._list = (self.folder / "reports" / "dropped.jsonl").open("w", encoding="utf-8")
-        self._spool = (self.folder / "spool").open("w+b")
-        self._offsets = array("q")
+        self._list = (self.folder / "reports" / "dropped.jsonl").open("wb")
+        self._rows = Spool(self.folder)
         self._heldout = bytearray()
         self._seen: dict[bytes, int] = {}
         self._near = NearDuplicates(self.folder, threshold=self.limits.near_duplicate, seed=self.limits.seed)
         self._compared = array("q")  # the row behind each text of _near
         self._decontaminator = Decontaminator()
-
-    def __len__(self) -> int:
-        return len(self._offsets)
+        names = ("min_characters", "max_characters", "min_chinese")
+        self._bounds: dict[str, Any] = {name: getattr(self.limits, name) for name in names}
 
     def clean(self, records: Iterable[Record], source: Source) -> Iterator[Record]:
         """Records with normalised texts and without personal data; one that is left with too little is left out."""
@@ -95,36 +94,134 @@ class Assembly:
                 disease=self._cleaned(record.disease),
                 department=self._cleaned(record.department),
             )
-            if found := self._fault(cleaned):
-                self.drop(Dropped(cleaned.source, *found), source.name)
+            if found := fault(cleaned, **self._bounds):
+                self.built[source.name] += 1
+                self.drop(source.name, cleaned.source, *found)
             else:
                 yield cleaned
-
-    def side_of(self, disease: str) -> str:
-        """The side of the split, "train" or "heldout", on which all rows of a disease lie."""
-        return self.split.side(f"disease/{disease}")
 
     def unreadable(self, summary: ReadSummary, source: Source) -> None:
         """List the rows that a source's reader skipped."""
         for row in summary.skipped:
             fault, _, detail = row.reason.partition(": ")
-            self.drop(
-                Dropped(_place(f"{row.file}:{row.line}", source), f"unreadable: {fault}", detail), source.name, True
-            )
+            self.drop(source.name, _place(f"{row.file}:{row.line}", source), f"unreadable: {fault}", detail)
 
     def take(self, steps: Iterable[Step], source: Source) -> None:
         """What was made of one input of a source; what was built from a row that is left out is left out too."""
         numbers: list[int] = []
         for step in steps:
+            self.built[source.name] += 1
             row, parent = step.row, -1 if step.parent < 0 else numbers[step.parent]
-            if step.parent >= 0 and parent < 0 and isinstance(row, Built):
-                row = Dropped(row.record.source, "built from a row that was left out")
             if isinstance(row, Dropped):
-                numbers.append(self.drop(row, source.name))
+                numbers.append(self.drop(source.name, row.source, row.reason, row.detail))
+            elif step.parent >= 0 and parent < 0:
+                numbers.append(self.drop(source.name, row.record.source, BUILT_FROM))
             else:
-                numbers.append(self.add(row, table_of(row.record, source), source.name, step.builder, parent))
+                numbers.append(self._add(row, table_of(row.record, source), source.name, step.builder, parent))
 
-    def add(self, row: Built, table: str, source: str, builder: str = "", parent: int = -1, group: str = "") -> int:
+    def drop(self, source: str, place: str, reason: str, detail: str = "") -> int:
+        """List a row that is left out; -1, for the number that it has not."""
+        self.dropped[source, reason] += 1
+        self._list.write(_line({"source": source, "place": place, "reason": reason, "detail": detail}))
+        return -1
+
+    def protect(self, records: Iterable[Record]) -> None:
+        """Evaluation data: no training row may hold what it asks or answers."""
+        for record in records:
+            record = map_texts(record, lambda text: self._cleaned(text, counted=False))
+            for text in items(record):
+                asks = not isinstance(record, Document) and text == question(record)
+                self._decontaminator.add(record.source, text, asks)
+
+    def answers_as_text(self, table: str, conversations: tuple[str, ...], at_least: int = 20) -> None:
+        """The answers in tables of conversations as running text too, for a corpus that has no other.
+
+        `conversations` are tables, or the folders that hold them, such as "tasks/".
+        """
+        for number in range(len(self._rows)):
+            row: _Row = self._rows[number]
+            if not isinstance(row.record, Conversation) or not f"{row.table}/".startswith(conversations):
+                continue
+            for message in row.record.messages:
+                if message.role == "assistant" and message.loss and len(message.content) >= at_least:
+                    source, disease, department = row.record.source, row.record.disease, row.record.department
+                    text = Document(message.content, source, "", disease, department)
+                    self.built[row.source] += 1
+                    self._add(Built(text), table, row.source, "answer", number, self.split.group(row.record))
+
+    def finish(self, sample_share: float) -> Corpus:
+        """Write the shards and reports. `sample_share` of the tasks' training rows go to stage 2 as well."""
+        names = Names(question_key(name) for name in self.names | self.split.diseases if 1 < len(name) <= LONGEST_NAME)
+        similar = {self._compared[i]: (self._compared[j], share) for i, j, share in self._near.find(names)}
+        self._decontaminator.names = names
+        asked = self._protect_heldout(similar)
+        corpus, contradictions = Corpus(self.folder, self.limits.shard_rows), Contradictions(self.folder)
+        gone: set[int] = set()
+        sampled: Counter[str] = Counter()
+        for number in range(len(self._rows)):
+            row: _Row = self._rows[number]
+            record, held = row.record, self._heldout[number]
+            found: tuple[str, str] | None = None
+            if number in similar:
+                other, share = similar[number]
+                found = "near duplicate", f"{share:.2f} of {self._source_of(other)}"
+            elif row.parent in gone:
+                found = BUILT_FROM, self._source_of(row.parent)
+            elif not held and _asked(record) in asked:
+                found = "asks a held-out question", question(record)
+            elif not held and (match := self._decontaminator.match(messages(record))):
+                found = "overlaps with evaluation or held-out rows", f"{match[1]:.2f} of {match[0]}"
+            if found:
+                gone.add(number)
+                self.drop(row.source, record.source, *found)
+                continue
+            part = "heldout" if held else "train"
+            origin = {"place": record.source, **({"builder": row.builder} if row.builder else {}), **row.details}
+            written = {**_as_row(record), "origin": origin}
+            corpus.write(part, row.table, row.source, record, written, row.topic)
+            if row.table.startswith("tasks/") and not held:
+                sampled[row.table] += 1  # an evenly spread share of each task
+                if int(sampled[row.table] * sample_share) > int((sampled[row.table] - 1) * sample_share):
+                    corpus.write(part, "tasks_sample", row.source, record, written, row.topic)
+            if isinstance(record, Conversation) and len(record.messages) == 2 and not row.builder.startswith(VARIANTS):
+                contradictions.add(record.source, question(record), record.messages[-1].content)
+        groups = [_line(group) for group in contradictions.groups()]
+        (self.folder / "reports" / "contradictions.jsonl").write_bytes(b"".join(groups))
+        corpus.contradictions = len(groups)
+        corpus.close()
+        self.close()
+        return corpus
+
+    def write_manifest(
+        self,
+        corpus: Corpus,
+        sources: Sequence[Source],
+        settings: Mapping[str, Any],
+        summaries: Mapping[str, ReadSummary],
+    ) -> dict[str, Any]:
+        """Write manifest.json and return it. `summaries` say of each source what was read and what could not be."""
+        about = {
+            source.name: {
+                "kind": source.kind, "domain": source.domain or "by words", "licence": source.licence,
+                "weight": source.weight, "epochs": source.epochs, "build": list(source.build),
+                "read": sum(summaries[source.name].rows.values()), "skipped": len(summaries[source.name].skipped),
+                "built": self.built[source.name],
+            }
+            for source in sources
+        }  # fmt: skip
+        left_out: dict[str, dict[str, int]] = {}
+        for (name, reason), count in sorted(self.dropped.items()):
+            left_out.setdefault(name, {})[reason] = count
+        found = {"dropped": left_out, "personal_data_replaced": dict(sorted(self.replaced.items()))}
+        found["contradictory_questions"] = corpus.contradictions
+        return write_manifest(self.folder, settings=settings, sources=about, files=corpus.files, found=found)
+
+    def close(self) -> None:
+        """Delete what was only needed on the way."""
+        for file in (self._list, self._rows, self._near):
+            file.close()
+
+    def _add(self, row: Built, table: str, source: str, builder: str, parent: int, group: str = "") -> int:
         """The row's number, or -1 if it was left out; `parent` is the number of the row that it was built from.
 
         `group` overrides the one that the record itself shows.
@@ -132,148 +229,58 @@ class Assembly:
         record = row.record
         if builder:  # what a reader gave is clean already
             record = map_texts(record, self._cleaned)
-        if found := self._fault(record):
-            return self.drop(Dropped(record.source, *found), source)
+        if found := fault(record, **self._bounds):
+            return self.drop(source, record.source, *found)
         if not (group := group or self.split.group(record)):
-            return self.drop(Dropped(record.source, "is about diseases of both sides of the split"), source)
-        everything = "\n".join(texts(record))
-        key = digest(f"{KINDS[type(record)]}\n{everything}")
-        if (first := self._seen.setdefault(key, len(self))) < len(self):
-            return self.drop(Dropped(record.source, "exact duplicate", f"of {self._place(first)}"), source)
+            return self.drop(source, record.source, "is about diseases of both sides of the split")
+        number, everything = len(self._rows), "\n".join(texts(record))
+        first = self._seen.setdefault(digest(f"{KINDS[type(record)]}\n{everything}"), number)
+        if first < number:
+            return self.drop(source, record.source, "exact duplicate", f"of {self._source_of(first)}")
         self.names.add(record.disease)
         if isinstance(record, Document):
             headings = (record.title, *record.source.split(BETWEEN)[1:])
             self.names.update(subject(Document("", "", heading)) for heading in headings)
         if not builder.startswith(VARIANTS):
             self._near.add(everything)
-            self._compared.append(len(self))
-        self.built[source] += 1
+            self._compared.append(number)
         self.tables[table] += 1
-        held = self.split.side(group) == "heldout"
-        origin = {"place": record.source, **({"builder": builder} if builder else {}), **row.details}
         topic = group.removeprefix("disease/") if group.startswith("disease/") else record.department
-        head = [table, source, builder, parent, topic]
-        self._offsets.append(self._spool.tell())
-        self._heldout.append(held)
-        self._spool.write(_line([head, {**_as_row(record), "origin": origin}]))
-        return len(self) - 1
+        self._heldout.append(self.split.side(group) == "heldout")
+        return self._rows.append(_Row(record, row.details, table, source, builder, parent, topic))
 
-    def drop(self, row: Dropped, source: str, counted: bool = False) -> int:
-        """List a row that is left out; -1, for the number that it has not. `counted`: it is in `built` already."""
-        self.built[source] += not counted
-        self.dropped[source, row.reason] += 1
-        listed = {"source": source, "place": row.source, "reason": row.reason, "detail": row.detail}
-        self._list.write(json.dumps(listed, ensure_ascii=False) + "\n")
-        return -1
-
-    def protect(self, records: Iterable[Record]) -> None:
-        """Evaluation data: no training row may hold what it asks or answers."""
-        for record in records:
-            record = map_texts(record, lambda text: self._cleaned(text, count=False))
-            for text in items(record):
-                self._decontaminator.add(
-                    record.source, text, not isinstance(record, Document) and text == question(record)
-                )
-
-    def answers_as_text(self, table: str, conversations: tuple[str, ...], at_least: int = 20) -> None:
-        """The answers of some tables' conversations as running text too, for a corpus that has no other."""
-        for number, (found, source, *_), row in self._rows(range(len(self))):
-            if found in conversations:
-                record = _conversation(row)
-                for message in record.messages:
-                    if message.role == "assistant" and message.loss and len(message.content) >= at_least:
-                        text = Document(message.content, record.source, "", record.disease, record.department)
-                        group = self.split.group(record)
-                        self.add(Built(text), table, source, "answer", number, group)
-
-    def finish(self, sample_share: float) -> Corpus:
-        """Write the shards and reports. `sample_share` of the tasks' training rows go to stage 2 as well."""
-        gone = bytearray(len(self))
-        names = Names(question_key(name) for name in self.names | self.split.diseases if 1 < len(name) <= LONGEST_NAME)
-        similar = {self._compared[i]: (self._compared[j], share) for i, j, share in self._near.find(names)}
-        self._decontaminator.names = names
+    def _protect_heldout(self, similar: Mapping[int, Any]) -> set[bytes | None]:
+        """Take in held-out rows as evaluation data, and count training rows; what held-out rows ask first."""
         asked = set()  # diseases share first questions: 孩子发热、头痛，是怎么回事
-        for _, (*_, builder, _, _), row in self._rows(
-            i for i in range(len(self)) if self._heldout[i] and i not in similar
-        ):
-            record = _record(row)
-            if (first := self._asked(record)) is not None:
-                asked.add(first)
-            if not builder.startswith(VARIANTS):  # those share their wording, not their facts, with training rows
-                self.protect([record])
-        for _, _, row in self._rows(i for i in range(len(self)) if not self._heldout[i] and i not in similar):
-            self._decontaminator.count(messages(_record(row)))
-        corpus = Corpus(self.folder, self.limits.shard_rows)
-        contradictions = Contradictions(self.folder)
-        for number, head, row in self._rows(range(len(self))):
-            table, source, builder, parent, topic = head
-            record = _record(row)
-            reason = detail = ""
-            if number in similar:
-                reason, detail = "near duplicate", f"{similar[number][1]:.2f} of {self._place(similar[number][0])}"
-            elif parent >= 0 and gone[parent]:
-                reason, detail = "built from a row that was left out", self._place(parent)
-            elif self._heldout[number]:
-                pass
-            elif self._asked(record) in asked:
-                reason, detail = "asks a held-out question", question(record)
-            elif match := self._decontaminator.match(messages(record)):
-                reason, detail = "overlaps with evaluation or held-out rows", f"{match[1]:.2f} of {match[0]}"
-            if reason:
-                gone[number] = 1
-                self.drop(Dropped(record.source, reason, detail), source, counted=True)
-                continue
-            part = "heldout" if self._heldout[number] else "train"
-            corpus.write(part, table, source, record, row, topic)
-            if table.startswith("tasks/") and part == "train" and corpus.sampled(table, sample_share):
-                corpus.write(part, "tasks_sample", source, record, row, topic)
-            if isinstance(record, Conversation) and len(record.messages) == 2 and not builder.startswith(VARIANTS):
-                contradictions.add(record.source, question(record), record.messages[-1].content)
-        with (self.folder / "reports" / "contradictions.jsonl").open("w", encoding="utf-8") as file:
-            for group in contradictions.groups():
-                file.write(json.dumps(group, ensure_ascii=False) + "\n")
-                corpus.contradictions += 1
-        corpus.close()
-        self.close()
-        return corpus
+        kept = [number for number in range(len(self._rows)) if number not in similar]
+        for row in (self._rows[number] for number in kept if self._heldout[number]):
+            asked.add(_asked(row.record))
+            if not row.builder.startswith(VARIANTS):  # those share their wording, not their facts, with training rows
+                self.protect([row.record])
+        for row in (self._rows[number] for number in kept if not self._heldout[number]):
+            self._decontaminator.count(messages(row.record))
+        return asked - {None}
 
-    def close(self) -> None:
-        """Delete what was only needed on the way."""
-        self._list.close()
-        self._spool.close()
-        (self.folder / "spool").unlink(missing_ok=True)
-        self._near.close()
-
-    def _cleaned(self, text: str, count: bool = True) -> str:
+    def _cleaned(self, text: str, counted: bool = True) -> str:
         text = normalize(text)
         if not self.limits.keep_personal_data:
             text, found = scrub(text)
-            self.replaced += found if count else Counter()
+            self.replaced += found if counted else Counter()
         return text
 
-    @staticmethod
-    def _asked(record: Record) -> bytes | None:
-        """The first question, if it asks something: 医生您好 does not."""
-        asked = "" if isinstance(record, Document) else question(record)
-        return digest(asked) if len(question_key(asked)) > len("医生您好请问") else None
+    def _source_of(self, number: int) -> str:
+        return self._rows[number].record.source
 
-    def _fault(self, record: Record) -> tuple[str, str] | None:
-        low, high = self.limits.min_characters, self.limits.max_characters
-        return fault(record, min_characters=low, max_characters=high, min_chinese=self.limits.min_chinese)
 
-    def _place(self, number: int) -> str:
-        return next(self._rows([number]))[2]["origin"]["place"]
+@dataclass
+class Statistics:
+    """What the corpus card tells of one table and source."""
 
-    def _rows(self, numbers: Iterable[int]) -> Iterator[tuple[int, list[Any], dict[str, Any]]]:
-        self._spool.flush()
-        with Path(self._spool.name).open("rb") as file:
-            after = -1
-            for number in numbers:
-                if number != after:
-                    file.seek(self._offsets[number])
-                head, row = json.loads(file.readline())
-                yield number, head, row
-                after = number + 1
+    rows: int = 0
+    heldout: int = 0
+    turns: int = 0
+    asked: int = 0  # characters
+    answered: int = 0  # characters; of running text, its own
 
 
 @dataclass
@@ -282,78 +289,72 @@ class Corpus:
 
     folder: Path
     shard_rows: int
-    files: list[dict[str, Any]] = field(default_factory=list)  # the manifest's
-    statistics: dict[tuple[str, str], Statistics] = field(default_factory=dict)  # by table and source
+    files: list[dict[str, Any]] = field(default_factory=list)  # the manifest's, after `close`
+    statistics: dict[tuple[str, str], Statistics] = field(default_factory=lambda: defaultdict(Statistics))
     topics: Counter[str] = field(default_factory=Counter)  # rows by disease or department
-    lengths: dict[str, Counter[int]] = field(default_factory=dict)  # rows by floor(2 log2 characters), by table
+    lengths: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))  # of `table`, see `write`
     contradictions: int = 0
 
     def __post_init__(self) -> None:
-        self._open: dict[tuple[str, str, str], tuple[dict[str, Any], Any]] = {}  # entries and checksums of shards
-        self._handles: dict[tuple[str, str, str], IO[bytes]] = {}  # not of all: a process may open a few hundred files
-        self._shards: Counter[tuple[str, str, str]] = Counter()
-        self._tasks: Counter[str] = Counter()
+        self._entries: dict[str, dict[str, Any]] = {}  # the files, by path
+        self._waiting: dict[str, bytearray] = defaultdict(bytearray)  # the ends of files that are not written yet
+        self._rows: Counter[tuple[str, str, str]] = Counter()
 
     def write(self, part: str, table: str, source: str, record: Record, row: dict[str, Any], topic: str) -> None:
-        """One row into its shard, and into the statistics."""
+        """One row into its shard, and into the statistics; of its length, floor(2 log2 characters) is counted."""
         key = (part, table, source)
-        if key in self._open and self._open[key][0]["rows"] == self.shard_rows:
-            self._finish(key)
-        if key not in self._open:
-            name = f"{part}/{table}/{source}-{self._shards[key]:05}.jsonl"
-            self._shards[key] += 1
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            entry: dict[str, Any] = {
-                "path": name, "side": part, "table": table, "source": source, "stages": stages(table),
+        path = f"{part}/{table}/{source}-{self._rows[key] // self.shard_rows:05}.jsonl"
+        self._rows[key] += 1
+        if path not in self._entries:
+            self._entries[path] = {
+                "path": path, "side": part, "table": table, "source": source, "stages": stages(table),
                 "kind": KINDS[type(record)], "rows": 0,
             }  # fmt: skip
-            self.files.append(entry)
-            self._open[key] = entry, hashlib.sha256()
-        counts, checksum = self._open[key]
-        if key not in self._handles:
-            if len(self._handles) >= 100:
-                self._handles.pop(next(iter(self._handles))).close()
-            self._handles[key] = (self.folder / counts["path"]).open("ab")
-        line = _line(row)
-        self._handles[key].write(line)
-        checksum.update(line)
-        counts["rows"] += 1
-
-        counted = self.statistics.setdefault((table, source), Statistics())
+        self._entries[path]["rows"] += 1
+        self._waiting[path] += _line(row)
+        if len(self._waiting[path]) >= 2**16:
+            self._flush(path)
+        asked, answered = _asked_and_answered(record)
+        counted = self.statistics[table, source]
         counted.rows += 1
         counted.heldout += part == "heldout"
-        asked, answered = 0, len(record.text) if isinstance(record, Document) else 0
-        if isinstance(record, Conversation):
-            for message in record.messages:
-                counted.turns += message.role == "user"
-                asked += len(message.content) * (message.role == "user")
-                answered += len(message.content) * (message.role == "assistant")
-        elif isinstance(record, PreferencePair):
-            counted.turns += sum(message.role == "user" for message in record.prompt)
-            asked, answered = sum(len(message.content) for message in record.prompt), len(record.chosen)
-        counted.asked += asked
+        counted.turns += sum(message.role == "user" for message in asked)
+        characters = sum(len(message.content) for message in asked)
+        counted.asked += characters
         counted.answered += answered
-        self.lengths.setdefault(table, Counter())[int(2 * math.log2(max(1, asked + answered)))] += 1
+        self.lengths[table][int(2 * math.log2(max(1, characters + answered)))] += 1
         if table != "tasks_sample":  # it repeats others
             self.topics[topic] += 1
 
-    def sampled(self, table: str, share: float) -> bool:
-        """Whether the next row of this table is one of an evenly spread share."""
-        i = self._tasks[table]
-        self._tasks[table] += 1
-        return int((i + 1) * share) > int(i * share)
-
     def close(self) -> None:
         """Finish all files; they are listed in an order that depends on their names alone."""
-        for key in list(self._open):
-            self._finish(key)
-        self.files.sort(key=lambda file: file["path"])
+        for path in list(self._waiting):
+            self._flush(path)
+        self.files = [entry for _, entry in sorted(self._entries.items())]
+        for entry in self.files:
+            with (self.folder / entry["path"]).open("rb") as file:
+                entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
 
-    def _finish(self, key: tuple[str, str, str]) -> None:
-        entry, checksum = self._open.pop(key)
-        entry["sha256"] = checksum.hexdigest()
-        if key in self._handles:
-            self._handles.pop(key).close()
+    def _flush(self, path: str) -> None:
+        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        with (self.folder / path).open("ab") as file:  # closed again: a process may open a few hundred files
+            file.write(self._waiting.pop(path))
+
+
+def _asked_and_answered(record: Record) -> tuple[Sequence[Message], int]:
+    """What is asked, and how many characters answer it."""
+    if isinstance(record, Document):
+        return (), len(record.text)
+    if isinstance(record, PreferencePair):
+        return record.prompt, len(record.chosen)
+    answered = sum(len(message.content) for message in record.messages if message.role == "assistant")
+    return [message for message in record.messages if message.role == "user"], answered
+
+
+def _asked(record: Record) -> bytes | None:
+    """The first question, if it asks something: 医生您好 does not."""
+    asked = "" if isinstance(record, Document) else question(record)
+    return digest(asked) if len(question_key(asked)) > len("医生您好请问") else None
 
 
 def _place(place: str, source: Source) -> str:
@@ -373,12 +374,15 @@ def _line(value: Any) -> bytes:
 
 
 def _as_row(record: Record) -> dict[str, Any]:
-    topic = {key: value for key in ("disease", "department") if (value := getattr(record, key))}
-    if isinstance(record, Document):
-        return {**({"title": record.title} if record.title else {}), "text": record.text, **topic}
-    if isinstance(record, PreferencePair):
-        return {"prompt": _turns(record.prompt), "chosen": record.chosen, "rejected": record.rejected, **topic}
-    return {"messages": _turns(record.messages), **({"task": record.task} if record.task else {}), **topic}
+    names = ("title", "text", "messages", "task", "prompt", "chosen", "rejected", "disease", "department")
+    found = {name: value for name in names if (value := getattr(record, name, ""))}
+    return {name: [_turn(m) for m in value] if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    loss = {} if message.loss else {"loss": False}
+    reasoning = {"reasoning_content": message.reasoning} if message.reasoning else {}
+    return {"role": message.role, "content": message.content, **loss, **reasoning}
 
 
 def items(record: Record) -> list[str]:
@@ -396,32 +400,3 @@ def items(record: Record) -> list[str]:
 def messages(record: Record) -> list[str]:
     """The texts of a record, each once, beginning with its question."""
     return list(dict.fromkeys([question(record), *texts(record)]))
-
-
-def _turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    return [
-        {"role": message.role, "content": message.content}
-        | ({} if message.loss else {"loss": False})
-        | ({"reasoning_content": message.reasoning} if message.reasoning else {})
-        for message in messages
-    ]
-
-
-def _message(turn: dict[str, Any]) -> Message:
-    return Message(turn["role"], turn["content"], turn.get("loss", True), turn.get("reasoning_content", ""))
-
-
-def _record(row: dict[str, Any]) -> Record:
-    if "messages" in row:
-        return _conversation(row)
-    place, topic = row["origin"]["place"], (row.get("disease", ""), row.get("department", ""))
-    if "text" in row:
-        return Document(row["text"], place, row.get("title", ""), *topic)
-    prompt = tuple(map(_message, row["prompt"]))
-    return PreferencePair(prompt, row["chosen"], row["rejected"], place, *topic)
-
-
-def _conversation(row: dict[str, Any]) -> Conversation:
-    messages = tuple(map(_message, row["messages"]))
-    topic = (row.get("disease", ""), row.get("department", ""))
-    return Conversation(messages, row["origin"]["place"], row.get("task", ""), *topic)

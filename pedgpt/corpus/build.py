@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from pedgpt.corpus.builders.dialogues import evidiag_dialogue
 from pedgpt.corpus.builders.knowledge_graph import (
@@ -27,6 +28,17 @@ from pedgpt.corpus.sources import Source, is_name
 from pedgpt.data.records import Conversation, Document, PreferencePair, Record
 from pedgpt.data.tasks import EVIDIAG, TASKS
 
+# The stages that train on a table, or on those of a folder (PediatricsGPT §3: text and completions, generalist, pairs,
+# tasks).
+STAGES = {
+    "text": [1],
+    "tasks": [1, 4],
+    "tasks_sample": [2],
+    "generalist": [1, 2],
+    "generalist/general_medical": [1, 2, 4],
+    "preferences": [3],
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -48,25 +60,33 @@ def divided(records: Iterable[Record], source: Source) -> Iterator[Record]:
 
 def build(record: Record, source: Source, ask: Ask | None = None, plain: Ask | None = None) -> list[Step]:
     """The rows of one passage, conversation or pair. `plain` is the model whose plain answers become rejected ones."""
-    if isinstance(record, PreferencePair):
-        return [Step("", Built(record))]
-    if isinstance(record, Document):
-        return _of_document(record, source, ask, plain)
-    return _of_conversation(record, source, ask, plain)
+    steps: list[Step] = []
+    if isinstance(record, Conversation):
+        steps += _of_conversation(record, source, ask)
+    else:
+        steps.append(Step("", Built(record)))
+    if isinstance(record, Document) and "role_play" in source.build:
+        steps += [Step("role_play", _in_domain(row, source), 0) for row in role_play(record, ask)]
+    if "preferences" not in source.build:
+        return steps
+    paired: list[Step] = []
+    for step in steps:  # a parent is the first step, if there is one, so pairs between the steps move none
+        paired.append(step)
+        row, parent = step.row, len(paired) - 1
+        # A parent's question is answered humanely; a colleague's needs no comfort.
+        humane = isinstance(row, Built) and row.details.get("role", "parent") == "parent"
+        if isinstance(row, Built) and humane and isinstance(row.record, Conversation):
+            paired += [Step("preferences", pair, parent) for pair in humane_pair(row.record, ask, plain)]
+    return paired
 
 
 def build_graph(diseases: Sequence[Disease], source: Source) -> Iterator[Step]:
     """The instructions of a graph's diseases; all of them on one side of the split, see `two_hop`."""
-    rows: dict[str, Iterable[Conversation]] = {
-        "medkqa": (row for disease in diseases for row in medkqa(disease)),
-        "evidiag": (row for disease in diseases for row in evidiag(disease)),
-        "trerecom": (row for disease in diseases for row in trerecom(disease)),
-        "two_hop": two_hop(diseases),
-        "negative": negative(diseases),
-    }
-    for builder, built in rows.items():
-        if builder in source.build:
-            yield from (Step(f"graph/{builder}", _in_domain(Built(row), source)) for row in built)
+    each = {"medkqa": medkqa, "evidiag": evidiag, "trerecom": trerecom}
+    rows = {name: chain.from_iterable(map(builder, diseases)) for name, builder in each.items()}
+    for name, built in {**rows, "two_hop": two_hop(diseases), "negative": negative(diseases)}.items():
+        if name in source.build:
+            yield from (Step(f"graph/{name}", _in_domain(Built(row), source)) for row in built)
 
 
 def build_disease(disease: Disease, source: Source, ask: Ask | None = None, plain: Ask | None = None) -> list[Step]:
@@ -95,25 +115,9 @@ def table_of(record: Record, source: Source) -> str:
     return TASKS.get(record.task) or f"generalist/{record.task}"
 
 
-def stages(name: str) -> list[int]:
-    """The stages that train on a table (PediatricsGPT §3: text and completions, generalist, pairs, tasks)."""
-    if name.startswith("text/"):
-        return [1]
-    if name.startswith("tasks/"):
-        return [1, 4]
-    if name.startswith("generalist/"):
-        return [1, 2, 4] if name == "generalist/general_medical" else [1, 2]
-    return {"tasks_sample": [2], "preferences": [3]}[name]
-
-
-def _of_document(passage: Document, source: Source, ask: Ask | None, plain: Ask | None) -> list[Step]:
-    steps = [Step("", Built(passage))]
-    for row in role_play(passage, ask) if "role_play" in source.build else ():
-        steps.append(Step("role_play", _in_domain(row, source), 0))
-        # A parent's question is answered humanely; a colleague's needs no comfort.
-        if isinstance(row, Built) and row.details["role"] == "parent":
-            steps += _pairs(row, source, ask, plain, len(steps) - 1)
-    return steps
+def stages(table: str) -> list[int]:
+    """The stages that train on a table."""
+    return STAGES.get(table) or STAGES[table.split("/")[0]]
 
 
 def _in_domain(row: Built | Dropped, source: Source) -> Built | Dropped:
@@ -123,33 +127,25 @@ def _in_domain(row: Built | Dropped, source: Source) -> Built | Dropped:
     return row
 
 
-def _of_conversation(record: Conversation, source: Source, ask: Ask | None, plain: Ask | None) -> list[Step]:
+def _of_conversation(record: Conversation, source: Source, ask: Ask | None) -> Iterator[Step]:
     task = source.task or (record.task if is_name(record.task) else "") or _task_by_domain(record, source)
     builder = ""
     rows: Iterable[Built | Dropped] = (Built(record),)
-    turns = sum(message.role == "user" for message in record.messages)
-    if "evidiag" in source.build and turns > 1:
+    if "evidiag" in source.build and _turns(record) > 1:
         builder, rows = "evidiag", evidiag_dialogue(record, ask)
     elif "reconstruct" in source.build:
         builder, rows = "reconstruct", reconstruct(record, ask)
-    steps: list[Step] = []
     for row in rows:
         if isinstance(row, Built) and isinstance(row.record, Conversation):
-            left = sum(message.role == "user" for message in row.record.messages)
-            named = task
-            if task == EVIDIAG and left < 2 and not source.task:  # what is left of it is a question and its answer
-                named = _task_by_domain(row.record, source)
+            # What is left of a dialogue may be a question and its answer.
+            short = task == EVIDIAG and _turns(row.record) < 2 and not source.task
+            named = _task_by_domain(row.record, source) if short else task
             row = replace(row, record=replace(row.record, task=named))
-        steps.append(Step(builder, row))
-        if isinstance(row, Built):
-            steps += _pairs(row, source, ask, plain, len(steps) - 1)
-    return steps
+        yield Step(builder, row)
 
 
-def _pairs(row: Built, source: Source, ask: Ask | None, plain: Ask | None, parent: int) -> list[Step]:
-    if "preferences" not in source.build or not isinstance(row.record, Conversation):
-        return []
-    return [Step("preferences", pair, parent) for pair in humane_pair(row.record, ask, plain)]
+def _turns(record: Conversation) -> int:
+    return sum(message.role == "user" for message in record.messages)
 
 
 def _task_by_domain(record: Conversation, source: Source) -> str:

@@ -1,117 +1,56 @@
-"""The manifest and the corpus card: what the corpus holds, where it came from, and what was left out."""
+"""The corpus card: what the corpus holds, where it came from, and what was left out."""
 
 from __future__ import annotations
 
-import json
-import platform
 import re
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
-import numpy as np
-
 from pedgpt import __version__
-from pedgpt.corpus.assemble import Assembly, Corpus
-from pedgpt.corpus.sources import Source
-from pedgpt.data.records import ReadSummary
+from pedgpt.corpus.assemble import Corpus
 
 STAGES = {1: "continued pre-training", 2: "full fine-tuning", 3: "DFPO", 4: "experts"}
 
 
-def write_manifest(
-    corpus: Corpus,
-    assembly: Assembly,
-    sources: Sequence[Source],
-    settings: Mapping[str, Any],
-    summaries: Mapping[str, ReadSummary],
-) -> dict[str, Any]:
-    """Write manifest.json and return it. `summaries` say of each source what was read and what could not be.
-
-    Deterministic: it holds no date and no path outside the corpus.
-    """
-    rows: dict[str, dict[str, int]] = {}
-    for file in corpus.files:
-        counts = rows.setdefault(file["table"], {"train": 0, "heldout": 0})
-        counts[file["side"]] += file["rows"]
-    left_out: dict[str, dict[str, int]] = {}
-    for (source, reason), count in sorted(assembly.dropped.items()):
-        left_out.setdefault(source, {})[reason] = count
-    manifest = {
-        "version": 1,
-        "made_by": {
-            "pedgpt": __version__, "python": platform.python_version(), "numpy": np.__version__,
-            "unicode": unicodedata.unidata_version,
-        },
-        "settings": dict(settings),
-        "sources": {
-            source.name: {
-                "kind": source.kind, "domain": source.domain or "by words", "licence": source.licence,
-                "weight": source.weight, "epochs": source.epochs, "build": list(source.build),
-                "read": sum(summaries[source.name].rows.values()), "skipped": len(summaries[source.name].skipped),
-                "built": assembly.built[source.name],
-            }
-            for source in sources
-        },
-        "rows": dict(sorted(rows.items())),
-        "dropped": left_out,
-        "personal_data_replaced": dict(sorted(assembly.replaced.items())),
-        "contradictory_questions": corpus.contradictions,
-        "files": corpus.files,
-    }  # fmt: skip
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    (corpus.folder / "manifest.json").write_text(text, encoding="utf-8")
-    return manifest
-
-
 def write_card(corpus: Corpus, manifest: Mapping[str, Any]) -> None:
     """Write README.md, with plots if matplotlib is there."""
-    plots = _plots(corpus)
-    stage_rows: Counter[int] = Counter()
+    total, stage_rows = Counter[str](), Counter[int]()
     for file in corpus.files:
-        for stage in file["stages"] if file["side"] == "train" else ():
-            stage_rows[stage] += file["rows"]
-    total = {side: sum(f["rows"] for f in corpus.files if f["side"] == side and f["table"] != "tasks_sample")
-             for side in ("train", "heldout")}  # fmt: skip
+        total[file["side"]] += file["rows"] if file["table"] != "tasks_sample" else 0
+        stage_rows.update({stage: file["rows"] for stage in file["stages"] if file["side"] == "train"})
+    sources = [
+        [name, s["kind"], s["licence"], s["read"], s["skipped"], s["built"],
+         f"{s['epochs']:g} epochs" if s["epochs"] else f"{s['weight']:g}"]
+        for name, s in manifest["sources"].items()
+    ]  # fmt: skip
+    dropped = [[name, *counted] for name, reasons in manifest["dropped"].items() for counted in reasons.items()]
+    replaced = ", ".join(f"{kind} {count:,}" for kind, count in manifest["personal_data_replaced"].items())
+    columns = ["source", "kind", "licence", "rows read", "unusable", "rows built", "weight in stage 1"]
     parts = [
         "# Corpus card",
         f"{total['train']:,} rows for training and {total['heldout']:,} held out, built by pedgpt {__version__} from"
-        f" {len(manifest['sources'])} sources. For research; nothing here was reviewed by clinicians unless its source"
+        f" {len(sources)} sources. For research; nothing here was reviewed by clinicians unless its source"
         " says so, and it is no basis for advising anyone.",
         "## Rows by source and table",
         "Lengths are means in characters: of questions and answers in conversations and pairs (the preferred answer),"
         " of the whole text in running text. `tasks_sample` repeats rows of `tasks` for stage 2.",
         statistics_table(corpus),
         "## Rows by stage",
-        _table(["stage", "training rows"], [[f"{n} {STAGES[n]}", f"{stage_rows[n]:,}"] for n in STAGES]),
+        _table(["stage", "training rows"], [[f"{n} {name}", stage_rows[n]] for n, name in STAGES.items()]),
         "## Sources",
-        _table(
-            ["source", "kind", "licence", "rows read", "unusable", "rows built", "weight in stage 1"],
-            [
-                [name, s["kind"], s["licence"], f"{s['read']:,}", f"{s['skipped']:,}", f"{s['built']:,}",
-                 f"{s['epochs']:g} epochs" if s["epochs"] else f"{s['weight']:g}"]
-                for name, s in manifest["sources"].items()
-            ],
-        ),
+        _table(columns, sources),
         "## Left out",
         "Each row is listed in reports/dropped.jsonl with its place and reason.",
-        _table(
-            ["source", "reason", "rows"],
-            [[name, reason, f"{count:,}"] for name, reasons in manifest["dropped"].items()
-             for reason, count in reasons.items()],
-        )
-        if manifest["dropped"]
-        else "Nothing.",
+        _table(["source", "reason", "rows"], dropped) if dropped else "Nothing.",
         "## Checks",
-        "- Personal data replaced: "
-        + (", ".join(f"{kind} {count:,}" for kind, count in manifest["personal_data_replaced"].items()) or "none found")
-        + "\n- Questions that were answered in different ways: "
-        + f"{manifest['contradictory_questions']:,} (reports/contradictions.jsonl)\n"
-        + "- All rows about one disease, or with one question, lie on one side of the split.",
-        *plots,
-    ]  # fmt: skip
+        f"- Personal data replaced: {replaced or 'none found'}\n"
+        f"- Questions that were answered in different ways: {corpus.contradictions:,} (reports/contradictions.jsonl)\n"
+        "- All rows about one disease, or with one question, lie on one side of the split.",
+        *_plots(corpus),
+    ]
     (corpus.folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -119,18 +58,16 @@ def statistics_table(corpus: Corpus) -> str:
     """Source × table × rows × mean lengths, as Markdown."""
     rows = []
     for (table, source), counted in sorted(corpus.statistics.items()):
-        turns = f"{counted.turns / counted.rows:.1f}" if counted.turns else "–"
-        asked = f"{counted.asked / counted.rows:,.0f}" if counted.turns else "–"
-        train, heldout = counted.rows - counted.heldout, counted.heldout
-        rows.append(
-            [table, source, f"{train:,}", f"{heldout:,}", turns, asked, f"{counted.answered / counted.rows:,.0f}"]
-        )
+        asked = [f"{counted.turns / counted.rows:.1f}", f"{counted.asked / counted.rows:,.0f}"]
+        sides, answered = [counted.rows - counted.heldout, counted.heldout], f"{counted.answered / counted.rows:,.0f}"
+        rows.append([table, source, *sides, *(asked if counted.turns else "––"), answered])
     return _table(["table", "source", "train", "held out", "turns", "question", "answer or text"], rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    numbers = [all(re.fullmatch(r"[\d,.]+|–", row[i]) for row in rows) for i in range(len(header))]
-    lines = [header, ["--:" if number else ":--" for number in numbers], *rows]
+def _table(header: Sequence[str], rows: Sequence[Sequence[str | int]]) -> str:
+    told = [[cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows]
+    numbers = [all(re.fullmatch(r"[\d,.]+|–", row[i]) for row in told) for i in range(len(header))]
+    lines = [header, ["--:" if number else ":--" for number in numbers], *told]
     return "\n".join(
         "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines
     )
@@ -147,7 +84,6 @@ def _plots(corpus: Corpus) -> list[str]:
     named = [("".join(filter(str.isprintable, name))[:40], count) for name, count in corpus.topics.items() if name]
     shown = sorted(named, key=lambda item: (-item[1], item[0]))[:30]
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "pedgpt", "font.size": 9, "text.parse_math": False}
-    (corpus.folder / "reports").mkdir(exist_ok=True)
     with warnings.catch_warnings(), rc_context(settings):
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         if shown:
@@ -168,11 +104,10 @@ def _plots(corpus: Corpus) -> list[str]:
         axes = figure.subplots()
         if shares:
             axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=100)
-        for y, row in enumerate(shares):
-            for x, share in enumerate(row):
-                if share >= 1:
-                    color = "white" if share > 60 else "black"
-                    axes.text(x + 0.5, y + 0.5, f"{share:.0f}", ha="center", va="center", fontsize=7, color=color)
+        for y, x in product(range(len(tables)), range(len(bins))):
+            if (share := shares[y][x]) >= 1:
+                color = "white" if share > 60 else "black"
+                axes.text(x + 0.5, y + 0.5, f"{share:.0f}", ha="center", va="center", fontsize=7, color=color)
         axes.set_yticks([y + 0.5 for y in range(len(tables))], tables)
         axes.set_xticks(range(len(bins)), [f"{2 ** (b / 2):,.0f}" for b in bins])
         axes.set_xlabel("characters a row, from; numbers are % of the table's rows")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from itertools import islice
 
@@ -15,7 +15,6 @@ from pedgpt.data.tasks import EVIDIAG, MEDKQA, TRERECOM
 
 DOMAINS = PEDIATRIC, GENERAL_MEDICAL, GENERAL = "pediatric", "general_medical", "general"
 
-_TREATMENT = re.compile(r"怎么治|如何治|怎样治|治疗|吃什么药|用什么药|怎么办|怎么处理|怎么调理|如何缓解|用药|方案")
 _WINDOW = 300  # how many characters of the question, and of the answer, are looked at
 
 
@@ -26,20 +25,18 @@ def classify(conversation: Conversation, pediatric: bool = False) -> str:
     decides, and without one `domain_of` does. A pediatric conversation of several turns is EviDiag, one that asks for
     treatment is TreRecom, and any other is MedKQ&A.
     """
-    asked, answered = (
-        "\n".join(message.content for message in conversation.messages if message.role == role)
-        for role in ("user", "assistant")
-    )
-    if not pediatric:
-        if conversation.department:
-            found = PEDIATRIC if "儿" in simplified(conversation.department) else GENERAL_MEDICAL
-        else:
-            found = domain_of(asked, answered)
-        if found != PEDIATRIC:
-            return found
-    if sum(message.role == "user" for message in conversation.messages) > 1:
+    turns = [message.content for message in conversation.messages if message.role == "user"]
+    asked = "\n".join(turns)
+    answered = "\n".join(message.content for message in conversation.messages if message.role == "assistant")
+    if not pediatric and conversation.department:
+        domain = PEDIATRIC if "儿" in simplified(conversation.department) else GENERAL_MEDICAL
+    else:
+        domain = PEDIATRIC if pediatric else domain_of(asked, answered)
+    if domain != PEDIATRIC:
+        return domain
+    if len(turns) > 1:
         return EVIDIAG
-    return TRERECOM if _TREATMENT.search(simplified(asked)) else MEDKQA
+    return TRERECOM if _pattern("treatment").search(simplified(asked)) else MEDKQA
 
 
 def domain_of(asked: str, answered: str) -> str:
@@ -50,9 +47,8 @@ def domain_of(asked: str, answered: str) -> str:
     """
     asked, answered = (simplified(text).lower() for text in (asked, answered))
     question, answer = asked[:_WINDOW], answered[:_WINDOW]
-    medical, against_asked, against_answered = _counts()
-    score = _counted(medical, f"{question}\n{answer}")
-    score -= _counted(against_asked, question) + _counted(against_answered, answer)
+    sought = (f"{question}\n{answer}", question, answer)
+    score = sum(points for words, text in zip(_points(), sought, strict=True) for word, points in words if word in text)
     if min(chinese_share(question), chinese_share(question + answer)) < 0.5:
         score -= 20  # a general assistant is asked in any language; a report of letters and digits has more points
     if score < 4:
@@ -75,23 +71,13 @@ def domain_of_texts(documents: Iterable[Document], most: int = 200) -> str:
     return PEDIATRIC if 3 * found[PEDIATRIC] >= medical else GENERAL_MEDICAL
 
 
-def _counted(words: Mapping[str, int], text: str) -> int:
-    return sum(count for word, count in words.items() if word in text)
-
-
 @cache
-def _counts() -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """The points of each word for medicine, against it in a question, and against it in an answer."""
-    lists = templates("classify")
-
-    def counted(**counts: int) -> dict[str, int]:
-        return {word: count for name, count in counts.items() for word in simplified(lists[name]).split()}
-
-    return (
-        counted(weak=1, words=2, firm=4),
-        counted(general=6, role_play=20, translated=1),
-        counted(general=2, translated=3),
-    )
+def _points() -> list[list[tuple[str, int]]]:
+    """The points of each word anywhere, in a question, and in an answer; those of general chat are negative."""
+    anywhere = {"weak": 1, "words": 2, "firm": 4}
+    points = anywhere, {"general": -6, "role_play": -20, "translated": -1}, {"general": -2, "translated": -3}
+    lists = {name: simplified(words).split() for name, words in templates("classify").items()}
+    return [[*{word: n for name, n in counts.items() for word in lists[name]}.items()] for counts in points]
 
 
 @cache

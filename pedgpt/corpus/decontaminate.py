@@ -43,10 +43,9 @@ class Decontaminator:
         self._questions: set[str] = set()
         self._repeated: set[str] = set()  # keys of several places
         self._built = False
-        # Counted rows: all, those that hold each item, and in `_holders` those that have a gram of items but no item.
-        self._rows = 0
-        self._holding: Counter[str] = Counter()
-        self._common = np.zeros(0, np.uint64)
+        self._rows = 0  # that were counted
+        self._holding: Counter[str] = Counter()  # counted rows that hold each item
+        self._common = np.zeros(0, np.uint64)  # grams that many counted rows have
 
     def add(self, place: str, text: str, question: bool = False) -> None:
         """Take in an item, what is asked (`question`) or another text of an evaluation row at `place`.
@@ -54,8 +53,7 @@ class Decontaminator:
         Questions count if they ask anything. Other texts count if they are in one place only, and have 13 characters
         of their own: 不客气 and 建议您到正规医院就诊 are anybody's answer.
         """
-        key = question_key(text)
-        if key:
+        if key := question_key(text):
             if self._places.setdefault(key, place) != place:
                 self._repeated.add(key)
             if question:
@@ -67,13 +65,11 @@ class Decontaminator:
 
         What many rows share is boilerplate, and so is an answer that many rows hold.
         """
-        if not self._built:
-            self._build()
+        self._build()
         self._rows += 1
-        key, _, at = self._search(texts)
-        if key:
-            self._holding[key] += 1
-        self._holders[np.unique(at)] += 1
+        key, _, grams = self._search(texts)
+        self._holding[key] += 1
+        self._holders[np.unique(grams)] += 1
 
     def match(self, texts: Sequence[str]) -> tuple[str, float] | None:
         """(place, share) of the item of which a row with these messages contains most, if it is contaminated.
@@ -87,62 +83,47 @@ class Decontaminator:
             short = {key for key, own in zip(self._keys, self._own, strict=True) if own.sum() < SHORT}
             self._repeated |= {key for key, rows in self._holding.items() if rows > (FEW if key in short else many)}
             self._built, self._rows = False, 0
-        if not self._built:
-            self._build()
+        self._build()
         key, share, _ = self._search(texts)
         return (self._places[key], share) if key else None
 
     def _search(self, texts: Sequence[str]) -> tuple[str, float, npt.NDArray[np.int64]]:
-        """(key of the item that is there most, or "", its share, where in _hashes the row's grams are)."""
-        keys = [question_key(text) for text in texts]
-        none = np.zeros(0, np.int64)
-        if keys and keys[0] in self._short:
-            return keys[0], 1.0, none
-        for key in keys:
-            if key in self._whole:
-                return key, 1.0, none
+        """(key of the item that is there most, or "", its share, where in _hashes the grams of other items begin)."""
+        keys, none = [question_key(text) for text in texts], np.zeros(0, np.int64)
+        for key in [key for key in keys[:1] if key in self._short] or [key for key in keys if key in self._whole]:
+            return key, 1.0, none
         row = "\0".join(keys)  # no gram of an item reaches over a \0
         hashes = gram_hashes(row, GRAM)
         hits = np.flatnonzero(self._filter[hashes >> self._shift])
-        at = np.searchsorted(self._hashes, hashes[hits]).clip(max=len(self._hashes) - 1)
-        there = self._hashes[at] == hashes[hits]
-        hits, at = hits[there], at[there]
-        if not len(hits):
-            return "", 0.0, none
-        first, counts = self._first[at], self._first[at + 1] - self._first[at]
+        first = np.searchsorted(self._hashes, hashes[hits])
+        counts = np.searchsorted(self._hashes, hashes[hits], "right") - first
         entries = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-        items = self._items[entries]
-        places = np.repeat(hits, counts)
+        items, begins = self._items[entries], np.repeat(hits, counts) - self._within[entries]  # where it would begin
         which, times = np.unique(items, return_counts=True)
         best, most = "", 0.0
         for item in which[times >= self._needed[which]].tolist():
-            mine = np.flatnonzero(items == item)
-            beginnings = np.sort(places[mine] - self._within[entries[mine]])  # where in the row it would begin
-            start, slack = int(beginnings[len(mine) // 2]), 8 + len(self._keys[item]) // 8  # what edits may have moved
-            if np.count_nonzero(abs(beginnings - start) <= slack) < self._needed[item]:
-                continue
-            share = self._share(item, row[max(0, start - slack) : start + len(self._keys[item]) + slack])
-            if share > most:
-                best, most = self._keys[item], share
-        return best, most, at
+            key, places = self._keys[item], np.sort(begins[items == item])
+            start, slack = int(places[len(places) // 2]), 8 + len(key) // 8  # what edits may have moved
+            if np.count_nonzero(abs(places - start) <= slack) >= self._needed[item]:
+                share = self._share(item, row[max(0, start - slack) : start + len(key) + slack])
+                best, most = (key, share) if share > most else (best, most)
+        return best, most, first[counts > 0]
 
     def _share(self, item: int, window: str) -> float:
         """The share of an item's own characters in a part of a row, or 0 if there are too few."""
-        key, own = self._keys[item], self._own[item]
+        key, own, rare = self._keys[item], self._own[item], self._rare[item]
         if key in window:
             return 1.0
-        rare, count = self._rare[item], int(own.sum())
+        count = int(own.sum())
         if rare.sum() < SHORT:
             changed = distance(key, own | _digits(key), window)
             if changed > max(1, count // 10) or distance(key, rare, window) > (1 - SHARE) * rare.sum():
                 return 0.0
             share = 1 - changed / count
         else:
-            grams = {window[i : i + 3] for i in range(len(window) - 2)}
-            covered = np.zeros(len(key), bool)
+            grams, covered = {window[i : i + 3] for i in range(len(window) - 2)}, np.zeros(len(key), bool)
             for i in range(len(key) - 2):
-                if key[i : i + 3] in grams:
-                    covered[i : i + 3] = True
+                covered[i : i + 3] |= key[i : i + 3] in grams
             share, own_share = float((covered & rare).sum() / rare.sum()), float((covered & own).sum() / count)
             if key not in self._questions and own_share >= ALL_OWN:  # an answer without its stock phrases
                 share = max(share, own_share)
@@ -153,49 +134,41 @@ class Decontaminator:
 
     def _build(self) -> None:
         """Index the grams of items that are long enough and not boilerplate."""
-        counted = [key for key in self._places if key in self._questions or key not in self._repeated]
-        said = {key: _said(key) for key in counted}
-        self._short = {key for key in counted if key in self._questions and 0 < said[key].sum() < LEAST}
-        self._keys = [key for key in counted if said[key].sum() >= LEAST]
+        if self._built:
+            return
+        said = {key: _said(key) for key in self._places if key in self._questions or key not in self._repeated}
+        self._short = {key for key in said if key in self._questions and 0 < said[key].sum() < LEAST}
+        self._keys = [key for key in said if said[key].sum() >= LEAST]
         self._whole = set(self._keys)
-        joined = "\0".join(self._keys)
-        lengths = np.array([len(key) for key in self._keys], np.int64)
-        item_of = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths + 1)
-        hashes = gram_hashes(joined, GRAM)
-        within = np.ones(len(joined) + 1, bool)
-        ends = np.cumsum(lengths + 1)[:, None]
-        within[(ends - np.arange(1, GRAM + 1)).ravel()] = False
-        starts = np.flatnonzero(within[: len(hashes)])
-        hashes, items = hashes[starts], item_of[starts]
-        order = np.lexsort((items, hashes))
-        hashes, items, starts = hashes[order], items[order], starts[order]
-        new = np.r_[True, (hashes[1:] != hashes[:-1]) | (items[1:] != items[:-1])][: len(hashes)]  # once an item
-        _, kind, count = np.unique(hashes[new], return_inverse=True, return_counts=True)
-        rare = (count <= MANY)[kind][np.cumsum(new) - 1] if len(hashes) else np.zeros(0, bool)
+        lengths = np.array([len(key) + 1 for key in self._keys], np.int64)
+        offsets = np.cumsum(lengths) - lengths
+        hashes = gram_hashes("".join(f"{key}\0" for key in self._keys), GRAM)
+        items = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[: len(hashes)]
+        starts = np.flatnonzero(np.arange(len(hashes)) + GRAM < (offsets + lengths)[items])  # of grams without \0
+        starts = starts[np.lexsort((items[starts], hashes[starts]))]
+        hashes, items = hashes[starts], items[starts]
+        fresh = np.diff(hashes, prepend=~hashes[:1]) != 0
+        new = fresh | (np.diff(items, prepend=-1) != 0)  # the first time in an item
+        gram = np.cumsum(fresh) - 1
+        rare = np.bincount(gram, new)[gram] <= MANY
         common = np.isin(hashes, self._common)
-        rare &= ~common
-        own = np.zeros(len(joined) + 1, bool)
+        own = np.zeros(lengths.sum() + GRAM, bool)
         for i in range(GRAM):
-            own[starts[rare] + i] = True
+            own[starts[rare & ~common] + i] = True
         for i in range(GRAM):  # after the rare ones, which may reach into boilerplate
             own[starts[common] + i] = False
-        offsets = np.cumsum(lengths + 1) - lengths - 1
         self._rare = [own[start : start + len(key)] for start, key in zip(offsets, self._keys, strict=True)]
         self._own = [rare & said[key] for rare, key in zip(self._rare, self._keys, strict=True)]
         enough = np.array([piece.sum() >= LEAST for piece in self._own], bool)
-        keep = rare & new & (enough[items] if len(items) else rare)
-        self._items, self._within = items[keep], starts[keep] - offsets[items[keep]]
+        keep = rare & ~common & new & enough[items]
+        self._hashes, self._items = hashes[keep], items[keep]
+        self._within = starts[keep] - offsets[self._items]
         self._needed = np.maximum(1, SEEN * np.bincount(self._items, minlength=len(lengths)))
-        grams, first = np.unique(hashes[keep], return_index=True)
-        self._first = np.append(first, [keep.sum(), keep.sum()])
-        self._hashes = np.append(grams, grams[-1:])  # so that there is one after the last
-        if not len(grams):
-            self._hashes = np.zeros(1, np.uint64)
-        self._holders = np.zeros(len(self._hashes), np.int64)
-        bits = min(max(10, (16 * len(grams)).bit_length()), 26)
+        self._holders = np.zeros(len(self._hashes), np.int64)  # counted rows with a gram of items, but with no item
+        bits = min(max(10, (16 * len(self._hashes)).bit_length()), 26)
         self._shift = np.uint64(64 - bits)
         self._filter = np.zeros(2**bits, bool)  # most grams of a row are in no item: one look tells
-        self._filter[grams >> self._shift] = True
+        self._filter[self._hashes >> self._shift] = True
         self._built = True
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def read_listing(
     those of them that hold no data are put into `left_out` with the reason. Raises ValueError for a wrong listing,
     naming the table and the key, and one about all files whose data cannot be used.
     """
-    if path.is_dir() and (path / "corpus.toml").is_file():
+    if (path / "corpus.toml").is_file():
         path = path / "corpus.toml"
     if not path.exists():
         raise ValueError(f"--source {path}: no such file or folder")
@@ -77,65 +77,69 @@ def read_listing(
     if columns:
         raise ValueError(f"--columns is for files that are found by content; write `columns` in {path}")
     listing = read_toml(path)
-    entries = listing.get("source")
+    entries = listing.pop("source", None)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: expected [[source]] tables, each with a kind and, but for templates, a file")
-    if unknown := listing.keys() - {"source"}:
-        raise ValueError(f"{path}: found the key {', '.join(sorted(unknown))}, expected [[source]] tables alone")
-    sources = [_source(entry, path, number) for number, entry in enumerate(entries, 1)]
-    for i, source in enumerate(sources):
-        if source.name in {other.name for other in sources[:i]}:
-            raise ValueError(f"{path}: source {i + 1}: the name {source.name!r} is taken; give it another `name`")
-    return sources
+    if listing:
+        raise ValueError(f"{path}: found the key {', '.join(sorted(listing))}, expected only [[source]] tables")
+    sources: dict[str, Source] = {}
+    for number, entry in enumerate(entries, 1):
+        source = _source(entry, path, number)
+        if source.name in sources:
+            raise ValueError(f"{path}: source {number}: the name {source.name!r} is taken; give it another `name`")
+        sources[source.name] = source
+    return list(sources.values())
 
 
 def _source(entry: dict[str, Any], listing: Path, number: int) -> Source:
-    place = f"{listing}: source {number}"
+    def expect(key: str, fits: Any, expected: str) -> None:
+        if not fits:
+            raise ValueError(f"{place}: {key} is {entry.get(key)!r}, expected {expected}")
+
+    place, texts = f"{listing}: source {number}", ("name", "task", "licence", "assistant", "developer")
     known = {f.name for f in fields(Source)} - {"files", "root"} | {"file"}
     for key in entry.keys() - known:
         raise ValueError(f"{place}: unknown key {key!r}; {nearest(key, sorted(known), 'keys')}")
-    kind, domain = entry.get("kind"), entry.get("domain", PEDIATRIC)
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"{place}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    if domain not in DOMAINS:
-        raise ValueError(f"{place}: domain is {domain!r}, expected one of {', '.join(DOMAINS)}")
+    kind, domain = entry.get("kind", ""), entry.get("domain", PEDIATRIC)
+    expect("kind", kind in [*KINDS], f"one of {', '.join(KINDS)}")
+    expect("domain", domain in DOMAINS, f"one of {', '.join(DOMAINS)}")
+    for key in texts:
+        value = entry.get(key, "-")
+        expect(key, isinstance(value, str) and (value.strip() or key == "task"), "some text")
+    numbers = {key: entry.get(key, default) for key, default in (("weight", 1.0), ("epochs", 0.0))}
+    for key, value in numbers.items():
+        expect(key, type(value) in (int, float) and 0 <= value < math.inf, "a number of at least 0")
     reads, default, more = KINDS[kind]
-    names = entry.get("file", [])
+    names, build, columns = entry.get("file", []), entry.get("build", list(default)), entry.get("columns", [])
     names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{place}: file is {names!r}, expected a path or a list of paths")
+    expect("file", _is_list(names) and "" not in names, "a path or a list of paths")
+    among = ", ".join((*default, *more)) or "none for this kind"
+    expect("build", _is_list(build) and {*build} <= {*default, *more}, f"a list of builders among {among}")
+    expect("columns", _is_list(columns), 'a list like ["question=ask", "answer=reply"]')
+    try:
+        columns = parse_columns(columns)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
     if bool(names) != bool(reads):
         raise ValueError(f"{place}: a source of kind {kind!r} {'needs a file' if reads else 'has no file'}")
     files = tuple(listing.parent / name for name in names)
     for file in files:
         if not file.exists():
             raise ValueError(f"{place}: {file}: no such file or folder; paths are relative to the TOML file")
-    for key in ("name", "task", "licence", "assistant", "developer"):
-        if not isinstance(entry.get(key, ""), str) or (key in entry and key != "task" and not entry[key].strip()):
-            raise ValueError(f"{place}: {key} is {entry[key]!r}, expected some text")
-    for key, least in (("weight", 0), ("epochs", 0)):
-        value = entry.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
-            raise ValueError(f"{place}: {key} is {value!r}, expected a number of at least {least}")
-    build = entry.get("build", list(default))
-    allowed = (*default, *more)
-    if not isinstance(build, list) or not set(map(str, build)) <= set(allowed):
-        expected = ", ".join(allowed) or "none for this kind"
-        raise ValueError(f"{place}: build is {build!r}, expected a list of builders among {expected}")
-    columns = entry.get("columns", [])
-    if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
-        raise ValueError(f'{place}: columns is {columns!r}, expected a list like ["question=ask", "answer=reply"]')
-    try:
-        columns = parse_columns(columns)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-    name, task = entry.get("name") or (stem_of(files[0]) if files else kind), entry.get("task", "")
-    for key, value in (("name", name), ("task", task)):
-        if value and not is_name(value):
-            raise ValueError(f"{place}: {key} {value!r} cannot name a file; choose another")
-    rest = {key: entry[key] for key in ("licence", "assistant", "developer") if key in entry}
-    weight, epochs = float(entry.get("weight", 1)), float(entry.get("epochs", 0))
-    return Source(kind, name, files, domain, task, columns, weight=weight, epochs=epochs, build=tuple(build), **rest)
+    told: dict[str, Any] = {"name": stem_of(files[0]) if files else kind} | {
+        key: entry[key] for key in texts if key in entry
+    }
+    for key in ("name", "task"):
+        if told.get(key) and not is_name(told[key]):
+            raise ValueError(f"{place}: {key} {told[key]!r} cannot name a file; choose another")
+    weight, epochs = map(float, numbers.values())
+    return Source(
+        kind, files=files, domain=domain, columns=columns, weight=weight, epochs=epochs, build=tuple(build), **told
+    )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) -> list[Source]:
@@ -157,11 +161,9 @@ def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) 
             continue
         if kind == "instructions" and _are_consultations(path, columns):
             kind = "dialogues"
-        name = stem = re.sub(r"[^\w&-]", "_", _inside(path.with_name(stem_of(path)), folder))[-60:]
-        number = 1
-        while name in sources:
-            number += 1
-            name = f"{stem[-50:]}_{number}"
+        stem = re.sub(r"[^\w&-]", "_", _inside(path.with_name(stem_of(path)), folder))[-60:]
+        names = chain([stem], (f"{stem[-50:]}_{number}" for number in count(2)))
+        name = next(name for name in names if name not in sources)
         root = folder if folder.is_dir() else None
         sources[name] = Source(kind, name, (path,), "", root=root, columns=columns, build=KINDS[kind][1])
     if not sources and not problems:
@@ -204,11 +206,10 @@ def _shown(left_out: Mapping[Path, str], folder: Path) -> str:
     alike: dict[str, list[Path]] = {}
     for path, reason in left_out.items():
         alike.setdefault(reason, []).append(path)
-    lines: list[str] = []
+    lines = []
     for reason, paths in alike.items():
-        lines += [f"{_inside(path, folder)}: not read: {reason}" for path in paths[:10]]
-        if len(paths) > 10:
-            lines.append(f"… and {len(paths) - 10:,} more files: not read: {reason}")
+        more = [f"… and {len(paths) - 10:,} more files"] if len(paths) > 10 else []
+        lines += [f"{name}: not read: {reason}" for name in [*(_inside(path, folder) for path in paths[:10]), *more]]
     return "\n".join(lines)
 
 

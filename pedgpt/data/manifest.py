@@ -1,14 +1,21 @@
-"""Which files of a corpus a stage reads: its manifest.json, checked against what lies in the folder."""
+"""A corpus' manifest.json: how it is written, and which files a stage reads, checked against what is in the folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import platform
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from pedgpt import __version__
+from pedgpt.files import write_json
 
 DOMAIN, GENERAL, INSTRUCTIONS = "domain text", "general text", "instructions"
 # Which part of the mixture a table of documents belongs to; conversations are instructions, whatever their table.
@@ -31,6 +38,36 @@ class TextSource:
     paths: tuple[str, ...]
     weight: float = 1.0
     epochs: float = 0.0
+
+
+def write_manifest(
+    folder: str | Path,
+    *,
+    settings: Mapping[str, Any],
+    sources: Mapping[str, Mapping[str, Any]],
+    files: Sequence[Mapping[str, Any]],
+    found: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the manifest.json of a new corpus and return it; `found` is what the build counted, for people.
+
+    Each source has its `weight` and `epochs`, and each file the keys of `_ENTRY`. The same corpus has the same bytes:
+    there is no date and no path outside the corpus.
+    """
+    rows: dict[str, dict[str, int]] = {}
+    for file in files:
+        rows.setdefault(file["table"], {"train": 0, "heldout": 0})[file["side"]] += file["rows"]
+    versions = {"pedgpt": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    manifest = {
+        "version": _VERSION,
+        "made_by": versions | {"unicode": unicodedata.unidata_version},
+        "settings": settings,
+        "sources": sources,
+        "rows": dict(sorted(rows.items())),
+        **found,
+        "files": files,
+    }
+    write_json(Path(folder) / "manifest.json", manifest)
+    return manifest
 
 
 def stage_sources(folder: str | Path, stage: int = 1) -> list[TextSource]:

@@ -12,7 +12,7 @@ import pytest
 
 from pedgpt.corpus.assemble import Assembly, Limits
 from pedgpt.corpus.build import Step
-from pedgpt.corpus.card import statistics_table, write_card, write_manifest
+from pedgpt.corpus.card import statistics_table, write_card
 from pedgpt.corpus.rows import Built, Dropped
 from pedgpt.corpus.sources import Source
 from pedgpt.corpus.split import Split
@@ -50,7 +50,7 @@ def made(folder, inputs, summaries=None):
     corpus = assembly.finish(0.5)
     summaries = summaries or {source.name: ReadSummary() for source in (TALK, BOOK, TEMPLATES)}
     settings = {"seed": 0, "evaluation": ["e.jsonl"]}
-    written = write_manifest(corpus, assembly, [TALK, BOOK, TEMPLATES], settings, summaries)
+    written = assembly.write_manifest(corpus, [TALK, BOOK, TEMPLATES], settings, summaries)
     write_card(corpus, written)
     return corpus, written
 
