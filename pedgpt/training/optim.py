@@ -11,7 +11,7 @@ from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import trained
 
 
-def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over what trains; weight decay on matrices, none on vectors."""
     parameters = trained(model).values()
     if not parameters:
