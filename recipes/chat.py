@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pedgpt.adapters import adapter_base, check_base, load_adapter, pack_adapters
-from pedgpt.data import Message, StreamDecoder, chat_format, encode_prompt, load_tokenizer, taught_folder
+from pedgpt.data import FormatSettings, Message, StreamDecoder, encode_prompt, load_tokenizer, taught_folder
 from pedgpt.files import nearest, printable
 from pedgpt.models import KVCache, generate_steps, generation_defaults, load_model, weights_fingerprint
 from pedgpt.training import run_recipe, start
@@ -31,8 +31,8 @@ COMMANDS = {
 }
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(FormatSettings):
     model: str = ""  # folder of the model; empty: the one that the adapter was trained on
     adapter: str = ""  # folder of an adapter to attach
     any_base: bool = False  # use the adapter although it was trained on another model
@@ -46,9 +46,6 @@ class Config:
     max_thinking_tokens: int = 1024  # additional tokens for the reasoning of a thinking model
     stop_strings: list[str] = field(default_factory=list)  # texts that end an answer, beside the format's own tokens
     seed: int = 0  # of the sampling
-    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; unset, the template decides
-    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
     dtype: str = "float32"  # of the weights: float32 or bfloat16
     device: str = "auto"  # auto, cpu or cuda
 
@@ -72,7 +69,7 @@ def main(config: Config) -> None:
     sampling["top_k"] = sampling.get("top_k") or None
     device = start(config.device).device
     tokenizer = load_tokenizer(taught)
-    chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
+    chat = config.format(tokenizer)
     model = load_model(config.model, dtype=getattr(torch, config.dtype), device=device)
     tokenizer.check_fits(model.config.vocab_size, config.model)
     if config.adapter:

@@ -35,7 +35,7 @@ from pedgpt.data import (
 )
 from pedgpt.data.manifest import DOMAIN, GENERAL, INSTRUCTIONS
 from pedgpt.kernels.cpu import products
-from pedgpt.losses import linear_cross_entropy
+from pedgpt.losses import next_token_loss
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
 from pedgpt.training.plan import print_plan
 
@@ -62,14 +62,7 @@ def model_and_loss(config: Config, world: training.World):
     model.config.check_length(config.row_length)
     model.activation_checkpointing = config.activation_checkpointing
     training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
-
-    # Loss: next token at every position, summed; the loop divides by the tokens of the global batch.
-    def loss_function(model, batch):
-        hidden, metrics = model.hidden_states(batch.tokens, documents=batch.documents), {}
-        settings = {"num_tokens": 1, "normalize": model.config.normalize_head, "metrics": metrics}
-        return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, **settings), metrics
-
-    return model, loss_function
+    return model, next_token_loss  # at every position
 
 
 @discards_tokens
@@ -110,20 +103,9 @@ def main(config: Config) -> None:
     model, loss_function = model_and_loss(config, world)
     load_weights(model, config.model, dtype=torch.float32, device=world.device)
 
-    def evaluate():
-        return training.mean_loss(model, len(heldout_rows), heldout_rows.batch, loss_function, config, world)
-
-    training.train(
-        model,
-        plan,
-        rows.batch,
-        loss_function,
-        config,
-        world,
-        evaluate=evaluate if len(heldout_rows) else None,
-        fingerprint=data,
-        choices=choices,
-    )
+    evaluate = training.evaluation(model, heldout_rows, loss_function, config, world)
+    run = {"evaluate": evaluate, "fingerprint": data, "choices": choices}
+    training.train(model, plan, rows.batch, loss_function, config, world, **run)
 
     def save(weights):
         weights = round_weights(weights, getattr(torch, config.save_dtype or config.dtype), since=config.model)

@@ -127,10 +127,8 @@ def main(config: Config) -> None:
 
     # Data: token ids on disk, made by the first rank and mapped by all.
     cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
-    chat = config.load_chat(config.template_date or training.run_date(config.output, world, reference_date(cache)))
-    sizes = ModelConfig.from_hf(config.model)
-    chat.tokenizer.check_fits(sizes.vocab_size, config.model)
-    sizes.check_length(config.row_length)
+    today = config.template_date or training.run_date(config.output, world, reference_date(cache))
+    chat = config.load_chat(today, ModelConfig.from_hf(config.model))
     files = {"train": config.preferences, "heldout": config.heldout_preferences}
     tokens = Path(config.output) / "tokens"
     training.run_on_main(write_chats(tokens, "preferences", files, chat, config), world)
@@ -177,21 +175,10 @@ def main(config: Config) -> None:
         print(f"reference log-probabilities from {cache}")
     pairs.reference_logps, heldout_pairs.reference_logps = reference, reference_logps(heldout_pairs)
 
-    def evaluate():
-        return training.mean_loss(model, len(heldout_pairs), heldout_pairs.batch, loss_function, config, world)
-
-    training.train(
-        model,
-        plan,
-        pairs.batch,
-        loss_function,
-        config,
-        world,
-        evaluate=evaluate if len(heldout_pairs) else None,
-        fingerprint=data,
-        choices=choices,
-        watch=training.ChosenLikelihoodWatch(beta=config.beta, mu=config.mu, window=max(10, plan.total_steps // 20)),
-    )
+    evaluate = training.evaluation(model, heldout_pairs, loss_function, config, world)
+    watch = training.ChosenLikelihoodWatch(beta=config.beta, mu=config.mu, window=max(10, plan.total_steps // 20))
+    run = {"evaluate": evaluate, "fingerprint": data, "choices": choices, "watch": watch}
+    training.train(model, plan, pairs.batch, loss_function, config, world, **run)
     adapter = config.lora_rank > 0
 
     def save(weights):

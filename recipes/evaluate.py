@@ -26,8 +26,8 @@ from pedgpt.models import ModelConfig, load_model, weights_fingerprint
 from pedgpt.training import run_recipe, start
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(data.FormatSettings):
     lock_beside: ClassVar[bool] = True
     model: str  # folder of the model
     heldout: str  # folder of held-out data
@@ -44,9 +44,6 @@ class Config:
     batch_size: int = 8  # rows per scoring pass
     generation_batch_size: int = 32  # answers decoded together
     columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
-    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false asks for no reasoning; unset, the template decides
-    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
     dtype: str = "float32"  # of the weights: float32 or bfloat16
     device: str = "auto"  # auto, cpu or cuda
 
@@ -70,7 +67,7 @@ def main(config: Config) -> None:
         tokenizer.check_fits(sizes.vocab_size, folder)
         config.row_length = config.row_length or min(1024, sizes.max_position_embeddings)
         sizes.check_length(config.row_length)
-    chat = data.chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
+    chat = config.format(tokenizer)
     summary = data.ReadSummary()
     tasks, task_rows, rows, pairs = read_heldout(heldout, config, chat, summary)
     if not (any(tasks.values()) or any(rows.values()) or pairs):

@@ -24,7 +24,7 @@ from pedgpt.adapters import (
     save_adapter,
     set_noise_rows,
 )
-from pedgpt.data import ChatSettings, PackedRows, TokenStore, discards_tokens, full_rows, read_summary, write_chats
+from pedgpt.data import ChatSettings, discards_tokens, full_rows, packed_chats, read_summary
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, weights_fingerprint
@@ -87,15 +87,11 @@ def main(config: Config) -> None:
         return print_plan(config, model_and_loss, full_rows)
     world = training.start(config.device)
 
-    # Data: token ids on disk, made by the first rank and mapped by all, packed into rows.
-    chat = config.load_chat(config.template_date or training.run_date(config.output, world))
-    sizes = ModelConfig.from_hf(config.model)
-    chat.tokenizer.check_fits(sizes.vocab_size, config.model)
-    sizes.check_length(config.row_length)
+    # Data: token ids on disk, made by the first rank and mapped by all, packed into rows, as in stage 2.
+    today = config.template_date or training.run_date(config.output, world)
+    chat = config.load_chat(today, ModelConfig.from_hf(config.model))
     files = {"train": config.instructions, "heldout": config.heldout_instructions}
-    tokens = Path(config.output) / "tokens"
-    training.run_on_main(write_chats(tokens, "conversations", files, chat, config), world)
-    rows, heldout_rows = (PackedRows(TokenStore(tokens / part), None, config.row_length) for part in files)
+    rows, heldout_rows = packed_chats(config, chat, lambda steps: training.run_on_main(steps, world), **files)
     plan = training.BatchPlan.from_settings(len(rows), config)
     data = f"{rows.fingerprint} on {model_fingerprint(config.model)}"
     base = {"base_model": config.model, "base_weights": weights_fingerprint(config.model)}
@@ -110,20 +106,9 @@ def main(config: Config) -> None:
     model, loss_function = model_and_loss(config, world)
     load_weights(model, config.model, dtype=getattr(torch, config.dtype), device=world.device)
 
-    def evaluate():
-        return training.mean_loss(model, len(heldout_rows), heldout_rows.batch, loss_function, config, world)
-
-    training.train(
-        model,
-        plan,
-        rows.batch,
-        loss_function,
-        config,
-        world,
-        evaluate=evaluate if len(heldout_rows) else None,
-        fingerprint=data,
-        choices=choices,
-    )
+    evaluate = training.evaluation(model, heldout_rows, loss_function, config, world)
+    run = {"evaluate": evaluate, "fingerprint": data, "choices": choices}
+    training.train(model, plan, rows.batch, loss_function, config, world, **run)
 
     def save(weights):
         save_adapter(model, Path(config.output) / "adapter", **base, state_dict=dict(weights))

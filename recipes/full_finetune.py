@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from pedgpt import training
-from pedgpt.data import ChatSettings, PackedRows, TokenStore, discards_tokens, full_rows, read_summary, write_chats
+from pedgpt.data import ChatSettings, discards_tokens, full_rows, packed_chats, read_summary
 from pedgpt.kernels.cpu import products
-from pedgpt.losses import linear_cross_entropy
+from pedgpt.losses import next_token_loss
 from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
 from pedgpt.training.plan import print_plan
 
@@ -35,14 +35,7 @@ def model_and_loss(config: Config, world: training.World):
     model.config.check_length(config.row_length)
     model.activation_checkpointing = config.activation_checkpointing
     training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
-
-    # Loss: next token at the assistant's positions, summed; the loop divides by the tokens of the global batch.
-    def loss_function(model, batch):
-        hidden, metrics = model.hidden_states(batch.tokens, documents=batch.documents), {}
-        settings = {"num_tokens": 1, "normalize": model.config.normalize_head, "metrics": metrics}
-        return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, **settings), metrics
-
-    return model, loss_function
+    return model, next_token_loss  # at the assistant's positions
 
 
 @discards_tokens
@@ -53,14 +46,10 @@ def main(config: Config) -> None:
     world = training.start(config.device)
 
     # Data: token ids on disk, made by the first rank and mapped by all, packed into rows.
-    chat = config.load_chat(config.template_date or training.run_date(config.output, world))
-    sizes = ModelConfig.from_hf(config.model)
-    chat.tokenizer.check_fits(sizes.vocab_size, config.model)
-    sizes.check_length(config.row_length)
+    today = config.template_date or training.run_date(config.output, world)
+    chat = config.load_chat(today, ModelConfig.from_hf(config.model))
     files = {"train": config.instructions, "heldout": config.heldout_instructions}
-    tokens = Path(config.output) / "tokens"
-    training.run_on_main(write_chats(tokens, "conversations", files, chat, config), world)
-    rows, heldout_rows = (PackedRows(TokenStore(tokens / part), None, config.row_length) for part in files)
+    rows, heldout_rows = packed_chats(config, chat, lambda steps: training.run_on_main(steps, world), **files)
     plan = training.BatchPlan.from_settings(len(rows), config)
     data = f"{rows.fingerprint} on {model_fingerprint(config.model)}"
     if training.is_finished(config, plan, data, world):
@@ -73,20 +62,9 @@ def main(config: Config) -> None:
     model, loss_function = model_and_loss(config, world)
     load_weights(model, config.model, dtype=torch.float32, device=world.device)
 
-    def evaluate():
-        return training.mean_loss(model, len(heldout_rows), heldout_rows.batch, loss_function, config, world)
-
-    training.train(
-        model,
-        plan,
-        rows.batch,
-        loss_function,
-        config,
-        world,
-        evaluate=evaluate if len(heldout_rows) else None,
-        fingerprint=data,
-        choices=choices,
-    )
+    evaluate = training.evaluation(model, heldout_rows, loss_function, config, world)
+    run = {"evaluate": evaluate, "fingerprint": data, "choices": choices}
+    training.train(model, plan, rows.batch, loss_function, config, world, **run)
 
     def save(weights):
         weights = round_weights(weights, getattr(torch, config.save_dtype or config.dtype), since=config.model)

@@ -41,9 +41,11 @@ from pedgpt.data.records import (
 from pedgpt.data.reference import load_reference, reference_date, reference_key, save_reference
 from pedgpt.data.store import (
     ChatSettings,
+    FormatSettings,
     PackedRows,
     TokenStore,
     discards_tokens,
+    packed_chats,
     read_summary,
     write_chats,
     write_tokens,
@@ -58,6 +60,7 @@ __all__ = [
     "Document",
     "EncodedPair",
     "Example",
+    "FormatSettings",
     "Message",
     "Mixture",
     "PackedRows",
@@ -91,6 +94,7 @@ __all__ = [
     "load_tokenizer",
     "mix",
     "pack",
+    "packed_chats",
     "parse_columns",
     "part_shares",
     "read_conversations",

@@ -37,21 +37,37 @@ Documents = Iterator[tuple[list[list[int]], list[list[int]] | None]]
 
 
 @dataclass(kw_only=True)
-class ChatSettings:
+class FormatSettings:
+    """How conversations are written."""
+
+    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today, or when a run began
+
+    def format(self, tokenizer: Tokenizer) -> ChatFormat:
+        """The chat format of a tokenizer."""
+        return chat_format(tokenizer, self.chat_format, self.enable_thinking, self.template_date)
+
+
+@dataclass(kw_only=True)
+class ChatSettings(FormatSettings):
     """How a stage reads conversations or preference pairs, and writes them as tokens."""
 
     model: str  # folder of the model
-    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
-    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: the day when the run began
     row_length: int = 4096  # tokens a packed row, or most tokens of a prompt with one of its answers
     columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
     on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
 
-    def load_chat(self, today: str) -> ChatFormat:
-        """The model's chat format; its day is kept as `template_date`, so that the run goes on with it on another."""
-        chat = chat_format(load_tokenizer(self.model), self.chat_format, self.enable_thinking, today)
+    def load_chat(self, today: str, sizes: Any) -> ChatFormat:
+        """The model's chat format; its day is kept as `template_date`, so that the run goes on with it on another.
+
+        Raises ValueError if its tokens or `row_length` do not fit `sizes`, the model's ModelConfig.
+        """
+        self.template_date = today
+        chat = self.format(load_tokenizer(self.model))
+        chat.tokenizer.check_fits(sizes.vocab_size, self.model)
+        sizes.check_length(self.row_length)
         self.template_date = chat.today
         return chat
 
@@ -108,6 +124,15 @@ def write_chats(
     for name, files in paths.items():
         source = TextSource("files", kind, kind, tuple(map(str, files)))
         yield from _write(Path(folder) / name, [source], tokenizer, made_of, encode, labelled=True)
+
+
+def packed_chats(
+    settings: Any, chat: ChatFormat, run: Callable[[Iterator[int]], None], **files: Any
+) -> list[PackedRows]:
+    """The `PackedRows` of each list of conversations, whose token stores `run` makes in settings.output/tokens."""
+    folder = Path(settings.output) / "tokens"
+    run(write_chats(folder, "conversations", files, chat, settings))
+    return [PackedRows(TokenStore(folder / name), None, settings.row_length) for name in files]
 
 
 def _write(

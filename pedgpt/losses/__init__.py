@@ -5,6 +5,7 @@ from pedgpt.losses.causal_lm import (
     causal_lm_loss,
     linear_cross_entropy,
     linear_sequence_logps,
+    next_token_loss,
     sequence_logps,
 )
 from pedgpt.losses.dfpo import DFPOLoss, check_dfpo_settings, dfpo_loss, linear_dfpo_loss
@@ -18,5 +19,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_dfpo_loss",
     "linear_sequence_logps",
+    "next_token_loss",
     "sequence_logps",
 ]

@@ -64,6 +64,13 @@ def linear_cross_entropy(
     return loss
 
 
+def next_token_loss(model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """(Σ − log p(label), metrics) over a batch, all of them sums, which the training loop divides by the tokens."""
+    hidden, metrics = model.hidden_states(batch.tokens, documents=batch.documents), dict[str, Tensor]()
+    settings: Any = {"num_tokens": 1, "normalize": model.config.normalize_head, "metrics": metrics}
+    return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels, **settings), metrics
+
+
 def linear_sequence_logps(
     hidden: Tensor,
     weight: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,12 +50,10 @@ def dfpo_loss(
     """
     check_dfpo_settings(beta, mu, label_smoothing)
     inputs = {
-        "policy_chosen_logps": policy_chosen_logps,
-        "policy_rejected_logps": policy_rejected_logps,
-        "reference_chosen_logps": reference_chosen_logps,
-        "reference_rejected_logps": reference_rejected_logps,
+        "policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps,
+        "reference_chosen_logps": reference_chosen_logps, "reference_rejected_logps": reference_rejected_logps,
         "chosen_token_counts": chosen_token_counts,
-    }
+    }  # fmt: skip
     for name, value in inputs.items():
         if value.ndim != 1 or value.shape != policy_chosen_logps.shape:
             shape, expected = list(value.shape), list(policy_chosen_logps.shape)
@@ -116,16 +114,9 @@ def linear_dfpo_loss(
         hidden, weight, labels, sequences=sequences, num_sequences=None if sequences is None else 2 * pairs,
         normalize=normalize, metrics=metrics,
     )  # fmt: skip
-    return dfpo_loss(
-        logps[:pairs],
-        logps[pairs:],
-        reference_chosen_logps,
-        reference_rejected_logps,
-        chosen_token_counts=counts[:pairs],
-        beta=beta,
-        mu=mu,
-        label_smoothing=label_smoothing,
-    )
+    operands = logps[:pairs], logps[pairs:], reference_chosen_logps, reference_rejected_logps
+    settings: Any = {"beta": beta, "mu": mu, "label_smoothing": label_smoothing}
+    return dfpo_loss(*operands, chosen_token_counts=counts[:pairs], **settings)
 
 
 def check_dfpo_settings(beta: float, mu: float, label_smoothing: float) -> None:

@@ -3,7 +3,7 @@
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.config import TrainingSettings, make_printable, parse_settings, run_recipe
 from pedgpt.training.distributed import World, gather_rows, gather_weights, run_on_main, shard, start, stop
-from pedgpt.training.loop import finish, is_finished, mean_loss, run_choices, run_date, train
+from pedgpt.training.loop import evaluation, finish, is_finished, mean_loss, run_choices, run_date, train
 from pedgpt.training.metrics import ChosenLikelihoodWatch
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ChosenLikelihoodWatch",
     "TrainingSettings",
     "World",
+    "evaluation",
     "finish",
     "gather_rows",
     "gather_weights",

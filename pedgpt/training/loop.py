@@ -69,11 +69,10 @@ def train(
 
     Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks
     or of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
-    Writes a line per step to metrics.jsonl; on the main rank `watch` is then given it, and what text it returns is
-    shown as a warning. `choices`, from `run_choices`, go into the checkpoints. `optimizer` may be another than AdamW;
-    the settings set its learning rate. With `keep_best` the model ends as the best evaluation found it. SIGTERM and
-    Ctrl-C end the run after the step, with a checkpoint, by SystemExit(128 + signal). Raises ValueError if the loss,
-    the gradient or a weight is not finite.
+    Writes a line per step to metrics.jsonl; the main rank gives it to `watch`, and shows the text that this returns as
+    a warning. `choices`, from `run_choices`, go into the checkpoints. The settings set the learning rate of any
+    `optimizer`; None is AdamW. With `keep_best` the model ends as the best evaluation found it. SIGTERM and Ctrl-C end
+    the run after the step, by SystemExit(128 + signal). Raises ValueError for numbers that are not finite.
     """
     if settings.keep_best and evaluate is None:
         raise ValueError("keep_best needs rows to evaluate on; give held-out files")
@@ -112,6 +111,15 @@ def train(
             stop.leave(sent, f"{settings.output}: step {step + 1} of {total}", saved)
     checkpoints.load_best()
     model.eval()
+
+
+def evaluation(
+    model: nn.Module, heldout: Any, loss_function: LossFunction, settings: TrainingSettings, world: World
+) -> Callable[[], dict[str, float]] | None:
+    """`mean_loss` over held-out rows, which have a length and `batch`, as `train` takes it; None without rows."""
+    if not len(heldout):
+        return None
+    return lambda: mean_loss(model, len(heldout), heldout.batch, loss_function, settings, world)
 
 
 def mean_loss(

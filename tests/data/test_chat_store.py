@@ -65,17 +65,18 @@ def made(folder, kind, files, chat, **settings):
 
 def by_hand(messages, chat):
     """Baichuan2's tokens of a conversation and what each of them predicts, written down from its description."""
-    tokens, targets = [], []
+    tokens, targets, end = [], [], chat.tokenizer.eos_id
+    user, assistant = map(chat.tokenizer.token_id, chat.role_tokens)
     for message in messages:
         ids = chat.tokenizer.encode(message["content"])
         learnt = message["role"] == "assistant" and message.get("loss", True)
         if message["role"] != "system":
             ended = bool(tokens) and message["role"] == "user" and targets[-1] != IGNORE_INDEX
-            tokens.append(chat.user if message["role"] == "user" else chat.assistant)
-            targets.append(chat.eos if ended else IGNORE_INDEX)
+            tokens.append(user if message["role"] == "user" else assistant)
+            targets.append(end if ended else IGNORE_INDEX)
         tokens += ids
         targets += ids if learnt else [IGNORE_INDEX] * len(ids)
-    return tokens, [*targets[1:], chat.eos if targets[-1] != IGNORE_INDEX else IGNORE_INDEX]
+    return tokens, [*targets[1:], end if targets[-1] != IGNORE_INDEX else IGNORE_INDEX]
 
 
 def packed_by_insertion(examples, row_length):
@@ -245,6 +246,7 @@ def test_a_format_with_several_examples_a_conversation_keeps_each(tmp_path, chat
 MEMORY = """
 import re, sys
 from pathlib import Path
+from types import SimpleNamespace
 from pedgpt.data import ChatSettings, PackedRows, TokenStore, write_chats
 
 def peak():  # MB; getrusage would give the parent's peak, too
@@ -252,7 +254,7 @@ def peak():  # MB; getrusage would give the parent's peak, too
 
 folder, file, model, count = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 settings = ChatSettings(model=model, row_length=4096)
-chat = settings.load_chat("")
+chat = settings.load_chat("", SimpleNamespace(vocab_size=10**6, check_length=lambda tokens: None))
 before = peak()
 for _ in write_chats(folder, "conversations", {"train": [file]}, chat, settings):
     pass

@@ -36,7 +36,8 @@ def talk(*texts, system="", line=1, losses=()):
 
 def shown(chat, example):
     """The text of an example, U and A for the roles, and what carries loss, E for the end of an answer."""
-    names = {chat.user: "U", chat.assistant: "A", chat.eos: "E"}
+    user, assistant = map(chat.tokenizer.token_id, chat.role_tokens)
+    names = {user: "U", assistant: "A", chat.tokenizer.eos_id: "E"}
     text = "".join(names.get(t) or chat.tokenizer.decode([t]) for t in example.tokens)
     taught = [label for label in example.labels if label != IGNORED]
     return text, "".join(names.get(t) or chat.tokenizer.decode([t]) for t in taught)

@@ -36,7 +36,8 @@ def test_commands_of_the_docstring_parse(recipe, monkeypatch):
 
 
 def test_commands_of_the_documents_parse(monkeypatch):
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    # test_extending.py runs the commands of extending.md, some of them on a recipe that is made there.
+    pages = [ROOT / "README.md", *(page for page in (ROOT / "docs").glob("*.md") if page.stem != "extending")]
     commands = [found for page in pages for found in COMMAND.findall(page.read_text(encoding="utf-8"))]
     assert {name for name, _ in commands} >= {"build_corpus", "expert_finetune", "evaluate", "chat"}
     for recipe, arguments in commands:
