@@ -128,7 +128,7 @@ def main(config: Config) -> None:
     # Data: token ids on disk, made by the first rank and mapped by all.
     cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
     today = config.template_date or training.run_date(config.output, world, reference_date(cache))
-    chat = config.load_chat(today, ModelConfig.from_hf(config.model))
+    chat = config.load_chat(today, ModelConfig.from_hf)
     files = {"train": config.preferences, "heldout": config.heldout_preferences}
     tokens = Path(config.output) / "tokens"
     training.run_on_main(write_chats(tokens, "preferences", files, chat, config), world)

@@ -47,7 +47,7 @@ def main(config: Config) -> None:
 
     # Data: token ids on disk, made by the first rank and mapped by all, packed into rows.
     today = config.template_date or training.run_date(config.output, world)
-    chat = config.load_chat(today, ModelConfig.from_hf(config.model))
+    chat = config.load_chat(today, ModelConfig.from_hf)
     files = {"train": config.instructions, "heldout": config.heldout_instructions}
     rows, heldout_rows = packed_chats(config, chat, lambda steps: training.run_on_main(steps, world), **files)
     plan = training.BatchPlan.from_settings(len(rows), config)

@@ -59,13 +59,13 @@ class ChatSettings(FormatSettings):
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
     on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
 
-    def load_chat(self, today: str, sizes: Any) -> ChatFormat:
+    def load_chat(self, today: str, read_sizes: Callable[[str], Any]) -> ChatFormat:
         """The model's chat format; its day is kept as `template_date`, so that the run goes on with it on another.
 
-        Raises ValueError if its tokens or `row_length` do not fit `sizes`, the model's ModelConfig.
+        Raises ValueError if its tokens or `row_length` do not fit the ModelConfig that `read_sizes` reads.
         """
         self.template_date = today
-        chat = self.format(load_tokenizer(self.model))
+        chat, sizes = self.format(load_tokenizer(self.model)), read_sizes(self.model)
         chat.tokenizer.check_fits(sizes.vocab_size, self.model)
         sizes.check_length(self.row_length)
         self.template_date = chat.today

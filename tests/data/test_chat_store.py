@@ -254,7 +254,8 @@ def peak():  # MB; getrusage would give the parent's peak, too
 
 folder, file, model, count = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 settings = ChatSettings(model=model, row_length=4096)
-chat = settings.load_chat("", SimpleNamespace(vocab_size=10**6, check_length=lambda tokens: None))
+sizes = SimpleNamespace(vocab_size=10**6, check_length=lambda tokens: None)
+chat = settings.load_chat("", lambda model: sizes)
 before = peak()
 for _ in write_chats(folder, "conversations", {"train": [file]}, chat, settings):
     pass
