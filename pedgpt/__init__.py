@@ -6,4 +6,4 @@ The data flows one way, and so do the imports:
     └──── data ────┘  models  adapters   losses  └── training ──┘   evaluation
 """
 
-__version__ = "0.1.0"
+from pedgpt.files import __version__ as __version__

@@ -1,8 +1,8 @@
-"""The recipes from the command line, where there is no checkout.
+"""Run the recipes without a clone of the repository.
 
 python -m pedgpt                      lists the recipes
 python -m pedgpt dfpo --help          runs one: `torchrun -m pedgpt dfpo …` on many GPUs
-python -m pedgpt demo                 trains a tiny model through all four stages, in runs/demo
+python -m pedgpt demo                 trains a tiny model on $CORPUS (the sample), in $RUN (runs/demo)
 python -m pedgpt copy dfpo            copies a recipe here to be changed; `copy all` copies them with their settings
 """
 
@@ -17,12 +17,12 @@ from pathlib import Path
 from pedgpt.files import nearest
 
 PACKAGE = Path(__file__).parent
-# An installation holds the recipes inside of the package, and a checkout beside it.
+# A wheel has the recipes inside of the package, and a clone has them beside it.
 RECIPES = next(folder for folder in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if folder.is_dir())
 
 
 def main(arguments: list[str]) -> None:
-    """Do what the arguments of the command line ask for; SystemExit that says what was expected instead."""
+    """Run the command; SystemExit for an unknown one, with the nearest name that is known."""
     recipes = {file.stem: file for file in sorted(RECIPES.glob("*.py"))}
     command, rest = (arguments or ["--help"])[0], arguments[1:]
     if command in ("-h", "--help"):

@@ -25,6 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+__version__ = "0.1.0"
+
 # Control characters, and the marks that reorder text. A terminal obeys them: they can hide, move or recolour what is
 # shown, and the escape character begins commands. A line feed and a tab are harmless.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

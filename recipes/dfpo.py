@@ -98,7 +98,7 @@ def model_and_loss(config: Config, world: training.World):
 
 
 def stored_dtype(config: Config) -> torch.dtype:
-    """Of the model's weights: what trains is float32, and what is frozen has the dtype of the computation."""
+    """The dtype in which weights are stored: float32 if they train, the computation's dtype if they are frozen."""
     return getattr(torch, config.dtype) if config.lora_rank else torch.float32
 
 
@@ -162,12 +162,12 @@ def main(config: Config) -> None:
                 parts.append(gather_rows(part, world))
         return torch.cat(parts).cpu()[: len(pairs)] if parts else torch.zeros(0, 2)
 
-    stream = dtype if world.size > 1 else stored  # of the residual stream: FSDP2 gathers weights in the former
+    stream = dtype if world.size > 1 else stored  # FSDP2 gathers weights in `dtype`, which the key must say
     dtypes = f"products {dtype}, weights {stored}, residual stream {stream}"
     key = reference_key(model=base, chat=chat, data=pairs.fingerprint, dtype=dtypes)
-    # A file that was asked for must fit; that of this output alone is made anew.
+    # A file that --reference_logps names must fit this run. The one in OUTPUT is made anew if it does not.
     reference = load_reference(cache, key, len(pairs), must_fit=bool(config.reference_logps))
-    if sum_over_ranks([reference is None], world)[0]:  # all compute, if one of them came before the file did
+    if sum_over_ranks([reference is None], world)[0]:  # if one rank has none, all compute: they share the model
         reference = reference_logps(pairs)
         if world.is_main:
             save_reference(cache, reference, key)

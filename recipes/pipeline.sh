@@ -25,7 +25,7 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 trap '[ $? -lt 128 ] || echo "stopped; the same command goes on from here" >&2' EXIT
 trap 'exit 130' INT # also if Ctrl-C killed a stage that was only starting
 
-say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+say() { if [ -t 1 ]; then printf '\n\033[1m== %s\033[0m\n' "$*"; else printf '\n== %s\n' "$*"; fi; }
 present() { # present FOLDER...: those that the corpus has, into the array `found`
   found=()
   for folder; do if [ -d "$folder" ]; then found+=("$folder"); fi; done

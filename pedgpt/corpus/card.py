@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from pedgpt import __version__
 from pedgpt.corpus.assemble import Corpus
+from pedgpt.files import __version__
 
 STAGES = {1: "continued pre-training", 2: "full fine-tuning", 3: "DFPO", 4: "experts"}
 

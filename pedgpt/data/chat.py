@@ -16,7 +16,7 @@ from pedgpt.files import read_object, write_json, write_text
 
 IGNORE_INDEX = -100
 GENERATION_FILE = "generation_config.json"
-# Whitespace at the ends of a text shows whether a template trims it.
+# Conversations that are rendered to compare two formats. Spaces at the ends of a text show whether it is trimmed.
 _PROBES = [
     [Message(role, f" {role} 1\n") for role in [*system, "user", "assistant", "user", "assistant"]]
     for system in ([], ["system"])
@@ -34,11 +34,11 @@ class ChatFormat:
     day that the format writes, or "" if it writes none.
     """
 
-    jinja = ""  # a format of our own, as a template
-    fill: Callable[[str], str] | None = staticmethod(str)  # what it makes of a message's text
+    jinja = ""  # the template of a built-in format; empty: the checkpoint's own
+    fill: Callable[[str], str] | None = staticmethod(str)  # what the format makes of a message's text
     role_tokens: tuple[str, ...] = ()  # a tokenizer that has them was made for this format
     more_ends: tuple[str, ...] = ()  # tokens that end an answer besides those that the template writes
-    teaches_eos = False  # whether an answer's end teaches eos, and not the token that stands there
+    teaches_eos = False  # whether the target at an answer's end is eos, though another token stands there
     opens_thought = False
 
     def __init__(self, tokenizer: Tokenizer, enable_thinking: bool | None = None, today: str = "") -> None:
@@ -61,7 +61,7 @@ class ChatFormat:
         added = tokenizer.backend.get_added_tokens_decoder().items()
         self.strips_before = {i for i, token in added if token.special and token.lstrip}
         self.strips_after = {i for i, token in added if token.special and token.rstrip}
-        # SentencePiece puts a space before a text; inside one it must not, and after a special token it depends.
+        # SentencePiece puts a space before a text. Inside one it must not; after a special token it is tried here.
         self.newline = tokenizer.encode("\n")
         alone = tokenizer.encode("a")
         self.prefixes = alone != self._inside("a")
@@ -175,7 +175,7 @@ class ChatFormat:
         return tuple(dict.fromkeys([end for end in ends if end is not None]))
 
     def _inside(self, text: str) -> list[int]:
-        """Ids of a text that does not begin the whole: encoded after a line break, whose ids are dropped again."""
+        """Ids of a text that is not the first: a line break before it keeps a space away; its ids are dropped."""
         ids, size = self.tokenizer.encode("\n" + text), len(self.newline)
         return ids[size:] if ids[:size] == self.newline else self.tokenizer.encode(text)
 
@@ -183,8 +183,9 @@ class ChatFormat:
 class Baichuan2Chat(ChatFormat):
     """`195 user 196 answer 195 user 196 answer 2`; a system text stands first, bare; no bos.
 
-    As in the vendor's fine-tuning the target at the user token after an answer is eos, so every answer learns to stop
-    although no eos stands between turns in the input. Generation may also run into the next user turn.
+    195 is `<reserved_106>`, 196 `<reserved_107>`, 2 eos. As in the vendor's fine-tuning the target at the user token
+    after an answer is eos, so every answer learns to stop although no eos stands between turns in
+    the input. Generation may also run into the next user turn.
     """
 
     role_tokens = ("<reserved_106>", "<reserved_107>")

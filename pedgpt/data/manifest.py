@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pedgpt import __version__
-from pedgpt.files import write_json
+from pedgpt.files import __version__, write_json
 
 DOMAIN, GENERAL, INSTRUCTIONS = "domain text", "general text", "instructions"
 # Which part of the mixture a table of documents belongs to; conversations are instructions, whatever their table.

@@ -54,7 +54,7 @@ class ChatSettings(FormatSettings):
     """How a stage reads conversations or preference pairs, and writes them as tokens."""
 
     model: str  # folder of the model
-    row_length: int = 4096  # tokens a packed row, or most tokens of a prompt with one of its answers
+    row_length: int = 4096  # tokens in a packed row; for pairs, the most tokens of a prompt with one of its answers
     columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
     on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
@@ -85,7 +85,7 @@ def write_tokens(
 
     def encode(source: TextSource, summary: ReadSummary) -> Documents:
         records = iter_records(source.paths, source.kind, on_bad_row=on_bad_row, summary=summary, columns=columns)
-        # Forms are hashed rather than in turn: rows whose kind alternates must not each get forms of their own.
+        # A hash chooses the form. Taken in turn, forms would be tied to kinds of rows where these alternate.
         texts = (
             as_completion(record, zlib.crc32(f"{seed}/{source.name}/{number}".encode()))
             if isinstance(record, Conversation)
@@ -147,8 +147,8 @@ def _write(
     """Make `folder` a token store, yielding the number of documents done after each batch of them.
 
     What is there already stays if it was made of the same files, tokenizer and settings (`made_of`); otherwise it is
-    made anew, under another name until it is complete. Holds one batch in memory. To be run to its end by one process;
-    each step is short, so that others can wait for it in a collective. Raises ValueError as the readers do.
+    made anew, under another name until it is complete. Holds one batch in memory. One process runs this to its end. It
+    yields often, because the other ranks wait in a collective that times out. Raises ValueError as the readers do.
     """
     key = hashlib.sha256(json.dumps([_VERSION, tokenizer.description(), *made_of]).encode())
     for source in sources:
@@ -226,7 +226,7 @@ class TokenStore:
         path = self.folder / name
         if (size := path.stat().st_size) != count * dtype.itemsize:
             raise ValueError(f"{name} has {size} bytes, expected {count * dtype.itemsize}")
-        return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)  # nothing cannot be mapped
+        return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)  # an empty file cannot be mapped
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -241,7 +241,7 @@ class TokenStore:
         return {source.part for source, sizes in zip(self.sources, self.sizes(), strict=True) if sizes.any()}
 
     def example(self, start: int, length: int) -> Example:
-        """`length` tokens from `start` on, which belong to one document; named "part/source document", from 1."""
+        """`length` tokens from `start` on, which belong to one document; named "part/source N", N from 1."""
         document, here = int(np.searchsorted(self.offsets, start, side="right")) - 1, slice(start, start + length)
         first = np.cumsum([0, *self.counts])
         number = int(np.searchsorted(first, document, side="right")) - 1
@@ -260,9 +260,9 @@ def read_summary(*stores: TokenStore) -> ReadSummary:
 
 
 def discards_tokens(main: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Decorate a recipe: OUTPUT/tokens goes when the run is finished, or ends by a mistake before its first checkpoint.
+    """Decorate a recipe: delete OUTPUT/tokens when it is finished, or fails by a mistake before its first checkpoint.
 
-    A run that is stopped or killed keeps it, so the next start uses it again, and a mistake at that start leaves it.
+    A run that is stopped or killed keeps it for its next start, and a mistake at that start leaves it.
     """
 
     @functools.wraps(main)

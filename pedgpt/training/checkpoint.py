@@ -31,7 +31,7 @@ from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, all_values, barrier, together, trained
 
 _STATE, _INDEX, _SUMS = "state.json", ".metadata", "checksums.json"
-# Settings that name the data and the base model, whose content the fingerprint in `_CONTENT` proves.
+# Settings that only say where the data and the base model lie: they may change if the fingerprint is the same.
 _PLACES = {"model", "corpus", "text", "general_text", "instructions", "preferences"}
 _CONTENT = "rows_and_base_model"
 

@@ -1,10 +1,10 @@
-"""What a step holds in memory, found without taking any: the recipe's own code runs on tensors that have no numbers.
+"""How much memory a training step needs, without taking any: the recipe's own code runs on tensors without numbers.
 
     python recipes/dfpo.py --config recipes/configs/qwen3-8b/dfpo.toml --model recipes/configs/qwen3-8b --plan 8x80
 
-torch's FakeTensorMode gives tensors a shape and no memory, and its process group of no processes lets FSDP2 split the
-model. `Counter` sees each operation, and counts every storage from then until nothing refers to it any more. So nothing
-here describes a model, an optimizer or a loss.
+torch's FakeTensorMode gives tensors a shape and no memory. A fake process group stands for the other cards, so FSDP2
+splits the model as usual. `Counter` adds each storage when an operation makes it, and takes it off when it is freed.
+Nothing here describes a model, an optimizer or a loss.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Held:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the storages that are alive. `peaks[moment]` has those that were when their sum was largest."""
+    """Counts the storages that are alive. `peaks[moment]` lists those of when that moment's sum was highest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # What it does to this rank's own rows comes here, too.
+            return NotImplemented  # DTensor repeats the call on this rank's own tensors, and that call is counted.
         if function is torch.ops.prim.device.default:  # asked so often that it would take most of the time
             return torch.device("cpu")
         answer = ANSWERS.get(function)
@@ -91,7 +91,7 @@ class Counter(TorchDispatchMode):
         self._record()
 
     def begin(self, moment: str) -> None:
-        """The moment that the following peaks are those of."""
+        """From here on peaks are recorded under the name of this moment."""
         self.moment = moment
         self._record()
 
@@ -106,7 +106,7 @@ class Counter(TorchDispatchMode):
             self.total -= found[1].size
 
     def claim(self, tensors: Iterable[Tensor | None], part: str, of: Collection[str] = PARTS) -> None:
-        """Those of these tensors that belong to a part `of` belong to `part`, in the peaks counted before, too."""
+        """Give these tensors to `part` if they belong to one of `of`; peaks that are already recorded change too."""
         for tensor in tensors:
             found = None if tensor is None else self.alive.get(_local(tensor).untyped_storage()._cdata)
             if found and found[1].part in of:
@@ -154,7 +154,7 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
 
 @contextmanager
 def counting(*, on_gpu: bool = False) -> Iterator[Counter]:
-    """In here tensors have shapes only, and the counter counts them, as on a CPU or as on a GPU."""
+    """In here tensors have shapes only, and the counter counts what the code would hold on a CPU or on a GPU."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # they take 100 MB
 
     counter, resize = Counter(), torch.UntypedStorage.resize_
@@ -171,7 +171,7 @@ def counting(*, on_gpu: bool = False) -> Iterator[Counter]:
 
 
 def on_shapes(model: nn.Module) -> None:
-    """Give the model parameters of which only the shapes exist; they were on the meta device before."""
+    """Replace parameters on the meta device by fake ones of the same shape, which the counter sees."""
     made: dict[Tensor, nn.Parameter] = {}  # a tied parameter stays one
     for name, old in list(model.named_parameters(remove_duplicate=False)):
         if old not in made:
@@ -186,7 +186,7 @@ def on_shapes(model: nn.Module) -> None:
 
 @contextmanager
 def processes(count: int) -> Iterator[World]:
-    """The first of so many processes, of which no other exists."""
+    """Pretend to be rank 0 of `count` processes; the others do not exist."""
     if count > 1:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -290,13 +290,13 @@ def print_plan(settings: S, build: Build, make_batch: MakeBatch) -> None:
         print(f"\nfits: {total / GB:.2f} of {size:g} GB", flush=True)
         return
     print(f"\ndoes not fit: {total / GB:.2f} of {size:g} GB; one change makes it", flush=True)
-    enough = False  # cards
+    enough_cards = False
     for name, value in changes(settings):
-        if name == "plan" and enough:
+        if name == "plan" and enough_cards:
             continue
         changed = dataclasses.replace(settings, **{name: value})
         found = peak(count(build, make_batch, changed, cards(changed.plan)[0]))
-        enough |= name == "plan" and found <= size * GB
+        enough_cards |= name == "plan" and found <= size * GB
         shown = str(value).lower() if isinstance(value, bool) else value
         if found < 0.995 * total:
             print(f"  {f'{name} {shown}':<36}{found / GB:>8.2f} GB{'  fits' * (found <= size * GB)}", flush=True)
