@@ -1,7 +1,7 @@
 """An OpenAI-compatible chat endpoint, asked from several threads: deadline, retries, budget, a cache of its answers.
 
-All requests run in one event loop, in a separate thread, so that each can be cancelled at its deadline or after Ctrl-C,
-whatever the server makes it wait for. A thread that asks waits for its answer.
+Each request runs in an event loop of its own, in the thread that asks, so that it can be cancelled at its deadline or
+after Ctrl-C, whatever the server makes it wait for.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ import sqlite3
 import sys
 import threading
 import time
-import typing
-import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_type_hints
 
 from tqdm import tqdm
 
@@ -34,19 +33,8 @@ from pedgpt.files import nearest, printable, read_toml, toml_place, toml_value
 T = TypeVar("T")
 R = TypeVar("R")
 
-_MAX_BODY = 4 << 20  # bytes, as sent and as decompressed
-# The form of a setting, and what is wrong with another one, which is not repeated, as it may hold a secret.
-_FORMS = {
-    "url": (
-        r'(?a:(?!.*/chat/completions/*$)https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[!"$->A-~]*)?)',
-        "must be http(s)://host[:port]/path, without user and password, ?, # and /chat/completions",
-    ),
-    "key_variable": (
-        r"([A-Z_][A-Z0-9_]*)?",
-        "must be an environment variable's name in upper case, not the key itself",
-    ),
-    "model": (r"(?s:\s*\S.*)", "is missing"),
-}
+_MAX_BODY = 4 << 20  # bytes
+_URL = r'(?a)(?!.*/chat/completions/*$)https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[!"$->A-~]*)?'
 _RANGES = {
     "temperature": (0, 2), "max_tokens": (1, 1e9), "concurrency": (1, 1024), "timeout": (1e-3, 86400),
     "max_retries": (0, 1000), "retry_wait": (1e-6, 86400), "max_wait": (1e-3, 86400), "token_budget": (0, 1e15),
@@ -86,9 +74,13 @@ class EndpointSettings:
 
     def check(self) -> None:
         """Raise ValueError for a value out of range."""
-        for name, (form, wrong) in _FORMS.items():
-            if not re.fullmatch(form, getattr(self, name)):
-                raise ValueError(f"{name} {wrong}")
+        # A wrong value is not repeated, as it may hold a secret.
+        if not re.fullmatch(_URL, self.url):
+            raise ValueError("url must be http(s)://host[:port]/path, without user, ?, # and /chat/completions")
+        if not re.fullmatch(r"([A-Z_][A-Z0-9_]*)?", self.key_variable):
+            raise ValueError("key_variable must be an environment variable's name in upper case, not the key itself")
+        if not self.model.strip():
+            raise ValueError("model is missing")
         for name, (low, high) in _RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be between {low:g} and {high:g}, found {getattr(self, name)}")
@@ -106,7 +98,7 @@ class EndpointSettings:
 
 def load_endpoint(path: str | Path) -> EndpointSettings:
     """The settings in a flat TOML file, checked; ValueError for a file or a value that cannot be used."""
-    values, kinds = read_toml(path), typing.get_type_hints(EndpointSettings)
+    values, kinds = read_toml(path), get_type_hints(EndpointSettings)
     for name, value in values.items():
         place = f"{toml_place(path, name)}: {name}"
         if name not in kinds:
@@ -148,7 +140,6 @@ class Usage:
     answered: int = 0  # new answers
     cached: int = 0  # answers from the cache, or shared with an identical request in flight
     retries: int = 0
-    failures: int = 0  # questions given up
     unanswered: int = 0  # requests whose answer never arrived whole; the server may charge for them
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -179,25 +170,21 @@ class Endpoint:
         try:  # redirects are not followed: the key must not go to another host
             import httpx
 
-            self._client = httpx.AsyncClient(headers=headers, timeout=None, limits=httpx.Limits())
+            self._client = partial(httpx.AsyncClient, headers=headers, timeout=None, verify=httpx.create_ssl_context())
+            self._client()
         except (ImportError, ValueError) as error:  # no httpx, or a proxy that it cannot use
-            problem = f"{self.title}: {self._shown(str(error))}"
-            raise ValueError(
-                f'{problem}; it needs httpx (pip install -e ".[corpus]") and the proxies\' packages'
-            ) from None
+            hint = 'pip install -e ".[corpus]" installs httpx'
+            raise ValueError(f"{self.title}: {self._shown(str(error))}; {hint}") from None
         self._failures = (httpx.HTTPError, httpx.InvalidURL)
         self._database = _open_cache(self.cache)
-        # Everything that follows is changed in the event loop's thread only, except `_closed`, under `_lock`.
-        self._usage = Usage()
-        self._pending: dict[str, asyncio.Task[str]] = {}
+        self._slots, self._turn = threading.Semaphore(settings.concurrency), threading.Condition()
+        # Everything that follows is changed by a thread that holds `_turn`.
+        self._counts, self._spent = Counter[str](), ()
+        self._pending: set[str] = set()  # questions that some thread is asking
         self._reserved = 0  # tokens, of the requests in flight
         self._resume = 0.0  # on the clock of time.monotonic: before it nothing is sent
-        self._slots = asyncio.Semaphore(settings.concurrency)
-        self._halt, self._reason = asyncio.Event(), ""  # why nothing is sent any more
-        self._lock, self._closed = threading.Lock(), False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
+        self._reason = ""  # why nothing is sent any more
+        self._given_up = False  # whether requests in flight are not waited for
 
     def __enter__(self) -> Self:
         return self
@@ -208,19 +195,17 @@ class Endpoint:
 
     def close(self, *, wait: bool = True) -> None:
         """Send nothing more and close the cache; requests in flight are waited for, or given up if not `wait`."""
-        with self._lock:
-            before, self._closed = self._closed, True
-        if before:
-            return
-        try:
-            asyncio.run_coroutine_threadsafe(self._close(wait), self._loop).result()
-        except KeyboardInterrupt:  # while it waited for answers
-            asyncio.run_coroutine_threadsafe(self._close(wait=False), self._loop).result()
-            raise
-        finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        with self._turn:
+            self._reason = self._reason or f"the {self.title} is closed"
+            self._given_up |= not wait
+            self._turn.notify_all()
+            try:
+                self._turn.wait_for(lambda: not self._pending)
+            except KeyboardInterrupt:
+                self.close(wait=False)
+                raise
+            self._spent = self._spent or self._sql("SELECT * FROM spent")
+            self._database.close()
 
     def ask(self, messages: Sequence[Mapping[str, str]], *, attempt: int = 0) -> str:
         """The text of the answer to chat messages; another `attempt` is another answer to the same question.
@@ -236,14 +221,32 @@ class Endpoint:
         }  # fmt: skip
         payload |= {"response_format": {"type": "json_object"}} if s.json_mode else {}
         named = json.dumps({"url": self._url, "attempt": attempt, **payload}, sort_keys=True, separators=(",", ":"))
-        return self._call(self._answer(hashlib.sha256(named.encode()).hexdigest(), payload))
+        key = hashlib.sha256(named.encode()).hexdigest()
+        with self._turn:
+            self._turn.wait_for(lambda: key not in self._pending)  # another thread's question is not sent twice
+            self._pause(0)
+            self._pending.add(key)
+        try:
+            if found := self._sql("SELECT text FROM answers WHERE key = ?", key):
+                self._count(cached=1)
+                return found[0]
+            return self._send(key, payload)
+        finally:
+            with self._turn:
+                self._pending.remove(key)
+                self._turn.notify_all()
 
     @property
     def usage(self) -> Usage:
         """The numbers at this moment; of a closed endpoint, the last."""
-        with suppress(EndpointFailure):
-            self._call(self._count_spent())
-        return replace(self._usage)
+        s = self.settings
+        with self._turn:
+            u = Usage(**self._counts)
+            u.all_prompt_tokens, u.all_completion_tokens, u.estimated = self._spent or self._sql("SELECT * FROM spent")
+        prices = s.price_per_million_input / 1e6, s.price_per_million_output / 1e6
+        u.cost = u.prompt_tokens * prices[0] + u.completion_tokens * prices[1]
+        u.all_cost = u.all_prompt_tokens * prices[0] + u.all_completion_tokens * prices[1]
+        return u
 
     def describe(self) -> str:
         """The usage, in one paragraph."""
@@ -252,7 +255,7 @@ class Endpoint:
         cost, all_cost = (f", {cost:.4f} {s.currency}" if priced else "" for cost in (u.cost, u.all_cost))
         text = (
             f"{self.title} {s.model} at {s.url}: {u.requests} requests sent, {u.answered} answered, {u.cached} answers "
-            f"from {self.cache.name}, {u.retries} retries, {u.failures} failures; {u.prompt_tokens:,} prompt and "
+            f"from {self.cache.name}, {u.retries} retries; {u.prompt_tokens:,} prompt and "
             f"{u.completion_tokens:,} completion tokens{cost} (all runs with this cache: {u.all_prompt_tokens:,} and "
             f"{u.all_completion_tokens:,} tokens{all_cost})"
         )
@@ -270,129 +273,88 @@ class Endpoint:
         tokens = u.prompt_tokens + u.completion_tokens
         return f"{u.cost:.2f} {self.settings.currency}, {tokens:,} tokens, {u.retries} retries"
 
-    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine in the event loop; EndpointFailure once the endpoint is closed."""
-        with self._lock:
-            if self._closed:
-                coroutine.close()
-                raise EndpointFailure(self._reason or f"the {self.title} is closed")
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except CancelledError:
-            raise EndpointFailure(self._reason) from None
+    def _count(self, **more: int) -> None:
+        with self._turn:
+            self._counts.update(more)
 
-    # All methods that follow run in the event loop.
-
-    def _stop(self, reason: str) -> None:
-        """Send nothing more; the first reason is the one that is told."""
-        self._reason = self._reason or reason
-        self._halt.set()
-
-    async def _close(self, wait: bool) -> None:
-        self._stop(f"the {self.title} is closed")
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in () if wait else others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._client.aclose()
-        with closing(self._database):
-            await self._count_spent()
-
-    async def _count_spent(self) -> None:
-        u, s = self._usage, self.settings
-        u.all_prompt_tokens, u.all_completion_tokens, u.estimated = self._sql("SELECT * FROM spent")
-        prices = s.price_per_million_input / 1e6, s.price_per_million_output / 1e6
-        u.cost = u.prompt_tokens * prices[0] + u.completion_tokens * prices[1]
-        u.all_cost = u.all_prompt_tokens * prices[0] + u.all_completion_tokens * prices[1]
-
-    async def _answer(self, key: str, payload: dict[str, Any]) -> str:
-        """The answer from the cache, from an identical request in flight, or from the server."""
-        found = self._sql("SELECT text FROM answers WHERE key = ?", key)
-        self._usage.cached += bool(found or key in self._pending)
-        if found:
-            return found[0]
-        if key not in self._pending:
-            self._pending[key] = asyncio.create_task(self._send(key, payload))
-            self._pending[key].add_done_callback(lambda task: self._finish(key, task))
-        return await self._pending[key]
-
-    def _finish(self, key: str, task: asyncio.Task[str]) -> None:
-        del self._pending[key]
-        self._usage.failures += task.cancelled() or isinstance(task.exception(), EndpointFailure)
-
-    async def _send(self, key: str, payload: dict[str, Any]) -> str:
+    def _send(self, key: str, payload: dict[str, Any]) -> str:
         """Send until there is an answer; returns its text, committed."""
         s, body, answers = self.settings, json.dumps(payload).encode(), 0
         prompt = sum(len(str(message.get("content", ""))) for message in payload["messages"])
         for retry in range(s.max_retries + 1):
-            async with self._slots:
-                await self._reserve(prompt + s.max_tokens)
+            with self._slots:
+                with self._turn:
+                    self._reserve(prompt + s.max_tokens)
                 try:
                     while (pause := self._resume - time.monotonic()) > 0:
-                        await self._pause(pause + random.uniform(0, s.retry_wait))
-                    await self._pause(0)
-                    self._usage.retries += retry > 0
+                        self._pause(pause + random.uniform(0, s.retry_wait))
+                    self._pause(0)
+                    self._count(retries=retry > 0, requests=1, unanswered=1)
                     # A server that knows the header repeats what it has answered: after an unusable answer, ask anew.
-                    status, wait, data = await self._post(f"{key}-{answers}" if answers else key, body)
+                    request = self._post(f"{key}-{answers}" if answers else key, body)
+                    status, wait, data = asyncio.run(self._in_time(request))
                     answer = self._read(status, wait, data, str(payload["messages"][-1].get("content")))
                     answers += 1
                     return self._keep(key, answer, data, prompt)
                 except _Again as error:
                     again = error
                 finally:
-                    self._reserved -= prompt + s.max_tokens
+                    with self._turn:
+                        self._reserved -= prompt + s.max_tokens
+                        self._turn.notify_all()
             if retry < s.max_retries:
-                await self._pause(random.uniform(0, min(s.max_wait, s.retry_wait * 2.0 ** min(retry, 30))))
+                self._pause(random.uniform(0, min(s.max_wait, s.retry_wait * 2.0 ** min(retry, 30))))
         if isinstance(again, _NoText) and self._has_answered():
             raise Unusable(str(again))
         raise EndpointFailure(f"no answer from {s.url} in {s.max_retries + 1} requests; the last: {again}")
 
-    async def _reserve(self, tokens: int) -> None:
+    def _reserve(self, tokens: int) -> None:
         """Reserve tokens for a request; if too few are left, wait for those in flight, which may need fewer."""
         budget = self.settings.token_budget
-        while budget:
-            used = sum(self._sql("SELECT prompt, completion FROM spent"))
-            if used + self._reserved + tokens <= budget:
-                break
+        while (
+            budget
+            and (used := sum(self._sql("SELECT prompt, completion FROM spent"))) + self._reserved + tokens > budget
+        ):
             if not self._reserved:
                 raise BudgetSpent(
                     f"token_budget = {budget:,} is spent: {used:,} tokens were used, and the next request may need "
                     f"{tokens:,}; raise token_budget and run again, what was answered is kept in {self.cache}"
                 )
-            await self._pause(0.05)
+            self._turn.wait()
         self._reserved += tokens
 
-    async def _pause(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._halt.wait(), seconds)
-        if self._reason:
-            raise EndpointFailure(self._reason)
+    def _pause(self, seconds: float) -> None:
+        """Wait; EndpointFailure as soon as nothing is sent any more."""
+        with self._turn:
+            if self._turn.wait_for(lambda: self._reason, seconds):
+                raise EndpointFailure(self._reason)
+
+    async def _in_time(self, request: Coroutine[Any, Any, T]) -> T:
+        """The result of a request; the end of the event loop cancels one that is late or not waited for any more."""
+        task, seconds = asyncio.create_task(request), self.settings.timeout
+        end = time.monotonic() + seconds
+        while not task.done() and not self._given_up and time.monotonic() < end:
+            await asyncio.wait([task], timeout=min(0.1, seconds))
+        if task.done():
+            return task.result()
+        self._pause(0)
+        raise _Again(f"no whole answer within {seconds:g} seconds")
 
     async def _post(self, key: str, body: bytes) -> tuple[int, float, bytes]:
         """One request: its response's status, the seconds that the server asks to wait, and the content."""
-        seconds, data, headers = self.settings.timeout, bytearray(), {"Idempotency-Key": key}
-        self._usage.requests += 1
-        self._usage.unanswered += 1  # until it is answered, or turns out never to have been sent
+        data, headers = bytearray(), {"Idempotency-Key": key}
         try:
-            async with (
-                asyncio.timeout(seconds),
-                self._client.stream("POST", self._url, content=body, headers=headers) as response,
-            ):
-                async for part in response.aiter_raw():
+            async with self._client() as client, client.stream("POST", self._url, content=body, headers=headers) as got:
+                async for part in got.aiter_raw():
                     data += part
                     if len(data) > _MAX_BODY:
                         raise _Again(f"the answer is longer than {_MAX_BODY} bytes")
-        except TimeoutError:
-            raise _Again(f"no whole answer within {seconds:g} seconds") from None
         except self._failures as error:
             name = type(error).__name__
-            self._usage.unanswered -= name == "ConnectError"
+            self._count(unanswered=-(name == "ConnectError"))  # nothing was sent
             raise _Again(self._shown(f"{name}: {error}")) from None
-        self._usage.unanswered -= 1
-        with suppress(zlib.error):  # a server may compress without being asked; no JSON begins like that
-            data[:] = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, _MAX_BODY)
-        return response.status_code, _retry_after(response.headers.get("Retry-After", "")), bytes(data)
+        self._count(unanswered=-1)
+        return got.status_code, _retry_after(got.headers.get("Retry-After", "")), bytes(data)
 
     def _read(self, status: int, wait: float, data: bytes, asked: str) -> dict[str, Any]:
         """The JSON object of a good answer, else _Again, EndpointFailure or Unusable."""
@@ -406,7 +368,9 @@ class Endpoint:
         if good:
             raise _Again(f"the answer is no JSON object: {said}")
         if status in (401, 403):
-            self._stop(f"{s.url} refuses the key in {s.key_variable or 'key_variable'}: {said}")
+            with self._turn:
+                self._reason = self._reason or f"{s.url} refuses the key in {s.key_variable or 'key_variable'}: {said}"
+                self._turn.notify_all()
             raise EndpointFailure(self._reason)
         if status in (400, 413, 422) and self._has_answered():
             raise Unusable(f"{said}, for {asked!r}")
@@ -419,7 +383,8 @@ class Endpoint:
                 f"what was answered is kept in {self.cache} ({said})"
             )
         wait = max(wait, s.retry_wait if status == 429 else 0)  # for everyone, as all share the server's limit
-        self._resume = max(self._resume, time.monotonic() + wait)
+        with self._turn:
+            self._resume = max(self._resume, time.monotonic() + wait)
         raise _Again(said)
 
     def _keep(self, key: str, answer: dict[str, Any], data: bytes, prompt_characters: int) -> str:
@@ -428,19 +393,18 @@ class Endpoint:
         with suppress(LookupError, TypeError, AttributeError, UnicodeEncodeError):
             found = answer["choices"][0]["message"]["content"].strip()
             text = self._secret.sub("***", found.encode().decode())  # no file can hold half a surrogate pair
-        names = ("prompt_tokens", "completion_tokens")
-        counts: list[Any] = [usage.get(name) if isinstance(usage, dict) else None for name in names]
+        usage = usage if isinstance(usage, dict) else {}
+        counts: list[Any] = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         known = all(type(count) is int and bool(text) <= count < 1 << 40 for count in counts)
         prompt, completion = counts if known else (prompt_characters, len(text)) if text else (0, 0)
-        self._sql("BEGIN IMMEDIATE")
-        if text:
-            self._sql("INSERT OR IGNORE INTO answers VALUES (?, ?)", key, text)
         spend = "UPDATE spent SET prompt = prompt + ?, completion = completion + ?, estimated = estimated + ?"
-        self._sql(spend, prompt, completion, bool(text) and not known)
-        self._sql("COMMIT")
-        self._usage.prompt_tokens += prompt
-        self._usage.completion_tokens += completion
-        self._usage.answered += bool(text)
+        with self._turn:
+            self._sql("BEGIN IMMEDIATE")
+            if text:
+                self._sql("INSERT OR IGNORE INTO answers VALUES (?, ?)", key, text)
+            self._sql(spend, prompt, completion, bool(text) and not known)
+            self._sql("COMMIT")
+            self._count(prompt_tokens=prompt, completion_tokens=completion, answered=bool(text))
         if not text:
             raise _NoText(f"the answer has no text: {self._message(answer, data)}")
         return self._sql("SELECT text FROM answers WHERE key = ?", key)[0]  # another process may have been first
@@ -451,7 +415,8 @@ class Endpoint:
     def _sql(self, statement: str, *values: object) -> Any:
         """The first row of a statement's result, or None."""
         try:
-            return self._database.execute(statement, values).fetchone()
+            with self._turn:
+                return self._database.execute(statement, values).fetchone()
         except sqlite3.Error as error:
             raise ValueError(f"{self.cache}: the cache cannot be used ({error})") from None
 
@@ -473,38 +438,28 @@ def in_order(
 ) -> Iterator[R]:
     """`work` of each item, in the order of the items, done in `workers` threads; with 0, in this one.
 
-    At most 4 × `workers` items are taken ahead of the last result. After an exception no new work begins, work in
-    flight is finished, the results before the failed item are given, and the exception is raised. With `desc` a
-    progress bar on stderr also shows what the `endpoints` have cost; without threads it appears after three seconds.
+    At most 4 × `workers` items are taken ahead of the last result. An exception is raised when the results before its
+    item are given; then no new work begins, and work in flight is finished. With `desc` a progress bar on stderr also
+    shows what the `endpoints` have cost; without threads it appears after three seconds.
     """
-    often = 0.2 if sys.stderr.isatty() else 10  # seconds
-    with tqdm(desc=printable(desc), disable=not desc, mininterval=often, delay=0 if workers else 3) as bar:
-        for result in _in_threads(items, work, workers) if workers else map(work, items):
-            if desc and endpoints:
-                bar.set_postfix_str(printable("; ".join(endpoint.so_far() for endpoint in endpoints)), refresh=False)
-            bar.update()
-            yield result
+    pool, flying, often = ThreadPoolExecutor(workers or 1), deque[Future[R]](), 0.2 if sys.stderr.isatty() else 10
 
-
-def _in_threads(items: Iterable[T], work: Callable[[T], R], workers: int) -> Iterator[R]:
-    pool, failed, flying = ThreadPoolExecutor(workers), threading.Event(), deque[Future[R]]()
-
-    def attempt(item: T) -> R:
-        if failed.is_set():  # items begin in order, so the one that failed comes before this one
-            raise CancelledError
-        try:
-            return work(item)
-        except BaseException:
-            failed.set()
-            raise
-
-    try:
+    def results() -> Iterator[R]:
         for item in items:
-            flying.append(pool.submit(attempt, item))
+            flying.append(pool.submit(work, item))
             if len(flying) == 4 * workers:  # so that one slow answer does not keep the others waiting
                 yield flying.popleft().result()
         while flying:
             yield flying.popleft().result()
+
+    try:
+        with tqdm(desc=printable(desc), disable=not desc, mininterval=often, delay=0 if workers else 3) as bar:
+            for result in results() if workers else map(work, items):
+                if desc and endpoints:
+                    shown = "; ".join(endpoint.so_far() for endpoint in endpoints)
+                    bar.set_postfix_str(printable(shown), refresh=False)
+                bar.update()
+                yield result
     finally:  # after Ctrl-C the endpoint is closed, which ends what is in flight
         pool.shutdown(isinstance(sys.exception(), Exception | None), cancel_futures=True)
 
