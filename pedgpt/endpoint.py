@@ -13,25 +13,19 @@ import os
 import random
 import re
 import sqlite3
-import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_type_hints
-
-from tqdm import tqdm
+from typing import Any, Self, get_type_hints
 
 from pedgpt.files import nearest, printable, read_toml, toml_place, toml_value
-
-T = TypeVar("T")
-R = TypeVar("R")
+from pedgpt.ordered import in_order as in_order  # who asks in threads takes it from here
 
 _MAX_BODY = 4 << 20  # bytes
 _URL = r'(?a)(?!.*/chat/completions/*$)https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[!"$->A-~]*)?'
@@ -128,10 +122,6 @@ class _Again(Exception):
     """A request failed in a way that may pass."""
 
 
-class _NoText(_Again):
-    """The server answered, but without a text."""
-
-
 @dataclass
 class Usage:
     """What an endpoint was asked and what it cost; tokens of this run, and of all runs that share the cache."""
@@ -153,9 +143,8 @@ class Usage:
 class Endpoint:
     """Asks a chat endpoint from any number of threads; a context manager.
 
-    `cache` is an SQLite file: an answer is committed to it before it is used, and a question answered there is never
-    sent again, so a run that was killed goes on where it ended. Raises ValueError if there is no key, no `httpx`, or a
-    file at `cache` that is no cache.
+    `cache` is an SQLite file: an answer is committed to it before it is used, and never asked for again, so a run that
+    was killed goes on where it ended. Raises ValueError without a key or `httpx`, or if the file is no cache.
     """
 
     title = "endpoint"  # what error messages and the account of the usage call it
@@ -173,8 +162,7 @@ class Endpoint:
             self._client = partial(httpx.AsyncClient, headers=headers, timeout=None, verify=httpx.create_ssl_context())
             self._client()
         except (ImportError, ValueError) as error:  # no httpx, or a proxy that it cannot use
-            hint = 'pip install -e ".[corpus]" installs httpx'
-            raise ValueError(f"{self.title}: {self._shown(str(error))}; {hint}") from None
+            raise ValueError(f'{self.title}: {self._shown(str(error))}; see pip install -e ".[corpus]"') from None
         self._failures = (httpx.HTTPError, httpx.InvalidURL)
         self._database = _open_cache(self.cache)
         self._slots, self._turn = threading.Semaphore(settings.concurrency), threading.Condition()
@@ -183,8 +171,7 @@ class Endpoint:
         self._pending: set[str] = set()  # questions that some thread is asking
         self._reserved = 0  # tokens, of the requests in flight
         self._resume = 0.0  # on the clock of time.monotonic: before it nothing is sent
-        self._reason = ""  # why nothing is sent any more
-        self._given_up = False  # whether requests in flight are not waited for
+        self._reason, self._given_up = "", False  # why nothing is sent any more; whether requests are given up
 
     def __enter__(self) -> Self:
         return self
@@ -210,9 +197,8 @@ class Endpoint:
     def ask(self, messages: Sequence[Mapping[str, str]], *, attempt: int = 0) -> str:
         """The text of the answer to chat messages; another `attempt` is another answer to the same question.
 
-        Raises EndpointFailure when the request was refused or all retries failed, and BudgetSpent. Once the server has
-        answered another request, it raises Unusable for a refusal of what this one says (400, 413, 422) and for answers
-        without text: these cost one row, not the run.
+        Raises EndpointFailure when the request was refused or all retries failed, and BudgetSpent; but once the server
+        has answered others, Unusable if it refuses what this one says (400, 413, 422) or gives no text.
         """
         s = self.settings
         payload = {
@@ -243,9 +229,9 @@ class Endpoint:
         with self._turn:
             u = Usage(**self._counts)
             u.all_prompt_tokens, u.all_completion_tokens, u.estimated = self._spent or self._sql("SELECT * FROM spent")
-        prices = s.price_per_million_input / 1e6, s.price_per_million_output / 1e6
-        u.cost = u.prompt_tokens * prices[0] + u.completion_tokens * prices[1]
-        u.all_cost = u.all_prompt_tokens * prices[0] + u.all_completion_tokens * prices[1]
+        prompt, answer = s.price_per_million_input / 1e6, s.price_per_million_output / 1e6
+        u.cost = u.prompt_tokens * prompt + u.completion_tokens * answer
+        u.all_cost = u.all_prompt_tokens * prompt + u.all_completion_tokens * answer
         return u
 
     def describe(self) -> str:
@@ -259,8 +245,6 @@ class Endpoint:
             f"{u.completion_tokens:,} completion tokens{cost} (all runs with this cache: {u.all_prompt_tokens:,} and "
             f"{u.all_completion_tokens:,} tokens{all_cost})"
         )
-        if s.token_budget:
-            text += f"; budget {s.token_budget:,} tokens"
         if u.estimated:
             text += f"; the server gave no token counts for {u.estimated} answers: estimated by characters"
         if u.unanswered:
@@ -270,8 +254,8 @@ class Endpoint:
     def so_far(self) -> str:
         """Cost, tokens and retries of this run, for a progress bar."""
         u = self.usage
-        tokens = u.prompt_tokens + u.completion_tokens
-        return f"{u.cost:.2f} {self.settings.currency}, {tokens:,} tokens, {u.retries} retries"
+        spent = f"{u.cost:.2f} {self.settings.currency}, {u.prompt_tokens + u.completion_tokens:,} tokens"
+        return f"{spent}, {u.retries} retries"
 
     def _count(self, **more: int) -> None:
         with self._turn:
@@ -291,8 +275,9 @@ class Endpoint:
                     self._pause(0)
                     self._count(retries=retry > 0, requests=1, unanswered=1)
                     # A server that knows the header repeats what it has answered: after an unusable answer, ask anew.
-                    request = self._post(f"{key}-{answers}" if answers else key, body)
-                    status, wait, data = asyncio.run(self._in_time(request))
+                    name = f"{key}-{answers}" if answers else key
+                    with closing(asyncio.new_event_loop()) as loop:  # does not wait for a hanging name server
+                        status, wait, data = loop.run_until_complete(self._in_time(name, body))
                     answer = self._read(status, wait, data, str(payload["messages"][-1].get("content")))
                     answers += 1
                     return self._keep(key, answer, data, prompt)
@@ -304,17 +289,14 @@ class Endpoint:
                         self._turn.notify_all()
             if retry < s.max_retries:
                 self._pause(random.uniform(0, min(s.max_wait, s.retry_wait * 2.0 ** min(retry, 30))))
-        if isinstance(again, _NoText) and self._has_answered():
+        if answers and self._sql("SELECT 1 FROM answers"):
             raise Unusable(str(again))
         raise EndpointFailure(f"no answer from {s.url} in {s.max_retries + 1} requests; the last: {again}")
 
     def _reserve(self, tokens: int) -> None:
         """Reserve tokens for a request; if too few are left, wait for those in flight, which may need fewer."""
-        budget = self.settings.token_budget
-        while (
-            budget
-            and (used := sum(self._sql("SELECT prompt, completion FROM spent"))) + self._reserved + tokens > budget
-        ):
+        budget, tokens_used = self.settings.token_budget, "SELECT prompt + completion FROM spent"
+        while budget and (used := self._sql(tokens_used)[0]) + self._reserved + tokens > budget:
             if not self._reserved:
                 raise BudgetSpent(
                     f"token_budget = {budget:,} is spent: {used:,} tokens were used, and the next request may need "
@@ -329,14 +311,16 @@ class Endpoint:
             if self._turn.wait_for(lambda: self._reason, seconds):
                 raise EndpointFailure(self._reason)
 
-    async def _in_time(self, request: Coroutine[Any, Any, T]) -> T:
-        """The result of a request; the end of the event loop cancels one that is late or not waited for any more."""
-        task, seconds = asyncio.create_task(request), self.settings.timeout
+    async def _in_time(self, key: str, body: bytes) -> tuple[int, float, bytes]:
+        """`_post`, but a request that is late, or not waited for any more, is cancelled."""
+        task, seconds = asyncio.create_task(self._post(key, body)), self.settings.timeout
         end = time.monotonic() + seconds
         while not task.done() and not self._given_up and time.monotonic() < end:
             await asyncio.wait([task], timeout=min(0.1, seconds))
         if task.done():
             return task.result()
+        task.cancel()
+        await asyncio.wait([task])
         self._pause(0)
         raise _Again(f"no whole answer within {seconds:g} seconds")
 
@@ -364,7 +348,7 @@ class Endpoint:
         good = 200 <= status < 300
         if good and isinstance(found, dict):
             return found
-        said, asked = f"HTTP {status}: {self._message(found, data)}", self._shown(asked)[:80]
+        said, asked = f"HTTP {status}: {self._message(data)}", self._shown(asked)[:80]
         if good:
             raise _Again(f"the answer is no JSON object: {said}")
         if status in (401, 403):
@@ -372,7 +356,7 @@ class Endpoint:
                 self._reason = self._reason or f"{s.url} refuses the key in {s.key_variable or 'key_variable'}: {said}"
                 self._turn.notify_all()
             raise EndpointFailure(self._reason)
-        if status in (400, 413, 422) and self._has_answered():
+        if status in (400, 413, 422) and self._sql("SELECT 1 FROM answers"):
             raise Unusable(f"{said}, for {asked!r}")
         if status < 500 and status not in (408, 409, 425, 429):
             hint = "; redirects are not followed, set url to the final address" if status < 400 else ""
@@ -388,13 +372,13 @@ class Endpoint:
         raise _Again(said)
 
     def _keep(self, key: str, answer: dict[str, Any], data: bytes, prompt_characters: int) -> str:
-        """Commit an answer's text and tokens, and return the text; _NoText if there is none."""
+        """Commit an answer's text and tokens, and return the text; _Again if there is none."""
         text, usage = "", answer.get("usage")
         with suppress(LookupError, TypeError, AttributeError, UnicodeEncodeError):
             found = answer["choices"][0]["message"]["content"].strip()
             text = self._secret.sub("***", found.encode().decode())  # no file can hold half a surrogate pair
-        usage = usage if isinstance(usage, dict) else {}
-        counts: list[Any] = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        names = ("prompt_tokens", "completion_tokens")
+        counts: list[Any] = [usage.get(name) if isinstance(usage, dict) else None for name in names]
         known = all(type(count) is int and bool(text) <= count < 1 << 40 for count in counts)
         prompt, completion = counts if known else (prompt_characters, len(text)) if text else (0, 0)
         spend = "UPDATE spent SET prompt = prompt + ?, completion = completion + ?, estimated = estimated + ?"
@@ -406,11 +390,8 @@ class Endpoint:
             self._sql("COMMIT")
             self._count(prompt_tokens=prompt, completion_tokens=completion, answered=bool(text))
         if not text:
-            raise _NoText(f"the answer has no text: {self._message(answer, data)}")
+            raise _Again(f"the answer has no text: {self._message(data)}")
         return self._sql("SELECT text FROM answers WHERE key = ?", key)[0]  # another process may have been first
-
-    def _has_answered(self) -> bool:
-        return self._sql("SELECT EXISTS (SELECT 1 FROM answers)")[0] == 1
 
     def _sql(self, statement: str, *values: object) -> Any:
         """The first row of a statement's result, or None."""
@@ -426,42 +407,12 @@ class Endpoint:
         text = self._secret.sub("***", " ".join(text.split()))
         return text if len(text) <= 300 else text[:300] + "…"
 
-    def _message(self, found: Any, data: bytes) -> str:
+    def _message(self, data: bytes) -> str:
         """What a server says is wrong: the message in its JSON, else all that it said."""
-        for name in ("error", "message"):
-            found = found.get(name, found) if isinstance(found, dict) else found
-        return self._shown(found if isinstance(found, str) else data.decode("utf-8", "replace"))
-
-
-def in_order(
-    items: Iterable[T], work: Callable[[T], R], *, workers: int, desc: str = "", endpoints: Sequence[Endpoint] = ()
-) -> Iterator[R]:
-    """`work` of each item, in the order of the items, done in `workers` threads; with 0, in this one.
-
-    At most 4 × `workers` items are taken ahead of the last result. An exception is raised when the results before its
-    item are given; then no new work begins, and work in flight is finished. With `desc` a progress bar on stderr also
-    shows what the `endpoints` have cost; without threads it appears after three seconds.
-    """
-    pool, flying, often = ThreadPoolExecutor(workers or 1), deque[Future[R]](), 0.2 if sys.stderr.isatty() else 10
-
-    def results() -> Iterator[R]:
-        for item in items:
-            flying.append(pool.submit(work, item))
-            if len(flying) == 4 * workers:  # so that one slow answer does not keep the others waiting
-                yield flying.popleft().result()
-        while flying:
-            yield flying.popleft().result()
-
-    try:
-        with tqdm(desc=printable(desc), disable=not desc, mininterval=often, delay=0 if workers else 3) as bar:
-            for result in results() if workers else map(work, items):
-                if desc and endpoints:
-                    shown = "; ".join(endpoint.so_far() for endpoint in endpoints)
-                    bar.set_postfix_str(printable(shown), refresh=False)
-                bar.update()
-                yield result
-    finally:  # after Ctrl-C the endpoint is closed, which ends what is in flight
-        pool.shutdown(isinstance(sys.exception(), Exception | None), cancel_futures=True)
+        text = data.decode("utf-8", "replace")
+        with suppress(ValueError, RecursionError, LookupError, TypeError):
+            text = "" + json.loads(text)["error"]["message"]
+        return self._shown(text)
 
 
 def _open_cache(path: Path) -> sqlite3.Connection:
