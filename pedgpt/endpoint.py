@@ -1,68 +1,57 @@
 """An OpenAI-compatible chat endpoint, asked from several threads: deadline, retries, budget, a cache of its answers.
 
-All requests run in one event loop, in a separate thread, so that each can be cancelled at its deadline or after Ctrl-C,
-whatever the server makes it wait for. A thread that asks waits for its answer.
+Each request runs in an event loop of its own, in the thread that asks, so that it can be cancelled at its deadline or
+after Ctrl-C, whatever the server makes it wait for.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
-import dataclasses
 import hashlib
-import html
 import json
-import math
 import os
 import random
 import re
 import sqlite3
-import sys
 import threading
 import time
-import typing
-import zlib
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeVar
-
-from tqdm import tqdm
+from typing import Any, Self, get_type_hints
 
 from pedgpt.files import nearest, printable, read_toml, toml_place, toml_value
+from pedgpt.ordered import in_order as in_order  # who asks in threads takes it from here
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-_AHEAD = 4  # items in flight per worker, so that one slow answer does not keep the others waiting
-_MAX_BODY = 4 << 20  # bytes, as sent and as decompressed
-_URL = re.compile(r'https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[!"$->A-~]*)?', re.ASCII)
+_MAX_BODY = 4 << 20  # bytes
+_URL = r'(?a)(?!.*/chat/completions/*$)https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[!"$->A-~]*)?'
 _RANGES = {
     "temperature": (0, 2), "max_tokens": (1, 1e9), "concurrency": (1, 1024), "timeout": (1e-3, 86400),
     "max_retries": (0, 1000), "retry_wait": (1e-6, 86400), "max_wait": (1e-3, 86400), "token_budget": (0, 1e15),
     "price_per_million_input": (0, 1e9), "price_per_million_output": (0, 1e9),
 }  # fmt: skip
-_APPLICATION, _VERSION = 0x50656447, 1  # of the cache file: SQLite's application_id and user_version
-_SCHEMA = (
-    "CREATE TABLE answers (key TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE spent (prompt INTEGER, completion INTEGER, estimated INTEGER)",
-    "INSERT INTO spent VALUES (0, 0, 0)",
-    f"PRAGMA application_id = {_APPLICATION}",
-    f"PRAGMA user_version = {_VERSION}",
-)
+_FORMAT = (0x50656447, 1)  # of the cache file: SQLite's application_id and user_version
+_SCHEMA = f"""
+    BEGIN IMMEDIATE;
+    CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS spent (prompt INTEGER, completion INTEGER, estimated INTEGER);
+    INSERT INTO spent SELECT 0, 0, 0 WHERE NOT EXISTS (SELECT * FROM spent);
+    PRAGMA application_id = {_FORMAT[0]};
+    PRAGMA user_version = {_FORMAT[1]};
+    COMMIT;
+"""
 
 
 @dataclass
 class EndpointSettings:
     """Where the endpoint is, how it is asked and what it may cost."""
 
-    url: str  # of the API, up to and without /chat/completions: https://api.openai.com/v1
-    model: str  # as the server names it
+    url: str = ""  # of the API, up to and without /chat/completions: https://api.openai.com/v1
+    model: str = ""  # as the server names it
     key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; "": the server wants none
     temperature: float = 0.7  # of the sampling, 0 to 2
     max_tokens: int = 1024  # longest answer, tokens
@@ -79,44 +68,36 @@ class EndpointSettings:
 
     def check(self) -> None:
         """Raise ValueError for a value out of range."""
-        if not _URL.fullmatch(self.url) or self.url.rstrip("/").endswith("/chat/completions"):
-            shown = "" if re.search("[@?#]", self.url) else f", found {self.url!r}"  # these may stand before a secret
-            raise ValueError(
-                "url must be http(s)://host[:port]/path, without user and password, ?, # and /chat/completions" + shown
-            )
+        # A wrong value is not repeated, as it may hold a secret.
+        if not re.fullmatch(_URL, self.url):
+            raise ValueError("url must be http(s)://host[:port]/path, without user, ?, # and /chat/completions")
         if not re.fullmatch(r"([A-Z_][A-Z0-9_]*)?", self.key_variable):
             raise ValueError("key_variable must be an environment variable's name in upper case, not the key itself")
         if not self.model.strip():
-            raise ValueError("model must not be empty")
+            raise ValueError("model is missing")
         for name, (low, high) in _RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be between {low:g} and {high:g}, found {getattr(self, name)}")
 
     def read_key(self) -> str:
         """The key, "" if none is wanted; ValueError if the environment has none or one that cannot be used."""
-        variable = self.key_variable
-        key = os.environ.get(variable, "") if variable else ""
+        name = self.key_variable
+        key = os.environ.get(name, "") if name else ""
         # An error would show a key that no header can hold, and a word as short as "none" cannot be masked in answers.
-        if variable and not re.fullmatch(r"[!#-\[\]-~]{8,}", key):
-            wrong = "must hold at least 8 ASCII characters without spaces, quotes and backslashes"
-            wrong = wrong if key else "with the endpoint's key is not set; set it"
-            hint = 'give key_variable = "" for a server that wants no key'
-            raise ValueError(f"the environment variable {variable} {wrong}, or {hint}")
+        if name and not re.fullmatch(r"[!#-\[\]-~]{8,}", key):
+            wrong = "needs at least 8 ASCII characters without spaces, quotes and backslashes" if key else "is not set"
+            raise ValueError(f'the environment variable {name} {wrong}; give key_variable = "" if no key is wanted')
         return key
 
 
 def load_endpoint(path: str | Path) -> EndpointSettings:
     """The settings in a flat TOML file, checked; ValueError for a file or a value that cannot be used."""
-    values = read_toml(path)
-    kinds = typing.get_type_hints(EndpointSettings)
+    values, kinds = read_toml(path), get_type_hints(EndpointSettings)
     for name, value in values.items():
         place = f"{toml_place(path, name)}: {name}"
         if name not in kinds:
             raise ValueError(f"{place} is no setting of an endpoint; {nearest(name, kinds, 'settings')}")
         values[name] = toml_value(place, value, kinds[name])
-    for name in ("url", "model"):
-        if name not in values:
-            raise ValueError(f"{path}: missing setting: {name}")
     settings = EndpointSettings(**values)
     try:
         settings.check()
@@ -138,11 +119,7 @@ class Unusable(ValueError):
 
 
 class _Again(Exception):
-    """A request failed in a way that may pass. `wait` is what the server asked for, seconds."""
-
-    def __init__(self, problem: str, wait: float = 0.0, everyone: bool = False, answered: bool = False) -> None:
-        super().__init__(problem)
-        self.wait, self.everyone, self.answered = wait, everyone, answered
+    """A request failed in a way that may pass."""
 
 
 @dataclass
@@ -153,7 +130,6 @@ class Usage:
     answered: int = 0  # new answers
     cached: int = 0  # answers from the cache, or shared with an identical request in flight
     retries: int = 0
-    failures: int = 0  # questions given up
     unanswered: int = 0  # requests whose answer never arrived whole; the server may charge for them
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -167,9 +143,8 @@ class Usage:
 class Endpoint:
     """Asks a chat endpoint from any number of threads; a context manager.
 
-    `cache` is an SQLite file: an answer is committed to it before it is used, and a question answered there is never
-    sent again, so a run that was killed goes on where it ended. Raises ValueError if there is no key, no `httpx`, or a
-    file at `cache` that is no cache.
+    `cache` is an SQLite file: an answer is committed to it before it is used, and never asked for again, so a run that
+    was killed goes on where it ended. Raises ValueError without a key or `httpx`, or if the file is no cache.
     """
 
     title = "endpoint"  # what error messages and the account of the usage call it
@@ -178,33 +153,25 @@ class Endpoint:
         settings.check()
         self.settings, self.cache = settings, Path(cache)
         key = settings.read_key()
-        self._secret = _spellings(key) if key else None
-        try:
-            import httpx
-        except ImportError:
-            raise ValueError(f'{self.title}: needs the package httpx: pip install -e ".[corpus]"') from None
-        self._httpx, self._url = httpx, settings.url.rstrip("/") + "/chat/completions"
+        self._secret, self._url = _spellings(key), settings.url.rstrip("/") + "/chat/completions"
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
+        headers |= {"Authorization": f"Bearer {key}"} if key else {}
         try:  # redirects are not followed: the key must not go to another host
-            self._client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False)
-            self._client.build_request("POST", self._url)
-        except (ImportError, ValueError, httpx.InvalidURL) as error:
-            raise ValueError(self._shown(f"url or proxy of the {self.title} cannot be used: {error}")) from None
+            import httpx
+
+            self._client = partial(httpx.AsyncClient, headers=headers, timeout=None, verify=httpx.create_ssl_context())
+            self._client()
+        except (ImportError, ValueError) as error:  # no httpx, or a proxy that it cannot use
+            raise ValueError(f'{self.title}: {self._shown(str(error))}; see pip install -e ".[corpus]"') from None
+        self._failures = (httpx.HTTPError, httpx.InvalidURL)
         self._database = _open_cache(self.cache)
-        # Everything that follows is changed in the event loop's thread only, except where `_lock` is held.
-        self._usage = Usage()
-        self._pending: dict[str, asyncio.Task[str]] = {}
+        self._slots, self._turn = threading.Semaphore(settings.concurrency), threading.Condition()
+        # Everything that follows is changed by a thread that holds `_turn`.
+        self._counts, self._spent = Counter[str](), ()
+        self._pending: set[str] = set()  # questions that some thread is asking
         self._reserved = 0  # tokens, of the requests in flight
         self._resume = 0.0  # on the clock of time.monotonic: before it nothing is sent
-        self._slots, self._freed = asyncio.Semaphore(settings.concurrency), asyncio.Event()
-        self._halt, self._reason = asyncio.Event(), ""  # why nothing is sent any more
-        self._lock, self._closed = threading.Lock(), False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
+        self._reason, self._given_up = "", False  # why nothing is sent any more; whether requests are given up
 
     def __enter__(self) -> Self:
         return self
@@ -215,41 +182,57 @@ class Endpoint:
 
     def close(self, *, wait: bool = True) -> None:
         """Send nothing more and close the cache; requests in flight are waited for, or given up if not `wait`."""
-        if self._closed:
-            return
-        try:
-            self._call(self._close(wait), last=True)
-        except KeyboardInterrupt:  # while it waited for answers
-            asyncio.run_coroutine_threadsafe(self._close(wait=False), self._loop).result()
-            raise
-        finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        with self._turn:
+            self._reason = self._reason or f"the {self.title} is closed"
+            self._given_up |= not wait
+            self._turn.notify_all()
+            try:
+                self._turn.wait_for(lambda: not self._pending)
+            except KeyboardInterrupt:
+                self.close(wait=False)
+                raise
+            self._spent = self._spent or self._sql("SELECT * FROM spent")
+            self._database.close()
 
     def ask(self, messages: Sequence[Mapping[str, str]], *, attempt: int = 0) -> str:
         """The text of the answer to chat messages; another `attempt` is another answer to the same question.
 
-        Raises EndpointFailure when the request was refused or all retries failed, and BudgetSpent. Once the server has
-        answered another request, it raises Unusable for a refusal of what this one says (400, 413, 422) and for answers
-        without text: these cost one row, not the run.
+        Raises EndpointFailure when the request was refused or all retries failed, and BudgetSpent; but once the server
+        has answered others, Unusable if it refuses what this one says (400, 413, 422) or gives no text.
         """
         s = self.settings
-        payload: dict[str, Any] = {
+        payload = {
             "model": s.model, "messages": [dict(message) for message in messages], "temperature": s.temperature,
             "max_tokens": s.max_tokens, "stream": False,
         }  # fmt: skip
-        if s.json_mode:
-            payload["response_format"] = {"type": "json_object"}
+        payload |= {"response_format": {"type": "json_object"}} if s.json_mode else {}
         named = json.dumps({"url": self._url, "attempt": attempt, **payload}, sort_keys=True, separators=(",", ":"))
-        return self._call(self._answer(hashlib.sha256(named.encode()).hexdigest(), payload))
+        key = hashlib.sha256(named.encode()).hexdigest()
+        with self._turn:
+            self._turn.wait_for(lambda: key not in self._pending)  # another thread's question is not sent twice
+            self._pause(0)
+            self._pending.add(key)
+        try:
+            if found := self._sql("SELECT text FROM answers WHERE key = ?", key):
+                self._count(cached=1)
+                return found[0]
+            return self._send(key, payload)
+        finally:
+            with self._turn:
+                self._pending.remove(key)
+                self._turn.notify_all()
 
     @property
     def usage(self) -> Usage:
         """The numbers at this moment; of a closed endpoint, the last."""
-        with contextlib.suppress(EndpointFailure):
-            self._call(self._count_spent())
-        return dataclasses.replace(self._usage)
+        s = self.settings
+        with self._turn:
+            u = Usage(**self._counts)
+            u.all_prompt_tokens, u.all_completion_tokens, u.estimated = self._spent or self._sql("SELECT * FROM spent")
+        prompt, answer = s.price_per_million_input / 1e6, s.price_per_million_output / 1e6
+        u.cost = u.prompt_tokens * prompt + u.completion_tokens * answer
+        u.all_cost = u.all_prompt_tokens * prompt + u.all_completion_tokens * answer
+        return u
 
     def describe(self) -> str:
         """The usage, in one paragraph."""
@@ -258,12 +241,10 @@ class Endpoint:
         cost, all_cost = (f", {cost:.4f} {s.currency}" if priced else "" for cost in (u.cost, u.all_cost))
         text = (
             f"{self.title} {s.model} at {s.url}: {u.requests} requests sent, {u.answered} answered, {u.cached} answers "
-            f"from {self.cache.name}, {u.retries} retries, {u.failures} failures; {u.prompt_tokens:,} prompt and "
+            f"from {self.cache.name}, {u.retries} retries; {u.prompt_tokens:,} prompt and "
             f"{u.completion_tokens:,} completion tokens{cost} (all runs with this cache: {u.all_prompt_tokens:,} and "
             f"{u.all_completion_tokens:,} tokens{all_cost})"
         )
-        if s.token_budget:
-            text += f"; budget {s.token_budget:,} tokens"
         if u.estimated:
             text += f"; the server gave no token counts for {u.estimated} answers: estimated by characters"
         if u.unanswered:
@@ -273,325 +254,195 @@ class Endpoint:
     def so_far(self) -> str:
         """Cost, tokens and retries of this run, for a progress bar."""
         u = self.usage
-        tokens = u.prompt_tokens + u.completion_tokens
-        return f"{u.cost:.2f} {self.settings.currency}, {tokens:,} tokens, {u.retries} retries"
+        spent = f"{u.cost:.2f} {self.settings.currency}, {u.prompt_tokens + u.completion_tokens:,} tokens"
+        return f"{spent}, {u.retries} retries"
 
-    # All methods that follow run in the event loop, except `_call`.
+    def _count(self, **more: int) -> None:
+        with self._turn:
+            self._counts.update(more)
 
-    def _call(self, coroutine: Coroutine[Any, Any, T], last: bool = False) -> T:
-        """The result of a coroutine in the event loop; EndpointFailure once the endpoint is closed."""
-        with self._lock:
-            if self._closed:
-                coroutine.close()
-                raise EndpointFailure(self._reason)
-            self._closed = last
-            self._reason = self._reason or last * f"the {self.title} is closed"
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except CancelledError:
-            raise EndpointFailure(self._reason) from None
-
-    async def _close(self, wait: bool) -> None:
-        self._halt.set()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in () if wait else others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._client.aclose()
-        with contextlib.closing(self._database):
-            await self._count_spent()
-
-    async def _count_spent(self) -> None:
-        u = self._usage
-        u.all_prompt_tokens, u.all_completion_tokens, u.estimated = self._sql("SELECT * FROM spent")
-        u.cost = self._cost(u.prompt_tokens, u.completion_tokens)
-        u.all_cost = self._cost(u.all_prompt_tokens, u.all_completion_tokens)
-
-    async def _answer(self, key: str, payload: dict[str, Any]) -> str:
-        """The answer from the cache, from an identical request in flight, or from the server."""
-        if self._reason:
-            raise EndpointFailure(self._reason)
-        found = self._sql("SELECT text FROM answers WHERE key = ?", key)
-        self._usage.cached += bool(found or key in self._pending)
-        if found:
-            return found[0]
-        if key not in self._pending:
-            self._pending[key] = self._loop.create_task(self._send(key, payload))
-            self._pending[key].add_done_callback(lambda task: self._finish(key, task))
-        return await asyncio.shield(self._pending[key])
-
-    def _finish(self, key: str, task: asyncio.Task[str]) -> None:
-        del self._pending[key]
-        self._usage.failures += task.cancelled() or isinstance(task.exception(), EndpointFailure)
-
-    async def _send(self, key: str, payload: dict[str, Any]) -> str:
+    def _send(self, key: str, payload: dict[str, Any]) -> str:
         """Send until there is an answer; returns its text, committed."""
-        s, body = self.settings, json.dumps(payload).encode()
+        s, body, answers = self.settings, json.dumps(payload).encode(), 0
         prompt = sum(len(str(message.get("content", ""))) for message in payload["messages"])
-        unusable = 0
         for retry in range(s.max_retries + 1):
-            async with self._slots, self._reserve(prompt + s.max_tokens):
-                while (pause := self._resume - time.monotonic()) > 0:
-                    await self._pause(pause + random.uniform(0, s.retry_wait))
-                await self._pause(0)
-                self._usage.retries += retry > 0
+            with self._slots:
+                with self._turn:
+                    self._reserve(prompt + s.max_tokens)
                 try:
+                    while (pause := self._resume - time.monotonic()) > 0:
+                        self._pause(pause + random.uniform(0, s.retry_wait))
+                    self._pause(0)
+                    self._count(retries=retry > 0, requests=1, unanswered=1)
                     # A server that knows the header repeats what it has answered: after an unusable answer, ask anew.
-                    answer = await self._post(f"{key}-{unusable}" if unusable else key, body)
-                    unusable += 1
-                    return self._keep(key, answer, prompt)
+                    name = f"{key}-{answers}" if answers else key
+                    with closing(asyncio.new_event_loop()) as loop:  # does not wait for a hanging name server
+                        status, wait, data = loop.run_until_complete(self._in_time(name, body))
+                    answer = self._read(status, wait, data, str(payload["messages"][-1].get("content")))
+                    answers += 1
+                    return self._keep(key, answer, data, prompt)
                 except _Again as error:
                     again = error
-            wait = max(again.wait, random.uniform(0, min(s.max_wait, s.retry_wait * 2.0 ** min(retry, 30))))
-            if again.everyone:
-                self._resume = max(self._resume, time.monotonic() + wait)
+                finally:
+                    with self._turn:
+                        self._reserved -= prompt + s.max_tokens
+                        self._turn.notify_all()
             if retry < s.max_retries:
-                await self._pause(wait)
-        if again.answered and self._has_answered():
+                self._pause(random.uniform(0, min(s.max_wait, s.retry_wait * 2.0 ** min(retry, 30))))
+        if answers and self._sql("SELECT 1 FROM answers"):
             raise Unusable(str(again))
         raise EndpointFailure(f"no answer from {s.url} in {s.max_retries + 1} requests; the last: {again}")
 
-    async def _post(self, key: str, body: bytes) -> dict[str, Any]:
-        """One request; the JSON object of a good answer, else _Again, EndpointFailure or Unusable."""
-        seconds, data, headers = self.settings.timeout, bytearray(), {"Idempotency-Key": key}
-        self._usage.requests += 1
-        self._usage.unanswered += 1  # until it is answered, or turns out never to have been sent
-        try:
-            async with (
-                asyncio.timeout(seconds),
-                self._client.stream("POST", self._url, content=body, headers=headers) as response,
-            ):
-                async for part in response.aiter_raw():
-                    data += part
-                    if len(data) > _MAX_BODY:
-                        raise _Again(f"the answer is longer than {_MAX_BODY} bytes")
-        except TimeoutError:
-            raise _Again(f"no whole answer within {seconds:g} seconds") from None
-        except self._httpx.HTTPError as error:
-            self._usage.unanswered -= isinstance(error, self._httpx.ConnectError)
-            raise _Again(self._shown(f"{type(error).__name__}: {error}")) from None
-        self._usage.unanswered -= 1
-        found, answer = None, bytes(data)
-        with contextlib.suppress(zlib.error):  # a server may compress without being asked; no JSON begins like that
-            answer = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(answer, _MAX_BODY)
-        with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(answer)
-        if response.is_success and isinstance(found, dict):
-            return found
-        asked = self._shown(str(json.loads(body)["messages"][-1].get("content")))[:80]
-        said = f"HTTP {response.status_code}: {self._message(found, answer)}"
-        self._refuse(response.status_code, asked, said, _retry_after(response.headers.get("Retry-After")))
-
-    def _refuse(self, status: int, asked: str, said: str, wait: float | None) -> NoReturn:
-        """Raise the error for a response that holds no answer."""
-        s = self.settings
-        if 200 <= status < 300:
-            raise _Again(f"the answer is no JSON object: {said}")
-        if status in (401, 403):
-            self._reason = self._reason or f"{s.url} refuses the key in {s.key_variable or 'key_variable'}: {said}"
-            self._halt.set()
-            raise EndpointFailure(self._reason)
-        if status < 500 and status not in (408, 409, 425, 429):
-            if status in (400, 413, 422) and self._has_answered():
-                raise Unusable(f"{said}, for {asked!r}")
-            hint = "; redirects are not followed, set url to the final address" if status < 400 else ""
-            raise EndpointFailure(f"{s.url} refuses the request {asked!r}: {said}{hint}")
-        if wait is not None and wait > s.max_wait:
-            raise EndpointFailure(
-                f"{s.url} asks to wait {wait:.0f} seconds, longer than max_wait = {s.max_wait:g}; run again later, "
-                f"what was answered is kept in {self.cache} ({said})"
-            )
-        raise _Again(said, wait or 0.0, everyone=status == 429 or wait is not None)
-
-    def _keep(self, key: str, answer: dict[str, Any], prompt_characters: int) -> str:
-        """Commit an answer's text and tokens, and return the text; _Again if there is none."""
-        text, usage = "", answer.get("usage")
-        with contextlib.suppress(LookupError, TypeError, AttributeError, UnicodeEncodeError):
-            found = answer["choices"][0]["message"]["content"].strip()
-            found.encode()  # raises for half a surrogate pair, which no file can hold
-            text = self._mask(found)
-        names = ("prompt_tokens", "completion_tokens")
-        counts: list[Any] = [usage.get(name) for name in names] if isinstance(usage, dict) else [None]
-        known = all(type(count) is int and bool(text) <= count < 1 << 40 for count in counts)
-        prompt, completion = counts if known else (prompt_characters, len(text)) if text else (0, 0)
-        self._sql("BEGIN IMMEDIATE")
-        if text:
-            self._sql("INSERT OR IGNORE INTO answers VALUES (?, ?)", key, text)
-        spend = "UPDATE spent SET prompt = prompt + ?, completion = completion + ?, estimated = estimated + ?"
-        self._sql(spend, prompt, completion, bool(text) and not known)
-        self._sql("COMMIT")
-        self._usage.prompt_tokens += prompt
-        self._usage.completion_tokens += completion
-        self._usage.answered += bool(text)
-        if not text:
-            raise _Again(f"the answer has no text: {self._message(answer, b'')}", answered=True)
-        return self._sql("SELECT text FROM answers WHERE key = ?", key)[0]  # another process may have been first
-
-    def _has_answered(self) -> bool:
-        return self._sql("SELECT EXISTS (SELECT 1 FROM answers)")[0] == 1
-
-    @contextlib.asynccontextmanager
-    async def _reserve(self, tokens: int) -> AsyncIterator[None]:
+    def _reserve(self, tokens: int) -> None:
         """Reserve tokens for a request; if too few are left, wait for those in flight, which may need fewer."""
-        budget = self.settings.token_budget
-        while (
-            budget
-            and (used := sum(self._sql("SELECT prompt, completion FROM spent"))) + self._reserved + tokens > budget
-        ):
+        budget, tokens_used = self.settings.token_budget, "SELECT prompt + completion FROM spent"
+        while budget and (used := self._sql(tokens_used)[0]) + self._reserved + tokens > budget:
             if not self._reserved:
                 raise BudgetSpent(
                     f"token_budget = {budget:,} is spent: {used:,} tokens were used, and the next request may need "
                     f"{tokens:,}; raise token_budget and run again, what was answered is kept in {self.cache}"
                 )
-            await self._freed.wait()
+            self._turn.wait()
         self._reserved += tokens
+
+    def _pause(self, seconds: float) -> None:
+        """Wait; EndpointFailure as soon as nothing is sent any more."""
+        with self._turn:
+            if self._turn.wait_for(lambda: self._reason, seconds):
+                raise EndpointFailure(self._reason)
+
+    async def _in_time(self, key: str, body: bytes) -> tuple[int, float, bytes]:
+        """`_post`, but a request that is late, or not waited for any more, is cancelled."""
+        task, seconds = asyncio.create_task(self._post(key, body)), self.settings.timeout
+        end = time.monotonic() + seconds
+        while not task.done() and not self._given_up and time.monotonic() < end:
+            await asyncio.wait([task], timeout=min(0.1, seconds))
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.wait([task])
+        self._pause(0)
+        raise _Again(f"no whole answer within {seconds:g} seconds")
+
+    async def _post(self, key: str, body: bytes) -> tuple[int, float, bytes]:
+        """One request: its response's status, the seconds that the server asks to wait, and the content."""
+        data, headers = bytearray(), {"Idempotency-Key": key}
         try:
-            yield
-        finally:
-            self._reserved -= tokens
-            self._freed.set()  # wakes all who wait now
-            self._freed.clear()
+            async with self._client() as client, client.stream("POST", self._url, content=body, headers=headers) as got:
+                async for part in got.aiter_raw():
+                    data += part
+                    if len(data) > _MAX_BODY:
+                        raise _Again(f"the answer is longer than {_MAX_BODY} bytes")
+        except self._failures as error:
+            name = type(error).__name__
+            self._count(unanswered=-(name == "ConnectError"))  # nothing was sent
+            raise _Again(self._shown(f"{name}: {error}")) from None
+        self._count(unanswered=-1)
+        return got.status_code, _retry_after(got.headers.get("Retry-After", "")), bytes(data)
 
-    async def _pause(self, seconds: float) -> None:
-        if seconds > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._halt.wait(), seconds)
-        if self._reason:
+    def _read(self, status: int, wait: float, data: bytes, asked: str) -> dict[str, Any]:
+        """The JSON object of a good answer, else _Again, EndpointFailure or Unusable."""
+        s, found = self.settings, None
+        with suppress(ValueError, RecursionError):
+            found = json.loads(data)
+        good = 200 <= status < 300
+        if good and isinstance(found, dict):
+            return found
+        said, asked = f"HTTP {status}: {self._message(data)}", self._shown(asked)[:80]
+        if good:
+            raise _Again(f"the answer is no JSON object: {said}")
+        if status in (401, 403):
+            with self._turn:
+                self._reason = self._reason or f"{s.url} refuses the key in {s.key_variable or 'key_variable'}: {said}"
+                self._turn.notify_all()
             raise EndpointFailure(self._reason)
+        if status in (400, 413, 422) and self._sql("SELECT 1 FROM answers"):
+            raise Unusable(f"{said}, for {asked!r}")
+        if status < 500 and status not in (408, 409, 425, 429):
+            hint = "; redirects are not followed, set url to the final address" if status < 400 else ""
+            raise EndpointFailure(f"{s.url} refuses the request {asked!r}: {said}{hint}")
+        if wait > s.max_wait:
+            raise EndpointFailure(
+                f"{s.url} asks to wait {wait:.0f} seconds, longer than max_wait = {s.max_wait:g}; run again later, "
+                f"what was answered is kept in {self.cache} ({said})"
+            )
+        wait = max(wait, s.retry_wait if status == 429 else 0)  # for everyone, as all share the server's limit
+        with self._turn:
+            self._resume = max(self._resume, time.monotonic() + wait)
+        raise _Again(said)
 
-    def _cost(self, prompt: int, completion: int) -> float:
-        s = self.settings
-        return (prompt * s.price_per_million_input + completion * s.price_per_million_output) / 1e6
+    def _keep(self, key: str, answer: dict[str, Any], data: bytes, prompt_characters: int) -> str:
+        """Commit an answer's text and tokens, and return the text; _Again if there is none."""
+        text, usage = "", answer.get("usage")
+        with suppress(LookupError, TypeError, AttributeError, UnicodeEncodeError):
+            found = answer["choices"][0]["message"]["content"].strip()
+            text = self._secret.sub("***", found.encode().decode())  # no file can hold half a surrogate pair
+        names = ("prompt_tokens", "completion_tokens")
+        counts: list[Any] = [usage.get(name) if isinstance(usage, dict) else None for name in names]
+        known = all(type(count) is int and bool(text) <= count < 1 << 40 for count in counts)
+        prompt, completion = counts if known else (prompt_characters, len(text)) if text else (0, 0)
+        spend = "UPDATE spent SET prompt = prompt + ?, completion = completion + ?, estimated = estimated + ?"
+        with self._turn:
+            self._sql("BEGIN IMMEDIATE")
+            if text:
+                self._sql("INSERT OR IGNORE INTO answers VALUES (?, ?)", key, text)
+            self._sql(spend, prompt, completion, bool(text) and not known)
+            self._sql("COMMIT")
+            self._count(prompt_tokens=prompt, completion_tokens=completion, answered=bool(text))
+        if not text:
+            raise _Again(f"the answer has no text: {self._message(data)}")
+        return self._sql("SELECT text FROM answers WHERE key = ?", key)[0]  # another process may have been first
 
     def _sql(self, statement: str, *values: object) -> Any:
         """The first row of a statement's result, or None."""
         try:
-            return self._database.execute(statement, values).fetchone()
+            with self._turn:
+                return self._database.execute(statement, values).fetchone()
         except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                self._database.rollback()
             raise ValueError(f"{self.cache}: the cache cannot be used ({error})") from None
-
-    def _mask(self, text: str) -> str:
-        return self._secret.sub("***", text) if self._secret else text
 
     def _shown(self, text: str) -> str:
         """The start of what a server says, on one line, without the key and without what a terminal would obey."""
-        text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-        text = self._mask(text[:20_000])
+        text = "".join(char if char.isprintable() else " " for char in text[:20_000])
+        text = self._secret.sub("***", " ".join(text.split()))
         return text if len(text) <= 300 else text[:300] + "…"
 
-    def _message(self, found: Any, data: bytes) -> str:
+    def _message(self, data: bytes) -> str:
         """What a server says is wrong: the message in its JSON, else all that it said."""
-        for name in ("error", "message"):
-            found = found.get(name, found) if isinstance(found, dict) else found
-        with contextlib.suppress(RecursionError):
-            if found is not None:
-                return self._shown(found if isinstance(found, str) else json.dumps(found, ensure_ascii=False))
-        return self._shown(data.decode("utf-8", "replace"))
-
-
-def in_order(
-    items: Iterable[T],
-    work: Callable[[T], R],
-    *,
-    workers: int,
-    desc: str = "",
-    endpoints: Sequence[Endpoint] = (),
-) -> Iterator[R]:
-    """`work` of each item, in the order of the items, done in `workers` threads; with 0, in this one.
-
-    At most 4 × `workers` items are taken ahead of the last result. After an exception no new work begins, work in
-    flight is finished, the results before the failed item are given, and the exception is raised. With `desc` a
-    progress bar on stderr also shows what the `endpoints` have cost; without threads it appears after three seconds.
-    """
-    interactive = sys.stderr.isatty()
-    bar = tqdm(
-        desc=printable(desc), disable=not desc, dynamic_ncols=interactive, mininterval=0.2 if interactive else 10,
-        file=sys.stderr, delay=0 if workers else 3,
-    )  # fmt: skip
-    with bar:
-        for result in _in_threads(items, work, workers) if workers else map(work, items):
-            if desc and endpoints:
-                bar.set_postfix_str(printable("; ".join(endpoint.so_far() for endpoint in endpoints)), refresh=False)
-            bar.update()
-            yield result
-
-
-def _in_threads(items: Iterable[T], work: Callable[[T], R], workers: int) -> Iterator[R]:
-    pool, wait = ThreadPoolExecutor(workers), True
-    flying: deque[Future[R]] = deque()
-
-    def stop_after_failure(done: Future[R]) -> None:
-        if not done.cancelled() and done.exception():
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    try:
-        for item in items:
-            try:
-                flying.append(pool.submit(work, item))
-            except RuntimeError:  # the pool takes no more: an item in flight has failed
-                break
-            flying[-1].add_done_callback(stop_after_failure)
-            if len(flying) == _AHEAD * workers:
-                yield flying.popleft().result()
-        while flying:  # items begin in order, so what was cancelled comes after what failed
-            yield flying.popleft().result()
-    except BaseException as error:
-        wait = isinstance(error, Exception)  # after Ctrl-C the endpoint is closed, which ends what is in flight
-        raise
-    finally:
-        pool.shutdown(wait, cancel_futures=True)
+        text = data.decode("utf-8", "replace")
+        with suppress(ValueError, RecursionError, LookupError, TypeError):
+            text = "" + json.loads(text)["error"]["message"]
+        return self._shown(text)
 
 
 def _open_cache(path: Path) -> sqlite3.Connection:
     """The database at `path`, made if there is none; ValueError for any other file, which stays as it is."""
-    with contextlib.ExitStack() as undo:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-            undo.callback(database.close)
-            database.execute("BEGIN IMMEDIATE")
-            for statement in () if database.execute("SELECT 1 FROM sqlite_master").fetchone() else _SCHEMA:
-                database.execute(statement)
-            found = [database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
-            if found != [_APPLICATION, _VERSION]:
-                raise ValueError("it is an SQLite file of another program or version")
-            database.execute("COMMIT")
-            with contextlib.suppress(sqlite3.OperationalError):  # SQLite does not wait here; the first sets it for all
-                database.execute("PRAGMA journal_mode = WAL")
-            # An answer took seconds and money, so a sync for each is cheap: FULL loses nothing to a power cut either.
-            database.execute("PRAGMA synchronous = FULL")
-            undo.pop_all()
-            return database
-        except (OSError, sqlite3.Error, ValueError) as error:
-            raise ValueError(f"{path}: cannot be used as a cache of answers ({error}); give another path") from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
+            database.executescript(_SCHEMA)
+        if database.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone() != _FORMAT:
+            raise ValueError("it is an SQLite file of another program or version")
+        with suppress(sqlite3.OperationalError):  # SQLite does not wait here; the first sets it for all
+            database.execute("PRAGMA journal_mode = WAL")
+        # An answer took seconds and money, so a sync for each is cheap: FULL loses nothing to a power cut either.
+        database.execute("PRAGMA synchronous = FULL")
+    except (OSError, sqlite3.Error, ValueError) as error:
+        raise ValueError(f"{path}: cannot be used as a cache of answers ({error}); give another path") from None
+    return database
 
 
-def _retry_after(value: str | None) -> float | None:
-    """Seconds to wait, from a Retry-After header: seconds or an HTTP date. None: it says nothing that can be used."""
-    with contextlib.suppress(ValueError):
-        return None if value is None or math.isnan(seconds := float(value)) else max(seconds, 0.0)
-    with contextlib.suppress(ValueError, OverflowError, TypeError, IndexError):  # of dates that no calendar has
-        date = parsedate_to_datetime(value or "")
-        return max((date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
-    return None
+def _retry_after(value: str) -> float:
+    """Seconds to wait, from a Retry-After header: seconds or an HTTP date; 0 for what cannot be understood."""
+    with suppress(ValueError):
+        return max(0.0, float(value))
+    with suppress(ValueError, OverflowError, TypeError, IndexError):
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
 
 
 def _spellings(key: str) -> re.Pattern[str]:
-    """Finds a key as it is, and as a server may write it: in a URL, JSON, HTML, as hexadecimal digits or in base64."""
-    forms = [  # repeated escapes are bounded, because a server could send millions of backslashes
-        "".join(
-            rf"(?:\\{{0,4}}(?:{re.escape(char)}|(?:u00|x){ord(char):02x})|%(?:25){{0,3}}{ord(char):02x}|"
-            rf"&(?:amp;){{0,3}}(?:{re.escape(html.escape(char).strip('&;'))}|#0{{0,5}}{ord(char)}|#x0{{0,4}}{ord(char):x});)"
-            for char in key
-        ),
-        key.encode().hex(),
-    ]
-    for before in range(3):  # bytes that share a group of base64 with the key's first
-        text = base64.b64encode(bytes(before) + key.encode()).decode()
-        whole = text[4 if before else 0 : -4 if (before + len(key)) % 3 else None]
-        whole = whole.replace("+", "[-+]").replace("/", "[/_]")
-        forms.append(rf"[A-Za-z0-9+/_-]{{0,4}}(?-i:{whole})[A-Za-z0-9+/_-]{{0,4}}=*")
-    return re.compile("|".join(forms), re.IGNORECASE)
+    """Finds a key as it is, and as a server may write it in JSON or in a URL; nothing if the key is empty."""
+    forms = (rf"(?:\\{{0,4}}(?:{re.escape(char)}|u00{ord(char):02x})|%(?:25)?{ord(char):02x})" for char in key)
+    return re.compile("".join(forms) or "(?!)", re.IGNORECASE)

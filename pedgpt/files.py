@@ -334,12 +334,8 @@ def toml_shown(value: Any) -> str:
 
 def available_memory() -> int | None:
     """Bytes that this host can still give, within its control group's limit; None where it does not say."""
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-    if found is None:
-        return None
-    free = 1024 * int(found[1])
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, max(0, int(text) - int(used.read_text())))
-    return free
+    paths = [Path("/proc/meminfo"), *(Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))]
+    system, limit, used = (path.read_text().strip() if path.exists() else "" for path in paths)
+    found = re.search(r"MemAvailable:\s+(\d+) kB", system)
+    left = int(limit) - int(used) if limit.isdecimal() and used else sys.maxsize
+    return min(1024 * int(found[1]), max(0, left)) if found else None

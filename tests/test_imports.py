@@ -17,7 +17,8 @@ ALLOWED = {
     "training": set(),
     "evaluation": {"models", "data", "kernels", "endpoint"},
     "files": set(),
-    "endpoint": set(),
+    "endpoint": {"ordered"},
+    "ordered": set(),
     "__init__": set(),
     "__main__": set(),
 }

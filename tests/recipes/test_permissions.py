@@ -39,8 +39,8 @@ def test_models_adapters_and_caches_have_the_umasks_permissions(lab, tmp_path, u
         inject_experts(model, target_modules=["o_proj"], rank=2)
         save_adapter(model, tmp_path / "adapter")
         settings = EndpointSettings("http://127.0.0.1:1/v1", "m", key_variable="")
-        with Endpoint(settings, tmp_path / "cache" / "answers.sqlite") as endpoint, contextlib.suppress(ValueError):
-            endpoint._call(endpoint._count_spent())
+        with Endpoint(settings, tmp_path / "cache" / "answers.sqlite") as endpoint:
+            assert endpoint.usage.requests == 0
             check(tmp_path, umask, 9)  # with the files that SQLite has while it is open
     check(tmp_path, umask, 7)
 
