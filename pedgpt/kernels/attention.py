@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.kernels import naive
-from pedgpt.kernels._transforms import autocast_dtype, transformed, without_numbers
+from pedgpt.kernels._dispatch import autocast_dtype, transformed, without_numbers
 from pedgpt.kernels.cpu import attention as on_cpu
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels._triton import tl, triton
+from pedgpt.kernels._dispatch import tl, triton
 from pedgpt.kernels.cpu.products import product
 
 ALIGNMENT = 16  # P gets rows of zeros up to such a number on a GPU, which then reads and writes 16 bytes at once

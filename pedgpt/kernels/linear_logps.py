@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from pedgpt.kernels import naive
-from pedgpt.kernels._transforms import autocast_dtype, blocks_to_count, transformed
-from pedgpt.kernels._triton import by_triton, tl, triton
+from pedgpt.kernels._dispatch import autocast_dtype, by_triton, tl, transformed, triton, without_numbers
 from pedgpt.kernels.cpu.products import product, refuse_create_graph
 from pedgpt.kernels.naive import SHORTEST
 
@@ -55,7 +54,7 @@ def _softmax(logits: Tensor, labels: Tensor, inverse: Tensor | None, factors: Te
     """
     height = max(1, BLOCK // logits.shape[1])
     memory = torch.empty(2, min(height, len(logits)), logits.shape[1], dtype=stats.dtype, device=logits.device)
-    for start in blocks_to_count(range(0, len(logits), height)):
+    for start in _blocks(range(0, len(logits), height)):
         rows = slice(start, start + height)
         label = labels[rows, None]
         z, p = memory[:, : len(label)]
@@ -78,20 +77,23 @@ def _softmax(logits: Tensor, labels: Tensor, inverse: Tensor | None, factors: Te
 if triton is not None:
 
     @triton.jit
-    def linear_logps_fwd_kernel(logits, labels, inverse, factors, stats, tokens, vocabulary, BLOCK_V: tl.constexpr):
+    def _load_row(at, column, vocabulary, inverse):
+        """A stretch of logits in float32, with what scaled them."""
+        mask, scale = column < vocabulary, 1.0
+        if inverse is not None:
+            scale = tl.load(inverse + column, mask=mask, other=1.0)
+        return tl.load(at + column, mask=mask, other=-float("inf")).to(tl.float32) * scale, scale
+
+    @triton.jit
+    def linear_logps_fwd_kernel(logits, labels, inverse, factors, stats, stride, vocabulary, BLOCK_V: tl.constexpr):
         """One row [V] of the logits: read once for its maximum, sum and entropy, once more to become the gradient."""
         row = tl.program_id(0).to(tl.int64)
         logits += row * vocabulary
         label = tl.load(labels + row)
-        chosen = tl.load(logits + label).to(tl.float32)
-        if inverse is not None:
-            chosen *= tl.load(inverse + label)
+        chosen = _load_row(logits, label, vocabulary, inverse)[0]
         high, total, weighted = -float("inf"), 0.0, 0.0  # max z, Σ exp(z − high), Σ (z − high) exp(z − high)
         for start in range(0, vocabulary, BLOCK_V):
-            column = start + tl.arange(0, BLOCK_V)
-            z = tl.load(logits + column, mask=column < vocabulary, other=-float("inf")).to(tl.float32)
-            if inverse is not None:
-                z *= tl.load(inverse + column, mask=column < vocabulary, other=1.0)
+            z = _load_row(logits, start + tl.arange(0, BLOCK_V), vocabulary, inverse)[0]
             above = tl.maximum(high, tl.max(z, axis=0))
             e = tl.exp(z - above)
             weighted += total * tl.where(total > 0, high - above, 0.0)
@@ -99,30 +101,30 @@ if triton is not None:
             total = total * tl.exp(high - above) + tl.sum(e, axis=0)
             high = above
         tl.store(stats + row, chosen - high - tl.log(total))
-        tl.store(stats + tokens + row, tl.log(total) - weighted / total)
-        tl.store(stats + 2 * tokens + row, (chosen >= high).to(tl.float32))
+        tl.store(stats + stride + row, tl.log(total) - weighted / total)
+        tl.store(stats + 2 * stride + row, (chosen >= high).to(tl.float32))
         if factors is not None:
             factor = tl.load(factors + row)
             for start in range(0, vocabulary, BLOCK_V):
                 column = start + tl.arange(0, BLOCK_V)
-                z = tl.load(logits + column, mask=column < vocabulary, other=-float("inf")).to(tl.float32)
-                scale = 1.0
-                if inverse is not None:
-                    scale = tl.load(inverse + column, mask=column < vocabulary, other=1.0)
-                gradient = factor * scale * ((column == label) - tl.exp(z * scale - high) / total)
+                z, scale = _load_row(logits, column, vocabulary, inverse)
+                gradient = factor * scale * ((column == label) - tl.exp(z - high) / total)
                 tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < vocabulary)
 
 
 def _softmax_triton(logits: Tensor, labels: Tensor, inverse: Any, factors: Any, stats: Tensor) -> None:
     labels, factors = labels.contiguous(), None if factors is None else factors.contiguous()
-    found = torch.empty(stats.shape, dtype=torch.float32, device=stats.device)
+    given = logits, labels, inverse, factors, stats, stats.stride(0), logits.shape[1]
     block = min(4096, triton.next_power_of_2(logits.shape[1]))
-    given = logits, labels, inverse, factors, found, *logits.shape
     linear_logps_fwd_kernel[(len(logits),)](*given, BLOCK_V=block, num_warps=8)
-    stats.copy_(found)
 
 
 # Chunks of tokens, each multiplied by the head, differentiated and forgotten
+
+
+def _blocks(blocks: Any) -> Any:
+    """The blocks of a loop, or only the first and the last: where only memory is counted, the others take no more."""
+    return blocks[:: max(1, len(blocks) - 1)] if without_numbers() else blocks
 
 
 class _Head:
@@ -149,11 +151,6 @@ class _Head:
             shortest = 2**-14 if dtype == torch.float16 else SHORTEST
             self.inverse = lengths.clamp(min=shortest).reciprocal().masked_fill_(lengths < SHORTEST, 0)
 
-    def chunks(self, tokens: int) -> list[slice]:
-        """Slices of nearly equal length that cover the tokens; without tokens, one empty slice."""
-        count = max(1, math.ceil(tokens / self.chunk))
-        return [slice(i * tokens // count, (i + 1) * tokens // count) for i in range(count)]
-
     def gradients(
         self, hidden: Tensor, labels: Tensor, factors: Tensor, *, of_hidden: bool = False, of_weight: bool = False
     ) -> tuple[Any, ...]:
@@ -161,29 +158,33 @@ class _Head:
 
         If no gradient is wanted, the last chunk's logits stay as `last`; else they are used up, which saves a product.
         """
-        dhidden = torch.empty_like(hidden) if of_hidden else None
+        dhidden, wanted = torch.empty_like(hidden) if of_hidden else None, of_hidden or of_weight
         hidden, factors = hidden.to(self.weight.dtype), factors.to(self.wide)
         stats = hidden.new_empty(3, len(labels), dtype=self.wide)
-        chunks = self.chunks(len(labels))
+        # Slices of nearly equal length that cover the tokens; without tokens, one empty slice.
+        tokens, count = len(labels), max(1, math.ceil(len(labels) / self.chunk))
+        chunks = [slice(i * tokens // count, (i + 1) * tokens // count) for i in range(count)]
         dweight = None
         if of_weight:
-            # float32 if chunks are summed, if `_project` follows, or if float16 could underflow before it is scaled.
-            done = len(chunks) == 1 and self.inverse is None and self.given.dtype in (hidden.dtype, self.wide)
+            # float32 if chunks are summed or the head is normalised, or if float16 could underflow before it is scaled.
+            done = count == 1 and self.inverse is None and self.given.dtype in (hidden.dtype, self.wide)
             dtype = self.given.dtype if done and self.given.dtype != torch.float16 else self.wide
             dweight = torch.empty(self.given.shape, dtype=dtype, device=hidden.device)
         logits: Any = None
-        for rows in blocks_to_count(chunks[::-1] if of_hidden or of_weight else chunks):
+        for rows in _blocks(chunks[::-1] if wanted else chunks):
             logits, self.last = self.last, None  # Drop the previous chunk's logits before the next are made.
             logits = product(hidden[rows], self.weight) if logits is None else logits
-            wanted = factors[rows] if of_hidden or of_weight else None
-            self.softmax(logits, labels[rows], self.inverse, wanted, stats[:, rows])
+            self.softmax(logits, labels[rows], self.inverse, factors[rows] if wanted else None, stats[:, rows])
             if dhidden is not None:
                 dhidden[rows] = product(logits, self.weight.t())
             if dweight is not None:
                 self._add_product(dweight, logits, hidden[rows], first=rows is chunks[-1])
-        self.last = None if of_hidden or of_weight else logits
+        self.last = None if wanted else logits
         if dweight is not None and self.inverse is not None:
-            self._project(dweight, self.inverse)
+            # d ŵ / ‖w‖, where ŵ = w/‖w‖, becomes d w in place: its component along w is subtracted.
+            for rows in _blocks(self.slices):
+                part, unit = dweight[rows], self.given[rows] * self.inverse[rows, None]
+                part.sub_(unit * (unit * part).sum(-1, keepdim=True))
         return stats, dhidden, dweight
 
     def _add_product(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
@@ -193,18 +194,12 @@ class _Head:
             add = torch.ops.aten.addmm.dtype_out if wider else torch.addmm
             add(dweight, dlogits.t(), hidden, *wider, beta=0 if first else 1, out=dweight)
             return
-        for rows in blocks_to_count(self.slices):
+        for rows in _blocks(self.slices):
             left, right = dlogits[:, rows].t(), hidden
             if dweight.dtype not in (left.dtype, self.given.dtype):  # Not under autocast, whose own products round too.
                 left, right = left.to(dweight.dtype), right.to(dweight.dtype)
             # NOTE: no addmm_, because MKL loses digits when it adds a product to what is already in memory.
             dweight[rows] = left @ right if first else dweight[rows].add_(left @ right)
-
-    def _project(self, dweight: Tensor, inverse: Tensor) -> None:
-        """Turns d ŵ / ‖w‖, where ŵ = w/‖w‖, into d w in place: it subtracts the component along w."""
-        for rows in blocks_to_count(self.slices):
-            part, unit = dweight[rows], self.given[rows] * inverse[rows, None]
-            part.sub_(unit * (unit * part).sum(-1, keepdim=True))
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -279,13 +274,10 @@ def linear_token_logps(
     Triton on CUDA. Under a compiler or torch.func the logits are made as a whole. Raises ValueError for shapes, dtypes
     or labels that do not fit.
     """
-    if transformed():
-        return TokenLogps(*naive.linear_logps(hidden, weight, labels, normalize, ignore_index))
-    kept, rows, *head = _prepare(hidden, weight, labels, normalize, ignore_index, impl)
-    found = _LinearLogps.apply(kept, weight, labels[rows], None, torch.is_grad_enabled(), *head)
-    if isinstance(rows, slice):
-        return TokenLogps(*found)
-    return TokenLogps(*(value.new_zeros(len(labels)).index_copy(0, rows, value) for value in found))
+    found, rows = _supervised(hidden, weight, labels, None, normalize, ignore_index, impl)
+    if rows is not None:
+        found = tuple(value.new_zeros(len(labels)).index_copy(0, rows, value) for value in found)
+    return TokenLogps(*found)
 
 
 def linear_nll(
@@ -296,19 +288,17 @@ def linear_nll(
 
     Forward already makes the gradients, so logits are computed once even if the head trains, and backward runs once.
     """
-    if transformed():
-        found = naive.linear_logps(hidden, weight, labels, normalize, ignore_index)
-    else:
-        kept, rows, *head = _prepare(hidden, weight, labels, normalize, ignore_index, impl)
-        found = _LinearLogps.apply(kept, weight, labels[rows], count, torch.is_grad_enabled(), *head)
+    found, _ = _supervised(hidden, weight, labels, count, normalize, ignore_index, impl)
     logp, entropy, correct = (value.sum() / count for value in found)
     return TokenLogps(-logp, entropy, correct)
 
 
-def _prepare(
-    hidden: Tensor, weight: Tensor, labels: Tensor, normalize: bool, ignore_index: int, impl: str | None
-) -> tuple[Any, ...]:
-    """The supervised tokens' hidden states, which tokens these are, and `_Head`'s arguments."""
+def _supervised(
+    hidden: Tensor, weight: Tensor, labels: Tensor, count: Any, normalize: bool, ignore_index: int, impl: str | None
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The three results for tokens with a label, and which tokens these are; None if the results are of all."""
+    if transformed():
+        return naive.linear_logps(hidden, weight, labels, normalize, ignore_index), None
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (hidden, weight, labels))
         raise ValueError(f"expected hidden [N, D], weight [V, D] and labels [N], found {shapes}")
@@ -320,7 +310,9 @@ def _prepare(
     supervised = labels != ignore_index
     if (wrong := labels[supervised & ((labels < 0) | (labels >= len(weight)))]).numel():
         raise ValueError(f"label {wrong[0].item()} is outside of the vocabulary of {len(weight)}")
-    softmax = _softmax_triton if by_triton(impl, hidden) else _softmax
-    found = supervised.nonzero().squeeze(1)
-    rows = slice(None) if len(found) == len(labels) else found
-    return hidden[rows], rows, dtype, normalize, softmax
+    rows = supervised.nonzero().squeeze(1)
+    if not (every := len(rows) == len(labels)):
+        hidden, labels = hidden[rows], labels[rows]
+    settings = dtype, normalize, _softmax_triton if by_triton(impl, hidden) else _softmax
+    found = _LinearLogps.apply(hidden, weight, labels, count, torch.is_grad_enabled(), *settings)
+    return found, None if every else rows

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pedgpt.kernels._transforms import autocast_dtype
-from pedgpt.kernels._triton import by_triton
+from pedgpt.kernels._dispatch import autocast_dtype, by_triton
 from pedgpt.kernels.cpu.products import product, refuse_create_graph, sum_of_products
 from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, Stream, down_gate, down_gate_backward
 

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.kernels import naive
-from pedgpt.kernels._transforms import autocast_dtype, transformed, without_numbers
-from pedgpt.kernels._triton import by_triton, tl, triton
+from pedgpt.kernels._dispatch import autocast_dtype, by_triton, tl, transformed, triton, without_numbers
 from pedgpt.kernels.recompute import recomputable
 
 SMALL = 2**20  # numbers, for which one call of torch's operator is the fastest without gradients

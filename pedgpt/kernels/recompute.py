@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pedgpt.kernels._transforms import transformed
+from pedgpt.kernels._dispatch import transformed
 
 CHECKPOINTING = ("none", "selective", "block")  # the values of the setting `activation_checkpointing`
 

@@ -6,7 +6,7 @@ Letters: L layers, B batch, G key-value heads, T new tokens, S tokens held, K he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,18 +40,6 @@ class KVCache:
         self.ids: list[int] = []
         self.cursor: Tensor | None = None
 
-    def check_room(self, batch_size: int, count: int) -> None:
-        """Raise ValueError unless `count` more tokens of a batch of this size fit."""
-        end = self.length + count
-        if batch_size != len(self.positions) or end > self.capacity:
-            held = f"the cache holds {len(self.positions)} x {self.capacity} tokens"
-            raise ValueError(f"{held}; asked for a batch of {batch_size} up to token {end}")
-
-    def next_positions(self, count: int) -> Tensor:
-        """Positions [B, count] that follow the last one held."""
-        after = torch.arange(count, device=self.positions.device).expand(len(self.positions), -1)
-        return after + self.positions[:, self.length - 1 : self.length] + 1 if self.length else after
-
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens in all. What is held stays."""
         if capacity <= self.capacity:
@@ -78,17 +66,24 @@ class KVCache:
         self.truncate(common)
         return common
 
-    def extend(self, positions: Tensor, documents: Tensor | None, slopes: Tensor | None = None) -> Layout:
-        """Make room for positions [B, T]; returns how they see all that is held. `slopes` are ALiBi's, by head."""
+    def extend(self, shape: torch.Size, positions: Any, documents: Tensor | None, slopes: Tensor | None) -> Layout:
+        """Make room for tokens [B, T]; returns who sees whom. Without positions they follow the last one held."""
+        (rows, count), most = shape, self.positions.shape
+        if rows != most[0] or self.length + count > most[1]:
+            asked = f"asked for a batch of {rows} up to token {self.length + count}"
+            raise ValueError(f"the cache holds {most[0]} x {most[1]} tokens; {asked}")
         if documents is None and self.isolated:
             raise ValueError("the cache holds document ids; pass `documents` for the new tokens too")
+        if positions is None:
+            positions = torch.arange(count, device=self.positions.device).expand(shape)
+            positions = positions + self.positions[:, self.length - 1 : self.length] + 1 if self.length else positions
         if self.cursor is None:
-            self.start, self.length = self.length, self.length + positions.shape[1]
+            self.start, self.length = self.length, self.length + count
         self.isolated = documents is not None
         places = self._write(self.positions, 1, positions)
-        held = self._write(self.documents, 1, torch.zeros_like(positions) if documents is None else documents)
+        ids = self._write(self.documents, 1, torch.zeros_like(positions) if documents is None else documents)
         first = self.start if self.cursor is None else self.cursor[0]
-        return Layout(positions, places, documents, held if self.isolated else None, slopes=slopes, first=first)
+        return Layout(positions, places, documents, ids if self.isolated else None, slopes=slopes, first=first)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values [B, G, T, K]; returns all [B, G, S, K]."""
@@ -127,10 +122,10 @@ class StaticStep:
             for held in (cache.keys, cache.values):  # What is read before it is written may be anything but NaN.
                 held[:, :, :, cache.length : self.bucket] = 0
             self.graph = self._record() if self.records else None
-        if self.graph is None:
-            self.logits = self._run()
-        else:
+        if self.graph is not None:
             self.graph.replay()
+        else:
+            self.logits = self._run()
         cache.length += 1
         return self.logits
 

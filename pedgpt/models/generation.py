@@ -79,20 +79,15 @@ def _check(
     top_p: float | None, repetition_penalty: float, stop_strings: Sequence[str], decode: Any,
 ) -> None:  # fmt: skip
     """ValueError for an argument of `generate_steps` that nothing could be decoded with."""
-    least = f"0, for the most probable token, or at least {MIN_TEMPERATURE}"
+    warm = f"temperature must be 0, for the most probable token, or at least {MIN_TEMPERATURE}, found {temperature}"
+    texts = not isinstance(stop_strings, str) and all(stop_strings)
     for fits, expected in (
         (max_new_tokens >= 0, f"max_new_tokens must be at least 0, found {max_new_tokens}"),
-        (
-            temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf,
-            f"temperature must be {least}, found {temperature}",
-        ),
+        (temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf, warm),
         (top_k is None or top_k >= 1, f"top_k must be at least 1 or None, found {top_k}"),
         (top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1] or None, found {top_p}"),
         (0 < repetition_penalty < math.inf, f"{repetition_penalty=} must be finite and positive"),
-        (
-            not isinstance(stop_strings, str) and all(stop_strings),
-            f"{stop_strings=} must be a list of texts, none empty",
-        ),
+        (texts, f"{stop_strings=} must be a list of texts, none empty"),
         (not stop_strings or decode, "stop_strings needs decode, which makes text of ids: a tokenizer's decode"),
     ):
         if not fits:

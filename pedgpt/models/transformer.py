@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pedgpt.kernels import Layout, Linear, add_rms_norm, attention, linear, rms_norm, rotary, swiglu, unit_rows
+from pedgpt.kernels import Layout, Linear, add_rms_norm, attention, linear, rotary, swiglu, unit_rows
 from pedgpt.kernels.recompute import CHECKPOINTING, selective
 from pedgpt.models.cache import KVCache
 from pedgpt.models.config import ModelConfig
@@ -36,9 +36,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """The norm of x; given `residual`, the norm of x + residual and that sum."""
-        if residual is not None:
-            return add_rms_norm(x, residual, self.weight, self.eps)
-        return rms_norm(x, self.weight, self.eps)
+        normed, total = add_rms_norm(x, residual, self.weight, self.eps)
+        return normed if residual is None else (normed, total)
 
 
 class Attention(nn.Module):
@@ -99,8 +98,7 @@ class Block(nn.Module):
         if type(norm) is RMSNorm and not norm._forward_hooks and not norm._forward_pre_hooks:
             normed, x = norm(attended, x)
         else:  # A module of another kind takes one tensor, and so do hooks.
-            x = x + attended
-            normed = norm(x)
+            normed = norm(x := x + attended)
         return x + self.mlp(normed)
 
 
@@ -135,15 +133,10 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_parameters()
 
-    @property
-    def activation_checkpointing(self) -> str:
-        return self._checkpointing
-
-    @activation_checkpointing.setter
-    def activation_checkpointing(self, how: str) -> None:
-        if how not in CHECKPOINTING:
-            raise ValueError(f'activation_checkpointing must be "none", "selective" or "block", found {how!r}')
-        self._checkpointing = how
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation_checkpointing" and value not in CHECKPOINTING:
+            raise ValueError(f'{name} must be "none", "selective" or "block", found {value!r}')
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """Normal(0, initializer_range) for matrices, zeros for biases, ones for norms."""
@@ -177,7 +170,7 @@ class Transformer(nn.Module):
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have the shape [batch, tokens], found {list(tokens.shape)}")
-        for name, value in (("positions", positions), ("documents", documents), ("branches", branches)):
+        for name, value in {"positions": positions, "documents": documents, "branches": branches}.items():
             if value is not None and value.shape != tokens.shape:
                 raise ValueError(f"{name} has the shape {list(value.shape)}, tokens have {list(tokens.shape)}")
         alibi = self.config.positions == "alibi"
@@ -188,11 +181,9 @@ class Transformer(nn.Module):
         else:
             if branches is not None:
                 raise ValueError("a cache holds no branches; continue each branch as a row of its own")
-            cache.check_room(*tokens.shape)
-            positions = cache.next_positions(tokens.shape[1]) if positions is None else positions
-            layout = cache.extend(positions, documents, slopes)
+            layout = cache.extend(tokens.shape, positions, documents, slopes)
         hidden = self.model.embed_tokens(tokens)
-        tables = None if alibi else rotary_tables(self.config, positions, hidden.dtype)
+        tables = None if alibi else rotary_tables(self.config, layout.positions, hidden.dtype)
         how = self.activation_checkpointing if torch.is_grad_enabled() and cache is None else "none"
         for i, block in enumerate(self.model.layers):
             if how == "block":

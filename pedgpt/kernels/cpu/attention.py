@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels._transforms import without_numbers
+from pedgpt.kernels._dispatch import without_numbers
 from pedgpt.kernels.cpu.products import refuse_create_graph
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pedgpt.files import available_memory
-from pedgpt.kernels._transforms import transformed
+from pedgpt.kernels._dispatch import transformed
 
 MAX_ROWS = 64  # With more rows, arithmetic bounds the products and the layout gains little.
 LEAST = 2**17  # numbers of a weight, because for fewer the call costs what the layout gains

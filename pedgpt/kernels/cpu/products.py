@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pedgpt.kernels._transforms import transformed, without_numbers
+from pedgpt.kernels._dispatch import transformed, without_numbers
 from pedgpt.kernels.cpu.packed import packed_product
 
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
