@@ -35,7 +35,7 @@ from pedgpt.data.packing import Batch, Row
 from pedgpt.data.preference import PreferenceBatch
 from pedgpt.evaluation.likelihood import pair_logps, perplexity
 from pedgpt.files import available_memory
-from pedgpt.kernels.cpu.packed import MAX_ROWS
+from pedgpt.kernels.cpu.products import MAX_ROWS
 from pedgpt.losses import IGNORE_INDEX, linear_cross_entropy, linear_dfpo_loss
 from pedgpt.models import ModelConfig, Transformer, generate
 from pedgpt.models.cache import KVCache

@@ -3,11 +3,10 @@
     z = h Wᵀ,  log p = z[label] − log Σ exp z,  d log p / dz = onehot(label) − softmax z
 
 The gradient of log p is formed from a chunk's logits while they exist. The backward pass only scales it, because the
-caller's gradient is one factor per token (SPEC §3). So a frozen head takes two matrix products, whatever the factors. A
-head that trains takes three if all tokens share one factor, as in a mean (`linear_nll`). With a factor per token
-(`linear_token_logps`) the backward pass computes the logits again, except the last chunk's. `normalize` divides by the
-length of the head's rows without a copy (Baichuan2's NormHead): z = (h Wᵀ) / ‖w‖. A row of zeros has no direction: its
-logit is 0 and it gets no gradient, because dividing by ‖w‖ + ε would multiply its gradient by 1/ε.
+caller's gradient is one factor per token (SPEC §3). So a frozen head takes two matrix products. A head that trains
+takes three if all tokens share one factor, as in a mean (`linear_nll`). With a factor per token (`linear_token_logps`)
+the backward pass computes the logits again, except the last chunk's. `normalize` divides by the length of the head's
+rows without a copy (Baichuan2's NormHead). A row of zeros has no direction: its logit is 0 and it gets no gradient.
 
 Letters: N tokens, D hidden, V vocabulary.
 """
@@ -28,8 +27,8 @@ from pedgpt.kernels.naive import SHORTEST
 # Float32 logits in a chunk (half precision: twice as many): 64 MiB on the CPU, 512 MiB on a GPU. For V 125,696 that is
 # n = 2,135 tokens: adding to the head's gradient (8 V D bytes) then takes 1/8 of the products' time (6 n V D FLOP).
 CHUNK, CHUNK_CUDA = 2**24, 2**27
-# On the CPU, softmax (BLOCK) and the head's gradient (SLICE) take so many numbers at a time, to stay in the cache. On a
-# GPU the gradient is one product, and only a normalised head is read in slices (SLICE_CUDA).
+# Softmax (BLOCK) and the head's gradient on the CPU (SLICE) take so many numbers at a time, to stay in the cache. On a
+# GPU only a normalised head is read in slices (SLICE_CUDA).
 BLOCK, SLICE, SLICE_CUDA = 2**19, 2**21, 2**25
 
 
@@ -42,9 +41,6 @@ class TokenLogps(NamedTuple):
     logps: Tensor
     entropy: Tensor
     correct: Tensor
-
-
-# Softmax of a chunk: the torch form
 
 
 def _softmax(logits: Tensor, labels: Tensor, inverse: Tensor | None, factors: Tensor | None, stats: Tensor) -> None:
@@ -71,8 +67,6 @@ def _softmax(logits: Tensor, labels: Tensor, inverse: Tensor | None, factors: Te
                 p.mul_(inverse)
             torch.mul(p, (-factors[rows] / total)[:, None], out=logits[rows])
 
-
-# The Triton form
 
 if triton is not None:
 
@@ -119,9 +113,6 @@ def _softmax_triton(logits: Tensor, labels: Tensor, inverse: Any, factors: Any, 
     linear_logps_fwd_kernel[(len(logits),)](*given, BLOCK_V=block, num_warps=8)
 
 
-# Chunks of tokens, each multiplied by the head, differentiated and forgotten
-
-
 def _blocks(blocks: Any) -> Any:
     """The blocks of a loop, or only the first and the last: where only memory is counted, the others take no more."""
     return blocks[:: max(1, len(blocks) - 1)] if without_numbers() else blocks
@@ -152,7 +143,7 @@ class _Head:
             self.inverse = lengths.clamp(min=shortest).reciprocal().masked_fill_(lengths < SHORTEST, 0)
 
     def gradients(
-        self, hidden: Tensor, labels: Tensor, factors: Tensor, *, of_hidden: bool = False, of_weight: bool = False
+        self, hidden: Tensor, labels: Tensor, factors: Tensor, of_hidden: bool, of_weight: bool
     ) -> tuple[Any, ...]:
         """(log p, entropy and correctness [3, N], d hidden, d weight): the gradients of Σ factors · log p, or None.
 
@@ -203,24 +194,21 @@ class _Head:
 
 
 class _LinearLogps(torch.autograd.Function):
-    """With `count`, forward makes the gradient of −Σ log p / count; with None, backward gets one factor per token.
-
-    `grad`: whether gradients are enabled, which inside of `forward` they never are.
-    """
+    """With `count`, forward makes the gradient of −Σ log p / count; with None, backward gets one factor per token."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, count: Any, grad: bool, *settings: Any
     ) -> tuple[Tensor, ...]:
+        # `grad` says whether gradients are enabled, which in here they never are.
         of_hidden, of_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
         ctx.again, ctx.settings, ctx.dtype = count is None and of_weight, settings, weight.dtype
         factors = torch.ones(labels.shape, dtype=torch.float64, device=hidden.device)
         if count is not None:  # In float16 1/count could underflow, so backward divides, after the loss scaler.
             factors /= -1 if settings[0] == torch.float16 else -count
         ctx.expected = None if count is None else factors[:1].to(torch.promote_types(settings[0], torch.float32))
-        needed: Any = {"of_hidden": of_hidden and not ctx.again, "of_weight": of_weight and not ctx.again}
-        head = _Head(weight, *settings)
-        stats, *ctx.gradients = head.gradients(hidden, labels, factors, **needed)
+        head, wanted = _Head(weight, *settings), (False, False) if ctx.again else (of_hidden, of_weight)
+        stats, *ctx.gradients = head.gradients(hidden, labels, factors, *wanted)
         ctx.last = head.last if ctx.again else None
         ctx.save_for_backward(*((hidden, weight, labels) if ctx.again else ()))
         logps, entropy, correct = stats[0], stats[1], stats[2]
@@ -234,14 +222,13 @@ class _LinearLogps(torch.autograd.Function):
             hidden, weight, labels = ctx.saved_tensors
             head = _Head(weight, *ctx.settings)
             head.last, ctx.last = ctx.last, None
-            needed: Any = {"of_hidden": ctx.needs_input_grad[0], "of_weight": True}
-            _, dhidden, dweight = head.gradients(hidden, labels, dlogps, **needed)
-            return dhidden, dweight.to(weight.dtype), *[None] * 6
+            _, dhidden, dweight = head.gradients(hidden, labels, dlogps, ctx.needs_input_grad[0], True)
+            return dhidden, dweight, *[None] * 6  # autograd converts each to its dtype
         if ctx.gradients is None:
             raise RuntimeError("linear_nll runs backward once: its gradients were scaled in place and given away")
         dhidden, dweight = ctx.gradients
         if ctx.expected is None:  # A copy, because a retained graph may run backward again.
-            return (dhidden * dlogps[:, None]).to(dhidden.dtype), *[None] * 7
+            return dhidden * dlogps[:, None], *[None] * 7
         # The factors of a mean are equal, so the first stands for all; the sum of none is 0, where there is no label.
         factor, ctx.gradients = (dlogps[:1] / ctx.expected).sum(), None
         if dhidden is not None:
@@ -250,11 +237,8 @@ class _LinearLogps(torch.autograd.Function):
             # NOTE: one pass on a GPU only, because on a CPU `out` of another dtype makes a second copy in float32.
             dweight = torch.mul(dweight, factor, out=dweight.new_empty(dweight.shape, dtype=ctx.dtype))
         elif dweight is not None:
-            dweight = dweight.mul_(factor).to(ctx.dtype)
+            dweight.mul_(factor)
         return dhidden, dweight, *[None] * 6
-
-
-# What the library calls
 
 
 def unit_rows(weight: Tensor) -> Tensor:

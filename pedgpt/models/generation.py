@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pedgpt.files import read_object
 from pedgpt.kernels import linear
-from pedgpt.kernels.cpu.packed import PackedWeights
+from pedgpt.kernels.cpu.products import PackedWeights
 from pedgpt.models.cache import KVCache, StaticStep
 from pedgpt.models.transformer import Transformer
 
@@ -32,12 +32,10 @@ def generate_steps(
     `temperature` 0 is greedy; `top_k` and `top_p` restrict sampling; `repetition_penalty` > 1 divides (or multiplies,
     if negative) the logits of tokens already seen (Keskar et al. 2019); `seed` makes sampling repeatable. A row also
     ends once the text that `decode` (a tokenizer's) makes of its ids holds one of `stop_strings`, whose ids are kept:
-    the caller cuts the text. No decoded text holds a special token: give the ids of those that `stop_strings` name, the
-    tokenizer's `stop_ids(stop_strings)`, as `stop_tokens`. Prompts may differ in length. Call with the model in
-    evaluation mode. With a `cache` of one row, what it holds of a single prompt is not read again, and afterwards it
-    holds prompt and answer; it belongs to this model as it is. For 16 new tokens and more, a CPU with enough memory
-    copies the weights for the call into a layout that it reads faster, and a GPU records a graph. Raises ValueError for
-    an empty prompt, an id outside the vocabulary, a setting out of range, and logits that are not finite.
+    the caller cuts the text. No decoded text holds a special token: give the tokenizer's `stop_ids(stop_strings)` as
+    `stop_tokens` too. With a `cache` of one row, what it holds of a single prompt is not read again, and afterwards it
+    holds prompt and answer. The model is in evaluation mode. From 16 new tokens on, a CPU with enough memory lays out
+    the weights, and a GPU records a graph. ValueError: an empty prompt, a wrong setting, logits that are not finite.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop_strings, decode)
     if not prompts or max_new_tokens == 0:
@@ -60,9 +58,8 @@ def generate_steps(
     logits = next(reader)
     for count in range(1, max_new_tokens + 1):
         chosen, ids = _choose(logits, seen, running, repetition_penalty, temperature, top_k, top_p, generator)
-        step: list[int | None] = []
+        step = [token if goes_on else None for token, goes_on in zip(ids, running, strict=True)]
         for row, token in enumerate(ids):
-            step.append(token if running[row] else None)
             running[row] = running[row] and token not in stop_tokens
             if running[row] and stop_strings and decode:
                 ends[row] = [*ends[row][-reach:], token]
@@ -111,7 +108,7 @@ def _read(
         prompts = [prompts[0][cache.share(prompts[0]) :]]
     width, device, head = max(map(len, prompts)), cache.keys.device, model.head_weight()
 
-    def step(tokens: Tensor, positions: Tensor, documents: Tensor | None) -> Tensor:
+    def step(tokens: Tensor, positions: Tensor, documents: Tensor | None = None) -> Tensor:
         hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
         return linear(hidden[:, -1], head)
 
@@ -124,14 +121,14 @@ def _read(
     logits = step(tokens, positions, documents)
     cache.ids += prompts[0] if single else []
     chosen = yield logits
-    positions, documents = positions[:, -1:], None if documents is None else documents[:, -1:]
+    positions, others = positions[:, -1:], [] if documents is None else [documents[:, -1:]]
     weights = [module.weight for module in model.model.modules() if isinstance(module, nn.Linear)]
     packed = PackedWeights([*weights, head] if for_many else [], len(prompts))
     advance = StaticStep(step, cache) if for_many and _recordable(model) else step
     while True:
         positions = positions + 1
         with packed:
-            logits = advance(chosen[:, None], positions, documents)
+            logits = advance(chosen[:, None], positions, *others)
         cache.ids += chosen.tolist() if single else []
         chosen = yield logits
 
@@ -185,11 +182,8 @@ def generation_defaults(folder: str | Path) -> dict[str, Any]:
     ends = [] if given is None else given if isinstance(given, list) else [given]
     if not all(type(end) is int for end in ends):
         raise ValueError(f"{file}: eos_token_id is {given!r}; expected an id or a list of ids")
-    found = {
-        "stop_tokens": tuple(ends),
-        "temperature": 0.0,
-        "repetition_penalty": read("repetition_penalty", 1.0, 1e-9),
-    }
+    penalty = read("repetition_penalty", 1.0, 1e-9)
+    found = {"stop_tokens": tuple(ends), "temperature": 0.0, "repetition_penalty": penalty}
     if read("do_sample", False):
         found |= {"temperature": read("temperature", 1.0), "top_p": read("top_p", 1.0, 1e-9, 1)}
         found["top_k"] = read("top_k", 50) or None

@@ -10,7 +10,6 @@ Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -139,21 +138,16 @@ class Transformer(nn.Module):
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
-        """Normal(0, initializer_range) for matrices, zeros for biases, ones for norms."""
+        """Normal(0, initializer_range) for matrices, zeros for biases."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
 
     def forward(self, tokens: Tensor, **arguments: Any) -> Tensor:
         """Logits [B, T, V] in the model's dtype; arguments as in `hidden_states`."""
-        hidden = self.hidden_states(tokens, **arguments)
-        if self.config.normalize_head and not torch.is_grad_enabled():
-            return torch.cat([linear(hidden, rows) for rows in self._normalized_rows()], dim=-1)
-        return linear(hidden, self.head_weight())
+        return linear(self.hidden_states(tokens, **arguments), self.head_weight())
 
     def hidden_states(
         self, tokens: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None,
@@ -164,9 +158,9 @@ class Transformer(nn.Module):
         `documents` [B, T]: tokens attend only within equal integers, and positions restart where the integer changes.
         `branches` [B, T] makes each document (without `documents`, each row) a tree: its trunk, marked 0, comes first
         and is seen by all that follows it; then any number of branches, each one run of its own integer, which see the
-        trunk and themselves. The positions of each go on from the trunk's.
-        `positions` [B, T] overrides the positions so derived. With `cache`, `tokens` continue what the cache holds.
-        Raises ValueError for another shape, a batch that differs from the cache's, or `branches` with a `cache`.
+        trunk and themselves. The positions of each go on from the trunk's. `positions` [B, T] overrides what is so
+        derived. With `cache`, `tokens` continue what it holds. Raises ValueError for another shape, a batch that
+        differs from the cache's, or `branches` with a `cache`.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have the shape [batch, tokens], found {list(tokens.shape)}")
@@ -178,9 +172,9 @@ class Transformer(nn.Module):
         if cache is None:
             positions = document_positions(tokens, documents, branches) if positions is None else positions
             layout = Layout(positions, positions, documents, documents, branches, slopes)
+        elif branches is not None:
+            raise ValueError("a cache holds no branches; continue each branch as a row of its own")
         else:
-            if branches is not None:
-                raise ValueError("a cache holds no branches; continue each branch as a row of its own")
             layout = cache.extend(tokens.shape, positions, documents, slopes)
         hidden = self.model.embed_tokens(tokens)
         tables = None if alibi else rotary_tables(self.config, layout.positions, hidden.dtype)
@@ -195,9 +189,7 @@ class Transformer(nn.Module):
 
     def head_weight(self) -> Tensor:
         """The output matrix [V, D] as it multiplies: for NormHead, rows of unit length, normalised in float32."""
-        return torch.cat(list(self._normalized_rows())) if self.config.normalize_head else self.lm_head.weight
-
-    def _normalized_rows(self) -> Iterator[Tensor]:
-        """NormHead's matrix in slices: the float32 copy of Baichuan2's whole head would be 2 GB."""
-        for rows in self.lm_head.weight.split(8192):
-            yield unit_rows(rows.float()).to(rows.dtype)
+        if not self.config.normalize_head:
+            return self.lm_head.weight
+        # In slices, because the float32 copy of Baichuan2's whole head would be 2 GB.
+        return torch.cat([unit_rows(rows.float()).to(rows.dtype) for rows in self.lm_head.weight.split(8192)])

@@ -71,11 +71,9 @@ class Weights:
             yield self._handle
         except pickle.UnpicklingError:
             raise ValueError(f"{file}: holds more than weights, or is damaged; only safe files are read") from None
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
         except Exception as error:  # a damaged pickle raises whatever its instructions now do
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{file}: cannot be read as weights, the file may be truncated ({reason})") from None
+            known = "" if type(error) is ValueError else f"cannot be read, may be truncated: {type(error).__name__}: "
+            raise ValueError(f"{file}: {known}{error}") from None
 
 
 class _BinReader(dict[str, Tensor]):
