@@ -138,10 +138,9 @@ def _recordable(model: Transformer) -> bool:
 
     NOTE: `gate_record` is an attribute of expert layers, set by `adapters.record_gates`, which models may not import.
     """
-    return model.model.embed_tokens.weight.is_cuda and not any(
-        m.training or m._forward_hooks or m._forward_pre_hooks or getattr(m, "gate_record", None)
-        for m in model.modules()
-    )
+    signs = ("training", "_forward_hooks", "_forward_pre_hooks", "gate_record")
+    watched = any(getattr(module, sign, None) for module in model.modules() for sign in signs)
+    return model.model.embed_tokens.weight.is_cuda and not watched
 
 
 def generate(
