@@ -31,7 +31,7 @@ from torch import Tensor
 from pedgpt.kernels import attention, linear, linear_nll, lora_linear, rms_norm, rotary, swiglu
 from pedgpt.kernels.attention import Layout
 from pedgpt.kernels.cpu import products
-from pedgpt.kernels.cpu.packed import PackedWeights
+from pedgpt.kernels.cpu.products import PackedWeights
 
 SIZES = {"small": (256, 256, 704, 2000), "medium": (512, 512, 1408, 8000), "large": (1024, 2048, 5504, 16000)}
 HEADS, EXPERTS, RANK, LIMIT = 8, 3, 16, 0.97

@@ -22,8 +22,8 @@ def in_order(
     """`work` of each item, in the order of the items, done in `workers` threads; with 0, in this one.
 
     At most 4 × `workers` items are taken ahead of the last result. After an exception no new work begins, work in
-    flight is finished, and it is raised when the results before its item are given. With `desc` a progress bar on stderr also
-    shows `so_far()` of the `endpoints`; without threads it appears after three seconds.
+    flight is finished, and it is raised when the results before its item are given. With `desc` a progress bar on
+    stderr also shows `so_far()` of the `endpoints`; without threads it appears after three seconds.
     """
     often = 0.2 if sys.stderr.isatty() else 10  # seconds
     with tqdm(desc=printable(desc), disable=not desc, mininterval=often, delay=0 if workers else 3) as bar:

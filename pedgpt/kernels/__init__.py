@@ -1,6 +1,6 @@
 """Fused operators with hand-written backward passes, in torch and in Triton; they import nothing of ours."""
 
-from pedgpt.kernels._transforms import transformed
+from pedgpt.kernels._dispatch import transformed
 from pedgpt.kernels.attention import Layout, attention
 from pedgpt.kernels.cpu.products import Linear, linear
 from pedgpt.kernels.linear_logps import linear_nll, linear_token_logps, unit_rows

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.kernels import naive
-from pedgpt.kernels._transforms import autocast_dtype, transformed, without_numbers
+from pedgpt.kernels._dispatch import autocast_dtype, transformed, without_numbers
 from pedgpt.kernels.cpu import attention as on_cpu
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # queries, and keys, of a block of FlexAttention's kernel
 
@@ -73,9 +70,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
     """
     q, k, v = (tensor.to(autocast_dtype(tensor, tensor.dtype)) for tensor in (q, k, v))
     (rows, heads, queries, size), groups = q.shape, k.shape[1]
-    if without_numbers() and q.is_cuda and queries == k.shape[2]:
-        layout = None  # Only sizes count, and a causal kernel keeps the same tensors as FlexAttention.
-    if layout is not None and layout.plain:
+    # Where only sizes count, a causal kernel keeps the same tensors as FlexAttention.
+    if layout is None or layout.plain or (without_numbers() and q.is_cuda and queries == k.shape[2]):
         layout = None
     if q.device.type == "cpu" and queries == k.shape[2] and not transformed():
         if (found := on_cpu.attention(q, k, v, layout)) is not None:
@@ -118,11 +114,14 @@ def _flex_attention() -> Callable:
     return torch.compile(flex_attention)
 
 
-def _flex_arguments(layout: Layout) -> tuple[Callable | None, BlockMask]:
+def _flex_arguments(layout: Layout) -> tuple[Callable | None, Any]:
     """FlexAttention's `score_mod` and `block_mask`: `naive.bias` and `naive.visible` for a query i and a key j.
 
+    The mask lists the blocks that may hold a pair seen, by the ends of their documents and branches. Blocks that are
+    seen whole have a list of their own, because there the kernel need not ask `mask_mod`.
     NOTE: both read only tensors made here in one form, because for another number or stride torch compiles anew.
     """
+    from torch.nn.attention.flex_attention import BlockMask
 
     queries, keys = (  # [3, B, T] and [3, B, S]
         torch.stack([at, *(at * 0 if ids is None else ids for ids in (documents, layout.branches))])
@@ -138,16 +137,6 @@ def _flex_arguments(layout: Layout) -> tuple[Callable | None, BlockMask]:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + slopes[h] * (keys[0, b, j] - queries[0, b, i])  # type: ignore[index]
 
-    return None if slopes is None else score_mod, _block_mask(queries[1:], keys[1:], last, mask_mod)
-
-
-def _block_mask(queries: Tensor, keys: Tensor, last: Tensor, mask_mod: Callable) -> BlockMask:
-    """The blocks that may hold a pair seen, by the least and the largest document and branch [2, B, T or S] of each.
-
-    Blocks that are seen whole have a list of their own, because there the kernel need not ask `mask_mod`.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
     def ends(ids: Tensor) -> tuple[Tensor, Tensor]:
         size = ids.shape[-1]
         index = torch.arange(size + -size % BLOCK, device=ids.device).clamp(max=size - 1)
@@ -159,13 +148,15 @@ def _block_mask(queries: Tensor, keys: Tensor, last: Tensor, mask_mod: Callable)
         return chosen.sum(-1, dtype=torch.int32), torch.argsort(chosen, dim=-1, descending=True, stable=True).int()
 
     lengths = queries.shape[-1], keys.shape[-1]
-    (low, high), (key_low, key_high) = ((x[..., None] for x in ends(queries)), (x[..., None, :] for x in ends(keys)))
+    low, high = (x[..., None] for x in ends(queries[1:]))
+    key_low, key_high = (x[..., None, :] for x in ends(keys[1:]))
     overlap, equal = (low <= key_high) & (key_low <= high), (low == key_high) & (key_low == high)  # [2, B, I, J]
     trunk, all_trunk = (key_low[1] <= 0) & (key_high[1] >= 0), (key_low[1] == 0) & (key_high[1] == 0)
     # In a last block that is not whole the kernel must ask: it has a query that sees nothing or a key that none sees.
-    last = F.pad(last, (0, -lengths[0] % BLOCK), value=-1).view(-1, 1, BLOCK)
+    lasts = F.pad(last, (0, -lengths[0] % BLOCK), value=-1).view(-1, 1, BLOCK)
     start = torch.arange(0, lengths[1], BLOCK, device=keys.device)
-    some = (start <= last.amax(-1)) & overlap[0] & (trunk | overlap[1])
-    full = (start + BLOCK - 1 <= last.amin(-1)) & equal[0] & (all_trunk | equal[1])
+    some = (start <= lasts.amax(-1)) & overlap[0] & (trunk | overlap[1])
+    full = (start + BLOCK - 1 <= lasts.amin(-1)) & equal[0] & (all_trunk | equal[1])
     blocks = (*listed(some & ~full), *listed(full))
-    return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths)
+    block_mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths)
+    return None if slopes is None else score_mod, block_mask

@@ -12,13 +12,13 @@ W_n where there is no noise. N = 0 is plain LoRA, which has no gate.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels._triton import tl, triton
+from pedgpt.kernels._dispatch import tl, triton
 from pedgpt.kernels.cpu.products import product
 
 ALIGNMENT = 16  # P gets rows of zeros up to such a number on a GPU, which then reads and writes 16 bytes at once
@@ -36,19 +36,6 @@ class Gated(NamedTuple):
     gates: Tensor | None
     slope: Tensor | None
     totals: Tensor | None = None
-
-
-class Stream(Protocol):
-    """Counter-based noise: the kernel draws what `normal` draws in torch."""
-
-    key: int
-    rows: Tensor  # [B] int64
-
-    def normal(self, like: Tensor) -> Tensor:
-        """ε of the shape and dtype of `like` [B, T, N]."""
-
-
-# The torch form
 
 
 def expert_gate(routes: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -80,8 +67,6 @@ def _scaled(s: Tensor, gates: Tensor, scaling: float) -> Tensor:
     (tokens, columns), experts = s.shape, weights.shape[1]
     return (s.view(tokens, experts, columns // experts) * weights).flatten(-2).to(s.dtype)
 
-
-# The Triton form
 
 if triton is not None:
     # NOTE: a number of tokens of 1 must stay a number of the kernel, because a constant has no `.to`.
@@ -122,7 +107,7 @@ if triton is not None:
 
     @triton.jit
     def _normal(key, rows, length, token, expert, some_token):
-        """`Stream.normal` of tokens [BLOCK_T] and experts [EXPERT_BLOCK], in float32."""
+        """What the stream's `normal` draws for tokens [BLOCK_T] and experts [EXPERT_BLOCK], in float32."""
         row = tl.load(rows + token // length, mask=some_token, other=0)
         stream = _hash_bits((row + key).to(tl.uint64, bitcast=True))
         stream = _hash_bits(stream + (token % length).to(tl.uint64))
@@ -224,10 +209,8 @@ if triton is not None:
             tl.store(at + EXPERTS, dspread.to(ds.dtype.element_ty), mask=mask)
             used = 2 * EXPERTS
         for start in range(HIDDEN + used, columns, EXPERT_BLOCK):
-            rest = start + expert
-            rest_mask = some[:, None] & (rest < columns)[None, :]
-            zeros = tl.zeros((BLOCK_T, EXPERT_BLOCK), ds.dtype.element_ty)
-            tl.store(ds + token[:, None] * columns + rest[None, :], zeros, mask=rest_mask)
+            rest = (start + expert)[None, :]
+            tl.store(ds + token[:, None] * columns + rest, 0.0, mask=some[:, None] & (rest < columns))
 
 
 def _skinny(x: Tensor, w: Tensor) -> Tensor:
@@ -268,10 +251,8 @@ def _gate_triton(
     gates = product.new_empty(tokens, experts) if experts else None
     slope = None if noise is None or gates is None else torch.empty_like(gates)
     totals = product.new_empty(programs, experts + 2) if experts and count is not False else None
-    source: tuple[Any, ...] = (noise, None, 0, 0)
-    if isinstance(noise, Tensor):
-        source = (noise.float().contiguous(), None, 0, 0)
-    elif noise is not None:
+    source: Any = (noise.float().contiguous() if isinstance(noise, Tensor) else None, None, 0, 0)
+    if noise is not None and source[0] is None:
         source = (None, noise.rows, noise.key, tokens // max(1, len(noise.rows)))
     results = h, s, gates, slope, totals, tokens, columns, scaling
     gate_fwd_kernel[(programs,)](product, *source, count if isinstance(count, Tensor) else None, *results, **settings)
@@ -286,11 +267,8 @@ def _gate_backward_triton(dh: Tensor, s: Tensor, gates: Any, slope: Any, scaling
     return ds, h
 
 
-# Either
-
-
 def down_gate(
-    x: Tensor, packed: Tensor, noise: Tensor | Stream | None, *, experts: int, rank: int, scaling: float,
+    x: Tensor, packed: Tensor, noise: Any, *, experts: int, rank: int, scaling: float,
     dropped: Tensor | None = None, count: Tensor | bool = False, impl: str,
 ) -> Gated:  # fmt: skip
     """From x [T, D] and P = `packed` [C, D] to h. `noise`: ε [T, N], in Triton also a stream; `dropped` [T, D]: what A
@@ -298,16 +276,14 @@ def down_gate(
     times, columns = _skinny if impl == "triton" else product, (experts + 1) * rank
     if impl == "torch":
         packed = packed[: columns + experts * (1 if noise is None else 2)]
-    if dropped is None:
-        both = times(x, packed)
-    else:
-        both = torch.cat((times(dropped, packed[:columns]), times(x, packed[columns:])), dim=-1)
+    both = times(x, packed if dropped is None else packed[columns:])
+    if dropped is not None:
+        both = torch.cat((times(dropped, packed[:columns]), both), dim=-1)
     if impl == "triton":
         return _gate_triton(both, noise, experts, rank, scaling, count, x.dtype)
     s, routes = both.tensor_split([columns], dim=-1)
     if experts == 0:
         return Gated(s * scaling, s, None, None)
-    assert noise is None or isinstance(noise, Tensor)
     gates, slope = expert_gate(routes, noise)
     return Gated(_scaled(s, gates, scaling), s, gates, slope, None if count is False else gate_totals(gates, count))
 

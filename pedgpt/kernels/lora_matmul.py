@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pedgpt.kernels._transforms import autocast_dtype, without_numbers
-from pedgpt.kernels._triton import by_triton
+from pedgpt.kernels._dispatch import autocast_dtype, by_triton, without_numbers
 from pedgpt.kernels.cpu.products import product, refuse_create_graph, sum_of_products
-from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, Stream, down_gate, down_gate_backward
+from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, down_gate, down_gate_backward
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, lora_B: Tensor, router: Any, router_noise: Any,
-    dropped: Any, P: Any, B: Any, noise: Any, count: Any, scaling: float, impl: str,
-) -> tuple[Tensor, Gated]:  # fmt: skip
-    if P is None or B is None:
+def _forward(*operands: Any) -> tuple[Tensor, Gated]:
+    x, weight, bias, lora_A, lora_B, router, router_noise, dropped, P, B, noise, count, scaling, impl = operands
+    if P is None:
         P, B = _pack(lora_A, lora_B, router, router_noise, x.dtype, impl)
     experts = 0 if router is None else len(router)
     sizes = {"experts": experts, "rank": len(lora_A) // (experts + 1)}
@@ -82,7 +79,7 @@ def _pack(
 
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *, scaling: float,
-    router: Tensor | None = None, router_noise: Tensor | None = None, noise: Tensor | Stream | None = None,
+    router: Tensor | None = None, router_noise: Tensor | None = None, noise: Any = None,
     dropped: Tensor | None = None, count: Tensor | bool = False, packed: tuple[Tensor, Tensor] | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
@@ -91,11 +88,12 @@ def lora_linear(
         y = x Wᵀ (+ b) + c ( B_u A_u x + Σ_j G(x)_j B_j A_j x ),  G(x) = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ))
 
     x [..., D], weight [O, D], bias [O]; lora_A [R, D] and lora_B [O, R], the universal expert's r rows first, then
-    those of each specific one; `router` W_g and `router_noise` W_n [N, D]; `noise` ε [..., N], or the stream that
-    gives it for x [B, T, D], None in evaluation; c = `scaling`. Without a router it is LoRA of rank R. `dropped`
-    [..., D] is what A reads instead of x: LoRA dropout, which costs a second copy of x and a product more. `count`
-    [...] (bool) or True asks for `totals`, sums in float64 over those tokens or over all: of the gates, of their
-    entropy, and the number of tokens. `packed`: (P, B) as `pack_adapters` makes them, used if in the products' dtype.
+    those of each specific one; `router` W_g and `router_noise` W_n [N, D]; `noise` ε [..., N], None in evaluation, or a
+    stream for x [B, T, D], which draws ε from its `key` and `rows` [B] or by `normal`; c = `scaling`. Without a router
+    it is LoRA of rank R. `dropped` [..., D] is what A reads instead of x: LoRA dropout, which costs a second copy of x
+    and a product more. `count` [...] (bool) or True asks for `totals`, sums in float64 over those tokens or over all:
+    of the gates, of their entropy, and the number of tokens. `packed`: (P, B) as `pack_adapters` makes them, used if in
+    the products' dtype.
 
     All parameters may have their own dtypes; products are made in the dtype of x, or in autocast's, gates in float32.
     Differentiable once, in all but `noise`; gates and totals carry no gradient. `impl`: "torch", "triton", or None
@@ -124,12 +122,12 @@ def lora_linear(
 
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, router: Tensor | None,
-    router_noise: Tensor | None, noise: Tensor | Stream | None, dropped: Tensor | None, count: Tensor | bool,
+    router_noise: Tensor | None, noise: Any, dropped: Tensor | None, count: Tensor | bool,
 ) -> None:  # fmt: skip
     if weight.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"weight must be [out, in] and x floating, found {list(weight.shape)} and {x.dtype}")
     (size_out, size_in), leading = weight.shape, x.shape[:-1]
-    columns, experts = lora_A.shape[0], 0 if router is None else router.shape[0]
+    columns, experts = len(lora_A), 0 if router is None else len(router)
     shapes = {
         "x": (x, (*leading, size_in)), "bias": (bias, (size_out,)), "dropped": (dropped, x.shape),
         "lora_A": (lora_A, (columns, size_in)), "lora_B": (lora_B, (size_out, columns)),

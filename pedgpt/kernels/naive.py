@@ -2,8 +2,8 @@
 
 Autograd differentiates these forms, so a compiler and torch.func can follow them. None is fast, and none saves memory.
 
-Letters: B batch, T query tokens, S key tokens, H heads, G key-value heads, K head_dim, D hidden, N tokens of all rows,
-V vocabulary.
+Letters: B batch, T query tokens, S key tokens, H heads, G key-value heads, K head_dim, D hidden, V vocabulary. Of the
+experts: D width of x, O width of y, N specific ones, r rank; the universal one comes first. Of the head: N all tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from pedgpt.kernels.attention import Layout
 
 SHORTEST = 1e-12  # the length below which a row of a normalised head counts as zeros
-
-
-# Attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -51,9 +48,6 @@ def bias(layout: Layout) -> Tensor:
     return layout.slopes[:, None, None] * distance[:, None]
 
 
-# Pointwise operators
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """w · x / √(mean(x²) + ε) over the last axis (Zhang & Sennrich 2019), in float32 up to the weight."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -69,9 +63,6 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up (Shazeer 2020)."""
     return F.silu(gate) * up
-
-
-# Experts. Letters: D width of x, O width of y, N specific experts, r rank; the universal expert comes first.
 
 
 def expert_gate(x: Tensor, router: Tensor, router_noise: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -95,9 +86,6 @@ def lora_linear(
         expert = x @ A.T @ B.T
         y = y + scaling * (expert if j == 0 else gates[..., j - 1, None] * expert)
     return y
-
-
-# The head
 
 
 def linear_logps(

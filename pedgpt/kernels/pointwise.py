@@ -15,15 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.kernels import naive
-from pedgpt.kernels._transforms import autocast_dtype, transformed, without_numbers
-from pedgpt.kernels._triton import by_triton, tl, triton
+from pedgpt.kernels._dispatch import autocast_dtype, by_triton, tl, transformed, triton, without_numbers
 from pedgpt.kernels.recompute import recomputable
 
 SMALL = 2**20  # numbers, for which one call of torch's operator is the fastest without gradients
 WIDEST = 8192  # Numbers of a row that fit into the registers of one program.
 PROGRAMS = 264  # Two for each multiprocessor of an H100 share the rows whose sum is the gradient of a norm's weight.
-
-# The torch forms
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -56,8 +53,6 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
         turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return found[0].to(q.dtype), found[1].to(k.dtype)
 
-
-# The Triton forms
 
 if triton is not None:
 
@@ -188,10 +183,9 @@ def _swiglu_triton(gate: Tensor, up: Tensor, dout: Tensor | None = None) -> Any:
     return found[0] if dout is None else found
 
 
-# For autograd. Under create_graph=True or torch.func a backward pass takes its gradients from the naive forms.
-
-
 class _RMSNorm(torch.autograd.Function):
+    """Under create_graph=True or torch.func its backward pass, and those below, differentiate the naive forms."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Any, weight: Tensor, eps: float, dtype: torch.dtype, form: Any) -> Any:
         y, total, scale = form(x, residual, weight, eps, dtype)
@@ -242,9 +236,6 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate), dout * silu, None
 
 
-# What the library calls
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str | None = None) -> Tensor:
     """w · x / √(mean(x²) + ε) over the last axis [..., D] (Zhang & Sennrich 2019); float32 until w multiplies it.
 
@@ -261,9 +252,7 @@ def add_rms_norm(
     if not (grad or autocast or x.is_cuda or impl) and x.dtype == weight.dtype == torch.float32 and x.numel() < SMALL:
         total = x if residual is None else x + residual  # One call gives the same bits faster, but takes more memory.
         return F.rms_norm(total, weight.shape, weight, eps), total
-    dtype = x.dtype
-    if autocast or weight.dtype != dtype:
-        dtype = autocast_dtype(x, torch.promote_types(dtype, weight.dtype))
+    dtype = autocast_dtype(x, torch.promote_types(x.dtype, weight.dtype))
     if transformed():
         total = x if residual is None else x + residual
         return naive.rms_norm(total, weight, eps).to(dtype), total
@@ -299,8 +288,6 @@ def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
         return recomputable(_SwiGLU.apply(gate, up, None), _swiglu_triton, gate, up)
     if not torch.is_grad_enabled():
         return F.silu(gate).mul_(up)
-    if gate.numel() < SMALL:
-        silu = recomputable(F.silu(gate), F.silu, gate)
-        return recomputable(silu * up, torch.mul, silu, up)
-    silu = recomputable(F.silu(gate.detach()), F.silu, gate)
-    return recomputable(_SwiGLU.apply(gate, up, silu), torch.mul, silu, up)
+    small = gate.numel() < SMALL
+    silu = recomputable(F.silu(gate if small else gate.detach()), F.silu, gate)
+    return recomputable(silu * up if small else _SwiGLU.apply(gate, up, silu), torch.mul, silu, up)

@@ -7,25 +7,21 @@ keep the result or a view of it for its backward pass, the graph keeps function 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pedgpt.kernels._transforms import transformed
+from pedgpt.kernels._dispatch import transformed
 
 CHECKPOINTING = ("none", "selective", "block")  # the values of the setting `activation_checkpointing`
 
 
-class _Scope(threading.local):
-    # By the address of a storage: the result in it, which keeps the address taken, its version, and how it is computed.
-    results: dict[int, tuple[Tensor, int, Callable[[], Tensor]]] | None = None
-
-
-_scope = _Scope()
+# By the address of a storage: the result in it, which keeps the address taken, its version, and how it is computed.
+_results: ContextVar[dict[int, tuple[Tensor, int, Callable[[], Tensor]]] | None] = ContextVar("results", default=None)
 
 
 @contextmanager
@@ -34,27 +30,27 @@ def selective(enabled: bool = True) -> Iterator[None]:
     if not enabled or transformed():
         yield
         return
-    outer, _scope.results = _scope.results, {}
+    outer = _results.set({})
     try:
         with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
-        _scope.results = outer
+        _results.reset(outer)
 
 
 def recomputable(result: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """The result, of which the operator says that it is function(*tensors), the same bits at any time."""
-    if _scope.results is not None:
+    if (results := _results.get()) is not None:
         packed = [_pack(tensor) for tensor in tensors]
         # The value is computed once, and lives until the last node of the graph that kept the function is done.
         compute = functools.cache(torch.no_grad()(lambda: function(*map(_unpack, packed))))
-        _scope.results[result.untyped_storage()._cdata] = result.detach(), result._version, compute
+        results[result.untyped_storage()._cdata] = result.detach(), result._version, compute
     return result
 
 
 # NOTE: these hooks are functions of the module, because torch.compile compiles again for every new pair of hooks.
 def _pack(tensor: Tensor) -> tuple[Any, ...]:
-    result, version, compute = (_scope.results or {}).get(tensor.untyped_storage()._cdata, (tensor, None, None))
+    result, version, compute = (_results.get() or {}).get(tensor.untyped_storage()._cdata, (tensor, None, None))
     if tensor._version == version and tensor.dtype == result.dtype:
         return compute, tensor.size(), tensor.stride(), tensor.storage_offset()
     # NOTE: detach, because a node that keeps its own output with its history would never be freed.

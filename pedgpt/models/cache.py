@@ -5,16 +5,15 @@ Letters: L layers, B batch, G key-value heads, T new tokens, S tokens held, K he
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.kernels.attention import Layout
-
-if TYPE_CHECKING:
-    from pedgpt.models.transformer import Transformer
 
 BUCKET = 256  # keys; a static cache reads a multiple of them
 
@@ -22,13 +21,13 @@ BUCKET = 256  # keys; a static cache reads a multiple of them
 class KVCache:
     """Keys and values [L, B, G, capacity, K], positions and document ids [B, capacity] of the tokens that were read.
 
-    `extend` is called once a forward pass, `append` once a layer; both return everything held so far. The memory is
-    taken once; only `reserve` takes more. `ids` are the tokens of a cache of one row, as far as `generate` read them.
-    Where `cursor` (int64 [1], on the device) is set, one token a row is written there, and the first `bucket` keys are
-    returned, of which no query sees those after it: nothing depends on `length`, so a CUDA graph can record it.
+    `extend` is called once a forward pass, `append` once a layer; both return everything held so far. Only `reserve`
+    takes more memory. `ids` are the tokens of a cache of one row, as far as `generate` read them. Where `cursor` (int64
+    [1], on the device) is set, one token a row is written there, and the first `bucket` keys are returned, of which no
+    query sees those after it: nothing depends on `length`, so a CUDA graph can record it.
     """
 
-    def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None:
+    def __init__(self, model: Any, batch_size: int, capacity: int) -> None:
         config, weight = model.config, model.model.embed_tokens.weight
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
@@ -40,28 +39,13 @@ class KVCache:
         self.ids: list[int] = []
         self.cursor: Tensor | None = None
 
-    def check_room(self, batch_size: int, count: int) -> None:
-        """Raise ValueError unless `count` more tokens of a batch of this size fit."""
-        end = self.length + count
-        if batch_size != len(self.positions) or end > self.capacity:
-            held = f"the cache holds {len(self.positions)} x {self.capacity} tokens"
-            raise ValueError(f"{held}; asked for a batch of {batch_size} up to token {end}")
-
-    def next_positions(self, count: int) -> Tensor:
-        """Positions [B, count] that follow the last one held."""
-        after = torch.arange(count, device=self.positions.device).expand(len(self.positions), -1)
-        return after + self.positions[:, self.length - 1 : self.length] + 1 if self.length else after
-
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens in all. What is held stays."""
-        if capacity <= self.capacity:
-            return
-        for name, axis in (("keys", 3), ("values", 3), ("positions", 1), ("documents", 1)):
-            held = getattr(self, name)
-            larger = held.new_empty(*held.shape[:axis], capacity, *held.shape[axis + 1 :])
-            larger.narrow(axis, 0, self.length).copy_(held.narrow(axis, 0, self.length))
-            setattr(self, name, larger)
-        self.capacity = capacity
+        if (more := capacity - self.capacity) > 0:
+            for name in ("keys", "values", "positions", "documents"):
+                held = getattr(self, name)
+                setattr(self, name, F.pad(held, (0, more) if held.ndim == 2 else (0, 0, 0, more)))
+            self.capacity = capacity
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -72,23 +56,28 @@ class KVCache:
 
     def share(self, prompt: Sequence[int]) -> int:
         """Forget what differs from `prompt`; returns how many of its tokens are held. The last one never is."""
-        common, longest = 0, min(len(self.ids), len(prompt) - 1)
-        while common < longest and self.ids[common] == prompt[common]:
-            common += 1
+        common = len(os.path.commonprefix([self.ids, list(prompt[:-1])]))  # which compares any two lists
         self.truncate(common)
         return common
 
-    def extend(self, positions: Tensor, documents: Tensor | None, slopes: Tensor | None = None) -> Layout:
-        """Make room for positions [B, T]; returns how they see all that is held. `slopes` are ALiBi's, by head."""
+    def extend(self, shape: torch.Size, positions: Any, documents: Tensor | None, slopes: Tensor | None) -> Layout:
+        """Make room for tokens [B, T]; returns who sees whom. Without positions they follow the last one held."""
+        (rows, count), most = shape, self.positions.shape
+        if rows != most[0] or self.length + count > most[1]:
+            asked = f"asked for a batch of {rows} up to token {self.length + count}"
+            raise ValueError(f"the cache holds {most[0]} x {most[1]} tokens; {asked}")
         if documents is None and self.isolated:
             raise ValueError("the cache holds document ids; pass `documents` for the new tokens too")
+        if positions is None:
+            positions = torch.arange(count, device=self.positions.device).expand(shape)
+            positions = positions + self.positions[:, self.length - 1 : self.length] + 1 if self.length else positions
         if self.cursor is None:
-            self.start, self.length = self.length, self.length + positions.shape[1]
+            self.start, self.length = self.length, self.length + count
         self.isolated = documents is not None
         places = self._write(self.positions, 1, positions)
-        held = self._write(self.documents, 1, torch.zeros_like(positions) if documents is None else documents)
+        ids = self._write(self.documents, 1, positions * 0 if documents is None else documents)
         first = self.start if self.cursor is None else self.cursor[0]
-        return Layout(positions, places, documents, held if self.isolated else None, slopes=slopes, first=first)
+        return Layout(positions, places, documents, ids if self.isolated else None, slopes=slopes, first=first)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values [B, G, T, K]; returns all [B, G, S, K]."""
@@ -103,7 +92,7 @@ class KVCache:
 
 
 class StaticStep:
-    """A step of decoding over tensors that stay where they are: `step(tokens, positions, documents)` [B, 1] → [B, V].
+    """A step of decoding over tensors that stay where they are: `step(tokens, positions[, documents])` [B, 1] → [B, V].
 
     On CUDA it is recorded as a graph and replayed, once for each number of keys that is read. Python then runs once a
     graph, so nothing in the step may depend on what it computes.
@@ -112,25 +101,24 @@ class StaticStep:
     def __init__(self, step: Callable[..., Tensor], cache: KVCache) -> None:
         self.step, self.cache, self.bucket = step, cache, 0
         self.cursor, self.records = cache.positions.new_zeros(1), cache.positions.is_cuda
-        self.inputs: list[Tensor | None] = []
+        self.inputs: list[Tensor] = []
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         cache = self.cache
-        self.inputs = self.inputs or [None if given is None else given.clone() for given in inputs]
+        self.inputs = self.inputs or [given.clone() for given in inputs]
         for mine, given in zip(self.inputs, inputs, strict=True):
-            if mine is not None and given is not None:
-                mine.copy_(given)
+            mine.copy_(given)
         self.cursor.fill_(cache.length)
         if cache.length >= self.bucket:  # A quarter more than is held, so that few graphs are recorded.
             self.bucket = min(-(-(5 * cache.length // 4 + 1) // BUCKET) * BUCKET, cache.capacity)
             for held in (cache.keys, cache.values):  # What is read before it is written may be anything but NaN.
                 held[:, :, :, cache.length : self.bucket] = 0
             self.graph = self._record() if self.records else None
-        if self.graph is None:
-            self.logits = self._run()
-        else:
+        if self.graph is not None:
             self.graph.replay()
+        else:
+            self.logits = self._run()
         cache.length += 1
         return self.logits
 

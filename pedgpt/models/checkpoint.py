@@ -79,9 +79,8 @@ def load_weights(
     if ids := [first + row for row in (lengths < SHORTEST).nonzero().flatten().tolist()]:
         named = f"{', '.join(map(str, ids[:5]))}{', …' * (len(ids) > 5)} ({len(ids)} in all)"
         warnings.warn(
-            f"{folder}: the rows of lm_head.weight for the tokens {named} are zeros. A normalised head gives such "
-            "tokens the logit 0 and cannot train them: right for padding. Fill the rows of new tokens first, with the "
-            "mean of the other rows for example",
+            f"{folder}: the rows of lm_head.weight for the tokens {named} are zeros. A normalised head gives them the "
+            "logit 0 and cannot train them. Fill those of new tokens, with the mean of the other rows for example",
             stacklevel=2,
         )
 

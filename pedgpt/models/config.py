@@ -72,8 +72,7 @@ class ModelConfig:
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
         """Read a checkpoint folder, a config.json, or its dictionary.
 
-        Raises ValueError that says what to change if the file is missing or broken, or if a feature of the checkpoint
-        would silently change its outputs if ignored (a sliding window that is used, unknown `rope_scaling`).
+        Raises ValueError, which says what to change, for a broken file and for a feature that may not be ignored.
         """
         if not isinstance(source, Mapping):
             path = Path(source, "config.json") if Path(source).is_dir() else Path(source)
@@ -90,23 +89,21 @@ class ModelConfig:
             _check(key, raw[key], "int")
         _refuse_features(raw)
         hidden, heads, size = raw["hidden_size"], raw["num_attention_heads"], raw.get("head_dim")
-        if size is None:
-            _require(hidden % heads == 0, f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        whole = size is not None or hidden % heads == 0
+        _require(whole, f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
         values: dict[str, Any] = {key: raw.get(key) or False for key in ("tie_word_embeddings", *family.biases)}
-        values |= {"attention_output_bias": values.get("attention_bias", False), **family.network}
+        values |= {"model_type": name, "attention_output_bias": values.get("attention_bias", False), **family.network}
         values |= {key: raw[key] for key in (*REQUIRED, "rms_norm_eps", "initializer_range") if key in raw}
         for key, told in family.by_size.items():
             values |= told.get(raw[key], {})
         values |= {name: raw[key] for name, key in OWN_KEYS.items() if raw.get(key) is not None}
         _require(not family.by_size or OWN_KEYS.keys() <= values.keys(), _UNKNOWN_SIZE.format_map(raw))
         return cls(
-            model_type=name,
             num_key_value_heads=heads if (groups := raw.get("num_key_value_heads")) is None else groups,
             head_dim=hidden // heads if size is None else size,
             max_position_embeddings=raw.get("max_position_embeddings") or raw.get("model_max_length") or 4096,
             extra={key: value for key, value in source.items() if key not in _READ_KEYS},
-            **values,
-            **_rope_settings(raw),
+            **values | _rope_settings(raw),
         )
 
     def to_hf(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pedgpt.files import read_object
 from pedgpt.kernels import linear
-from pedgpt.kernels.cpu.packed import PackedWeights
+from pedgpt.kernels.cpu.products import PackedWeights
 from pedgpt.models.cache import KVCache, StaticStep
 from pedgpt.models.transformer import Transformer
 
@@ -32,12 +32,10 @@ def generate_steps(
     `temperature` 0 is greedy; `top_k` and `top_p` restrict sampling; `repetition_penalty` > 1 divides (or multiplies,
     if negative) the logits of tokens already seen (Keskar et al. 2019); `seed` makes sampling repeatable. A row also
     ends once the text that `decode` (a tokenizer's) makes of its ids holds one of `stop_strings`, whose ids are kept:
-    the caller cuts the text. No decoded text holds a special token: give the ids of those that `stop_strings` name, the
-    tokenizer's `stop_ids(stop_strings)`, as `stop_tokens`. Prompts may differ in length. Call with the model in
-    evaluation mode. With a `cache` of one row, what it holds of a single prompt is not read again, and afterwards it
-    holds prompt and answer; it belongs to this model as it is. For 16 new tokens and more, a CPU with enough memory
-    copies the weights for the call into a layout that it reads faster, and a GPU records a graph. Raises ValueError for
-    an empty prompt, an id outside the vocabulary, a setting out of range, and logits that are not finite.
+    the caller cuts the text. No decoded text holds a special token: give the tokenizer's `stop_ids(stop_strings)` as
+    `stop_tokens` too. With a `cache` of one row, what it holds of a single prompt is not read again, and afterwards it
+    holds prompt and answer. The model is in evaluation mode. From 16 new tokens on, a CPU with enough memory lays out
+    the weights, and a GPU records a graph. ValueError: an empty prompt, a wrong setting, logits that are not finite.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop_strings, decode)
     if not prompts or max_new_tokens == 0:
@@ -60,9 +58,8 @@ def generate_steps(
     logits = next(reader)
     for count in range(1, max_new_tokens + 1):
         chosen, ids = _choose(logits, seen, running, repetition_penalty, temperature, top_k, top_p, generator)
-        step: list[int | None] = []
+        step = [token if goes_on else None for token, goes_on in zip(ids, running, strict=True)]
         for row, token in enumerate(ids):
-            step.append(token if running[row] else None)
             running[row] = running[row] and token not in stop_tokens
             if running[row] and stop_strings and decode:
                 ends[row] = [*ends[row][-reach:], token]
@@ -79,20 +76,15 @@ def _check(
     top_p: float | None, repetition_penalty: float, stop_strings: Sequence[str], decode: Any,
 ) -> None:  # fmt: skip
     """ValueError for an argument of `generate_steps` that nothing could be decoded with."""
-    least = f"0, for the most probable token, or at least {MIN_TEMPERATURE}"
+    warm = f"temperature must be 0, for the most probable token, or at least {MIN_TEMPERATURE}, found {temperature}"
+    texts = not isinstance(stop_strings, str) and all(stop_strings)
     for fits, expected in (
         (max_new_tokens >= 0, f"max_new_tokens must be at least 0, found {max_new_tokens}"),
-        (
-            temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf,
-            f"temperature must be {least}, found {temperature}",
-        ),
+        (temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf, warm),
         (top_k is None or top_k >= 1, f"top_k must be at least 1 or None, found {top_k}"),
         (top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1] or None, found {top_p}"),
         (0 < repetition_penalty < math.inf, f"{repetition_penalty=} must be finite and positive"),
-        (
-            not isinstance(stop_strings, str) and all(stop_strings),
-            f"{stop_strings=} must be a list of texts, none empty",
-        ),
+        (texts, f"{stop_strings=} must be a list of texts, none empty"),
         (not stop_strings or decode, "stop_strings needs decode, which makes text of ids: a tokenizer's decode"),
     ):
         if not fits:
@@ -116,7 +108,7 @@ def _read(
         prompts = [prompts[0][cache.share(prompts[0]) :]]
     width, device, head = max(map(len, prompts)), cache.keys.device, model.head_weight()
 
-    def step(tokens: Tensor, positions: Tensor, documents: Tensor | None) -> Tensor:
+    def step(tokens: Tensor, positions: Tensor, documents: Tensor | None = None) -> Tensor:
         hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
         return linear(hidden[:, -1], head)
 
@@ -129,14 +121,14 @@ def _read(
     logits = step(tokens, positions, documents)
     cache.ids += prompts[0] if single else []
     chosen = yield logits
-    positions, documents = positions[:, -1:], None if documents is None else documents[:, -1:]
+    positions, others = positions[:, -1:], [] if documents is None else [documents[:, -1:]]
     weights = [module.weight for module in model.model.modules() if isinstance(module, nn.Linear)]
     packed = PackedWeights([*weights, head] if for_many else [], len(prompts))
     advance = StaticStep(step, cache) if for_many and _recordable(model) else step
     while True:
         positions = positions + 1
         with packed:
-            logits = advance(chosen[:, None], positions, documents)
+            logits = advance(chosen[:, None], positions, *others)
         cache.ids += chosen.tolist() if single else []
         chosen = yield logits
 
@@ -146,10 +138,9 @@ def _recordable(model: Transformer) -> bool:
 
     NOTE: `gate_record` is an attribute of expert layers, set by `adapters.record_gates`, which models may not import.
     """
-    return model.model.embed_tokens.weight.is_cuda and not any(
-        m.training or m._forward_hooks or m._forward_pre_hooks or getattr(m, "gate_record", None)
-        for m in model.modules()
-    )
+    signs = ("training", "_forward_hooks", "_forward_pre_hooks", "gate_record")
+    watched = any(getattr(module, sign, None) for module in model.modules() for sign in signs)
+    return model.model.embed_tokens.weight.is_cuda and not watched
 
 
 def generate(
@@ -190,11 +181,8 @@ def generation_defaults(folder: str | Path) -> dict[str, Any]:
     ends = [] if given is None else given if isinstance(given, list) else [given]
     if not all(type(end) is int for end in ends):
         raise ValueError(f"{file}: eos_token_id is {given!r}; expected an id or a list of ids")
-    found = {
-        "stop_tokens": tuple(ends),
-        "temperature": 0.0,
-        "repetition_penalty": read("repetition_penalty", 1.0, 1e-9),
-    }
+    penalty = read("repetition_penalty", 1.0, 1e-9)
+    found = {"stop_tokens": tuple(ends), "temperature": 0.0, "repetition_penalty": penalty}
     if read("do_sample", False):
         found |= {"temperature": read("temperature", 1.0), "top_p": read("top_p", 1.0, 1e-9, 1)}
         found["top_k"] = read("top_k", 50) or None

@@ -16,10 +16,18 @@ from pedgpt.models.config import ModelConfig
 
 
 def rotary_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions [B, T], each [B, 1, T, K], computed in float32 and rounded to `dtype` at the end."""
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, positions.device)
+    """cos and sin for positions [B, T], each [B, 1, T, K], computed in float32 and rounded to `dtype` at the end.
+
+    YaRN multiplies both by 0.1 ln(factor) + 1 unless the checkpoint says otherwise.
+    """
+    scaling, factor = config.rope_scaling, 1.0
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
     angles = positions[:, None, :, None].float() * torch.cat((frequencies, frequencies))
-    factor = attention_factor(config.rope_scaling)
+    if scaling is not None and scaling["rope_type"] == "yarn":
+        growth = 0.1 * math.log(max(1, scaling["factor"]))
+        above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        factor = (above * growth + 1) / (below * growth + 1) if above and below else growth + 1
+        factor = scaling["attention_factor"] if scaling.get("attention_factor") is not None else factor
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
@@ -53,17 +61,6 @@ def rope_frequencies(
         index = torch.arange(head_dim // 2, device=device).float()
         divided = ((index - first) / (last - first if last != first else 0.001)).clamp(0, 1)
     return frequencies / scaling["factor"] * divided + frequencies * (1 - divided)
-
-
-def attention_factor(scaling: Mapping[str, Any] | None) -> float:
-    """The factor of cos and sin: with YaRN 0.1 ln(factor) + 1 unless the checkpoint says otherwise, else 1."""
-    if scaling is None or scaling["rope_type"] != "yarn":
-        return 1.0
-    if (given := scaling.get("attention_factor")) is not None:
-        return given
-    growth = 0.1 * math.log(max(1, scaling["factor"]))
-    above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    return (above * growth + 1) / (below * growth + 1) if above and below else growth + 1
 
 
 def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:

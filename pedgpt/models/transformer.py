@@ -10,14 +10,13 @@ Letters: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pedgpt.kernels import Layout, Linear, add_rms_norm, attention, linear, rms_norm, rotary, swiglu, unit_rows
+from pedgpt.kernels import Layout, Linear, add_rms_norm, attention, linear, rotary, swiglu, unit_rows
 from pedgpt.kernels.recompute import CHECKPOINTING, selective
 from pedgpt.models.cache import KVCache
 from pedgpt.models.config import ModelConfig
@@ -36,9 +35,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """The norm of x; given `residual`, the norm of x + residual and that sum."""
-        if residual is not None:
-            return add_rms_norm(x, residual, self.weight, self.eps)
-        return rms_norm(x, self.weight, self.eps)
+        normed, total = add_rms_norm(x, residual, self.weight, self.eps)
+        return normed if residual is None else (normed, total)
 
 
 class Attention(nn.Module):
@@ -99,8 +97,7 @@ class Block(nn.Module):
         if type(norm) is RMSNorm and not norm._forward_hooks and not norm._forward_pre_hooks:
             normed, x = norm(attended, x)
         else:  # A module of another kind takes one tensor, and so do hooks.
-            x = x + attended
-            normed = norm(x)
+            normed = norm(x := x + attended)
         return x + self.mlp(normed)
 
 
@@ -135,32 +132,24 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_parameters()
 
-    @property
-    def activation_checkpointing(self) -> str:
-        return self._checkpointing
-
-    @activation_checkpointing.setter
-    def activation_checkpointing(self, how: str) -> None:
-        if how not in CHECKPOINTING:
-            raise ValueError(f'activation_checkpointing must be "none", "selective" or "block", found {how!r}')
-        self._checkpointing = how
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation_checkpointing" and value not in CHECKPOINTING:
+            raise ValueError(f'{name} must be "none", "selective" or "block", found {value!r}')
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """Normal(0, initializer_range) for matrices, zeros for biases, ones for norms."""
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
 
     def forward(self, tokens: Tensor, **arguments: Any) -> Tensor:
         """Logits [B, T, V] in the model's dtype; arguments as in `hidden_states`."""
-        hidden = self.hidden_states(tokens, **arguments)
-        if self.config.normalize_head and not torch.is_grad_enabled():
-            return torch.cat([linear(hidden, rows) for rows in self._normalized_rows()], dim=-1)
-        return linear(hidden, self.head_weight())
+        return linear(self.hidden_states(tokens, **arguments), self.head_weight())
 
     def hidden_states(
         self, tokens: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None,
@@ -171,13 +160,13 @@ class Transformer(nn.Module):
         `documents` [B, T]: tokens attend only within equal integers, and positions restart where the integer changes.
         `branches` [B, T] makes each document (without `documents`, each row) a tree: its trunk, marked 0, comes first
         and is seen by all that follows it; then any number of branches, each one run of its own integer, which see the
-        trunk and themselves. The positions of each go on from the trunk's.
-        `positions` [B, T] overrides the positions so derived. With `cache`, `tokens` continue what the cache holds.
-        Raises ValueError for another shape, a batch that differs from the cache's, or `branches` with a `cache`.
+        trunk and themselves. The positions of each go on from the trunk's. `positions` [B, T] overrides what is so
+        derived. With `cache`, `tokens` continue what it holds. Raises ValueError for another shape, a batch that
+        differs from the cache's, or `branches` with a `cache`.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have the shape [batch, tokens], found {list(tokens.shape)}")
-        for name, value in (("positions", positions), ("documents", documents), ("branches", branches)):
+        for name, value in {"positions": positions, "documents": documents, "branches": branches}.items():
             if value is not None and value.shape != tokens.shape:
                 raise ValueError(f"{name} has the shape {list(value.shape)}, tokens have {list(tokens.shape)}")
         alibi = self.config.positions == "alibi"
@@ -185,14 +174,12 @@ class Transformer(nn.Module):
         if cache is None:
             positions = document_positions(tokens, documents, branches) if positions is None else positions
             layout = Layout(positions, positions, documents, documents, branches, slopes)
+        elif branches is not None:
+            raise ValueError("a cache holds no branches; continue each branch as a row of its own")
         else:
-            if branches is not None:
-                raise ValueError("a cache holds no branches; continue each branch as a row of its own")
-            cache.check_room(*tokens.shape)
-            positions = cache.next_positions(tokens.shape[1]) if positions is None else positions
-            layout = cache.extend(positions, documents, slopes)
+            layout = cache.extend(tokens.shape, positions, documents, slopes)
         hidden = self.model.embed_tokens(tokens)
-        tables = None if alibi else rotary_tables(self.config, positions, hidden.dtype)
+        tables = None if alibi else rotary_tables(self.config, layout.positions, hidden.dtype)
         how = self.activation_checkpointing if torch.is_grad_enabled() and cache is None else "none"
         for i, block in enumerate(self.model.layers):
             if how == "block":
@@ -203,10 +190,7 @@ class Transformer(nn.Module):
         return self.model.norm(hidden)
 
     def head_weight(self) -> Tensor:
-        """The output matrix [V, D] as it multiplies: for NormHead, rows of unit length, normalised in float32."""
-        return torch.cat(list(self._normalized_rows())) if self.config.normalize_head else self.lm_head.weight
-
-    def _normalized_rows(self) -> Iterator[Tensor]:
-        """NormHead's matrix in slices: the float32 copy of Baichuan2's whole head would be 2 GB."""
-        for rows in self.lm_head.weight.split(8192):
-            yield unit_rows(rows.float()).to(rows.dtype)
+        """The output matrix [V, D] as it multiplies. NormHead's rows get unit length, in float32 slices to save memory."""
+        if not self.config.normalize_head:
+            return self.lm_head.weight
+        return torch.cat([unit_rows(rows.float()).to(rows.dtype) for rows in self.lm_head.weight.split(8192)])

@@ -69,17 +69,11 @@ class Weights:
                 handle = _BinReader(file) if file.suffix == ".bin" else safe_open(file, "pt")
                 self._file, self._handle, self._read = file, handle, 0
             yield self._handle
-        except _Refused as error:
-            raise ValueError(f"{file}: {error}") from None
         except pickle.UnpicklingError:
             raise ValueError(f"{file}: holds more than weights, or is damaged; only safe files are read") from None
         except Exception as error:  # a damaged pickle raises whatever its instructions now do
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{file}: cannot be read as weights, the file may be truncated ({reason})") from None
-
-
-class _Refused(Exception):
-    """What is wrong with a file that can be read."""
+            known = "" if type(error) is ValueError else f"cannot be read, may be truncated: {type(error).__name__}: "
+            raise ValueError(f"{file}: {known}{error}") from None
 
 
 class _BinReader(dict[str, Tensor]):
@@ -95,36 +89,36 @@ class _BinReader(dict[str, Tensor]):
         size = file.stat().st_size
         with zipfile.ZipFile(file) as archive:
             if any(info.compress_type or info.file_size > size for info in archive.infolist()):
-                raise _Refused("its parts are compressed, or larger than the file")
+                raise ValueError("its parts are compressed, or larger than the file")
         _check_pickle(torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))  # zipfile might find another one
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-            raise _Refused(f"expected a dictionary of tensors, found {type(state).__name__}")
+            raise ValueError(f"expected a dictionary of tensors, found {type(state).__name__}")
         for key, tensor in state.items():
             dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
             if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 repeats one number
-                raise _Refused(f"{key} is no dense tensor of the file's own numbers, but a {type(tensor).__name__}")
+                raise ValueError(f"{key} is no dense tensor of the file's own numbers, but a {type(tensor).__name__}")
         claimed = sum(tensor.nbytes for tensor in state.values())
         if claimed > 2 * size:  # a tied head is stored once; no more than that is shared
-            raise _Refused(f"its tensors share their bytes; {claimed} are claimed, more than the file holds")
+            raise ValueError(f"its tensors share their bytes; {claimed} are claimed, more than the file holds")
         super().__init__({key: tensor.detach() for key, tensor in state.items()})
 
 
 def _check_pickle(content: bytes) -> None:
     """UnpicklingError for instructions that no dictionary of tensors needs."""
     source: dict[str, str] = {}  # slot of the memo -> the instruction whose result it holds
-    previous, tuples, reused = "", 0, 0
+    previous, foreign, tuples, reused = "", 0, 0, 0
     for opcode, argument, _ in pickletools.genops(content):
         name, value = opcode.name, str(argument)
-        if name == "GLOBAL" and not _PLAIN_GLOBALS.fullmatch(value):
-            raise pickle.UnpicklingError(value)
+        foreign += name == "GLOBAL" and not _PLAIN_GLOBALS.fullmatch(value)
         if name in ("BINPUT", "LONG_BINPUT"):
             source[value] = previous
         tuples += name.startswith("TUPLE")
         reused += name in ("BINGET", "LONG_BINGET") and source.get(value) not in ("GLOBAL", "BINUNICODE", "REDUCE")
         previous = name
-    if tuples > 2**15 or reused > 2**4:  # a tensor takes five, a tie one; deep nesting takes as many as it has levels
-        raise pickle.UnpicklingError("deeply nested")
+    # A tensor takes five tuples, a tie one reuse; deep nesting takes as many as it has levels.
+    if foreign or tuples > 2**15 or reused > 2**4:
+        raise pickle.UnpicklingError
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pedgpt.adapters import ExpertLoRALinear, LoRALinear, set_noise_rows
 from pedgpt.kernels import expert_gate, linear, lora_linear, naive
-from pedgpt.kernels._triton import by_triton
+from pedgpt.kernels._dispatch import by_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(expert_gate.triton is None, reason="needs Triton")
@@ -669,7 +669,7 @@ def test_triton_where_it_cannot_be_had_is_refused(monkeypatch):
     double = {name: value.double() for name, value in fits().items() if value is not None}
     with pytest.raises(ValueError, match=r"no float64, found torch.float64"):
         ours("triton")(**double, dropped=None, scaling=1.0)
-    monkeypatch.setattr("pedgpt.kernels._triton.triton", None)
+    monkeypatch.setattr("pedgpt.kernels._dispatch.triton", None)
     with pytest.raises(ValueError, match="found no Triton"):
         ours("triton")(**fits(), scaling=1.0)
     ours(None)(**fits(), scaling=1.0)

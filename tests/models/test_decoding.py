@@ -11,8 +11,8 @@ from torch import nn
 
 from pedgpt.adapters import ExpertLoRALinear, adapters_disabled, inject_experts, inject_lora, record_gates
 from pedgpt.kernels import linear, lora_linear
-from pedgpt.kernels.cpu import packed
-from pedgpt.kernels.cpu.packed import PackedWeights
+from pedgpt.kernels.cpu import products as packed
+from pedgpt.kernels.cpu.products import PackedWeights
 from pedgpt.models import generate, generate_steps, generation
 from pedgpt.models.cache import KVCache
 

@@ -7,17 +7,14 @@ Called once for whole rows with a mask, the kernel would compute all T² scores;
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pedgpt.kernels._transforms import without_numbers
+from pedgpt.kernels._dispatch import without_numbers
 from pedgpt.kernels.cpu.products import refuse_create_graph
-
-if TYPE_CHECKING:
-    from pedgpt.kernels.attention import Layout
 
 SHORTEST = 384  # Rows of fewer tokens go to one call with a mask, because splitting them gains no time.
 LONGEST = 512  # torch's kernel skips keys only in blocks of 512, so longer documents skip some without halves.
@@ -26,7 +23,7 @@ _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None) -> Tensor | None:
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Tensor | None:
     """`kernels.attention`, or None: too few tokens, shapes that differ, no documents, or a document in two pieces."""
     rows, heads, tokens, size = q.shape
     fits = all((len(x), *x.shape[2:]) == (rows, tokens, size) for x in (k, v)) and heads % k.shape[1] == 0
@@ -34,16 +31,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None) -> Tensor 
         return None
     if layout is None:
         return _attention(q, k, v)
-    documents: list[tuple[int, Tensor | None]] = [] if layout.documents is None else layout.once(_documents, q.dtype)
-    if not documents:
+    if layout.documents is None or not (documents := layout.once(_documents, q.dtype)):
         return None
     # Join the rows into one row, [1, H, B T, K], and cut it into documents.
-    lengths = [length for length, _ in documents]
+    lengths, masks = zip(*documents, strict=True)
     parts = (x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2).split(lengths, dim=2) for x in (q, k, v))
-    found = [
-        _attention(q_part, k_part, v_part, mask).transpose(1, 2)
-        for q_part, k_part, v_part, (_, mask) in zip(*parts, documents, strict=True)
-    ]
+    found = [_attention(*part).transpose(1, 2) for part in zip(*parts, masks, strict=True)]
     return torch.cat(found, dim=1).view(rows, tokens, heads, size).transpose(1, 2)
 
 
@@ -57,10 +50,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> T
     return _Halves.apply(q, k, v)
 
 
-def _documents(layout: Layout, dtype: torch.dtype) -> list[tuple[int, Tensor | None]]:
+def _documents(layout: Any, dtype: torch.dtype) -> list[tuple[int, Tensor | None]]:
     """(length, mask or None) of every document, row by row; an empty list if a document comes back after another."""
     found: list[tuple[int, Tensor | None]] = []
-    for row, ids in enumerate(layout.documents if layout.documents is not None else ()):
+    for row, ids in enumerate(layout.documents):
         # Tensors without numbers have no ids to compare, so each row counts as one document.
         starts = [] if without_numbers() else ((ids[1:] != ids[:-1]).nonzero()[:, 0] + 1).tolist()
         if starts and len(ids.unique()) <= len(starts):

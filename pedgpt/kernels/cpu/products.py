@@ -1,9 +1,12 @@
-"""Linear layers whose float32 products on the CPU are oneDNN's where it is the faster library.
+"""Products on the CPU by oneDNN: in float32 where it is the faster library, and from weights in its blocked layout.
 
-torch uses MKL for these products. Which library is faster depends on the processor and on the transposed operand
+torch uses MKL for products in float32. Which library is faster depends on the processor and on the transposed operand
 (`python benchmarks/bench_operators.py`). So the first use of each kind of product measures both, in a new thread that
 neither a compiler nor autograd sees. The libraries round differently: a run that must repeat its bits saves the result
 of `settle()` and passes it to `use`. PEDGPT_CPU=always (oneDNN) or =never in the environment skips the measurement.
+
+Decoding reads weights more than it computes. The layout lets a processor read them in order, which makes products of a
+few rows up to twice as fast (`bench_generate.py`).
 """
 
 from __future__ import annotations
@@ -12,15 +15,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pedgpt.kernels._transforms import transformed, without_numbers
-from pedgpt.kernels.cpu.packed import packed_product
+from pedgpt.files import available_memory
+from pedgpt.kernels._dispatch import transformed, without_numbers
 
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _multiply: Any = torch.ops.mkldnn._linear_pointwise.default if AVAILABLE else None
@@ -28,6 +31,10 @@ KINDS = ("x W^T", "dy W")  # dyᵀ x is missing: torch computes it, because oneD
 GAIN, ROUNDS = 1.1, 8  # oneDNN's fastest round must take 1/1.1 of the time of torch's; the first does not count.
 # torch computes products of fewer multiplications, or of fewer rows, for which it does not pay to rearrange a weight.
 FEWEST, FEWEST_ROWS = 2**26, 8
+MAX_ROWS = 64  # With more rows, arithmetic bounds the products and the layout gains little.
+LEAST = 2**17  # numbers of a weight, because for fewer the call costs what the layout gains
+CACHED = 2**22  # numbers; fewer in all weights stay in the processor's cache, and one row gains nothing from the layout
+_ACTIVE = threading.local()  # `copies` of the weights: by address and shape, each with its weight
 
 
 class Linear(nn.Linear):
@@ -42,10 +49,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (found := packed_product(x, weight, bias)) is not None:
         return found
     trains, fits = torch.is_grad_enabled(), bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1])
-    if not fits or not _suits(x, weight) or torch.is_autocast_enabled("cpu"):
+    fits = fits and _suits(x, weight) and not torch.is_autocast_enabled("cpu")
+    if not fits or not any(map(prefer, KINDS if trains else KINDS[:1])):
         return F.linear(x, weight, bias)  # It raises the error if shapes or dtypes do not fit.
-    if not any(map(prefer, KINDS if trains else KINDS[:1])):
-        return F.linear(x, weight, bias)
     multiply = _Linear.apply if trains else _onednn
     return multiply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
@@ -83,11 +89,8 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         multiply = linear if torch.is_grad_enabled() else product  # create_graph=True needs one with a derivative
-        return (
-            multiply(dy, weight.t()) if needs_x else None,
-            dy.t() @ x if needs_weight else None,
-            dy.sum(0) if needs_bias else None,
-        )
+        dx = multiply(dy, weight.t()) if needs_x else None
+        return dx, dy.t() @ x if needs_weight else None, dy.sum(0) if needs_bias else None
 
 
 def refuse_create_graph(operator: str) -> None:
@@ -114,8 +117,6 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _multiply(x.contiguous(), weight, None if bias is None else bias.contiguous(), "none", [], "")
 
 
-# Which of the two libraries multiplies
-
 _decided: dict[str, bool] = {}
 _lock = threading.Lock()
 
@@ -124,11 +125,10 @@ def prefer(kind: str) -> bool:
     """Whether oneDNN computes this kind of product: False under a compiler or torch.func, True for fake tensors."""
     if transformed() or without_numbers():
         return not transformed()
-    if kind not in _decided:
-        with _lock:  # Several threads of autograd may ask at once.
-            if kind not in _decided:
-                _decided[kind] = AVAILABLE and (_measured(kind) if (fixed := _fixed()) is None else fixed)
-    return _decided[kind]
+    with _lock:  # Several threads of autograd may ask at once.
+        if kind not in _decided:
+            _decided[kind] = AVAILABLE and (_measured(kind) if (fixed := _fixed()) is None else fixed)
+        return _decided[kind]
 
 
 def settle() -> dict[str, bool]:
@@ -184,3 +184,53 @@ def _forms(kind: str) -> tuple[Callable[[], object], Callable[[], object]]:
     x, weight = torch.full((128, 512), 0.5, dtype=torch.float32), torch.full((3072, 512), 0.5, dtype=torch.float32)
     weight = weight if kind == KINDS[0] else weight.t().contiguous().t()
     return (lambda: _onednn(x, weight)), (lambda: x @ weight.t())
+
+
+class PackedWeights:
+    """Copies of matrices [O, D] in the blocked layout, which products of `rows` rows read within a `with` block.
+
+    There are none of small weights, for more than 64 rows, for one row of a small model, and where they would take more
+    than half of the free memory.
+    """
+
+    def __init__(self, weights: Iterable[Tensor], rows: int) -> None:
+        chosen = {(weight.data_ptr(), weight.shape): weight for weight in weights if _pays(weight, rows)}
+        fit = 2 * sum(weight.nbytes for weight in chosen.values()) <= (available_memory() or 0)
+        fit = fit and (rows > 1 or sum(weight.numel() for weight in chosen.values()) >= CACHED)
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        # A weight is kept beside its copy, so that no other tensor gets its address.
+        self.copies = {key: (w, reorder(w.detach(), rows)) for key, w in chosen.items() if fit}
+
+    def __enter__(self) -> None:
+        self.before, _ACTIVE.copies = getattr(_ACTIVE, "copies", {}), self.copies
+
+    def __exit__(self, *_: object) -> None:
+        _ACTIVE.copies = self.before
+
+
+def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor | None:
+    """x Wᵀ (+ b), or y + x Wᵀ `onto` y, by a copy that is active in this thread; None if there is none of W."""
+    copies = None if transformed() else getattr(_ACTIVE, "copies", None)
+    if not copies or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    _, copy = copies.get((weight.data_ptr(), weight.shape), (None, None))
+    fits = x.dtype == weight.dtype and x.shape[-1] == weight.shape[-1] and weight.is_contiguous()
+    fits = fits and (bias is None or (bias.dtype == x.dtype and len(bias) == len(weight)))
+    if copy is None or not fits or x.numel() > MAX_ROWS * x.shape[-1]:
+        return None
+    if onto is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, onto, copy, None, "add")
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "none", [], "")
+
+
+def _pays(weight: Tensor, rows: int) -> bool:
+    """Whether oneDNN multiplies it from the layout on this processor."""
+    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or not weight.is_contiguous():
+        return False
+    known = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bfloat16())
+    return known and rows <= MAX_ROWS and weight.numel() >= LEAST and torch.backends.mkldnn.is_available()
+
+
+def multiplies_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
