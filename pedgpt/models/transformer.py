@@ -190,7 +190,7 @@ class Transformer(nn.Module):
         return self.model.norm(hidden)
 
     def head_weight(self) -> Tensor:
-        """The output matrix [V, D] as it multiplies. NormHead's rows get unit length, in float32 slices to save memory."""
+        """The output matrix [V, D] as it multiplies. NormHead's rows get unit length, in slices to save memory."""
         if not self.config.normalize_head:
             return self.lm_head.weight
         return torch.cat([unit_rows(rows.float()).to(rows.dtype) for rows in self.lm_head.weight.split(8192)])
