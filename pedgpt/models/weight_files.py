@@ -72,8 +72,8 @@ class Weights:
         except pickle.UnpicklingError:
             raise ValueError(f"{file}: holds more than weights, or is damaged; only safe files are read") from None
         except Exception as error:  # a damaged pickle raises whatever its instructions now do
-            known = "" if type(error) is ValueError else f"cannot be read, may be truncated: {type(error).__name__}: "
-            raise ValueError(f"{file}: {known}{error}") from None
+            damaged = "" if type(error) is ValueError else "cannot be read as weights, the file may be truncated: "
+            raise ValueError(f"{file}: {damaged}{error}") from None
 
 
 class _BinReader(dict[str, Tensor]):
