@@ -16,9 +16,8 @@ from pathlib import Path
 
 from pedgpt.files import nearest
 
-PACKAGE = Path(__file__).parent
 # A wheel has the recipes inside of the package, and a clone has them beside it.
-RECIPES = next(folder for folder in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if folder.is_dir())
+RECIPES = next(folder for base in Path(__file__).parents[:2] if (folder := base / "recipes").is_dir())
 
 
 def main(arguments: list[str]) -> None:
@@ -26,8 +25,7 @@ def main(arguments: list[str]) -> None:
     recipes = {file.stem: file for file in sorted(RECIPES.glob("*.py"))}
     command, rest = (arguments or ["--help"])[0], arguments[1:]
     if command in ("-h", "--help"):
-        print(__doc__)
-        print("Recipes:")
+        print(f"{__doc__}\nRecipes:")
         for name, file in recipes.items():
             print(f"  {name:20} {summary(file)}")
     elif command == "copy":

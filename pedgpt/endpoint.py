@@ -306,9 +306,9 @@ class Endpoint:
         self._reserved += tokens
 
     def _pause(self, seconds: float) -> None:
-        """Wait; EndpointFailure as soon as nothing is sent any more."""
+        """Wait; EndpointFailure once nothing is sent any more. NOTE: 0 must not wait, which gives the lock away."""
         with self._turn:
-            if self._turn.wait_for(lambda: self._reason, seconds):
+            if self._reason or (seconds and self._turn.wait_for(lambda: self._reason, seconds)):
                 raise EndpointFailure(self._reason)
 
     async def _in_time(self, key: str, body: bytes) -> tuple[int, float, bytes]:
@@ -399,12 +399,14 @@ class Endpoint:
             with self._turn:
                 return self._database.execute(statement, values).fetchone()
         except sqlite3.Error as error:
+            with suppress(sqlite3.Error):
+                self._database.rollback()  # otherwise other threads could begin no transaction
             raise ValueError(f"{self.cache}: the cache cannot be used ({error})") from None
 
     def _shown(self, text: str) -> str:
         """The start of what a server says, on one line, without the key and without what a terminal would obey."""
-        text = "".join(char if char.isprintable() else " " for char in text[:20_000])
-        text = self._secret.sub("***", " ".join(text.split()))
+        text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+        text = self._secret.sub("***", text[:20_000])  # the cut comes after blanks shrink, so no part of a key is shown
         return text if len(text) <= 300 else text[:300] + "…"
 
     def _message(self, data: bytes) -> str:
