@@ -1,41 +1,70 @@
-"""Answers of a model to held-out conversations, beside what should have been said."""
+"""Questions, the answers of one system to them, and the JSONL file that holds both; all comparisons read such files."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pedgpt.data.chat import ChatFormat
 from pedgpt.data.examples import encode_prompt
 from pedgpt.data.records import Conversation, Message
+from pedgpt.files import atomic_write
 from pedgpt.models.generation import generate
 from pedgpt.models.transformer import Transformer
 
 T = TypeVar("T")
+KEYS = ("history", "question", "task", "reference", "answer", "reasoning", "question_set")  # of a row, at least
+SAME = ("question_set", "model", "adapter", "weights", "seed", "decoding")  # equal in all rows of a file
 
 
 @dataclass(frozen=True)
-class Item:
-    """One assistant turn to be written: the true conversation before it, and the true answer."""
+class Question:
+    """One assistant turn to be written: the true conversation before it, the true answer if it is known, the task."""
 
     history: tuple[Message, ...]
-    reference: str
+    reference: str = ""
+    task: str = ""
+
+    @property
+    def text(self) -> str:
+        """What the user asks last."""
+        return self.history[-1].content
 
 
-def items(conversations: Sequence[Conversation], limit: int) -> list[Item]:
+@dataclass(frozen=True)
+class Answers:
+    """What one system answered to a set of questions, in their order; `about` holds the values of `SAME`."""
+
+    name: str
+    questions: list[Question]
+    answers: list[Message]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def tasks(self) -> dict[str, list[int]]:
+        """The numbers of the questions of each task, from 0."""
+        found: dict[str, list[int]] = {}
+        for number, question in enumerate(self.questions):
+            found.setdefault(question.task, []).append(number)
+        return found
+
+
+def questions_of(conversations: Iterable[Conversation], limit: int | None = None) -> list[Question]:
     """Every assistant turn of every conversation, thinned evenly to at most `limit`.
 
     An answer without a letter or digit ("...") cannot be scored by words and is left out.
     """
     found = [
-        Item(conversation.messages[:i], message.content)
+        Question(conversation.messages[:i], message.content, conversation.task)
         for conversation in conversations
         for i, message in enumerate(conversation.messages)
         if message.role == "assistant" and any(map(str.isalnum, message.content))
     ]
-    return thin(found, limit)
+    return found if limit is None else thin(found, limit)
 
 
 def thin(rows: Sequence[T], limit: int) -> list[T]:
@@ -44,40 +73,120 @@ def thin(rows: Sequence[T], limit: int) -> list[T]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
+def set_hash(questions: Iterable[Question]) -> str:
+    """A short name of a set of questions: equal for equal questions in equal order."""
+    told = [
+        [[(message.role, message.content) for message in question.history], question.reference, question.task]
+        for question in questions
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
 def answer(
     model: Transformer,
     chat: ChatFormat,
-    questions: Sequence[Item],
+    questions: Sequence[Question],
     *,
     max_new_tokens: int,
     max_thinking_tokens: int = 0,
     batch_size: int = 32,
-) -> list[str]:
-    """The model's greedy answers, in order; prompts of like length are decoded together.
+    seed: int = 0,
+    done: Container[int] = (),
+    **sampling: Any,
+) -> Iterator[dict[int, Message]]:
+    """The model's answers by the number of their question, a batch at a time, without the batches that are `done`.
 
-    Reasoning is not part of an answer. Where the format asks for reasoning, the model may write `max_thinking_tokens`
-    more, as far as its window reaches, and the answer after it is cut to `max_new_tokens`. Reasoning that does not end
-    gives an empty answer.
+    Prompts of like length are decoded together, greedily unless `sampling` says otherwise. Reasoning is not part of an
+    answer. Where the format asks for reasoning, the model may write `max_thinking_tokens` more, as far as its window
+    reaches, and the answer after it is cut to `max_new_tokens`. Reasoning that does not end gives an empty answer.
     """
     prompts = [encode_prompt(question.history, chat) for question in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
     unfinished = 0
+    sampling["stop_tokens"] = {*chat.stop_tokens, *sampling.get("stop_tokens", ())}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
+        if all(i in done for i in chosen):
+            continue
         window = model.config.max_position_embeddings - len(prompts[chosen[-1]])  # of the longest prompt
         room = max(max_new_tokens, min(max_new_tokens + max_thinking_tokens, window)) if chat.thinks else max_new_tokens
-        outputs = generate(model, [prompts[i] for i in chosen], max_new_tokens=room, stop_tokens=chat.stop_tokens)
+        outputs = generate(model, [prompts[i] for i in chosen], max_new_tokens=room, seed=seed + start, **sampling)
+        found = {}
         for i, ids in zip(chosen, outputs, strict=True):
-            message = chat.read_answer(chat.tokenizer.decode(ids))
-            answers[i] = message.content
-            unfinished += bool(message.reasoning and not message.content)
+            said = chat.read_answer(chat.tokenizer.decode(ids))
+            unfinished += bool(said.reasoning and not said.content)
+            content = said.content
             if room > max_new_tokens:
-                cut = chat.tokenizer.encode(answers[i])[:max_new_tokens]
-                answers[i] = chat.tokenizer.decode(cut).strip()
+                content = chat.tokenizer.decode(chat.tokenizer.encode(content)[:max_new_tokens]).strip()
+            found[i] = Message("assistant", content, reasoning=said.reasoning)
+        yield found
     if unfinished:
         more = "raise max_thinking_tokens" if chat.thinks else "set enable_thinking, which gives it max_thinking_tokens"
         warnings.warn(
-            f"{unfinished} of {len(answers)} answers are empty: their reasoning did not end; {more}", stacklevel=2
+            f"{unfinished} of {len(prompts)} answers are empty: their reasoning did not end; {more}", stacklevel=2
         )
-    return answers
+
+
+def as_row(question: Question, answer: Message, about: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:
+    """A line of a file of answers; `number` counts from 1 to `count`."""
+    history = [{"role": message.role, "content": message.content} for message in question.history[:-1]]
+    told = {"history": history, "question": question.text, "task": question.task, "reference": question.reference}
+    return {"number": number, "of": count, **told, "answer": answer.content, "reasoning": answer.reasoning, **about}
+
+
+def write_answers(path: str | Path, found: Answers) -> None:
+    """Write all answers at once, so that the file is whole or not there."""
+    about = {**found.about, "question_set": set_hash(found.questions)}
+    pairs = zip(found.questions, found.answers, strict=True)
+    with atomic_write(path) as file:
+        for number, (question, said) in enumerate(pairs, 1):
+            file.write(json.dumps(as_row(question, said, about, number, len(found.questions)), ensure_ascii=False))
+            file.write("\n")
+
+
+def read_answers(path: str | Path) -> Answers:
+    """Read a file of answers, also one that another program wrote with the same keys.
+
+    Raises ValueError naming the line that is no answer, is of another set or system than the first, or is missing.
+    """
+    path = Path(path)
+    questions, answers, about = [], [], dict[str, Any]()
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as a file of answers ({error})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            history = [Message(said["role"], said["content"]) for said in row["history"]]
+            texts = [row[key] for key in KEYS[1:]]
+            if not all(isinstance(text, str) for text in (*texts, *(said.content for said in history))):
+                raise ValueError("a text is no string")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            reason = f"lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}:{number}: not an answer ({reason}); expected the keys {', '.join(KEYS)}") from None
+        found = {key: row.get(key) for key in SAME}
+        about = about or found
+        differing = [key for key in SAME if about[key] != found[key]]
+        if differing or row.get("number", number) != number:
+            what = f"another {differing[0]} than line 1" if differing else f"number {row['number']}, expected {number}"
+            raise ValueError(f"{path}:{number}: is of {what}; a file holds one system's answers to one set, in order")
+        questions.append(Question((*history, Message("user", row["question"])), row["reference"], row["task"]))
+        answers.append(Message("assistant", row["answer"], reasoning=row["reasoning"]))
+    if not lines or (count := row.get("of", len(lines))) != len(lines):
+        missing = f"{len(lines)} of {count} answers" if lines else "no answers"
+        raise ValueError(f"{path}: holds {missing}; run answer.py to its end")
+    return Answers(path.stem, questions, answers, about)
+
+
+def read_systems(paths: Sequence[str | Path]) -> list[Answers]:
+    """Files of answers of several systems to the same questions; ValueError for other questions or equal names."""
+    systems = [read_answers(path) for path in paths]
+    for path, system in zip(paths, systems, strict=True):
+        if system.questions != systems[0].questions:
+            raise ValueError(f"{path}: answers other questions than {paths[0]}; compare answers to one set")
+    names = [system.name for system in systems]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two files are named {name}.jsonl, which names the system; rename one")
+    return systems
