@@ -7,19 +7,16 @@ edit a line and bring back earlier ones, which are kept only in memory, because 
 How to sample is read from the model's generation_config.json where no setting says otherwise.
 """
 
-import os
 import re
 import select
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-import torch
-
-from pedgpt.adapters import adapter_base, check_base, load_adapter, pack_adapters
-from pedgpt.data import FormatSettings, Message, StreamDecoder, encode_prompt, load_tokenizer, taught_folder
+from pedgpt.data import Message, StreamDecoder, encode_prompt
+from pedgpt.evaluation.system import SystemSettings
 from pedgpt.files import nearest, printable
-from pedgpt.models import KVCache, generate_steps, generation_defaults, load_model, weights_fingerprint
+from pedgpt.models import KVCache, generate_steps, generation_defaults
 from pedgpt.training import run_recipe, start
 
 DISCLAIMER = "仅供研究演示，不能代替医生。For research only; no substitute for a doctor."
@@ -32,11 +29,7 @@ COMMANDS = {
 
 
 @dataclass(kw_only=True)
-class Config(FormatSettings):
-    model: str = ""  # folder of the model; empty: the one that the adapter was trained on
-    adapter: str = ""  # folder of an adapter to attach
-    any_base: bool = False  # use the adapter although it was trained on another model
-    uniform_routing: bool = False  # equal gates where an adapter of the published code lacks its routers
+class Config(SystemSettings):
     system: str = ""  # system text
     temperature: float | None = None  # 0 is greedy
     top_k: int | None = None  # sample among this many most probable tokens; 0: all
@@ -46,36 +39,16 @@ class Config(FormatSettings):
     max_thinking_tokens: int = 1024  # additional tokens for the reasoning of a thinking model
     stop_strings: list[str] = field(default_factory=list)  # texts that end an answer, beside the format's own tokens
     seed: int = 0  # of the sampling
-    dtype: str = "float32"  # of the weights: float32 or bfloat16
-    device: str = "auto"  # auto, cpu or cuda
 
 
 def main(config: Config) -> None:
-    if config.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f'dtype must be "float32" or "bfloat16", found {config.dtype!r}')
-    if not config.model:
-        if not config.adapter:
-            raise ValueError("give --model, or --adapter with the model that it names")
-        config.model = adapter_base(config.adapter)
-        if not os.path.isdir(config.model):
-            raise ValueError(f"{config.adapter}: was trained on {config.model}, which is not there; give its --model")
-    if config.adapter and not config.any_base:
-        check_base(config.adapter, config.model, weights_fingerprint(config.model))
-    taught = taught_folder(config.model, config.adapter)
-    sampling = {"max_new_tokens": 256, **generation_defaults(config.model), **generation_defaults(taught)}
+    chat = config.load_chat()
+    sampling = {"max_new_tokens": 256, **generation_defaults(config.model), **generation_defaults(config.taught)}
     for name in ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens"):
         if (value := getattr(config, name)) is not None:
             sampling[name] = value
     sampling["top_k"] = sampling.get("top_k") or None
-    device = start(config.device).device
-    tokenizer = load_tokenizer(taught)
-    chat = config.format(tokenizer)
-    model = load_model(config.model, dtype=getattr(torch, config.dtype), device=device)
-    tokenizer.check_fits(model.config.vocab_size, config.model)
-    if config.adapter:
-        load_adapter(model, config.adapter, uniform_routing=config.uniform_routing)
-        pack_adapters(model)
-    model.eval()
+    model = config.load_model(start(config.device).device)
     sampling["stop_tokens"] = {*chat.stop_tokens, *sampling.get("stop_tokens", ())}
     limit = sampling["max_new_tokens"] + (config.max_thinking_tokens if chat.thinks else 0)
 
@@ -121,7 +94,7 @@ def main(config: Config) -> None:
         print("助手> ", end="", flush=True)
         sampling["max_new_tokens"] = min(limit, room)
         steps = generate_steps(model, [prompt], seed=config.seed, cache=cache, **sampling)
-        written = stream(steps, StreamDecoder(tokenizer, config.stop_strings), sampling["stop_tokens"])
+        written = stream(steps, StreamDecoder(chat.tokenizer, config.stop_strings), sampling["stop_tokens"])
         answer = chat.read_answer(written)
         if answer.content or not answer.reasoning:
             history.append(answer)

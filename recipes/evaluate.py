@@ -18,23 +18,22 @@ import torch
 
 from pedgpt import adapters, data
 from pedgpt.data.tasks import TASKS
-from pedgpt.evaluation.generation_metrics import generation_scores, signature
-from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
-from pedgpt.evaluation.responses import answer, items, thin
+from pedgpt.evaluation.generation_metrics import score_answers, signature
+from pedgpt.evaluation.likelihood import document_losses, mean_perplexity, pair_logps, perplexity, preference_scores
+from pedgpt.evaluation.responses import Answers, answer, questions_of, thin, write_answers
+from pedgpt.evaluation.run import intervals_of
+from pedgpt.evaluation.system import SystemSettings
 from pedgpt.files import write_json
-from pedgpt.models import ModelConfig, load_model, weights_fingerprint
+from pedgpt.models import ModelConfig, load_model
 from pedgpt.training import run_recipe, start
 
 
 @dataclass(kw_only=True)
-class Config(data.FormatSettings):
+class Config(SystemSettings):
     lock_beside: ClassVar[bool] = True
-    model: str  # folder of the model
     heldout: str  # folder of held-out data
     output: str = ""  # JSON file for the results; empty: print only
-    adapter: str = ""  # folder of an adapter to attach
-    any_base: bool = False  # use the adapter although it was trained on another model
-    uniform_routing: bool = False  # equal gates where an adapter of the published code lacks its routers
+    answers: str = ""  # JSONL file for the generated answers, which judge.py and doctors.py compare; empty: none
     reference: str = ""  # folder of the model that DFPO started from, for reward accuracy
     limit: int = 60  # answers to generate a task
     text_limit: int = 300  # documents of each text to measure perplexity on
@@ -44,13 +43,9 @@ class Config(data.FormatSettings):
     batch_size: int = 8  # rows per scoring pass
     generation_batch_size: int = 32  # answers decoded together
     columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
-    dtype: str = "float32"  # of the weights: float32 or bfloat16
-    device: str = "auto"  # auto, cpu or cuda
 
 
 def main(config: Config) -> None:
-    if config.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f'dtype must be "float32" or "bfloat16", found {config.dtype!r}')
     if min(config.batch_size, config.generation_batch_size, config.limit, config.text_limit) < 1:
         raise ValueError("batch_size, generation_batch_size, limit and text_limit must be at least 1")
     scored_with = signature()  # fails at once without the packages
@@ -58,42 +53,33 @@ def main(config: Config) -> None:
     heldout = Path(config.heldout)
     if not heldout.is_dir():
         raise ValueError(f"--heldout {heldout}: no such folder")
-    if config.adapter and not config.any_base:
-        adapters.check_base(config.adapter, config.model, weights_fingerprint(config.model))
+    chat = config.load_chat()
     device = start(config.device).device
-    tokenizer = data.load_tokenizer(data.taught_folder(config.model, config.adapter))
     for folder in filter(None, (config.model, config.reference)):
         sizes = ModelConfig.from_hf(folder)
-        tokenizer.check_fits(sizes.vocab_size, folder)
+        chat.tokenizer.check_fits(sizes.vocab_size, folder)
         config.row_length = config.row_length or min(1024, sizes.max_position_embeddings)
         sizes.check_length(config.row_length)
-    chat = config.format(tokenizer)
     summary = data.ReadSummary()
     tasks, task_rows, rows, pairs = read_heldout(heldout, config, chat, summary)
     if not (any(tasks.values()) or any(rows.values()) or pairs):
         raise ValueError(f"--heldout {heldout}: nothing to evaluate on; expected tasks/, text/ or preferences/")
 
-    # The reference first, so that two models are never in memory together.
-    def load(folder):
-        return load_model(folder, dtype=getattr(torch, config.dtype), device=device)
+    reference_logps = None
+    if config.reference:  # first, so that two models are never in memory together
+        reference = load_model(config.reference, dtype=getattr(torch, config.dtype), device=device)
+        reference_logps = pair_logps(reference, pairs, config.batch_size)
+        del reference
+    model = config.load_model(device)
 
-    reference_logps = pair_logps(load(config.reference), pairs, config.batch_size) if config.reference else None
-    model = load(config.model)
-    if config.adapter:
-        adapters.load_adapter(model, config.adapter, uniform_routing=config.uniform_routing)
-        adapters.pack_adapters(model)
-    model.eval()
-
-    scores, samples, gates, entropy = {}, [], {}, {}
-    room = {"max_new_tokens": config.max_new_tokens, "max_thinking_tokens": config.max_thinking_tokens}
-    for name, conversations in tasks.items():
-        if questions := items(conversations, config.limit):
-            answers = answer(model, chat, questions, **room, batch_size=config.generation_batch_size)
-            scores[name] = {"rows": len(questions), **generation_scores([q.reference for q in questions], answers)}
-            for question, text in list(zip(questions, answers, strict=True))[:: max(1, len(questions) // 3)][:3]:
-                asked = {"task": name, "question": question.history[-1].content}
-                samples.append({**asked, "reference": question.reference, "answer": text})
-    perplexities = {name: perplexity(model, packed, config.batch_size) for name, packed in rows.items() if packed}
+    said = answer_tasks(model, chat, tasks, config)
+    scores = score_answers(said)
+    losses = {name: document_losses(model, packed, config.batch_size) for name, packed in rows.items() if packed}
+    values = {
+        "tasks": {task: found.pop("values") for task, found in scores.items()},
+        "perplexity": {name: found.tolist() for name, found in losses.items()},
+    }
+    gates, entropy = {}, {}
     if any(isinstance(layer, adapters.ExpertLoRALinear) for layer in model.modules()):
         for name, packed in task_rows.items():
             if packed:
@@ -102,26 +88,63 @@ def main(config: Config) -> None:
     if pairs:
         found = preference_scores(pair_logps(model, pairs, config.batch_size), pairs, reference_logps)
         preference = dataclasses.asdict(found)
-
+        values["preference"] = preference.pop("values")
+    for task, found in values["tasks"].items():
+        scores[task] |= {name: math.fsum(column) / len(column) for name, column in found.items()}
+    about = {"model": config.model, "adapter": config.adapter or None}
     results = {
-        "model": config.model,
-        "adapter": config.adapter or None,
+        **about,
         "signature": scored_with,
         "template_date": chat.today or None,
         "seconds": time.perf_counter() - began,
         "tasks": scores,
-        "perplexity": perplexities,
+        "perplexity": {name: float(mean_perplexity(found.numpy())) for name, found in losses.items()},
         "tokens": {name: sum(len(row.tokens) for row in packed) for name, packed in rows.items()},
         "preference": preference,
+        "intervals": intervals_of(values),
         "gates": gates or None,
         "gate_entropy": entropy or None,
         "skipped": len(summary.skipped),
-        "samples": samples,
+        "samples": samples(said),
+        "values": values,
     }
     print_table(results)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output), results)
+    if config.answers:
+        Path(config.answers).parent.mkdir(parents=True, exist_ok=True)
+        write_answers(config.answers, said)
+
+
+def answer_tasks(model, chat, tasks, config: Config) -> Answers:
+    """The answers to at most `limit` questions of each task."""
+    room = {"max_new_tokens": config.max_new_tokens, "max_thinking_tokens": config.max_thinking_tokens}
+    questions, answers = [], []
+    for task, conversations in tasks.items():
+        asked = [dataclasses.replace(one, task=task) for one in questions_of(conversations, config.limit)]
+        found = {}
+        for batch in answer(model, chat, asked, **room, batch_size=config.generation_batch_size):
+            found |= batch
+        questions += asked
+        answers += [found[i] for i in range(len(asked))]
+    about = {
+        "model": config.model,
+        "adapter": config.adapter or None,
+        "seed": 0,
+        "decoding": {**room, "temperature": 0},
+    }
+    return Answers(Path(config.answers).stem, questions, answers, about)
+
+
+def samples(said: Answers) -> list[dict]:
+    """Three questions of each task, with the answers."""
+    return [
+        {"task": task, "question": said.questions[i].text, "reference": said.questions[i].reference}
+        | {"answer": said.answers[i].content}
+        for task, numbers in said.tasks().items()
+        for i in numbers[:: max(1, len(numbers) // 3)][:3]
+    ]
 
 
 def read_heldout(heldout: Path, config: Config, chat, summary):
@@ -169,15 +192,20 @@ def expert_weights(model, rows) -> tuple[list[float], float]:
 def print_table(results: dict) -> None:
     print(f"{results['model']}{' + ' + results['adapter'] if results['adapter'] else ''}")
     columns = ("rouge-1", "rouge-2", "rouge-l", "bleu-1", "bleu-4", "gleu", "distinct-1", "distinct-2")
-    print(f"  {'task':12}{'rows':>6}" + "".join(f"{name:>12}" for name in columns))
+    print(f"  {'task':12}{'rows':>6}{'empty':>6}" + "".join(f"{name:>13}" for name in columns))
+    limits = results["intervals"]
     for name, scores in results["tasks"].items():
-        print(f"  {name:12}{scores['rows']:>6}" + "".join(f"{scores[column]:>12.2f}" for column in columns))
+        print(f"  {name:12}{scores['rows']:>6}{scores['empty']:>6}" + "".join(f"{scores[c]:>13.2f}" for c in columns))
+        ends = (limits["tasks"][name][column] for column in columns)
+        print(f"  {'95 % from to':24}" + "".join(f"{f'{low:.1f} {high:.1f}':>13}" for low, high in ends))
     print(f"  {results['signature']}")
-    print("  perplexity: " + ", ".join(f"{name} {value:.2f}" for name, value in results["perplexity"].items()))
+    for name, value in results["perplexity"].items():
+        print(f"  perplexity of {name}: {value:.2f}, 95 % {limits['perplexity'][name][0]:.2f}", end=" ")
+        print(f"to {limits['perplexity'][name][1]:.2f}")
     if preference := results["preference"]:
-        found = {name.replace("_", " "): value for name, value in preference.items() if value is not None}
-        shown = [f"{name} {value:.3f}" for name, value in found.items() if name != "pairs"]
-        print(f"  preference on {preference['pairs']} pairs: {', '.join(shown)}")
+        print(f"  preference on {preference['pairs']} pairs:")
+        for name, (low, high) in limits["preference"].items():
+            print(f"    {name.replace('_', ' ')} {preference[name]:.3f}, 95 % {low:.3f} to {high:.3f}")
     for name, weights in (results["gates"] or {}).items():
         shown, most = " ".join(f"{weight:.3f}" for weight in weights), math.log(len(weights))
         print(f"  expert weights on {name}: {shown}, entropy {results['gate_entropy'][name]:.3f} of at most {most:.3f}")

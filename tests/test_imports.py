@@ -15,7 +15,7 @@ ALLOWED = {
     "losses": {"kernels"},
     "corpus": {"data", "endpoint"},
     "training": set(),
-    "evaluation": {"models", "data", "kernels", "endpoint"},
+    "evaluation": {"models", "adapters", "data", "kernels", "endpoint"},
     "files": set(),
     "endpoint": {"ordered"},
     "ordered": set(),

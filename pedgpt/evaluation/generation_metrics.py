@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from types import SimpleNamespace
+from typing import Any
+
+from pedgpt.evaluation.responses import Answers, set_hash
 
 METRICS = (
     "rouge-1", "rouge-2", "rouge-l", "bleu-1", "bleu-2", "bleu-3", "bleu-4", "gleu", "distinct-1", "distinct-2",
@@ -19,7 +22,14 @@ BLEU_WEIGHTS = {1: (1.0,), 2: (0.5, 0.5), 3: (0.33, 0.33, 0.33), 4: (0.25, 0.25,
 
 
 def generation_scores(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1/2/L F, BLEU-1..4, GLEU and Distinct-1/2, per response, then averaged, × 100 (SPEC §9).
+    """The means of `answer_scores` over all responses."""
+    rows = answer_scores(references, hypotheses)
+    # fsum: the same figure to the last bit, whatever the order of the rows.
+    return {name: math.fsum(values) / len(values) for name, values in rows.items()}
+
+
+def answer_scores(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, list[float]]:
+    """ROUGE-1/2/L F, BLEU-1..4, GLEU and Distinct-1/2 of each response, × 100 (SPEC §9).
 
     Words are `list(jieba.cut(text))`, white space included. An empty hypothesis scores 0 everywhere; so does
     Distinct-2 of a single word. An answer of fewer than n words can't reach BLEU-n = 100, even if it equals its
@@ -37,8 +47,21 @@ def generation_scores(references: Sequence[str], hypotheses: Sequence[str]) -> d
             raise ValueError(f"reference {index} has no words ({reference!r}): drop the row or fill in its reference")
     tools = _import_tools()
     rows = [_score_row(tools, *pair) for pair in zip(references, hypotheses, strict=True)]
-    # fsum: the same figure to the last bit, whatever the order of the rows.
-    return {name: 100 * math.fsum(row[name] for row in rows) / len(rows) for name in METRICS}
+    return {name: [100 * row[name] for row in rows] for name in METRICS}
+
+
+def score_answers(found: Answers) -> dict[str, dict[str, Any]]:
+    """By task: the questions ("rows"), the empty answers, and the `METRICS` of each answer that has a reference."""
+    scores: dict[str, dict[str, Any]] = {}
+    for task, numbers in found.tasks().items():
+        known = [i for i in numbers if _has_rouge_words(found.questions[i].reference)]
+        if known:
+            texts = [found.answers[i].content for i in known]
+            values = answer_scores([found.questions[i].reference for i in known], texts)
+            empty = sum(not text.strip() for text in texts)
+            asked = set_hash(found.questions[i] for i in known)
+            scores[task] = {"rows": len(known), "empty": empty, "question_set": asked, "values": values}
+    return scores
 
 
 def signature() -> str:

@@ -1,31 +1,83 @@
-"""Held-out likelihood: perplexity of text and answers, and which answer of a pair a model prefers."""
+"""Likelihood: perplexity of text and answers, the answer of a pair and the option of a question a model prefers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pedgpt.data.packing import Batch, Row, collate
+from pedgpt.data.chat import IGNORE_INDEX, ChatFormat
+from pedgpt.data.examples import Messages, encode_answers
+from pedgpt.data.packing import Batch, Row, collate, padded
 from pedgpt.data.preference import EncodedPair, PreferenceBatch, collate_pairs
+from pedgpt.data.records import Message
 from pedgpt.kernels import linear_token_logps
 from pedgpt.models.transformer import Transformer
 
 
-def perplexity(model: Transformer, rows: Sequence[Row], batch_size: int = 8) -> float:
-    """exp of the mean negative log-likelihood per supervised token; ValueError if there is no such token."""
-    total, count = 0.0, 0
+def document_losses(model: Transformer, rows: Sequence[Row], batch_size: int = 8) -> Tensor:
+    """Of each document in packed rows, the summed negative log-likelihood and the supervised tokens, [documents, 2]."""
+    found = [torch.zeros(0, 2, dtype=torch.float64)]
     for start in range(0, len(rows), batch_size):
         chunk = rows[start : start + batch_size]
         batch = collate(chunk, range(len(chunk)))
-        total -= _token_logps(model, batch).double().sum().item()
-        count += batch.weight
-    if not count:
+        documents = batch.documents - batch.documents.min()  # the padding's too
+        count = int(documents.max()) + 1
+        numbers = documents + count * torch.arange(len(chunk))[:, None]
+        losses = torch.stack([-_token_logps(model, batch).cpu().double(), (batch.labels != IGNORE_INDEX).double()], -1)
+        sums = torch.zeros(count * len(chunk), 2, dtype=torch.float64)
+        sums.index_add_(0, numbers.flatten(), losses.flatten(0, 1))
+        found.append(sums[sums[:, 1] > 0])
+    return torch.cat(found)
+
+
+def perplexity(model: Transformer, rows: Sequence[Row], batch_size: int = 8) -> float:
+    """exp of the mean negative log-likelihood per supervised token; ValueError if there is no such token."""
+    return mean_perplexity(document_losses(model, rows, batch_size).numpy())
+
+
+def mean_perplexity(losses: Any) -> Any:
+    """The perplexity from `document_losses` [..., documents, 2]."""
+    totals = losses.sum(-2)
+    if not (totals[..., 1] > 0).all():
         raise ValueError("perplexity needs at least one supervised token")
-    return math.exp(total / count)
+    return np.exp(totals[..., 0] / totals[..., 1])
+
+
+def option_logps(
+    model: Transformer, chat: ChatFormat, questions: Sequence[tuple[Messages, Sequence[str]]], batch_size: int = 8
+) -> list[list[float]]:
+    """log p(option | history) of each option of each question, in nats, over the option's own tokens.
+
+    A question is computed once, and its options stand after it as branches that do not see each other.
+    """
+    found: list[list[float]] = []
+    for start in range(0, len(questions), batch_size):
+        rows, branches = [], []
+        chunk = questions[start : start + batch_size]
+        for history, options in chunk:
+            examples = encode_answers(history, [Message("assistant", text) for text in options], True, chat)
+            # The last token before an option predicts its first one, so each branch begins with that token.
+            shared = next(i for i, label in enumerate(examples[0].labels) if label != IGNORE_INDEX)
+            row, branch = Row(examples[0].tokens[:shared], [IGNORE_INDEX] * shared, []), [0] * shared
+            for number, one in enumerate(examples, 1):
+                labels = [IGNORE_INDEX if label in chat.stop_tokens else label for label in one.labels[shared:]]
+                row.tokens.extend(one.tokens[shared:])
+                row.labels.extend(labels)
+                branch += [number] * len(labels)
+            rows.append(Row(row.tokens, row.labels, [0] * len(branch)))
+            branches.append(branch)
+        batch = collate(rows, range(len(rows)))
+        tree = padded(branches, batch.tokens.shape[1], 0)
+        logps = _token_logps(model, batch, tree).cpu().double()
+        for number, (_, options) in enumerate(chunk):
+            sums = torch.zeros(len(options) + 1, dtype=torch.float64).index_add_(0, tree[number], logps[number])
+            found.append(sums[1:].tolist())
+    return found
 
 
 def pair_logps(model: Transformer, pairs: Sequence[EncodedPair], batch_size: int = 8) -> Tensor:
@@ -51,6 +103,7 @@ class PreferenceScores:
     reward_accuracy: float | None  # chosen gained more on the reference than rejected did (DPO's implicit reward)
     chosen_logp_per_token: float
     rejected_logp_per_token: float
+    values: dict[str, list[float]]  # each of these figures is the mean of its values, one for each pair
 
 
 def preference_scores(logps: Tensor, pairs: Sequence[EncodedPair], reference_logps: Tensor | None) -> PreferenceScores:
@@ -58,26 +111,26 @@ def preference_scores(logps: Tensor, pairs: Sequence[EncodedPair], reference_log
     if not pairs:
         raise ValueError("preference scores need at least one pair")
     counts = torch.tensor([[pair.chosen.supervised, pair.rejected.supervised] for pair in pairs])
-    per_token = logps / counts
-    rewarded = None
+    chosen, rejected = (logps / counts).T
+    values = {"likelihood_accuracy": chosen > rejected, "chosen_logp_per_token": chosen}
+    values["rejected_logp_per_token"] = rejected
     if reference_logps is not None:
         gains = logps - reference_logps
-        rewarded = (gains[:, 0] > gains[:, 1]).float().mean().item()
+        values["reward_accuracy"] = gains[:, 0] > gains[:, 1]
+    means: dict[str, Any] = {name: value.float().mean().item() for name, value in values.items()}
     return PreferenceScores(
-        pairs=len(pairs),
-        likelihood_accuracy=(per_token[:, 0] > per_token[:, 1]).float().mean().item(),
-        reward_accuracy=rewarded,
-        chosen_logp_per_token=per_token[:, 0].mean().item(),
-        rejected_logp_per_token=per_token[:, 1].mean().item(),
-    )
+        pairs=len(pairs), **{"reward_accuracy": None, **means},
+        values={name: value.float().tolist() for name, value in values.items()},
+    )  # fmt: skip
 
 
 @torch.no_grad()
-def _token_logps(model: Transformer, batch: Batch) -> Tensor:
+def _token_logps(model: Transformer, batch: Batch, branches: Tensor | None = None) -> Tensor:
     """log p(label) [B, T], 0 where there is no label, on the model's device."""
     head = model.lm_head.weight
     batch = batch.to(head.device)
-    branches = batch.branches if isinstance(batch, PreferenceBatch) else None
+    branches = batch.branches if isinstance(batch, PreferenceBatch) else branches
+    branches = branches if branches is None else branches.to(head.device)
     hidden = model.hidden_states(batch.tokens, documents=batch.documents, branches=branches)
     normalize = model.config.normalize_head
     logps = linear_token_logps(hidden.flatten(0, 1), head, batch.labels.flatten(), normalize=normalize).logps

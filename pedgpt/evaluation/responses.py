@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pedgpt.data.chat import ChatFormat
 from pedgpt.data.examples import encode_prompt
 from pedgpt.data.records import Conversation, Message
-from pedgpt.files import atomic_write
+from pedgpt.files import write_text
 from pedgpt.models.generation import generate
 from pedgpt.models.transformer import Transformer
 
@@ -137,11 +137,10 @@ def as_row(question: Question, answer: Message, about: Mapping[str, Any], number
 def write_answers(path: str | Path, found: Answers) -> None:
     """Write all answers at once, so that the file is whole or not there."""
     about = {**found.about, "question_set": set_hash(found.questions)}
-    pairs = zip(found.questions, found.answers, strict=True)
-    with atomic_write(path) as file:
-        for number, (question, said) in enumerate(pairs, 1):
-            file.write(json.dumps(as_row(question, said, about, number, len(found.questions)), ensure_ascii=False))
-            file.write("\n")
+    count = len(found.questions)
+    pairs = enumerate(zip(found.questions, found.answers, strict=True), 1)
+    rows = [as_row(question, said, about, number, count) for number, (question, said) in pairs]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_answers(path: str | Path) -> Answers:
@@ -164,7 +163,9 @@ def read_answers(path: str | Path) -> Answers:
                 raise ValueError("a text is no string")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}:{number}: not an answer ({reason}); expected the keys {', '.join(KEYS)}") from None
+            raise ValueError(
+                f"{path}:{number}: not an answer ({reason}); expected the keys {', '.join(KEYS)}"
+            ) from None
         found = {key: row.get(key) for key in SAME}
         about = about or found
         differing = [key for key in SAME if about[key] != found[key]]
@@ -177,6 +178,27 @@ def read_answers(path: str | Path) -> Answers:
         missing = f"{len(lines)} of {count} answers" if lines else "no answers"
         raise ValueError(f"{path}: holds {missing}; run answer.py to its end")
     return Answers(path.stem, questions, answers, about)
+
+
+def read_part(path: Path, questions: Sequence[Question], about: Mapping[str, Any]) -> dict[int, Message]:
+    """The answers, by number from 0, that a stopped run left in `path`, which then holds only whole lines.
+
+    Raises ValueError if they are of another system or set.
+    """
+    found: dict[int, Message] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else ():
+        try:
+            row = json.loads(line)
+            said = Message("assistant", row["answer"], reasoning=row["reasoning"])
+            differing = [key for key in SAME if row.get(key) != about.get(key)]
+        except (ValueError, TypeError, KeyError):
+            continue  # it was being written
+        if differing:
+            raise ValueError(f"{path}: holds answers with another {differing[0]}; delete it, or give another --output")
+        found[row["number"] - 1] = said
+    rows = [as_row(questions[i], said, about, i + 1, len(questions)) for i, said in found.items()]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return found
 
 
 def read_systems(paths: Sequence[str | Path]) -> list[Answers]:

@@ -2,16 +2,21 @@
 
 <run>/<stage>/metrics.jsonl      training, one JSON object per logged step
 <run>/evaluation/<stage>.json    "tasks", "perplexity", "preference", "gates", "gate_entropy", "samples", "seconds", …
+                                 "values" of single questions, documents and pairs, and the "intervals" made of them
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from pedgpt.evaluation.agreement import LIMITS, Array, bootstrap, paired_difference, resampled_means
 
 STAGE_LABELS = {
     "base": "untrained base",
@@ -29,6 +34,8 @@ SHAPES: dict[str, tuple[type, Any]] = {
     "gates": (dict, list),
     "gate_entropy": (dict, float | int | None),
     "samples": (list, dict),
+    "values": (dict, dict),
+    "intervals": (dict, dict),
 }
 
 
@@ -51,6 +58,20 @@ class Stage:
             value = value.get(key) if isinstance(value, dict) else None
         return value if _is_number(value) else None
 
+    def interval(self, *keys: str) -> tuple[float, float] | None:
+        """The 95 % interval of the number under these keys, None if there is none."""
+        value: Any = self.evaluation["intervals"]
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return (value[0], value[1]) if isinstance(value, list) and len(value) == 2 else None
+
+    def values(self, *keys: str) -> Array | None:
+        """What that number was computed from, question by question, None if it was not kept."""
+        value: Any = self.evaluation["values"]
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return np.array(value) if isinstance(value, list) and value else None
+
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of a training metric, where it was logged and finite."""
         return split(
@@ -68,9 +89,48 @@ class Run:
     def number(self, stage: str, *keys: str) -> float | None:
         return self.stages[stage].number(*keys) if stage in self.stages else None
 
+    def difference(self, before: str, after: str, *keys: str) -> tuple[float, float, float] | None:
+        """(after − before, low, high) on the same questions, with a paired 95 % interval; None where that is unknown.
+
+        Of perplexities it is the quotient.
+        """
+        if not {before, after} <= self.stages.keys():
+            return None
+        stages = self.stages[before], self.stages[after]
+        old, new = (stage.values(*keys) for stage in stages)
+        asked = [stage.evaluation["tasks"].get(keys[1], {}).get("question_set") for stage in stages]
+        if old is None or new is None or old.shape != new.shape or asked[0] != asked[1]:
+            return None
+        if keys[0] != "perplexity":
+            return paired_difference(new, old)
+        draws = resampled_means(np.stack([old, new], 1))
+        whole = np.stack([old.mean(0), new.mean(0)])
+        losses = np.concatenate([whole[None], draws])
+        logs = losses[..., 0] / losses[..., 1]  # [1 + draws, (before, after)]
+        ratios = np.exp(logs[:, 1] - logs[:, 0])
+        low, high = np.quantile(ratios[1:], LIMITS).tolist()
+        return float(ratios[0]), low, high
+
     def names(self, part: str, order: Collection[str]) -> list[str]:
         """Keys found under `part` ("tasks", "perplexity") in any stage: those of `order` first, then the others."""
         return ordered((key for stage in self.stages.values() for key in stage.evaluation[part]), order)
+
+
+def intervals_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The 95 % intervals of the means, and of the perplexities, of `values` as an evaluation file holds them."""
+    found: dict[str, Any] = {}
+    for part, members in values.items():
+        for name, value in members.items():
+            if part == "perplexity":
+                draws = resampled_means(value)
+                ends = np.exp(np.quantile(draws[:, 0] / draws[:, 1], LIMITS)).tolist()
+            elif isinstance(value, Mapping):
+                limits = np.stack(bootstrap(np.array(list(value.values())).T)[1:], -1).tolist()
+                ends = dict(zip(value, limits, strict=True))
+            else:
+                ends = list(bootstrap(value)[1:])
+            found.setdefault(part, {})[name] = ends
+    return found
 
 
 def load_run(folder: str | Path) -> Run:

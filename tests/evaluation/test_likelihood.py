@@ -6,14 +6,16 @@ import math
 import pytest
 import torch
 
+from pedgpt.data import Message, chat_format, encode_prompt, train_tokenizer
 from pedgpt.data.examples import Example
 from pedgpt.data.packing import Row, pack
 from pedgpt.data.preference import EncodedPair
-from pedgpt.evaluation.likelihood import pair_logps, perplexity, preference_scores
+from pedgpt.evaluation.likelihood import document_losses, option_logps, pair_logps, perplexity, preference_scores
 from pedgpt.models import ModelConfig, Transformer
 
 IGNORED = -100
 VOCABULARY = 37
+SPECIAL = ["<unk>", "<s>", "</s>", "<reserved_106>", "<reserved_107>"]
 
 
 @pytest.fixture(scope="module", params=["rope", "alibi"])
@@ -121,3 +123,34 @@ def test_preference_scores_by_hand():
     assert preference_scores(logps, pairs, None).reward_accuracy is None
     better = preference_scores(logps[3:4], pairs[3:4], reference[:1])
     assert (better.likelihood_accuracy, better.reward_accuracy) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_options_match_one_plain_forward_pass_each(batch_size):
+    chat = chat_format(train_tokenizer(["孩子发烧咳嗽怎么办多喝水"] * 3, vocab_size=290, special_tokens=SPECIAL))
+    torch.manual_seed(3)
+    config = ModelConfig(
+        model_type="baichuan", vocab_size=chat.tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8, max_position_embeddings=128,
+        initializer_range=0.4, fused_qkv=True, normalize_head=True,
+    )  # fmt: skip
+    model = Transformer(config).eval()
+    options = [["A", "B", "C"], ["对", "错"], ["多喝水", "A"]]
+    histories = [[Message("user", "孩子" * n)] for n in (1, 5, 2)]
+    found = option_logps(model, chat, list(zip(histories, options, strict=True)), batch_size)
+    for history, texts, logps in zip(histories, options, found, strict=True):
+        prompt = encode_prompt(history, chat)
+        for text, logp in zip(texts, logps, strict=True):
+            ids = chat.tokenizer.encode(text)
+            scores = model(torch.tensor([prompt + ids]))[0].log_softmax(-1).double()
+            expected = sum(scores[len(prompt) + i - 1, token].item() for i, token in enumerate(ids))
+            assert logp == pytest.approx(expected, abs=1e-4)
+
+
+def test_losses_are_given_by_document(model):
+    examples = some_examples([5, 9, 3, 7])
+    losses = document_losses(model, pack(examples, 16), 2)
+    found = sorted((count, loss) for loss, count in losses.tolist())
+    alone = [logps_by_hand(model, one) for one in examples]
+    for (count, loss), (expected_count, expected) in zip(found, sorted((len(x), -sum(x)) for x in alone), strict=True):
+        assert count == expected_count and loss == pytest.approx(expected, rel=1e-5)
