@@ -40,9 +40,7 @@ from pedgpt.training import run_recipe, start
 class Config(SystemSettings):
     lock_beside: ClassVar[bool] = True
     output: str  # JSONL file to write; its name, without .jsonl, names the system
-    questions: list[str] = field(
-        default_factory=list
-    )  # files or folders of conversations, each answer of which is asked
+    questions: list[str] = field(default_factory=list)  # files or folders of conversations
     exam: str = ""  # file or folder of an exam, instead of questions
     limit: int = 0  # questions of each task, evenly spread; 0: all
     endpoint: str = ""  # TOML file of an endpoint that answers, instead of a model

@@ -20,11 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from pedgpt.data.chat import ChatFormat
 from pedgpt.data.inputs import files_of, format_of
 from pedgpt.data.records import Message
 from pedgpt.data.tables import Unfit, read_rows
 from pedgpt.evaluation.agreement import bootstrap
+from pedgpt.evaluation.likelihood import option_logps
 from pedgpt.evaluation.responses import Question
+from pedgpt.models.transformer import Transformer
 
 WEIGHTS = {"true_false": 10, "choice": 40, "pairing": 10, "essay": 30, "case": 10}  # of PediaBench's total
 POINTS = {"essay": 5, "case": 10}  # at most, by a judge
@@ -278,6 +281,55 @@ def chance(question: ExamQuestion) -> float:
         return 0.0
     count = len(question.letters)
     return 1 / count if question.single else 1 / (2**count - 1)
+
+
+def grade(exam: Sequence[ExamQuestion], texts: Sequence[str]) -> tuple[list[float | None], list[str]]:
+    """(shares of points, the questions whose answer could not be read, with what was said).
+
+    Essays and cases have None, because only a judge can grade them. An answer that cannot be read has no points.
+    """
+    shares: list[float | None] = []
+    unread = []
+    for number, (one, text) in enumerate(zip(exam, texts, strict=True), 1):
+        if one.kind in POINTS:
+            shares.append(None)
+            continue
+        said = read_answer(one, text)
+        shares.append(points(one, said))
+        if said is None:
+            unread.append(f"question {number} ({one.place}): {text[:80]!r}")
+    return shares, unread
+
+
+def by_likelihood(model: Transformer, chat: ChatFormat, exam: Sequence[ExamQuestion], batch_size: int = 8) -> Any:
+    """The score, as `summarize` gives it, if the most probable letter of each question counts as the answer.
+
+    Only questions with one right letter count. "rotated" is the score with each option under the next letter, "stable"
+    the share of choices in which the same option was taken both times, in per cent. Raises ValueError if none counts.
+    """
+    asked = [one for one in exam if one.single]
+    if not asked:
+        raise ValueError("no question has exactly one right letter, so none can be answered by likelihood")
+
+    def choose(exam: Sequence[ExamQuestion]) -> tuple[list[str], list[float]]:
+        letters = [one.letters for one in exam]
+        histories = [question.history for question in as_questions(exam)]
+        logps = option_logps(model, chat, list(zip(histories, letters, strict=True)), batch_size)
+        best = [int(np.argmax(row)) for row in logps]
+        shares = [math.exp(row[i] - np.logaddexp.reduce(row)) for row, i in zip(logps, best, strict=True)]
+        return [options[i] for options, i in zip(letters, best, strict=True)], shares
+
+    said, confidence = choose(asked)
+    right = [points(one, letter) for one, letter in zip(asked, said, strict=True)]
+    found = {**summarize(asked, right), "calibration": calibration(confidence, [share == 1 for share in right])}
+    if choices := [(one, one.rotated(), letter) for one, letter in zip(asked, said, strict=True) if one.options]:
+        again, _ = choose([moved for _, moved, _ in choices])
+        taken = zip(choices, again, strict=True)
+        stable = [(one.options or {})[first] == (moved.options or {})[then] for (one, moved, first), then in taken]
+        rotated = [points(moved, letter) for (_, moved, _), letter in zip(choices, again, strict=True)]
+        found |= {"rotated": summarize([moved for _, moved, _ in choices], rotated)["kinds"]["choice"]}
+        found["stable"] = [100 * x for x in bootstrap(stable)]
+    return found
 
 
 def summarize(exam: Sequence[ExamQuestion], shares: Sequence[float | None], *, seed: int = 0) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pedgpt.data.records import Message
 from pedgpt.endpoint import Unusable
 from pedgpt.evaluation.agreement import LIMITS, bootstrap, bradley_terry_intervals, resampled_means
-from pedgpt.evaluation.responses import Answers, Question
+from pedgpt.evaluation.responses import Answers, Question, thin
 
 DIMENSIONS = ("usefulness", "correctness", "consistency", "smoothness", "overall")
 ATTEMPTS = 3  # answers of a judge to one question, before it counts as unreadable
@@ -184,11 +185,12 @@ def _pair_summary(systems: Sequence[Answers], a: int, b: int, judged: Judged, se
     for task in tasks:
         chosen = [i for i, row in enumerate(rows) if task in ("all", row["task"])]
         found["tasks"][task] = {"rows": len(chosen)}
-        for name in DIMENSIONS:
-            values = np.array([[rows[i]["verdict"][name] == kind for kind in ("1", "tie", "2")] for i in chosen], float)
-            means = bootstrap(values, seed=seed, clusters=[clusters[i] for i in chosen])
-            shares = np.stack(means, -1).tolist()
-            found["tasks"][task][name] = dict(zip(("win", "tie", "loss"), shares, strict=True))
+        kinds = [
+            [[rows[i]["verdict"][name] == kind for kind in ("1", "tie", "2")] for name in DIMENSIONS] for i in chosen
+        ]
+        shares = np.stack(bootstrap(np.array(kinds), seed=seed, clusters=[clusters[i] for i in chosen]), -1).tolist()
+        for name, found_shares in zip(DIMENSIONS, shares, strict=True):
+            found["tasks"][task][name] = dict(zip(("win", "tie", "loss"), found_shares, strict=True))
     lengths = [[len(systems[s].answers[i].content) for s in (a, b)] for i in numbers]
     found |= _biases(rows, np.array(lengths, float), clusters, seed, names, found["warnings"])
     return found
@@ -210,12 +212,13 @@ def _biases(
     found["win_rate"] = [float(x) for x in bootstrap(wins, seed=seed, clusters=clusters)]
     found["length_controlled"] = length_controlled(wins, gaps, clusters, seed=seed)
     pair = " and ".join(names)
-    if found["first"] and not found["first"][1] <= 0.5 <= found["first"][2] or flips > 0.2:
-        share = found["first"][0] if found["first"] else 0.5
+    if found["first"] and not found["first"][1] <= 0.5 <= found["first"][2]:
         warnings.append(
-            f"{pair}: the place decides: {flips:.0%} of the verdicts change with the order, and {share:.0%} of those "
-            "that decide prefer the answer shown first"
+            f"{pair}: the place decides: {found['first'][0]:.0%} of the verdicts that decide prefer the answer shown "
+            f"first, and {flips:.0%} of the pairs change with the order"
         )
+    elif flips > 0.3:
+        warnings.append(f"{pair}: the judge is unsteady: {flips:.0%} of the pairs change with the order")
     if found["longer"] and found["longer"][1] > 0.6:
         warnings.append(
             f"{pair}: the judge prefers the longer answer in {found['longer'][0]:.0%} of its decisions; read the "
@@ -286,10 +289,55 @@ def known_judges(systems: Sequence[Answers], *, accuracy: float = 0.8, seed: int
     for name, judge in judges.items():
         verdicts = ((shown, dict.fromkeys(DIMENSIONS, judge(shown)), "") for shown in showings(systems[:2]))
         judged = collect(systems[:2], verdicts)
-        found[name] = summarize(systems[:2], judged, seed=seed)["pairs"][0]
-        found[name]["warned"] = summarize(systems[:2], judged, seed=seed)["warnings"]
+        summary = summarize(systems[:2], judged, seed=seed)
         sides = [{"1": 0, "2": 1}.get(row["verdict"]["overall"]) for row in judged.rows]
         pairs = list(zip(sides, planted, strict=True))
-        found[name]["right"] = sum(side == truth for side, truth in pairs) / max(1, len(pairs))
-        found[name]["wrong"] = sum(side is not None and side != truth for side, truth in pairs) / max(1, len(pairs))
+        right = bootstrap([side == truth for side, truth in pairs], seed=seed)
+        wrong = bootstrap([side == 1 - truth for side, truth in pairs], seed=seed)
+        found[name] = {**summary["pairs"][0], "warned": summary["warnings"], "right": right, "wrong": wrong}
+    return found
+
+
+def planted_pairs(system: Answers, limit: int = 50) -> list[tuple[list[Answers], Showing]]:
+    """Pairs of which the right answer is known, in both orders: a reference, and that of another question of the task.
+
+    The reference is system 0 of each pair. A question whose task has no other reference is left out.
+    """
+    found = []
+    for numbers in system.tasks().values():
+        for i, j in zip(numbers, numbers[len(numbers) // 2 :] + numbers[: len(numbers) // 2], strict=True):
+            right, wrong = system.questions[i].reference, system.questions[j].reference
+            if right and wrong and right != wrong:
+                texts = {"reference": right, "another": wrong}
+                pair = [Answers(n, [system.questions[i]], [Message("assistant", text)]) for n, text in texts.items()]
+                found.append(pair)
+    return [(pair, Showing(0, *order)) for pair in thin(found, limit) for order in ((0, 1), (1, 0))]
+
+
+def found_planted(said: Sequence[tuple[Verdict | None, str]]) -> dict[str, Any]:
+    """How often both orders of `planted_pairs` preferred the reference, [share, low, high], and what was unreadable."""
+    pairs = list(zip(said[::2], said[1::2], strict=True))
+    read = [(one["overall"], two["overall"]) for (one, _), (two, _) in pairs if one and two]
+    right = list(bootstrap([pair == ("1", "2") for pair in read])) if read else [0.0, 0.0, 1.0]
+    return {"pairs": len(pairs), "unreadable": len(pairs) - len(read), "right": right}
+
+
+def summarize_scores(
+    systems: Sequence[Answers], said: Sequence[tuple[float | None, str]], points: int
+) -> dict[str, Any]:
+    """Mean points of each system by task, [mean, low, high]; `said` holds them system after system."""
+    count = len(systems[0].questions)
+    found: dict[str, Any] = {"points": points, "scores": {}, "values": {}, "unreadable": []}
+    for system, start in zip(systems, range(0, len(said), count), strict=True):
+        values = [score for score, _ in said[start : start + count]]
+        found["values"][system.name] = values
+        for number, (score, problem) in enumerate(said[start : start + count], 1):
+            if score is None:
+                found["unreadable"].append({"system": system.name, "number": number, "problem": problem})
+        found["scores"][system.name] = {}
+        for task, numbers in {"all": list(range(count)), **system.tasks()}.items():
+            read = [i for i in numbers if values[i] is not None]
+            if read and task:
+                clusters = [_conversation(system.questions[i]) for i in read]
+                found["scores"][system.name][task] = bootstrap([values[i] for i in read], clusters=clusters)
     return found

@@ -68,7 +68,7 @@ def test_a_perfect_answer_of_a_thinking_model_scores_100(lab, thinker, monkeypat
     path = tmp_path / "heldout" / "tasks" / "medkqa.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
-    def generate(model, prompts, *, max_new_tokens, stop_tokens):
+    def generate(model, prompts, *, max_new_tokens, **_):
         return [tokenizer.encode("<think>\n别的想法\n</think>\n\n多喝水，及时就医。")[:max_new_tokens] for _ in prompts]
 
     monkeypatch.setattr("pedgpt.evaluation.responses.generate", generate)

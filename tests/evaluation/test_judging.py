@@ -1,0 +1,339 @@
+"""Judges whose faults are known, over real HTTP and in simulations, and the figures against other packages."""
+
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pedgpt.data import Message
+from pedgpt.evaluation.agreement import resampled_means
+from pedgpt.evaluation.judging import (
+    DIMENSIONS,
+    Showing,
+    collect,
+    known_judges,
+    length_controlled,
+    pair_prompt,
+    planted_pairs,
+    read_score,
+    read_verdict,
+    showings,
+    summarize,
+)
+from pedgpt.evaluation.responses import Answers, Question, write_answers
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("judge_server", ROOT / "tests/corpus/chat_server.py")
+chat_server = sys.modules["judge_server"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(chat_server)
+
+
+def systems(count=400, names="ab", seed=0):
+    """Answers that name their system and question, of random length. Synthetic, written for this test."""
+    dice, numbers = random.Random(seed), range(count)
+    questions = [
+        Question((Message("user", f"问题{i}：孩子发热怎么办"),), f"参考{i}", ("MedKQ&A", "EviDiag")[i % 2])
+        for i in numbers
+    ]
+    return [
+        Answers(name, questions, [Message("assistant", f"{name}{i}号{'水' * dice.randint(1, 240)}") for i in numbers])
+        for name in names
+    ]
+
+
+def verdict(choice):
+    return json.dumps(dict.fromkeys(DIMENSIONS, choice))
+
+
+def judged_by(found, choose):
+    verdicts = ((one, dict.fromkeys(DIMENSIONS, choose(one)), "") for one in showings(found))
+    return summarize(found, collect(found, verdicts))
+
+
+def test_known_judges_are_seen_through():
+    found = known_judges(systems())
+    first, longest, planted = found["always first"], found["longest"], found["planted"]
+    assert first["tasks"]["all"]["overall"]["tie"] == [1, 1, 1] and first["flips"] == 1
+    assert first["first"] == [1, 1, 1] and "the place decides: 100%" in first["warned"][0]
+    assert longest["longer"] == [1, 1, 1] and "prefers the longer answer in 100%" in longest["warned"][0]
+    assert longest["length_controlled"][1] <= 0.5 <= longest["length_controlled"][2]
+    assert found["random"]["win_rate"][1] <= 0.5 <= found["random"]["win_rate"][2]
+    assert planted["right"][1] <= 0.8**2 <= planted["right"][2] and planted["wrong"][1] <= 0.2**2 <= planted["wrong"][2]
+    assert not any("place" in warning or "longer" in warning for warning in planted["warned"])
+
+
+def test_a_judge_of_length_alone_has_a_length_controlled_rate_of_a_half():
+    found = systems(200)
+    twice = [system.questions * 2 for system in found]
+    swapped = [one.answers + other.answers for one, other in (found, found[::-1])]  # both are as long on the whole
+    mirrored = [Answers(s.name, q, a) for s, q, a in zip(found, twice, swapped, strict=True)]
+    assert 0.45 <= known_judges(mirrored)["longest"]["length_controlled"][0] <= 0.55
+
+
+def test_a_longer_systems_wins_shrink_when_length_is_controlled():
+    long, short = systems(names="ab")
+    long = Answers("a", long.questions, [Message("assistant", one.content * 3) for one in long.answers])
+    lengths = {0: [len(one.content) for one in long.answers], 1: [len(one.content) for one in short.answers]}
+    found = judged_by(
+        [long, short], lambda s: "1" if lengths[s.first][s.number] > lengths[s.second][s.number] else "2"
+    )["pairs"][0]
+    assert found["win_rate"][0] > 0.8 and found["length_controlled"][0] < found["win_rate"][0] - 0.15
+
+
+def test_the_length_controlled_rate_matches_an_independent_fit():
+    from scipy.optimize import minimize
+
+    dice = np.random.default_rng(0)
+    gaps = dice.normal(0.3, 0.8, 200)
+    wins = dice.choice([0, 0.5, 1], 200, p=[0.3, 0.2, 0.5])
+    x = gaps / gaps.std()
+
+    def loss(at):
+        z = at[0] + at[1] * x
+        return np.sum(np.logaddexp(0, z) - wins * z) + 0.5 * at[1] ** 2
+
+    fit = minimize(loss, [0, 0], tol=1e-14, options={"gtol": 1e-10})
+    found = length_controlled(wins, gaps, [str(i) for i in range(200)])
+    assert found[0] == pytest.approx(1 / (1 + np.exp(-fit.x[0])), abs=1e-6)
+    assert found[1] < found[0] < found[2]
+
+
+def test_the_interval_covers_the_planted_truth():
+    """1,000 simulated judges of 400 pairs: accuracy 0.8 in each order, winner the first system in 60 % of pairs."""
+    dice = np.random.default_rng(1)
+    truth = 0.6 * 0.8**2 + 0.4 * 0.2**2
+    covered = 0
+    for simulation in range(1000):
+        winner = dice.random(400) < 0.6
+        orders = dice.random((2, 400)) < 0.8  # whether each order finds the winner
+        wins = np.where(winner, orders.all(0), ~orders.any(0)).astype(float)
+        low, high = np.quantile(resampled_means(wins, draws=300, seed=simulation), [0.025, 0.975])
+        covered += low <= truth <= high
+    assert 930 <= covered <= 970
+
+
+def test_the_order_and_the_pair_decide_what_counts():
+    found = systems(4, "abc")
+    assert showings(found)[:6] == [Showing(0, *pair) for pair in ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1))]
+    said = {(0, 0, 1): "1", (0, 1, 0): "2", (1, 0, 1): "1", (1, 1, 0): "1", (2, 0, 1): "tie", (2, 1, 0): "1"}
+    result = judged_by(found, lambda s: said.get((s.number, s.first, s.second), "tie"))
+    pair = next(pair for pair in result["pairs"] if pair["systems"] == ["a", "b"])
+    overall = pair["tasks"]["all"]["overall"]
+    assert [overall[kind][0] for kind in ("win", "tie", "loss")] == [0.25, 0.75, 0]
+    assert pair["flips"] == 0.5 and pair["tasks"]["MedKQ&A"]["rows"] == pair["tasks"]["EviDiag"]["rows"] == 2
+    strengths = result["bradley_terry"]
+    assert strengths["a"][0] > strengths["c"][0] > strengths["b"][0] and strengths["a"][1] < strengths["a"][0]
+
+
+def test_turns_of_one_conversation_are_drawn_together():
+    found = systems(300)
+    for system in found:  # three turns each
+        talks = [(Message("user", f"对话{i // 3}"), *q.history) for i, q in enumerate(system.questions)]
+        system.questions[:] = [Question(talk) for talk in talks]
+    alike = judged_by(found, lambda s: "12"[(s.number // 3 + s.first) % 2])["pairs"][0]["win_rate"]
+    assert alike[2] - alike[1] > 1.5 * 2 * 1.96 * 0.5 / 300**0.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        verdict("1"), verdict("tie"), f"```json\n{verdict('2')}\n```", f"<think>\n比较\n</think>\n{verdict('1')}",
+        f"\n {verdict('2')} \n",
+    ],
+)  # fmt: skip
+def test_one_json_object_is_a_verdict(text):
+    assert set(read_verdict(text)) == set(DIMENSIONS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "1", "回答1更好", f"我认为：{verdict('1')}", verdict("1") + verdict("2"), verdict("both"), verdict(1),
+        verdict("3"), "[]", "null", "{" * 100_000, json.dumps({"overall": "1"}),
+        json.dumps([[name, "1"] for name in DIMENSIONS]),
+        json.dumps({**json.loads(verdict("1")), "why": "x"}),
+        verdict("1").replace('"overall": "1"', '"overall": "1", "overall": "2"'),
+    ],
+)  # fmt: skip
+def test_anything_else_is_none(text):
+    with pytest.raises((ValueError, RecursionError)):
+        read_verdict(text)
+
+
+def test_scores_are_numbers_within_their_bounds():
+    assert read_score('{"score": 3.5}', 5) == 3.5 and read_score('{"score": 0}', 10) == 0
+    for text in ('{"score": 6}', '{"score": -1}', '{"score": "3"}', '{"score": true}', '{"score": NaN}', "3", "{}"):
+        with pytest.raises(ValueError):
+            read_score(text, 5)
+
+
+def test_the_prompt_shows_both_answers_once_and_the_reference_only_if_asked():
+    found = systems(2)
+    one, two = (pair_prompt(found, Showing(1, *order), reference=True)[1]["content"] for order in ((0, 1), (1, 0)))
+    assert one.index("a1号") < one.index("b1号") and two.index("b1号") < two.index("a1号")
+    assert one.count("参考1") == 1 and "参考" not in pair_prompt(found, Showing(1, 0, 1), reference=False)[1]["content"]
+    assert "孩子发热" in one and '{"usefulness"' in one and "{{" not in one
+
+
+def test_planted_pairs_hold_the_reference_and_another():
+    found = planted_pairs(systems(10)[0])
+    assert len(found) == 20 and found[0][1] == Showing(0, 0, 1) and found[1][1] == Showing(0, 1, 0)
+    for (right, wrong), _ in found:
+        assert right.answers[0].content == right.questions[0].reference != wrong.answers[0].content
+    lonely = systems(1)[0]
+    assert planted_pairs(lonely) == []
+
+
+# Over HTTP
+
+
+spec = importlib.util.spec_from_file_location("judge_recipe", ROOT / "recipes/judge.py")
+recipe = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(recipe)
+
+
+def settings_file(folder, server, **settings):
+    about = {"url": server.url, "model": "judge", "key_variable": "", "retry_wait": 0.01, "concurrency": 8, **settings}
+    (folder / "judge.toml").write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in about.items()))
+    return str(folder / "judge.toml")
+
+
+def judge(folder, server, *, files=("a", "b"), endpoint=(), **config):
+    """judge.py in this process: its results."""
+    paths = [str(folder / f"{name}.jsonl") for name in files]
+    output, asked = folder / "out.json", settings_file(folder, server, **dict(endpoint))
+    recipe.main(recipe.Config(answers=paths, endpoint=asked, output=str(output), **config))
+    return json.loads(output.read_text(encoding="utf-8")) if output.exists() else None
+
+
+def shown(payload):
+    """What a judge is shown: the number of the question and the systems in order."""
+    text = payload["messages"][1]["content"]
+    shown = text.partition("【回答1】")[2].partition("从以下")[0].split("【回答2】")
+    first, second = map(str.strip, shown)
+    return int(first.split("号")[0][1:]), [first[0], second[0]], [len(first), len(second)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for system in systems(40, "abc"):
+        write_answers(tmp_path / f"{system.name}.jsonl", system)
+    return tmp_path
+
+
+def test_always_first_gives_ties_and_a_warning(folder, capsys):
+    with chat_server.ChatServer(answer=lambda payload: verdict("1")) as server:
+        result = judge(folder, server)
+    (pair,) = result["pairs"]
+    assert pair["tasks"]["all"]["overall"]["tie"] == [1, 1, 1]
+    assert "warning: a and b: the place decides" in capsys.readouterr().out
+    assert len(server.log) == 80 and result["usage"]["requests"] == 80
+
+
+def test_longest_is_flagged(folder, capsys):
+    def answer(payload):
+        one, two = shown(payload)[2]
+        return verdict("1" if one > two else "2" if two > one else "tie")
+
+    with chat_server.ChatServer(answer=answer) as server:
+        result = judge(folder, server)
+    assert result["pairs"][0]["longer"][0] > 0.95 and "prefers the longer answer" in capsys.readouterr().out
+
+
+def test_a_planted_judge_and_three_systems(folder):
+    write = {system.name: system for system in systems(400, "ab")}
+    for name, system in write.items():
+        write_answers(folder / f"{name}.jsonl", system)
+
+    def answer(payload):
+        number, names, _ = shown(payload)
+        dice = random.Random(f"{number} {names}")
+        winner = "a" if random.Random(number).random() < 0.6 else "b"
+        return verdict("12"[(names[0] == winner) != (dice.random() < 0.8)])
+
+    with chat_server.ChatServer(answer=answer) as server:
+        result = judge(folder, server)
+    low, high = result["pairs"][0]["tasks"]["all"]["overall"]["win"][1:]
+    assert low <= 0.6 * 0.8**2 + 0.4 * 0.2**2 <= high
+
+
+def test_a_judge_that_was_killed_asks_nothing_twice(folder):
+    answered = threading.Event()
+
+    def answer(payload):
+        if len(server.log) >= 100:
+            answered.set()
+        return verdict("1")
+
+    with chat_server.ChatServer(answer=answer, pause=0.02) as server:
+        command = [sys.executable, ROOT / "recipes/judge.py", "--endpoint", settings_file(folder, server)]
+        command += ["--answers", *(folder / f"{name}.jsonl" for name in "abc"), "--output", folder / "out.json"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert answered.wait(60)
+        process.kill()
+        process.wait()
+        before = [request.question for request in server.log if request.answered]
+        result = judge(folder, server, files="abc")
+        asked = Counter(request.question for request in server.log)
+    assert len(asked) == 240 and sum(asked.values()) <= 240 + 8  # eight were in flight
+    again = [question for question in before[:-8] if asked[question] > 1]
+    assert not again and len(result["verdicts"]) == 120
+
+
+def test_nonsense_ends_in_an_exact_account(folder, capsys):
+    kinds = ["回答1更好", verdict("both"), f"结论：{verdict('1')}", json.dumps({"overall": "1"}), "抱歉，我不能评判。"]
+
+    def answer(payload):
+        number, _, _ = shown(payload)
+        if number == 5 and len(payload["messages"]) == 2:
+            return "想一想"  # good only when it is asked again
+        return kinds[number] if number < len(kinds) else verdict("tie")
+
+    def behave(request, nth):
+        return "content blank" if "a6号" in request.question else "good"
+
+    with chat_server.ChatServer(answer=answer, behave=behave) as server:
+        result = judge(folder, server, endpoint={"max_retries": 1})
+    assert [one["number"] for one in result["unreadable"]] == [1, 2, 3, 4, 5]
+    assert "回答1更好" in result["unreadable"][0]["problems"][0] and len(result["verdicts"]) == 35
+    said = capsys.readouterr().out
+    assert "5 pairs have no readable verdict" in said and "no readable verdict: question 5" in said
+    asked = Counter(request.question for request in server.log)
+    assert all(count == 1 for text, count in asked.items() if "a20号" in text or "a0号" in text)
+
+
+def test_the_plan_asks_nobody(folder, capsys):
+    with chat_server.ChatServer() as server:
+        assert judge(folder, server, plan=True, endpoint={"price_per_million_input": 1e6}) is None
+    said = capsys.readouterr().out
+    assert not server.log and "asked 80 times" in said and "USD" in said
+
+
+def test_the_judge_is_judged_by_planted_pairs(folder, capsys):
+    def answer(payload):
+        text = payload["messages"][1]["content"]
+        right = "参考" + text.partition("家长：问题")[2].partition("：")[0] + "\n"
+        return verdict(next((place for place in "12" if f"【回答{place}】\n{right}" in text), "tie"))
+
+    with chat_server.ChatServer(answer=answer) as server:
+        result = judge(folder, server, check_judge=True)
+    said = capsys.readouterr().out
+    assert result["found_planted"]["right"][0] == 1 and "found 100% of the right references" in said
+    assert "always first" in said and result["known_judges"]["always first"]["flips"] == 1
+
+
+def test_points_for_each_answer(folder, capsys):
+    def answer(payload):
+        return json.dumps({"score": int("【考生的回答】\na" in payload["messages"][1]["content"])})
+
+    with chat_server.ChatServer(answer=answer) as server:
+        result = judge(folder, server, points=5)
+    assert result["scores"]["b"]["all"][0] == 0 and result["scores"]["a"]["all"][0] == 1
+    assert len(server.log) == 80 and "a all: 1.00" in capsys.readouterr().out
