@@ -232,7 +232,7 @@ def read_answer(question: ExamQuestion, text: str) -> str | None:
     if question.kind == "pairing":
         return _read_pairs(question, text)
     letters = "".join(question.letters)
-    bare = re.sub(r"[\s,、;和及.]", "", text).upper()
+    bare = re.sub(r"[\s,、;和及.。()]", "", text).upper()
     if re.fullmatch(f"[{letters}]+", bare):
         said = {bare}
     else:
