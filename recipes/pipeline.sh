@@ -13,8 +13,12 @@ CONFIG=${CONFIG:-demo}                    # folder of recipes/configs
 CORPUS=${CORPUS:-$recipes/sample_corpus}   # folder of sources
 RUN=${RUN:-runs/demo}                     # everything is written here
 MODEL=${MODEL:-$RUN/base}                 # base model; the default is made from scratch
+# EXAM=path/to/PediaBench/data            an exam to sit; of the sample corpus, questions on its facts
+# JUDGE=judge.toml                        an OpenAI-compatible endpoint that compares answers; see recipes/judge.py
 PYTHON=${PYTHON:-python}
 LAUNCH=${LAUNCH:-$PYTHON}               # how a training recipe is started
+[ "$CORPUS" != "$recipes/sample_corpus" ] || EXAM=${EXAM:-$recipes/sample_exam}
+EXAM=${EXAM:-}
 configs=$recipes/configs/$CONFIG
 train=$RUN/corpus/train heldout=$RUN/corpus/heldout
 
@@ -111,6 +115,21 @@ if [ ${#instructions[@]} != 0 ]; then
   evaluate experts "$aligned" --adapter "$RUN/experts/adapter" --reference "$tuned"
 else
   left_out 4 "rows of the pediatric tasks or of general medicine"
+fi
+
+experts=$RUN/experts/adapter compared=("$RUN/answers/sft.jsonl" "$RUN/answers/experts.jsonl")
+if [ -d "$experts" ] && [ -n "$EXAM" ]; then
+  say "Exam"
+  $PYTHON "$recipes/answer.py" --exam "$EXAM" --adapter "$experts" --output "$RUN/exam_answers/experts.jsonl" \
+    --max_new_tokens 32
+  $PYTHON "$recipes/exam.py" --exam "$EXAM" --answers "$RUN/exam_answers/experts.jsonl" --adapter "$experts" \
+    --corpus "$train" --output "$RUN/exams/$(basename "$EXAM").json"
+fi
+if [ -f "${compared[0]}" ] && [ -f "${compared[1]}" ]; then
+  say "Pages for two doctors, who compare answers of stages 2 and 4 without knowing whose they are"
+  $PYTHON "$recipes/doctors.py" --answers "${compared[@]}" --raters doctor1 doctor2 --limit 20 --output "$RUN/doctors"
+  [ -z "${JUDGE:-}" ] || $PYTHON "$recipes/judge.py" --answers "${compared[@]}" --endpoint "$JUDGE" --check_judge true \
+    --output "$RUN/judge/judge.json"
 fi
 
 say "Report"

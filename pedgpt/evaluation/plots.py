@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pedgpt.data.tasks import TASKS
+from pedgpt.evaluation.findings import Findings
 from pedgpt.evaluation.run import PERPLEXITIES, Run, Stage, ordered, split
 from pedgpt.files import atomic_write
 
@@ -28,8 +29,8 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def draw(run: Run) -> list[str] | None:
-    """Draw the plots that the run has numbers for and return their file names; None without matplotlib."""
+def draw(run: Run, findings: Findings) -> list[str] | None:
+    """Draw the plots that there are numbers for and return their file names; None without matplotlib."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ def draw(run: Run) -> list[str] | None:
     for name, (_, paint) in PLOTS.items():
         with rc_context(STYLE):
             figure = Figure(layout="constrained")
-            if paint(run, figure):
+            if paint(findings if paint in (_paint_verdicts, _paint_calibration) else run, figure):
                 with atomic_write(run.folder / name, "wb") as file:
                     figure.savefig(file, backend="agg")
                 drawn.append(name)
@@ -215,10 +216,62 @@ def _paint_dfpo(run: Run, figure: Figure) -> bool:
     return True
 
 
-PLOTS: dict[str, tuple[str, Callable[[Run, Figure], bool]]] = {
+def _paint_verdicts(findings: Findings, figure: Figure) -> bool:
+    """Win, tie and loss of each pair of systems by task, as the paper draws them."""
+    rows = [row for row in findings.verdicts() if row["dimension"] == "overall"]
+    if not rows:
+        return False
+    figure.set_size_inches(8.5, 1.3 + 0.42 * len(rows))
+    axes = figure.subplots()
+    for y, row in enumerate(reversed(rows)):
+        left = 0.0
+        for kind, color in (("win", BLUE), ("tie", "#C9CFD6"), ("loss", ORANGE)):
+            share = 100 * row[kind][0]
+            axes.barh(y, share, left=left, color=color, height=0.66, label=kind if not y else None)
+            if share >= 5:
+                axes.text(
+                    left + share / 2,
+                    y,
+                    f"{share:.0f}",
+                    ha="center",
+                    va="center",
+                    color="white" if kind != "tie" else INK,
+                )
+            left += share
+    names = [
+        f"{row['by']}: {row['first']} against {row['second']}, {row['task']} ({row['n']})" for row in reversed(rows)
+    ]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set(xlim=(0, 100), xlabel="share of questions [%]", title="Overall: win, tie and loss of the first system")
+    axes.grid(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.9 / len(rows) - 0.08), ncols=3)
+    return True
+
+
+def _paint_calibration(findings: Findings, figure: Figure) -> bool:
+    """How often the chosen option is right, against its probability."""
+    found = {name: exam["calibration"] for name, exam in findings.likelihoods() if exam.get("calibration")}
+    if not found:
+        return False
+    figure.set_size_inches(4.6, 4.2)
+    axes = figure.subplots()
+    axes.plot([0, 100], [0, 100], color=FAINT, linewidth=1)
+    for color, (name, one) in zip(itertools.cycle(PALETTE), found.items(), strict=False):
+        x, y, n = zip(*((100 * b["confidence"], 100 * b["accuracy"], b["questions"]) for b in one["bins"]), strict=True)
+        axes.plot(x, y, color=color, linewidth=1.2, label=f"{name}, ECE {one['ece']:.1f} %")
+        axes.scatter(x, y, s=[12 + 3 * count**0.5 for count in n], color=color)
+    axes.set(xlim=(0, 102), ylim=(0, 102), xlabel="probability of the chosen option [%]", ylabel="right [%]")
+    axes.set_title("Calibration on the exam")
+    axes.legend(loc="upper left")
+    return True
+
+
+PLOTS: dict[str, tuple[str, Callable[[Any, Figure], bool]]] = {
     "loss_by_stage.png": ("Training loss of each stage", _paint_losses),
     "metrics_by_stage.png": ("ROUGE-L and perplexity after each stage", _paint_metrics),
     "expert_weights.png": ("Mean gate weight of each expert by task", _paint_gates),
     "routing.png": ("Gate weights and entropy while the experts train", _paint_routing),
+    "verdicts.png": ("Win, tie and loss by judge and doctors", _paint_verdicts),
+    "calibration.png": ("Calibration on the exam", _paint_calibration),
     "dfpo.png": ("DFPO: log-probabilities, reward margin, accuracy and loss", _paint_dfpo),
 }

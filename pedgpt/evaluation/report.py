@@ -6,7 +6,6 @@ Writes report.md and its plots into the folder; without matplotlib (extra `plot`
 from __future__ import annotations
 
 import math
-import re
 import statistics
 import textwrap
 from collections.abc import Callable, Sequence
@@ -15,11 +14,21 @@ from operator import gt, le, lt
 from pathlib import Path
 
 from pedgpt.data.tasks import TASKS
+from pedgpt.evaluation.findings import (
+    escape,
+    load_findings,
+    markdown_table,
+    percent,
+    plus_minus,
+    sections,
+    show,
+)
 from pedgpt.evaluation.plots import PLOTS, draw
 from pedgpt.evaluation.run import PERPLEXITIES, STAGE_LABELS, Run, ordered
 from pedgpt.files import write_text
 
-SCORES = ("rows", *(f"rouge-{n}" for n in "12l"), *(f"bleu-{n}" for n in "1234"), "gleu", "distinct-1", "distinct-2")
+COUNTS = ("rows", "empty")
+SCORES = (*COUNTS, *(f"rouge-{n}" for n in "12l"), *(f"bleu-{n}" for n in "1234"), "gleu", "distinct-1", "distinct-2")
 PRICES = {  # measure -> whether higher is better
     "perplexity/pediatric_text": False,
     "perplexity/general_text": False,
@@ -67,7 +76,7 @@ def expectations(run: Run) -> list[Check]:
     """What the stages should bring, each held against the measured numbers, whichever way they came out."""
     checks = [_compared(run, *expected) for expected in _EXPECTED]
     accuracy, pairs = (run.number("dfpo", "preference", key) for key in ("reward_accuracy", "pairs"))
-    measured = f"{_percent(accuracy)}{f' of {pairs:.0f} pairs' if pairs else ''}"
+    measured = f"{percent(accuracy)}{f' of {pairs:.0f} pairs' if pairs else ''}"
     measured = "not measured (reward accuracy, dfpo)" if accuracy is None else measured
     preferred = "Rewards after DFPO prefer the chosen answer in at least 80 % of pairs"
     checks.insert(3, Check(preferred, None if accuracy is None else accuracy >= 0.8, measured))
@@ -84,10 +93,17 @@ def _compared(
         old, new = run.number(before, *keys), run.number(after, *keys)
         if old is None or new is None:
             return Check(label, None, f"not measured ({name}, {before if old is None else after})")
-        change = f"{new / old - 1:+.1%}" if keys[0] == "perplexity" and old else f"{new - old:+.2f}"
-        parts.append(f"{name} {_show(old)} → {_show(new)} ({change})")
-        results.append(holds(old, new))
-    return Check(label, all(results), ", ".join(parts))
+        ratio = keys[0] == "perplexity" and old
+        change, found = f"{new / old - 1:+.1%}" if ratio else f"{new - old:+.2f}", run.difference(before, after, *keys)
+        passed: bool | None = holds(old, new)
+        if found:
+            low, high = (f"{end - 1:+.1%}" if ratio else f"{end:+.2f}" for end in found[1:])
+            change += f" [{low}, {high}]"
+            if holds in (gt, lt) and found[1] <= (1 if ratio else 0) <= found[2]:
+                passed, change = None, f"{change}: no difference beyond chance"
+        parts.append(f"{name} {show(old)} → {show(new)} ({change})")
+        results.append(passed)
+    return Check(label, False if False in results else None if None in results else True, ", ".join(parts))
 
 
 def stage_table(run: Run) -> str:
@@ -104,7 +120,8 @@ def stage_table(run: Run) -> str:
 
 def write_report(run: Run) -> Path:
     """Write `report.md` and its plots into the run's folder and return the page's path."""
-    plots = draw(run)
+    findings = load_findings(run.folder, set(run.stages))
+    plots = draw(run, findings)
     shown = {name: [f"![{alt}]({name})"] for name, (alt, _) in PLOTS.items() if plots and name in plots}
     checks = expectations(run)
     counted: list[dict[str, int]] = [stage.evaluation.get("tokens", {}) for stage in run.stages.values()]
@@ -112,18 +129,20 @@ def write_report(run: Run) -> Path:
     measured = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in sizes.items())
     tally = [sum(check.passed is outcome for check in checks) for outcome in (True, False, None)]
     page = [
-        f"# Run report: {_escape(run.folder.resolve().name)}",
+        f"# Run report: {escape(run.folder.resolve().name)}",
         f"*{DISCLAIMER}*",
         *([] if plots is not None else ['No plots: matplotlib is missing, `pip install -e ".[plot]"` brings it.']),
         "## Stage by stage",
-        _markdown_table(_stage_rows(run)),
-        "ROUGE-L × 100, higher is better; perplexity per token, lower is better; log-probability in nats. Preference: "
+        markdown_table(_stage_rows(run)),
+        "± is half of a 95 % interval over questions, documents or pairs. ROUGE-L × 100, higher is better; perplexity "
+        "per token, lower is better; log-probability in nats. Preference: "
         "share of pairs the chosen answer wins, by *reward* against the reference model or by *likelihood* per token.",
         *([f"Tokens that the perplexities were measured on: {measured}."] if measured else []),
         *shown.get("metrics_by_stage.png", []),
         "## What to expect, and what came out",
-        f"{tally[0]} of {len(checks)} expectations met, {tally[1]} missed, {tally[2]} not measured.",
-        "\n".join(f"- {_escape(str(check))}" for check in checks),
+        f"{tally[0]} of {len(checks)} expectations met, {tally[1]} missed, {tally[2]} not measured or within chance. "
+        "Brackets hold 95 % intervals of differences on the same questions; one that holds no change shows none.",
+        "\n".join(f"- {escape(str(check))}" for check in checks),
         *_price_section(run),
         *_task_section(run),
         *_gate_section(run),
@@ -132,6 +151,7 @@ def write_report(run: Run) -> Path:
         *_training_section(run),
         *shown.get("loss_by_stage.png", []),
         *shown.get("dfpo.png", []),
+        *sections(findings, shown),
         *_sample_section(run),
     ]
     path = run.folder / "report.md"
@@ -139,35 +159,16 @@ def write_report(run: Run) -> Path:
     return path
 
 
-def _show(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:,.{digits if abs(value) < 1000 else 0}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _escape(text: str) -> str:
-    return re.sub(r"([\\`*_#~|<>\[\]]|&(?=#?\w+;))", r"\\\1", text)
-
-
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    header, *body = ([_escape(cell).replace("\n", "<br>") for cell in row] for row in rows)
-    rule = [":--"] + ["--:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *body))
-
-
 def _stage_rows(run: Run) -> list[list[str]]:
     tasks, texts = run.names("tasks", TASKS), run.names("perplexity", PERPLEXITIES)
     heads = ["stage", *(f"ROUGE-L\n{task}" for task in tasks)]
     heads += ["\n".join(["perplexity", *textwrap.wrap(name.replace("_", " "), 12)]) for name in texts]
-    rows = [heads + ["preferred\nby reward", "preferred\nby likelihood", "chosen\nlog-prob\nper token"]]
+    rows = [heads + ["preferred\nby reward [%]", "preferred\nby likelihood [%]", "chosen\nlog-prob\nper token"]]
     for stage in run.stages.values():
-        reward, likelihood = (stage.number("preference", f"{kind}_accuracy") for kind in ("reward", "likelihood"))
-        scores = [_show(stage.number("tasks", task, "rouge-l")) for task in tasks]
-        scores += [_show(stage.number("perplexity", name)) for name in texts]
-        chosen = _show(stage.number("preference", "chosen_logp_per_token"), 3)
-        rows.append([stage.label, *scores, _percent(reward), _percent(likelihood), chosen])
+        scores = [plus_minus(stage, "tasks", task, "rouge-l") for task in tasks]
+        scores += [plus_minus(stage, "perplexity", name) for name in texts]
+        kinds = [plus_minus(stage, "preference", f"{kind}_accuracy", scale=100) for kind in ("reward", "likelihood")]
+        rows.append([stage.label, *scores, *kinds, plus_minus(stage, "preference", "chosen_logp_per_token", digits=3)])
     return rows
 
 
@@ -181,7 +182,7 @@ def _price_section(run: Run) -> list[str]:
         if len(known) > 1:
             best = (max if higher_is_better else min)(known, key=known.__getitem__)
             last, name = list(known)[-1], keys[-1].replace("_", " ")
-            lines.append(f"- {name}: best {_show(known[best], 3)} after {best}, {_show(known[last], 3)} after {last}")
+            lines.append(f"- {name}: best {show(known[best], 3)} after {best}, {show(known[last], 3)} after {last}")
     return ["What later stages took away again:", "\n".join(lines)] if lines else []
 
 
@@ -200,12 +201,14 @@ def _task_section(run: Run) -> list[str]:
         page.append("**The stages were scored under different signatures: don't compare across them.**")
     for task in run.names("tasks", TASKS):
         stages = [stage for stage in evaluated if task in stage.evaluation["tasks"]]
-        scores = ordered((name for stage in stages for name in stage.evaluation["tasks"][task]), SCORES)
+        known = (name for stage in stages for name in stage.evaluation["tasks"][task] if name != "question_set")
+        scores = ordered(known, SCORES)
         rows = [["stage", *scores]]
         for stage in stages:
-            values = ((name, stage.number("tasks", task, name)) for name in scores)
-            rows.append([stage.label, *(_show(value, 0 if name == "rows" else 2) for name, value in values)])
-        page += [f"### {_escape(task)}", _markdown_table(rows)]
+            counts = [show(stage.number("tasks", task, name), 0) for name in scores if name in COUNTS]
+            measured = [plus_minus(stage, "tasks", task, name, digits=2) for name in scores if name not in COUNTS]
+            rows.append([stage.label, *counts, *measured])
+        page += [f"### {escape(task)}", markdown_table(rows)]
     return page
 
 
@@ -217,12 +220,12 @@ def _gate_section(run: Run) -> list[str]:
             rows = [["task", *(f"expert {number}" for number in range(1, experts + 1)), "entropy"]]
             for task in ordered(gates, TASKS):
                 entropy = stage.number("gate_entropy", task)
-                rows.append([task, *(_show(weight, 3) for weight in gates[task]), _show(entropy, 3)])
+                rows.append([task, *(show(weight, 3) for weight in gates[task]), show(entropy, 3)])
             page += [
                 f"Mean weight of each specific expert, {1 / max(experts, 1):.3f} is an equal share; mean entropy of a "
                 f"token's gates in nats, {math.log(max(experts, 1)):.3f} where it asks all experts alike."
             ]
-            page += [_markdown_table(rows)]
+            page += [markdown_table(rows)]
     return ["## Which expert answers what", *page] if page else []
 
 
@@ -233,8 +236,8 @@ def _training_section(run: Run) -> list[str]:
         speeds = stage.series("tokens_per_second")[1]
         counts = (last["step"], last["tokens"], statistics.median(speeds) if speeds else None)
         times = (last["seconds"], stage.number("seconds"))
-        rows.append([stage.label, *(_show(value, 0) for value in counts), *(_show(value, 1) for value in times)])
-    return ["## Training", _markdown_table(rows)]
+        rows.append([stage.label, *(show(value, 0) for value in counts), *(show(value, 1) for value in times)])
+    return ["## Training", markdown_table(rows)]
 
 
 def _sample_section(run: Run, per_task: int = 3, characters: int = 800) -> list[str]:
@@ -245,13 +248,13 @@ def _sample_section(run: Run, per_task: int = 3, characters: int = 800) -> list[
             found.setdefault(task, {}).setdefault(question, {"reference": reference})[STAGE_LABELS[name]] = answer
     page = ["## Answers side by side"] if found else []
     for task in ordered(found, TASKS):
-        page.append(f"### {_escape(task)}")
+        page.append(f"### {escape(task)}")
         # Questions that both stages answered come first.
         for question, voices in sorted(found[task].items(), key=lambda item: -len(item[1]))[:per_task]:
-            page.append("\n".join(f"> {_escape(line)}  " for line in question.splitlines()))
+            page.append("\n".join(f"> {escape(line)}  " for line in question.splitlines()))
             answers = []
             for who, text in voices.items():
                 short = text.strip() if len(text) <= characters else text.strip()[:characters] + " …"
-                answers.append(f"- **{who}**: " + ("<br>".join(map(_escape, short.splitlines())) or "*(empty)*"))
+                answers.append(f"- **{who}**: " + ("<br>".join(map(escape, short.splitlines())) or "*(empty)*"))
             page.append("\n".join(answers))
     return page
