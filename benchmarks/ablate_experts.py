@@ -130,8 +130,9 @@ def main() -> None:
         arm, seed = job
         output = arguments.output / f"{arm.replace(' ', '_')}_{seed}"
         if not (output / "evaluation.json").exists():
-            command = [sys.executable, __file__, "--run", arguments.run, "--output", output, "--arm", arm, "--seed", seed]
-            done = subprocess.run(list(map(str, command)), capture_output=True, env={**os.environ, **alone})
+            command = [sys.executable, __file__, "--run", arguments.run, "--output", output]
+            command += ["--arm", arm, "--seed", str(seed)]
+            done = subprocess.run(command, capture_output=True, env={**os.environ, **alone})
             if done.returncode:
                 sys.exit(done.stderr.decode())
         print(f"{arm}, seed {seed}: done", file=sys.stderr, flush=True)
