@@ -17,15 +17,17 @@ from typing import ClassVar
 import torch
 
 from pedgpt import adapters, data
-from pedgpt.data.tasks import TASKS
 from pedgpt.evaluation.generation_metrics import score_answers, signature
+from pedgpt.evaluation.heldout import read_heldout
 from pedgpt.evaluation.likelihood import document_losses, mean_perplexity, pair_logps, perplexity, preference_scores
-from pedgpt.evaluation.responses import Answers, answer, questions_of, thin, write_answers
+from pedgpt.evaluation.responses import Answers, answer, questions_of, write_answers
 from pedgpt.evaluation.run import intervals_of
 from pedgpt.evaluation.system import SystemSettings
 from pedgpt.files import write_json
 from pedgpt.models import ModelConfig, load_model
 from pedgpt.training import run_recipe, start
+
+PRINTED = ("rouge-1", "rouge-2", "rouge-l", "bleu-1", "bleu-4", "gleu", "distinct-1", "distinct-2")
 
 
 @dataclass(kw_only=True)
@@ -61,7 +63,8 @@ def main(config: Config) -> None:
         config.row_length = config.row_length or min(1024, sizes.max_position_embeddings)
         sizes.check_length(config.row_length)
     summary = data.ReadSummary()
-    tasks, task_rows, rows, pairs = read_heldout(heldout, config, chat, summary)
+    limits = {"row_length": config.row_length, "text_limit": config.text_limit}
+    tasks, task_rows, rows, pairs = read_heldout(heldout, chat, summary, data.parse_columns(config.columns), **limits)
     if not (any(tasks.values()) or any(rows.values()) or pairs):
         raise ValueError(f"--heldout {heldout}: nothing to evaluate on; expected tasks/, text/ or preferences/")
 
@@ -147,37 +150,6 @@ def samples(said: Answers) -> list[dict]:
     ]
 
 
-def read_heldout(heldout: Path, config: Config, chat, summary):
-    """Conversations by task, their packed rows, packed rows by perplexity, and pairs.
-
-    What is too long for a row is left out everywhere, and counted.
-    """
-    policy, columns = {"on_bad_row": "skip", "summary": summary}, data.parse_columns(config.columns)
-    tokenizer, length, tasks, task_rows, pairs = chat.tokenizer, config.row_length, {}, {}, []
-    for name, folder in TASKS.items():
-        for path in table(heldout / folder):
-            conversations = data.read_conversations(path, columns=columns, **policy)
-            examples = data.encode_conversations(conversations, chat, length, on_long_row="skip", **policy)
-            fitting = {example.source for example in examples}
-            tasks[name] = [conversation for conversation in conversations if conversation.source in fitting]
-            task_rows[name] = data.pack(examples, length)
-    rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
-    for path in (path for path in sorted((heldout / "text").glob("*")) if path.is_dir() or path.suffix == ".jsonl"):
-        documents = thin(data.read_documents(path, columns=columns, **policy), config.text_limit)
-        ends = {"eos_id": tokenizer.eos_id, "row_length": length, "prefix": tokenizer.document_prefix}
-        texts = tokenizer.encode_batch([row.text for row in documents])
-        rows[f"{path.stem}_text"] = data.pack([p for ids in texts for p in data.encode_document(ids, **ends)], length)
-    for path in table(heldout / "preferences"):
-        found = data.read_preferences(path, columns=columns, **policy)
-        pairs = data.encode_pairs(found, chat, length, on_long_row="skip", **policy)
-    return tasks, task_rows, rows, pairs
-
-
-def table(path: Path) -> list[Path]:
-    """The folder of a table's files, or its one file; nothing if it is absent."""
-    return [found for found in (path, path.with_suffix(".jsonl")) if found.exists()][:1]
-
-
 def expert_weights(model, rows) -> tuple[list[float], float]:
     """Mean gate weight of each specific expert and mean entropy of the gates [nats] over all layers.
 
@@ -190,25 +162,26 @@ def expert_weights(model, rows) -> tuple[list[float], float]:
 
 
 def print_table(results: dict) -> None:
-    print(f"{results['model']}{' + ' + results['adapter'] if results['adapter'] else ''}")
-    columns = ("rouge-1", "rouge-2", "rouge-l", "bleu-1", "bleu-4", "gleu", "distinct-1", "distinct-2")
-    print(f"  {'task':12}{'rows':>6}{'empty':>6}" + "".join(f"{name:>13}" for name in columns))
-    limits = results["intervals"]
-    for name, scores in results["tasks"].items():
-        print(f"  {name:12}{scores['rows']:>6}{scores['empty']:>6}" + "".join(f"{scores[c]:>13.2f}" for c in columns))
-        ends = (limits["tasks"][name][column] for column in columns)
-        print(f"  {'95 % from to':24}" + "".join(f"{f'{low:.1f} {high:.1f}':>13}" for low, high in ends))
+    def shown(part, name, value, digits=2, metric=None):
+        ends = results["intervals"][part][name]
+        low, high = ends[metric] if metric else ends
+        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    print(f"{results['model']}{' + ' + results['adapter'] if results['adapter'] else ''}; 95 % intervals in brackets")
+    for name, found in results["tasks"].items():
+        scores = (f"{metric} {shown('tasks', name, found[metric], metric=metric)}" for metric in PRINTED)
+        print(f"  {name}, {found['rows']} questions, {found['empty']} empty answers: {', '.join(scores)}")
     print(f"  {results['signature']}")
     for name, value in results["perplexity"].items():
-        print(f"  perplexity of {name}: {value:.2f}, 95 % {limits['perplexity'][name][0]:.2f}", end=" ")
-        print(f"to {limits['perplexity'][name][1]:.2f}")
-    if preference := results["preference"]:
-        print(f"  preference on {preference['pairs']} pairs:")
-        for name, (low, high) in limits["preference"].items():
-            print(f"    {name.replace('_', ' ')} {preference[name]:.3f}, 95 % {low:.3f} to {high:.3f}")
+        print(f"  perplexity of {name}: {shown('perplexity', name, value)}")
+    for name in results["intervals"].get("preference", ()):
+        about = f"{name.replace('_', ' ')}, {results['preference']['pairs']} pairs"
+        print(f"  {about}: {shown('preference', name, results['preference'][name], 3)}")
     for name, weights in (results["gates"] or {}).items():
-        shown, most = " ".join(f"{weight:.3f}" for weight in weights), math.log(len(weights))
-        print(f"  expert weights on {name}: {shown}, entropy {results['gate_entropy'][name]:.3f} of at most {most:.3f}")
+        shares, most = " ".join(f"{weight:.3f}" for weight in weights), math.log(len(weights))
+        print(
+            f"  expert weights on {name}: {shares}, entropy {results['gate_entropy'][name]:.3f} of at most {most:.3f}"
+        )
     if results["skipped"]:
         print(f"  {results['skipped']} held-out rows skipped as bad or over-long")
 

@@ -36,15 +36,16 @@ class Config:
 
 def main(config: Config) -> None:
     systems = read_systems(config.answers)
+    numbers = range(len(systems[0].questions))
     if config.limit:
-        chosen = thin(range(len(systems[0].questions)), config.limit)
-        systems = [choose(system, chosen) for system in systems]
+        numbers = thin(numbers, config.limit)
+        systems = [choose(system, numbers) for system in systems]
     if len(systems) < 2 and not config.points:
         raise ValueError("--answers: comparing needs two files or more")
     if not config.endpoint and not config.check_judge:
         raise ValueError("give --endpoint, the TOML file of the judge, or --check_judge true")
     results = {"systems": {system.name: system.about for system in systems}, "reference": config.reference}
-    results["template"] = judging.template_hash()
+    results |= {"template": judging.template_hash(), "question_set": systems[0].about.get("question_set")}
     if config.check_judge and len(systems) > 1:
         results["known_judges"] = judging.known_judges(systems, seed=config.seed)
         print_known(results["known_judges"])
@@ -84,6 +85,8 @@ def main(config: Config) -> None:
         shown = zip(judging.showings(systems), said, strict=True)
         judged = judging.collect(systems, ((one, verdict, problem) for one, (verdict, problem) in shown))
         results |= {**judging.summarize(systems, judged, seed=config.seed), "verdicts": judged.rows}
+        for row in (*judged.rows, *judged.unreadable):
+            row["number"] = numbers[row["number"] - 1] + 1  # as in the files
         print_verdicts(results)
     write_json(config.output, results)
 

@@ -1,6 +1,8 @@
 """Write a run's report.md and plots, and print what came out.
 
-python recipes/report.py --run runs/demo
+    python recipes/report.py --run runs/demo
+
+A folder with answers/*.jsonl and nothing else is enough to compare systems.
 """
 
 from dataclasses import dataclass
@@ -12,13 +14,14 @@ from pedgpt.training import run_recipe
 
 @dataclass
 class Config:
-    run: str  # folder with STAGE/metrics.jsonl and evaluation/STAGE.json
+    run: str  # folder with STAGE/metrics.jsonl, evaluation/STAGE.json, answers, exams, judge, doctors
 
 
 def main(config: Config) -> None:
     run = load_run(config.run)
     path = write_report(run)
-    print(stage_table(run), *expectations(run), f"report: {path}", sep="\n")
+    shown = [stage_table(run), *expectations(run)] if run.stages else []
+    print(*shown, f"report: {path}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_recipes_are_copied_and_nothing_is_written_over(tmp_path):
     assert (tmp_path / "dfpo.py").read_text() == "mine" and not (tmp_path / "report.py").exists()
     assert run(tmp_path, "copy", "all").returncode == 0
     assert (tmp_path / "recipes" / "configs" / "demo" / "dfpo.toml").is_file()
-    assert "known: build_corpus" in run(tmp_path, "copy", "nothing").stderr
+    assert "known: answer, build_corpus" in run(tmp_path, "copy", "nothing").stderr
 
 
 def test_a_wheel_runs_the_recipes_and_holds_the_demo(tmp_path):
@@ -60,7 +60,8 @@ def test_a_wheel_runs_the_recipes_and_holds_the_demo(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     held = {str(file.relative_to(ROOT)) for file in (ROOT / "pedgpt").rglob("*.py")}
-    held |= {str(file.relative_to(ROOT)) for file in (ROOT / "pedgpt").rglob("*.toml")}
+    data = [file for kind in ("toml", "html") for file in (ROOT / "pedgpt").rglob(f"*.{kind}")]
+    held |= {str(file.relative_to(ROOT)) for file in data}
     held |= {f"pedgpt/{file.relative_to(ROOT)}" for file in (ROOT / "recipes").rglob("*") if file.is_file()}
     wheels = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
     assert wheels - {"pedgpt/py.typed"} == {name for name in held if "__pycache__" not in name}

@@ -91,7 +91,14 @@ def build_pages(
     ids = [digest([whole, number])[:10] for number in asked]
     template, pages = Path(__file__).with_name("page.html").read_text(encoding="utf-8"), {}
     rows = [{"number": n + 1, "task": q.task, "question": q.text} for n, q in zip(asked, questions, strict=True)]
-    key: dict[str, Any] = {"set": whole, "systems": names, "questions": dict(zip(ids, rows, strict=True)), "pages": {}}
+    known = systems[0].about.get("question_set")
+    key: dict[str, Any] = {
+        "set": whole,
+        "question_set": known,
+        "systems": names,
+        "questions": dict(zip(ids, rows, strict=True)),
+        "pages": {},
+    }
     for rater, numbers in share_out([question.task for question in questions], raters, count, seed).items():
         page, shown = digest([whole, rater])[:16], []
         orders = balanced_orders(len(numbers), names, f"{page} {seed}")

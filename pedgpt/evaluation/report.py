@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import gt, le, lt
 from pathlib import Path
@@ -123,15 +123,27 @@ def write_report(run: Run) -> Path:
     findings = load_findings(run.folder, set(run.stages))
     plots = draw(run, findings)
     shown = {name: [f"![{alt}]({name})"] for name, (alt, _) in PLOTS.items() if plots and name in plots}
+    page = [
+        f"# Run report: {escape(run.folder.resolve().name)}",
+        f"*{DISCLAIMER}*",
+        *([] if plots is not None else ['No plots: matplotlib is missing, `pip install -e ".[plot]"` brings it.']),
+        *(_stage_sections(run, shown) if run.stages else []),
+        *sections(findings, shown),
+        *_sample_section(run),
+    ]
+    path = run.folder / "report.md"
+    write_text(path, "\n\n".join(page) + "\n")
+    return path
+
+
+def _stage_sections(run: Run, shown: Mapping[str, list[str]]) -> list[str]:
+    """What each stage was meant to bring, and brought."""
     checks = expectations(run)
     counted: list[dict[str, int]] = [stage.evaluation.get("tokens", {}) for stage in run.stages.values()]
     sizes = max(counted, key=len)
     measured = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in sizes.items())
     tally = [sum(check.passed is outcome for check in checks) for outcome in (True, False, None)]
-    page = [
-        f"# Run report: {escape(run.folder.resolve().name)}",
-        f"*{DISCLAIMER}*",
-        *([] if plots is not None else ['No plots: matplotlib is missing, `pip install -e ".[plot]"` brings it.']),
+    return [
         "## Stage by stage",
         markdown_table(_stage_rows(run)),
         "± is half of a 95 % interval over questions, documents or pairs. ROUGE-L × 100, higher is better; perplexity "
@@ -151,12 +163,7 @@ def write_report(run: Run) -> Path:
         *_training_section(run),
         *shown.get("loss_by_stage.png", []),
         *shown.get("dfpo.png", []),
-        *sections(findings, shown),
-        *_sample_section(run),
     ]
-    path = run.folder / "report.md"
-    write_text(path, "\n\n".join(page) + "\n")
-    return path
 
 
 def _stage_rows(run: Run) -> list[list[str]]:

@@ -164,7 +164,13 @@ def merge(
     codes = {**{name: float(number) for number, name in enumerate(systems)}, TIE: EQUAL, None: np.nan}
     votes = np.array([[[codes[r.get(i, {}).get(d)] for r in found.values()] for i in asked] for d in DIMENSIONS])
     decided, tasks = [majority(each) for each in votes], [row["task"] for row in asked.values()]  # votes [4, N, R]
-    results: dict[str, Any] = {"set": key["set"], "systems": systems, "questions": len(asked), **sampling}
+    results: dict[str, Any] = {
+        "set": key["set"],
+        "question_set": key.get("question_set"),
+        "systems": systems,
+        "questions": len(asked),
+        **sampling,
+    }
     results["missing_raters"] = [page["rater"] for page in key["pages"].values() if page["rater"] not in found]
     everything = votes.reshape(-1, len(found))
     results["raters"] = {

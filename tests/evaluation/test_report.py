@@ -3,17 +3,24 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pedgpt.data import Message
+from pedgpt.evaluation.judging import DIMENSIONS, collect, showings, summarize
 from pedgpt.evaluation.report import expectations, stage_table, write_report
-from pedgpt.evaluation.run import load_run
+from pedgpt.evaluation.responses import Answers, Question, read_systems, set_hash, write_answers
+from pedgpt.evaluation.run import intervals_of, load_run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "report.py"
 TASKS = ("MedKQ&A", "EviDiag", "TreRecom")
+KINDS = ("win", "tie", "loss")
 PLOTS = ("metrics_by_stage.png", "loss_by_stage.png", "expert_weights.png", "routing.png", "dfpo.png")
 
 ROUGE = {"base": 1.0, "cpt_text": 8.0, "cpt": 10.0, "sft": 30.25, "dfpo": 31.0, "experts": 38.5}
@@ -252,3 +259,93 @@ def test_recipe_fails_in_one_line(tmp_path):
     done = run_recipe("--run", str(tmp_path / "absent"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path / 'absent'}: no such run folder\n"
+
+
+def answers_of(folder, names, count=200):
+    """Files of answers: the first system repeats the reference more often than the others. Synthetic."""
+    asked = [(Message("user", f"问题{i}"),) for i in range(count)]
+    questions = [Question(one, f"孩子发热{i}天，多喝水，及时就医。", TASKS[i % 2]) for i, one in enumerate(asked)]
+    (folder / "answers").mkdir(parents=True)
+    for place, name in enumerate(names):
+        texts = [q.reference if i % (2 * place + 3) < 2 else "观察" for i, q in enumerate(questions)]
+        said = [Message("assistant", text) for text in texts]
+        about = {"model": name, "question_set": set_hash(questions)}
+        write_answers(folder / "answers" / f"{name}.jsonl", Answers(name, questions, said, about))
+    return questions
+
+
+def test_two_files_of_answers_are_compared_by_one_command(tmp_path):
+    answers_of(tmp_path, ["good", "worse"])
+    began = time.perf_counter()
+    done = run_recipe("--run", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "") and time.perf_counter() - began < 60
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| (good|worse) \| (\S+) \| 100 \| 0 \| ([\d.]+) \\\[([\d.]+), ([\d.]+)\\\]", page)
+    assert len(rows) == 4
+    for name, _, score, low, high in rows:
+        assert float(low) < float(score) < float(high) and (float(score) > 45) == (name == "good")
+    assert "good − worse" in page and "no difference beyond chance" not in page
+
+
+def test_a_difference_inside_its_interval_is_called_none(tmp_path, evaluations):
+    for stage, shift in (("cpt", 0.0), ("sft", 0.5)):
+        for name in TASKS:
+            values = [10.0 * (i % 7) + shift * (1 if i % 2 else -0.8) for i in range(60)]
+            evaluations[stage]["tasks"][name] |= {"rouge-l": sum(values) / 60, "question_set": "x"}
+            evaluations[stage].setdefault("values", {}).setdefault("tasks", {})[name] = {"rouge-l": values}
+    run = load_run(write_run(tmp_path / "run", evaluations))
+    check = expectations(run)[2]
+    assert check.passed is None and check.detail.count("no difference beyond chance") == 3
+    evaluations["sft"]["tasks"][TASKS[0]]["question_set"] = "other"  # other questions are not paired
+    check = expectations(load_run(write_run(tmp_path / "run", evaluations)))[2]
+    assert check.detail.count("no difference beyond chance") == 2
+
+
+def test_intervals_match_a_bootstrap_by_hand(tmp_path):
+    losses = [[2.0 * (1 + i % 5), 2.0 + i % 3] for i in range(1, 40)]
+    values = {"perplexity": {"text": losses}, "tasks": {"MedKQ&A": {"rouge-l": [float(i) for i in range(50)]}}}
+    found = intervals_of(values)
+    dice = np.random.default_rng(5)
+    rows = np.array(losses)
+    draws = [rows[dice.integers(39, size=39)].sum(0) for _ in range(4000)]
+    expected = np.quantile([np.exp(a / b) for a, b in draws], [0.025, 0.975])
+    assert found["perplexity"]["text"] == pytest.approx(expected, rel=0.03)
+    half = 1.96 * np.std(range(50)) / 50**0.5
+    assert found["tasks"]["MedKQ&A"]["rouge-l"] == pytest.approx([24.5 - half, 24.5 + half], abs=0.6)
+
+
+def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
+    questions = answers_of(tmp_path, ["a", "b"], 40)
+    systems = read_systems([tmp_path / "answers" / f"{name}.jsonl" for name in "ab"])
+    shown = showings(systems)
+    said = ((one, dict.fromkeys(DIMENSIONS, "1" if one.first < one.second else "2"), "") for one in shown)
+    judged = collect(systems, said)
+    summary = summarize(systems, judged)
+    judge = {"judge": "gpt-x", "question_set": set_hash(questions), **summary, "verdicts": judged.rows}
+    choices = [{"li": "a", "wang": "b" if i % 4 == 0 else "a"} for i in range(40)]
+    votes = [{"number": i, "dimension": "overall", "votes": choice} for i, choice in enumerate(choices, 1)]
+    share = [0.75, 0.6, 0.9]
+    row = {"task": "all", "dimension": "overall", "n": 40}
+    doctors = {
+        "raters": {"li": {}, "wang": {}}, "question_set": set_hash(questions), "votes": votes,
+        "comparisons": [{**row, "by": "majority", "first": "a", "second": "b", **dict.fromkeys(KINDS, share)}],
+        "agreement": [{**row, "raw": 0.75, "cohen": 0.1, "fleiss": None, "krippendorff": [0.2, 0.1, 0.3]}],
+        "unsafe": [{"number": 3, "system": "b", "raters": ["li"]}],
+    }  # fmt: skip
+    one = {"score": [50.0, 40.0, 60.0], "questions": 20, "chance": 25.0}
+    bins = [{"questions": 20, "confidence": 0.6, "accuracy": 0.5}]
+    likelihood = {"kinds": {"choice": one}, "rotated": one, "total": None, "calibration": {"ece": 10.0, "bins": bins}}
+    generated = {"kinds": {"choice": one}, "total": 61.5, "unread": ["question 1"]}
+    exam = {"questions": 20, "likelihood": {"a": likelihood}, "generated": {"b": generated}, "in_corpus": ["x"]}
+    for name, value in {"judge/j": judge, "doctors/results": doctors, "exams/sheet": exam}.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.json").write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "doctors" / "key.json").write_text("{}", encoding="utf-8")
+    page = write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+    assert "| gpt-x | a : b | all | overall | 40 | 100 \\[100, 100\\] | 0 \\[0, 0\\] | 0 \\[0, 0\\] |" in page
+    assert "| 2 doctors | a : b | all | overall | 40 | 75 \\[60, 90\\]" in page
+    assert "gpt-x and the doctors' majority agree on 75.0 % of 40 questions" in page
+    assert "- question 3, b, by li" in page and "total of PediaBench | 61.50" in page
+    assert "1 of its 20 questions" in page and "choice, other letters" in page
+    for name in ("verdicts.png", "calibration.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in page

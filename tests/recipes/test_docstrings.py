@@ -30,9 +30,9 @@ def parsed(recipe, arguments, monkeypatch):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_commands_of_the_docstring_parse(recipe, monkeypatch):
     commands = COMMAND.findall(config_of(recipe)[1])
-    assert commands and {name for name, _ in commands} == {recipe}
-    for _, arguments in commands:
-        parsed(recipe, arguments, monkeypatch)
+    assert recipe in {name for name, _ in commands}
+    for name, arguments in commands:  # exam.py also shows how answer.py makes what it grades
+        parsed(name, arguments, monkeypatch)
 
 
 def test_commands_of_the_documents_parse(monkeypatch):
