@@ -1,9 +1,10 @@
-"""What μ does in DFPO: μ = 0 (DPO), 0.1 and 1 on the sample corpus, with five seeds of stages 2 and 3.
+"""What DFPO brings on the sample corpus: μ = 0 (DPO), 0.1 and 1, and SFT on the chosen answers; five seeds.
 
     make demo && python benchmarks/ablate_mu.py --run runs/demo
 
-Per seed stage 2 is trained anew from the demo's stage 1, then stage 3 with each μ from that model; the runs of a seed
-share the file of reference log-probabilities. All is measured on held-out rows: which answer of a pair the policy
+Per seed stage 2 is trained anew from the demo's stage 1, then stage 3 with each μ from that model, and instead of it SFT
+on the chosen answers of the same pairs, as many steps at the same rate. The runs of a seed share the file of reference
+log-probabilities. All is measured on held-out rows: which answer of a pair the policy
 prefers, how far the log-probabilities of both answers drift from the reference, and the answers that are generated.
 Prints a Markdown table of means and 95 % intervals (Student's t over seeds). Finished runs are kept.
 """
@@ -13,11 +14,13 @@ import json
 import statistics
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %
 MUS = (0.0, 0.1, 1.0)
+SHARED = ("max_steps", "global_batch_size", "micro_batch_size", "learning_rate", "warmup_ratio")  # with stage 3
 COLUMNS = (
     "preferred by reward, %", "preferred by likelihood, %", "chosen drift, nats/token", "rejected drift, nats/token",
     "ROUGE-L", "GLEU", "Distinct-2",
@@ -39,6 +42,15 @@ def evaluated(folder: Path, model: Path, run: Path, *arguments: object) -> dict:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
+def chosen_answers(preferences: Path, path: Path) -> Path:
+    """The pairs' chosen answers as conversations."""
+    rows = [json.loads(line) for file in sorted(preferences.glob("*.jsonl")) for line in file.open(encoding="utf-8")]
+    talks = [{"messages": [*row["prompt"], {"role": "assistant", "content": row["chosen"]}]} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(talk, ensure_ascii=False) + "\n" for talk in talks), encoding="utf-8")
+    return path
+
+
 def scores(before: dict, after: dict) -> list[float]:
     preference, reference, tasks = after["preference"], before["preference"], after["tasks"].values()
     drifts = [preference[name] - reference[name] for name in ("chosen_logp_per_token", "rejected_logp_per_token")]
@@ -57,6 +69,7 @@ def main() -> None:
         sys.exit(f"--seeds must be in 2 to 10, found {arguments.seeds}")
     train, configs = arguments.run / "corpus/train", ROOT / "recipes/configs/demo"
     found: dict[str, list[list[float]]] = {"after stage 2": [], **{f"μ = {mu:g}": [] for mu in MUS}}
+    found["SFT on the chosen answers"] = []
     for seed in range(arguments.seeds):
         sft = arguments.output / f"sft_{seed}"
         call(
@@ -74,6 +87,15 @@ def main() -> None:
             )  # fmt: skip
             after = evaluated(dfpo, dfpo / "model", arguments.run, "--reference", sft / "model")
             found[f"μ = {mu:g}"].append(scores(before, after))
+        sft_chosen = arguments.output / f"chosen_{seed}"
+        stage = tomllib.loads((configs / "dfpo.toml").read_text(encoding="utf-8"))
+        call(
+            "full_finetune", "--config", configs / "sft.toml", "--model", sft / "model", "--output", sft_chosen,
+            "--instructions", chosen_answers(train / "preferences", arguments.output / "chosen.jsonl"), "--seed", seed,
+            *(f"--{name}={stage[name]}" for name in SHARED),
+        )  # fmt: skip
+        after = evaluated(sft_chosen, sft_chosen / "model", arguments.run, "--reference", sft / "model")
+        found["SFT on the chosen answers"].append(scores(before, after))
         print(f"seed {seed} done", file=sys.stderr, flush=True)
     print(f"| | {' | '.join(COLUMNS)} |\n|{':--|' + '--:|' * len(COLUMNS)}")
     for name, rows in found.items():
