@@ -2,9 +2,9 @@
 
     make demo && python benchmarks/ablate_mu.py --run runs/demo
 
-Per seed stage 2 is trained anew from the demo's stage 1, then stage 3 with each μ from that model, and instead of it SFT
-on the chosen answers of the same pairs, as many steps at the same rate. The runs of a seed share the file of reference
-log-probabilities. All is measured on held-out rows: which answer of a pair the policy
+Per seed stage 2 is trained anew from the demo's stage 1, then stage 3 with each μ from that model, and instead of it
+SFT on the chosen answers of the same pairs, as many steps at the same rate. The runs of a seed share the file of
+reference log-probabilities. All is measured on held-out rows: which answer of a pair the policy
 prefers, how far the log-probabilities of both answers drift from the reference, and the answers that are generated.
 Prints a Markdown table of means and 95 % intervals (Student's t over seeds). Finished runs are kept.
 """
