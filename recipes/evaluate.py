@@ -80,6 +80,7 @@ def main(config: Config) -> None:
     losses = {name: document_losses(model, packed, config.batch_size) for name, packed in rows.items() if packed}
     values = {
         "tasks": {task: found.pop("values") for task, found in scores.items()},
+        "conversations": {task: numbered(found.pop("conversations")) for task, found in scores.items()},
         "perplexity": {name: found.tolist() for name, found in losses.items()},
     }
     gates, entropy = {}, {}
@@ -138,6 +139,11 @@ def answer_tasks(model, chat, tasks, config: Config) -> Answers:
         "decoding": {**room, "temperature": 0},
     }
     return Answers(Path(config.answers).stem, questions, answers, about)
+
+
+def numbered(names: list[str]) -> list[int]:
+    """Equal names by equal numbers."""
+    return [list(dict.fromkeys(names)).index(name) for name in names]
 
 
 def samples(said: Answers) -> list[dict]:

@@ -119,13 +119,15 @@ def _answer_section(found: Findings) -> list[str]:
     rows, differences = [["system", "task", "questions", "empty", "ROUGE-L", "GLEU"]], []
     for name, tasks in found.scores.items():
         for task, scores in tasks.items():
-            cells = [between(bootstrap(scores["values"][metric])) for metric in ("rouge-l", "gleu")]
+            talks = scores["conversations"]
+            cells = [between(bootstrap(scores["values"][name], clusters=talks)) for name in ("rouge-l", "gleu")]
             rows.append([name, task or "all", str(scores["rows"]), str(scores["empty"]), *cells])
     for one, two in combinations(found.scores, 2):
         for task in found.scores[one].keys() & found.scores[two].keys():
             first, second = found.scores[one][task], found.scores[two][task]
             if first["question_set"] == second["question_set"]:
-                figures = paired_difference(first["values"]["rouge-l"], second["values"]["rouge-l"])
+                values = first["values"]["rouge-l"], second["values"]["rouge-l"]
+                figures = paired_difference(*values, clusters=first["conversations"])
                 told = "" if figures[1] > 0 or figures[2] < 0 else ": no difference beyond chance"
                 differences.append(f"- ROUGE-L on {escape(task or 'all')}, {escape(one)} − {escape(two)}: ")
                 differences[-1] += f"{between(figures)}{told}"

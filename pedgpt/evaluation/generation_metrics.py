@@ -51,7 +51,10 @@ def answer_scores(references: Sequence[str], hypotheses: Sequence[str]) -> dict[
 
 
 def score_answers(found: Answers) -> dict[str, dict[str, Any]]:
-    """By task: the questions ("rows"), the empty answers, and the `METRICS` of each answer that has a reference."""
+    """By task: the questions ("rows"), the empty answers, and the `METRICS` of each answer that has a reference.
+
+    "conversations" names the one that each answer belongs to.
+    """
     scores: dict[str, dict[str, Any]] = {}
     for task, numbers in found.tasks().items():
         known = [i for i in numbers if _has_rouge_words(found.questions[i].reference)]
@@ -60,7 +63,8 @@ def score_answers(found: Answers) -> dict[str, dict[str, Any]]:
             values = answer_scores([found.questions[i].reference for i in known], texts)
             empty = sum(not text.strip() for text in texts)
             asked = set_hash(found.questions[i] for i in known)
-            scores[task] = {"rows": len(known), "empty": empty, "question_set": asked, "values": values}
+            told = {"rows": len(known), "empty": empty, "question_set": asked, "values": values}
+            scores[task] = {**told, "conversations": [found.questions[i].conversation for i in known]}
     return scores
 
 

@@ -162,22 +162,17 @@ def summarize(systems: Sequence[Answers], judged: Judged, *, seed: int = 0) -> d
             a, b = (judged.systems.index(name) for name in row["systems"])
             share = {"1": 1.0, "tie": 0.5, "2": 0.0}[row["verdict"]["overall"]]
             wins[i, a, b], wins[i, b, a] = share, 1 - share
-        clusters = [_conversation(systems[0].questions[row["number"] - 1]) for row in judged.rows]
+        clusters = [systems[0].questions[row["number"] - 1].conversation for row in judged.rows]
         strengths = np.stack(bradley_terry_intervals(wins, seed=seed, clusters=clusters), -1).tolist()
         found["bradley_terry"] = dict(zip(judged.systems, strengths, strict=True))
     return found
-
-
-def _conversation(question: Question) -> str:
-    """What the turns of one conversation have in common: they are not independent of each other."""
-    return next(message.content for message in question.history if message.role == "user")
 
 
 def _pair_summary(systems: Sequence[Answers], a: int, b: int, judged: Judged, seed: int) -> dict[str, Any]:
     names = [systems[a].name, systems[b].name]
     rows = [row for row in judged.rows if row["systems"] == names]
     numbers = [row["number"] - 1 for row in rows]
-    clusters = [_conversation(systems[a].questions[i]) for i in numbers]
+    clusters = [systems[a].questions[i].conversation for i in numbers]
     found: dict[str, Any] = {"systems": names, "rows": len(rows), "tasks": {}, "warnings": []}
     if not rows:
         return found
@@ -338,6 +333,6 @@ def summarize_scores(
         for task, numbers in {"all": list(range(count)), **system.tasks()}.items():
             read = [i for i in numbers if values[i] is not None]
             if read and task:
-                clusters = [_conversation(system.questions[i]) for i in read]
+                clusters = [system.questions[i].conversation for i in read]
                 found["scores"][system.name][task] = bootstrap([values[i] for i in read], clusters=clusters)
     return found

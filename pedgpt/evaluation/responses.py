@@ -35,6 +35,11 @@ class Question:
         """What the user asks last."""
         return self.history[-1].content
 
+    @property
+    def conversation(self) -> str:
+        """What the turns of one conversation have in common: they are not independent of each other."""
+        return next(message.content for message in self.history if message.role == "user")
+
 
 @dataclass(frozen=True)
 class Answers:

@@ -102,7 +102,8 @@ class Run:
         if old is None or new is None or old.shape != new.shape or asked[0] != asked[1]:
             return None
         if keys[0] != "perplexity":
-            return paired_difference(new, old)
+            clusters = stages[0].evaluation["values"].get("conversations", {}).get(keys[1])
+            return paired_difference(new, old, clusters=clusters if keys[0] == "tasks" else None)
         draws = resampled_means(np.stack([old, new], 1))
         whole = np.stack([old.mean(0), new.mean(0)])
         losses = np.concatenate([whole[None], draws])
@@ -117,15 +118,20 @@ class Run:
 
 
 def intervals_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The 95 % intervals of the means, and of the perplexities, of `values` as an evaluation file holds them."""
+    """The 95 % intervals of the means, and of the perplexities, of `values` as an evaluation file holds them.
+
+    Answers of one conversation, which `values["conversations"]` numbers by task, are drawn together.
+    """
     found: dict[str, Any] = {}
-    for part, members in values.items():
-        for name, value in members.items():
+    together = values.get("conversations", {})
+    for part in values.keys() - {"conversations"}:
+        for name, value in values[part].items():
             if part == "perplexity":
                 draws = resampled_means(value)
                 ends = np.exp(np.quantile(draws[:, 0] / draws[:, 1], LIMITS)).tolist()
             elif isinstance(value, Mapping):
-                limits = np.stack(bootstrap(np.array(list(value.values())).T)[1:], -1).tolist()
+                rows = np.array(list(value.values())).T
+                limits = np.stack(bootstrap(rows, clusters=together.get(name))[1:], -1).tolist()
                 ends = dict(zip(value, limits, strict=True))
             else:
                 ends = list(bootstrap(value)[1:])
