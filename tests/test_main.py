@@ -61,6 +61,7 @@ def test_a_wheel_runs_the_recipes_and_holds_the_demo(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     held = {str(file.relative_to(ROOT)) for file in (ROOT / "pedgpt").rglob("*.py")}
     held |= {str(file.relative_to(ROOT)) for file in (ROOT / "pedgpt").rglob("*.toml")}
+    held |= {str(file.relative_to(ROOT)) for file in (ROOT / "pedgpt").rglob("*.html")}
     held |= {f"pedgpt/{file.relative_to(ROOT)}" for file in (ROOT / "recipes").rglob("*") if file.is_file()}
     wheels = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
     assert wheels - {"pedgpt/py.typed"} == {name for name in held if "__pycache__" not in name}

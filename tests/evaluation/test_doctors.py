@@ -238,7 +238,8 @@ def test_disagreements_and_unsafe_answers_are_listed_with_comments(merged):
     assert merged["raters"]["x"]["questions"] == 4 and merged["raters"]["x"]["seconds"] == 30
     # x ties in 4 + 3 of 16 choices. It agrees with y in 4 + 3 × 2 and with z in 4 + 3 × 2 of 16 choices each.
     assert merged["raters"]["x"]["ties"] == 7 / 16 and merged["raters"]["x"]["agreement"] == 20 / 32
-    assert len(rows_of(merged, "votes", dimension="factuality")) == 4 and merged["missing_raters"] == []
+    assert [row["majority"] for row in rows_of(merged, "votes", dimension="factuality")] == ["q", "tie", "tie", "o"]
+    assert merged["missing_raters"] == []
 
 
 def test_two_raters_have_cohens_kappa(tmp_path):
@@ -330,6 +331,7 @@ def test_partial_files_are_merged_where_that_is_asked_for(tmp_path):
     assert row["n"] == 4 and row["win"][0] == 0.75 and row["tie"][0] == 0.25
     only = merge([tmp_path / "x"], key, partial=True, draws=20)
     assert rows_of(only, "comparisons", by="majority", task="all", dimension="safety")[0]["n"] == 0
+    assert {row["majority"] for row in rows_of(only, "votes", dimension="safety")} == {None}
 
 
 def test_two_files_of_one_rater_are_refused(tmp_path):
