@@ -19,7 +19,7 @@ LIMITS = (0.025, 0.975)  # the quantiles that bound an interval
 
 def category_counts(ratings: Sequence[Labels] | Array) -> Array:
     """How many raters chose each category: [N, R] → [N, C]; rows may have unequal lengths."""
-    if isinstance(ratings, np.ndarray):
+    if isinstance(ratings, np.ndarray) and ratings.dtype.kind in "biuf":  # numbers: no loop over the labels
         return (ratings[:, :, None] == np.unique(ratings[~np.isnan(ratings)])).sum(1)
     known = [[label for label in row if label is not None and label == label] for row in ratings]
     codes = {label: code for code, label in enumerate(dict.fromkeys(label for row in known for label in row))}
