@@ -19,19 +19,26 @@ LIMITS = (0.025, 0.975)  # the quantiles that bound an interval
 
 def category_counts(ratings: Sequence[Labels] | Array) -> Array:
     """How many raters chose each category: [N, R] → [N, C]; rows may have unequal lengths."""
-    if isinstance(ratings, np.ndarray):
+    if isinstance(ratings, np.ndarray) and ratings.dtype.kind in "biuf":  # numbers: no loop over the labels
         return (ratings[:, :, None] == np.unique(ratings[~np.isnan(ratings)])).sum(1)
-    codes: dict[Hashable, int] = {}
-    known = [[codes.setdefault(x, len(codes)) for x in row if x is not None and x == x] for row in ratings]
-    return np.array([np.bincount(row, minlength=len(codes)) for row in known], int).reshape(len(known), len(codes))
+    known = [[label for label in row if label is not None and label == label] for row in ratings]
+    codes = {label: code for code, label in enumerate(dict.fromkeys(label for row in known for label in row))}
+    counts = np.zeros((len(known), len(codes)), dtype=int)
+    for question, row in enumerate(known):
+        for label in row:
+            counts[question, codes[label]] += 1
+    return counts
 
 
 def raw_agreement(ratings: Sequence[Labels] | Array) -> float:
     """Share of pairs of raters who agree: the mean over questions of Σ n(n - 1) / m(m - 1) (Fleiss 1971, eq. 2)."""
     counts = category_counts(ratings)
     counts = counts[counts.sum(1) > 1]
+    if not len(counts):
+        return np.nan
     raters = counts.sum(1)
-    return float(((counts * (counts - 1)).sum(1) / (raters * (raters - 1))).mean()) if len(counts) else np.nan
+    agreeing = (counts * (counts - 1)).sum(1)
+    return float((agreeing / (raters * (raters - 1))).mean())
 
 
 def cohen_kappa(first: Labels, second: Labels) -> float:
@@ -39,8 +46,14 @@ def cohen_kappa(first: Labels, second: Labels) -> float:
     pairs = [pair for pair in zip(first, second, strict=True) if all(x is not None and x == x for x in pair)]
     one_hot = category_counts([pair[:1] for pair in pairs] + [pair[1:] for pair in pairs])  # [2N, C]
     mine, theirs = one_hot[: len(pairs)], one_hot[len(pairs) :]
-    by_chance = float(mine.mean(0) @ theirs.mean(0)) if pairs else 1.0
-    return float(((mine * theirs).sum(1).mean() - by_chance) / (1 - by_chance)) if by_chance < 1 else np.nan
+    if not pairs:
+        return np.nan
+    observed = (mine * theirs).sum(1).mean()
+    return _beyond_chance(observed, mine.mean(0) @ theirs.mean(0))
+
+
+def _beyond_chance(observed: float, by_chance: float) -> float:
+    return float((observed - by_chance) / (1 - by_chance)) if by_chance < 1 else np.nan
 
 
 def fleiss_kappa(ratings: Sequence[Labels] | Array) -> float:
@@ -52,8 +65,8 @@ def fleiss_kappa(ratings: Sequence[Labels] | Array) -> float:
     raters = np.unique(counts.sum(1)).tolist()
     if len(raters) != 1 or raters[0] < 2:
         raise ValueError(f"Fleiss' κ needs two or more ratings, as many for each question, found {raters}; use α")
-    by_chance = float(((counts.sum(0) / counts.sum()) ** 2).sum())
-    return (raw_agreement(ratings) - by_chance) / (1 - by_chance) if by_chance < 1 else np.nan
+    shares = counts.sum(0) / counts.sum()
+    return _beyond_chance(raw_agreement(ratings), (shares**2).sum())
 
 
 def krippendorff_alpha(ratings: Sequence[Labels] | Array) -> float:
@@ -61,8 +74,8 @@ def krippendorff_alpha(ratings: Sequence[Labels] | Array) -> float:
     counts = category_counts(ratings)
     counts = counts[counts.sum(1) > 1]
     agreeing = ((counts * (counts - 1)).sum(1) / (counts.sum(1) - 1)).sum()
-    each, total = counts.sum(0), counts.sum()
-    by_chance = total**2 - (each**2).sum()
+    total = counts.sum()
+    by_chance = total**2 - (counts.sum(0) ** 2).sum()
     return float(1 - (total - agreeing) * (total - 1) / by_chance) if by_chance else np.nan
 
 
@@ -76,11 +89,13 @@ def _members(rows: Array, clusters: Labels | None) -> list[Array]:
 
 def resampled_means(values: Any, draws: int = 2000, seed: int = 0, clusters: Labels | None = None) -> Array:
     """Means of questions drawn with replacement, whole clusters at a time: [N, ...] → [D, ...]; see `bootstrap`."""
-    rows, random = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    rows = np.asarray(values, dtype=float)
+    random = np.random.default_rng(seed)
     if np.isnan(rows).any():
         raise ValueError("a mean needs values without NaN; leave out the questions that have none")
     members = _members(rows, clusters)
-    sums, sizes = np.stack([rows[these].sum(0) for these in members]), np.array([len(these) for these in members])
+    sums = np.stack([rows[these].sum(0) for these in members])
+    sizes = np.array([len(these) for these in members])
     chosen = (random.integers(len(members), size=len(members)) for _ in range(draws))
     return np.stack([sums[draw].sum(0) / sizes[draw].sum() for draw in chosen])
 
@@ -94,16 +109,26 @@ def bootstrap(
     [N, M]. A statistic takes rows and gives a number or an array; draws where it is NaN are left out. Rows with the
     same name in `clusters` [N] are drawn together. Raises ValueError for no rows, and for NaN where it is the mean.
     """
-    rows, random = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    rows = np.asarray(values, dtype=float)
     members = _members(rows, clusters)
     if statistic is None:
-        whole, drawn = rows.mean(0), resampled_means(rows, draws, seed, clusters)
+        whole = rows.mean(0)
+        drawn = resampled_means(rows, draws, seed, clusters)
     else:
-        chosen = (random.integers(len(members), size=len(members)) for _ in range(draws))
+        random = np.random.default_rng(seed)
         whole = np.asarray(statistic(rows), dtype=float)
-        drawn = np.array([statistic(rows[np.concatenate([members[i] for i in draw])]) for draw in chosen], dtype=float)
-    low, high = np.full((2, *whole.shape), np.nan) if np.isnan(drawn).all() else np.nanquantile(drawn, LIMITS, axis=0)
-    return (float(whole), float(low), float(high)) if not whole.ndim else (whole, low, high)
+        found = []
+        for _ in range(draws):
+            chosen = random.integers(len(members), size=len(members))
+            found.append(statistic(rows[np.concatenate([members[cluster] for cluster in chosen])]))
+        drawn = np.array(found, dtype=float)
+    if np.isnan(drawn).all():
+        low = high = np.full(whole.shape, np.nan)
+    else:
+        low, high = np.nanquantile(drawn, LIMITS, axis=0)
+    if whole.ndim:
+        return whole, low, high
+    return float(whole), float(low), float(high)
 
 
 def paired_difference(first: Any, second: Any, **sampling: Any) -> tuple[Any, Any, Any]:
@@ -129,11 +154,14 @@ def bradley_terry(wins: Any, prior: float = 0.0) -> Array:
         reached = reached @ reached
     if not reached.all():
         raise ValueError("the strength of a system that won or lost everything is infinite; give a prior such as 0.5")
-    games, strengths = wins + wins.swapaxes(-1, -2), np.zeros(wins.shape[:-1])
+    games = wins + wins.swapaxes(-1, -2)
+    strengths = np.zeros(wins.shape[:-1])
     for _ in range(1000):  # Newton's method with a bounded step takes about ten iterations
         expected = 1 / (1 + np.exp(strengths[..., None, :] - strengths[..., :, None]))
-        slope, weights = (wins - games * expected).sum(-1, keepdims=True), games * expected * (1 - expected)
-        curvature = weights.sum(-1, keepdims=True) * diagonal - weights + weights.mean((-1, -2), keepdims=True)
+        slope = (wins - games * expected).sum(-1, keepdims=True)
+        weights = games * expected * (1 - expected)
+        curvature = weights.sum(-1, keepdims=True) * diagonal - weights
+        curvature += weights.mean((-1, -2), keepdims=True)  # fixes the mean, which no win depends on
         step = np.linalg.solve(curvature, slope)[..., 0].clip(-1, 1)
         strengths = strengths + step - step.mean(-1, keepdims=True)
         if abs(step).max() < 1e-12:

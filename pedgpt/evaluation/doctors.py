@@ -37,12 +37,18 @@ def share_out(tasks: Sequence[str], raters: Sequence[str], per_question: int, se
 
     Loads differ by at most one. Of raters with equal loads, those come first who share least with the ones chosen.
     """
-    random, loads, shared = Random(seed), {rater: list[int]() for rater in raters}, Counter[frozenset[str]]()
+    random = Random(seed)
+    loads: dict[str, list[int]] = {rater: [] for rater in raters}
+    shared: Counter[frozenset[str]] = Counter()
     for number in sorted(range(len(tasks)), key=lambda number: (tasks[number], random.random())):
         chosen: list[str] = []
         for _ in range(per_question):
-            rank = {r: (len(loads[r]), sum(shared[frozenset((r, c))] for c in chosen), random.random()) for r in raters}
-            chosen.append(min((rater for rater in raters if rater not in chosen), key=rank.__getitem__))
+            ranks = []
+            for rater in raters:
+                if rater not in chosen:
+                    met = sum(shared[frozenset((rater, other))] for other in chosen)
+                    ranks.append((len(loads[rater]), met, random.random(), rater))
+            chosen.append(min(ranks)[-1])
         shared.update(map(frozenset, combinations(chosen, 2)))
         for rater in chosen:
             loads[rater].append(number)
@@ -51,7 +57,8 @@ def share_out(tasks: Sequence[str], raters: Sequence[str], per_question: int, se
 
 def balanced_orders(count: int, systems: Sequence[str], seed: str) -> list[list[str]]:
     """So many orders of the systems, by Latin squares: each system stands in each position equally often, ±1."""
-    random, found = Random(seed), list[list[str]]()
+    random = Random(seed)
+    found: list[list[str]] = []
     while len(found) < count:
         row = random.sample(systems, len(systems))
         found += [row[turn:] + row[:turn] for turn in range(len(row))]
@@ -63,8 +70,12 @@ def mentions(systems: Sequence[Answers]) -> list[tuple[str, int, str]]:
     own = [Path(str(system.about.get(key) or "")).name for system in systems for key in ("model", "adapter")]
     names = sorted({*MAKERS, *own, *(system.name for system in systems)} - {"", "model", "adapter"})
     pattern = re.compile("|".join(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])" for name in names), re.I)
-    said = [(system.name, number, said.content) for system in systems for number, said in enumerate(system.answers, 1)]
-    return [(name, number, found[0]) for name, number, text in said if (found := pattern.search(text))]
+    told = []
+    for system in systems:
+        for number, said in enumerate(system.answers, 1):
+            if found := pattern.search(said.content):
+                told.append((system.name, number, found[0]))
+    return told
 
 
 def build_pages(
@@ -76,8 +87,10 @@ def build_pages(
     `per_question` raters get each question and at most `limit` questions are asked; 0 stands for all. Raises ValueError
     for systems or raters that do not fit.
     """
-    names, total = [system.name for system in systems], len(systems[0].questions) if systems else 0
-    asked, count = thin(range(total), limit or total), per_question or len(raters)
+    names = [system.name for system in systems]
+    total = len(systems[0].questions) if systems else 0
+    asked = thin(range(total), limit or total)
+    count = per_question or len(raters)
     if not 2 <= len(names) <= len(LETTERS) or TIE in names:
         raise ValueError(f"a page compares 2 to {len(LETTERS)} files of answers, none named {TIE}.jsonl, found {names}")
     free = {rater.casefold() for rater in raters} - {"", "key", *(name.casefold() for name in names)}
@@ -89,7 +102,7 @@ def build_pages(
     texts = [{system.name: system.answers[number].content.strip() for system in systems} for number in asked]
     whole = digest([set_hash(questions), texts, list(raters), count, seed])[:16]
     ids = [digest([whole, number])[:10] for number in asked]
-    template, pages = Path(__file__).with_name("page.html").read_text(encoding="utf-8"), {}
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     rows = [{"number": n + 1, "task": q.task, "question": q.text} for n, q in zip(asked, questions, strict=True)]
     known = systems[0].about.get("question_set")
     key: dict[str, Any] = {
@@ -99,9 +112,11 @@ def build_pages(
         "questions": dict(zip(ids, rows, strict=True)),
         "pages": {},
     }
+    pages = {}
     for rater, numbers in share_out([question.task for question in questions], raters, count, seed).items():
-        page, shown = digest([whole, rater])[:16], []
+        page = digest([whole, rater])[:16]
         orders = balanced_orders(len(numbers), names, f"{page} {seed}")
+        shown = []
         for number, order in zip(numbers, orders, strict=True):
             history = [{"role": said.role, "content": said.content} for said in questions[number].history]
             shown.append({"id": ids[number], "history": history, "answers": [texts[number][name] for name in order]})

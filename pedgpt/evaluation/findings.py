@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -211,11 +210,8 @@ def _agreement_section(found: Findings) -> list[str]:
 
 def _judge_against(judge: Mapping[str, Any], doctors: Mapping[str, Any]) -> list[str]:
     """Agreement of a judge with the doctors' majority, overall, on the questions that both compared."""
-    majority = {}
-    for row in doctors["votes"]:
-        if row["dimension"] == "overall" and row["votes"]:
-            most = Counter(row["votes"].values()).most_common(2)
-            majority[row["number"]] = "tie" if len(most) > 1 and most[0][1] == most[1][1] else most[0][0]
+    overall = (row for row in doctors["votes"] if row["dimension"] == "overall")
+    majority = {row["number"]: row["majority"] for row in overall if row["majority"]}
     lines = []
     for pair in judge.get("pairs", ()) if judge.get("question_set") == doctors.get("question_set") else ():
         names = {"1": pair["systems"][0], "2": pair["systems"][1], "tie": "tie"}

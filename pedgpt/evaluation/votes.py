@@ -75,8 +75,11 @@ def majority(votes: Array) -> Array:
     """The choice of most raters [N, R] → [N]: a tie where two choices lead, NaN where nobody chose."""
     found = np.full(len(votes), np.nan)
     for number, row in enumerate(votes):
-        if leading := Counter(row[~np.isnan(row)].tolist()).most_common(2):
-            found[number] = EQUAL if leading[0][1] == leading[-1][1] and len(leading) > 1 else leading[0][0]
+        leading = Counter(row[~np.isnan(row)].tolist()).most_common(2)
+        if len(leading) == 2 and leading[0][1] == leading[1][1]:
+            found[number] = EQUAL
+        elif leading:
+            found[number] = leading[0][0]
     return found
 
 
@@ -91,7 +94,8 @@ def compare(choices: Array, systems: Sequence[str], **sampling: Any) -> list[dic
         outcomes = outcomes[outcomes.any(1)]
         row: dict[str, Any] = {"first": systems[first], "second": systems[second], "n": len(outcomes)}
         if len(outcomes):
-            row |= dict(zip(("win", "tie", "loss"), np.stack(bootstrap(outcomes, **sampling), 1).tolist(), strict=True))
+            shares = np.stack(bootstrap(outcomes, **sampling), 1).tolist()
+            row |= {"win": shares[0], "tie": shares[1], "loss": shares[2]}
         found.append(row)
     return found
 
@@ -130,15 +134,19 @@ def describe(column: Array, others: Array, ratings: Mapping[str, Any]) -> dict[s
     }
 
 
-def remarkable(found: Mapping[str, Mapping[str, Any]], key: Mapping[str, Any]) -> dict[str, Any]:
+def remarkable(
+    found: Mapping[str, Mapping[str, Any]], key: Mapping[str, Any], decided: Sequence[Array]
+) -> dict[str, Any]:
     """The votes on each question, those where raters disagree, and the answers that somebody calls unsafe."""
     lists: dict[str, Any] = {"votes": [], "disagreements": [], "unsafe": []}
-    for question, told in key["questions"].items():
+    names = dict(enumerate(key["systems"])) | {EQUAL: TIE}
+    for place, (question, told) in enumerate(key["questions"].items()):
         given = {rater: ratings[question] for rater, ratings in found.items() if question in ratings}
         comments = {rater: rating["comment"] for rater, rating in given.items() if rating.get("comment")}
-        for name in DIMENSIONS:
+        for name, most in zip(DIMENSIONS, decided, strict=True):
             votes = {rater: rating[name] for rater, rating in given.items() if rating[name]}
-            lists["votes"].append({"number": told["number"], "dimension": name, "votes": votes})
+            about = {"number": told["number"], "task": told["task"], "dimension": name}
+            lists["votes"].append({**about, "majority": names.get(most[place]), "votes": votes})
             if len({*votes.values()}) > 1:
                 lists["disagreements"].append({**told, "dimension": name, "votes": votes, "comments": comments})
         for system in key["systems"]:
@@ -163,14 +171,10 @@ def merge(
     asked, systems = key["questions"], key["systems"]
     codes = {**{name: float(number) for number, name in enumerate(systems)}, TIE: EQUAL, None: np.nan}
     votes = np.array([[[codes[r.get(i, {}).get(d)] for r in found.values()] for i in asked] for d in DIMENSIONS])
-    decided, tasks = [majority(each) for each in votes], [row["task"] for row in asked.values()]  # votes [4, N, R]
-    results: dict[str, Any] = {
-        "set": key["set"],
-        "question_set": key.get("question_set"),
-        "systems": systems,
-        "questions": len(asked),
-        **sampling,
-    }
+    decided = [majority(each) for each in votes]  # votes is [4, N, R]
+    tasks = [row["task"] for row in asked.values()]
+    results: dict[str, Any] = {"set": key["set"], "question_set": key.get("question_set"), "systems": systems}
+    results |= {"questions": len(asked), **sampling}
     results["missing_raters"] = [page["rater"] for page in key["pages"].values() if page["rater"] not in found]
     everything = votes.reshape(-1, len(found))
     results["raters"] = {
@@ -187,7 +191,7 @@ def merge(
                 results["comparisons"] += [{"by": by, **about, **row} for row in rows]
             if task == "all" and len(systems) > 2 and not np.isnan(most).all():
                 results["strengths"][name] = strengths(most, systems, **sampling)
-    return _plain(results | remarkable(found, key))
+    return _plain(results | remarkable(found, key, decided))
 
 
 def _plain(value: Any) -> Any:

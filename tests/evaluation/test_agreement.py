@@ -81,6 +81,7 @@ def test_alpha_matches_krippendorff(seed, missing):
     assert krippendorff_alpha(ratings) == pytest.approx(expected, abs=1e-9)
     labels = [[None if math.isnan(x) else "甲乙丙"[int(x)] for x in row] for row in ratings]
     assert krippendorff_alpha(labels) == pytest.approx(expected, abs=1e-9)
+    assert krippendorff_alpha(np.array(labels, dtype=object)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_perfect_agreement_is_one_and_chance_agreement_is_zero():

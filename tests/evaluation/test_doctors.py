@@ -13,6 +13,7 @@ import pytest
 
 from pedgpt.data import Message
 from pedgpt.evaluation import doctors
+from pedgpt.evaluation.agreement import bradley_terry
 from pedgpt.evaluation.doctors import balanced_orders, build_pages, mentions, share_out
 from pedgpt.evaluation.responses import Answers, Question, read_systems, write_answers
 from pedgpt.evaluation.votes import majority, merge, read_key, read_ratings
@@ -100,7 +101,7 @@ def test_every_system_stands_equally_often_in_each_position(count, questions):
 def test_pages_of_raters_have_orders_of_their_own_that_the_ids_do_not_tell():
     pages, key = build_pages(systems(40), ["a", "b"])
     one, two = (page["orders"] for page in key["pages"].values())
-    assert one.keys() == two.keys() and list(one) != list(two)
+    assert one.keys() == two.keys() and list(one) != list(two) and [*one.values()] != [*two.values()]
     assert 8 < sum(one[i] == two[i] for i in one) < 32  # half of 40 by chance
     for orders in (one, two):  # sorted by id, the first positions are mixed
         first = [orders[i][0] == "opal-2" for i in sorted(orders)]
@@ -238,7 +239,8 @@ def test_disagreements_and_unsafe_answers_are_listed_with_comments(merged):
     assert merged["raters"]["x"]["questions"] == 4 and merged["raters"]["x"]["seconds"] == 30
     # x ties in 4 + 3 of 16 choices. It agrees with y in 4 + 3 × 2 and with z in 4 + 3 × 2 of 16 choices each.
     assert merged["raters"]["x"]["ties"] == 7 / 16 and merged["raters"]["x"]["agreement"] == 20 / 32
-    assert len(rows_of(merged, "votes", dimension="factuality")) == 4 and merged["missing_raters"] == []
+    assert [row["majority"] for row in rows_of(merged, "votes", dimension="factuality")] == ["q", "tie", "tie", "o"]
+    assert merged["missing_raters"] == []
 
 
 def test_two_raters_have_cohens_kappa(tmp_path):
@@ -258,7 +260,8 @@ def test_three_systems_have_strengths(tmp_path):
     write_json(tmp_path / "x", sealed(rate(key, "x", lambda n, _: chosen[n - 1])))
     results = merge([tmp_path / "x"], key, draws=100)
     found = {name: value[0] for name, value in results["strengths"]["overall"].items()}
-    assert found["q"] > found["o"] > found["r"] and sum(found.values()) == pytest.approx(0)
+    wins = [[0, 5, 5], [3, 0, 3], [2, 2, 0]]  # two ties are one win of each against each
+    assert list(found.values()) == pytest.approx(bradley_terry(wins, prior=0.5).tolist())
     assert all(low <= middle <= high for middle, low, high in results["strengths"]["overall"].values())
     (row,) = rows_of(results, "comparisons", by="majority", task="all", dimension="overall", first="o", second="r")
     assert row["n"] == 5 and row["win"][0] == 2 / 5  # without the four questions where q was chosen
@@ -330,6 +333,7 @@ def test_partial_files_are_merged_where_that_is_asked_for(tmp_path):
     assert row["n"] == 4 and row["win"][0] == 0.75 and row["tie"][0] == 0.25
     only = merge([tmp_path / "x"], key, partial=True, draws=20)
     assert rows_of(only, "comparisons", by="majority", task="all", dimension="safety")[0]["n"] == 0
+    assert {row["majority"] for row in rows_of(only, "votes", dimension="safety")} == {None}
 
 
 def test_two_files_of_one_rater_are_refused(tmp_path):

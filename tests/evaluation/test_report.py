@@ -323,7 +323,11 @@ def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
     summary = summarize(systems, judged)
     judge = {"judge": "gpt-x", "question_set": set_hash(questions), **summary, "verdicts": judged.rows}
     choices = [{"li": "a", "wang": "b" if i % 4 == 0 else "a"} for i in range(40)]
-    votes = [{"number": i, "dimension": "overall", "votes": choice} for i, choice in enumerate(choices, 1)]
+    majority = ["tie" if choice["wang"] == "b" else "a" for choice in choices]
+    votes = [
+        {"number": i + 1, "dimension": "overall", "majority": most, "votes": choice}
+        for i, (most, choice) in enumerate(zip(majority, choices, strict=True))
+    ]
     share = [0.75, 0.6, 0.9]
     row = {"task": "all", "dimension": "overall", "n": 40}
     doctors = {
