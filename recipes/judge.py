@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from pedgpt.endpoint import Endpoint, in_order, load_endpoint
 from pedgpt.evaluation import judging
-from pedgpt.evaluation.responses import Answers, read_systems, thin
+from pedgpt.evaluation.responses import Answers, check_output, read_systems, thin
 from pedgpt.files import write_json
 from pedgpt.training import run_recipe
 
@@ -35,6 +35,9 @@ class Config:
 
 
 def main(config: Config) -> None:
+    if min(config.limit, config.points) < 0:
+        raise ValueError("limit and points must be at least 0")
+    check_output(config.output, *config.answers)
     systems = read_systems(config.answers)
     numbers = range(len(systems[0].questions))
     if config.limit:

@@ -41,7 +41,7 @@ def read_ratings(path: str | Path, key: Mapping[str, Any], partial: bool = False
     Raises ValueError for a file that was changed, is of another set, or lacks choices where `partial` is not set.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
         told, ratings = found.pop("checksum"), dict(found["ratings"])
         whole, page, form = found["set"], key["pages"].get(found["page"]), found["format"]
         if form != FORMAT:
