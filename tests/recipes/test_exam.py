@@ -120,6 +120,23 @@ def test_answers_resume_and_are_not_mixed(facts, models, tmp_path, monkeypatch):
         answered(facts, tmp_path, "again", **{**settings, "model": str(models / "untrained")})
 
 
+def test_an_adapter_that_was_trained_again_is_another_system(models, tmp_path):
+    settings = answer.Config(output="x", model=str(models / "knows"), adapter=str(tmp_path))
+    names = {settings.weights()}
+    for text in ("one", "two"):
+        (tmp_path / "adapter_model.safetensors").write_text(text)
+        names.add(settings.weights())
+    assert len(names) == 3 and len({name.partition("+")[0] for name in names}) == 1
+
+
+def test_an_endpoints_unfinished_reasoning_is_no_answer(facts, tmp_path):
+    with chat_server.ChatServer(answer=lambda _: "<think>也许是对") as server:
+        toml = tmp_path / "end.toml"
+        toml.write_text(f'url = "{server.url}"\nmodel = "x"\nkey_variable = ""\n', encoding="utf-8")
+        path = answered(facts, tmp_path, "other", endpoint=str(toml), exam=str(facts))
+    assert {(one.content, one.reasoning) for one in read_answers(path).answers} == {("", "<think>也许是对")}
+
+
 def test_an_endpoint_answers_and_a_judge_grades_texts(facts, tmp_path, capsys):
     exam = tmp_path / "exam"
     exam.mkdir()
@@ -167,6 +184,7 @@ def test_questions_of_a_corpus_and_overlap(facts, models, tmp_path, capsys):
     [
         ({}, "give --questions or --exam"),
         ({"exam": "x", "model": "m", "endpoint": "e"}, "give --questions or --exam"),
+        ({"exam": "x", "endpoint": "e", "top_p": 0.9}, "top_p is not sent to an endpoint"),
         ({"exam": "nowhere.csv", "model": "m"}, "nowhere.csv: found no such file"),
     ],
 )
