@@ -102,8 +102,8 @@ def _kind_of(file: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> str:
         return "pairing"
     if columns & set(NAMES["options"]):
         return "choice"
-    answers = {str(_value(row, "answer")[1]).strip() for _, row in rows}
-    if answers <= {"对", "错"} and answers:
+    answers = [str(_value(row, "answer")[1]).strip() in ("对", "错") for _, row in rows]
+    if sum(answers) > len(answers) / 2:  # a mistake in one of them is refused later, with its place
         return "true_false"
     return "case" if re.search("case|病例", file.name, re.IGNORECASE) else "essay"
 
@@ -158,6 +158,8 @@ def _options(value: Any) -> dict[str, str]:
         pairs = [(str(letter).strip().upper(), text) for letter, text in value.items()]
         return {letter: str(text).strip() for letter, text in pairs if text not in (None, "")}
     if isinstance(value, list):
+        if value and all(isinstance(one, Mapping) and one.keys() >= {"key", "value"} for one in value):  # CMExam's
+            return _options({one["key"]: one["value"] for one in value})
         return dict(zip(_LETTERS, map(str, value), strict=False))
     text, found, at = str(value or ""), dict[str, tuple[int, int]](), 0
     plain = text.translate(_WIDE)
@@ -236,8 +238,9 @@ def read_answer(question: ExamQuestion, text: str) -> str | None:
     if re.fullmatch(f"[{letters}]+", bare):
         said = {bare}
     else:
-        run = rf"([{letters}](?:[\s,、;和及]*[{letters}])*)(?![A-Za-z])"
-        stated = rf"(?:答案|选项?|选择)\s*(?:应?该?[是为选:]+)?\s*[\"“(]?\s*{run}"
+        run = rf"([{letters}](?:[\s,、;和及]*[{letters}])*+)(?![A-Za-z]|[\s\"”)]*[并都均]?(?:不|错|有误|是错|是不|或))"
+        no = "".join(f"(?<!{word})" for word in ("不", "不应", "不能", "不可", "排除", "错误"))
+        stated = rf"{no}(?:答案|选项?|选择)\s*(?:应?该?[是为选:]+)?\s*[\"“(]?\s*{run}"
         said = set(re.findall(stated, text.upper()))
         if not said and (opened := re.match(rf"([{letters}])\s*[.、:)](?!\s*[{letters}]\s*[.、:)])", text.upper())):
             others = re.findall(rf"(?m)^\s*([{letters}])\s*[.、:)]", text.upper())
@@ -249,7 +252,8 @@ def read_answer(question: ExamQuestion, text: str) -> str | None:
 
 def _read_truth(text: str) -> str | None:
     form = re.compile(
-        r"(?:^|答案(?:是|为|:)?|说法(?:是)?|判断(?:为|:)?)\s*[\"“(]?(不对|不正确|错误|错|正确|对|√|×)(?!误|吗|的是)"
+        r"(?:^|答案(?:是|为|:)?|说法(?:是)?|判断(?:为|:)?)\s*[\"“(]?"
+        r"(不对|不正确|错误|错|正确|对|√|×)(?=的?(?:$|\W))(?!\?)"
     )
     found = {{"不对": "错", "不正确": "错"}.get(one, "对" if one in TRUE else "错") for one in form.findall(text)}
     return found.pop() if len(found) == 1 else None
