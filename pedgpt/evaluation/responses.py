@@ -185,6 +185,7 @@ def read_answers(path: str | Path) -> Answers:
     if not lines or (count := row.get("of", len(lines))) != len(lines):
         missing = f"{len(lines)} of {count} answers" if lines else "no answers"
         raise ValueError(f"{path}: holds {missing}; run answer.py to its end")
+    about["question_set"] = set_hash(questions)  # another program may have written anything
     return Answers(path.stem, questions, answers, about)
 
 
