@@ -113,12 +113,12 @@ def main(config: Config) -> None:
         "values": values,
     }
     print_table(results)
+    if config.answers and said.questions:  # before the results, whose presence says that all is done
+        Path(config.answers).parent.mkdir(parents=True, exist_ok=True)
+        write_answers(config.answers, said)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output), results)
-    if config.answers:
-        Path(config.answers).parent.mkdir(parents=True, exist_ok=True)
-        write_answers(config.answers, said)
 
 
 def answer_tasks(model, chat, tasks, config: Config) -> Answers:
