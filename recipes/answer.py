@@ -25,6 +25,7 @@ from pedgpt.evaluation.responses import (
     Question,
     answer,
     as_row,
+    check_output,
     questions_of,
     read_answers,
     read_part,
@@ -60,6 +61,7 @@ def main(config: Config) -> None:
     for name in ("top_k", "top_p", "repetition_penalty", "seed") if config.endpoint else ():
         if getattr(config, name) != getattr(Config, name):
             raise ValueError(f"{name} is not sent to an endpoint, so its answers would not follow it; leave it out")
+    check_output(config.output, config.exam, *config.questions)
     questions = read_questions(config)
     decoding = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
     decoding |= {name: getattr(config, name) for name in ("max_new_tokens", "max_thinking_tokens")}

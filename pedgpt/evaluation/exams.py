@@ -348,7 +348,8 @@ def summarize(exam: Sequence[ExamQuestion], shares: Sequence[float | None], *, s
         rows = list(chosen)
         values = np.array([100 * share for _, share in rows])
         level = 100 * sum(chance(one) for one, _ in rows) / len(rows)
-        interval = [float(x) for x in bootstrap(values, seed=seed)]
+        same = [f"{one.text} {one.options}" for one, _ in rows]  # a question that occurs twice is no new evidence
+        interval = [float(x) for x in bootstrap(values, seed=seed, clusters=same)]
         return {"score": interval, "questions": len(rows), "chance": level}
 
     found: dict[str, Any] = {"kinds": {}, "groups": {}, "total": None}

@@ -188,7 +188,7 @@ def _verdict_section(found: Findings) -> list[str]:
             )
             page.append(
                 f"{escape(result['judge'])}, {escape(' against '.join(pair['systems']))}: {percent(pair['flips'])} of "
-                f"the verdicts change with the order. Of its decisions, {first} prefer the answer shown first and "
+                f"the pairs change with the order. Of its decisions, {first} prefer the answer shown first and "
                 f"{longer} the longer one. A tie as half a win, the first system wins {wins}"
                 + (f", and {controlled} if both answers are equally long." if pair["length_controlled"] else ".")
             )

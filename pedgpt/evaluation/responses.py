@@ -190,10 +190,13 @@ def read_answers(path: str | Path) -> Answers:
 
 
 def check_output(output: str | Path, *inputs: str | Path) -> None:
-    """Raise ValueError if writing `output` would replace one of the files that are read."""
-    for path in inputs:
-        if Path(path).resolve() == Path(output).resolve():
-            raise ValueError(f"--output {output}: is one of the files to be read; choose another name")
+    """Raise ValueError if `output` is a folder, or one of the files that are read, or lies in a folder of them."""
+    if output and Path(output).is_dir():
+        raise ValueError(f"--output {output}: is a folder; give the name of a file in it")
+    for path in filter(None, inputs):
+        whole = Path(output).resolve()
+        if Path(path).resolve() in (whole, *whole.parents) and output:
+            raise ValueError(f"--output {output}: is among the files to be read, {path}; choose another place")
 
 
 def read_part(path: Path, questions: Sequence[Question], about: Mapping[str, Any]) -> dict[int, Message]:

@@ -47,7 +47,8 @@ def read_ratings(path: str | Path, key: Mapping[str, Any], partial: bool = False
         if form != FORMAT:
             raise ValueError(f"its format is {form!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a file that a page exported ({error!r}); ask for a new export") from None
+        reason = f"lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: not a file that a page exported ({reason}); ask for a new export") from None
     if told != digest(found):
         raise ValueError(f"{path}: its checksum is wrong, so it was changed after its export; ask for a new export")
     if whole != key["set"] or page is None:

@@ -199,6 +199,14 @@ def test_the_total_is_pediabenchs(pediabench):
     assert summarize(exam, [None if one.kind == "case" else 1.0 for one in exam])["total"] is None
 
 
+def test_a_question_that_occurs_often_makes_no_interval_narrower(pediabench):
+    exam = [one for one in read_exam(pediabench) if one.kind == "true_false"]
+    shares = [float(i % 3 == 0) for i in range(20)]
+    assert summarize(exam * 5, shares * 5)["kinds"]["true_false"]["score"] == pytest.approx(
+        summarize(exam, shares)["kinds"]["true_false"]["score"]
+    )
+
+
 def test_a_random_examinee_has_the_chance_level_in_its_interval(pediabench):
     dice = random.Random(0)
     exam = [one for one in read_exam(pediabench) if one.single] * 30

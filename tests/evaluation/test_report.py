@@ -370,6 +370,12 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path, name):
     assert done.returncode == 2 and f"{name}: not a result of {name.split('/')[0].rstrip('s')}" in done.stderr
 
 
+def test_an_exam_with_nothing_beside_it_has_a_report(tmp_path):
+    (tmp_path / "exams").mkdir()
+    (tmp_path / "exams/x.json").write_text('{"questions": 3, "likelihood": {}, "generated": {}}', encoding="utf-8")
+    assert "## Exam: x" in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+
+
 def test_answers_of_a_stage_that_was_not_evaluated_are_scored(tmp_path):
     answers_of(tmp_path, ["sft"], 4)
     (tmp_path / "sft").mkdir()

@@ -199,8 +199,13 @@ def test_systems_answer_the_same_questions_under_different_names(tmp_path):
 
 
 def test_an_output_that_is_an_input_is_refused(tmp_path):
-    check_output(tmp_path / "new.json", tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match="is one of the files to be read"):
+    check_output(tmp_path / "new.json", tmp_path / "a.jsonl", "", tmp_path / "x")
+    check_output("", tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="is a folder"):
+        check_output(tmp_path)
+    with pytest.raises(ValueError, match="is among the files to be read"):
+        check_output(tmp_path / "exam/results.json", tmp_path / "exam")
+    with pytest.raises(ValueError, match="is among the files to be read"):
         check_output(tmp_path / "x" / ".." / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "a.jsonl")
 
 

@@ -180,6 +180,12 @@ def test_questions_of_a_corpus_and_overlap(facts, models, tmp_path, capsys):
         examined(tmp_path, facts, answers=[str(path)])
     with pytest.raises(ValueError, match="two files are named talk"):
         examined(tmp_path, facts, answers=[str(path)] * 2)
+    copy = tmp_path / "exams"
+    copy.mkdir()
+    for name in "ab":  # the same exam twice in a folder
+        (copy / f"{name}.json").write_bytes((facts / "choices.json").read_bytes())
+    examined(tmp_path, copy, corpus=str(tasks))
+    assert "warning: 15 of 30 questions occur again" in capsys.readouterr().out
     with pytest.raises(ValueError, match="give --answers, --model or --adapter"):
         examined(tmp_path, facts)
     result = examined(tmp_path, facts / "choices.json", corpus=str(tasks))
