@@ -193,9 +193,9 @@ def check_output(output: str | Path, *inputs: str | Path) -> None:
     """Raise ValueError if `output` is a folder, or one of the files that are read, or lies in a folder of them."""
     if output and Path(output).is_dir():
         raise ValueError(f"--output {output}: is a folder; give the name of a file in it")
-    for path in filter(None, inputs):
-        whole = Path(output).resolve()
-        if Path(path).resolve() in (whole, *whole.parents) and output:
+    whole = Path(output).resolve()
+    for path in inputs:
+        if output and path and Path(path).resolve() in (whole, *whole.parents):
             raise ValueError(f"--output {output}: is among the files to be read, {path}; choose another place")
 
 

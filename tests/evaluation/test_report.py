@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from pedgpt.data import Message
+from pedgpt.evaluation.findings import Findings
 from pedgpt.evaluation.judging import DIMENSIONS, collect, showings, summarize
+from pedgpt.evaluation.plots import draw
 from pedgpt.evaluation.report import expectations, stage_table, write_report
 from pedgpt.evaluation.responses import Answers, Question, read_systems, set_hash, write_answers
-from pedgpt.evaluation.run import intervals_of, load_run
+from pedgpt.evaluation.run import Run, intervals_of, load_run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "report.py"
 TASKS = ("MedKQ&A", "EviDiag", "TreRecom")
@@ -359,6 +361,18 @@ def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
     other = {**doctors, "systems": ["a", "c"]}  # a's votes against c say nothing of b
     (tmp_path / "doctors/results.json").write_text(json.dumps(other), encoding="utf-8")
     assert "majority agree" not in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_plot_takes_any_name(tmp_path):
+    overall = {kind: [share] * 3 for kind, share in zip(KINDS, (1, 0, 0), strict=True)}
+    pair = {"systems": ["$a^", "b"], "rows": 1, "tasks": {"all": {"rows": 1, "overall": overall}}}
+    bins = [{"questions": 1, "confidence": 0.5, "accuracy": 1.0}]
+    found = {"$x_{": {"calibration": {"ece": 3.0, "bins": bins}}}
+    findings = Findings(
+        exams={"e": {"likelihood": found, "generated": {}}}, judge={"j": {"judge": "$m$_$", "pairs": [pair]}}
+    )
+    assert draw(Run(tmp_path, {}), findings) == ["verdicts.png", "calibration.png"]
 
 
 @pytest.mark.parametrize("name", ["exams/x.json", "judge/x.json", "doctors/x.json"])
