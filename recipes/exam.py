@@ -132,7 +132,8 @@ def print_scores(title: str, found: dict) -> None:
             about = f"{one['questions']} questions, guessing {one['chance']:.1f} %"
             print(f"  {name:<12} {score:6.2f} % of the points, 95 % {low:.2f} to {high:.2f}, {about}")
     if found["total"] is not None:
-        print(f"  total, weighted as PediaBench weights the kinds: {found['total']:.2f} of 100")
+        about = "  total, weighted as PediaBench weights the kinds: {:.2f} of 100, 95 % {:.2f} to {:.2f}"
+        print(about.format(*found["total"]))
     if "rotated" in found:
         print("  options under other letters: {:.2f} %, 95 % {:.2f} to {:.2f}".format(*found["rotated"]["score"]))
         print("  the same option taken both times: {:.1f} %, 95 % {:.1f} to {:.1f}".format(*found["stable"]))

@@ -24,7 +24,7 @@ from pedgpt.data.chat import ChatFormat
 from pedgpt.data.inputs import files_of, format_of
 from pedgpt.data.records import Message
 from pedgpt.data.tables import Unfit, read_rows
-from pedgpt.evaluation.agreement import bootstrap
+from pedgpt.evaluation.agreement import LIMITS, bootstrap, resampled_means
 from pedgpt.evaluation.likelihood import option_logps
 from pedgpt.evaluation.responses import Question
 from pedgpt.models.transformer import Transformer
@@ -339,16 +339,19 @@ def by_likelihood(model: Transformer, chat: ChatFormat, exam: Sequence[ExamQuest
 def summarize(exam: Sequence[ExamQuestion], shares: Sequence[float | None], *, seed: int = 0) -> dict[str, Any]:
     """Scores in per cent by kind and by disease group, each [score, low, high], beside n and the chance level.
 
-    `shares` are the shares of points, None for a question that was not graded. PediaBench's "total" is given if every
-    kind was graded.
+    `shares` are the shares of points, None for a question that was not graded. PediaBench's "total", also
+    with its interval, is given if every kind was graded.
     """
     graded = [(one, share) for one, share in zip(exam, shares, strict=True) if share is not None]
 
+    def columns(rows: Sequence[tuple[ExamQuestion, float]]) -> tuple[Any, list[str]]:
+        """Per cent of the points, and what a question is: one that occurs twice is no new evidence."""
+        return np.array([100 * share for _, share in rows]), [f"{one.text} {one.options}" for one, _ in rows]
+
     def score(chosen: Iterable[tuple[ExamQuestion, float]]) -> dict[str, Any]:
         rows = list(chosen)
-        values = np.array([100 * share for _, share in rows])
+        values, same = columns(rows)
         level = 100 * sum(chance(one) for one, _ in rows) / len(rows)
-        same = [f"{one.text} {one.options}" for one, _ in rows]  # a question that occurs twice is no new evidence
         interval = [float(x) for x in bootstrap(values, seed=seed, clusters=same)]
         return {"score": interval, "questions": len(rows), "chance": level}
 
@@ -358,7 +361,12 @@ def summarize(exam: Sequence[ExamQuestion], shares: Sequence[float | None], *, s
             if value:
                 found[name][value] = score(rows)
     if found["kinds"].keys() == WEIGHTS.keys():
-        found["total"] = sum(WEIGHTS[kind] * found["kinds"][kind]["score"][0] / 100 for kind in WEIGHTS)
+        total, draws = 0.0, np.zeros(1)
+        for number, (kind, weight) in enumerate(WEIGHTS.items()):  # the kinds are drawn independently
+            values, same = columns([pair for pair in graded if pair[0].kind == kind])
+            total += weight / 100 * values.mean()
+            draws = draws + weight / 100 * resampled_means(values, seed=seed + number, clusters=same)
+        found["total"] = [float(x) for x in (total, *np.quantile(draws, LIMITS))]
     return found
 
 

@@ -33,8 +33,9 @@ KEYS = {  # of a result, at least
 
 @dataclass
 class Findings:
-    """The results by the name of their file; `scores` are those of answers that no stage's evaluation holds."""
+    """The results by the name of their file; `scores` are those of all answers, if some are of no stage."""
 
+    stages: set[str] = field(default_factory=set)
     scores: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     exams: dict[str, dict[str, Any]] = field(default_factory=dict)
     judge: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -75,9 +76,10 @@ def load_findings(folder: Path, stages: set[str]) -> Findings:
                 recipe = f"{name.removesuffix('s') if name == 'exams' else name}.py"
                 raise ValueError(f"{path}: not a result of {recipe}; move it to another folder")
             getattr(found, name)[path.stem] = result
-    for path in sorted((folder / "answers").glob("*.jsonl")):
-        if path.stem not in stages:
-            found.scores[path.stem] = score_answers(read_answers(path))
+    paths = sorted((folder / "answers").glob("*.jsonl"))
+    if {path.stem for path in paths} - stages:  # then the stages stand beside the others
+        found.scores = {path.stem: score_answers(read_answers(path)) for path in paths}
+        found.stages = stages
     return found
 
 
@@ -134,7 +136,8 @@ def _answer_section(found: Findings) -> list[str]:
             talks = scores["conversations"]
             cells = [between(bootstrap(scores["values"][name], clusters=talks)) for name in ("rouge-l", "gleu")]
             rows.append([name, task or "all", str(scores["rows"]), str(scores["empty"]), *cells])
-    for one, two in combinations(found.scores, 2):
+    pairs = (pair for pair in combinations(found.scores, 2) if {*pair} - found.stages)
+    for one, two in pairs:
         for task in found.scores[one].keys() & found.scores[two].keys():
             first, second = found.scores[one][task], found.scores[two][task]
             if first["question_set"] == second["question_set"]:
@@ -146,7 +149,7 @@ def _answer_section(found: Findings) -> list[str]:
                 differences[-1] += f"{between(figures)}{told}"
     if len(rows) == 1:
         return []
-    page = ["## Answers of other systems", f"`{signature()}`", markdown_table(rows)]
+    page = ["## Answers compared", f"`{signature()}`", markdown_table(rows)]
     return [*page, *(["On the same questions:", "\n".join(sorted(differences))] if differences else [])]
 
 
@@ -160,7 +163,7 @@ def _exam_section(found: Findings) -> list[str]:
                     counts = [str(one["questions"]), show(one["chance"], 1)]
                     rows.append([system, way, kind.replace("_", " "), between(one["score"]), *counts])
                 if result.get("total") is not None:
-                    rows.append([system, way, "total of PediaBench", show(result["total"]), "–", "–"])
+                    rows.append([system, way, "total of PediaBench", between(result["total"]), "–", "–"])
                 if "rotated" in result:
                     again = [between(result["rotated"]["score"]), str(result["rotated"]["questions"])]
                     rows.append([system, way, "choice, other letters", *again, "–"])

@@ -194,7 +194,10 @@ def test_the_total_is_pediabenchs(pediabench):
     by_kind = {"true_false": 1.0, "choice": 0.5, "pairing": 1 / 3, "essay": 0.6, "case": 0.25}
     shares = [by_kind[one.kind] for one in exam]
     found = summarize(exam, shares)
-    assert found["total"] == pytest.approx(10 * 1 + 40 * 0.5 + 10 / 3 + 30 * 0.6 + 10 * 0.25)
+    assert found["total"] == pytest.approx([10 * 1 + 40 * 0.5 + 10 / 3 + 30 * 0.6 + 10 * 0.25] * 3)
+    guessed = [float(i % 2) if one.kind == "choice" else 1.0 for i, one in enumerate(exam)]
+    half = 40 * 1.96 * 0.5 / 20**0.5
+    assert summarize(exam, guessed)["total"] == pytest.approx([80, 80 - half, 80 + half], abs=1.5)
     assert found["kinds"]["choice"]["questions"] == 20 and set(found["groups"]) == {*DISEASES, "disease"}
     assert summarize(exam, [None if one.kind == "case" else 1.0 for one in exam])["total"] is None
 

@@ -341,7 +341,7 @@ def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
     one = {"score": [50.0, 40.0, 60.0], "questions": 20, "chance": 25.0}
     bins = [{"questions": 20, "confidence": 0.6, "accuracy": 0.5}]
     likelihood = {"kinds": {"choice": one}, "rotated": one, "total": None, "calibration": {"ece": 10.0, "bins": bins}}
-    generated = {"kinds": {"choice": one}, "total": 61.5, "unread": ["question 1"]}
+    generated = {"kinds": {"choice": one}, "total": [61.5, 50.0, 70.0], "unread": ["question 1"]}
     exam = {"questions": 20, "likelihood": {"a": likelihood}, "generated": {"b": generated}, "in_corpus": ["x"]}
     for name, value in {"judge/j": judge, "doctors/results": doctors, "exams/sheet": exam}.items():
         (tmp_path / name).parent.mkdir()
@@ -352,7 +352,7 @@ def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
     assert "| gpt-x | a : b | all | overall | 40 | 100 \\[100, 100\\] | 0 \\[0, 0\\] | 0 \\[0, 0\\] |" in page
     assert "| 2 doctors | a : b | all | overall | 40 | 75 \\[60, 90\\]" in page
     assert "gpt-x and the doctors' majority agree on 75.0 % of 40 questions" in page
-    assert "- question 3, b, by li" in page and "total of PediaBench | 61.50" in page
+    assert "- question 3, b, by li" in page and "total of PediaBench | 61.5 \\[50.0, 70.0\\]" in page
     assert "1 of its 20 questions" in page and "choice, other letters" in page
     assert "- b: 1 answers could not be read or graded." in page
     for name in ("verdicts.png", "calibration.png"):
@@ -395,6 +395,15 @@ def test_answers_of_a_stage_that_was_not_evaluated_are_scored(tmp_path):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
     assert "| sft | EviDiag | 2 |" in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+
+
+def test_another_system_is_compared_with_the_stages(tmp_path, evaluations):
+    write_run(tmp_path, evaluations)
+    answers_of(tmp_path, ["sft", "dfpo"], 20)
+    assert "Answers compared" not in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+    (tmp_path / "answers/other.jsonl").write_bytes((tmp_path / "answers/sft.jsonl").read_bytes())
+    page = write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+    assert "other − sft" in page and "dfpo − other" in page and "dfpo − sft" not in page
 
 
 def test_one_question_shows_no_difference(tmp_path):
