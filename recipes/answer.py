@@ -5,8 +5,8 @@
     python recipes/answer.py --endpoint other.toml --exam path/to/PediaBench/data --output answers/other.jsonl
 
 The system is a model of ours, with an adapter if wanted, or any OpenAI-compatible endpoint, whose TOML file is like
-configs/teacher.toml. Each line holds question, history, task, reference, answer, reasoning, and what made the answer.
-The name of the file names the system. A run that was stopped goes on where it ended.
+recipes/configs/judge.toml. Each line holds question, history, task, reference, answer, reasoning, and what made the
+answer. The name of the file names the system. A run that was stopped goes on where it ended.
 """
 
 import json
@@ -74,11 +74,13 @@ def main(config: Config) -> None:
     else:
         chat = config.load_chat()
         about = {"model": config.model, "adapter": config.adapter or None, "weights": config.weights()}
-    about |= {"seed": config.seed, "decoding": decoding, "question_set": set_hash(questions)}
+        names = ("chat_format", "enable_thinking", "template_date", "uniform_routing", "dtype")
+        about["decoding"] = decoding | {name: getattr(config, name) for name in names}
+    about = {"decoding": decoding, **about, "seed": config.seed, "question_set": set_hash(questions)}
     if output.exists() and read_answers(output).about == about:
         return print(f"{output}: answered already")
     if output.exists():
-        raise ValueError(f"{output}: holds answers of another system or set; delete it, or give another --output")
+        raise ValueError(f"{output}: holds answers of another system or set, or by other settings; delete it, or give another --output")
     found = read_part(part, questions, about)
     with (
         part.open("a", encoding="utf-8") as file,

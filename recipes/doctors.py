@@ -25,7 +25,7 @@ class Config:
     lock_beside: ClassVar[bool] = True
     output: str  # folder for the pages and the key; with merge: JSON file for the results
     answers: list[str] = field(default_factory=list)  # files that answer.py wrote, one for each system
-    raters: list[str] = field(default_factory=list)  # their names, of letters and digits, one for each page
+    raters: list[str] = field(default_factory=list)  # names of the raters, of letters and digits; each gets a page
     per_question: int = 0  # raters who get each question; 0: all of them
     limit: int = 0  # questions to ask, evenly spread over the files; 0: all of them
     language: str = "zh"  # of the pages when they open: zh or en

@@ -29,7 +29,7 @@ class Config:
     reference: bool = True  # show the judge the true answer too
     points: int = 0  # most points that an answer can get; 0: answers are compared
     limit: int = 0  # questions, evenly spread; 0: all
-    check_judge: bool = False  # also judge the judge
+    check_judge: bool = False  # also check the judge, and these figures, where the right answer is known
     plan: bool = False  # only say how much will be asked, and what it costs at most
     seed: int = 0  # of the bootstrap
 

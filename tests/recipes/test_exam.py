@@ -117,6 +117,8 @@ def test_answers_resume_and_are_not_mixed(facts, models, tmp_path, monkeypatch):
     assert count == [5] * 6 and not part.exists()
     answered(facts, tmp_path, "again", **settings)  # done already
     with pytest.raises(ValueError, match="another system or set"):
+        answered(facts, tmp_path, "again", **settings, dtype="bfloat16")
+    with pytest.raises(ValueError, match="another system or set"):
         answered(facts, tmp_path, "again", **{**settings, "model": str(models / "untrained")})
 
 
