@@ -146,16 +146,24 @@ def print_verdicts(results: dict) -> None:
         print("  Bradley-Terry strength of {}: {:.2f} ({:.2f} to {:.2f})".format(name, *strength))
     for warning in results["warnings"]:
         print(f"warning: {warning}")
-    for one in results["unreadable"]:
-        print(f"no readable verdict: question {one['number']}, {' and '.join(one['systems'])}: {one['problems']}")
+    for one in results["unreadable"][:5]:
+        problem = next(filter(None, one["problems"]))
+        print(f"no readable verdict: question {one['number']}, {' and '.join(one['systems'])}: {problem}")
+    print_more(results["unreadable"][5:])
 
 
 def print_scores(results: dict) -> None:
     for name, tasks in results["scores"].items():
         for task, found in tasks.items():
             print("{} {}: {:.2f} ({:.2f} to {:.2f}) points".format(name, task, *found))
-    for one in results["unreadable"]:
+    for one in results["unreadable"][:5]:
         print(f"no readable score: question {one['number']} of {one['system']}: {one['problem']}")
+    print_more(results["unreadable"][5:])
+
+
+def print_more(others: list) -> None:
+    if others:
+        print(f"… and {len(others)} more; the results hold them all")
 
 
 def print_known(judges: dict) -> None:
@@ -165,7 +173,7 @@ def print_known(judges: dict) -> None:
         shares = ", ".join(f"{kind} {percent(overall[kind])}" for kind in ("win", "tie", "loss"))
         print(f"  {name}: {shares}; flips {found['flips']:.0%}, longer preferred {percent(found['longer'])}")
         if name == "planted":
-            print(f"    right in 80 % of the verdicts, so 64 % of the pairs: {percent(found['right'])}")
+            print(f"    64 % of the pairs should have the planted winner, which have it: {percent(found['right'])}")
         for warning in found["warned"]:
             print(f"    warning: {warning}")
 

@@ -320,9 +320,18 @@ def test_nonsense_ends_in_an_exact_account(folder, capsys):
     assert "回答1更好" in result["unreadable"][0]["problems"][0] and len(result["verdicts"]) == 35
     said = capsys.readouterr().out
     assert "5 pairs have no readable verdict" in said and "no readable verdict: question 5" in said
+    assert "more; the results" not in said
     asked = Counter(request.question for request in server.log)
     assert all(count == 1 for text, count in asked.items() if "a20号" in text or "a0号" in text)
     assert all(one == two for one, two in roles if one != "system")  # as servers with strict templates want it
+
+
+def test_a_judge_without_one_readable_verdict_ends_in_a_short_list(folder, capsys):
+    with chat_server.ChatServer(answer=lambda _: "好") as server:
+        result = judge(folder, server, limit=8)
+    said = capsys.readouterr().out
+    assert len(result["unreadable"]) == 8 and result["pairs"][0]["rows"] == 0
+    assert said.count("no readable verdict:") == 5 and "… and 3 more; the results hold them all" in said
 
 
 def test_the_plan_asks_nobody(folder, capsys):
