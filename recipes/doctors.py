@@ -59,8 +59,10 @@ def main(config: Config) -> None:
     write_json(output / "key.json", key)
     for rater, page in pages.items():
         write_text(output / f"{rater}.html", page)
+    asked = {row["number"] for row in key["questions"].values()}
     for name, number, found in mentions(systems):
-        print(f"warning: the answer of {name} to question {number} names {found}: it may tell whose it is")
+        if number in asked:
+            print(f"warning: the answer of {name} to question {number} says {found}: it may tell whose it is")
     shared = {name: {*page["orders"]} for page in key["pages"].values() for name in [page["rater"]]}
     print(f"{len(key['questions'])} questions, {len(key['systems'])} systems; questions that two raters share:")
     for name, mine in shared.items():

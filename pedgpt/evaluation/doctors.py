@@ -66,10 +66,11 @@ def balanced_orders(count: int, systems: Sequence[str], seed: str) -> list[list[
 
 
 def mentions(systems: Sequence[Answers]) -> list[tuple[str, int, str]]:
-    """Answers that name a maker or a compared system, and so tell whose they may be: (system, question, name)."""
+    """Answers that name a maker or a compared system, or say that they have one: (system, question, what is said)."""
     own = [Path(str(system.about.get(key) or "")).name for system in systems for key in ("model", "adapter")]
     names = sorted({*MAKERS, *own, *(system.name for system in systems)} - {"", "model", "adapter"})
-    pattern = re.compile("|".join(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])" for name in names), re.I)
+    words = [rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])" for name in names]
+    pattern = re.compile("|".join([*words, r"我是[^。！？!?\n]{0,30}(?:开发|研发|训练|推出|创建|打造)的"]), re.I)
     told = []
     for system in systems:
         for number, said in enumerate(system.answers, 1):

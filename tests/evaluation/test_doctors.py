@@ -121,7 +121,13 @@ def test_answers_that_name_a_maker_or_a_system_are_told():
     found[0].answers[3] = Message("assistant", "As an AI of openai, I say")
     found[1].answers[4] = Message("assistant", "我是OPAL-2模型")
     found[1].answers[2] = Message("assistant", "opal-25 and openair are other words")
-    assert mentions(found) == [("quartz_run", 2, "百川"), ("quartz_run", 4, "openai"), ("opal-2", 5, "OPAL-2")]
+    found[1].answers[1] = Message("assistant", "您好，我是由某医院与某公司共同研发的助手。")
+    found[1].answers[0] = Message("assistant", "我是医生，建议观察。")
+    said = "我是由某医院与某公司共同研发的"
+    assert [one[:2] for one in mentions(found)] == [
+        ("quartz_run", 2), ("quartz_run", 4), ("opal-2", 2), ("opal-2", 5),
+    ]  # fmt: skip
+    assert [one[2] for one in mentions(found)] == ["我是由百川智能开发的", "openai", said, "OPAL-2"]
 
 
 def test_pages_are_the_same_for_the_same_seed():
