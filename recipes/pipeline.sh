@@ -39,9 +39,10 @@ evaluate() { # evaluate STAGE MODEL [more settings]: unless done since the stage
   present "$heldout/tasks" "$heldout/text" "$heldout/preferences"
   [ ${#found[@]} != 0 ] || return 0 # no row was held out
   [ -f "$finished" ] || finished=$MODEL/config.json
-  [ "$RUN/evaluation/$1.json" -nt "$finished" ] || $PYTHON "$recipes/evaluate.py" --config "$configs/evaluate.toml" \
-    --model "$2" --heldout "$heldout" --output "$RUN/evaluation/$1.json" \
-    --answers "$RUN/answers/$1.jsonl" "${@:3}"
+  [ ! "$RUN/evaluation/$1.json" -nt "$finished" ] || return 0
+  rm -f "$RUN/answers/$1.jsonl" # of an earlier training
+  $PYTHON "$recipes/evaluate.py" --config "$configs/evaluate.toml" --model "$2" --heldout "$heldout" \
+    --output "$RUN/evaluation/$1.json" --answers "$RUN/answers/$1.jsonl" "${@:3}"
 }
 pretrain() { # pretrain STAGE [more settings]
   $LAUNCH "$recipes/continued_pretrain.py" --config "$configs/cpt.toml" --model "$MODEL" --output "$RUN/$1" \

@@ -92,3 +92,5 @@ def test_answers_of_an_earlier_training_go_and_pages_that_doctors_may_have_stay(
     said, commands = pipeline("train/preferences")
     assert "doctors.py" not in " ".join(commands) and "they are there already" in said
     assert "report.py" in commands[-1] and (tmp_path / "exam_answers/experts.jsonl.part").exists()
+    pipeline(f"train/generalist/general {HELD}")  # sft is evaluated again, perhaps of another model
+    assert not (tmp_path / "answers/sft.jsonl").exists() and (tmp_path / "answers/experts.jsonl").exists()
