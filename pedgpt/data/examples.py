@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,42 +91,43 @@ def encode_rows(
 
     A row that the chat format cannot write is a bad row: an error, or left out and counted in `summary`. For those
     longer than `row_length`, `on_long_row` decides: "error" raises one ValueError about all of them after the last row,
-    "skip" leaves them out and counts them, "truncate" shortens and counts them, but leaves a row out if nothing would
-    be left to learn.
+    "skip" leaves them out and counts them, "truncate" cuts their end off and counts them, but leaves a row out if
+    nothing would be left to learn.
     """
     if on_long_row not in ("error", "skip", "truncate"):
         raise ValueError(f'on_long_row is {on_long_row!r}, expected "error", "skip" or "truncate"')
-    long: list[str] = []
-    count, longest, first = 0, 0, ""
+    count, longest, told = 0, 0, list[str]()
     for source, prompt, answers, last_only in (task for row in rows for task in _tasks(row, chat)):
         try:
             examples = encode_answers(prompt, answers, last_only, chat, source)
         except ValueError as error:
-            reason = str(error).removeprefix(f"{source}: ")
             if on_bad_row == "error":
-                raise ValueError(f'{source}: {reason}; fix it, or set on_bad_row = "skip"') from None
-            summary.drop(source, reason)
+                raise ValueError(f'{error}; fix it, or set on_bad_row = "skip"') from None
+            summary.drop(source, str(error).removeprefix(f"{source}: "))
             continue
         size = max(len(example.tokens) for example in examples)
-        reason = f"over-long: {size} tokens do not fit a row of {row_length}"
-        if size > row_length and on_long_row == "error":
-            count, longest, first = count + 1, max(longest, size), first or reason
-            long += [source] * (count <= 5)  # not all of them, so that memory does not grow with their number
-            continue
-        if size > row_length and on_long_row == "truncate":
-            try:
-                examples, size = encode_shortened(prompt, answers, last_only, chat, row_length, source), row_length
-                summary.shortened.append(source)
-            except ValueError as error:
-                reason += f", and {error}"
         if size <= row_length:
             yield examples
+            continue
+        cut = [Example(one.tokens[:row_length], one.labels[:row_length], source) for one in examples]
+        if on_long_row == "error":
+            count, longest = count + 1, max(longest, size)
+            told += [source] * (count <= 5)  # not all of them, so that memory does not grow with their number
+        elif on_long_row == "truncate" and _teaches(cut):
+            summary.shortened.append(source)
+            yield cut
         else:
-            summary.drop(source, reason)
-    if long:
-        others = f"({count} such rows, the longest of {longest}: {', '.join(long)}{', …' * (count > 5)})"
+            summary.drop(source, f"over-long: {size} tokens do not fit a row of {row_length}")
+    if count:
+        found = f"over-long: {longest} tokens do not fit a row of {row_length}"
+        others = f"({count} such rows: {', '.join(told)}{', …' * (count > 5)})"
         fix = 'raise row_length, or set on_long_row = "skip" or "truncate"'
-        raise ValueError(f"{long[0]}: {first} {others}; {fix}")
+        raise ValueError(f"{told[0]}: {found} {others}; {fix}")
+
+
+def _teaches(examples: list[Example]) -> bool:
+    """Whether each example has something to learn, and both of a pair differ."""
+    return all(one.supervised for one in examples) and len({tuple(one.tokens) for one in examples}) == len(examples)
 
 
 def encode_conversations(*arguments: Any, **settings: Any) -> list[Example]:
@@ -140,52 +140,6 @@ def encode_answers(
 ) -> list[Example]:
     """One prompt with each of its answers, as in `encode_conversation`."""
     return [encode_conversation([*prompt, one], chat, last_only=last_only, source=source) for one in answers]
-
-
-def encode_shortened(
-    prompt: Messages, answers: Messages, last_only: bool, chat: ChatFormat, row_length: int, source: str = ""
-) -> list[Example]:
-    """`encode_answers`, but cut to `row_length` tokens.
-
-    The prompt loses its oldest turns and, where that is not enough, the beginning of its last question; its system text
-    stays. An answer keeps at least half a row. A longer one is cut, and the cut is not taught as the end of an answer.
-    Raises ValueError if that leaves nothing to learn.
-    """
-    system = list(prompt[:1]) if prompt[0].role == "system" else []
-    turns = prompt[len(system) :]
-
-    def encoded(turns: Messages) -> list[Example]:
-        return encode_answers([*system, *turns], answers, last_only, chat)
-
-    def longest(turns: Messages) -> int:
-        return max(len(example.tokens) for example in encoded(turns))
-
-    starts = range(0, len(turns) - 1, 2)
-    first = bisect_left(starts, True, key=lambda start: longest(turns[start:]) <= row_length)
-    turns = turns[2 * first :]
-    if first == len(starts) and (size := longest(turns)) > row_length:
-        (question,) = turns
-
-        def asked(start: int) -> list[Message]:
-            return [*system, replace(question, content=question.content[start:])]
-
-        room = row_length - min(size - len(encode_prompt(asked(0), chat)), row_length // 2)
-        cuts = range(len(question.content))
-        cut = bisect_left(cuts, True, key=lambda start: len(encode_prompt(asked(start), chat)) <= room)
-        if cut == len(cuts):
-            raise ValueError("no question has room beside its system text and half a row of answer")
-        turns = asked(cut)[len(system) :]
-    whole = encoded(turns)
-    for example, answer in zip(whole, answers, strict=True):
-        said = len(chat.tokenizer.encode(answer.content)) if answer.reasoning else 0
-        if said and len(example.tokens) - said >= row_length:
-            raise ValueError("its reasoning leaves no room for the answer")
-    examples = [Example(one.tokens[:row_length], one.labels[:row_length], source) for one in whole]
-    if not all(example.supervised for example in examples):
-        raise ValueError("nothing to learn would be left")
-    if len(examples) > 1 and examples[0].tokens == examples[1].tokens:
-        raise ValueError("its answers differ only in what would be cut")
-    return examples
 
 
 def _tasks(row: Conversation | PreferencePair, chat: ChatFormat) -> list[tuple[str, Messages, Messages, bool]]:

@@ -62,7 +62,7 @@ QA = {"question": "问", "answer": "答"}
 def test_an_object_by_id_is_named_by_a_few_of_its_keys(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(dumps({str(n): QA for n in range(5_000)}), encoding="utf-8")
-    with pytest.raises(NoData, match="found the fields 0, 1, .*, 19, …; if it is data") as error:
+    with pytest.raises(NoData, match="found the fields 0, 1, .*, 19; if it is data") as error:
         detect_kind(path)
     assert len(str(error.value)) < 400
 

@@ -4,12 +4,8 @@ import json
 
 import pytest
 
-from pedgpt.data.readers import (
-    BadRow,
-    read_conversations,
-    read_preferences,
-)
-from pedgpt.data.records import Message, PreferencePair, ReadSummary
+from pedgpt.data.readers import BadRow, read_conversations
+from pedgpt.data.records import Message, ReadSummary
 
 
 def user(text):
@@ -59,14 +55,10 @@ def test_loss_flags_are_read(tmp_path, first, second, names):
 
 
 BAD_FLAGS = {
-    "number for loss": ({"loss": 0}, "loss of a message is unusable: found 0, expected true or false"),
-    "string for loss": ({"loss": "false"}, 'loss of a message is unusable: found "false"'),
-    "bool for weight": ({"weight": True}, "weight of a message is unusable: found true, expected 0 or 1"),
-    "float for weight": ({"weight": 1.0}, "weight of a message is unusable: found 1.0"),
-    "share for weight": ({"weight": 0.5}, "weight of a message is unusable: found 0.5"),
-    "two for weight": ({"weight": 2}, "weight of a message is unusable: found 2"),
-    "list for weight": ({"weight": [1]}, "weight of a message is unusable"),
-    "disagreement": ({"loss": True, "weight": 0}, "loss and weight disagree"),
+    "string": ({"loss": "false"}, "loss or weight is unusable: found ['false', True], expected true, false, 1 or 0"),
+    "share": ({"weight": 0.5}, "loss or weight is unusable: found [True, 0.5]"),
+    "two": ({"weight": 2}, "loss or weight is unusable: found [True, 2]"),
+    "list": ({"weight": [1]}, "loss or weight is unusable"),
 }
 
 
@@ -86,29 +78,14 @@ def test_unusable_loss_flags_are_bad_rows_with_their_line(tmp_path, flags, told)
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        (openai(("user", "一", {"loss": True}), ("assistant", "二", {})), "loss asks for loss on another's words"),
-        (openai(("user", "一", {"weight": 1}), ("assistant", "二", {})), "weight asks for loss on another's words"),
         (openai(("user", "一", {}), ("assistant", "二", {"loss": False})), "nothing carries loss"),
         (
             openai(("user", "一", {}), ("assistant", "二", {"weight": 0}), ("user", "三", {}),
                    ("assistant", "四", {"loss": False})),
             "nothing carries loss",
         ),
-        ({"prompt": "一", "chosen": {"role": "assistant", "content": "二", "loss": False}, "rejected": "三"}, "chosen"),
     ],
 )  # fmt: skip
-def test_loss_where_it_cannot_be_is_a_bad_row(tmp_path, row, told):
-    read = read_preferences if "chosen" in row else read_conversations
+def test_a_row_without_loss_is_a_bad_row(tmp_path, row, told):
     with pytest.raises(BadRow, match=f"a.jsonl:1: {told}"):
-        read(write(tmp_path / "a.jsonl", row))
-
-
-def test_flags_in_a_pairs_prompt_change_nothing(tmp_path):
-    turns = [("user", "一", {}), ("assistant", "二", {"loss": False}), ("user", "三", {"weight": 0})]
-    prompt = openai(*turns)["messages"]
-    plain = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
-    row = {"prompt": prompt, "chosen": [*plain, {"role": "assistant", "content": "好"}], "rejected": "坏"}
-    path = write(tmp_path / "a.jsonl", row)
-    assert read_preferences(path) == [
-        PreferencePair((user("一"), assistant("二"), user("三")), "好", "坏", f"{path}:1")
-    ]
+        read_conversations(write(tmp_path / "a.jsonl", row))

@@ -234,7 +234,7 @@ def test_columns_name_the_headers_of_a_csv(tmp_path):
     path.write_text("input,问题,回答,ask\n甲,乙,丙,丁\n", encoding="utf-8")
     columns = {"question": "input", "answer": "回答"}
     assert read_conversations(path, columns=columns) == [Conversation((user("甲"), assistant("丙")), f"{path}:2")]
-    with pytest.raises(ValueError, match=r"a\.csv:1.*回复"):
+    with pytest.raises(ValueError, match=r"a\.csv:2.*回复"):
         read_conversations(path, columns={"question": "问题", "answer": "回复"})
     with pytest.raises(ValueError, match="reply"):
         read_conversations(path, columns={"reply": "回答"})
@@ -243,7 +243,7 @@ def test_columns_name_the_headers_of_a_csv(tmp_path):
 def test_a_repeated_csv_column_is_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("question,answer,answer\n问,答,答二\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a\.csv:1.*answer twice"):
+    with pytest.raises(ValueError, match=r"a\.csv: .*answer twice"):
         read_conversations(path)
 
 
