@@ -96,33 +96,39 @@ def encode_rows(
     """
     if on_long_row not in ("error", "skip", "truncate"):
         raise ValueError(f'on_long_row is {on_long_row!r}, expected "error", "skip" or "truncate"')
-    count, longest, told = 0, 0, list[str]()
-    for source, prompt, answers, last_only in (task for row in rows for task in _tasks(row, chat)):
+    long, longest = list[str](), 0
+    for row in rows:
         try:
-            examples = encode_answers(prompt, answers, last_only, chat, source)
+            encoded = _encoded(row, chat)
         except ValueError as error:
             if on_bad_row == "error":
                 raise ValueError(f'{error}; fix it, or set on_bad_row = "skip"') from None
-            summary.drop(source, str(error).removeprefix(f"{source}: "))
+            summary.drop(row.source, str(error).removeprefix(f"{row.source}: "))
             continue
-        size = max(len(example.tokens) for example in examples)
-        if size <= row_length:
-            yield examples
-            continue
-        cut = [Example(one.tokens[:row_length], one.labels[:row_length], source) for one in examples]
-        if on_long_row == "error":
-            count, longest = count + 1, max(longest, size)
-            told += [source] * (count <= 5)  # not all of them, so that memory does not grow with their number
-        elif on_long_row == "truncate" and _teaches(cut):
-            summary.shortened.append(source)
-            yield cut
-        else:
-            summary.drop(source, f"over-long: {size} tokens do not fit a row of {row_length}")
-    if count:
-        found = f"over-long: {longest} tokens do not fit a row of {row_length}"
-        others = f"({count} such rows: {', '.join(told)}{', …' * (count > 5)})"
-        fix = 'raise row_length, or set on_long_row = "skip" or "truncate"'
-        raise ValueError(f"{told[0]}: {found} {others}; {fix}")
+        for examples in encoded:
+            size = max(len(one.tokens) for one in examples)
+            cut = [Example(one.tokens[:row_length], one.labels[:row_length], one.source) for one in examples]
+            if size <= row_length:
+                yield examples
+            elif on_long_row == "error":
+                long.append(row.source)
+                longest = max(longest, size)
+            elif on_long_row == "truncate" and _teaches(cut):
+                summary.shortened.append(row.source)
+                yield cut
+            else:
+                summary.drop(row.source, f"over-long: {size} tokens do not fit a row of {row_length}")
+    if long:
+        found = f"over-long: {longest} tokens do not fit a row of {row_length} ({len(long)} such rows)"
+        raise ValueError(f'{long[0]}: {found}; raise row_length, or set on_long_row = "skip" or "truncate"')
+
+
+def _encoded(row: Conversation | PreferencePair, chat: ChatFormat) -> list[list[Example]]:
+    """The examples that a row becomes, both of a pair together."""
+    if isinstance(row, PreferencePair):
+        answers = [Message("assistant", text) for text in (row.chosen, row.rejected)]
+        return [encode_answers(row.prompt, answers, True, chat, row.source)]
+    return [[encode_conversation(one.messages, chat, source=row.source)] for one in lessons(row, chat)]
 
 
 def _teaches(examples: list[Example]) -> bool:
@@ -140,14 +146,6 @@ def encode_answers(
 ) -> list[Example]:
     """One prompt with each of its answers, as in `encode_conversation`."""
     return [encode_conversation([*prompt, one], chat, last_only=last_only, source=source) for one in answers]
-
-
-def _tasks(row: Conversation | PreferencePair, chat: ChatFormat) -> list[tuple[str, Messages, Messages, bool]]:
-    """(source, prompt, answers, whether only the last answer is learnt) of each example or pair that a row becomes."""
-    if isinstance(row, PreferencePair):
-        answers = [Message("assistant", text) for text in (row.chosen, row.rejected)]
-        return [(row.source, row.prompt, answers, True)]
-    return [(row.source, one.messages[:-1], [one.messages[-1]], False) for one in lessons(row, chat)]
 
 
 def _as_thought(messages: Messages, chat: ChatFormat) -> Messages:

@@ -41,12 +41,10 @@ def files_in(folder: Path) -> tuple[list[Path], dict[Path, str]]:
         hidden = any(name.startswith(HIDDEN) for name in path.relative_to(folder).parts)
         if hidden or (path.is_dir() and not path.is_symlink()):
             continue
-        if not path.is_file():
-            left_out[path] = "not a plain file; name what it links to"
-        elif NOTES.fullmatch(path.name) and path.suffix.lower() in ("", ".json", *TEXTS):
+        if NOTES.fullmatch(path.name) and path.suffix.lower() in ("", ".json", *TEXTS):
             left_out[path] = "about the data, not data"
-        elif not format_of(path):
-            left_out[path] = "not a format that is read"
+        elif not path.is_file() or not format_of(path):
+            left_out[path] = "no file of a format that is read"
         elif not path.stat().st_size:
             left_out[path] = "empty"
         else:
@@ -62,11 +60,10 @@ def files_of(paths: Paths, left_out: dict[Path, str] | None = None) -> list[Path
     files: list[Path] = []
     problems: list[str] = []
     for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
-        found, others = files_in(path) if path.is_dir() else ([path] if format_of(path) else [], {})
-        if not path.exists():
-            problems.append(f"{path}: found no such file or folder; check the path")
-        elif not found:
-            problems.append(f"{path}: found no file ending in {' '.join(SUFFIXES)}; check the path or rename it")
+        found, others = files_in(path) if path.is_dir() else ([path] if path.exists() and format_of(path) else [], {})
+        if not found:
+            what = f"file ending in {' '.join(SUFFIXES)}" if path.exists() else "such file or folder"
+            problems.append(f"{path}: found no {what}; check the path")
         files += found
         if left_out is not None:
             left_out |= others

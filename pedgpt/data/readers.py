@@ -16,7 +16,6 @@ from typing import Any
 from pedgpt.data.inputs import TEXTS, PathLike, Paths, files_of, format_of
 from pedgpt.data.records import (
     KINDS,
-    NAMES,
     Columns,
     Conversation,
     Document,
@@ -26,6 +25,7 @@ from pedgpt.data.records import (
     SkippedRow,
     Triple,
     fields_of,
+    names_of,
 )
 from pedgpt.data.tables import Unfit, read_rows
 from pedgpt.files import nearest
@@ -95,19 +95,23 @@ def iter_records(
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row is {on_bad_row!r}, expected "error" or "skip"')
-    own, summary, left_out = _own(columns, kind), summary or ReadSummary(), dict[Path, str]()
+    parse_columns(f"{field}={column}" for field, column in (columns or {}).items())
+    parse, *fields = KINDS[kind]
+    names = fields[0] + fields[1]
+    own = [column for field, column in (columns or {}).items() if field in names]
+    summary, left_out = summary or ReadSummary(), dict[Path, str]()
     files = files_of(paths, left_out)
     summary.skipped += [SkippedRow(str(file), 0, f"left out, {reason}") for file, reason in left_out.items()]
     for path in files:
         summary.rows.setdefault(str(path), 0)
         whole, warned = format_of(path) in TEXTS, not own
         for line, row in read_rows(path, triples=kind == "triples"):
-            if not warned and isinstance(row, dict) and row.keys().isdisjoint(own.values()):
-                warned, found = True, f"found none of the columns {', '.join(own.values())}"
+            if not warned and isinstance(row, dict) and row.keys().isdisjoint(own):
+                warned, found = True, f"found none of the columns {', '.join(own)}"
                 warnings.warn(f"{path}: {found}, so the file's own names are used", stacklevel=4)
             place = f"{path}:{line}"
             try:
-                record = KINDS[kind][0](fields_of(row, own), str(path) if whole else place)
+                record = parse(fields_of(row, names, columns), str(path) if whole else place)
             except Unfit as unfit:
                 if on_bad_row == "error" and not isinstance(unfit, LeftOut):
                     raise BadRow(f"{place}: {unfit}") from None
@@ -120,21 +124,15 @@ def iter_records(
 
 def parse_columns(columns: Iterable[str]) -> dict[str, str]:
     """The setting `columns` of the recipes, ["question=ask", "answer=reply"], as the readers take it."""
+    known = {field for _, needed, others in KINDS.values() for field in needed + others}
     found: dict[str, str] = {}
     for item in columns:
         name, _, column = (part.strip() for part in item.partition("="))
-        if name not in NAMES or name in found or not column:
-            hint = "" if name in NAMES else f"; {nearest(name, NAMES, 'fields')}"
+        if name not in known or name in found or not column:
+            hint = "" if name in known else f"; {nearest(name, sorted(known), 'fields')}"
             raise ValueError(f"columns: found {item!r}, expected field=column, each field once{hint}")
         found[name] = column
     return found
-
-
-def _own(columns: Columns, kind: str) -> dict[str, str]:
-    """The given columns, without those for fields that this kind of record does not have."""
-    _, needed, others = KINDS[kind]
-    parse_columns(f"{name}={column}" for name, column in (columns or {}).items())
-    return {name: column for name, column in (columns or {}).items() if name in needed + others}
 
 
 def detect_kind(path: PathLike, columns: Columns = None) -> str:
@@ -143,24 +141,25 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
     Raises NoData if nothing there has a known field, and ValueError with the reason if rows cannot be used.
     """
     file = files_of(path)[0]
-    best, why, names = 0, "", list[str]()  # how many fields of a row are known or named, and why it cannot be used
-    for kind, (parse, needed, _) in KINDS.items():
-        own = _own(columns, kind)
-        known = {*own.values(), *(name for field in needed for name in NAMES[field])}
+    faults: list[tuple[int, int, str]] = []  # how many fields a row has of which kind, and why it cannot be used
+    names: list[str] = []
+    for number, (kind, (parse, needed, others)) in enumerate(KINDS.items()):
         try:
             for line, row in islice(read_rows(file, triples=kind == "triples"), 20):
                 try:
                     with suppress(LeftOut):
-                        parse(fields_of(row, own), "")
+                        parse(fields_of(row, needed + others, columns), "")
                     return kind
                 except Unfit as unfit:
-                    names = list(known if isinstance(row, Unfit) else fields_of(row) if isinstance(row, dict) else [])
-                    count = len(known.intersection(names))
-                    if count and count + len(own) > best:
-                        best, why = count + len(own), f"{file}:{line}: {unfit}"
+                    names = list(row) if isinstance(row, dict) else names
+                    count = len(
+                        needed if isinstance(row, Unfit) else names_of(dict.fromkeys(names, ""), needed, columns)
+                    )
+                    faults.append((count, number, f"{file}:{line}: {unfit}"))
         except ValueError as error:  # the file
-            best, why = len(known), str(error)
-    if best:
+            faults.append((len(needed), number, str(error)))
+    count, _, why = max(faults, key=lambda fault: fault[:2], default=(0, 0, ""))
+    if count:
         raise ValueError(why)
     found = f"found the fields {', '.join(names[:20]) or '(none)'}"
     raise NoData(f"{file}: no known field, {found}; if it is data, name its fields by `columns`")
@@ -171,11 +170,10 @@ def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:
 
     E.g. "question, raw_anwser → answer, department; ignored: id".
     """
-    (file,) = files_of(path)
     _, needed, others = KINDS[kind]
-    rows = (row for _, row in read_rows(file, triples=kind == "triples") if isinstance(row, dict))
-    found = fields_of(next(rows, {}), _own(columns, kind))
-    names = {name: field for field in (*others, *needed) for name in NAMES[field]}
-    taken = [name if names[name] == name else f"{name} → {names[name]}" for name in found if name in names]
-    ignored = [name for name in found if name not in names]
+    rows = (row for _, row in read_rows(files_of(path)[0], triples=kind == "triples") if isinstance(row, dict))
+    row = next(rows, {})
+    names = names_of(row, needed + others, columns)
+    taken = [name if names[name] == name else f"{name} → {names[name]}" for name in row if name in names]
+    ignored = [name for name in row if name not in names]
     return ", ".join(taken) + (f"; ignored: {', '.join(ignored)}" if ignored else "")

@@ -5,9 +5,9 @@ A row that cannot be used raises `Unfit` with the reason.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, TypeVar
 
 from pedgpt.data.tables import LONE_SURROGATE, Unfit
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 T = TypeVar("T")
 Columns = Mapping[str, str] | None
 
-# Other names of fields, after the field's own. raw_anwser is how the CMD cases spell it, complex_cot HuatuoGPT-o1's.
+# Other names of a field, after the field's own. raw_anwser is how the CMD cases spell it, complex_cot HuatuoGPT-o1's.
 OTHER_NAMES = {
     "messages": "conversations conversation",
     "question": "ask instruction prompt query 问题 提问",
@@ -27,6 +27,8 @@ OTHER_NAMES = {
     "reasoning_content": "complex_cot",
     "label": "kto_tag",
     "department": "cate1 科室",
+    "role": "from",
+    "content": "value",
 }
 BAD = ("false", "0", "0.0", "no", "否")  # labels of an undesirable answer
 ROLES = {"system": "system"}
@@ -161,35 +163,34 @@ class ReadSummary:
         return "\n".join(lines)
 
 
-def _fields(value: object, name: str) -> Row:
-    """An object's fields by names in lower case, without nulls, pandas' NaNs, and columns without a name."""
-    found = {key.strip().lower(): each for key, each in _typed(value, dict, name).items()}
-    return {key: each for key, each in found.items() if key and each is not None and each == each}
+def names_of(row: Row, fields: Sequence[str], columns: Columns = None) -> dict[str, str]:
+    """By each column of a row that holds one of these fields, the field: as `columns` says, or by its known names."""
+    columns = columns or {}
+    found = {columns[name]: name for name in fields if columns.get(name) in row}
+    known = {key.strip().lower(): key for key, value in row.items() if value is not None and key not in found}
+    for name in fields:
+        names = () if name in found.values() else (name, *OTHER_NAMES.get(name, "").split())
+        if first := next((each for each in names if each in known), ""):
+            found[known.pop(first)] = name
+    return found
 
 
-def fields_of(row: object, columns: Columns = None) -> Row:
-    """The fields of a row that are not null; `columns` says which of its columns hold which fields."""
+def fields_of(row: object, fields: Sequence[str], columns: Columns = None) -> Row:
+    """A row with these fields under their own names, without nulls and NaNs, which pandas writes."""
     if isinstance(row, Unfit):
         raise row
-    found = _typed(row, dict, "the row")
-    columns = columns if columns and not found.keys().isdisjoint(columns.values()) else {}
-    for column in columns.values():
-        _find(found, [column], f"{column}, which `columns` names")
-    others = {key: value for key, value in found.items() if key not in columns.values()}
-    return _fields(others | {name: found[column] for name, column in columns.items()}, "the row")
+    row = _typed(row, dict, "the row or message")
+    names = names_of(row, fields, columns)
+    own = [column for name, column in (columns or {}).items() if name in fields]
+    if not names.keys().isdisjoint(own) and (lacking := [column for column in own if column not in row]):
+        raise _missing(row, f"{lacking[0]}, which `columns` names")
+    renamed = {key: row[key] for key in row if key not in names} | {names[key]: row[key] for key in names}
+    return {key: value for key, value in renamed.items() if value is not None and value == value}
 
 
-def _find(row: Row, names: Iterable[str], expected: str) -> str:
-    for name in names:
-        if name in row:
-            return name
+def _missing(row: Row, expected: str) -> Unfit:
     found = f"the keys {', '.join(islice(row, 20)) or '(none)'}"  # an object by id may have thousands
-    raise Unfit("missing field", found, expected, "rename or add the field, or name it by `columns`")
-
-
-def _filled(row: Row, field: str) -> str:
-    """The first name of a field under which the row has something; else ""."""
-    return next((name for name in NAMES[field] if row.get(name)), "")
+    return Unfit("missing field", found, expected, "rename or add the field, or name it by `columns`")
 
 
 def _typed(value: object, kind: type[T], name: str) -> T:
@@ -199,7 +200,9 @@ def _typed(value: object, kind: type[T], name: str) -> T:
 
 
 def _text(row: Row, name: str, *, optional: bool = False) -> str:
-    text = "" if optional and name not in row else _typed(row[_find(row, [name], name)], str, name)
+    if name not in row and not optional:
+        raise _missing(row, name)
+    text = _typed(row.get(name, ""), str, name)
     # A byte of the file that is no text, or an escaped half of a pair: tokenizers stop at either.
     if broken := LONE_SURROGATE.search(text):
         found = f"{ascii(broken[0])} at character {broken.start() + 1} (\\udcXX stands for byte XX)"
@@ -211,26 +214,24 @@ def _text(row: Row, name: str, *, optional: bool = False) -> str:
 
 def _labels(row: Row, *fields: str) -> list[str]:
     """What a row says it is about; a value that is no text says nothing."""
-    names = [_filled(row, field) for field in fields]
-    return [_text(row, name) if isinstance(row.get(name), str) else "" for name in names]
+    return [_text(row, field, optional=True) if isinstance(row.get(field), str) else "" for field in fields]
 
 
-def _messages(row: Row, name: str) -> list[Message]:
+def _messages(turns: object, name: str) -> list[Message]:
     messages = []
-    for each in _typed([row[name]] if isinstance(row[name], dict) else row[name], list, name):
-        turn = _fields(each, f"a message of {name}")
-        written = _text(turn, _find(turn, ("from", "role"), "role or from"))
+    for each in _typed([turns] if isinstance(turns, dict) else turns, list, name):
+        turn = fields_of(each, ("role", "content", "reasoning_content", "loss", "weight"))
+        written = _text(turn, "role")
         if not (role := ROLES.get(written.strip(" :：").lower())):
             raise Unfit("unknown role", written, ", ".join(ROLES))
-        said = _find(turn, ("value", "content"), "content or value")
-        if isinstance(turn[said], list):
-            parts = [part.get("text") if isinstance(part, dict) else part for part in turn[said]]
-            turn[said] = "\n".join(_typed(part, str, f"a part of {said}") for part in parts)
+        if isinstance(turn.get("content"), list):
+            parts = [part.get("text") if isinstance(part, dict) else part for part in turn["content"]]
+            turn["content"] = "\n".join(_typed(part, str, "a part of content") for part in parts)
+        flags = [turn.get(flag, True) for flag in ("loss", "weight")]
+        if any(flag not in (0, 1) for flag in flags):
+            raise Unfit("loss or weight is unusable", str(flags), "true, false, 1 or 0")
         # Many exports write an empty system message in every row: it says as much as none.
-        if content := _text(turn, said, optional=role == "system"):
-            flags = [turn.get(name, True) for name in ("loss", "weight")]
-            if any(flag not in (0, 1) for flag in flags):
-                raise Unfit("loss or weight is unusable", str(flags), "true, false, 1 or 0")
+        if content := _text(turn, "content", optional=role == "system"):
             messages.append(_message(turn, role, content, role != "assistant" or all(flags)))
     if not messages:
         raise Unfit(f"{name} is empty", "no message", "messages")
@@ -239,49 +240,47 @@ def _messages(row: Row, name: str) -> list[Message]:
 
 def _message(fields: Row, role: str, content: str, loss: bool = True) -> Message:
     """A message; what an assistant thought stands in a field of its own, or in the content before the answer."""
-    thought = _filled(fields, "reasoning_content") if role == "assistant" else ""
-    message = Message(role, content, loss, _text(fields, thought, optional=True))
+    thought = _text(fields, "reasoning_content", optional=True) if role == "assistant" else ""
+    message = Message(role, content, loss, thought)
     if not message.content.strip():
         raise Unfit("no answer after the reasoning", "nothing", "an answer after </think>")
     return message
 
 
-def _alternating(row: Row, messages: list[Message], last: str) -> tuple[Message, ...]:
-    if system := _text(row, "system", optional=True):
-        messages = [Message("system", system), *messages]
-    turns = [message.role for message in messages]
-    turns = turns[1:] if turns[0] == "system" else turns
-    for number, role in enumerate(turns, 1):
-        expected = ("assistant", "user")[number % 2]
-        if role != expected:
-            raise Unfit("roles do not alternate", f"{role} as turn {number} after any system message", expected)
-    if turns[-1:] != [last]:
-        raise Unfit(f"no {last} turn at the end", turns[-1] if turns else "no turn", last)
-    return tuple(messages)
-
-
 def _said(row: Row, name: str) -> list[Message]:
-    """What a row's field of an answer holds: messages, or the text of one."""
-    if isinstance(row[name], list | dict):
-        return _messages(row, name)
+    """What a field holds: messages, one message, or the text of an answer."""
+    if isinstance(row.get(name), list | dict):
+        return _messages(row[name], name)
     return [_message(row, "assistant", _text(row, name))]
 
 
 def _asked(row: Row, name: str) -> list[Message]:
     """Messages; or the turns of `history`, then the question with its input and, of an exam, the options."""
-    if name in NAMES["messages"] or isinstance(row[name], list | dict):
-        return _messages(row, name)
+    if isinstance(row.get(name), list | dict):
+        return _messages(row[name], name)
     messages = []
     for pair in _typed(row.get("history") or [], list, "history"):
         if not isinstance(pair, list) or len(pair) != 2:
             raise Unfit("history is not in pairs", repr(pair)[:80], "[question, answer]")
         for role, text in zip(("user", "assistant"), pair, strict=True):
             messages.append(_message({}, role, _text({"history": text}, "history")))
-    options = row.get(below := _filled(row, "options"))
+    options = row.get("options")
     if isinstance(options, dict):
-        row = row | {below: "\n".join(f"{letter}. {text}" for letter, text in options.items() if text)}
-    texts = [_text(row, name), *(_text(row, field, optional=True) for field in ("input", below))]
+        options = "\n".join(f"{letter}. {text}" for letter, text in options.items() if text)
+    below = {"input": row.get("input", ""), "options": options or ""}
+    texts = [_text(row, name), *(_text(below, field, optional=True) for field in below)]
     return [*messages, Message("user", "\n".join(filter(None, texts)))]
+
+
+def _in_turn(row: Row, messages: list[Message], last: str) -> tuple[Message, ...]:
+    if system := _text(row, "system", optional=True):
+        messages = [Message("system", system), *messages]
+    roles = [message.role for message in messages]
+    turns = roles[roles[0] == "system" :]
+    if turns[-1:] != [last] or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
+        expected = f"user and assistant in turn after any system message, {last} at the end"
+        raise Unfit("roles out of turn", ", ".join(roles)[:200], expected)
+    return tuple(messages)
 
 
 def _document(row: Row, source: str) -> Document:
@@ -290,35 +289,30 @@ def _document(row: Row, source: str) -> Document:
 
 
 def _conversation(row: Row, source: str) -> Conversation:
-    for name in NAMES["label"]:
-        if str(row.get(name)).strip().lower() in BAD:
-            raise LeftOut("an answer judged bad", f"{name} {row[name]}", "true or 1", "its pair may teach DFPO")
-    forms = "question and answer, instruction and output, conversations, conversation or messages"
-    name = _filled(row, "messages") or _find(row, (*NAMES["question"], *NAMES["messages"]), forms)
-    answer = _find(row, NAMES["answer"], forms) if name in NAMES["question"] else ""
-    said = _asked(row, name) + (_said(row, answer) if answer else [])
-    messages = _alternating(row, said, "assistant")
+    if str(row.get("label")).strip().lower() in BAD:
+        raise LeftOut("an answer judged bad", f"label {row['label']}", "true or 1", "its pair may teach DFPO")
+    said = [] if row.get("messages") else [*_asked(row, "question"), *_said(row, "answer")]
+    messages = _in_turn(row, said or _messages(row["messages"], "messages"), "assistant")
     if not any(message.loss for message in messages if message.role == "assistant"):
         raise Unfit("nothing carries loss", "loss false on every assistant message", "one that is learnt from")
     return Conversation(messages, source, *_labels(row, "task", "disease", "department"))
 
 
 def _preference(row: Row, source: str) -> PreferencePair:
-    forms = "prompt (or conversations, or question), chosen and rejected"
-    names = [_find(row, NAMES[field], forms) for field in ("chosen", "rejected")]
-    said = [_said({name: row[name]}, name) for name in names]
-    prompts = ("prompt", *NAMES["messages"], *NAMES["question"])
-    if len(said[0]) > 1 and row.keys().isdisjoint(prompts):
-        asked = said[0][:-1]  # TRL's implicit prompt: what both lists begin with
+    row = row | {"reasoning_content": ""}  # it would belong to one of the replies only
+    said = {name: _said(row, name) for name in ("chosen", "rejected")}
+    name = next((name for name in ("prompt", "messages", "question") if row.get(name)), "")
+    if not name and len(said["chosen"]) > 1:
+        asked = said["chosen"][:-1]  # TRL's implicit prompt: what both lists begin with
     else:
-        asked = _asked(row, _find(row, prompts, forms))
-    prompt = _alternating(row, asked, "user")
-    for name, (*before, last) in zip(names, said, strict=True):
+        asked = _asked(row, name or "prompt")
+    prompt = _in_turn(row, asked, "user")
+    for name, (*before, last) in said.items():
         if last.role != "assistant":
             raise Unfit(f"{name} does not end with a reply", last.role, "assistant")
         if tuple(before) not in ((), prompt, prompt[prompt[0].role == "system" :]):
             raise Unfit(f"{name} repeats another prompt", f"{len(before)} other messages", "those of the prompt")
-    chosen, rejected = (messages[-1].written for messages in said)
+    chosen, rejected = (messages[-1].written for messages in said.values())
     if chosen.strip() == rejected.strip():
         raise Unfit("chosen equals rejected", repr(chosen[:40]), "two different replies", "delete the row")
     return PreferencePair(prompt, chosen, rejected, source, *_labels(row, "disease", "department"))
@@ -329,18 +323,12 @@ def _triple(row: Row, source: str) -> Triple:
     return Triple(head, relation, tail, source)
 
 
-TALK = ("messages", "question", "history", "input", "options", "system", "disease", "department")
+TALK = ("history", "input", "options", "system", "disease", "department")
 # Each kind of records, the surest sign first: how a row becomes one of its source, the fields by which a row is known
 # as one, and its other fields.
 KINDS: dict[str, tuple[Callable[[Row, str], Any], tuple[str, ...], tuple[str, ...]]] = {
-    "preferences": (_preference, ("prompt", "chosen", "rejected"), TALK),
+    "preferences": (_preference, ("prompt", "chosen", "rejected"), ("messages", "question", *TALK)),
     "conversations": (_conversation, ("messages", "question", "answer"), (*TALK, "reasoning_content", "label", "task")),
     "documents": (_document, ("text",), ("title", "disease", "department")),
     "triples": (_triple, ("head", "relation", "tail"), ()),  # last: any TSV of three columns could hold them
-}
-# The names of each field, of which the first that a row has is used.
-NAMES = {
-    field: (field, *OTHER_NAMES.get(field, "").split())
-    for _, *fields in KINDS.values()
-    for field in chain.from_iterable(fields)
 }

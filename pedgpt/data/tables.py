@@ -76,24 +76,23 @@ def open_text(path: Path) -> TextIO:
     """
     opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
     with opened(path, "rb") as file:
-        sample = file.read(BLOCK)
-        while sample.isascii() and (more := file.read(BLOCK)):
-            sample = more
-    return cast(TextIO, opened(path, "rt", encoding=_encoding(sample), errors="surrogateescape"))
+        encoding = _encoding(file.read(BLOCK))
+    return cast(TextIO, opened(path, "rt", encoding=encoding, errors="surrogateescape"))
 
 
 def _encoding(sample: bytes) -> str:
-    """The encoding of a file by bytes of it that are not all ASCII: the one in which fewer of them are broken."""
+    """The encoding of a file by its first bytes: the one in which fewer of those beyond ASCII are broken."""
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     beyond = b" ".join(re.findall(rb"[\x80-\xff]+", sample))
     # GB2312 has the characters of simplified Chinese, which Big5 or broken UTF-8 rarely seem to be.
     utf8, simplified = (beyond.decode(name, errors="replace") for name in ("utf-8", "gb2312"))
-    broken, text = simplified.count("\ufffd"), b"\0" not in sample
-    if text and utf8.count("\ufffd") <= broken + 1:  # the sample's end may cut a character
-        return "utf-8-sig"
-    if text and broken < 0.1 * len(simplified):
-        return "gb18030"
+    broken = simplified.count("\ufffd")
+    if b"\0" not in sample:
+        if utf8.count("\ufffd") <= broken + 1:  # the sample's end may cut a character
+            return "utf-8-sig"
+        if broken < 0.1 * len(simplified):
+            return "gb18030"
     raise ValueError("found neither UTF-8 nor UTF-16 nor GB18030; convert it, perhaps by iconv -f BIG5 -t UTF-8")
 
 
@@ -131,7 +130,6 @@ def _table(text: TextIO, suffix: str, triples: bool) -> Rows:
     quoting: Any = csv.QUOTE_NONE if triples else csv.QUOTE_MINIMAL
     reader = csv.reader(text, delimiter=separator, quoting=quoting, strict=True)
     names = ["head", "relation", "tail"] if triples else []
-    first = True
     while True:
         line = reader.line_num + 1
         try:
@@ -144,18 +142,17 @@ def _table(text: TextIO, suffix: str, triples: bool) -> Rows:
             return
         if not cells or (len(cells) == 1 and cells[0].isspace()) or (triples and cells[0].startswith("#")):
             continue
-        if first and (not triples or [cell.strip() for cell in cells] == names):
+        if not names or [cell.strip() for cell in cells] == names:
             names = _header(cells)
         elif len(cells) == len(names):
             yield line, dict(zip(names, cells, strict=True))
         else:
             expected = f"{len(names)} ({', '.join(names)})"
             yield line, Unfit("wrong number of columns", f"{len(cells)}", expected, "quote a cell with the separator")
-        first = False
 
 
-def _header(cells: Iterable[Any]) -> list[str]:
-    names = ["" if cell is None else str(cell).strip() for cell in cells]
+def _header(cells: Iterable[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
     if twice := {name for name in names if name and names.count(name) > 1}:
         raise ValueError(f"found the column {', '.join(sorted(twice))} twice, expected it once")
     return names
@@ -170,7 +167,7 @@ def _parquet(path: Path) -> Rows:
 
 
 def _workbook(path: Path) -> Rows:
-    """The rows of each sheet, as text but for true and false; a sheet's first row with anything in it is its header."""
+    """The rows of each sheet as text; a sheet's first row with anything in it is its header."""
     from openpyxl import load_workbook
 
     with closing(load_workbook(path, read_only=True, data_only=True)) as book:
@@ -179,10 +176,9 @@ def _workbook(path: Path) -> Rows:
             names: list[str] = []
             for number, row in enumerate(sheet.iter_rows(values_only=True), 1):
                 # Excel writes a carriage return as _x000D_.
-                texts = ["" if value is None else str(value).replace("_x000D_\n", "\n") for value in row]
-                cells = [value if isinstance(value, bool) else text for value, text in zip(row, texts, strict=True)]
-                if names and any(texts):
+                cells = ["" if value is None else str(value).replace("_x000D_\n", "\n") for value in row]
+                if names and any(cells):
                     line = number if sheet is book.worksheets[0] else f"{sheet.title}:{number}"
                     yield line, dict(zip_longest(names, cells, fillvalue=""))
-                elif any(texts):
+                elif any(cells):
                     names = _header(cells)

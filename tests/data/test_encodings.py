@@ -58,14 +58,13 @@ def test_a_file_is_read_whatever_its_encoding(tmp_path, encoding, name):
         assert said(read_conversations(path)) == SAID and detect_kind(path) == "conversations"
 
 
-def test_a_mark_of_big_endian_and_ascii_before_chinese_are_told_apart(tmp_path):
+def test_utf16_of_either_order_and_late_chinese_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('\ufeff{"question": "How high is a fever?", "answer": "38 degrees."}\n'.encode("utf-16-be"))
     assert said(read_conversations(path)) == [("How high is a fever?", "38 degrees.")]
     ascii_rows = '{"question": "q", "answer": "a"}\n' * 9_000  # more than is looked at in one piece
-    for encoding in ("gb18030", "utf-8"):
-        path.write_bytes((ascii_rows + dumps(QA[0]) + "\n").encode(encoding))
-        assert said(read_conversations(path))[-1] == SAID[0]
+    path.write_text(ascii_rows + dumps(QA[0]) + "\n", encoding="utf-8")
+    assert said(read_conversations(path))[-1] == SAID[0]
 
 
 def test_a_broken_byte_in_a_gb18030_file_costs_its_own_row(tmp_path):

@@ -68,10 +68,7 @@ def test_a_row_of_which_nothing_could_be_learnt_is_left_out_and_counted(chat):
 
 def test_all_long_rows_are_told_at_once_with_their_number(chat):
     rows = [talk("1" * n, "2", line=n) for n in range(1, 12)]
-    told = (
-        "a.jsonl:3: over-long: 14 tokens do not fit a row of 5 (9 such rows: a.jsonl:3, a.jsonl:4, a.jsonl:5, "
-        'a.jsonl:6, a.jsonl:7, …); raise row_length, or set on_long_row = "skip" or "truncate"'
-    )
+    told = "a.jsonl:3: over-long: 14 tokens do not fit a row of 5 (9 such rows); raise row_length, or set on_long_row"
     with pytest.raises(ValueError, match=re.escape(told)):
         encode_conversations(rows, chat, 5, "skip", ReadSummary())
     with pytest.raises(ValueError, match="on_long_row is 'cut'"):

@@ -136,7 +136,7 @@ def test_parquet_and_excel_are_read(tmp_path):
         ("38.5", f"{path}:3"), ("丙", f"{path}:更多:2"),
     ]  # fmt: skip
     assert [(row.line, row.reason.partition(":")[0]) for row in summary.skipped] == [
-        (5, "an answer judged bad"), (6, "回答 is empty"),
+        (5, "an answer judged bad"), (6, "answer is empty"),
     ]  # fmt: skip
 
 
