@@ -113,7 +113,7 @@ def encode_rows(
             elif on_long_row == "error":
                 long.append(row.source)
                 longest = max(longest, size)
-            elif on_long_row == "truncate" and _teaches(cut):
+            elif on_long_row == "truncate" and all(one.supervised for one in cut):
                 summary.shortened.append(row.source)
                 yield cut
             else:
@@ -129,11 +129,6 @@ def _encoded(row: Conversation | PreferencePair, chat: ChatFormat) -> list[list[
         answers = [Message("assistant", text) for text in (row.chosen, row.rejected)]
         return [encode_answers(row.prompt, answers, True, chat, row.source)]
     return [[encode_conversation(one.messages, chat, source=row.source)] for one in lessons(row, chat)]
-
-
-def _teaches(examples: list[Example]) -> bool:
-    """Whether each example has something to learn, and both of a pair differ."""
-    return all(one.supervised for one in examples) and len({tuple(one.tokens) for one in examples}) == len(examples)
 
 
 def encode_conversations(*arguments: Any, **settings: Any) -> list[Example]:

@@ -2,13 +2,11 @@
 
 A path names a file, or a folder, which stands for all files of data in it and in its subfolders. `inputs.py` finds the
 files, `tables.py` cuts them into rows, and `records.py` makes a record of a row. Blank lines are no rows; every other
-row is returned or reported. A path or file that cannot be read and a wrong setting are a ValueError. Files in a folder
-that are no data, and rows that must not be learnt from, are left out whatever `on_bad_row` says, with the reason.
+row is returned or reported. A path or file that cannot be read and a wrong setting are a ValueError.
 """
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from pedgpt.data.records import (
     Columns,
     Conversation,
     Document,
-    LeftOut,
     PreferencePair,
     ReadSummary,
     SkippedRow,
@@ -48,11 +45,10 @@ def read_conversations(paths: Paths, **settings: Any) -> list[Conversation]:
     """Read conversations, each row in any of these forms, with optional `system` and `task`.
 
     Alpaca (`instruction`, `input`, `output`, `history`), ShareGPT (`conversations`), OpenAI (`messages`),
-    `conversation` of patient and doctor, `question` and `answer`, TRL's `prompt` and `completion`. A `title` is not
-    part of the question; an exam's `option` is.
+    `conversation` of patient and doctor, `question` and `answer`, TRL's `prompt` and `completion`.
     What an assistant thought is read from `reasoning_content`, or from `<think>…</think>` before its answer.
-    An assistant's message with `"loss": false`, or `"weight": 0` as OpenAI writes it, carries no loss; if none carries
-    any, the row is bad. A row whose `label` is false (KTO: an undesirable answer) is left out.
+    An assistant's message with `"loss": false`, or `"weight": 0` as OpenAI writes it, carries no loss. A row without
+    any loss is bad, and so is one whose `label` is false (KTO: an undesirable answer).
     """
     return _read(paths, "conversations", **settings)
 
@@ -96,9 +92,8 @@ def iter_records(
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row is {on_bad_row!r}, expected "error" or "skip"')
     parse_columns(f"{field}={column}" for field, column in (columns or {}).items())
-    parse, *fields = KINDS[kind]
-    names = fields[0] + fields[1]
-    own = [column for field, column in (columns or {}).items() if field in names]
+    parse, _, fields = KINDS[kind]
+    own = [column for field, column in (columns or {}).items() if field in fields]
     summary, left_out = summary or ReadSummary(), dict[Path, str]()
     files = files_of(paths, left_out)
     summary.skipped += [SkippedRow(str(file), 0, f"left out, {reason}") for file, reason in left_out.items()]
@@ -111,9 +106,9 @@ def iter_records(
                 warnings.warn(f"{path}: {found}, so the file's own names are used", stacklevel=4)
             place = f"{path}:{line}"
             try:
-                record = parse(fields_of(row, names, columns), str(path) if whole else place)
+                record = parse(fields_of(row, fields, columns), str(path) if whole else place)
             except Unfit as unfit:
-                if on_bad_row == "error" and not isinstance(unfit, LeftOut):
+                if on_bad_row == "error":
                     raise BadRow(f"{place}: {unfit}") from None
                 summary.skip(place, str(unfit))
             else:
@@ -124,14 +119,14 @@ def iter_records(
 
 def parse_columns(columns: Iterable[str]) -> dict[str, str]:
     """The setting `columns` of the recipes, ["question=ask", "answer=reply"], as the readers take it."""
-    known = {field for _, needed, others in KINDS.values() for field in needed + others}
+    known = sorted({field for _, _, fields in KINDS.values() for field in fields})
     found: dict[str, str] = {}
     for item in columns:
-        name, _, column = (part.strip() for part in item.partition("="))
-        if name not in known or name in found or not column:
-            hint = "" if name in known else f"; {nearest(name, sorted(known), 'fields')}"
+        field, _, column = (part.strip() for part in item.partition("="))
+        if field not in known or field in found or not column:
+            hint = "" if field in known else f"; {nearest(field, known, 'fields')}"
             raise ValueError(f"columns: found {item!r}, expected field=column, each field once{hint}")
-        found[name] = column
+        found[field] = column
     return found
 
 
@@ -143,18 +138,16 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
     file = files_of(path)[0]
     faults: list[tuple[int, int, str]] = []  # how many fields a row has of which kind, and why it cannot be used
     names: list[str] = []
-    for number, (kind, (parse, needed, others)) in enumerate(KINDS.items()):
+    for number, (kind, (parse, needed, fields)) in enumerate(KINDS.items()):
         try:
             for line, row in islice(read_rows(file, triples=kind == "triples"), 20):
                 try:
-                    with suppress(LeftOut):
-                        parse(fields_of(row, needed + others, columns), "")
+                    parse(fields_of(row, fields, columns), "")
                     return kind
                 except Unfit as unfit:
-                    names = list(row) if isinstance(row, dict) else names
-                    count = len(
-                        needed if isinstance(row, Unfit) else names_of(dict.fromkeys(names, ""), needed, columns)
-                    )
+                    count = len(needed) * isinstance(row, Unfit)
+                    if isinstance(row, dict):
+                        names, count = list(row), len(names_of(row, needed, columns))
                     faults.append((count, number, f"{file}:{line}: {unfit}"))
         except ValueError as error:  # the file
             faults.append((len(needed), number, str(error)))
@@ -170,10 +163,9 @@ def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:
 
     E.g. "question, raw_anwser → answer, department; ignored: id".
     """
-    _, needed, others = KINDS[kind]
     rows = (row for _, row in read_rows(files_of(path)[0], triples=kind == "triples") if isinstance(row, dict))
     row = next(rows, {})
-    names = names_of(row, needed + others, columns)
+    names = names_of(row, KINDS[kind][2], columns)
     taken = [name if names[name] == name else f"{name} → {names[name]}" for name in row if name in names]
     ignored = [name for name in row if name not in names]
     return ", ".join(taken) + (f"; ignored: {', '.join(ignored)}" if ignored else "")

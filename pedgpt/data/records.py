@@ -111,10 +111,6 @@ class Triple:
     source: str
 
 
-class LeftOut(Unfit):
-    """Why a good row is not read. It is counted, and under no policy is it an error."""
-
-
 @dataclass(frozen=True, slots=True)
 class SkippedRow:
     """A row left out; `line` counts from 1, and is 0 for a whole file."""
@@ -290,7 +286,7 @@ def _document(row: Row, source: str) -> Document:
 
 def _conversation(row: Row, source: str) -> Conversation:
     if str(row.get("label")).strip().lower() in BAD:
-        raise LeftOut("an answer judged bad", f"label {row['label']}", "true or 1", "its pair may teach DFPO")
+        raise Unfit("an answer judged bad", f"label {row['label']}", "true or 1", 'set on_bad_row = "skip"')
     said = [] if row.get("messages") else [*_asked(row, "question"), *_said(row, "answer")]
     messages = _in_turn(row, said or _messages(row["messages"], "messages"), "assistant")
     if not any(message.loss for message in messages if message.role == "assistant"):
@@ -323,12 +319,16 @@ def _triple(row: Row, source: str) -> Triple:
     return Triple(head, relation, tail, source)
 
 
-TALK = ("history", "input", "options", "system", "disease", "department")
+TALK = ("messages", "question", "history", "input", "options", "system", "disease", "department")
 # Each kind of records, the surest sign first: how a row becomes one of its source, the fields by which a row is known
-# as one, and its other fields.
+# as one, and all its fields.
 KINDS: dict[str, tuple[Callable[[Row, str], Any], tuple[str, ...], tuple[str, ...]]] = {
-    "preferences": (_preference, ("prompt", "chosen", "rejected"), ("messages", "question", *TALK)),
-    "conversations": (_conversation, ("messages", "question", "answer"), (*TALK, "reasoning_content", "label", "task")),
-    "documents": (_document, ("text",), ("title", "disease", "department")),
-    "triples": (_triple, ("head", "relation", "tail"), ()),  # last: any TSV of three columns could hold them
+    "preferences": (_preference, ("prompt", "chosen", "rejected"), ("prompt", "chosen", "rejected", *TALK)),
+    "conversations": (
+        _conversation,
+        ("messages", "question", "answer"),
+        (*TALK, "answer", "reasoning_content", "label", "task"),
+    ),
+    "documents": (_document, ("text",), ("text", "title", "disease", "department")),
+    "triples": (_triple, ("head", "relation", "tail"), ("head", "relation", "tail")),  # last: any TSV could hold them
 }

@@ -88,5 +88,3 @@ def test_the_longer_answer_of_a_pair_is_cut(chat):
     assert pairs("567", "8", 7)[1].shortened == []
     kept, summary = pairs("5678", "8", 6)
     assert kept == [(("U12A56", "567"), ("U12A8", "8E"))] and summary.shortened == ["a.jsonl:1"]
-    alike, summary = pairs("5556", "5557", 6)
-    assert alike == [] and summary.skipped[0].reason.startswith("over-long: ")

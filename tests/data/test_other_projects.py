@@ -67,13 +67,14 @@ def test_rows_of_other_projects_are_understood(tmp_path, row, texts):
 @pytest.mark.parametrize(
     "label", ['"label": false', '"kto_tag": false', '"label": "False"', '"label": 0', '"Label": "0"']
 )
-@pytest.mark.parametrize("policy", ["error", "skip"])
-def test_an_answer_that_was_judged_bad_is_never_learnt(tmp_path, label, policy):
+def test_an_answer_that_was_judged_bad_is_never_learnt(tmp_path, label):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"prompt": "问", "completion": "错", {label}}}\n{dumps(QA[0])}\n', encoding="utf-8")
     summary = ReadSummary()
-    assert said(read_conversations(path, on_bad_row=policy, summary=summary)) == [SAID[0]]
+    assert said(read_conversations(path, on_bad_row="skip", summary=summary)) == [SAID[0]]
     assert [(row.line, row.reason.partition(":")[0]) for row in summary.skipped] == [(1, "an answer judged bad")]
+    with pytest.raises(BadRow, match=r"a\.jsonl:1: an answer judged bad"):
+        read_conversations(path)
     assert "1 skipped, an answer judged bad" in summary.describe() and detect_kind(path) == "conversations"
 
 
