@@ -29,7 +29,7 @@ from pedgpt.files import nearest
 
 
 class NoData(ValueError):
-    """A file in which no field of any row is one that is known."""
+    """A file whose first rows have the fields of no kind of records."""
 
 
 class BadRow(ValueError):
@@ -131,31 +131,25 @@ def parse_columns(columns: Iterable[str]) -> dict[str, str]:
 
 
 def detect_kind(path: PathLike, columns: Columns = None) -> str:
-    """Tell "documents", "conversations", "preferences" or "triples" by the first rows of a file, or a folder's first.
+    """Tell "documents", "conversations", "preferences" or "triples" by the fields of the first rows.
 
-    Raises NoData if nothing there has a known field, and ValueError with the reason if rows cannot be used.
+    Of a folder the first file counts. Raises NoData if they have the fields of no kind.
     """
     file = files_of(path)[0]
-    faults: list[tuple[int, int, str]] = []  # how many fields a row has of which kind, and why it cannot be used
-    names: list[str] = []
-    for number, (kind, (parse, needed, fields)) in enumerate(KINDS.items()):
+    faults, names = list[str](), list[str]()
+    for kind, (_, needed, fields) in KINDS.items():
         try:
-            for line, row in islice(read_rows(file, triples=kind == "triples"), 20):
-                try:
-                    parse(fields_of(row, fields, columns), "")
-                    return kind
-                except Unfit as unfit:
-                    count = len(needed) * isinstance(row, Unfit)
-                    if isinstance(row, dict):
-                        names, count = list(row), len(names_of(row, needed, columns))
-                    faults.append((count, number, f"{file}:{line}: {unfit}"))
-        except ValueError as error:  # the file
-            faults.append((len(needed), number, str(error)))
-    count, _, why = max(faults, key=lambda fault: fault[:2], default=(0, 0, ""))
-    if count:
-        raise ValueError(why)
-    found = f"found the fields {', '.join(names[:20]) or '(none)'}"
-    raise NoData(f"{file}: no known field, {found}; if it is data, name its fields by `columns`")
+            for _, row in islice(read_rows(file, triples=kind == "triples"), 20):
+                if isinstance(row, dict):
+                    found, names = names_of(row, fields, columns).values(), list(row)
+                    if any(group <= set(found) for group in needed):
+                        return kind
+        except ValueError as error:  # a first row of triples may be no header
+            faults.append(str(error))
+    if faults:
+        raise ValueError(faults[0])
+    told = f"found the fields {', '.join(names[:20]) or '(none)'}"
+    raise NoData(f"{file}: rows of no known kind, {told}; if it is data, name its fields by `columns`")
 
 
 def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:

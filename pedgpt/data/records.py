@@ -320,15 +320,15 @@ def _triple(row: Row, source: str) -> Triple:
 
 
 TALK = ("messages", "question", "history", "input", "options", "system", "disease", "department")
-# Each kind of records, the surest sign first: how a row becomes one of its source, the fields by which a row is known
-# as one, and all its fields.
-KINDS: dict[str, tuple[Callable[[Row, str], Any], tuple[str, ...], tuple[str, ...]]] = {
-    "preferences": (_preference, ("prompt", "chosen", "rejected"), ("prompt", "chosen", "rejected", *TALK)),
+# Each kind of records, the surest sign first: how a row becomes one of its source, the fields of which a row has all,
+# or all of the second group, if it is one, and all fields.
+KINDS: dict[str, tuple[Callable[[Row, str], Any], tuple[set[str], ...], tuple[str, ...]]] = {
+    "preferences": (_preference, ({"chosen", "rejected"},), ("prompt", "chosen", "rejected", *TALK)),
     "conversations": (
         _conversation,
-        ("messages", "question", "answer"),
+        ({"messages"}, {"question", "answer"}),
         (*TALK, "answer", "reasoning_content", "label", "task"),
     ),
-    "documents": (_document, ("text",), ("text", "title", "disease", "department")),
-    "triples": (_triple, ("head", "relation", "tail"), ("head", "relation", "tail")),  # last: any TSV could hold them
+    "documents": (_document, ({"text"},), ("text", "title", "disease", "department")),
+    "triples": (_triple, ({"head", "relation", "tail"},), ("head", "relation", "tail")),  # last: any TSV may hold them
 }

@@ -71,5 +71,5 @@ def test_an_object_by_id_is_named_by_a_few_of_its_keys(tmp_path):
 def test_a_file_without_a_known_field_is_no_data(tmp_path, content):
     path = tmp_path / ("a.csv" if content.startswith("q_text") else "a.json")
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(NoData, match="a.*no known field, found "):
+    with pytest.raises(NoData, match="a.*rows of no known kind, found the fields "):
         detect_kind(path)
