@@ -42,22 +42,19 @@ def read_documents(paths: Paths, **settings: Any) -> list[Document]:
 
 
 def read_conversations(paths: Paths, **settings: Any) -> list[Conversation]:
-    """Read conversations, each row in any of these forms, with optional `system` and `task`.
+    """Read Alpaca, ShareGPT, OpenAI `messages`, `question` and `answer`, `prompt` and `completion`, with any `system`.
 
-    Alpaca (`instruction`, `input`, `output`, `history`), ShareGPT (`conversations`), OpenAI (`messages`),
-    `conversation` of patient and doctor, `question` and `answer`, TRL's `prompt` and `completion`.
-    What an assistant thought is read from `reasoning_content`, or from `<think>…</think>` before its answer.
-    An assistant's message with `"loss": false`, or `"weight": 0` as OpenAI writes it, carries no loss. A row without
-    any loss is bad, and so is one whose `label` is false (KTO: an undesirable answer).
+    What an assistant thought is read from `reasoning_content`, or from `<think>…</think>` before its answer. A message
+    with `"loss": false`, or `"weight": 0` as OpenAI writes it, carries no loss. A row without any loss is bad, and so
+    is one whose `label` is false (KTO: an undesirable answer).
     """
     return _read(paths, "conversations", **settings)
 
 
 def read_preferences(paths: Paths, **settings: Any) -> list[PreferencePair]:
-    """Read `prompt` (or ShareGPT `conversations`, or `question`), `chosen` and `rejected`, with optional `system`.
+    """Read `prompt` (or `conversations`, or `question`), `chosen` and `rejected`, each a string or a list of messages.
 
-    Each is a string or a list of messages; a reply may be one message, or repeat the whole prompt, which is removed.
-    Without a prompt it is what both lists of messages begin with, as in TRL.
+    A reply may repeat the whole prompt, which is removed; without a prompt it is what both replies begin with (TRL).
     """
     return _read(paths, "preferences", **settings)
 
@@ -83,11 +80,10 @@ def iter_records(
     summary: ReadSummary | None = None,
     columns: Columns = None,
 ) -> Iterator[Any]:
-    """What the reader of that kind returns, one by one: a file takes the memory of a row, a JSON list that of a file.
+    """What the reader of a kind ("documents") returns, one by one, in the memory of a row; a JSON list is held whole.
 
-    `kind` is "documents", "conversations", "preferences" or "triples". A bad row raises BadRow, or is counted in the
-    summary if `on_bad_row` is "skip". `columns` names the column of each field whose column has no known name,
-    {"question": "ask"}; a row without any of these columns is read by its own names, with a warning.
+    A bad row raises BadRow, or is counted in the summary if `on_bad_row` is "skip". `columns` names the column of each
+    field whose column has no known name, {"question": "ask"}; a row with none of them is read by its own names.
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row is {on_bad_row!r}, expected "error" or "skip"')

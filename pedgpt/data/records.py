@@ -304,8 +304,7 @@ def _preference(row: Row, source: str) -> PreferencePair:
         asked = _asked(row, name or "prompt")
     prompt = _in_turn(row, asked, "user")
     for name, (*before, last) in said.items():
-        if last.role != "assistant":
-            raise Unfit(f"{name} does not end with a reply", last.role, "assistant")
+        _in_turn({}, [*prompt, last], "assistant")
         if tuple(before) not in ((), prompt, prompt[prompt[0].role == "system" :]):
             raise Unfit(f"{name} repeats another prompt", f"{len(before)} other messages", "those of the prompt")
     chosen, rejected = (messages[-1].written for messages in said.values())

@@ -46,7 +46,6 @@ def read_rows(path: Path, *, triples: bool = False) -> Rows:
     suffix = format_of(path)
     binary = {".parquet": _parquet, ".xlsx": _workbook}.get(suffix)
     try:
-        # A row that cannot be parsed is yielded as its Unfit: a generator that raises could not go on to the next row.
         for line, row in binary(path) if binary else _text_rows(path, suffix, triples):
             yield line, row
     except ImportError as error:
@@ -96,19 +95,11 @@ def _encoding(sample: bytes) -> str:
     raise ValueError("found neither UTF-8 nor UTF-16 nor GB18030; convert it, perhaps by iconv -f BIG5 -t UTF-8")
 
 
-def not_utf8(text: str) -> Unfit | None:
-    """Why a text with a broken character cannot be used; None for any other text."""
-    if broken := LONE_SURROGATE.search(text):
-        found = f"{ascii(broken[0])} at character {broken.start() + 1} (\\udcXX stands for byte XX)"
-        return Unfit("invalid UTF-8", found, "UTF-8 text", "convert the file, as by iconv -f GB18030 -t UTF-8")
-    return None
-
-
 def _json_rows(text: TextIO) -> Rows:
     """Objects, one a line; a list, or an object over several lines or alone in its file, is read whole."""
-    lines = list(islice(filter(str.strip, text), 2))
+    first, *second = [line.strip() for line in islice(filter(str.strip, text), 2)] or ["", ""]
     text.seek(0)
-    if lines and (lines[0].lstrip()[0] == "[" or lines[0].strip() == "{" or len(lines) == 1):
+    if first.startswith("[") or first == "{" or not second:
         value = json.load(text)
         value = value.get("data", value) if isinstance(value, dict) else value
         yield from enumerate(value if isinstance(value, list) else [value], 1)

@@ -77,7 +77,7 @@ BAD_ROWS = {
     "empty_chosen": ("preferences", PAIR | {"chosen": ""}, ["chosen is empty"]),
     "chosen_a_number": ("preferences", PAIR | {"chosen": 1}, ["chosen", "wrong type", "int"]),
     "chosen_no_messages": ("preferences", PAIR | {"chosen": []}, ["chosen is empty"]),
-    "chosen_by_user": ("preferences", PAIR | {"chosen": PROMPT_LIST}, ["chosen does not end with a reply", "user"]),
+    "chosen_by_user": ("preferences", PAIR | {"chosen": PROMPT_LIST}, ["roles out of turn", "user, user"]),
     "chosen_of_another_prompt": (
         "preferences",
         PAIR | {"chosen": [{"role": "user", "content": "别的"}, {"role": "assistant", "content": "好"}]},

@@ -146,7 +146,7 @@ def test_one_file_is_a_source_and_its_columns_can_be_named(lab, tmp_path):
     path.write_text(lines(rows), encoding="utf-8")
     arguments = ["--source", str(path), "--output", str(tmp_path / "corpus"), *BUILD]
     unnamed = lab.call("build_corpus", arguments)
-    told = "数据.jsonl: not read: rows of no known kind, found the fields q_text, a_text; if it is data, name its fields"
+    told = "数据.jsonl: not read: rows of no known kind, found the fields q_text, a_text; if it is data, name"
     assert unnamed.code == 2 and told in unnamed.err
     wrong = lab.call("build_corpus", [*arguments, "--columns", "question=q_text", "answer=nowhere"])
     assert wrong.code == 2 and told in wrong.err
