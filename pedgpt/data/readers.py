@@ -87,9 +87,8 @@ def iter_records(
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row is {on_bad_row!r}, expected "error" or "skip"')
-    parse_columns(f"{field}={column}" for field, column in (columns or {}).items())
     parse, _, fields = KINDS[kind]
-    own = [column for field, column in (columns or {}).items() if field in fields]
+    own = _own(columns, fields)
     summary, left_out = summary or ReadSummary(), dict[Path, str]()
     files = files_of(paths, left_out)
     summary.skipped += [SkippedRow(str(file), 0, f"left out, {reason}") for file, reason in left_out.items()]
@@ -97,12 +96,12 @@ def iter_records(
         summary.rows.setdefault(str(path), 0)
         whole, warned = format_of(path) in TEXTS, not own
         for line, row in read_rows(path, triples=kind == "triples"):
-            if not warned and isinstance(row, dict) and row.keys().isdisjoint(own):
-                warned, found = True, f"found none of the columns {', '.join(own)}"
+            if not warned and isinstance(row, dict) and row.keys().isdisjoint(dict(own).values()):
+                warned, found = True, f"found none of the columns {', '.join(dict(own).values())}"
                 warnings.warn(f"{path}: {found}, so the file's own names are used", stacklevel=4)
             place = f"{path}:{line}"
             try:
-                record = parse(fields_of(row, fields, columns), str(path) if whole else place)
+                record = parse(fields_of(row, fields, own), str(path) if whole else place)
             except Unfit as unfit:
                 if on_bad_row == "error":
                     raise BadRow(f"{place}: {unfit}") from None
@@ -126,6 +125,12 @@ def parse_columns(columns: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def _own(columns: Columns, fields: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """The given columns, but for those of fields that another kind of records has."""
+    given = parse_columns(f"{field}={column}" for field, column in (columns or {}).items())
+    return tuple((field, column) for field, column in given.items() if field in fields)
+
+
 def detect_kind(path: PathLike, columns: Columns = None) -> str:
     """Tell "documents", "conversations", "preferences" or "triples" by the fields of the first rows.
 
@@ -137,7 +142,7 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
         try:
             for _, row in islice(read_rows(file, triples=kind == "triples"), 20):
                 if isinstance(row, dict):
-                    found, names = names_of(row, fields, columns).values(), list(row)
+                    found, names = names_of(tuple(row), fields, _own(columns, fields)).values(), list(row)
                     if any(group <= set(found) for group in needed):
                         return kind
         except ValueError as error:  # a first row of triples may be no header
@@ -155,7 +160,7 @@ def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:
     """
     rows = (row for _, row in read_rows(files_of(path)[0], triples=kind == "triples") if isinstance(row, dict))
     row = next(rows, {})
-    names = names_of(row, KINDS[kind][2], columns)
+    names = names_of(tuple(row), KINDS[kind][2], _own(columns, KINDS[kind][2]))
     taken = [name if names[name] == name else f"{name} → {names[name]}" for name in row if name in names]
     ignored = [name for name in row if name not in names]
     return ", ".join(taken) + (f"; ignored: {', '.join(ignored)}" if ignored else "")

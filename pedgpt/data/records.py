@@ -5,8 +5,9 @@ A row that cannot be used raises `Unfit` with the reason.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -16,19 +17,19 @@ Row = dict[str, Any]
 T = TypeVar("T")
 Columns = Mapping[str, str] | None
 
-# Other names of a field, after the field's own. raw_anwser is how the CMD cases spell it, complex_cot HuatuoGPT-o1's.
-OTHER_NAMES = {
-    "messages": "conversations conversation",
-    "question": "ask instruction prompt query 问题 提问",
-    "options": "option 选项",
-    "answer": "output response completion raw_anwser 回答 答复 答案",
-    "chosen": "response_chosen chosen_response",
-    "rejected": "response_rejected rejected_response",
-    "reasoning_content": "complex_cot",
-    "label": "kto_tag",
-    "department": "cate1 科室",
-    "role": "from",
-    "content": "value",
+# Fields that have several names. raw_anwser is how the CMD cases spell it, complex_cot is HuatuoGPT-o1's.
+NAMES = {
+    "messages": ("messages", "conversations", "conversation"),
+    "question": ("question", "ask", "instruction", "prompt", "query", "问题", "提问"),
+    "options": ("options", "option", "选项"),
+    "answer": ("answer", "output", "response", "completion", "raw_anwser", "回答", "答复", "答案"),
+    "chosen": ("chosen", "response_chosen", "chosen_response"),
+    "rejected": ("rejected", "response_rejected", "rejected_response"),
+    "reasoning_content": ("reasoning_content", "complex_cot"),
+    "label": ("label", "kto_tag"),
+    "department": ("department", "cate1", "科室"),
+    "role": ("role", "from"),
+    "content": ("content", "value"),
 }
 BAD = ("false", "0", "0.0", "no", "否")  # labels of an undesirable answer
 ROLES = {"system": "system"}
@@ -159,26 +160,26 @@ class ReadSummary:
         return "\n".join(lines)
 
 
-def names_of(row: Row, fields: Sequence[str], columns: Columns = None) -> dict[str, str]:
-    """By each column of a row that holds one of these fields, the field: as `columns` says, or by its known names."""
-    columns = columns or {}
-    found = {columns[name]: name for name in fields if columns.get(name) in row}
-    known = {key.strip().lower(): key for key, value in row.items() if value is not None and key not in found}
+@lru_cache(1000)  # the rows of a file mostly have the same columns
+def names_of(keys: tuple[str, ...], fields: tuple[str, ...], own: tuple[tuple[str, str], ...] = ()) -> dict[str, str]:
+    """By each column that holds one of these fields, the field: as `own` says, (field, column), or by a known name."""
+    found = {column: name for name, column in own if column in keys}
+    known = {key.strip().lower(): key for key in keys if key not in found}
     for name in fields:
-        names = () if name in found.values() else (name, *OTHER_NAMES.get(name, "").split())
+        names = () if name in found.values() else NAMES.get(name, (name,))
         if first := next((each for each in names if each in known), ""):
             found[known.pop(first)] = name
     return found
 
 
-def fields_of(row: object, fields: Sequence[str], columns: Columns = None) -> Row:
+def fields_of(row: object, fields: tuple[str, ...], own: tuple[tuple[str, str], ...] = ()) -> Row:
     """A row with these fields under their own names, without nulls and NaNs, which pandas writes."""
     if isinstance(row, Unfit):
         raise row
+    columns = [column for _, column in own]
     row = _typed(row, dict, "the row or message")
-    names = names_of(row, fields, columns)
-    own = [column for name, column in (columns or {}).items() if name in fields]
-    if not names.keys().isdisjoint(own) and (lacking := [column for column in own if column not in row]):
+    names = names_of(tuple(key for key in row if row[key] is not None or key in columns), fields, own)
+    if not names.keys().isdisjoint(columns) and (lacking := [column for column in columns if column not in row]):
         raise _missing(row, f"{lacking[0]}, which `columns` names")
     renamed = {key: row[key] for key in row if key not in names} | {names[key]: row[key] for key in names}
     return {key: value for key, value in renamed.items() if value is not None and value == value}
