@@ -139,12 +139,13 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
     file = files_of(path)[0]
     faults, names = list[str](), list[str]()
     for kind, (_, needed, fields) in KINDS.items():
+        own = _own(columns, fields)
         try:
             for _, row in islice(read_rows(file, triples=kind == "triples"), 20):
-                if isinstance(row, dict):
-                    found, names = names_of(tuple(row), fields, _own(columns, fields)).values(), list(row)
-                    if any(group <= set(found) for group in needed):
-                        return kind
+                names = [key for key in row if row[key] is not None] if isinstance(row, dict) else names
+                found = set(names_of(tuple(names), fields, own).values())
+                if any(group <= found for group in needed):
+                    return kind
         except ValueError as error:  # a first row of triples may be no header
             faults.append(str(error))
     if faults:
