@@ -107,10 +107,11 @@ def encode_rows(
             continue
         for examples in encoded:
             size = max(len(one.tokens) for one in examples)
-            cut = [Example(one.tokens[:row_length], one.labels[:row_length], one.source) for one in examples]
             if size <= row_length:
                 yield examples
-            elif on_long_row == "error":
+                continue
+            cut = [Example(one.tokens[:row_length], one.labels[:row_length], one.source) for one in examples]
+            if on_long_row == "error":
                 long.append(row.source)
                 longest = max(longest, size)
             elif on_long_row == "truncate" and all(one.supervised for one in cut):

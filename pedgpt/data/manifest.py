@@ -16,6 +16,7 @@ import numpy as np
 
 from pedgpt.files import __version__, write_json
 
+Table = Mapping[str, Any]
 DOMAIN, GENERAL, INSTRUCTIONS = "domain text", "general text", "instructions"
 # Which part of the mixture a table of documents belongs to; conversations are instructions, whatever their table.
 _TEXT_TABLES = {"text/pediatric": DOMAIN, "text/general_medical": DOMAIN, "text/general": GENERAL}
@@ -39,12 +40,7 @@ class TextSource:
 
 
 def write_manifest(
-    folder: str | Path,
-    *,
-    settings: Mapping[str, Any],
-    sources: Mapping[str, Mapping[str, Any]],
-    files: Sequence[Mapping[str, Any]],
-    found: Mapping[str, Any],
+    folder: str | Path, *, settings: Table, sources: Mapping[str, Table], files: Sequence[Table], found: Table
 ) -> dict[str, Any]:
     """Write the manifest.json of a new corpus and return it; `found` is what the build counted, for people.
 
@@ -112,7 +108,7 @@ def _manifest(folder: str | Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path}: {reason}; build the corpus again with recipes/build_corpus.py") from None
 
 
-def _checked(folder: Path, entry: Mapping[str, Any]) -> str:
+def _checked(folder: Path, entry: Table) -> str:
     """The path of a manifest's entry, if it lies in the folder and is what the entry says."""
     path = folder / entry["path"]
     if not path.resolve().is_relative_to(folder.resolve()):

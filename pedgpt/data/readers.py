@@ -6,26 +6,17 @@ row is returned or reported. A path or file that cannot be read and a wrong sett
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pedgpt.data.inputs import TEXTS, PathLike, Paths, files_of, format_of
-from pedgpt.data.records import (
-    KINDS,
-    Columns,
-    Conversation,
-    Document,
-    PreferencePair,
-    ReadSummary,
-    SkippedRow,
-    Triple,
-    fields_of,
-    names_of,
-)
+from pedgpt.data.records import KINDS, Conversation, Document, PreferencePair, ReadSummary, Triple, fields_of, names_of
 from pedgpt.data.tables import Unfit, read_rows
 from pedgpt.files import nearest
+
+Columns = Mapping[str, str] | None
 
 
 class NoData(ValueError):
@@ -73,12 +64,7 @@ def _read(paths: Paths, kind: str, summary: ReadSummary | None = None, **setting
 
 
 def iter_records(
-    paths: Paths,
-    kind: str,
-    *,
-    on_bad_row: str = "error",
-    summary: ReadSummary | None = None,
-    columns: Columns = None,
+    paths: Paths, kind: str, *, on_bad_row: str = "error", summary: ReadSummary | None = None, columns: Columns = None
 ) -> Iterator[Any]:
     """What the reader of a kind ("documents") returns, one by one, in the memory of a row; a JSON list is held whole.
 
@@ -91,7 +77,8 @@ def iter_records(
     own = _own(columns, fields)
     summary, left_out = summary or ReadSummary(), dict[Path, str]()
     files = files_of(paths, left_out)
-    summary.skipped += [SkippedRow(str(file), 0, f"left out, {reason}") for file, reason in left_out.items()]
+    for path, reason in left_out.items():
+        summary.skip(str(path), f"left out, {reason}")
     for path in files:
         summary.rows.setdefault(str(path), 0)
         whole, warned = format_of(path) in TEXTS, not own

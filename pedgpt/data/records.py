@@ -5,7 +5,7 @@ A row that cannot be used raises `Unfit` with the reason.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -15,7 +15,7 @@ from pedgpt.data.tables import LONE_SURROGATE, Unfit
 
 Row = dict[str, Any]
 T = TypeVar("T")
-Columns = Mapping[str, str] | None
+Own = tuple[tuple[str, str], ...]  # (field, column) of each field whose column has no known name
 
 # Fields that have several names. raw_anwser is how the CMD cases spell it, complex_cot is HuatuoGPT-o1's.
 NAMES = {
@@ -161,8 +161,8 @@ class ReadSummary:
 
 
 @lru_cache(1000)  # the rows of a file mostly have the same columns
-def names_of(keys: tuple[str, ...], fields: tuple[str, ...], own: tuple[tuple[str, str], ...] = ()) -> dict[str, str]:
-    """By each column that holds one of these fields, the field: as `own` says, (field, column), or by a known name."""
+def names_of(keys: tuple[str, ...], fields: tuple[str, ...], own: Own = ()) -> dict[str, str]:
+    """By each column that holds one of these fields, the field: as `own` says, or by a known name."""
     found = {column: name for name, column in own if column in keys}
     known = {key.strip().lower(): key for key in keys if key not in found}
     for name in fields:
@@ -172,7 +172,7 @@ def names_of(keys: tuple[str, ...], fields: tuple[str, ...], own: tuple[tuple[st
     return found
 
 
-def fields_of(row: object, fields: tuple[str, ...], own: tuple[tuple[str, str], ...] = ()) -> Row:
+def fields_of(row: object, fields: tuple[str, ...], own: Own = ()) -> Row:
     """A row with these fields under their own names, without nulls and NaNs, which pandas writes."""
     if isinstance(row, Unfit):
         raise row
@@ -244,17 +244,12 @@ def _message(fields: Row, role: str, content: str, loss: bool = True) -> Message
     return message
 
 
-def _said(row: Row, name: str) -> list[Message]:
-    """What a field holds: messages, one message, or the text of an answer."""
+def _turns(row: Row, name: str) -> list[Message]:
+    """What a field holds: messages, an answer, or the turns of `history`, then the question with what is below it."""
     if isinstance(row.get(name), list | dict):
         return _messages(row[name], name)
-    return [_message(row, "assistant", _text(row, name))]
-
-
-def _asked(row: Row, name: str) -> list[Message]:
-    """Messages; or the turns of `history`, then the question with its input and, of an exam, the options."""
-    if isinstance(row.get(name), list | dict):
-        return _messages(row[name], name)
+    if name in ("answer", "chosen", "rejected"):
+        return [_message(row, "assistant", _text(row, name))]
     messages = []
     for pair in _typed(row.get("history") or [], list, "history"):
         if not isinstance(pair, list) or len(pair) != 2:
@@ -288,7 +283,7 @@ def _document(row: Row, source: str) -> Document:
 def _conversation(row: Row, source: str) -> Conversation:
     if str(row.get("label")).strip().lower() in BAD:
         raise Unfit("an answer judged bad", f"label {row['label']}", "true or 1", 'set on_bad_row = "skip"')
-    said = [] if row.get("messages") else [*_asked(row, "question"), *_said(row, "answer")]
+    said = [] if row.get("messages") else [*_turns(row, "question"), *_turns(row, "answer")]
     messages = _in_turn(row, said or _messages(row["messages"], "messages"), "assistant")
     if not any(message.loss for message in messages if message.role == "assistant"):
         raise Unfit("nothing carries loss", "loss false on every assistant message", "one that is learnt from")
@@ -297,12 +292,12 @@ def _conversation(row: Row, source: str) -> Conversation:
 
 def _preference(row: Row, source: str) -> PreferencePair:
     row = row | {"reasoning_content": ""}  # it would belong to one of the replies only
-    said = {name: _said(row, name) for name in ("chosen", "rejected")}
+    said = {name: _turns(row, name) for name in ("chosen", "rejected")}
     name = next((name for name in ("prompt", "messages", "question") if row.get(name)), "")
     if not name and len(said["chosen"]) > 1:
         asked = said["chosen"][:-1]  # TRL's implicit prompt: what both lists begin with
     else:
-        asked = _asked(row, name or "prompt")
+        asked = _turns(row, name or "prompt")
     prompt = _in_turn(row, asked, "user")
     for name, (*before, last) in said.items():
         _in_turn({}, [*prompt, last], "assistant")
@@ -320,15 +315,12 @@ def _triple(row: Row, source: str) -> Triple:
 
 
 TALK = ("messages", "question", "history", "input", "options", "system", "disease", "department")
-# Each kind of records, the surest sign first: how a row becomes one of its source, the fields of which a row has all,
-# or all of the second group, if it is one, and all fields.
+ANSWERED = (*TALK, "answer", "reasoning_content", "label", "task")
+# Each kind of records, the surest sign first: how a row and its source become one; groups of fields, of which a row of
+# this kind has one; and all fields that are read.
 KINDS: dict[str, tuple[Callable[[Row, str], Any], tuple[set[str], ...], tuple[str, ...]]] = {
     "preferences": (_preference, ({"chosen", "rejected"},), ("prompt", "chosen", "rejected", *TALK)),
-    "conversations": (
-        _conversation,
-        ({"messages"}, {"question", "answer"}),
-        (*TALK, "answer", "reasoning_content", "label", "task"),
-    ),
+    "conversations": (_conversation, ({"messages"}, {"question", "answer"}), ANSWERED),
     "documents": (_document, ({"text"},), ("text", "title", "disease", "department")),
     "triples": (_triple, ({"head", "relation", "tail"},), ("head", "relation", "tail")),  # last: any TSV may hold them
 }
