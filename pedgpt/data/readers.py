@@ -20,7 +20,7 @@ Columns = Mapping[str, str] | None
 
 
 class NoData(ValueError):
-    """A file whose first rows have the fields of no kind of records."""
+    """A file whose first rows have no field of any kind of records."""
 
 
 class BadRow(ValueError):
@@ -121,10 +121,10 @@ def _own(columns: Columns, fields: tuple[str, ...]) -> tuple[tuple[str, str], ..
 def detect_kind(path: PathLike, columns: Columns = None) -> str:
     """Tell "documents", "conversations", "preferences" or "triples" by the fields of the first rows.
 
-    Of a folder the first file counts. Raises NoData if they have the fields of no kind.
+    Of a folder the first file counts. Raises ValueError if no kind has all its fields, and NoData if none has any.
     """
     file = files_of(path)[0]
-    faults, names = list[str](), list[str]()
+    faults, names, some = list[str](), list[str](), False
     for kind, (_, needed, fields) in KINDS.items():
         own = _own(columns, fields)
         try:
@@ -133,12 +133,13 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
                 found = set(names_of(tuple(names), fields, own).values())
                 if any(group <= found for group in needed):
                     return kind
+                some = some or any(group & found for group in needed)
         except ValueError as error:  # a first row of triples may be no header
             faults.append(str(error))
     if faults:
         raise ValueError(faults[0])
-    told = f"found the fields {', '.join(names[:20]) or '(none)'}"
-    raise NoData(f"{file}: rows of no known kind, {told}; if it is data, name its fields by `columns`")
+    told = f"rows of no known kind, found the fields {', '.join(names[:20]) or '(none)'}"
+    raise (ValueError if some else NoData)(f"{file}: {told}; if it is data, name its fields by `columns`")
 
 
 def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:

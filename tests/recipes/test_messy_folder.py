@@ -123,6 +123,7 @@ def test_problems_of_a_folder_are_told_together_with_what_the_readers_know(lab, 
     source = tmp_path / "in"
     source.mkdir()
     (source / "a.csv").write_bytes("問題,回答\n孩子發燒怎麼辦,請多喝開水並觀察體溫\n".encode("big5"))
+    (source / "b.jsonl").write_text('{"question": "问"}\n', encoding="utf-8")
     (source / "d.parquet").write_bytes(b"PAR1")
     (source / "e.jsonl.gz").write_bytes(gzip.compress(b'{"question": "q", "answer": "a"}\n' * 9)[:-20])
     (source / "good.jsonl").write_text('{"question": "问", "answer": "答"}\n', encoding="utf-8")
@@ -132,12 +133,13 @@ def test_problems_of_a_folder_are_told_together_with_what_the_readers_know(lab, 
     assert result.code == 2 and not (tmp_path / "corpus").exists()
     for told in (
         "a.csv: cannot be read after line 0: found neither UTF-8 nor UTF-16 nor GB18030; convert it, perhaps by iconv ",
+        "b.jsonl: rows of no known kind, found the fields question; if it is data, name its fields by `columns`",
         "d.parquet: cannot be read after line 0: ",
         "e.jsonl.gz: cannot be read after line 0: ",
         'f.xlsx: reading it needs openpyxl: pip install -e ".[tables]"',
     ):
         assert told in result.err, told
-    assert len(result.err.splitlines()) == 4 and "found no row" not in result.err
+    assert len(result.err.splitlines()) == 5 and "found no row" not in result.err
 
 
 def test_one_file_is_a_source_and_its_columns_can_be_named(lab, tmp_path):
@@ -149,7 +151,7 @@ def test_one_file_is_a_source_and_its_columns_can_be_named(lab, tmp_path):
     told = "数据.jsonl: not read: rows of no known kind, found the fields q_text, a_text; if it is data, name"
     assert unnamed.code == 2 and told in unnamed.err
     wrong = lab.call("build_corpus", [*arguments, "--columns", "question=q_text", "answer=nowhere"])
-    assert wrong.code == 2 and told in wrong.err
+    assert wrong.code == 2 and told.replace("not read: ", "") in wrong.err
     named_columns = ["--columns", "question=q_text", "answer=a_text"]
     named = lab.call("build_corpus", [*arguments, *named_columns])
     assert named.code == 0 and "我的 数据.jsonl: q_text → question, a_text → answer" in named.out
