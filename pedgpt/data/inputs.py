@@ -10,7 +10,6 @@ Paths = PathLike | Iterable[PathLike]
 
 TEXTS = (".txt", ".md")
 SUFFIXES = (*TEXTS, ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx")
-HIDDEN = (".", "~$", "__MACOSX")  # how hidden and temporary names begin
 # Files beside the data: notes for people, and what other projects write about their data.
 NOTES = re.compile(r"(readme|licen[cs]e|changelog|requirements|dataset_infos?)(?![a-z]).*", re.IGNORECASE)
 
@@ -38,7 +37,7 @@ def files_in(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     files: list[Path] = []
     left_out: dict[Path, str] = {}
     for path in sorted(folder.rglob("*")):
-        hidden = any(name.startswith(HIDDEN) for name in path.relative_to(folder).parts)
+        hidden = any(name.startswith((".", "~$", "__MACOSX")) for name in path.relative_to(folder).parts)
         if hidden or (path.is_dir() and not path.is_symlink()):
             continue
         if NOTES.fullmatch(path.name) and path.suffix.lower() in ("", ".json", *TEXTS):

@@ -78,7 +78,7 @@ def iter_records(
     summary, left_out = summary or ReadSummary(), dict[Path, str]()
     files = files_of(paths, left_out)
     for path, reason in left_out.items():
-        summary.skip(str(path), f"left out, {reason}")
+        summary.skip(str(path), reason)
     for path in files:
         summary.rows.setdefault(str(path), 0)
         whole, warned = format_of(path) in TEXTS, not own

@@ -145,10 +145,8 @@ class ReadSummary:
         skipped = Counter(row.file for row in self.skipped if row.line)
         faults = defaultdict(list)
         for row in self.skipped:
-            # A reason begins with its fault; what follows the colon differs from row to row.
-            fault = row.reason.partition(":")[0]
-            what = fault if fault.startswith("left out") else f"skipped, {fault}"
-            faults[what].append(f"{row.file}:{row.line}" if row.line else row.file)
+            fault = row.reason.partition(":")[0]  # what follows the colon differs from row to row
+            faults[f"skipped, {fault}"].append(f"{row.file}:{row.line}" if row.line else row.file)
         if self.shortened:
             faults["over-long, cut to fit"] = self.shortened
         files = self.rows | skipped

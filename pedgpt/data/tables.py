@@ -97,7 +97,7 @@ def _encoding(sample: bytes) -> str:
 
 def _json_rows(text: TextIO) -> Rows:
     """Objects, one a line; a list, or an object over several lines or alone in its file, is read whole."""
-    first, *second = [line.strip() for line in islice(filter(str.strip, text), 2)] or ["", ""]
+    first, *second = [line.strip()[:2] for line in islice(filter(str.strip, text), 2)] or ["", ""]
     text.seek(0)
     if first.startswith("[") or first == "{" or not second:
         value = json.load(text)

@@ -252,15 +252,12 @@ FAULTS = {
     "missing": (lambda f: (f / BOOK).unlink(), BOOK),
     "sha256": (entry(sha256="0" * 64), "expected 000000000000…: it was changed since"),
     "changed": (lambda f: (f / BOOK).write_text((f / BOOK).read_text().replace("儿童", "幼儿")), f"{BOOK}: found SHA"),
-    "outside": (entry(path="../outside.jsonl"), "../outside.jsonl leads out of the corpus"),
-    "absolute": (entry(path="/etc/hostname"), "/etc/hostname leads out of the corpus"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_manifest_that_is_damaged_or_does_not_fit_its_files_is_refused(folder, fault):
     break_it, told = FAULTS[fault]
-    (folder.parent / "outside.jsonl").write_text("{}")
     break_it(folder)
     with pytest.raises(ValueError) as error:
         stage_sources(folder)
@@ -268,11 +265,7 @@ def test_a_manifest_that_is_damaged_or_does_not_fit_its_files_is_refused(folder,
     assert told in str(error.value) and "build" in str(error.value)
 
 
-def test_a_link_out_of_the_corpus_and_a_changed_held_out_file_are_refused(folder):
-    (folder / BOOK).rename(folder.parent / "moved.jsonl")
-    (folder / BOOK).symlink_to(folder.parent / "moved.jsonl")
-    with pytest.raises(ValueError, match="leads out of the corpus"):
-        stage_sources(folder)
+def test_a_changed_held_out_file_is_refused(folder):
     (folder / "heldout/text/pediatric/textbook-00000.jsonl").write_text("")
     with pytest.raises(ValueError, match="heldout/text/pediatric/textbook-00000.jsonl: found SHA-256 e3b0c44298fc"):
         heldout_files(folder, "text/pediatric")

@@ -177,14 +177,14 @@ def test_what_is_no_data_in_a_folder_is_listed_and_left_out(tmp_path):
     (tmp_path / "broken.jsonl").symlink_to(tmp_path / "nowhere")
     summary = ReadSummary()
     assert said(read_conversations(tmp_path, summary=summary)) == SAID[:2]
-    told = {row.file.removeprefix(f"{tmp_path}/"): row.reason.removeprefix("left out, ") for row in summary.skipped}
+    told = {row.file.removeprefix(f"{tmp_path}/"): row.reason for row in summary.skipped}
     assert told == {
         "README_zh.md": "about the data, not data", "LICENSE": "about the data, not data",
         "dataset_info.json": "about the data, not data", "x.zip": "no file of a format that is read",
         "y.png": "no file of a format that is read", "empty.jsonl": "empty",
         "broken.jsonl": "no file of a format that is read", "link": "no file of a format that is read",
     }  # fmt: skip
-    assert f"4 left out, no file of a format that is read: {tmp_path}/broken.jsonl" in summary.describe()
+    assert f"4 skipped, no file of a format that is read: {tmp_path}/broken.jsonl" in summary.describe()
 
 
 def test_all_paths_that_are_wrong_are_told_at_once(tmp_path):
