@@ -138,7 +138,7 @@ def encode_conversations(*arguments: Any, **settings: Any) -> list[Example]:
 
 
 def encode_answers(
-    prompt: Messages, answers: Messages, last_only: bool, chat: ChatFormat, source: str = ""
+    prompt: Messages, answers: Messages, last_only: bool, chat: ChatFormat, source: str
 ) -> list[Example]:
     """One prompt with each of its answers, as in `encode_conversation`."""
     return [encode_conversation([*prompt, one], chat, last_only=last_only, source=source) for one in answers]
