@@ -140,22 +140,21 @@ def test_folder_without_a_listing_is_read_by_content(folder):
     }  # fmt: skip
     told = describe_sources(sources, folder, left_out)
     assert "README.md: not read" in told and "scan.pdf: not read" in told
-    assert "a.jsonl: question → user, answer → assistant" in told
+    assert "a.jsonl: question, answer" in told
 
 
 @pytest.mark.parametrize(
     ("kind", "row", "told"),
     [
         ("conversations", {"id": 1, "instruction": "问", "input": "", "output": "答", "history": [], "cate1": "儿科"},
-         "history → earlier turns, instruction → user, input → user, below it, output → assistant, cate1 → department; "
-         "ignored: id"),
-        ("conversations", {"messages": turns("问", "答"), "task": "x"}, "messages → turns, task"),
+         "instruction → question, input, output → answer, history, cate1 → department; ignored: id"),
+        ("conversations", {"messages": turns("问", "答"), "task": "x"}, "messages, task"),
         ("conversations", {"department": "儿科", "question": "问", "raw_anwser": "答", "raw_case": "y"},
-         "question → user, raw_anwser → assistant, department; ignored: raw_case"),
+         "department, question, raw_anwser → answer; ignored: raw_case"),
         ("preferences", {"prompt": "问", "chosen": "甲", "rejected": "乙", "score": 1},
-         "prompt → turns, chosen, rejected; ignored: score"),
+         "prompt, chosen, rejected; ignored: score"),
         ("documents", {"title": "题", "text": "文", "disease": "感冒", "page": 3},
-         "text, title, disease; ignored: page"),
+         "title, text, disease; ignored: page"),
         ("triples", {"head": "a", "relation": "b", "tail": "c", "weight": 1}, "head, relation, tail; ignored: weight"),
     ],
 )  # fmt: skip

@@ -217,10 +217,9 @@ def test_a_damaged_store_is_refused_and_made_again(tmp_path, chat, damage):
 def test_what_was_skipped_and_cut_is_told_again_by_a_store_that_was_there(tmp_path, chat, kind):
     good, bad = (talks_of, "messages") if kind == "conversations" else (pairs_of, "chosen")
     rows = good(random.Random(7), 4)
-    key = {"conversations": "question", "preferences": "prompt"}[kind]
-    answer = {"answer": "好"} if kind == "conversations" else {"chosen": "好", "rejected": "坏"}
     rows.insert(1, {name: value for name, value in rows[0].items() if name != bad})
-    rows.append({key: "水" * 600, **answer})
+    asked = {"question": "问"} if kind == "conversations" else {"prompt": "问", "rejected": "坏"}
+    rows.append(asked | {"answer" if kind == "conversations" else "chosen": "水" * 600})
     path = write(tmp_path / "a.jsonl", rows)
     settings = {"on_bad_row": "skip", "on_long_row": "truncate"}
     told = []

@@ -294,8 +294,8 @@ def test_task_of_a_row_cannot_name_a_file_elsewhere(mixed):
 def test_mapping_and_files_that_are_not_read_are_told(build, mixed, tmp_path, capsys):
     build(source=mixed / "source", output=tmp_path / "corpus")
     told = capsys.readouterr().out
-    for line in ("README.md: not read", "scan.pdf: not read", "b_table.CSV: question → user, answer → assistant",
-                 "e_pairs.json: prompt → turns, chosen, rejected", "c_book.txt: the whole file → text"):  # fmt: skip
+    for line in ("README.md: not read", "scan.pdf: not read", "b_table.CSV: question, answer",
+                 "e_pairs.json: prompt, chosen, rejected", "c_book.txt: text, title"):  # fmt: skip
         assert line in told
 
 

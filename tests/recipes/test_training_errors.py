@@ -86,7 +86,7 @@ GOOD = {
 # The good row without what must be learned from it.
 BAD = {
     "text": ({"title": "发烧"}, "missing field: found the keys title, expected text"),
-    "instructions": ({"question": "发烧怎么办？"}, "missing field: found the keys question, expected question and"),
+    "instructions": ({"question": "发烧怎么办？"}, "missing field: found the keys question, expected answer"),
     "preferences": ({"prompt": "发烧怎么办？", "chosen": "多喝水。"}, "missing field: found the keys prompt, chosen"),
 }
 
