@@ -122,17 +122,17 @@ def test_nothing_is_merged_across_an_added_token(tmp_path):
     assert names == ["发", "<think>", "热咳", "儿发", "热咳", "</think>"]
 
 
-def test_a_tokenizer_json_says_which_ties_it_cannot_express(tmp_path):
+def test_a_tokenizer_json_is_told_to_lack_the_order_of_equal_scores(tmp_path):
     write_ties(tmp_path, ["儿发", "发热", "天三", "三嗽"])
     ours = load_tokenizer(tmp_path)
-    with pytest.warns(UserWarning, match=r"on 2 texts in which two .* overlap, and gives other ids for 1 \('天三嗽'\)"):
+    with pytest.warns(UserWarning, match="pieces that share a score"):
         ours.save(tmp_path / "llama", convert=True)
     exported = load_tokenizer(tmp_path / "llama")
     assert exported.encode("儿发热") == ours.encode("儿发热") and exported.encode("天三嗽") != ours.encode("天三嗽")
 
 
 def test_every_tokenizer_has_a_description_for_fingerprints(tmp_path, sp_folders):
-    for name in sp_folders:  # the default one has a character map, which is Python code
+    for name in sp_folders:
         folder = tmp_path / name
         shutil.copytree(sp_folders[name], folder)
         before = load_tokenizer(folder).description()
@@ -161,8 +161,6 @@ def test_trained_vocabulary_holds_special_tokens_first_then_every_byte():
     assert ours.vocab_size <= 270
     assert len(ours.encode("发烧")) < 6  # merges were learnt
     assert len(ours.encode("385")) == 3  # digits stay apart
-    with pytest.raises(ValueError, match="special_tokens"):
-        train_tokenizer(["发烧"], vocab_size=300, special_tokens=["<unk>", "<s>"])
 
 
 def test_digits_are_never_merged():
@@ -188,12 +186,6 @@ def test_check_fits(tokenizers_by_name):
     ours.check_fits(largest + 500, "folder")  # padded embeddings are usual
     with pytest.raises(ValueError, match=f"folder.*{largest}.*{largest + 1}"):
         ours.check_fits(largest, "folder")
-
-
-def test_check_fits_names_special_tokens_beyond_the_model(tokenizers_by_name):
-    ours = tokenizers_by_name["qwen"]
-    with pytest.raises(ValueError, match=f"its eos is {ours.eos_id}, its pad is {ours.pad_id}"):
-        ours.check_fits(300, "folder")
 
 
 def test_tags_in_pairs_stay_text_and_lone_control_tokens_do_not(tmp_path):
