@@ -80,7 +80,7 @@ def parse_sentencepiece(data: bytes) -> tuple[list[Piece], dict[str, Any]]:
     pieces, settings = [], dict(DEFAULTS)
     for message, content in _fields(data):
         if message == 1:
-            piece = {1: b"", 2: bytes(4), 3: NORMAL} | dict(_fields(content))
+            piece: dict[int, Any] = {1: b"", 2: bytes(4), 3: NORMAL} | dict(_fields(content))
             pieces.append((piece[1].decode(), *struct.unpack("<f", piece[2]), piece[3]))
         elif names := NAMES.get(message):
             settings |= {names[field]: value for field, value in _fields(content) if field in names}

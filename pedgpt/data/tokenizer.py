@@ -118,8 +118,8 @@ class Tokenizer:
         if self.folder is None or convert:
             if self.leftmost:
                 warnings.warn(
-                    f"{folder / JSON_FILE}: this vocabulary has pieces that share a score. Of two that overlap in a text"
-                    " SentencePiece makes the left one, which a tokenizer.json cannot say, so ids may differ there. In"
+                    f"{folder / JSON_FILE}: this vocabulary has pieces that share a score. Of two that overlap in a"
+                    " text SentencePiece makes the left one, which a tokenizer.json cannot say, so ids may differ there. In"
                     " Baichuan2's own vocabulary they do not",
                     stacklevel=2,
                 )
@@ -283,8 +283,8 @@ def _add_tokens(
     normalizer is a tokenizer.model's, which may put a prefix before a token.
     """
     declared = {name: (i, dict[str, bool]()) for name, i in added.items()}
-    for i, token in decoder.items():
-        declared[token["content"]] = int(i), {flag: token[flag] for flag in _FLAGS if flag in token}
+    for key, token in decoder.items():
+        declared[token["content"]] = int(key), {flag: token[flag] for flag in _FLAGS if flag in token}
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for name, (i, flags) in sorted(declared.items(), key=lambda item: item[1][0]):
         old = known.get(name, AddedToken(name, normalized=False))
