@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
@@ -35,7 +35,6 @@ class ChatFormat:
     """
 
     jinja = ""  # the template of a built-in format; empty: the checkpoint's own
-    fill: Callable[[str], str] | None = staticmethod(str)  # what the format makes of a message's text
     role_tokens: tuple[str, ...] = ()  # a tokenizer that has them was made for this format
     more_ends: tuple[str, ...] = ()  # tokens that end an answer besides those that the template writes
     teaches_eos = False  # whether the target at an answer's end is eos, though another token stands there
@@ -53,14 +52,10 @@ class ChatFormat:
         for key in ("bos_token", "eos_token"):
             if key in self.jinja and key not in names:
                 raise ValueError(f"{type(self).__name__} needs a {key} in tokenizer_config.json")
-        self.template = ChatTemplate(*found, names, special, enable_thinking, read_day(today), self.fill)
+        self.template = ChatTemplate(*found, names, special, enable_thinking, read_day(today))
         self.thinks, self.today = self.template.thinks, self.template.today
         self.answer_end = tokenizer.eos_id if self.teaches_eos else None
         self.stop_tokens = self._stop_tokens()
-        # Some tokens (Phi's) swallow the whitespace beside them.
-        added = tokenizer.backend.get_added_tokens_decoder().items()
-        self.strips_before = {i for i, token in added if token.special and token.lstrip}
-        self.strips_after = {i for i, token in added if token.special and token.rstrip}
         # SentencePiece puts a space before a text. Inside one it must not; after a special token it is tried here.
         self.newline = tokenizer.encode("\n")
         alone = tokenizer.encode("a")
@@ -85,7 +80,7 @@ class ChatFormat:
         for i in supervised:
             if i not in ends:
                 raise ValueError(f"the chat template writes no answer for message {i + 1}: {self.template.file}")
-            if not self.template.marks_answers and ends[i] is None:
+            if ends[i] is None:
                 raise ValueError(
                     "the chat template writes no special token after an answer, so a model would never learn to stop: "
                     f"{self.template.file}; add eos_token there, or set chat_format to another format"
@@ -102,9 +97,6 @@ class ChatFormat:
         for at, (text, speaker, _, token) in enumerate(runs):
             if token is None:
                 before = runs[at - 1].token if at else None
-                text = text.lstrip() if before in self.strips_after else text
-                if self.strips_before and at + 1 < len(runs) and runs[at + 1].token in self.strips_before:
-                    text = text.rstrip()
                 inside = self.prefixes and at and (before is None or not self.prefixes_after_special)
                 ids = taught = self._inside(text) if inside else self.tokenizer.encode(text)
             else:
@@ -220,7 +212,6 @@ class Llama3Chat(ChatFormat):
 
     role_tokens = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     more_ends = ("<|end_of_text|>", "<|eom_id|>")
-    fill = staticmethod(str.strip)
     jinja = (
         "{{ bos_token }}{% for message in messages %}"
         "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
@@ -232,8 +223,6 @@ class Llama3Chat(ChatFormat):
 
 class TemplateChat(ChatFormat):
     """The checkpoint's own Jinja template, rendered in a sandbox; see `ChatTemplate` for what carries loss."""
-
-    fill = None
 
 
 BUILT_IN = {"baichuan2": Baichuan2Chat, "chatml": ChatML, "llama3": Llama3Chat}

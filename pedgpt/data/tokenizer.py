@@ -118,8 +118,8 @@ class Tokenizer:
         if self.folder is None or convert:
             if self.leftmost:
                 warnings.warn(
-                    f"{folder / JSON_FILE}: this vocabulary has pieces that share a score. Of two that overlap in a"
-                    " text SentencePiece makes the left one, which a tokenizer.json cannot say, so ids may differ there. In"
+                    f"{folder / JSON_FILE}: this vocabulary has pieces that share a score. Where two of them overlap,"
+                    " SentencePiece makes the left one. A tokenizer.json cannot say that, so ids may differ there; in"
                     " Baichuan2's own vocabulary they do not",
                     stacklevel=2,
                 )
