@@ -216,17 +216,14 @@ class TokenStore:
             self.offsets = self._map("offsets.bin", np.dtype("<i8"), sum(self.counts) + 1)
             self.only_predicted = int(not about["labelled"])  # tokens at the end of each document
             self.labels = self.tokens[1:] if self.only_predicted else self._map("labels.bin", _LABEL, about["tokens"])
-            if self.offsets[-1] != len(self.tokens):
-                raise ValueError(f"its offsets end at {self.offsets[-1]}, its tokens at {len(self.tokens)}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"no complete token store ({error}); delete it, and the next run makes it again"
             raise ValueError(f"{self.folder}: {reason}") from None
 
     def _map(self, name: str, dtype: np.dtype, count: int) -> NDArray[Any]:
-        path = self.folder / name
-        if (size := path.stat().st_size) != count * dtype.itemsize:
-            raise ValueError(f"{name} has {size} bytes, expected {count * dtype.itemsize}")
-        return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)  # an empty file cannot be mapped
+        if not count:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
+        return np.asarray(np.memmap(self.folder / name, dtype, "r", shape=(count,)))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -241,22 +238,19 @@ class TokenStore:
         return {source.part for source, sizes in zip(self.sources, self.sizes(), strict=True) if sizes.any()}
 
     def example(self, start: int, length: int) -> Example:
-        """`length` tokens from `start` on, which belong to one document; named "part/source N", N from 1."""
-        document, here = int(np.searchsorted(self.offsets, start, side="right")) - 1, slice(start, start + length)
-        first = np.cumsum([0, *self.counts])
-        number = int(np.searchsorted(first, document, side="right")) - 1
-        source = self.sources[number]
-        name = f"{source.part}/{source.name} {document - first[number] + 1}"
-        return Example(self.tokens[here].tolist(), self.labels[here].tolist(), name)
+        """`length` tokens from `start` on, which belong to one document."""
+        here = slice(start, start + length)
+        return Example(self.tokens[here].tolist(), self.labels[here].tolist())
 
 
 def read_summary(*stores: TokenStore) -> ReadSummary:
     """Which rows were read and skipped when these stores were made."""
-    read = [store.summary for store in stores]
-    rows = {file: count for one in read for file, count in one.rows.items()}
-    return ReadSummary(
-        rows, [row for one in read for row in one.skipped], [row for one in read for row in one.shortened]
-    )
+    whole = ReadSummary()
+    for one in (store.summary for store in stores):
+        whole.rows |= one.rows
+        whole.skipped += one.skipped
+        whole.shortened += one.shortened
+    return whole
 
 
 def discards_tokens(main: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -305,7 +299,7 @@ class PackedRows:
         return len(self.rows) - 1
 
     def row(self, number: int) -> Row:
-        """Row `number`; its `sources` name part, source and number of each document."""
+        """Row `number`."""
         here = slice(*self.rows[number : number + 2])
         pieces = zip(self.starts[here].tolist(), self.lengths[here].tolist(), strict=True)
         return Row.of([self.store.example(start, length) for start, length in pieces])
