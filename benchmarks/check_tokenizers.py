@@ -2,7 +2,7 @@
 
     python benchmarks/check_tokenizers.py --data ../shared/data --baichuan2 ../shared/tokenizers/baichuan2
 
-It trains SentencePiece BPE models with Baichuan2's, Llama 2's and (but for the character map) default settings, and
+It trains SentencePiece BPE models with Baichuan2's and Llama 2's settings, the latter also without byte pieces, and
 byte-level tokenizer.json files with the patterns of Llama 3 and Qwen, and adds 2,000 pieces of score 0 to the first. It
 loads each, and the genuine Baichuan2 file if it is there, with `load_tokenizer`, and compares every string. Where
 pieces share a score, the strings include every overlap of equal scores (at most 20,000), and the time is compared with
@@ -42,7 +42,7 @@ RESERVED = [f"<reserved_{i}>" for i in range(106, 110)]
 SENTENCEPIECE: dict[str, dict[str, Any]] = {
     "baichuan2": EXACT | {"add_dummy_prefix": False, "user_defined_symbols": RESERVED},
     "llama2": EXACT,
-    "default": {"normalization_rule_name": "identity"},
+    "no_bytes": EXACT | {"byte_fallback": False},
 }
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {"llama3": WORDS % r"\p{N}{1,3}", "qwen": WORDS % r"\p{N}"}

@@ -18,24 +18,23 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-SPACE = "▁"
+SPACE, UNKNOWN_TEXT = "▁", " ⁇ "
 MAX_KNOWN, MAX_KNOWN_CHUNK = 1 << 18, 64  # chunks whose ids are remembered, and the most ids of one
 
 Piece = tuple[str, float, int]  # text, score and type
-# The settings that ids and text depend on: by message (trainer, normalizer, denormalizer) and field.
-NAMES = {
-    2: {3: "model_type", 24: "treat_whitespace_as_suffix", 35: "byte_fallback", 44: "unk_surface"},
-    3: {2: "charsmap", 3: "add_dummy_prefix", 4: "remove_extra_whitespaces", 5: "escape_whitespaces"},
-    5: {2: "denormalizer"},
+# The settings that ids and text depend on, by message (trainer, normalizer, denormalizer) and field: name, default, and
+# what can be converted, a BPE (1 is unigram, 3 word, 4 char) that takes characters as they are; None is any.
+SETTINGS: dict[tuple[int, int], tuple[str, Any, Any]] = {
+    (2, 3): ("model_type", 1, 2),
+    (2, 24): ("treat_whitespace_as_suffix", 0, 0),
+    (2, 35): ("byte_fallback", 0, None),
+    (2, 44): ("unk_surface", UNKNOWN_TEXT.encode(), UNKNOWN_TEXT.encode()),
+    (3, 2): ("charsmap", b"", b""),
+    (3, 3): ("add_dummy_prefix", 1, None),
+    (3, 4): ("remove_extra_whitespaces", 1, None),
+    (3, 5): ("escape_whitespaces", 1, 1),
+    (5, 2): ("denormalizer", b"", b""),
 }
-# What can be converted: a BPE (1 is unigram, 3 word, 4 char) that takes characters as they are.
-CONVERTIBLE = {
-    "model_type": 2, "charsmap": b"", "denormalizer": b"", "treat_whitespace_as_suffix": 0, "escape_whitespaces": 1,
-}  # fmt: skip
-DEFAULTS = CONVERTIBLE | {
-    "model_type": 1, "byte_fallback": 0, "unk_surface": " ⁇ ".encode(), "add_dummy_prefix": 1,
-    "remove_extra_whitespaces": 1,
-}  # fmt: skip
 SIZES = {1: 8, 5: 4}  # bytes of a value by its wire type; 0 is a varint, and 2 begins with its size
 
 
@@ -51,15 +50,23 @@ def convert_sentencepiece(path: str | Path) -> tuple[Tokenizer, list[float | Non
     Raises ValueError for what is not reproducible, and any exception for a damaged file.
     """
     pieces, settings = parse_sentencepiece(Path(path).read_bytes())
-    for name, value in CONVERTIBLE.items():
-        if settings[name] != value:
-            raise ValueError(f"its {name} is {settings[name]!r:.40}, and only {value!r} can be converted")
+    for name, _, wanted in SETTINGS.values():
+        if wanted not in (None, settings[name]):
+            raise ValueError(f"its {name} is {settings[name]!r:.40}, and only {wanted!r} can be converted")
     [unknown] = [piece for piece, _, kind in pieces if kind == UNKNOWN]
     ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}
-    fallback = bool(settings["byte_fallback"])
+    names = ("byte_fallback", "add_dummy_prefix", "remove_extra_whitespaces")
+    fallback, prefix, squeeze = (bool(settings[name]) for name in names)
     tokenizer = Tokenizer(BPE(ids, _merges(pieces, ids), unk_token=unknown, fuse_unk=True, byte_fallback=fallback))
-    tokenizer.normalizer = normalizer = _normalizer(settings)
-    tokenizer.decoder = _decoder(settings, unknown)
+    strip = [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")] * squeeze
+    trail = [normalizers.Replace(Regex(rf"{SPACE}+\z"), "")] * squeeze  # also a ▁ of the text itself
+    spaces = [normalizers.Prepend(SPACE)] * prefix + [normalizers.Replace(" ", SPACE)]
+    tokenizer.normalizer = normalizer = normalizers.Sequence([*strip, *spaces, *trail])
+    # Unknown pieces become their text; the space of the prefix is taken off before a ▁ becomes a space.
+    surface = decoders.Replace(Regex(rf"\A{re.escape(unknown)}\z"), UNKNOWN_TEXT)
+    leading = [decoders.Replace(Regex(rf"\A{SPACE}" + "+" * squeeze), "")] * (prefix or squeeze)
+    steps = [surface, *[decoders.ByteFallback()] * fallback, decoders.Fuse(), *leading, decoders.Replace(SPACE, " ")]
+    tokenizer.decoder = decoders.Sequence(steps)
     added = []
     for piece, _, kind in pieces:
         if kind == UNUSED or (kind == USER_DEFINED and normalizer.normalize_str(piece) != piece):
@@ -77,13 +84,15 @@ def convert_sentencepiece(path: str | Path) -> tuple[Tokenizer, list[float | Non
 
 def parse_sentencepiece(data: bytes) -> tuple[list[Piece], dict[str, Any]]:
     """The pieces of a model of any type, in the order of their ids, and its settings."""
-    pieces, settings = [], dict(DEFAULTS)
+    pieces: list[Piece] = []
+    settings = {name: default for name, default, _ in SETTINGS.values()}
     for message, content in _fields(data):
         if message == 1:
             piece: dict[int, Any] = {1: b"", 2: bytes(4), 3: NORMAL} | dict(_fields(content))
             pieces.append((piece[1].decode(), *struct.unpack("<f", piece[2]), piece[3]))
-        elif names := NAMES.get(message):
-            settings |= {names[field]: value for field, value in _fields(content) if field in names}
+        elif message in (2, 3, 5):
+            found = {SETTINGS[message, field][0]: v for field, v in _fields(content) if (message, field) in SETTINGS}
+            settings |= found
     return pieces, settings
 
 
@@ -125,29 +134,6 @@ def _merges(pieces: list[Piece], ids: dict[str, int]) -> list[tuple[str, str]]:
             if left in ids and right in ids:
                 ranked.append((-score, ids[left], ids[right], left, right))
     return [(left, right) for *_, left, right in sorted(ranked)]
-
-
-def _normalizer(settings: dict[str, Any]) -> normalizers.Sequence:
-    """Normalizer::Normalize: spaces alone; remove_extra_whitespaces also drops a ▁ that ends the text."""
-    prefix = [normalizers.Prepend(SPACE)] if settings["add_dummy_prefix"] else []
-    spaces = normalizers.Replace(" ", SPACE)
-    if not settings["remove_extra_whitespaces"]:
-        return normalizers.Sequence([*prefix, spaces])
-    strip, squeeze = normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")
-    trail = normalizers.Replace(Regex(rf"{SPACE}+\z"), "")
-    return normalizers.Sequence([strip, squeeze, *prefix, spaces, trail])
-
-
-def _decoder(settings: dict[str, Any], unknown: str) -> decoders.Decoder:
-    """SentencePieceProcessor::Decode: unknown pieces become their surface, and the space of the dummy prefix goes."""
-    surface = decoders.Replace(Regex(rf"\A{re.escape(unknown)}\z"), settings["unk_surface"].decode())
-    fuse: list[decoders.Decoder] = [decoders.ByteFallback()] if settings["byte_fallback"] else []
-    fuse.append(decoders.Fuse())
-    spaces = decoders.Replace(SPACE, " ")
-    if not (settings["add_dummy_prefix"] or settings["remove_extra_whitespaces"]):
-        return decoders.Sequence([surface, spaces, *fuse])
-    leading = rf"\A{SPACE}+" if settings["remove_extra_whitespaces"] else rf"\A{SPACE}"
-    return decoders.Sequence([surface, *fuse, decoders.Replace(Regex(leading), ""), spaces])
 
 
 class LeftmostMerges:

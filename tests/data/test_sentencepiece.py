@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "identity_squeezed": IDENTITY | {"byte_fallback": True},
     "user_squeezed": IDENTITY | {"add_dummy_prefix": False, "user_defined_symbols": ["<sep>", "\n\n"]},
     "across_words": IDENTITY | EXACT_SPACES | {"split_by_whitespace": False, "split_by_unicode_script": False},
-    "default": IDENTITY | {"control_symbols": ["[INST]"], "unk_surface": "<?>"},
+    "default": IDENTITY | {"control_symbols": ["[INST]"]},
 }
 
 
@@ -100,6 +100,7 @@ def piece(text: str | bytes, score: float = 0.0, kind: int = 1) -> bytes:
 HEAD = piece("<unk>", kind=2) + piece("<s>", kind=3) + piece("</s>", kind=3)
 PLAIN = field(3, 0) + field(4, 0)  # a normalizer without dummy prefix that keeps spaces
 TAIL = field(2, field(3, 2)) + field(3, PLAIN)
+PREFIX = field(2, field(3, 2)) + field(3, field(4, 0))  # and one with it
 LETTERS = piece("a", -8.0) + piece("b", -9.0)
 
 
@@ -250,13 +251,14 @@ REFUSED = {
     "invalid UTF-8": (HEAD + piece(b"\xe6\x82"), "utf-8"),
     "no model type": (HEAD + LETTERS, "its model_type is 1, and only 2 can be converted"),
     "word model": (HEAD + LETTERS + field(2, field(3, 3)), "its model_type is 3"),
-    "suffix spaces": (HEAD + field(2, field(3, 2) + field(24, 1)), "treat_whitespace_as_suffix"),
+    "suffix spaces": (HEAD + TAIL + field(2, field(24, 1)), "treat_whitespace_as_suffix"),
     "unescaped spaces": (HEAD + TAIL + field(3, field(5, 0)), "escape_whitespaces"),
+    "another unknown text": (HEAD + TAIL + field(2, field(44, b"?")), "its unk_surface is b'.'"),
     "characters that change": (HEAD + TAIL + field(3, field(2, b"\x00\x04\x00\x00abc")), "its charsmap is"),
     "denormalizer": (HEAD + TAIL + field(5, field(2, b"xxxx")), "denormalizer"),
     "unused pieces": (HEAD + LETTERS + piece("ab", -1.0, kind=5) + TAIL, "piece 'ab' of type 5"),
     "a letter that is no piece": (HEAD + LETTERS + piece("abc") + TAIL, "'c', which is not a piece"),
-    "user-defined after a prefix": (HEAD + piece("<a>", kind=4) + field(2, field(3, 2)), "piece '<a>' of type 4"),
+    "user-defined after a prefix": (HEAD + piece("<a>", kind=4) + PREFIX, "piece '<a>' of type 4"),
     "user-defined with a space": (HEAD + piece("a b", kind=4) + TAIL, "piece 'a b' of type 4"),
 }
 
