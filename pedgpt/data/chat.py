@@ -9,18 +9,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, Part, opens_thought, read_template, text_of
+from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, Part, opens_thought, read_template
 from pedgpt.data.records import Message
 from pedgpt.data.tokenizer import Tokenizer, token_name
 from pedgpt.files import read_object, write_json, write_text
 
 IGNORE_INDEX = -100
 GENERATION_FILE = "generation_config.json"
-# Conversations that are rendered to compare two formats. Spaces at the ends of a text show whether it is trimmed.
-_PROBES = [
-    [Message(role, f" {role} 1\n") for role in [*system, "user", "assistant", "user", "assistant"]]
-    for system in ([], ["system"])
-]
+_PROBE = [Message(role, role) for role in ("user", "assistant", "user", "assistant")]  # shows what ends an answer
 
 
 class ChatFormat:
@@ -45,7 +41,8 @@ class ChatFormat:
         own = (self.jinja, Path(type(self).__name__)) if self.jinja else None
         found = own or read_template(tokenizer.config, tokenizer.folder)
         if found is None:
-            raise ValueError(f"{tokenizer.folder}: it has no chat_template; set chat_format to a format by its name")
+            lacking = f"no chat_template, and no tokens like {BUILT_IN['chatml'].role_tokens[0]} that tell its format"
+            raise ValueError(f"{tokenizer.folder}: it has {lacking}; set chat_format to one of {', '.join(BUILT_IN)}")
         special = tokenizer.special | {role: tokenizer.token_id(role) for role in self.role_tokens}
         keys = [key for key in tokenizer.config if key.endswith("_token")]
         names = {key: name for key in keys if (name := token_name(tokenizer.config[key])) is not None}
@@ -119,52 +116,34 @@ class ChatFormat:
         return replace(message, content=message.content.strip())
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files and, for other tools, what was taught.
-
-        That is the tokens that end an answer, beside those that are there already, and the format as a template, unless
-        the checkpoint's own template writes the same.
-        """
+        """Write the tokenizer's files and, for other tools, what was taught: the ends of answers, and the template."""
         self.tokenizer.save(folder)
         self.save_ends(folder)
-        known = not self.jinja
-        with suppress(ValueError):  # a missing or broken template does not write the same
-            known = known or self.agrees(TemplateChat(self.tokenizer))
-        if not known:
+        if self.jinja:
             write_text(Path(folder) / TEMPLATE_FILE, self.jinja)
 
     def save_ends(self, folder: str | Path) -> None:
         """Name every token that ends an answer in the folder's generation_config.json, as other tools read it."""
         settings = read_object(Path(folder), GENERATION_FILE)
         settings.pop("_from_model_config", None)  # transformers would take the end from config.json again
-        ends = list(dict.fromkeys([*_ends_of(settings, Path(folder)), *self.stop_tokens]))
+        ends = list(dict.fromkeys([*_ends_of(settings), *self.stop_tokens]))
         settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends
         write_json(Path(folder) / GENERATION_FILE, settings)
-
-    def agrees(self, other: ChatFormat) -> bool:
-        """Whether two formats write the same, but for what may follow the last answer of a whole conversation."""
-        with suppress(ValueError):  # a template without a system text, say, is not the built-in format
-            for probe in _PROBES:
-                left, right = (text_of(chat.template.parts(probe, False)) for chat in (self, other))
-                prompts = [text_of(chat.template.parts(probe[:-1], True)) for chat in (self, other)]
-                if prompts[0] != prompts[1] or not (left.startswith(right) or right.startswith(left)):
-                    return False
-            return True
-        return False
 
     def _stop_tokens(self) -> tuple[int, ...]:
         """What ends an answer in the template, the end of a text, and the ends of generation_config.json, each once."""
         tokenizer = self.tokenizer
         ends: list[int | None] = []
         with suppress(ValueError):  # a template for another kind of conversation: whoever renders one will be told
-            self.opens_thought = opens_thought(self.template.parts(_PROBES[0][:1], True))
-            parts = self.template.parts(_PROBES[0], False)
+            self.opens_thought = opens_thought(self.template.parts(_PROBE[:1], True))
+            parts = self.template.parts(_PROBE, False)
             for part, after in zip(parts, [*parts[1:], Part("")], strict=True):
                 if part.speaker not in (None, after.speaker):
                     ends.insert(0, after.token if part.token is None else part.token)
         ends += [tokenizer.eos_id, *map(tokenizer.special.get, self.more_ends)]
         if tokenizer.folder:
-            ends += _ends_of(read_object(tokenizer.folder, GENERATION_FILE), tokenizer.folder)
-        return tuple(dict.fromkeys([end for end in ends if end is not None]))
+            ends += _ends_of(read_object(tokenizer.folder, GENERATION_FILE))
+        return tuple(end for end in dict.fromkeys(ends) if end is not None)
 
     def _inside(self, text: str) -> list[int]:
         """Ids of a text that is not the first: a line break before it keeps a space away; its ids are dropped."""
@@ -233,26 +212,23 @@ def chat_format(
 ) -> ChatFormat:
     """The format called "baichuan2", "chatml" or "llama3", or "template" for the checkpoint's own Jinja template.
 
-    "auto" is the built-in format whose role tokens the tokenizer has, unless the checkpoint's own template gives other
-    ids; then, and where no format fits, that template. `enable_thinking` is for thinking models: false asks for answers
-    without reasoning, None leaves it to the template. `today`, like "2026-03-31", is for templates that write the date;
-    empty: the day on the clock.
+    "auto" is that template if there is one, unless it is a built-in format's, and otherwise the built-in format whose
+    role tokens the tokenizer has. `enable_thinking` is for thinking models: false asks for answers without reasoning,
+    None leaves it to the template. `today`, like "2026-03-31", is for templates that write the date; empty: the day on
+    the clock.
     """
     if name not in ("auto", "template", *BUILT_IN):
         names = ", ".join(f'"{known}"' for known in ("auto", *BUILT_IN))
         raise ValueError(f'chat_format {name!r} is unknown; expected {names} or "template"')
-    settings = (tokenizer, enable_thinking, today)
-    if name != "auto":
-        return BUILT_IN.get(name, TemplateChat)(*settings)
-    own = TemplateChat(*settings) if read_template(tokenizer.config, tokenizer.folder) else None
-    fitting = next((kind for kind in BUILT_IN.values() if tokenizer.has(*kind.role_tokens)), None)
-    built_in = fitting(*settings) if fitting else None
-    if built_in and (own is None or not own.thinks and built_in.agrees(own)):
-        return built_in
-    if own is None:
-        known = ", ".join(kind.role_tokens[0] for kind in BUILT_IN.values())
-        raise ValueError(f"the tokenizer has none of {known} and no chat_template: its chat format is unknown")
-    return own
+    if name == "auto":
+        own = read_template(tokenizer.config, tokenizer.folder)
+        fitting = (
+            known
+            for known, kind in BUILT_IN.items()
+            if (kind.jinja == own[0] if own else tokenizer.has(*kind.role_tokens))
+        )
+        name = next(fitting, "template")
+    return BUILT_IN.get(name, TemplateChat)(tokenizer, enable_thinking, today)
 
 
 def read_day(text: str) -> date:
@@ -263,10 +239,7 @@ def read_day(text: str) -> date:
         raise ValueError(f"template_date is {text!r}, expected a day like 2026-03-31") from None
 
 
-def _ends_of(settings: dict[str, Any], folder: Path) -> list[int]:
+def _ends_of(settings: dict[str, Any]) -> list[int]:
     """`eos_token_id` of a generation_config.json as a list."""
     found = settings.get("eos_token_id")
-    ends = [] if found is None else found if isinstance(found, list) else [found]
-    if not all(type(end) is int for end in ends):
-        raise ValueError(f"{folder / GENERATION_FILE}: eos_token_id is {found!r}; expected an id or a list of ids")
-    return ends
+    return [] if found is None else found if isinstance(found, list) else [found]

@@ -19,6 +19,7 @@ from pedgpt.data import (
     encode_prompt,
     load_tokenizer,
 )
+from pedgpt.data.chat import BUILT_IN
 
 IGNORED = -100
 
@@ -356,8 +357,9 @@ def test_empty_system_text_gives_what_transformers_gives(cases):
 
 AUTO = {  # tokenizer, template, the format that is picked
     "no template": ("chatml", None, "ChatML"),
-    "template of the same ids": ("chatml", GENERATION, "ChatML"),
-    "llama 3's own": ("llama3", LLAMA3, "Llama3Chat"),
+    "the template that a run wrote": ("chatml", BUILT_IN["chatml"].jinja, "ChatML"),
+    "template of the same ids": ("chatml", GENERATION, "TemplateChat"),
+    "llama 3's own": ("llama3", LLAMA3, "TemplateChat"),
     "default system text": ("chatml", QWEN25, "TemplateChat"),
     "stub only in the last answer": ("chatml", QWEN3, "TemplateChat"),
     "dates": ("llama3", LLAMA31, "TemplateChat"),
@@ -369,7 +371,7 @@ AUTO = {  # tokenizer, template, the format that is picked
 
 
 @pytest.mark.parametrize(("kind", "template", "picked"), AUTO.values(), ids=AUTO)
-def test_auto_picks_the_format_that_gives_the_checkpoints_ids(kind, template, picked, folder_of):
+def test_auto_picks_the_checkpoints_template_or_the_format_of_its_tokens(kind, template, picked, folder_of):
     assert type(chat_format(load_tokenizer(folder_of(kind, template)))).__name__ == picked
 
 
