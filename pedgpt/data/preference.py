@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pedgpt.data.chat import IGNORE_INDEX, ChatFormat
-from pedgpt.data.examples import Example, encode_answers, encode_rows
+from pedgpt.data.chat import IGNORE_INDEX
+from pedgpt.data.examples import Example, encode_rows
 from pedgpt.data.packing import Batch, Row, best_fit, collate, padded
-from pedgpt.data.records import Message, PreferencePair
 from pedgpt.data.store import TokenStore
 
 
@@ -48,14 +47,11 @@ class PreferenceBatch(Batch):
     reference_logps: Tensor
 
 
-def encode_pair(pair: PreferencePair, chat: ChatFormat) -> EncodedPair:
-    """Tokens of prompt + chosen and prompt + rejected, with loss on the final answer alone."""
-    answers = [Message("assistant", text) for text in (pair.chosen, pair.rejected)]
-    return EncodedPair(*encode_answers(pair.prompt, answers, True, chat, pair.source))
-
-
 def encode_pairs(*arguments: Any, **settings: Any) -> list[EncodedPair]:
-    """All that `encode_rows` gives of pairs; a row's length bounds each answer with its prompt, not both together."""
+    """All that `encode_rows` gives of pairs, with loss on the final answers alone.
+
+    A row's length bounds each answer with its prompt, not both together.
+    """
     return [EncodedPair(chosen, rejected) for chosen, rejected in encode_rows(*arguments, **settings)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from pedgpt.data.sentencepiece import LeftmostMerges, convert_sentencepiece
+from pedgpt.data.sentencepiece import convert_sentencepiece
 from pedgpt.files import atomic_write, own_file, read_object, write_json, write_text
 
 JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
@@ -33,17 +32,10 @@ class Tokenizer:
     """Token ids of plain text; special tokens enter only by id, never from text that spells them.
 
     `bos_id`, `eos_id`, `pad_id` are None where the checkpoint names none. `special` holds the id of each special token.
-    `document_prefix` holds the ids that the checkpoint puts before a document: its bos, or nothing. `scores` are those
-    of `convert_sentencepiece`: where they are given, `leftmost` corrects the ids that `backend` gives.
+    `document_prefix` holds the ids that the checkpoint puts before a document: its bos, or nothing.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        config: dict[str, Any],
-        folder: Path | None = None,
-        scores: Sequence[float | None] | None = None,
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path | None = None) -> None:
         self.backend, self.config, self.folder = backend, config, folder
         self.bos_id, self.eos_id, self.pad_id = named = [self._named(key) for key in _NAMED[:3]]
         lists = [config[key] for key in _LISTED if isinstance(config.get(key), list)]
@@ -54,7 +46,6 @@ class Tokenizer:
         backend.no_padding()
         added = backend.get_added_tokens_decoder().items()
         self.special = {token.content: i for i, token in added if token.special}
-        self.leftmost = LeftmostMerges(backend, scores) if scores else None
         if folder is None or (folder / JSON_FILE).is_file():
             found = backend.encode("a", add_special_tokens=True)
             self.document_prefix = found.ids[: [*found.special_tokens_mask, 0].index(0)]
@@ -69,13 +60,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with nothing added before or after."""
-        ids = self.backend.encode(text, add_special_tokens=False).ids
-        return self.leftmost.correct(ids) if self.leftmost else ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, in parallel."""
-        found = [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
-        return [self.leftmost.correct(ids) for ids in found] if self.leftmost else found
+        return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out."""
@@ -99,7 +88,7 @@ class Tokenizer:
 
     def description(self) -> str:
         """All that the ids of a text depend on, as text, from which a fingerprint is made."""
-        return self.backend.to_str() + (" leftmost" if self.leftmost else "")
+        return self.backend.to_str()
 
     def check_fits(self, vocab_size: int, folder: str) -> None:
         """Raise ValueError if the tokenizer has ids beyond the model's vocabulary (which may well be larger)."""
@@ -116,13 +105,6 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.folder is None or convert:
-            if self.leftmost:
-                warnings.warn(
-                    f"{folder / JSON_FILE}: this vocabulary has pieces that share a score. Where two of them overlap,"
-                    " SentencePiece makes the left one. A tokenizer.json cannot say that, so ids may differ there; in"
-                    " Baichuan2's own vocabulary they do not",
-                    stacklevel=2,
-                )
             write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))
             made = {"tokenizer_class": "PreTrainedTokenizerFast"}
             made |= {"chat_template": chat_template} if chat_template else {}
@@ -216,18 +198,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = own_file(folder, JSON_FILE) or own_file(folder, MODEL_FILE)
     if path is None:
         raise ValueError(f"{folder}: no tokenizer; expected {JSON_FILE} or {MODEL_FILE}")
-    scores = None
     added = read_object(folder, ADDED_FILE)
     try:
-        if path.name == JSON_FILE:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        else:
-            backend, scores = convert_sentencepiece(path)
-        _add_tokens(backend, added, config.get("added_tokens_decoder", {}), for_pieces=path.name == MODEL_FILE)
+        is_json = path.name == JSON_FILE
+        backend = tokenizers.Tokenizer.from_file(str(path)) if is_json else convert_sentencepiece(path)
+        _add_tokens(backend, added, config.get("added_tokens_decoder", {}), for_pieces=not is_json)
     except Exception as error:  # the library raises bare Exception over a broken file
         fault = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: not a usable tokenizer with the files beside it ({fault})") from None
-    return Tokenizer(backend, config, folder, scores)
+    return Tokenizer(backend, config, folder)
 
 
 def taught_folder(model: str, adapter: str = "") -> str:

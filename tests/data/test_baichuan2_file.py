@@ -67,8 +67,7 @@ def test_reserved_pieces_decode_to_nothing_and_all_others_to_their_text(ours, or
 
 
 def test_the_llama_export_gives_the_same_ids(ours, tmp_path):
-    with pytest.warns(UserWarning, match="pieces that share a score"):
-        ours.save(tmp_path, convert=True)
+    ours.save(tmp_path, convert=True)
     exported = load_tokenizer(tmp_path)
     for text in (" Treasearch", "孩子发烧38.5度，咳嗽三天", "▁experienceed 😀", "</s><reserved_107>"):
         assert exported.encode(text) == ours.encode(text)

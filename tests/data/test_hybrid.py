@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pedgpt.data import Conversation, Message, TextSource, as_completion, heldout_files, mix, part_shares, stage_sources
-from pedgpt.data.hybrid import SURFACE_FORMS
+from pedgpt.data import Conversation, Message, TextSource, heldout_files, mix, part_shares, stage_sources
+from pedgpt.data.hybrid import SURFACE_FORMS, as_completion
 from pedgpt.data.manifest import DOMAIN, GENERAL, INSTRUCTIONS
 
 PARTS = (DOMAIN, GENERAL, INSTRUCTIONS)

@@ -13,7 +13,6 @@ from pedgpt.data import (
     ReadSummary,
     chat_format,
     collate_pairs,
-    encode_pair,
     encode_pairs,
 )
 
@@ -29,6 +28,11 @@ PAIRS = [
     PreferencePair((Message("user", "咳嗽"),), "查", "别担心，先观察。", "p:2"),
     PreferencePair((Message("user", "12"),), "34", "5", "p:3"),
 ]
+
+
+def encode_pair(pair, chat):
+    (encoded,) = encode_pairs([pair], chat, 999, "error", ReadSummary())
+    return encoded
 
 
 @pytest.fixture(params=["baichuan", "qwen", "qwen_unmarked"])

@@ -19,11 +19,12 @@ from safetensors import safe_open
 from pedgpt.data import (
     Message,
     PreferencePair,
+    ReadSummary,
     StoredPairs,
     TextSource,
     TokenStore,
     chat_format,
-    encode_pair,
+    encode_pairs,
     load_tokenizer,
 )
 from pedgpt.data import store as token_store
@@ -195,9 +196,13 @@ def changed_json(file, change):
     file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
 
 
+def encoded(chat):
+    return encode_pairs(PAIRS, chat, 999, "error", ReadSummary())
+
+
 def key_of(folder, name="chatml", pairs=None, dtype="float32", model="m"):
     chat = chat_format(load_tokenizer(folder), name)
-    pairs = [encode_pair(pair, chat) for pair in PAIRS] if pairs is None else pairs
+    pairs = encoded(chat) if pairs is None else pairs
     return reference_key(model=model, chat=chat, data=fingerprint(pairs, chat.tokenizer), dtype=dtype)
 
 
@@ -224,7 +229,7 @@ def differing(one, two):
 
 def test_each_part_of_the_key_changes_with_its_own_cause(folder, path):
     chat = chat_format(load_tokenizer(folder), "chatml")
-    first, second = (encode_pair(pair, chat) for pair in PAIRS)
+    first, second = encoded(chat)
     key = key_of(folder, pairs=[first, second])
     assert key["chat_format"] == "ChatML" and key["dtype"] == "float32" and key["model"] == "m"
     assert differing(key, key_of(folder)) == set()
@@ -278,7 +283,7 @@ def test_another_tokenizer_has_another_fingerprint(folder, part):
 def test_using_a_tokenizer_does_not_change_its_fingerprint(tokenizer):
     before = tokenizer_fingerprint(tokenizer)
     chat = chat_format(tokenizer)
-    encode_pair(PAIRS[0], chat)
+    encoded(chat)
     tokenizer.decode(tokenizer.encode_batch(["孩子", "<s><|im_end|>"])[1])
     assert tokenizer_fingerprint(tokenizer) == before
 
