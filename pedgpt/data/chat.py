@@ -32,7 +32,6 @@ class ChatFormat:
 
     jinja = ""  # the template of a built-in format; empty: the checkpoint's own
     role_tokens: tuple[str, ...] = ()  # a tokenizer that has them was made for this format
-    more_ends: tuple[str, ...] = ()  # tokens that end an answer besides those that the template writes
     teaches_eos = False  # whether the target at an answer's end is eos, though another token stands there
     opens_thought = False
 
@@ -46,9 +45,6 @@ class ChatFormat:
         special = tokenizer.special | {role: tokenizer.token_id(role) for role in self.role_tokens}
         keys = [key for key in tokenizer.config if key.endswith("_token")]
         names = {key: name for key in keys if (name := token_name(tokenizer.config[key])) is not None}
-        for key in ("bos_token", "eos_token"):
-            if key in self.jinja and key not in names:
-                raise ValueError(f"{type(self).__name__} needs a {key} in tokenizer_config.json")
         self.template = ChatTemplate(*found, names, special, enable_thinking, read_day(today))
         self.thinks, self.today = self.template.thinks, self.template.today
         self.answer_end = tokenizer.eos_id if self.teaches_eos else None
@@ -58,10 +54,8 @@ class ChatFormat:
         alone = tokenizer.encode("a")
         self.prefixes = alone != self._inside("a")
         tokenizer.backend.encode_special_tokens = False  # as the tokenizer itself parses both
-        try:
-            parsed = tokenizer.backend.encode(f"{next(iter(special), '')}a", add_special_tokens=False).ids
-        finally:
-            tokenizer.backend.encode_special_tokens = True
+        parsed = tokenizer.encode(f"{next(iter(special), '')}a")
+        tokenizer.backend.encode_special_tokens = True
         self.prefixes_after_special = self.prefixes and parsed[-len(alone) :] == alone
 
     def render(
@@ -74,14 +68,11 @@ class ChatFormat:
         """
         parts = self.template.parts(messages, generation_prompt)
         ends = {part.speaker: part.token for part in parts}
-        for i in supervised:
-            if i not in ends:
-                raise ValueError(f"the chat template writes no answer for message {i + 1}: {self.template.file}")
-            if ends[i] is None:
-                raise ValueError(
-                    "the chat template writes no special token after an answer, so a model would never learn to stop: "
-                    f"{self.template.file}; add eos_token there, or set chat_format to another format"
-                )
+        if any(ends.get(i) is None for i in supervised):
+            raise ValueError(
+                "the chat template writes no special token after an answer, so a model would never learn to stop: "
+                f"{self.template.file}; add eos_token there, or set chat_format to another format"
+            )
         runs: list[Part] = []
         for part in parts:
             last = runs[-1] if runs else None
@@ -140,7 +131,7 @@ class ChatFormat:
             for part, after in zip(parts, [*parts[1:], Part("")], strict=True):
                 if part.speaker not in (None, after.speaker):
                     ends.insert(0, after.token if part.token is None else part.token)
-        ends += [tokenizer.eos_id, *map(tokenizer.special.get, self.more_ends)]
+        ends.append(tokenizer.eos_id)
         if tokenizer.folder:
             ends += _ends_of(read_object(tokenizer.folder, GENERATION_FILE))
         return tuple(end for end in dict.fromkeys(ends) if end is not None)
@@ -155,8 +146,8 @@ class Baichuan2Chat(ChatFormat):
     """`195 user 196 answer 195 user 196 answer 2`; a system text stands first, bare; no bos.
 
     195 is `<reserved_106>`, 196 `<reserved_107>`, 2 eos. As in the vendor's fine-tuning the target at the user token
-    after an answer is eos, so every answer learns to stop although no eos stands between turns in
-    the input. Generation may also run into the next user turn.
+    after an answer is eos, so every answer learns to stop although no eos stands between turns in the input.
+    Generation may also run into the next user turn.
     """
 
     role_tokens = ("<reserved_106>", "<reserved_107>")
@@ -190,7 +181,6 @@ class Llama3Chat(ChatFormat):
     """
 
     role_tokens = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    more_ends = ("<|end_of_text|>", "<|eom_id|>")
     jinja = (
         "{{ bos_token }}{% for message in messages %}"
         "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
@@ -222,12 +212,9 @@ def chat_format(
         raise ValueError(f'chat_format {name!r} is unknown; expected {names} or "template"')
     if name == "auto":
         own = read_template(tokenizer.config, tokenizer.folder)
-        fitting = (
-            known
-            for known, kind in BUILT_IN.items()
-            if (kind.jinja == own[0] if own else tokenizer.has(*kind.role_tokens))
-        )
-        name = next(fitting, "template")
+        for known, kind in BUILT_IN.items():
+            if kind.jinja == own[0] if own else tokenizer.has(*kind.role_tokens):
+                name = known
     return BUILT_IN.get(name, TemplateChat)(tokenizer, enable_thinking, today)
 
 

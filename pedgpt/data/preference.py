@@ -83,7 +83,6 @@ def collate_pairs(
     pairs: Sequence[EncodedPair],
     row_ids: Sequence[int],
     reference_logps: Tensor | None = None,
-    pad_id: int = 0,
     *,
     shared_prompt: bool = True,
 ) -> PreferenceBatch:
@@ -109,16 +108,12 @@ def collate_pairs(
         rows.append(Row(tokens, labels, [number for number, i in enumerate(row) for _ in trees[i]]))
         branches.append(branch)
         sequences.append(sequence)
-    batch = collate(rows, ids, pad_id)
-    width = batch.tokens.shape[1]
+    batch = vars(collate(rows, ids)) | {"weight": len(pairs)}
+    width = batch["tokens"].shape[1]
     if reference_logps is None or not pairs:
         reference_logps = torch.zeros(max(1, len(pairs)), 2)
     return PreferenceBatch(
-        batch.tokens,
-        batch.labels,
-        batch.documents,
-        batch.row_ids,
-        len(pairs),
+        **batch,
         branches=padded(branches or [[]], width, 0),
         sequences=padded(sequences or [[]], width, 0),
         counts=torch.tensor([answer.supervised for answer in answers] or [0, 0]),

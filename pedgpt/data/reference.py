@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pedgpt.data.chat import ChatFormat, TemplateChat
 from pedgpt.data.chat_template import read_template
-from pedgpt.data.tokenizer import Tokenizer
 from pedgpt.files import atomic_write
 
 _NAME, _DATE = "logps", "template_date"
@@ -27,14 +26,9 @@ def reference_key(*, model: str, chat: ChatFormat, data: str, dtype: str) -> dic
     `chat`'s.
     """
     return {
-        "model": model, "tokenizer": tokenizer_fingerprint(chat.tokenizer), "chat_format": chat_fingerprint(chat),
+        "model": model, "tokenizer": _short(chat.tokenizer.description()), "chat_format": chat_fingerprint(chat),
         "data": data, "dtype": dtype, **({_DATE: chat.today} if chat.today else {}),
     }  # fmt: skip
-
-
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """A short name of the vocabulary, the merges, the added tokens and every step before and after them."""
-    return _short(tokenizer.description())
 
 
 def chat_fingerprint(chat: ChatFormat) -> str:

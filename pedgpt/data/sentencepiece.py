@@ -53,8 +53,8 @@ def convert_sentencepiece(path: str | Path) -> Tokenizer:
     shared = Counter(score for piece, score, kind in pieces if kind == NORMAL and len(piece) > 1)
     if (most := max(shared.values(), default=0)) > 2:
         raise ValueError(
-            f"{most} of its pieces share a score, as in an extended vocabulary: of those that overlap in a text the left"
-            " one counts, which tokenizers cannot reproduce; use a tokenizer.json of it"
+            f"{most} of its pieces share a score, as in an extended vocabulary: of those that overlap, the left one"
+            " counts, which tokenizers cannot reproduce; use a tokenizer.json of it"
         )
     [unknown] = [piece for piece, _, kind in pieces if kind == UNKNOWN]
     ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}

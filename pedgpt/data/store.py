@@ -141,7 +141,6 @@ def _write(
     tokenizer: Tokenizer,
     made_of: Sequence[Any],
     encode: Callable[[TextSource, ReadSummary], Documents],
-    *,
     labelled: bool,
 ) -> Iterator[int]:
     """Make `folder` a token store, yielding the number of documents done after each batch of them.
@@ -221,9 +220,8 @@ class TokenStore:
             raise ValueError(f"{self.folder}: {reason}") from None
 
     def _map(self, name: str, dtype: np.dtype, count: int) -> NDArray[Any]:
-        if not count:  # an empty file cannot be mapped
-            return np.empty(0, dtype)
-        return np.asarray(np.memmap(self.folder / name, dtype, "r", shape=(count,)))
+        file = self.folder / name
+        return np.asarray(np.memmap(file, dtype, "r", shape=(count,))) if count else np.empty(0, dtype)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -254,10 +252,7 @@ def read_summary(*stores: TokenStore) -> ReadSummary:
 
 
 def discards_tokens(main: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Decorate a recipe: delete OUTPUT/tokens when it is finished, or fails by a mistake before its first checkpoint.
-
-    A run that is stopped or killed keeps it for its next start, and a mistake at that start leaves it.
-    """
+    """Decorate a recipe: delete OUTPUT/tokens when it is finished, or when the start that made it ends by a mistake."""
 
     @functools.wraps(main)
     def wrapped(config: Any) -> None:
@@ -266,7 +261,7 @@ def discards_tokens(main: Callable[[Any], None]) -> Callable[[Any], None]:
         try:
             main(config)
         except (ValueError, OSError):
-            if not there and not any(tokens.parent.glob("checkpoints/*")):
+            if not there:
                 shutil.rmtree(tokens, ignore_errors=True)
             raise
         shutil.rmtree(tokens, ignore_errors=True)
@@ -299,7 +294,7 @@ class PackedRows:
         return len(self.rows) - 1
 
     def row(self, number: int) -> Row:
-        """Row `number`."""
+        """The documents of row `number`."""
         here = slice(*self.rows[number : number + 2])
         pieces = zip(self.starts[here].tolist(), self.lengths[here].tolist(), strict=True)
         return Row.of([self.store.example(start, length) for start, length in pieces])

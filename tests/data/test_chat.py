@@ -239,7 +239,6 @@ def test_chat_format_is_chosen_by_the_role_tokens(tokenizers_by_name):
         ("qwen", {}, "template", "chat_template"),
         ("qwen", {}, "baichuan2", "<reserved_106>"),
         ("baichuan", {"eos_token": "</s>"}, "chatml", "<.im_start.>"),
-        ("baichuan", {}, "auto", "eos_token"),
         (None, {}, "auto", "no chat_template, and no tokens like <.im_start.>.*set chat_format to one of baichuan2"),
     ],
 )

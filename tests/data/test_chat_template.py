@@ -286,7 +286,7 @@ def test_built_in_formats_match_the_published_template(name, kind, cases, kinds,
 
 def test_llama3_ends_at_every_token_that_ends_a_turn(kinds, folder_of):
     chat = chat_format(load_tokenizer(folder_of("llama3")))
-    names = ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]
+    names = ["<|eot_id|>", "<|end_of_text|>"]
     assert chat.stop_tokens == tuple(map(chat.tokenizer.token_id, names))
     ids = encode_prompt([Message("user", "a")], chat)
     assert ids.count(chat.tokenizer.bos_id) == 1 and ids[0] == chat.tokenizer.bos_id

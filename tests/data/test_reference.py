@@ -29,7 +29,7 @@ from pedgpt.data import (
 )
 from pedgpt.data import store as token_store
 from pedgpt.data.preference import EncodedPair
-from pedgpt.data.reference import chat_fingerprint, load_reference, reference_key, save_reference, tokenizer_fingerprint
+from pedgpt.data.reference import chat_fingerprint, load_reference, reference_key, save_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = {"model": "0123", "tokenizer": "4567", "chat_format": "ChatML", "data": "89ab", "dtype": "float32"}
@@ -259,8 +259,8 @@ def test_each_part_of_the_key_changes_with_its_own_cause(folder, path):
 
 @pytest.mark.parametrize("part", ["vocabulary", "merges", "added", "flag"])
 def test_another_tokenizer_has_another_fingerprint(folder, part):
-    before = tokenizer_fingerprint(load_tokenizer(folder))
-    assert tokenizer_fingerprint(load_tokenizer(folder)) == before
+    before = load_tokenizer(folder).description()
+    assert load_tokenizer(folder).description() == before
 
     def change(state):
         model = state["model"]
@@ -277,15 +277,15 @@ def test_another_tokenizer_has_another_fingerprint(folder, part):
 
     changed_json(folder / "tokenizer.json", change)
     tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    assert tokenizer_fingerprint(load_tokenizer(folder)) != before
+    assert load_tokenizer(folder).description() != before
 
 
 def test_using_a_tokenizer_does_not_change_its_fingerprint(tokenizer):
-    before = tokenizer_fingerprint(tokenizer)
+    before = tokenizer.description()
     chat = chat_format(tokenizer)
     encoded(chat)
     tokenizer.decode(tokenizer.encode_batch(["孩子", "<s><|im_end|>"])[1])
-    assert tokenizer_fingerprint(tokenizer) == before
+    assert tokenizer.description() == before
 
 
 def test_the_text_of_a_template_counts_not_its_file(folder):

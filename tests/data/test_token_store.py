@@ -259,16 +259,12 @@ def test_a_store_that_was_not_finished_is_no_store(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.jsonl", "store"]
 
 
-@pytest.mark.parametrize("before", ["nothing", "tokens", "checkpoint"])
+@pytest.mark.parametrize("before", ["nothing", "tokens"])
 @pytest.mark.parametrize(("end", "stays"), [(None, False), (ValueError, False), (OSError, False),
                                             (KeyboardInterrupt, True), (SystemExit, True)])  # fmt: skip
-def test_tokens_go_when_a_run_is_finished_or_ends_by_a_mistake_before_its_first_checkpoint(
-    tmp_path, end, stays, before
-):
+def test_tokens_go_when_a_run_is_finished_or_the_start_that_made_them_fails(tmp_path, end, stays, before):
     tokens = tmp_path / "tokens"
     (tmp_path / "metrics.jsonl").write_text("mine")
-    if before == "checkpoint":
-        (tmp_path / "checkpoints" / "step_0000003").mkdir(parents=True)
     if before == "tokens":  # of a start before this one
         tokens.mkdir()
 
