@@ -43,9 +43,14 @@ class ChatFormat:
             lacking = f"no chat_template, and no tokens like {BUILT_IN['chatml'].role_tokens[0]} that tell its format"
             raise ValueError(f"{tokenizer.folder}: it has {lacking}; set chat_format to one of {', '.join(BUILT_IN)}")
         special = tokenizer.special | {role: tokenizer.token_id(role) for role in self.role_tokens}
-        keys = [key for key in tokenizer.config if key.endswith("_token")]
-        names = {key: name for key in keys if (name := token_name(tokenizer.config[key])) is not None}
-        self.template = ChatTemplate(*found, names, special, enable_thinking, read_day(today))
+        given: dict[str, Any] = {
+            key: token_name(value) for key, value in tokenizer.config.items() if key.endswith("_token")
+        }
+        given |= {"enable_thinking": enable_thinking}
+        day = date.fromisoformat(today) if today else date.today()
+        self.template = ChatTemplate(
+            *found, {key: value for key, value in given.items() if value is not None}, special, day
+        )
         self.thinks, self.today = self.template.thinks, self.template.today
         self.answer_end = tokenizer.eos_id if self.teaches_eos else None
         self.stop_tokens = self._stop_tokens()
@@ -216,14 +221,6 @@ def chat_format(
             if kind.jinja == own[0] if own else tokenizer.has(*kind.role_tokens):
                 name = known
     return BUILT_IN.get(name, TemplateChat)(tokenizer, enable_thinking, today)
-
-
-def read_day(text: str) -> date:
-    """A day like "2026-03-31", today if empty; ValueError for any other text."""
-    try:
-        return date.fromisoformat(text) if text else date.today()
-    except ValueError:
-        raise ValueError(f"template_date is {text!r}, expected a day like 2026-03-31") from None
 
 
 def _ends_of(settings: dict[str, Any]) -> list[int]:

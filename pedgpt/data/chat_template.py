@@ -54,16 +54,10 @@ class ChatTemplate:
     """
 
     def __init__(
-        self,
-        source: str,
-        file: Path,
-        variables: dict[str, Any],
-        special: dict[str, int],
-        enable_thinking: bool | None,
-        today: date,
+        self, source: str, file: Path, variables: dict[str, Any], special: dict[str, int], today: date
     ) -> None:
-        self.file, self.special, self.enable_thinking = file, special, enable_thinking
-        self.variables = variables | ({} if enable_thinking is None else {"enable_thinking": enable_thinking})
+        self.file, self.variables, self.special = file, variables, special
+        self.enable_thinking = variables.get("enable_thinking")
         longest_first = sorted(special, key=len, reverse=True)
         self.pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         extensions = [loopcontrols, _Generation]
@@ -75,7 +69,7 @@ class ChatTemplate:
             self.template = sandbox.from_string(source)
         except Exception as error:  # besides TemplateError, Python's own limits on nesting and numbers
             raise ValueError(f"{file}: its chat template is not valid Jinja ({error})") from None
-        self.thinks = "think>" in source if enable_thinking is None else enable_thinking
+        self.thinks = "think>" in source if self.enable_thinking is None else self.enable_thinking
         self.may_open = "<think>" in source  # a thought, in a prompt
         self.today = today.isoformat() if "strftime_now" in source else ""
         self._outline = lru_cache(maxsize=4096)(self._new_outline)
@@ -91,13 +85,10 @@ class ChatTemplate:
         last, places = len(messages) - 1, [part.place for part in written]
         if last < 1 or messages[last].role != "assistant" or 2 * last not in places:
             return written
-        reasoning = messages[last].reasoning
+        reasoning, prompt = messages[last].reasoning, self._written(messages[:-1], True)
         placed = not reasoning or 2 * last + 1 in places  # whether the template writes all that the model would
-        opened = opens_thought(self._outline(self._shape(messages[:-1]), True))
-        if placed and not opened:
-            return written
-        prompt = self._written(messages[:-1], True)
-        if placed and not off and text_of(written).startswith(text_of(prompt)):
+        opened = opens_thought(prompt)
+        if placed and (not opened or (not off and text_of(written).startswith(text_of(prompt)))):
             return written
         # The template drops the reasoning, or does not go on from its own prompt: write what a model would write there.
         opening = [] if opened else self._literal("<think>\n", last)

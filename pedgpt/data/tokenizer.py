@@ -78,8 +78,6 @@ class Tokenizer:
 
     def stop_ids(self, strings: Sequence[str]) -> set[int]:
         """The ids of the special tokens that `strings` spell. No decoded text holds them, so they stop by id."""
-        if isinstance(strings, str) or not all(strings):
-            raise ValueError(f"stop_strings is {strings!r}; expected a list of texts that are not empty")
         return {self.special[text] for text in strings if text in self.special}
 
     def has(self, *names: str) -> bool:
@@ -138,8 +136,9 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
         self.stop_ids = tokenizer.stop_ids(stop_strings)
         self.tokenizer, self.stop_strings, self.stopped = tokenizer, tuple(stop_strings), False
-        self.context: list[int] = []  # already given; decoded again so that spacing between tokens is right
-        self.pending: list[int] = []
+        # Ids whose text was given, `given` of them, are decoded again so that spacing between tokens is right.
+        self.ids: list[int] = []
+        self.given = 0
         self.held = ""
 
     def push(self, token: int) -> str:
@@ -150,27 +149,25 @@ class StreamDecoder:
         name = self.tokenizer.backend.id_to_token(token)
         if self.stopped or name is None or name in self.tokenizer.special:
             return ""
-        self.pending.append(token)
+        self.ids.append(token)
         before, text = self._decoded()
         if _BYTE.match(name) or text.endswith("\ufffd"):  # one wrong byte spoils the whole run
             return ""
-        if not before:  # a space that begins the text may be dropped, so the context needs some text in it
-            self.context += self.pending
-        elif self.tokenizer.decode(self.pending):
-            self.context = self.pending
-        self.pending = []
+        if before and self.tokenizer.decode(self.ids[self.given :]):  # what begins a text may lose its space
+            self.ids = self.ids[self.given :]
+        self.given = len(self.ids)
         return self._release(text)
 
     def finish(self) -> str:
         """What is left at the end, broken characters included."""
         text = "" if self.stopped else self._release(self._decoded()[1]) + self.held
-        self.context, self.pending, self.held = [], [], ""
+        self.ids, self.given, self.held = [], 0, ""
         return text
 
     def _decoded(self) -> tuple[str, str]:
-        """The text of the context, and that of the pending ids after it."""
-        before = self.tokenizer.decode(self.context)
-        return before, self.tokenizer.decode(self.context + self.pending)[len(before) :]
+        """The text that was given, of the ids that are kept, and that after it."""
+        before = self.tokenizer.decode(self.ids[: self.given])
+        return before, self.tokenizer.decode(self.ids)[len(before) :]
 
     def _release(self, text: str) -> str:
         """What cannot be part of a stop string any more."""

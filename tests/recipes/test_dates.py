@@ -119,5 +119,5 @@ def test_a_day_can_be_chosen_and_must_be_one(dated):
     tokenizer = load_tokenizer(dated)
     ids = encode_prompt([Message("user", "a")], chat_format(tokenizer, "auto", today="2026-03-31"))
     assert tokenizer.decode(ids) == "31 Mar 2026\na"
-    with pytest.raises(ValueError, match="template_date is '31.3.26', expected a day like 2026-03-31"):
+    with pytest.raises(ValueError, match="'31.3.26'"):
         chat_format(tokenizer, "auto", today="31.3.26")
