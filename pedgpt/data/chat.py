@@ -43,14 +43,11 @@ class ChatFormat:
             lacking = f"no chat_template, and no tokens like {BUILT_IN['chatml'].role_tokens[0]} that tell its format"
             raise ValueError(f"{tokenizer.folder}: it has {lacking}; set chat_format to one of {', '.join(BUILT_IN)}")
         special = tokenizer.special | {role: tokenizer.token_id(role) for role in self.role_tokens}
-        given: dict[str, Any] = {
-            key: token_name(value) for key, value in tokenizer.config.items() if key.endswith("_token")
-        }
-        given |= {"enable_thinking": enable_thinking}
+        given: dict[str, Any] = {"enable_thinking": enable_thinking}
+        given |= {key: token_name(value) for key, value in tokenizer.config.items() if key.endswith("_token")}
+        given = {key: value for key, value in given.items() if value is not None}
         day = date.fromisoformat(today) if today else date.today()
-        self.template = ChatTemplate(
-            *found, {key: value for key, value in given.items() if value is not None}, special, day
-        )
+        self.template = ChatTemplate(*found, given, special, day)
         self.thinks, self.today = self.template.thinks, self.template.today
         self.answer_end = tokenizer.eos_id if self.teaches_eos else None
         self.stop_tokens = self._stop_tokens()

@@ -19,9 +19,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pedgpt.data.records import Message
@@ -56,17 +55,18 @@ class ChatTemplate:
     def __init__(
         self, source: str, file: Path, variables: dict[str, Any], special: dict[str, int], today: date
     ) -> None:
-        self.file, self.variables, self.special = file, variables, special
+        self.source, self.file, self.variables, self.special = source, file, variables, special
         self.enable_thinking = variables.get("enable_thinking")
         longest_first = sorted(special, key=len, reverse=True)
         self.pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        extensions = [loopcontrols, _Generation]
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         now = datetime.combine(today, time())  # one for a whole run, so that it can be resumed
         sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": now.strftime}
         sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         try:
-            self.template = sandbox.from_string(source)
+            # `{% generation %}…{% endgeneration %}` is its text: what it marks as an answer is found without.
+            plain = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+            self.template = sandbox.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", plain))
         except Exception as error:  # besides TemplateError, Python's own limits on nesting and numbers
             raise ValueError(f"{file}: its chat template is not valid Jinja ({error})") from None
         self.thinks = "think>" in source if self.enable_thinking is None else self.enable_thinking
@@ -176,16 +176,6 @@ def read_template(config: dict[str, Any], folder: Path | None) -> tuple[str, Pat
     if isinstance(found, list):
         found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
     return None if found is None else (found, folder / CONFIG_FILE)
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`: its text; what it marks as an answer is found without."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def opens_thought(prompt: Iterable[Part]) -> bool:

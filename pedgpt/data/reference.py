@@ -13,7 +13,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pedgpt.data.chat import ChatFormat, TemplateChat
-from pedgpt.data.chat_template import read_template
 from pedgpt.files import atomic_write
 
 _NAME, _DATE = "logps", "template_date"
@@ -36,8 +35,7 @@ def chat_fingerprint(chat: ChatFormat) -> str:
     name = type(chat).__name__
     if not isinstance(chat, TemplateChat):
         return name
-    found = read_template(chat.tokenizer.config, chat.tokenizer.folder)
-    return f"{name} {_short(json.dumps([found and found[0], chat.template.variables], sort_keys=True))}"
+    return f"{name} {_short(json.dumps([chat.template.source, chat.template.variables], sort_keys=True))}"
 
 
 def reference_date(path: str | Path) -> str:

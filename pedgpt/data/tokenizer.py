@@ -22,7 +22,6 @@ _COMPANIONS = (
 )  # fmt: skip
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
-_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _CONTROL = re.compile(r"<[^<>\s]+>$")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>$")
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")  # add a bos unless their config says otherwise
@@ -185,9 +184,9 @@ class StreamDecoder:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder: tokenizer.json, or else tokenizer.model (SentencePiece BPE, converted).
 
-    added_tokens.json and tokenizer_config.json's added_tokens_decoder complete it; special_tokens_map.json names what
-    tokenizer_config.json does not. Raises ValueError naming the file if there is no tokenizer, or a file is broken,
-    contradicts another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
+    added_tokens.json and tokenizer_config.json's added_tokens_decoder complete the latter. special_tokens_map.json
+    names what tokenizer_config.json does not. Raises ValueError naming the file if there is no tokenizer, or a file is
+    broken, contradicts another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
     """
     folder = Path(folder)
     config, names = read_object(folder, CONFIG_FILE), read_object(folder, NAMES_FILE)
@@ -195,11 +194,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = own_file(folder, JSON_FILE) or own_file(folder, MODEL_FILE)
     if path is None:
         raise ValueError(f"{folder}: no tokenizer; expected {JSON_FILE} or {MODEL_FILE}")
-    added = read_object(folder, ADDED_FILE)
     try:
-        is_json = path.name == JSON_FILE
-        backend = tokenizers.Tokenizer.from_file(str(path)) if is_json else convert_sentencepiece(path)
-        _add_tokens(backend, added, config.get("added_tokens_decoder", {}), for_pieces=not is_json)
+        if path.name == JSON_FILE:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        else:
+            backend = convert_sentencepiece(path)
+            _add_tokens(backend, read_object(folder, ADDED_FILE), config.get("added_tokens_decoder", {}))
     except Exception as error:  # the library raises bare Exception over a broken file
         fault = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: not a usable tokenizer with the files beside it ({fault})") from None
@@ -250,25 +250,19 @@ def _protect_special_tokens(backend: tokenizers.Tokenizer, named: set[int]) -> N
     backend.add_tokens(tokens)
 
 
-def _add_tokens(
-    backend: tokenizers.Tokenizer, added: dict[str, int], decoder: dict[str, Any], *, for_pieces: bool
-) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, added: dict[str, int], decoder: dict[str, Any]) -> None:
     """Add the tokens of added_tokens.json {"token": id} and of added_tokens_decoder {"id": {"content": …, flags}}.
 
-    They go by their ids. Tokens that are there already take the flags of the latter. `for_pieces` says that the
-    normalizer is a tokenizer.model's, which may put a prefix before a token.
+    They go by their ids. No normalizer is for them, because a tokenizer.model's may put a prefix before a token.
     """
-    declared = {name: (i, dict[str, bool]()) for name, i in added.items()}
-    for key, token in decoder.items():
-        declared[token["content"]] = int(key), {flag: token[flag] for flag in _FLAGS if flag in token}
+    declared: dict[str, tuple[int, dict[str, Any]]] = {name: (i, {}) for name, i in added.items()}
+    declared |= {token["content"]: (int(i), token) for i, token in decoder.items()}
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    for name, (i, flags) in sorted(declared.items(), key=lambda item: item[1][0]):
+    for name, (i, token) in sorted(declared.items(), key=lambda item: item[1][0]):
         old = known.get(name, AddedToken(name, normalized=False))
-        if flags or name not in known:
-            if for_pieces or not flags:
-                flags["normalized"] = old.normalized
-            flags["special"] = flags.get("special", False) or old.special
-            backend.add_tokens([AddedToken(name, **flags)])
+        flags = {flag: token.get(flag, False) for flag in ("lstrip", "rstrip", "single_word")}
+        special = old.special or token.get("special", False)
+        backend.add_tokens([AddedToken(name, special=special, normalized=old.normalized, **flags)])
         if (found := backend.token_to_id(name)) != i:  # the library does not mind another id
             raise ValueError(
                 f"{ADDED_FILE} or {CONFIG_FILE}: token {name!r} is declared with id {i}, but becomes {found}: added"

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import tokenizers
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
 
 from pedgpt.data import load_tokenizer
@@ -79,19 +79,17 @@ def folder(tmp_path, folders):
     return tmp_path / "copy"
 
 
-def test_added_tokens_of_the_config_match_transformers(folder):
-    size = load_tokenizer(folder).vocab_size
-    added = [
-        entry("<ctl>", special=True), entry("[词]"), entry("[L]", lstrip=True), entry("[R]", rstrip=True),
-        entry("word", single_word=True), entry("[N]", normalized=True),
-    ]  # fmt: skip
-    config = {"eos_token": "<|im_end|>", "pad_token": "<ctl>"}
-    config["added_tokens_decoder"] = {str(size + i): token for i, token in reversed(list(enumerate(added)))}
-    write(folder, "tokenizer_config.json", config)
-    ours, reference = load_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
-    assert [ours.token_id(token["content"]) for token in added] == list(range(size, size + 6))
+def test_added_tokens_match_transformers_which_saved_them(folder, tmp_path):
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|im_end|>")
+    size = len(reference)
+    flags = {"[词]": {}, "[L]": {"lstrip": True}, "[R]": {"rstrip": True}, "word": {"single_word": True}}
+    reference.add_special_tokens({"pad_token": "<ctl>"})
+    reference.add_tokens([AddedToken(name, normalized=name == "[词]", **flag) for name, flag in flags.items()])
+    reference.save_pretrained(tmp_path / "saved")
+    ours = load_tokenizer(tmp_path / "saved")
+    assert [ours.token_id(name) for name in ("<ctl>", *flags)] == list(range(size, size + 5))
     assert (ours.pad_id, ours.eos_id, ours.vocab_size) == (size, reference.eos_token_id, len(reference))
-    for text in ["烧 [L] 热", "烧 [R] 热", "word keyword word", "[N]烧[N] [N]", CHILD]:
+    for text in ["烧 [L] 热", "烧 [R] 热", "word keyword word", "[词]烧[词] [词]", CHILD]:
         ids = reference(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids
         ids = [*ids, size, *ids, size + 1]
@@ -123,13 +121,15 @@ def test_added_tokens_file_completes_a_sentencepiece_model(tmp_path, sp_folders)
     [
         ("tokenizer_config.json", {"added_tokens_decoder": {"HOLE": entry("<x>")}}, "'<x>' is declared with id"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"5": entry("<x>")}}, "'<x>' is declared with id 5"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"NEXT": entry("<|im_end|>")}}, "'<.im_end.>'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"NEXT": entry("<s>")}}, "'<s>' is declared"),
         ("added_tokens.json", {"<x>": 10**12}, "'<x>' is declared with id 1000000000000"),
         ("added_tokens.json", ["<x>"], "expected a JSON object"),
         ("special_tokens_map.json", {"bos_token": "<x>"}, "bos_token is '<x>'"),
     ],
 )
-def test_contradictory_files_are_named(folder, file, content, message):
+def test_contradictory_files_are_named(tmp_path, sp_folders, file, content, message):
+    folder = tmp_path / "model"
+    shutil.copytree(sp_folders["llama2"], folder)
     size = load_tokenizer(folder).vocab_size
     text = json.dumps(content).replace("HOLE", str(size + 1)).replace("NEXT", str(size))
     (folder / file).write_text(text, encoding="utf-8")
@@ -170,7 +170,7 @@ def test_document_prefix_of_a_sentencepiece_model(tmp_path, sp_folders):
         assert load_tokenizer(tmp_path).document_prefix == prefix
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "merges.txt"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt"])
 def test_links_out_of_the_folder_are_refused(folder, tmp_path, name):
     (tmp_path / "secret").write_text('{"<x>": 1}')
     ours = load_tokenizer(folder)
@@ -199,8 +199,8 @@ def test_links_of_a_hub_cache_are_followed(folder, tmp_path):
     ours.save(tmp_path / "target")
     assert not any(path.is_symlink() for path in (tmp_path / "target").iterdir())
     assert load_tokenizer(tmp_path / "target").encode(CHILD) == ours.encode(CHILD)
-    (snapshot / "added_tokens.json").symlink_to("../../../secret")
-    with pytest.raises(ValueError, match="added_tokens.json"):
+    (snapshot / "special_tokens_map.json").symlink_to("../../../secret")
+    with pytest.raises(ValueError, match="special_tokens_map.json"):
         load_tokenizer(snapshot)
 
 
