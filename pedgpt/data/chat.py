@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
+from itertools import groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, Part, opens_thought, read_template
+from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, Part, opens_thought, read_template, text_of
 from pedgpt.data.records import Message
 from pedgpt.data.tokenizer import Tokenizer, token_name
 from pedgpt.files import read_object, write_json, write_text
@@ -75,24 +77,22 @@ class ChatFormat:
                 "the chat template writes no special token after an answer, so a model would never learn to stop: "
                 f"{self.template.file}; add eos_token there, or set chat_format to another format"
             )
-        runs: list[Part] = []
-        for part in parts:
-            last = runs[-1] if runs else None
-            if last and part.token is last.token is None and part.speaker == last.speaker:
-                runs[-1] = Part(last.text + part.text, part.speaker)
-            elif part.text:
-                runs.append(part)
         tokens: list[int] = []
         targets: list[int] = []
-        for at, (text, speaker, _, token) in enumerate(runs):
-            if token is None:
-                before = runs[at - 1].token if at else None
-                inside = self.prefixes and at and (before is None or not self.prefixes_after_special)
-                ids = taught = self._inside(text) if inside else self.tokenizer.encode(text)
+        before = None
+        runs = groupby([part for part in parts if part.text], key=attrgetter("speaker", "token"))
+        for at, ((speaker, token), group) in enumerate(runs):
+            run = list(group)
+            if token is not None:
+                ids = [token] * len(run)
+                taught = ids if self.answer_end is None else [self.answer_end] * len(run)
+            elif self.prefixes and at and (before is None or not self.prefixes_after_special):
+                ids = taught = self._inside(text_of(run))
             else:
-                ids, taught = [token], [token if self.answer_end is None else self.answer_end]
+                ids = taught = self.tokenizer.encode(text_of(run))
             tokens += ids
             targets += taught if speaker in supervised else [IGNORE_INDEX] * len(ids)
+            before = token
         return tokens, targets
 
     def read_answer(self, text: str) -> Message:
@@ -130,7 +130,7 @@ class ChatFormat:
         with suppress(ValueError):  # a template for another kind of conversation: whoever renders one will be told
             self.opens_thought = opens_thought(self.template.parts(_PROBE[:1], True))
             parts = self.template.parts(_PROBE, False)
-            for part, after in zip(parts, [*parts[1:], Part("")], strict=True):
+            for part, after in pairwise([*parts, Part("")]):
                 if part.speaker not in (None, after.speaker):
                     ends.insert(0, after.token if part.token is None else part.token)
         ends.append(tokenizer.eos_id)
