@@ -10,7 +10,7 @@ The data never lies in memory: `stage_sources` says which files there are, `writ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,12 +67,7 @@ def part_shares(instruction_share: float, domain_to_general: float, parts: Colle
 
 
 def mix(
-    sources: Sequence[TextSource],
-    sizes: Sequence[Numbers],
-    shares: Mapping[str, float],
-    *,
-    total_tokens: int,
-    seed: int,
+    sources: Sequence[TextSource], sizes: Sequence[Numbers], shares: dict[str, float], *, total_tokens: int, seed: int
 ) -> Mixture:
     """Draw whole documents, given by their lengths, until each part has its share of `total_tokens`; shuffle them.
 

@@ -34,6 +34,7 @@ _LABEL = np.dtype("<i4")
 T = TypeVar("T")
 # Documents, batch by batch: the ids of each, and the labels of each or, for running text, None.
 Documents = Iterator[tuple[list[list[int]], list[list[int]] | None]]
+Encode = Callable[[TextSource, ReadSummary], Documents]
 
 
 @dataclass(kw_only=True)
@@ -136,18 +137,13 @@ def packed_chats(
 
 
 def _write(
-    folder: Path,
-    sources: Sequence[TextSource],
-    tokenizer: Tokenizer,
-    made_of: Sequence[Any],
-    encode: Callable[[TextSource, ReadSummary], Documents],
-    labelled: bool,
+    folder: Path, sources: Sequence[TextSource], tokenizer: Tokenizer, made_of: list, encode: Encode, labelled: bool
 ) -> Iterator[int]:
     """Make `folder` a token store, yielding the number of documents done after each batch of them.
 
     What is there already stays if it was made of the same files, tokenizer and settings (`made_of`); otherwise it is
     made anew, under another name until it is complete. Holds one batch in memory. One process runs this to its end. It
-    yields often, because the other ranks wait in a collective that times out. Raises ValueError as the readers do.
+    yields often, because the other ranks wait in a collective that times out.
     """
     key = hashlib.sha256(json.dumps([_VERSION, tokenizer.description(), *made_of]).encode())
     for source in sources:
@@ -198,16 +194,14 @@ class TokenStore:
 
     Document d is tokens[offsets[d] : offsets[d + 1]]; `labels` are aligned with `tokens`. In running text they are the
     next tokens, so the last one of a document is only predicted. `counts` says how many documents each of `sources`
-    has, `summary` which rows were read and skipped, `digest` names the contents. Raises ValueError if the folder holds
-    no complete store.
+    has, `digest` names the contents. Raises ValueError if the folder holds no complete store.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
             about = json.loads((self.folder / "store.json").read_text(encoding="utf-8"))
-            self.key, self.digest = about["key"], about["digest"]
-            self.counts: list[int] = about["counts"]
+            self.key, self.digest, self.counts = about["key"], about["digest"], about["counts"]
             self.sources = [TextSource(**source) for source in about["sources"]]
             self.summary = ReadSummary(**about["read"])
             self.summary.skipped = [SkippedRow(**row) for row in about["read"]["skipped"]]
@@ -244,10 +238,10 @@ class TokenStore:
 def read_summary(*stores: TokenStore) -> ReadSummary:
     """Which rows were read and skipped when these stores were made."""
     whole = ReadSummary()
-    for one in (store.summary for store in stores):
-        whole.rows |= one.rows
-        whole.skipped += one.skipped
-        whole.shortened += one.shortened
+    for store in stores:
+        whole.rows |= store.summary.rows
+        whole.skipped += store.summary.skipped
+        whole.shortened += store.summary.shortened
     return whole
 
 
