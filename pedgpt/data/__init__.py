@@ -21,7 +21,7 @@ from pedgpt.data.readers import (
     read_triples,
 )
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record, Triple
-from pedgpt.data.reference import load_reference, reference_date, reference_key, save_reference
+from pedgpt.data.reference import load_reference, reference_key, save_reference
 from pedgpt.data.store import (
     ChatSettings,
     FormatSettings,
@@ -42,6 +42,6 @@ __all__ = [
     "encode_conversation", "encode_conversations", "encode_document", "encode_pairs", "encode_prompt", "full_pairs",
     "full_rows", "heldout_files", "iter_records", "load_reference", "load_tokenizer", "mix", "pack", "packed_chats",
     "parse_columns", "part_shares", "read_conversations", "read_documents", "read_preferences", "read_summary",
-    "read_triples", "reference_date", "reference_key", "save_reference", "stage_sources", "taught_folder",
-    "train_tokenizer", "utilization", "write_chats", "write_tokens",
+    "read_triples", "reference_key", "save_reference", "stage_sources", "taught_folder", "train_tokenizer",
+    "utilization", "write_chats", "write_tokens",
 ]  # fmt: skip

@@ -65,10 +65,9 @@ class ChatFormat:
     def render(
         self, messages: Sequence[Message], supervised: set[int], generation_prompt: bool
     ) -> tuple[list[int], list[int]]:
-        """Tokens of `messages`, and what the model should have predicted at each of them, −100 for nothing.
+        """Tokens of `messages`, and what should be predicted there, −100 for nothing but the answers in `supervised`.
 
-        Loss is on the assistant messages whose indices are in `supervised`. Raises ValueError naming the template if
-        it cannot write these messages, or cannot teach these answers.
+        Raises ValueError naming the template if it cannot write these messages, or cannot teach these answers.
         """
         parts = self.template.parts(messages, generation_prompt)
         ends = {part.speaker: part.token for part in parts}
@@ -96,12 +95,9 @@ class ChatFormat:
         return tokens, targets
 
     def read_answer(self, text: str) -> Message:
-        """What a model wrote after a prompt, as a message; its content is empty if the reasoning never ended.
-
-        Besides `<think>…</think>` this knows the headings of HuatuoGPT-o1.
-        """
+        """What a model wrote after a prompt, as a message; its content is empty if the reasoning never ended."""
         thought, ended, answer = text.partition("## Final Response")
-        if ended and thought.lstrip().startswith("## Thinking"):
+        if ended and thought.lstrip().startswith("## Thinking"):  # the headings of HuatuoGPT-o1
             return Message("assistant", answer.strip(), reasoning=thought.strip().removeprefix("## Thinking").strip())
         if "</think>" not in text and (self.opens_thought or text.lstrip().startswith("<think>")):
             return Message("assistant", "", reasoning=text.strip())
@@ -205,9 +201,8 @@ def chat_format(
     """The format called "baichuan2", "chatml" or "llama3", or "template" for the checkpoint's own Jinja template.
 
     "auto" is that template if there is one, unless it is a built-in format's, and otherwise the built-in format whose
-    role tokens the tokenizer has. `enable_thinking` is for thinking models: false asks for answers without reasoning,
-    None leaves it to the template. `today`, like "2026-03-31", is for templates that write the date; empty: the day on
-    the clock.
+    role tokens the tokenizer has. `enable_thinking` false asks a thinking model for answers without reasoning, None
+    leaves it to the template. `today`, like "2026-03-31", is for templates that write the date; empty: the clock's.
     """
     if name not in ("auto", "template", *BUILT_IN):
         names = ", ".join(f'"{known}"' for known in ("auto", *BUILT_IN))

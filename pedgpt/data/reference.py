@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,18 +14,17 @@ from torch import Tensor
 from pedgpt.data.chat import ChatFormat, TemplateChat
 from pedgpt.files import atomic_write
 
-_NAME, _DATE = "logps", "template_date"
+_NAME = "logps"
 
 
 def reference_key(*, model: str, chat: ChatFormat, data: str, dtype: str) -> dict[str, str]:
     """All that the log-probabilities of pairs depend on, as short texts.
 
-    `model` is the reference's fingerprint, `data` that of the pairs, `dtype` that of the computation; the tokenizer is
-    `chat`'s.
+    `model` is the reference's fingerprint, `data` that of the pairs, `dtype` that of the computation.
     """
     return {
         "model": model, "tokenizer": _short(chat.tokenizer.description()), "chat_format": chat_fingerprint(chat),
-        "data": data, "dtype": dtype, **({_DATE: chat.today} if chat.today else {}),
+        "data": data, "dtype": dtype, **({"template_date": chat.today} if chat.today else {}),
     }  # fmt: skip
 
 
@@ -36,13 +34,6 @@ def chat_fingerprint(chat: ChatFormat) -> str:
     if not isinstance(chat, TemplateChat):
         return name
     return f"{name} {_short(json.dumps([chat.template.source, chat.template.variables], sort_keys=True))}"
-
-
-def reference_date(path: str | Path) -> str:
-    """The day that is written in the prompts of a file, for a run that shares it; "" without a file or a day."""
-    with suppress(OSError, SafetensorError), safe_open(path, "pt") as handle:
-        return (handle.metadata() or {}).get(_DATE, "")
-    return ""
 
 
 def save_reference(path: str | Path, logps: Tensor, key: Mapping[str, str]) -> None:
@@ -62,8 +53,8 @@ def save_reference(path: str | Path, logps: Tensor, key: Mapping[str, str]) -> N
 def load_reference(path: str | Path, key: Mapping[str, str], num_pairs: int, *, must_fit: bool = True) -> Tensor | None:
     """The log-probabilities [num_pairs, 2] float32 that were saved under `key`; None if there is no such file.
 
-    A file that was written under another key, which holds the pairs' fingerprint, or cannot be read is a ValueError
-    that names every entry of the key that differs; None instead if the file need not fit.
+    A file that was written under another key or cannot be read is a ValueError that names every entry of the key that
+    differs; None instead if the file need not fit.
     """
     try:
         with safe_open(path, "pt") as handle:

@@ -97,7 +97,6 @@ class Tokenizer:
         """Copy the files that the tokenizer came with; without such, write tokenizer.json and tokenizer_config.json.
 
         `convert` writes these two in any case, for tools that need no vendor code, with `chat_template` if given.
-        Raises ValueError naming a file to copy that is a link out of its folder.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,8 +127,7 @@ class StreamDecoder:
     """Turns ids that arrive one by one into the text of `Tokenizer.decode`, holding back what is not yet certain.
 
     That is a character until all its bytes are there, and what may begin one of `stop_strings`. `stopped` becomes
-    True when one is complete, or when the special token that one spells arrives: the text before it has been given,
-    and the rest is dropped.
+    True when one is complete, or when the special token that one spells arrives; the rest is dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:

@@ -210,7 +210,7 @@ def test_instructions_alone_are_used_once(lab, corpus, tmp_path):
     assert "domain text" not in result.out and re.search(r"chat .* 1\.00 epochs", result.out)
     assert re.search(r"graph .* 2\.00 epochs", result.out)
     result = lab.run("continued_pretrain", tmp_path / "lists", text=None, instruction_share=1, max_steps=2)
-    assert result.code == 0 and re.search(r"^  files .* 100\.0%  1\.00 epochs of instructions$", result.out, flags=re.MULTILINE)
+    assert result.code == 0 and re.search(r"\n  files .* 100\.0%  1\.00 epochs of instructions\n", result.out)
     result = run(lab, corpus, tmp_path / "text", instruction_share=0, max_steps=2)
     assert result.code == 0 and "instructions" not in result.out and "chat" not in result.out
 
