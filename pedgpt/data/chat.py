@@ -26,10 +26,9 @@ class ChatFormat:
 
     Neighbouring text is encoded in one run, cut only at special tokens and where an answer begins or ends, whether or
     not it carries loss: tokens do not depend on what is supervised, and a prompt's are those that training saw.
-    The last answer is written with its reasoning, if it has any; earlier answers are written without theirs. With
-    `enable_thinking` false no answer has reasoning. `opens_thought` says whether the prompt ends with `<think>`, after
-    which the model goes on with its reasoning; `thinks` whether to expect reasoning before a new answer. `today` is the
-    day that the format writes, or "" if it writes none.
+    The last answer is written with its reasoning, if it has any; earlier ones without. `opens_thought` says whether the
+    prompt ends with `<think>`, after which the model goes on with its reasoning; `thinks` whether to expect reasoning
+    before a new answer. `today` is the day that the format writes, or "" if it writes none.
     """
 
     jinja = ""  # the template of a built-in format; empty: the checkpoint's own

@@ -98,22 +98,20 @@ class ChatTemplate:
 
     def _written(self, messages: Sequence[Message], generation_prompt: bool) -> list[Part]:
         """`parts` as the template itself writes them."""
-        outline = self._outline(self._shape(messages), generation_prompt)
-        said = [text for message in messages for text in (message.content, message.reasoning)]
-        text = self._render(said, [message.role for message in messages], generation_prompt)
+        said = [(message.role, message.content, message.reasoning) for message in messages]
+        shape = tuple([(role, bool(content), bool(reasoning)) for role, content, reasoning in said])
+        outline, text = self._outline(shape, generation_prompt), self._render(said, generation_prompt)
         parts, at = [], 0
         for number, part in enumerate(outline, start=1):
             if part.place is not None:
                 following = text_of(takewhile(lambda part: part.place is None, outline[number:]))
-                part = Part(_stretch(said[part.place], following, text, at), part.speaker, part.place)
+                content = said[part.place // 2][1 + part.place % 2]
+                part = Part(_stretch(content, following, text, at), part.speaker, part.place)
             parts.append(part)
             at += len(part.text)
         if text_of(parts) != text:
             raise self._error("changes the messages' text, so that answers cannot be told from the rest")
         return parts
-
-    def _shape(self, messages: Sequence[Message]) -> Shape:
-        return tuple([(m.role, bool(m.content), bool(m.reasoning)) for m in messages])
 
     def _new_outline(self, shape: Shape, generation_prompt: bool) -> list[Part]:
         """`_written` for these roles, without the messages' text; an empty text has no part with a `place`."""
@@ -141,19 +139,21 @@ class ChatTemplate:
 
     def _rendered_places(self, shape: Shape, generation_prompt: bool) -> str:
         """The template's text with the number of its place, between two marks, for each text of a message."""
-        told = enumerate(is_there for _, *both in shape for is_there in both)
-        said = [f"{_LEFT}{place}{_RIGHT}" if is_there else "" for place, is_there in told]
-        return self._render(said, [role for role, *_ in shape], generation_prompt)
+        said = [
+            (role, f"{_LEFT}{2 * i}{_RIGHT}" if content else "", f"{_LEFT}{2 * i + 1}{_RIGHT}" if reasoning else "")
+            for i, (role, content, reasoning) in enumerate(shape)
+        ]
+        return self._render(said, generation_prompt)
 
     def _literal(self, text: str, speaker: int | None = None) -> list[Part]:
         """The template's own writing, cut at special tokens."""
         return [Part(piece, speaker, token=self.special.get(piece)) for piece in self.pattern.split(text) if piece]
 
-    def _render(self, said: list[str], roles: list[str], generation_prompt: bool) -> str:
-        """The template's text of these messages; `said` is content and reasoning of each in turn."""
+    def _render(self, said: Iterable[tuple[str, str, str]], generation_prompt: bool) -> str:
+        """The template's text of messages that are given by role, content and reasoning."""
         messages = [
             {"role": role, "content": content} | ({"reasoning_content": reasoning} if reasoning else {})
-            for role, content, reasoning in zip(roles, said[::2], said[1::2], strict=True)
+            for role, content, reasoning in said
         ]
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation_prompt}
         try:

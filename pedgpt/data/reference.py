@@ -37,10 +37,7 @@ def chat_fingerprint(chat: ChatFormat) -> str:
 
 
 def save_reference(path: str | Path, logps: Tensor, key: Mapping[str, str]) -> None:
-    """Write `logps` [pairs, 2] (chosen, rejected) float32 with its key, at once: the file is whole or not there.
-
-    Raises ValueError, before anything is written, for values that are not finite.
-    """
+    """Write `logps` [pairs, 2] (chosen, rejected) float32 with its key, at once: the file is whole or not there."""
     path = Path(path)
     if not logps.isfinite().all():
         raise ValueError(f"{path}: not written: a log-probability of the reference is not finite")

@@ -36,7 +36,10 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path | None = None) -> None:
         self.backend, self.config, self.folder = backend, config, folder
-        self.bos_id, self.eos_id, self.pad_id = named = [self._named(key) for key in _NAMED[:3]]
+        names = [token_name(config.get(key)) for key in _NAMED[:3]]
+        self.bos_id, self.eos_id, self.pad_id = named = [
+            None if name is None else self.token_id(name) for name in names
+        ]
         lists = [config[key] for key in _LISTED if isinstance(config.get(key), list)]
         named += [backend.token_to_id(token_name(token) or "") for tokens in lists for token in tokens]
         _protect_special_tokens(backend, {i for i in named if i is not None})
@@ -72,7 +75,7 @@ class Tokenizer:
     def token_id(self, token: str) -> int:
         """The id of a token given by its exact name; ValueError if the vocabulary lacks it."""
         if (found := self.backend.token_to_id(token)) is None:
-            raise ValueError(f"the tokenizer has no token {token!r}")
+            raise ValueError(f"{self.folder}: the tokenizer has no token {token!r}")
         return found
 
     def stop_ids(self, strings: Sequence[str]) -> set[int]:
@@ -114,13 +117,6 @@ class Tokenizer:
                         target.write(source.read_bytes())
                 elif name == "chat_template.jinja":  # an earlier one would hide that of tokenizer_config.json
                     (folder / name).unlink(missing_ok=True)
-
-    def _named(self, key: str) -> int | None:
-        name = token_name(self.config.get(key))
-        if name is not None and not self.has(name):
-            place = f"{(self.folder or Path()) / CONFIG_FILE} or {NAMES_FILE}"
-            raise ValueError(f"{place}: {key} is {name!r}, which the tokenizer lacks")
-        return None if name is None else self.token_id(name)
 
 
 class StreamDecoder:
