@@ -37,10 +37,10 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path | None = None) -> None:
         self.backend, self.config, self.folder = backend, config, folder
         names = [token_name(config.get(key)) for key in _NAMED[:3]]
-        self.bos_id, self.eos_id, self.pad_id = named = [
-            None if name is None else self.token_id(name) for name in names
-        ]
+        named = [None if name is None else self.token_id(name) for name in names]
+        self.bos_id, self.eos_id, self.pad_id = named
         lists = [config[key] for key in _LISTED if isinstance(config.get(key), list)]
+        lists.append([token for token in config.get("added_tokens_decoder", {}).values() if token.get("special")])
         named += [backend.token_to_id(token_name(token) or "") for tokens in lists for token in tokens]
         _protect_special_tokens(backend, {i for i in named if i is not None})
         backend.encode_special_tokens = True

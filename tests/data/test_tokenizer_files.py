@@ -98,6 +98,16 @@ def test_added_tokens_match_transformers_which_saved_them(folder, tmp_path):
     assert size not in ours.encode("<ctl>热")
 
 
+def test_a_token_that_the_config_alone_calls_special_is_never_text(folder):
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    size = load_tokenizer(folder).vocab_size
+    state["added_tokens"].append({"id": size, **entry("[CTL]")})
+    write(folder, "tokenizer.json", state)
+    assert size in load_tokenizer(folder).encode("[CTL]")
+    write(folder, "tokenizer_config.json", {"added_tokens_decoder": {str(size): entry("[CTL]", special=True)}})
+    assert size not in load_tokenizer(folder).encode("[CTL]")
+
+
 def test_added_tokens_file_completes_a_sentencepiece_model(tmp_path, sp_folders):
     shutil.copytree(sp_folders["llama2"], tmp_path, dirs_exist_ok=True)
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
