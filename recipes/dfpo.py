@@ -26,7 +26,6 @@ from pedgpt.data import (
     full_pairs,
     load_reference,
     read_summary,
-    reference_date,
     reference_key,
     save_reference,
     write_chats,
@@ -127,7 +126,7 @@ def main(config: Config) -> None:
 
     # Data: token ids on disk, made by the first rank and mapped by all.
     cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
-    today = config.template_date or training.run_date(config.output, world, reference_date(cache))
+    today = config.template_date or training.run_date(config.output, world)
     chat = config.load_chat(today, ModelConfig.from_hf)
     files = {"train": config.preferences, "heldout": config.heldout_preferences}
     tokens = Path(config.output) / "tokens"

@@ -190,13 +190,10 @@ def cut(path):
 
 
 DAMAGE = {
-    "labels": (lambda f: cut(f / "labels.bin"), r"labels.bin has \d+ bytes, expected \d+"),
-    "no_labels": (lambda f: (f / "labels.bin").unlink(), "No such file"),
-    "tokens": (lambda f: cut(f / "tokens.bin"), r"tokens.bin has \d+ bytes, expected \d+"),
-    "old_json": (
-        lambda f: (f / "store.json").write_text((f / "store.json").read_text().replace("labelled", "other")),
-        "'labelled'",
-    ),
+    "labels": lambda f: cut(f / "labels.bin"),
+    "no_labels": lambda f: (f / "labels.bin").unlink(),
+    "tokens": lambda f: cut(f / "tokens.bin"),
+    "old_json": lambda f: (f / "store.json").write_text((f / "store.json").read_text().replace("labelled", "other")),
 }
 
 
@@ -205,9 +202,8 @@ def test_a_damaged_store_is_refused_and_made_again(tmp_path, chat, damage):
     files = {"train": [write(tmp_path / "a.jsonl", talks_of(random.Random(6), 9))]}
     (whole,), _ = made(tmp_path, "conversations", files, chat)
     digest = whole.digest
-    break_it, told = DAMAGE[damage]
-    break_it(tmp_path / "train")
-    with pytest.raises(ValueError, match=f"train: no complete token store.*{told}.*the next run makes it again"):
+    DAMAGE[damage](tmp_path / "train")
+    with pytest.raises(ValueError, match="train: no complete token store.*the next run makes it again"):
         TokenStore(tmp_path / "train")
     (again,), done = made(tmp_path, "conversations", files, chat)
     assert done == 9 and again.digest == digest

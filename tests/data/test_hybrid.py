@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pedgpt.data import Conversation, Message, TextSource, as_completion, heldout_files, mix, part_shares, stage_sources
-from pedgpt.data.hybrid import SURFACE_FORMS
+from pedgpt.data import Conversation, Message, TextSource, heldout_files, mix, part_shares, stage_sources
+from pedgpt.data.hybrid import SURFACE_FORMS, as_completion
 from pedgpt.data.manifest import DOMAIN, GENERAL, INSTRUCTIONS
 
 PARTS = (DOMAIN, GENERAL, INSTRUCTIONS)
@@ -140,14 +140,11 @@ def test_part_without_a_share_is_left_out_even_if_empty_and_empty_documents_are_
         ([source("a"), source("b", GENERAL)], [0, 1], {DOMAIN: 0.25, GENERAL: 0.75}, "domain text.*25%.*no text"),
         ([source("b", GENERAL)], [1], {DOMAIN: 0.5, GENERAL: 0.5}, "domain text.*50%.*no text"),
         ([source("a", weight=0)], [3], {DOMAIN: 1.0}, "domain text.*100%.*weights in it are 0"),
-        ([source("a")], [1], {DOMAIN: -0.5, GENERAL: 1.5}, "negative"),
-        ([source("a")], [1], {DOMAIN: 0.0}, "all be 0"),
-        ([], [], {DOMAIN: 0.0}, "all be 0"),
         # 3 x 40 + 1 x 10 tokens do not go into half of 200; nothing may take what is left of 50.
         ([source("a", epochs=3), source("b", epochs=1), source("c"), source("d", INSTRUCTIONS)], [40, 10, 5, 9],
          {DOMAIN: 0.5, INSTRUCTIONS: 0.5}, "domain text' 100 of 200 tokens.*take 130 .a 3 x 40, b 1 x 10.*change"),
         ([source("a", epochs=2), source("b", weight=0), source("d", INSTRUCTIONS)], [25, 10, 9],
-         {DOMAIN: 0.5, INSTRUCTIONS: 0.5}, "domain text' 100 of 200 tokens.*take 50 .a 2 x 25.*what is left"),
+         {DOMAIN: 0.5, INSTRUCTIONS: 0.5}, "domain text' 100 of 200 tokens.*take 50 .a 2 x 25.*a weight"),
     ],
 )  # fmt: skip
 def test_impossible_mixtures_are_errors(sources, counts, shares, told):
@@ -155,19 +152,16 @@ def test_impossible_mixtures_are_errors(sources, counts, shares, told):
         mix(sources, ones(*counts), shares, total_tokens=200, seed=0)
 
 
-def test_description_groups_sources_by_part():
+def test_description_has_a_line_for_each_source():
     sources = [source("textbook", epochs=2), source("wiki", GENERAL), source("qa", INSTRUCTIONS, 3.0),
                source("chat", INSTRUCTIONS)]  # fmt: skip
     shares = part_shares(0.5, 9.0, set(PARTS))
     lines = mix(sources, ones(900, 500, 400, 800), shares, total_tokens=4000, seed=0).describe().splitlines()
     assert [" ".join(line.split()) for line in lines] == [
-        "domain text 1,800 tokens 45.0%",
-        "textbook 1,800 tokens 45.0% 2.00 epochs",
-        "general text 200 tokens 5.0%",
-        "wiki 200 tokens 5.0% 0.40 epochs",
-        "instructions 2,000 tokens 50.0%",
-        "qa 1,200 tokens 30.0% 3.00 epochs",
-        "chat 800 tokens 20.0% 1.00 epochs",
+        "textbook 1,800 tokens 45.0% 2.00 epochs of domain text",
+        "wiki 200 tokens 5.0% 0.40 epochs of general text",
+        "qa 1,200 tokens 30.0% 3.00 epochs of instructions",
+        "chat 800 tokens 20.0% 1.00 epochs of instructions",
     ]
     assert len({line.index(" tokens") for line in lines}) == 1
 

@@ -15,13 +15,13 @@ from pedgpt.data import (
     chat_format,
     encode_conversation,
     encode_conversations,
-    encode_pair,
+    encode_pairs,
     encode_prompt,
-    lessons,
     load_tokenizer,
     read_conversations,
     read_preferences,
 )
+from pedgpt.data.examples import lessons
 from pedgpt.evaluation import responses
 
 IGNORED = -100
@@ -197,7 +197,7 @@ def test_pairs_learn_the_reasoning_of_both_answers(made, tmp_path):
     (pair,) = read_preferences(path)
     assert isinstance(pair, PreferencePair)
     make, peer = made["switched"]
-    both = encode_pair(pair, make())
+    (both,) = encode_pairs([pair], make(), 999, "error", ReadSummary())
     assert learnt(make(), peer, both.chosen) == ["<think>\n甲\n</think>\n\n好<|im_end|>"]
     assert learnt(make(), peer, both.rejected) == ["<think>\n乙\n</think>\n\n坏<|im_end|>"]
 
