@@ -175,6 +175,7 @@ def read_object(folder: Path, name: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(found, dict):
@@ -200,6 +201,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """The content of a TOML file; ValueError naming the file, and the line of a mistake."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid TOML ({error})") from None
 

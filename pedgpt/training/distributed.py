@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +95,9 @@ def reshard(model: nn.Module) -> None:
         model.reshard()
 
 
-def autocast(world: World, dtype: torch.dtype) -> AbstractContextManager:
+def autocast(world: World, dtype: torch.dtype) -> torch.autocast:
     """Matrix products in `dtype`; nothing to do in float32."""
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(world.device.type, dtype=dtype)
+    return torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -27,23 +28,22 @@ _SECONDS, _TIMES = 600.0, 20
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+@dataclass
 class Checkpoints:
     """The checkpoints of one run. All ranks call the same methods; the main rank decides what is due."""
 
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        run: Mapping[str, Any],
-        world: World,
-        choices: Mapping[str, bool] | None = None,
-    ) -> None:
-        self.folder = Path(settings.output) / "checkpoints"
-        self.settings, self.every = settings, settings.checkpoint_every
-        self.model, self.optimizer, self.run, self.world, self.choices = model, optimizer, run, world, choices
-        self.best = math.inf  # the lowest held-out loss so far
-        self.written, self.seconds = time.monotonic(), 0.0  # when the last one was complete, and how long it took
+    settings: TrainingSettings
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    run: Mapping[str, Any]
+    world: World
+    choices: Mapping[str, bool] | None
+    best: float = math.inf  # the lowest held-out loss so far
+    written: float = field(default_factory=time.monotonic)  # when the last one was complete
+    seconds: float = 0.0  # how long that took
+
+    def __post_init__(self) -> None:
+        self.folder, self.every = Path(self.settings.output) / "checkpoints", self.settings.checkpoint_every
 
     def resume(self, total_steps: int) -> int:
         """Load the last checkpoint, if there is one, and return the step to go on from."""

@@ -28,8 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from pedgpt.training import loop
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, local, stop
-from pedgpt.training.distributed import trained as trained_parameters
+from pedgpt.training.distributed import World, local, stop, trained
 from pedgpt.training.optim import build_optimizer
 
 GB = 10**9
@@ -53,9 +52,9 @@ class Held:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the storages that are alive. `peaks[moment]` is the length of `events` when that moment's sum was highest.
+    """Counts the storages that are alive: `events` has each that comes, with 1, or goes, with -1.
 
-    An event is a storage that comes, with 1, or goes, with -1.
+    `peaks[moment]` is the highest sum of that moment, and the number of events at that time.
     """
 
     def __init__(self) -> None:
@@ -64,8 +63,7 @@ class Counter(TorchDispatchMode):
         self.total = 0
         self.alive: dict[int, tuple[Any, Held]] = {}  # by address: a weak reference to the storage, and what it holds
         self.events: list[tuple[Held, int]] = []
-        self.peaks: dict[str, int] = {}
-        self.highest: dict[str, int] = {}
+        self.peaks: dict[str, tuple[int, int]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -94,8 +92,8 @@ class Counter(TorchDispatchMode):
     def begin(self, moment: str) -> None:
         """From here on peaks are recorded under the name of this moment."""
         self.moment = moment
-        if self.total > self.highest.get(moment, -1):
-            self.highest[moment], self.peaks[moment] = self.total, len(self.events)
+        if (self.total,) > self.peaks.get(moment, ())[:1]:
+            self.peaks[moment] = self.total, len(self.events)
 
     def remove(self, key: int) -> None:
         """Count the storage with this address no more, if it was counted."""
@@ -113,7 +111,7 @@ class Counter(TorchDispatchMode):
     def parts(self, moment: str) -> dict[str, int]:
         """Bytes by part at the peak of this moment."""
         sums = Sums[str]()
-        for held, sign in self.events[: self.peaks[moment]]:
+        for held, sign in self.events[: self.peaks[moment][1]]:
             sums[held.part] += sign * held.size
         return dict(+sums)
 
@@ -128,21 +126,10 @@ def _indexed(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     return aten.index.Tensor(x, indices)
 
 
-def _number(x: Tensor) -> Any:
-    return {torch.bool: getattr(x, "holds_everywhere", False)}.get(x.dtype, 1.0 if x.is_floating_point() else 1)
-
-
-def _everywhere(x: Tensor, *_: Any) -> Tensor:
-    found = aten.any.default(x)
-    found.holds_everywhere = True
-    return found
-
-
 ANSWERS: dict[Any, Callable[..., Any]] = {
     aten.nonzero.default: lambda x: x.new_empty(x.numel(), x.ndim, dtype=torch.int64),
     aten.index.Tensor: _indexed,
-    aten._local_scalar_dense.default: _number,
-    aten.all.default: _everywhere,
+    aten._local_scalar_dense.default: lambda x: 0 if x.dtype == torch.bool else 1,
 }
 
 
@@ -204,11 +191,11 @@ def count(build: Build, make_batch: MakeBatch, settings: S, ranks: int = 1) -> M
             on_shapes(model)
             counter.claim(model.parameters(), "weights")
             optimizer = build_optimizer(model, settings)
-            trained = list(trained_parameters(model).values())
-            for parameter in trained:
+            parameters = list(trained(model).values())
+            for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
             # NOTE: DTensor tries each kind of operation once on whole tensors, which must not be counted later.
-            nn.utils.clip_grad_norm_(trained, 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             rows = -(-settings.global_batch_size // ranks)
             if rows <= settings.micro_batch_size:
@@ -221,7 +208,7 @@ def count(build: Build, make_batch: MakeBatch, settings: S, ranks: int = 1) -> M
                 return found
 
             def before_update(*_: Any) -> None:
-                counter.claim((parameter.grad for parameter in trained), "gradients")
+                counter.claim((parameter.grad for parameter in parameters), "gradients")
                 counter.claim(tree_leaves(list(optimizer.state.values())), "AdamW's state")
                 counter.begin("update")
 
@@ -240,8 +227,8 @@ def print_plan(settings: S, build: Build, make_batch: MakeBatch) -> None:
     ranks, size = cards(settings.plan)
     with torch.device("meta"):
         model, _ = build(settings, World(0, 1, torch.device("cpu")))
-    everything, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (0, 1))
-    print(f"{everything:,} parameters, {trained:,} train ({trained / everything:.2%}); {settings.dtype}")
+    everything, some = (sum(p.numel() for p in found) for found in (model.parameters(), trained(model).values()))
+    print(f"{everything:,} parameters, {some:,} train ({some / everything:.2%}); {settings.dtype}")
     moments = count(build, make_batch, settings, ranks)
     print(f"\n{'GB on a card, at most in':<26}" + "".join(f"{moment:>10}" for moment in moments))
     for part in (*PARTS, "total"):

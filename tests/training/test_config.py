@@ -72,11 +72,11 @@ def test_flags_win_over_the_file_and_dashes_equal_underscores(tmp_path):
         (["--steps"], "--steps takes one value, found 0"),
         (["--steps", "1", "2"], "--steps takes one value, found 2"),
         (["--config", "a.toml", "b.toml"], "--config takes one value, found 2"),
-        (["--config", "/nowhere/c.toml"], "[Errno 2] No such file or directory: '/nowhere/c.toml'"),
+        (["--config", "/nowhere/c.toml"], "/nowhere/c.toml: cannot be read (No such file or directory)"),
     ],
 )
 def test_mistaken_flags_are_named(flags, message):
-    with pytest.raises((ValueError, OSError)) as error:
+    with pytest.raises(ValueError) as error:
         parse(*flags)
     assert str(error.value).startswith(message)
 
