@@ -204,15 +204,15 @@ def run_recipe(main: Callable[[C], None], cls: type[C]) -> None:
     if code or "RANK" in os.environ:
         # NOTE: leave at once, because after a mistake other ranks may wait for this one in a collective, and because
         # Gloo's threads can abort a run that has succeeded (pytorch/pytorch#179291).
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # a closed pipe
+            sys.stdout.flush()
         os._exit(code)
 
 
 def explain(error: BaseException) -> int:
     """Say in one line what ended a recipe, and return its exit code; a bug is raised with its traceback."""
-    if isinstance(error, SystemExit):  # whoever stopped the run has said so
-        return int(error.code or 0)
+    if isinstance(error, SystemExit) and isinstance(error.code, int):  # whoever stopped the run has said so
+        return error.code
     code, line = 2, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         code, line = 130, "stopped by Ctrl-C; the same command goes on, or starts anew"
@@ -222,7 +222,7 @@ def explain(error: BaseException) -> int:
         raise error
     if code == 2 and os.environ.get("PEDGPT_TRACEBACK"):
         raise error
-    print(printable(line), file=sys.stderr)
+    print(printable(line), file=sys.stderr, flush=True)
     return code
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pedgpt.files import write_json
+from pedgpt.files import sync, write_json
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
@@ -92,7 +92,7 @@ def train(
                 due, sent = stop.agree(checkpoints.due(step + 1))
                 if due or last or sent:
                     if report.log:
-                        report.log.sync()  # a checkpoint's steps are in the log, whatever happens
+                        sync(report.log.path)  # a checkpoint's steps are in the log, whatever happens
                     saved = checkpoints.save(step + 1, ending=bool(last or sent))
                 if sent:
                     break
@@ -168,13 +168,10 @@ def run_choices(
     if world.device.type != "cpu":
         return {}
     use({})  # raises on every rank what it may raise
-    found: dict[str, bool] = {}
     if world.is_main:
         use(_remembered(Path(output)).get("choices") or {})
-        found = settle()
-    found = all_values(found, world)[0]
-    if not world.is_main:
-        use(found)
+    found = all_values(settle() if world.is_main else {}, world)[0]
+    use(found)
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pedgpt.files import naming_full_disk, sync, write_text
+from pedgpt.files import naming_full_disk, write_text
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World
 
@@ -50,10 +50,6 @@ class MetricsLog:
         """Append one step."""
         with naming_full_disk(self.path), open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
-
-    def sync(self) -> None:
-        """Wait until all lines are on the disk."""
-        sync(self.path)
 
 
 def _tensorboard(output: Path, after_step: int, settings: Mapping[str, Any]) -> Tracker:
