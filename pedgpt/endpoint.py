@@ -379,6 +379,7 @@ def _open_cache(path: Path) -> sqlite3.Connection:
         database.execute("SELECT * FROM answers, spent")
         with suppress(sqlite3.OperationalError):  # SQLite does not wait here; the first sets it for all
             database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose the last answers, a killed run none
     except (OSError, sqlite3.Error) as error:
         raise ValueError(f"{path}: cannot be used as a cache of answers ({error}); give another path") from None
     return database
