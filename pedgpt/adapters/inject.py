@@ -43,9 +43,8 @@ def inject_lora(
     """Freeze the model and give every matching linear layer a LoRA; returns the names that matched.
 
     `target_modules` holds names or patterns (`"q_proj"`, `"*.mlp.*"`), or is "all-linear": every linear layer but the
-    head. `rslora` scales by α/√r instead of α/r. The adapter gets `name` and is active from now on; others that the
-    model has wait for `set_adapter`. Raises ValueError if a pattern matches nothing, the name is taken, an adapter is
-    merged, or FSDP2 has split the model.
+    head. The adapter gets `name` and is active from now on; others wait for `set_adapter`. Raises ValueError if a
+    pattern matches nothing, the name is taken, an adapter is merged, or FSDP2 has split the model.
     """
     return _inject(model, target_modules, name, lambda base: LoRALinear(base, rank, alpha, dropout, rslora=rslora))
 
@@ -72,8 +71,7 @@ def inject_experts(
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """What can be adapted, by module name: every linear layer but the head.
 
-    Layers that are more than a linear layer, or that others use without calling them, are left out: an adapter would
-    change or miss what they do.
+    An adapter would change layers that are more than linear, and miss those that are used without being called.
     """
     return {
         name: module
@@ -104,9 +102,8 @@ def active_adapter(model: nn.Module) -> str | None:
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Compute and train with the adapter `name` from now on; None: with the base alone, of which nothing trains.
 
-    Base weights stay the parameters that they are, under their names; the adapter's tensors move to their device, and
-    to float64 where the base is. An optimizer keeps what it was given, also what is inactive now. Raises ValueError
-    for an unknown name, while an adapter is merged, and for a model that FSDP2 has split.
+    Base weights stay the parameters that they are; the adapter's tensors move to their device, and to float64 where the
+    base is. Raises ValueError for an unknown name, while an adapter is merged, and for a model that FSDP2 has split.
     """
     record = _record(model)
     _check_can_change(model)
@@ -141,9 +138,6 @@ def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only:
 
     Routed experts depend on the input, so no one matrix equals them. `universal_only` merges the expert that is always
     on and leaves the others in place, its columns of B zero; `save_adapter` then writes an adapter of the merged base.
-
-    Raises ValueError for experts without `universal_only` and the reverse, without adapters, with adapters merged
-    already or switched off, for weights on the meta device or split by FSDP2, and without both probe and embedding.
     """
     _check_can_change(model)
     record, layers = _record(model), adapted_layers(model)
@@ -157,13 +151,7 @@ def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only:
         )
     if universal_only and not experts:
         raise ValueError("universal_only is for experts, and the active adapter is a LoRA; leave it out to merge all")
-    if not all(layer.enabled for layer in layers.values()):
-        raise ValueError("adapters are switched off; merge outside of adapters_disabled")
-    if any(layer.weight.is_meta or layer.lora_A.is_meta for layer in layers.values()):
-        raise ValueError("the weights are on the meta device; load_weights first")
     probe = _default_probe(model) if probe is None else probe
-    if not probe.numel():
-        raise ValueError("probe is empty; give token ids [B, T]")
     before = _logits(model, probe)
     try:
         for name, layer in layers.items():
@@ -176,10 +164,7 @@ def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only:
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Undo `merge_lora`: the layers' weights and adapters are bit for bit what they were, whatever trained since.
-
-    Raises ValueError if nothing is merged, or for a model that FSDP2 has split.
-    """
+    """Undo `merge_lora`: the layers' weights and adapters are bit for bit what they were, whatever trained since."""
     record = _record(model)
     if not record.merged:
         raise ValueError("nothing is merged; merge_lora first")
