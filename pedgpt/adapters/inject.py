@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,41 +32,23 @@ class _Adapters:
 
 
 def inject_lora(
-    model: nn.Module,
-    *,
-    rank: int = 8,
-    alpha: float = 16,
-    dropout: float = 0.0,
-    rslora: bool = False,
-    target_modules: str | Sequence[str] = ALL_LINEAR,
-    name: str = "default",
+    model: nn.Module, *, target_modules: str | Sequence[str] = ALL_LINEAR, name: str = "default", **settings: Any
 ) -> list[str]:
     """Freeze the model and give every matching linear layer a LoRA; returns the names that matched.
 
     `target_modules` holds names or patterns (`"q_proj"`, `"*.mlp.*"`), or is "all-linear": every linear layer but the
-    head. The adapter gets `name` and is active from now on; others wait for `set_adapter`. Raises ValueError if a
-    pattern matches nothing, the name is taken, an adapter is merged, or FSDP2 has split the model.
+    head. `settings` are those of `LoRALinear`: rank, alpha, dropout, rslora. The adapter gets `name` and is active from
+    now on; others wait for `set_adapter`. Raises ValueError if a pattern matches nothing, the name is taken, an adapter
+    is merged, or FSDP2 has split the model.
     """
-    return _inject(model, target_modules, name, lambda base: LoRALinear(base, rank, alpha, dropout, rslora=rslora))
+    return _inject(model, target_modules, name, lambda base: LoRALinear(base, **settings))
 
 
 def inject_experts(
-    model: nn.Module,
-    *,
-    rank: int = 8,
-    alpha: float = 16,
-    num_specific_experts: int = 3,
-    dropout: float = 0.0,
-    rslora: bool = False,
-    target_modules: str | Sequence[str] = ALL_LINEAR,
-    name: str = "default",
+    model: nn.Module, *, target_modules: str | Sequence[str] = ALL_LINEAR, name: str = "default", **settings: Any
 ) -> list[str]:
-    """Freeze the model and give every matching linear layer a mixture of experts; otherwise as `inject_lora`."""
-
-    def wrap(base: nn.Linear) -> AdaptedLinear:
-        return ExpertLoRALinear(base, rank, alpha, num_specific_experts, dropout, rslora=rslora)
-
-    return _inject(model, target_modules, name, wrap)
+    """As `inject_lora`, but with a mixture of experts: `settings` are also num_specific_experts."""
+    return _inject(model, target_modules, name, lambda base: ExpertLoRALinear(base, **settings))
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -11,26 +11,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pedgpt.adapters.experts import ExpertLoRALinear
 from pedgpt.adapters.inject import adapted_layers, inject_experts, inject_lora, linear_layers
 from pedgpt.adapters.lora import AdaptedLinear
 from pedgpt.adapters.published import CONFIG, EXPERTS, LORA, PREFIX, WEIGHTS, parts, read_config, read_tensors
-from pedgpt.files import naming_full_disk, settle, write_json
+from pedgpt.files import atomic_write, write_json
 
 _BASE = "pedgpt_base_weights"  # in the metadata of the weights' file, so that PEFT finds no key that it does not know
 
 
 def save_adapter(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    base_model: str | None = None,
-    base_weights: str | None = None,
+    model: nn.Module, folder: str | Path, *, base_model: str | None = None, base_weights: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write adapter_config.json and adapter_model.safetensors with every tensor of the active adapter.
 
     LoRA takes PEFT's layout; experts the same files with `"peft_type": "PEDGPT_EXPERTS"`. `base_model` is the name or
@@ -44,29 +40,19 @@ def save_adapter(
     first = next(iter(layers.values()))
     settings = _settings(first)
     if any(_settings(layer) != settings for layer in layers.values()):
-        raise ValueError(
-            f"the adapter's layers differ in their settings; one file holds those of the first, {settings}"
-        )
+        raise ValueError(f"the layers differ in their settings; one file holds those of the first, {settings}")
     weights = _whole_weights(layers, state_dict)
     if settings["peft_type"] == LORA:
         del settings["num_specific_experts"]
     config = settings | {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "lora_dropout": first.dropout,
-        "target_modules": sorted(layers),
-        "bias": "none",
-        "inference_mode": True,
-    }
+        "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "lora_dropout": first.dropout,
+        "target_modules": sorted(layers), "bias": "none", "inference_mode": True,
+    }  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{WEIGHTS}.tmp"
-    try:
-        with naming_full_disk(folder / WEIGHTS, sum(weight.nbytes for weight in weights.values())):
-            save_file(weights, temporary, metadata={"format": "pt", **({_BASE: base_weights} if base_weights else {})})
-        settle(temporary, folder / WEIGHTS)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = save(weights, {"format": "pt"} | ({_BASE: base_weights} if base_weights else {}))
+    with atomic_write(folder / WEIGHTS, "wb", size=len(content)) as file:
+        file.write(content)
     write_json(folder / CONFIG, config)
 
 
@@ -91,12 +77,9 @@ def _settings(layer: AdaptedLinear) -> dict[str, Any]:
     """What one adapter's layers have in common, under the names of the config."""
     experts = layer.num_specific_experts if isinstance(layer, ExpertLoRALinear) else 0
     return {
-        "peft_type": EXPERTS if experts else LORA,
-        "r": layer.rank,
-        "lora_alpha": layer.alpha,
-        "use_rslora": layer.rslora,
-        "num_specific_experts": experts,
-    }
+        "peft_type": EXPERTS if experts else LORA, "r": layer.rank, "lora_alpha": layer.alpha,
+        "use_rslora": layer.rslora, "num_specific_experts": experts,
+    }  # fmt: skip
 
 
 def load_adapter(
@@ -115,12 +98,10 @@ def load_adapter(
     folder = Path(folder)
     config = read_config(folder)
     experts, tensors = read_tensors(folder, config, linear_layers(model), uniform_routing)
-    options: dict[str, Any] = {"num_specific_experts": experts} if experts else {}
+    settings = {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0)}
+    settings |= {"rslora": config.get("use_rslora", False)} | ({"num_specific_experts": experts} if experts else {})
     try:
-        (inject_experts if experts else inject_lora)(
-            model, rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0),
-            rslora=config.get("use_rslora", False), target_modules=list(tensors), name=name, **options,
-        )  # fmt: skip
+        (inject_experts if experts else inject_lora)(model, target_modules=list(tensors), name=name, **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from None
     layers = adapted_layers(model)
@@ -155,7 +136,6 @@ def check_base(folder: str | Path, model: str | Path, weights: str) -> None:
             warnings.warn(f"{folder} was trained on {base}; make sure that {model} is the same model", stacklevel=2)
     elif known not in (None, weights):
         raise ValueError(
-            f"{folder}: this adapter was trained on other weights than those of {model}; its base model was {base} "
-            f"(weights {known}, those given are {weights}). Give the model that it was trained on; or, if you know "
-            "that it fits, --any_base true"
+            f"{folder}: this adapter was trained on other weights ({known}) than those of {model} ({weights}); its "
+            f"base model was {base}. Give that model; or, if you know that it fits, --any_base true"
         )

@@ -1,13 +1,13 @@
 """Adapters on disk: saved and loaded exactly, under names, and never half."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import pedgpt.adapters.storage as storage
 from pedgpt.adapters import adapted_layers, inject_experts, inject_lora, load_adapter, save_adapter
 from pedgpt.adapters.inject import active_adapter, adapter_names, set_adapter
 
@@ -158,13 +158,14 @@ def test_a_save_that_dies_leaves_the_last_adapter(make_model, randomize, tokens,
     save_adapter(randomize(model), tmp_path)
     expected = model(tokens)
 
-    def die(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def die(handle):
         raise OSError("no space left")
 
-    monkeypatch.setattr(storage, "save_file", die)
+    monkeypatch.setattr(os, "fsync", die)
     with pytest.raises(OSError, match="no space"):
         save_adapter(randomize(model, seed=6), tmp_path)
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
     loaded = make_model().eval()
     load_adapter(loaded, tmp_path)
     assert torch.equal(loaded(tokens), expected)
