@@ -119,19 +119,16 @@ class _Again(Exception):
 
 @dataclass
 class Usage:
-    """What an endpoint was asked and what it cost; tokens of this run, and of all runs that share the cache."""
+    """What an endpoint was asked in this run, and what all runs that share the cache have cost."""
 
     requests: int = 0  # sent, retries included
     answered: int = 0  # new answers
     cached: int = 0  # answers from the cache
     retries: int = 0
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # of all runs, as are those that follow
     completion_tokens: int = 0
     cost: float = 0.0
-    all_prompt_tokens: int = 0
-    all_completion_tokens: int = 0
-    all_cost: float = 0.0
-    estimated: int = 0  # answers, of all runs, whose tokens are estimated by characters
+    estimated: int = 0  # answers whose tokens are estimated by characters
 
 
 class Endpoint:
@@ -196,20 +193,18 @@ class Endpoint:
     def describe(self) -> str:
         """The usage, in one paragraph."""
         u, s = self.usage, self.settings
-        priced = s.price_per_million_input or s.price_per_million_output
-        cost, all_cost = (f", {cost:.4f} {s.currency}" if priced else "" for cost in (u.cost, u.all_cost))
         text = (
             f"{self.title} {s.model} at {s.url}: {u.requests} requests sent, {u.answered} answered, {u.cached} answers "
-            f"from {self.cache.name}, {u.retries} retries; {u.prompt_tokens:,} prompt and "
-            f"{u.completion_tokens:,} completion tokens{cost} (all runs with this cache: {u.all_prompt_tokens:,} and "
-            f"{u.all_completion_tokens:,} tokens{all_cost})"
+            f"from {self.cache.name}, {u.retries} retries; all runs with this cache: {u.prompt_tokens:,} prompt and "
+            f"{u.completion_tokens:,} completion tokens"
         )
+        text += f", {u.cost:.4f} {s.currency}" if u.cost else ""
         if u.estimated:
             text += f"; the server gave no token counts for {u.estimated} answers: estimated by characters"
         return printable(text + ".")
 
     def so_far(self) -> str:
-        """Cost, tokens and retries of this run, for a progress bar."""
+        """Cost and tokens of all runs and retries of this one, for a progress bar."""
         u = self.usage
         tokens = u.prompt_tokens + u.completion_tokens
         return f"{u.cost:.2f} {self.settings.currency}, {tokens:,} tokens, {u.retries} retries"
@@ -269,7 +264,7 @@ class Endpoint:
     def _check_budget(self, tokens: int) -> None:
         """BudgetSpent if so many tokens more would exceed it."""
         self._account()
-        budget, used = self.settings.token_budget, self.usage.all_prompt_tokens + self.usage.all_completion_tokens
+        budget, used = self.settings.token_budget, self.usage.prompt_tokens + self.usage.completion_tokens
         if budget and used + tokens > budget:
             raise BudgetSpent(
                 f"token_budget = {budget:,} is spent: {used:,} tokens were used, and the next request may need "
@@ -326,8 +321,6 @@ class Endpoint:
             spend = "UPDATE spent SET prompt = prompt + ?, completion = completion + ?, estimated = estimated + ?"
             self._sql(spend, prompt, completion, not known)
             self._sql("COMMIT")
-        self.usage.prompt_tokens += prompt
-        self.usage.completion_tokens += completion
         self._account()
         if not text:
             raise _Again(f"the answer has no text: {self._shown(json.dumps(answer, ensure_ascii=False))}")
@@ -337,10 +330,8 @@ class Endpoint:
     def _account(self) -> None:
         """Bring what all runs have used, and what it costs, up to date."""
         u, s = self.usage, self.settings
-        u.all_prompt_tokens, u.all_completion_tokens, u.estimated = self._sql("SELECT * FROM spent")
-        prices = s.price_per_million_input / 1e6, s.price_per_million_output / 1e6
-        u.cost = u.prompt_tokens * prices[0] + u.completion_tokens * prices[1]
-        u.all_cost = u.all_prompt_tokens * prices[0] + u.all_completion_tokens * prices[1]
+        u.prompt_tokens, u.completion_tokens, u.estimated = self._sql("SELECT * FROM spent")
+        u.cost = (u.prompt_tokens * s.price_per_million_input + u.completion_tokens * s.price_per_million_output) / 1e6
 
     def _sql(self, statement: str, *values: object) -> Any:
         """The first row of a statement's result, or None."""
@@ -387,8 +378,8 @@ def _open_cache(path: Path) -> sqlite3.Connection:
 
 def _retry_after(value: str) -> float:
     """Seconds to wait, from a Retry-After header: seconds or an HTTP date; 0 for what cannot be understood."""
-    with suppress(ValueError):
-        return max(0.0, float(value))
+    if re.fullmatch(r"\d{1,9}", value):
+        return float(value)
     with suppress(ValueError, OverflowError, TypeError, IndexError):
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0

