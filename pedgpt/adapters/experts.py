@@ -53,15 +53,9 @@ class ExpertLoRALinear(AdaptedLinear):
     """
 
     def __init__(
-        self,
-        base: nn.Linear,
-        rank: int = 8,
-        alpha: float = 16,
-        num_specific_experts: int = 3,
-        dropout: float = 0.0,
-        *,
-        rslora: bool = False,
-    ) -> None:
+        self, base: nn.Linear, rank: int = 8, alpha: float = 16, num_specific_experts: int = 3, dropout: float = 0.0,
+        *, rslora: bool = False,
+    ) -> None:  # fmt: skip
         if num_specific_experts < 1:
             raise ValueError(f"num_specific_experts must be at least 1, found {num_specific_experts}")
         super().__init__(base, rank, alpha, dropout, rslora, hidden_size=(num_specific_experts + 1) * rank)

@@ -129,8 +129,8 @@ def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only:
     experts = any(isinstance(layer, ExpertLoRALinear) for layer in layers.values())
     if experts and not universal_only:
         raise ValueError(
-            "experts cannot be merged: which of them speak depends on the input, so no one matrix equals them; keep "
-            "the adapter, or merge the expert that is always on with universal_only=True"
+            "experts cannot be merged, because what they add depends on the input; merge the expert that is always on "
+            "with universal_only=True"
         )
     if universal_only and not experts:
         raise ValueError("universal_only is for experts, and the active adapter is a LoRA; leave it out to merge all")
@@ -158,7 +158,6 @@ def unmerge_lora(model: nn.Module) -> None:
         layer.to(current.device, None if current.dtype == layer.weight.dtype else current.dtype)
         layer.train(_linear(model, name).training)
         _replace(model, name, layer)
-        layer.noise_stream = None
     record.merged.clear()
 
 
@@ -168,10 +167,8 @@ def _inject(
     record = _record(model)
     _check_can_change(model)
     if adapter in record.layers:
-        raise ValueError(
-            f"the model has adapters already under the name {adapter!r}; give another name=, or use these with "
-            f"set_adapter(model, {adapter!r})"
-        )
+        taken = f"the model has adapters already under the name {adapter!r}"
+        raise ValueError(f"{taken}; give another name=, or use these with set_adapter(model, {adapter!r})")
     if foreign := [name for name in adapted_layers(model) if name not in record.of(record.active)]:
         raise ValueError(f"the model has adapters already that it does not know, as {foreign[0]}; load the base again")
     linears = linear_layers(model)
@@ -286,10 +283,8 @@ def _merged(layer: AdaptedLinear) -> nn.Linear:
     weight = nn.Parameter(total.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
     if not isinstance(layer, ExpertLoRALinear):
         return _plain(layer, weight)
-    rest = copy.copy(layer)
-    rest._parameters = {**layer._parameters, "weight": weight}
-    for name, parameter in layer.adapter_parameters().items():  # its own, so that training leaves the original alone
-        rest._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    rest = copy.deepcopy(layer)  # so that training leaves the original alone
+    rest.weight = weight
     rest.lora_B[:, : layer.rank] = 0
     return rest
 
@@ -298,8 +293,7 @@ def _default_probe(model: nn.Module) -> Tensor:
     embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
     if embedding is None:
         raise ValueError("the model has no nn.Embedding to draw token ids for; give probe, an input of the model")
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(embedding.num_embeddings, (1, 128), generator=generator, device="cpu")
+    ids = torch.randint(embedding.num_embeddings, (1, 128), generator=torch.Generator().manual_seed(0), device="cpu")
     return ids.to(embedding.weight.device)
 
 
