@@ -136,6 +136,6 @@ def check_base(folder: str | Path, model: str | Path, weights: str) -> None:
             warnings.warn(f"{folder} was trained on {base}; make sure that {model} is the same model", stacklevel=2)
     elif known not in (None, weights):
         raise ValueError(
-            f"{folder}: this adapter was trained on other weights ({known}) than those of {model} ({weights}); its "
-            f"base model was {base}. Give that model; or, if you know that it fits, --any_base true"
+            f"{folder}: this adapter was trained on other weights than those of {model}; its base model was {base} "
+            f"(weights {known}, not {weights}). Give that model; or, if you know that it fits, --any_base true"
         )
