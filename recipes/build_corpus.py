@@ -188,7 +188,6 @@ def tell(corpus: Corpus, manifest: dict, left_out: dict) -> None:
     print(f"personal data replaced: {replaced or 'none found'}")
     if left_out:
         print(f"files not read: {len(left_out):,}, listed above")
-    print(f"questions answered in different ways: {corpus.contradictions:,} (reports/contradictions.jsonl)")
     for part in ("train", "heldout"):
         print(f"{part}: {sum(file['rows'] for file in corpus.files if file['side'] == part):,} rows")
     tables = [file["table"] for file in corpus.files if file["side"] == "train"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from pedgpt.corpus.build import Step, stages, table_of
 from pedgpt.corpus.builders.role_play import subject
 from pedgpt.corpus.builders.sections import BETWEEN
 from pedgpt.corpus.decontaminate import Decontaminator
-from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, Spool, digest
+from pedgpt.corpus.duplicates import NearDuplicates, Spool, digest
 from pedgpt.corpus.quality import fault, normalize, scrub
 from pedgpt.corpus.rows import Built, Dropped, map_texts, question, texts
 from pedgpt.corpus.sources import Source
@@ -155,7 +154,7 @@ class Assembly:
         similar = {self._compared[i]: (self._compared[j], share) for i, j, share in self._near.find(names)}
         self._decontaminator.names = names
         asked = self._protect_heldout(similar)
-        corpus, contradictions = Corpus(self.folder, self.limits.shard_rows), Contradictions(self.folder)
+        corpus = Corpus(self.folder, self.limits.shard_rows)
         gone: set[int] = set()
         sampled: Counter[str] = Counter()
         for number in range(len(self._rows)):
@@ -183,11 +182,6 @@ class Assembly:
                 sampled[row.table] += 1  # an evenly spread share of each task
                 if int(sampled[row.table] * sample_share) > int((sampled[row.table] - 1) * sample_share):
                     corpus.write(part, "tasks_sample", row.source, record, written, row.topic)
-            if isinstance(record, Conversation) and len(record.messages) == 2 and not row.builder.startswith(VARIANTS):
-                contradictions.add(record.source, question(record), record.messages[-1].content)
-        groups = [_line(group) for group in contradictions.groups()]
-        (self.folder / "reports" / "contradictions.jsonl").write_bytes(b"".join(groups))
-        corpus.contradictions = len(groups)
         corpus.close()
         self.close()
         return corpus
@@ -213,7 +207,6 @@ class Assembly:
         for (name, reason), count in sorted(self.dropped.items()):
             left_out.setdefault(name, {})[reason] = count
         found = {"dropped": left_out, "personal_data_replaced": dict(sorted(self.replaced.items()))}
-        found["contradictory_questions"] = corpus.contradictions
         return write_manifest(self.folder, settings=settings, sources=about, files=corpus.files, found=found)
 
     def close(self) -> None:
@@ -273,27 +266,15 @@ class Assembly:
 
 
 @dataclass
-class Statistics:
-    """What the corpus card tells of one table and source."""
-
-    rows: int = 0
-    heldout: int = 0
-    turns: int = 0
-    asked: int = 0  # characters
-    answered: int = 0  # characters; of running text, its own
-
-
-@dataclass
 class Corpus:
     """The files of a corpus as they are written: FOLDER/train/tasks/medkqa/textbook-00000.jsonl."""
 
     folder: Path
     shard_rows: int
     files: list[dict[str, Any]] = field(default_factory=list)  # the manifest's, after `close`
-    statistics: dict[tuple[str, str], Statistics] = field(default_factory=lambda: defaultdict(Statistics))
+    # Of each table and source: rows, heldout (those among them), turns, and the characters asked and answered.
+    statistics: dict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     topics: Counter[str] = field(default_factory=Counter)  # rows by disease or department
-    lengths: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))  # of `table`, see `write`
-    contradictions: int = 0
 
     def __post_init__(self) -> None:
         self._entries: dict[str, dict[str, Any]] = {}  # the files, by path
@@ -301,10 +282,9 @@ class Corpus:
         self._rows: Counter[tuple[str, str, str]] = Counter()
 
     def write(self, part: str, table: str, source: str, record: Record, row: dict[str, Any], topic: str) -> None:
-        """One row into its shard, and into the statistics; of its length, floor(2 log2 characters) is counted."""
-        key = (part, table, source)
-        path = f"{part}/{table}/{source}-{self._rows[key] // self.shard_rows:05}.jsonl"
-        self._rows[key] += 1
+        """One row into its shard, and into the statistics."""
+        path = f"{part}/{table}/{source}-{self._rows[part, table, source] // self.shard_rows:05}.jsonl"
+        self._rows[part, table, source] += 1
         if path not in self._entries:
             self._entries[path] = {
                 "path": path, "side": part, "table": table, "source": source, "stages": stages(table),
@@ -314,17 +294,10 @@ class Corpus:
         self._waiting[path] += _line(row)
         if len(self._waiting[path]) >= 2**16:
             self._flush(path)
-        asked, answered = _asked_and_answered(record)
-        counted = self.statistics[table, source]
-        counted.rows += 1
-        counted.heldout += part == "heldout"
-        counted.turns += sum(message.role == "user" for message in asked)
-        characters = sum(len(message.content) for message in asked)
-        counted.asked += characters
-        counted.answered += answered
-        self.lengths[table][int(2 * math.log2(max(1, characters + answered)))] += 1
-        if table != "tasks_sample":  # it repeats others
-            self.topics[topic] += 1
+        asked, answered = _characters(record)
+        counted = {"rows": 1, "heldout": part == "heldout", "turns": len(asked), "asked": sum(asked)}
+        self.statistics[table, source].update(counted, answered=answered)
+        self.topics[topic] += table != "tasks_sample"  # which repeats others
 
     def close(self) -> None:
         """Finish all files; they are listed in an order that depends on their names alone."""
@@ -341,14 +314,14 @@ class Corpus:
             file.write(self._waiting.pop(path))
 
 
-def _asked_and_answered(record: Record) -> tuple[Sequence[Message], int]:
-    """What is asked, and how many characters answer it."""
+def _characters(record: Record) -> tuple[list[int], int]:
+    """Of each question, and of all answers together; running text and the chosen reply of a pair are answers."""
     if isinstance(record, Document):
-        return (), len(record.text)
-    if isinstance(record, PreferencePair):
-        return record.prompt, len(record.chosen)
-    answered = sum(len(message.content) for message in record.messages if message.role == "assistant")
-    return [message for message in record.messages if message.role == "user"], answered
+        return [], len(record.text)
+    turns = record.prompt if isinstance(record, PreferencePair) else record.messages
+    asked = [len(message.content) for message in turns if message.role == "user"]
+    answers = [message.content for message in turns if message.role == "assistant"]
+    return asked, sum(map(len, [record.chosen] if isinstance(record, PreferencePair) else answers))
 
 
 def _asked(record: Record) -> bytes | None:
@@ -358,19 +331,15 @@ def _asked(record: Record) -> bytes | None:
 
 
 def _place(place: str, source: Source) -> str:
-    """ "file:line" with the file's path in the source's folder, or its name, or its last two parts: a path of this
-    machine is never written."""
+    """ "file:line" with the file's path in the source's folder, or its name: a path of this machine is not written."""
     for file in source.files:
         if place.startswith(str(file)):
-            alike = sum(other.name == file.name for other in source.files) > 1
-            parts = file.relative_to(source.root).parts if source.root else file.parts[-2 if alike else -1 :]
-            place = "/".join(parts) + place[len(str(file)) :]
-            break
-    return place.encode(errors="replace").decode()  # a file's name may be no UTF-8
+            return (file.relative_to(source.root).as_posix() if source.root else file.name) + place[len(str(file)) :]
+    return place
 
 
 def _line(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode(errors="replace")  # a file's name may be no UTF-8
 
 
 def _as_row(record: Record) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Repeated and contradicting rows, found in time linear in the rows and a few hundred bytes of memory for each.
+"""Repeated rows, found in time linear in the rows and a few hundred bytes of memory for each.
 
 Texts are compared by their question_key, so that spaces, punctuation, case and width make no difference, but numbers
 and signs do. What is long waits in temporary files.
@@ -13,7 +13,6 @@ import re
 import tempfile
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pedgpt.corpus.builders.support import UNIT, UNITS, meanings, numbers
-from pedgpt.corpus.rows import pattern
 from pedgpt.corpus.split import Names, question_key
 
 # Five characters are two or three Chinese words: fewer are shared by unrelated texts of one specialty, and of more, one
@@ -117,8 +115,6 @@ class NearDuplicates:
     """
 
     def __init__(self, folder: Path | None = None, *, threshold: float = 0.8, seed: int = 0) -> None:
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must be above 0 and at most 1, found {threshold}")
         self.threshold = threshold
         random = np.random.default_rng(seed)
         # Odd factors permute the 32-bit integers.
@@ -199,39 +195,3 @@ def _buckets(bands: U64) -> npt.NDArray[np.int32]:
         buckets[:, band] = np.where(size > 1, np.cumsum(size > 1) - 1 + total, -1)[label]
         total += int((size > 1).sum())
     return buckets
-
-
-def polarity(answer: str) -> int:
-    """1 if the answer's first sentence begins by affirming (可以, 能, 是的), -1 if by denying (不可以), or 0."""
-    match = pattern("duplicates", "opening").match(answer)
-    return 0 if not match else 1 if match["yes"] else -1
-
-
-class Contradictions:
-    """Rows that answer one question differently. They are reported, never dropped."""
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._rows = Spool(folder)
-        self._first: dict[bytes, int] = {}  # row of each question
-        self._others: dict[int, list[int]] = defaultdict(list)  # of a first row, those with the same question
-
-    def add(self, place: str, question: str, answer: str) -> None:
-        """Take in a row; its texts wait in a temporary file."""
-        row = self._rows.append((place, question, answer))
-        if (first := self._first.setdefault(digest(question), row)) < row:
-            self._others[first].append(row)
-
-    def groups(self) -> Iterator[dict[str, Any]]:
-        """Each question with several answers: the places of the different ones, the lowest similarity of one with the
-        first, and whether one begins by affirming and another by denying. In the order of the first rows."""
-        for first, others in sorted(self._others.items()):
-            answers: dict[bytes, tuple[str, str]] = {}  # places and texts of the different ones
-            for place, _, answer in (self._rows[row] for row in (first, *others)):
-                answers.setdefault(digest(answer), (place, answer))
-            if len(answers) > 1:
-                keys = [grams(question_key(answer)) for _, answer in answers.values()]
-                sides = {polarity(answer) for _, answer in answers.values()}
-                yield {
-                    "question": self._rows[first][1], "places": [place for place, _ in answers.values()],
-                    "similarity": round(min(jaccard(keys[0], key) for key in keys), 3), "opposed": {1, -1} <= sides,
-                }  # fmt: skip

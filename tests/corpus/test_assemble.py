@@ -201,14 +201,12 @@ def test_child_of_a_row_that_is_left_out_at_once_or_in_the_end_is_left_out(assem
     }  # fmt: skip
 
 
-def test_four_doses_in_answer_to_one_question_are_all_kept_and_reported(assembled):
+def test_four_doses_in_answer_to_one_question_are_all_kept(assembled):
     answer = "按体重用布洛芬混悬液，每次{}毫升，两次之间至少隔六小时，注意多喝水，精神不好就到医院看。"
     asked, doses = "孩子发热，布洛芬混悬液每次喝多少？", ("4.7", "47", "3", "6")
     doses = [talk(asked, answer.format(dose), source=f"in:{dose}") for dose in doses]
-    assembly, corpus, rows, left = assembled([[Step("", Built(row))] for row in doses])
-    assert not left and sum(map(len, rows.values())) == 4 and corpus.contradictions == 1
-    (found,) = jsonl(assembly.folder / "reports" / "contradictions.jsonl")
-    assert found["places"] == ["in:4.7", "in:47", "in:3", "in:6"]
+    _, _, rows, left = assembled([[Step("", Built(row))] for row in doses])
+    assert not left and sum(map(len, rows.values())) == 4
 
 
 def test_rows_that_name_another_drug_of_a_graph_or_a_heading_are_no_near_duplicates(assembled):
@@ -341,12 +339,3 @@ def test_sample_for_stage_two_is_spread_evenly_over_each_task(assembled, share):
     for task, first in (("MedKQ&A", 1), ("TreRecom", 2)):
         places = sorted((int(p[3:]) - first) // 3 for p, name in numbers.items() if name == task)
         assert all(b - a in (int(1 / share), int(1 / share) + 1) for a, b in pairwise(places))
-
-
-def test_contradicting_answers_are_reported_and_kept(assembled):
-    answers = ["可以吃，" + words(1), "不能吃，" + words(2), "可以，" + words(3)]
-    inputs = [[Step("", Built(talk("孩子能吃蜂蜜吗？", answers[i], source=f"in:{i}")))] for i in range(3)]
-    assembly, corpus, rows, left = assembled([*inputs, [Step("", Built(talk("水痘传染吗？", "传染。")))]])
-    (found,) = jsonl(assembly.folder / "reports" / "contradictions.jsonl")
-    assert corpus.contradictions == 1 and not left and sum(map(len, rows.values())) == 4
-    assert found["places"] == ["in:0", "in:1", "in:2"] and found["opposed"]
