@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pedgpt.corpus.builders.support import UNIT, UNITS, meanings, numbers
+from pedgpt.corpus.builders.support import UNIT, UNITS, meaning_of, numbers
 from pedgpt.corpus.split import Names, question_key
 
 # Five characters are two or three Chinese words: fewer are shared by unrelated texts of one specialty, and of more, one
@@ -98,8 +98,8 @@ _WORDS = re.compile(rf"[/每](?:{UNIT}|d)|(?:(?<![a-z0-9°])|(?<=\d))[a-z][a-z0-
 
 def facts(key: str, names: Names) -> int:
     """64 bits, equal for keys with the same numbers and units, signs, Latin words and known names in the same order."""
-    found = [(unit if unit == "月" else "", meanings(value, unit)) for _, value, unit in numbers(key)]
-    words = [meanings(Fraction(1), word[1:]) if word[0] in "/每" else word for word in _WORDS.findall(key)
+    found = [(unit if unit == "月" else "", meaning_of(value, unit)) for _, value, unit in numbers(key)]
+    words = [meaning_of(Fraction(1), word[1:]) if word[0] in "/每" else word for word in _WORDS.findall(key)
              if word not in UNITS]  # fmt: skip
     said = repr((found, words, names.named(key)))
     return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")
