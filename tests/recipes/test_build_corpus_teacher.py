@@ -306,7 +306,7 @@ def test_rows_of_the_teacher_are_in_their_tables_and_say_how_they_were_made(refe
     assert set(built) == {question for question in answers if question[:3] not in ("孩子晚", "孩子不")}
     for question, row in built.items():
         versions = row["origin"]["versions"]
-        assert versions[0] == {"step": "judge", "answer": answers[question], "reason": "score 5.0: 切题"}
+        assert versions[0] == {"step": "judge", "answer": answers[question], "reason": "score 5: 切题"}
         assert ("鼻" in question) == (len(versions) == 2) and ("便秘" in question) == ("refused" in row["origin"])
     nose, hard = (next(row for question, row in built.items() if word in question) for word in ("鼻", "便秘"))
     assert nose["messages"][1]["content"] == nose["origin"]["versions"][0]["answer"] + "这样孩子会舒服一些。"
@@ -314,15 +314,14 @@ def test_rows_of_the_teacher_are_in_their_tables_and_say_how_they_were_made(refe
     said = answers["宝宝便秘拉不出来怎么办？"] + "每天做3次。"
     refused = {"step": "enrich", "answer": said, "reason": "adds the number 3"}
     assert hard["origin"]["refused"] == [refused] and "3次" not in hard["messages"][1]["content"]
-    # The dialogues: a terse turn completed, and one whose completion brought a disease: there the template is used.
+    # The dialogues: a terse turn completed, and one whose completion brought a disease: it stays as it was.
     talks = {row["origin"]["place"]: row for _, row in rows(corpus, "talk")}
     assert set(talks) == {"talk.jsonl:1", "talk.jsonl:2", "talk.jsonl:3"}
     changed = {place: row["origin"]["rewritten"] for place, row in talks.items()}
-    assert [change["by"] for change in changed["talk.jsonl:1"]] == ["teacher"] == [
-        change["by"] for change in changed["talk.jsonl:3"]
-    ]
+    assert {place: len(changes) for place, changes in changed.items()} == {
+        "talk.jsonl:1": 1, "talk.jsonl:2": 0, "talk.jsonl:3": 1,
+    }  # fmt: skip
     assert talks["talk.jsonl:1"]["messages"][3]["content"] == "对，像您说的那样做就好。"
-    assert [change["by"] for change in changed["talk.jsonl:2"]] == ["template"]
     assert "肺炎" not in json.dumps(talks["talk.jsonl:2"], ensure_ascii=False)
     # The graph: its facts as text by the teacher, but for the disease of which the teacher left facts out.
     texts = {row["disease"]: row for table, row in rows(corpus, "graph") if table.startswith("text/")}
