@@ -28,7 +28,7 @@ _HAN_DIGITS, _DIGITS = "[零〇一二两三四五六七八九十百千万亿]{1,
 _VALUE = rf"(?:{_DIGITS}(?:\.{_DIGITS})?[百千万亿]?|半|{_HAN_DIGITS}(?:点{_HAN_DIGITS})?)"
 _VALUES = re.compile(_VALUE)
 _NUMBER = re.compile(
-    rf"(?P<whole>{_VALUE})分之(?P<part>{_VALUE})|(?<![A-Za-z\d.几数多])(?<![A-Za-z]-)"
+    rf"(?P<whole>{_VALUE})分之(?P<part>{_VALUE})|(?<![A-Za-z\d.])(?<![A-Za-z]-)(?:(?=\d)|(?<![几数多]))"
     rf"(?P<values>{_VALUE}(?:[ ]?[-–—~至到、或]+[ ]?{_VALUE})*)[多余来]?[ ]?"
     rf"(?P<unit>(?:{UNIT})(?!(?<=[A-Za-z])[A-Za-z]))?(?P<half>半(?![天年日夜]))?"
 )
