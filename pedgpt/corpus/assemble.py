@@ -29,9 +29,9 @@ from pedgpt.data.manifest import write_manifest
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record
 
 KINDS = {Document: "documents", Conversation: "conversations", PreferencePair: "preferences"}
-# Builders whose rows resemble others on purpose: the same fact in several phrasings, an answer as text. They are split
+# Builders whose rows resemble others on purpose: the same fact in several phrasings. They are split
 # by disease, and only exact copies of them are left out.
-VARIANTS = ("graph/", "role_play", "preferences", "safety", "self_cognition", "answer")
+VARIANTS = ("graph/", "role_play", "preferences", "safety", "self_cognition")
 LONGEST_NAME = 20  # characters of a disease's or a drug's name; a longer title or fact is a sentence
 BUILT_FROM = "built from a row that was left out"
 
@@ -68,7 +68,6 @@ class Assembly:
     split: Split
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)  # by source and reason
     built: Counter[str] = field(default_factory=Counter)  # readable rows by source, each written or listed in the end
-    tables: Counter[str] = field(default_factory=Counter)  # rows in the spool, by table
     replaced: Counter[str] = field(default_factory=Counter)  # personal data, by kind
     names: set[str] = field(default_factory=set)  # of diseases, drugs; rows that name different ones are different
 
@@ -131,22 +130,6 @@ class Assembly:
             for text in items(record):
                 asks = not isinstance(record, Document) and text == question(record)
                 self._decontaminator.add(record.source, text, asks)
-
-    def answers_as_text(self, table: str, conversations: tuple[str, ...], at_least: int = 20) -> None:
-        """The answers in tables of conversations as running text too, for a corpus that has no other.
-
-        `conversations` are tables, or the folders that hold them, such as "tasks/".
-        """
-        for number in range(len(self._rows)):
-            row: _Row = self._rows[number]
-            if not isinstance(row.record, Conversation) or not f"{row.table}/".startswith(conversations):
-                continue
-            for message in row.record.messages:
-                if message.role == "assistant" and message.loss and len(message.content) >= at_least:
-                    source, disease, department = row.record.source, row.record.disease, row.record.department
-                    text = Document(message.content, source, "", disease, department)
-                    self.built[row.source] += 1
-                    self._add(Built(text), table, row.source, "answer", number, self.split.group(row.record))
 
     def finish(self, sample_share: float) -> Corpus:
         """Write the shards and reports. `sample_share` of the tasks' training rows go to stage 2 as well."""
@@ -214,17 +197,14 @@ class Assembly:
         for file in (self._list, self._rows, self._near):
             file.close()
 
-    def _add(self, row: Built, table: str, source: str, builder: str, parent: int, group: str = "") -> int:
-        """The row's number, or -1 if it was left out; `parent` is the number of the row that it was built from.
-
-        `group` overrides the one that the record itself shows.
-        """
+    def _add(self, row: Built, table: str, source: str, builder: str, parent: int) -> int:
+        """The row's number, or -1 if it was left out; `parent` is the number of the row that it was built from."""
         record = row.record
         if builder:  # what a reader gave is clean already
             record = map_texts(record, self._cleaned)
         if found := fault(record, **self._bounds):
             return self.drop(source, record.source, *found)
-        if not (group := group or self.split.group(record)):
+        if not (group := self.split.group(record)):
             return self.drop(source, record.source, "is about diseases of both sides of the split")
         number, everything = len(self._rows), "\n".join(texts(record))
         first = self._seen.setdefault(digest(f"{KINDS[type(record)]}\n{everything}"), number)
@@ -237,7 +217,6 @@ class Assembly:
         if not builder.startswith(VARIANTS):
             self._near.add(everything)
             self._compared.append(number)
-        self.tables[table] += 1
         topic = group.removeprefix("disease/") if group.startswith("disease/") else record.department
         self._heldout.append(self.split.side(group) == "heldout")
         return self._rows.append(_Row(record, row.details, table, source, builder, parent, topic))
