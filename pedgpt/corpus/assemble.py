@@ -137,7 +137,7 @@ class Assembly:
         similar = {self._compared[i]: (self._compared[j], share) for i, j, share in self._near.find(names)}
         self._decontaminator.names = names
         asked = self._protect_heldout(similar)
-        corpus = Corpus(self.folder, self.limits.shard_rows)
+        tables: dict[tuple[str, str, str], array[int]] = defaultdict(lambda: array("q"))  # numbers of rows
         gone: set[int] = set()
         sampled: Counter[str] = Counter()
         for number in range(len(self._rows)):
@@ -158,14 +158,19 @@ class Assembly:
                 self.drop(row.source, record.source, *found)
                 continue
             part = "heldout" if held else "train"
-            origin = {"place": record.source, **({"builder": row.builder} if row.builder else {}), **row.details}
-            written = {**_as_row(record), "origin": origin}
-            corpus.write(part, row.table, row.source, record, written, row.topic)
+            tables[part, row.table, row.source].append(number)
             if row.table.startswith("tasks/") and not held:
                 sampled[row.table] += 1  # an evenly spread share of each task
                 if int(sampled[row.table] * sample_share) > int((sampled[row.table] - 1) * sample_share):
-                    corpus.write(part, "tasks_sample", row.source, record, written, row.topic)
-        corpus.close()
+                    tables[part, "tasks_sample", row.source].append(number)
+        corpus, most = Corpus(self.folder), self.limits.shard_rows
+        for (part, table, source), numbers in tables.items():
+            for start in range(0, len(numbers), most):
+                path = f"{part}/{table}/{source}-{start // most:05}.jsonl"
+                chosen = numbers[start : start + most]
+                file = {"path": path, "side": part, "table": table, "source": source, "rows": len(chosen)}
+                corpus.write(file, (self._rows[number] for number in chosen))
+        corpus.files.sort(key=lambda file: file["path"])
         self.close()
         return corpus
 
@@ -246,51 +251,31 @@ class Assembly:
 
 @dataclass
 class Corpus:
-    """The files of a corpus as they are written: FOLDER/train/tasks/medkqa/textbook-00000.jsonl."""
+    """The files of a corpus: FOLDER/train/tasks/medkqa/textbook-00000.jsonl."""
 
     folder: Path
-    shard_rows: int
-    files: list[dict[str, Any]] = field(default_factory=list)  # the manifest's, after `close`
+    files: list[dict[str, Any]] = field(default_factory=list)  # the manifest's
     # Of each table and source: rows, heldout (those among them), turns, and the characters asked and answered.
     statistics: dict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     topics: Counter[str] = field(default_factory=Counter)  # rows by disease or department
 
-    def __post_init__(self) -> None:
-        self._entries: dict[str, dict[str, Any]] = {}  # the files, by path
-        self._waiting: dict[str, bytearray] = defaultdict(bytearray)  # the ends of files that are not written yet
-        self._rows: Counter[tuple[str, str, str]] = Counter()
-
-    def write(self, part: str, table: str, source: str, record: Record, row: dict[str, Any], topic: str) -> None:
-        """One row into its shard, and into the statistics."""
-        path = f"{part}/{table}/{source}-{self._rows[part, table, source] // self.shard_rows:05}.jsonl"
-        self._rows[part, table, source] += 1
-        if path not in self._entries:
-            self._entries[path] = {
-                "path": path, "side": part, "table": table, "source": source, "stages": stages(table),
-                "kind": KINDS[type(record)], "rows": 0,
-            }  # fmt: skip
-        self._entries[path]["rows"] += 1
-        self._waiting[path] += _line(row)
-        if len(self._waiting[path]) >= 2**16:
-            self._flush(path)
-        asked, answered = _characters(record)
-        counted = {"rows": 1, "heldout": part == "heldout", "turns": len(asked), "asked": sum(asked)}
-        self.statistics[table, source].update(counted, answered=answered)
-        self.topics[topic] += table != "tasks_sample"  # which repeats others
-
-    def close(self) -> None:
-        """Finish all files; they are listed in an order that depends on their names alone."""
-        for path in list(self._waiting):
-            self._flush(path)
-        self.files = [entry for _, entry in sorted(self._entries.items())]
-        for entry in self.files:
-            with (self.folder / entry["path"]).open("rb") as file:
-                entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-
-    def _flush(self, path: str) -> None:
-        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-        with (self.folder / path).open("ab") as file:  # closed again: a process may open a few hundred files
-            file.write(self._waiting.pop(path))
+    def write(self, file: dict[str, Any], rows: Iterable[_Row]) -> None:
+        """Write the rows of one file, and count them."""
+        path, table = self.folder / file["path"], file["table"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w+b") as handle:
+            for row in rows:
+                builder = {"builder": row.builder} if row.builder else {}
+                origin = {"place": row.record.source, **builder, **row.details}
+                handle.write(_line({**_as_row(row.record), "origin": origin}))
+                asked, answered = _characters(row.record)
+                counted = {"rows": 1, "heldout": file["side"] == "heldout", "turns": len(asked), "asked": sum(asked)}
+                self.statistics[table, file["source"]].update(counted, answered=answered)
+                self.topics[row.topic] += table != "tasks_sample"  # which repeats others
+                file["kind"] = KINDS[type(row.record)]
+            handle.seek(0)
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        self.files.append({**file, "stages": stages(table), "sha256": digest})
 
 
 def _characters(record: Record) -> tuple[list[int], int]:
