@@ -13,20 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from pedgpt.corpus.builders.dialogues import NUMBER, whole_sentences, without_boilerplate, without_greeting
-from pedgpt.corpus.rows import (
-    Ask,
-    Built,
-    LeftOut,
-    Unusable,
-    answered,
-    builder,
-    either,
-    pattern,
-    pick,
-    rewritten,
-    templates,
-)
+from pedgpt.corpus.rows import Ask, Built, LeftOut, answered, builder, either, pattern, pick, rewritten, templates
 from pedgpt.data.records import Conversation
+from pedgpt.endpoint import Unusable
 
 _FORMS = templates("reconstruct")
 _PREFIXES = {heading: prefix for prefix, headings in _FORMS["headings"].items() for heading in headings}
@@ -51,8 +40,13 @@ def reconstruct(conversation: Conversation, ask: Ask | None = None) -> Built:
     *context, last = conversation.messages
     answer, refused = last.content, []
     versions = [{"step": "judge", "answer": answer, "reason": _judged(asked, answer, ask)}]
-    for step, offline in (("enrich", _enrich), ("reorganise", _reorganise)):
-        form, reason = _asked(step, asked, answer, ask, answer=str, reason=str) if ask else offline(asked, answer)
+    for step in ("enrich", "reorganise"):
+        if ask:
+            form, reason = _asked(step, asked, answer, ask, answer=str, reason=str)
+        elif step == "enrich":
+            form, reason = _enrich(asked, answer)
+        else:
+            form, reason = reorganise(answer), "forum headings, boilerplate, lists and punctuation put in order"
         if fault := _fault(asked, answer, form) if ask else "":
             refused.append({"step": step, "answer": form, "reason": fault})
         elif form != answer:
@@ -116,10 +110,6 @@ def _enrich(asked: str, answer: str) -> tuple[str, str]:
     names = ["ask_about_drugs", "see_doctor"] if _has("names_drug", answer) else ["see_doctor"]
     added = "".join(pick(forms[name], asked) for name in names)
     return f"{_ended(answer)}\n{added}", "; ".join(forms[f"{name}_reason"] for name in names)
-
-
-def _reorganise(asked: str, answer: str) -> tuple[str, str]:
-    return reorganise(answer), "forum headings, boilerplate, lists and punctuation put in order"
 
 
 def reorganise(answer: str) -> str:

@@ -43,20 +43,13 @@ _ADVICE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """How well a passage supports an answer.
+    """How well a passage supports an answer."""
 
-    share            of the answer's content (pairs of Chinese characters, Latin words) that the passage has, 0 to 1
-    missing_numbers  numbers, with their units, that the passage does not give
-    missing_terms    names of drugs, and Latin names with a digit, that the passage does not name
-    flips            advice that the passage gives the other way round
-    weakest          the lowest share of a sentence of medicine of at least eight pairs; 1 if there is none
-    """
-
-    share: float
-    missing_numbers: tuple[str, ...]
-    missing_terms: tuple[str, ...]
-    flips: tuple[str, ...]
-    weakest: float
+    share: float  # of the answer's content (pairs of Chinese characters, Latin words) that the passage has, 0 to 1
+    missing_numbers: tuple[str, ...]  # with their units, that the passage does not give
+    missing_terms: tuple[str, ...]  # names of drugs, and Latin names with a digit, that the passage does not name
+    flips: tuple[str, ...]  # advice that the passage gives the other way round
+    weakest: float  # the lowest share of a sentence of medicine of at least eight pairs; 1 if there is none
 
     def ok(self, min_share: float = 0.6) -> bool:
         """Nothing missing or turned round, `min_share` of the whole supported, and half that of every sentence."""
@@ -82,6 +75,9 @@ def support(answer: str, passage: str, *, question: str = "") -> Support:
     answer, passage, question = (
         unicodedata.normalize("NFKC", _LISTED.sub(" ", text)) for text in (answer, passage, question)
     )
+    drugs = [match[0] for match in pattern("support", "drugs").finditer(answer)]
+    named = drugs + [word for word in _LATIN.findall(answer) if re.search(r"\d", word)]  # B12, EV71
+    given = f"{passage}\n{question}".casefold()
     known, asked = ({*_grams(text), *_grams(_PARTICLES.sub("", text))} for text in (passage, question))
     have, total, weakest = 0, 0, 1.0
     for sentence in _SENTENCE.findall(answer):
@@ -95,7 +91,7 @@ def support(answer: str, passage: str, *, question: str = "") -> Support:
     return Support(
         share=have / total if total else 0.0,
         missing_numbers=tuple(_missing_numbers(answer, f"{passage}\n{question}")),
-        missing_terms=tuple(_missing_terms(answer, f"{passage}\n{question}".casefold())),
+        missing_terms=tuple(name for name in dict.fromkeys(named) if name.casefold() not in given),
         flips=tuple(_flips(answer, passage)),
         weakest=weakest,
     )
@@ -157,13 +153,6 @@ def _integer(written: str) -> Fraction:
         if found:
             return _integer(many or "1") * int(unicodedata.numeric(unit)) + _integer(rest or "0")
     return Fraction(written)
-
-
-def _missing_terms(answer: str, known: str) -> Iterator[str]:
-    named = [match[0] for match in pattern("support", "drugs").finditer(answer)]
-    # Latin names that hold a digit are names as a whole: B12, EV71.
-    named += [word for word in _LATIN.findall(answer) if re.search(r"\d", word)]
-    yield from (name for name in dict.fromkeys(named) if name.casefold() not in known)
 
 
 def _flips(answer: str, passage: str) -> Iterator[str]:
