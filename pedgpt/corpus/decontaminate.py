@@ -20,8 +20,10 @@ LEAST = 13  # an item with fewer characters of its own is not looked for inside 
 MANY = 20  # a gram that more items, or more rows, have is boilerplate; of many rows the limit is a hundredth
 FEW = 5  # a short answer that more rows than this hold is anybody's answer
 SEEN = 0.2  # share of its grams from which an item is looked at: each edit spoils up to six
-SHARE = 0.8  # of its own characters that must be there in runs of three or more; with a tenth changed 0.88 are
-SHORT = 36  # characters of its own; in a shorter item one changed run is another subject, so its edits are counted
+SHARE = 0.8  # of its characters that must be there in runs of three or more; with a tenth changed 0.88 are
+# Characters outside of boilerplate. In a shorter item one changed run is another subject, so its edits are counted.
+SHORT = 36
+ALL_OWN = 0.9  # with this share of its own characters an answer is recognised even without its stock phrases
 
 Bools = npt.NDArray[np.bool_]
 
@@ -29,11 +31,11 @@ Bools = npt.NDArray[np.bool_]
 class Decontaminator:
     """Evaluation items, and the rows that contain one.
 
-    Items and rows are compared without spaces, punctuation, case and width. What counts is the share of the item's own
-    characters that stands in one place of the row. An item's own characters are those outside of numbers, of the stock
-    phrases of consultations (templates/decontaminate.toml) and of boilerplate, which is runs of six characters that
-    many items or rows have. An item with fewer than 13 characters of its own matches only a whole message. `names` are
-    those of diseases and the like: a row about one does not contain an item about another.
+    Items and rows are compared without spaces, punctuation, case and width. What counts is the share of the item's
+    characters outside of boilerplate, which is runs of six characters that many items or rows have, that stands in one
+    place of the row. An item's own characters are those of them outside of numbers and of the stock phrases of
+    consultations (templates/decontaminate.toml); with fewer than 13 it matches only a whole message. `names` are those
+    of diseases and the like: a row about one does not contain an item about another.
     """
 
     def __init__(self) -> None:
@@ -110,21 +112,23 @@ class Decontaminator:
 
     def _share(self, item: int, window: str) -> float:
         """The share of an item's own characters in a part of a row, or 0 if there are too few."""
-        key, own = self._keys[item], self._own[item]
+        key, own, rare = self._keys[item], self._own[item], self._rare[item]
         if key in window:
             return 1.0
-        count = int(own.sum())
-        if count < SHORT:
-            changed = distance(key, own | _digits(key), window)
-            share = 1 - changed / count if changed <= max(1, count // 10) else 0.0
+        if rare.sum() < SHORT:
+            count, changed = int(own.sum()), distance(key, own | _digits(key), window)
+            few = changed <= max(1, count // 10) and distance(key, rare, window) <= (1 - SHARE) * rare.sum()
+            share = 1 - changed / count if few else 0.0
         else:
             grams, there = {window[i : i + 3] for i in range(len(window) - 2)}, np.zeros(len(key), bool)
             for i in range(len(key) - 2):
                 there[i : i + 3] |= key[i : i + 3] in grams
-            share = float((there & own).sum() / count)
+            share, own_share = float((there & rare).sum() / rare.sum()), float((there & own).sum() / own.sum())
+            if key not in self._questions and own_share >= ALL_OWN:  # an answer without its stock phrases
+                share = max(share, own_share)
         asked, named = set(self.names.named(key)), set(self.names.named(window))
         other = asked and named and not asked & named  # it is about another disease
-        return 0.0 if other or share < SHARE else share
+        return share if share >= SHARE and not other else 0.0
 
     def _build(self) -> None:
         """Index the grams of items that are long enough and not boilerplate."""
@@ -149,8 +153,8 @@ class Decontaminator:
         for some, value in ((rare, True), (common, False)):  # the rare ones may reach into boilerplate
             for i in range(GRAM):
                 own[starts[some] + i] = value
-        parts = np.split(own, offsets[1:])
-        self._own = [said[key] & part for key, part in zip(self._keys, parts, strict=False)]
+        self._rare = np.split(own, offsets[1:])[: len(self._keys)]
+        self._own = [said[key] & rare for key, rare in zip(self._keys, self._rare, strict=True)]
         enough = np.array([own.sum() >= LEAST for own in self._own], bool)
         kept = rare & ~common & new & enough[items]
         self._hashes, self._items, self._within = hashes[kept], items[kept], (starts - offsets[items])[kept]

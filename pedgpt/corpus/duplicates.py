@@ -12,9 +12,10 @@ import pickle
 import re
 import tempfile
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from fractions import Fraction
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,8 @@ from pedgpt.corpus.split import Names, question_key
 GRAM = 5
 PERMUTATIONS = 120
 BATCH = 2**16  # characters that are hashed at once
-CANDIDATES = 512  # kept rows that a row is compared with at most, those of its rarest buckets first
-NO_NAMES = Names()
-BLUR = 0.11  # three standard errors of a similarity of 0.8 as estimated from the signatures
+CANDIDATES = 64  # kept rows of each of its buckets that a row is compared with at most, the last ones
+COMPARED = 16  # of them by their grams, those that share most buckets with it
 
 U64 = npt.NDArray[np.uint64]
 
@@ -135,7 +135,7 @@ class NearDuplicates:
             self._sign()
         return self._keys.append(key)
 
-    def find(self, names: Names = NO_NAMES) -> list[tuple[int, int, float]]:
+    def find(self, names: Names | None = None) -> list[tuple[int, int, float]]:
         """(row, the kept row that it repeats, their similarity) of each row to drop, in order.
 
         `names` are the keys of names such as those of diseases and drugs: rows that name different ones are different.
@@ -144,7 +144,7 @@ class NearDuplicates:
         signatures = np.frombuffer(self._signatures, np.uint16).reshape(-1, PERMUTATIONS)
         parts = range(0, PERMUTATIONS, self._depth)
         weighted = [signatures[:, i : i + self._depth] @ self._weights[i : i + self._depth] for i in parts]
-        bands = np.stack([*weighted, np.sum(weighted, axis=0)], axis=1)  # in the last one all is equal
+        bands, names = np.stack(weighted, axis=1), names or Names()
         said = np.zeros(len(bands), np.uint64)
         for row in np.flatnonzero((_buckets(bands) >= 0).any(axis=1)).tolist():
             said[row] = facts(self._keys[row], names)
@@ -153,16 +153,10 @@ class NearDuplicates:
         grams_of = lru_cache(1024)(lambda row: grams(self._keys[row]))
         found = []
         for row in np.flatnonzero((buckets >= 0).any(axis=1)).tolist():
-            own = sorted((members[bucket] for bucket in set(buckets[row].tolist()) - {-1}), key=len)
-            near: list[int] = []
-            for rows in own:  # rare ones first: boilerplate fills the others
-                near += rows[len(near) - CANDIDATES :] if len(near) < CANDIDATES else []
-            others = np.unique(np.array(near, np.int64))
-            others = others[said[others] == said[row]]
-            agree = (signatures[others] == signatures[row]).mean(axis=1)
-            for i in np.argsort(-agree, kind="stable").tolist():
-                other, likely = int(others[i]), agree[i] >= self.threshold - BLUR
-                if likely and (similarity := jaccard(grams_of(row), grams_of(other))) >= self.threshold:
+            own = [members[bucket] for bucket in set(buckets[row].tolist()) - {-1}]
+            shared = Counter(chain.from_iterable(rows[-CANDIDATES:] for rows in own))
+            for other, _ in shared.most_common(COMPARED):
+                if (similarity := jaccard(grams_of(row), grams_of(other))) >= self.threshold:
                     found.append((row, other, similarity))
                     break
             else:
