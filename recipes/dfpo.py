@@ -44,6 +44,13 @@ from pedgpt.models import (
 from pedgpt.training.distributed import autocast, gather_rows, sum_over_ranks
 from pedgpt.training.plan import print_plan
 
+METRICS = (  # means over pairs; the last two over both responses of a pair, each the mean of its tokens
+    "loss/preference", "loss/regularization",
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "logps/chosen", "logps/rejected", "logps_per_token/chosen", "logps_per_token/rejected",
+    "entropy", "mean_token_accuracy",
+)  # fmt: skip
+
 
 @dataclass(kw_only=True)
 class Config(ChatSettings, training.TrainingSettings):
@@ -193,13 +200,6 @@ def main(config: Config) -> None:
     training.gather_weights(model, world, save, trainable_only=adapter, dtype=saved)
     training.finish(config, plan, data, world)
 
-
-METRICS = (  # means over pairs; the last two over both responses of a pair, each the mean of its tokens
-    "loss/preference", "loss/regularization",
-    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-    "logps/chosen", "logps/rejected", "logps_per_token/chosen", "logps_per_token/rejected",
-    "entropy", "mean_token_accuracy",
-)  # fmt: skip
 
 if __name__ == "__main__":
     training.run_recipe(main, Config)

@@ -144,13 +144,13 @@ def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) 
     return {**chosen, "total_steps": plan.total_steps, "rows_and_base_model": fingerprint}
 
 
-def run_date(output: str | Path, world: World, shared: str = "") -> str:
+def run_date(output: str | Path, world: World) -> str:
     """The day for chat templates that write one, like "2026-03-31", fixed for the whole run.
 
-    It is the day of the run in `output` if that is finished or has a checkpoint, else `shared`, else today. The main
-    rank decides for all ranks, because midnight may pass while they start.
+    It is the day of the run in `output` if that is finished or has a checkpoint, else today. The main rank decides
+    for all ranks, because midnight may pass while they start.
     """
-    found = _remembered(Path(output)).get("template_date") or shared or date.today().isoformat()
+    found = _remembered(Path(output)).get("template_date") or date.today().isoformat()
     return all_values(found, world)[0]
 
 
