@@ -62,7 +62,7 @@ def test_settings(lab, recipe, output, tmp_path, monkeypatch):
         ("continued_pretrain", {"domain_to_general": 0}, "instruction_share must be in [0, 1], domain_to"),
         ("continued_pretrain", {"instructions": None}, "the mixture gives 'instructions' a share of 50%, but it"),
         ("full_finetune", {"chat_format": "alpaca"}, "chat_format 'alpaca' is unknown; expected \"auto\", \"bai"),
-        ("dfpo", {"chat_format": "chatml"}, "the tokenizer has no token '<|im_start|>'"),
+        ("dfpo", {"chat_format": "chatml"}, "{folder}/model: the tokenizer has no token '<|im_start|>'"),
         ("dfpo", {"beta": -0.1}, "beta and mu must be finite and not negative, found beta=-0.1"),
         ("dfpo", {"label_smoothing": 0.5}, "label_smoothing must be in [0, 0.5), found 0.5"),
         ("dfpo", {"row_length": 10}, "{folder}/pairs.jsonl:1: over-long: "),
