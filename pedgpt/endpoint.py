@@ -160,6 +160,7 @@ class Endpoint:
         self._account()
         # From now on the database is used in the loop's thread only, as all that follows.
         self._slots, self._resume = asyncio.Semaphore(settings.concurrency), 0.0  # before that moment nothing is sent
+        self._refused = ""  # what a server said of a key that it does not accept
         self._tasks: weakref.WeakSet[Any] = weakref.WeakSet()
         self._closed: asyncio.Future[None] = self._loop.create_future()
 
@@ -241,6 +242,8 @@ class Endpoint:
             if retry:
                 await self._pause(random.uniform(0, min(s.max_wait, s.retry_wait * 2.0 ** (retry - 1))))
             async with self._slots:
+                if self._refused:
+                    raise EndpointFailure(self._refused)
                 pause = self._resume - time.monotonic()
                 await self._pause(pause + random.uniform(0, s.retry_wait) if pause > 0 else 0)
                 self._check_budget(prompt + s.max_tokens)
@@ -296,7 +299,9 @@ class Endpoint:
         if status < 500 and status not in (408, 409, 425, 429):
             what = f"the key in {s.key_variable or 'key_variable'}" if status in (401, 403) else "the request"
             hint = "; redirects are not followed, set url to the final address" if status < 400 else ""
-            raise EndpointFailure(f"{s.url} refuses {what}: {said}{hint}")
+            refused = f"{s.url} refuses {what}: {said}{hint}"
+            self._refused = refused if status in (401, 403) else ""  # then no other request is sent
+            raise EndpointFailure(refused)
         wait = max(_retry_after(got.headers.get("Retry-After", "")), s.retry_wait if status == 429 else 0)
         if wait > s.max_wait:
             asked = f"{s.url} asks to wait {wait:.0f} seconds, longer than max_wait = {s.max_wait:g}"
