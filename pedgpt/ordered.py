@@ -26,7 +26,8 @@ def in_order(
     `endpoints`; without threads it appears after three seconds.
     """
     often = 0.2 if sys.stderr.isatty() else 10  # seconds
-    with tqdm(desc=printable(desc), disable=not desc, mininterval=often, delay=0 if workers else 3) as bar:
+    total = len(items) if isinstance(items, Sequence) else None
+    with tqdm(desc=printable(desc), total=total, disable=not desc, mininterval=often, delay=0 if workers else 3) as bar:
         for result in _in_threads(items, work, workers) if workers else map(work, items):
             if desc and endpoints:
                 bar.set_postfix_str(printable("; ".join(endpoint.so_far() for endpoint in endpoints)), refresh=False)

@@ -5,8 +5,8 @@
     python recipes/answer.py --endpoint other.toml --exam path/to/PediaBench/data --output answers/other.jsonl
 
 The system is a model of ours, with an adapter if wanted, or any OpenAI-compatible endpoint, whose TOML file is like
-configs/teacher.toml. Each line holds question, history, task, reference, answer, reasoning, and what made the answer.
-The name of the file names the system. A run that was stopped goes on where it ended.
+recipes/configs/judge.toml. Each line holds question, history, task, reference, answer, reasoning, and what made the
+answer. The name of the file names the system. A run that was stopped goes on where it ended.
 """
 
 import json
@@ -25,6 +25,7 @@ from pedgpt.evaluation.responses import (
     Question,
     answer,
     as_row,
+    check_output,
     questions_of,
     read_answers,
     read_part,
@@ -32,7 +33,6 @@ from pedgpt.evaluation.responses import (
     write_answers,
 )
 from pedgpt.evaluation.system import SystemSettings
-from pedgpt.models import weights_fingerprint
 from pedgpt.training import run_recipe, start
 
 
@@ -45,12 +45,12 @@ class Config(SystemSettings):
     limit: int = 0  # questions of each task, evenly spread; 0: all
     endpoint: str = ""  # TOML file of an endpoint that answers, instead of a model
     temperature: float = 0.0  # 0 takes the most probable token
-    top_k: int | None = None  # sample among this many most probable tokens
-    top_p: float | None = None  # sample among the most probable tokens of this total
-    repetition_penalty: float = 1.0  # above 1 makes repeated tokens less likely
-    max_new_tokens: int = 256  # of each answer
-    max_thinking_tokens: int = 1024  # additional tokens for the reasoning of a thinking model
-    seed: int = 0  # of the sampling
+    top_k: int | None = None  # sample among this many most probable tokens; of a model only
+    top_p: float | None = None  # sample among the most probable tokens of this total; of a model only
+    repetition_penalty: float = 1.0  # above 1 makes repeated tokens less likely; of a model only
+    max_new_tokens: int = 256  # of each answer; of an endpoint that reasons, of reasoning and answer together
+    max_thinking_tokens: int = 1024  # additional tokens for the reasoning of a thinking model; of a model only
+    seed: int = 0  # of the sampling; of a model only
     batch_size: int = 32  # answers decoded together
     columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
 
@@ -58,6 +58,10 @@ class Config(SystemSettings):
 def main(config: Config) -> None:
     if bool(config.questions) == bool(config.exam) or bool(config.endpoint) == bool(config.model or config.adapter):
         raise ValueError("give --questions or --exam, and --endpoint or --model and --adapter")
+    for name in ("top_k", "top_p", "repetition_penalty", "seed") if config.endpoint else ():
+        if getattr(config, name) != getattr(Config, name):
+            raise ValueError(f"{name} is not sent to an endpoint, so its answers would not follow it; leave it out")
+    check_output(config.output, config.exam, *config.questions)
     questions = read_questions(config)
     decoding = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
     decoding |= {name: getattr(config, name) for name in ("max_new_tokens", "max_thinking_tokens")}
@@ -69,12 +73,14 @@ def main(config: Config) -> None:
         about = {"model": settings.model, "adapter": None, "weights": settings.url}
     else:
         chat = config.load_chat()
-        about = {"model": config.model, "adapter": config.adapter or None, "weights": weights_fingerprint(config.model)}
-    about |= {"seed": config.seed, "decoding": decoding, "question_set": set_hash(questions)}
+        about = {"model": config.model, "adapter": config.adapter or None, "weights": config.weights()}
+        names = ("chat_format", "enable_thinking", "template_date", "uniform_routing", "dtype")
+        about["decoding"] = decoding | {name: getattr(config, name) for name in names}
+    about = {"decoding": decoding, **about, "seed": config.seed, "question_set": set_hash(questions)}
     if output.exists() and read_answers(output).about == about:
         return print(f"{output}: answered already")
     if output.exists():
-        raise ValueError(f"{output}: holds answers of another system or set; delete it, or give another --output")
+        raise ValueError(f"{output}: holds answers of another system or set, or by other settings; delete it, or give another --output")
     found = read_part(part, questions, about)
     with (
         part.open("a", encoding="utf-8") as file,
@@ -122,7 +128,10 @@ def ask_endpoint(settings, cache, questions, found):
     def ask(number):
         messages = [{"role": said.role, "content": said.content} for said in questions[number].history]
         try:
-            return {number: Message("assistant", endpoint.ask(messages))}
+            said = endpoint.ask(messages)
+            if said.startswith("<think>") and "</think>" not in said:
+                return {number: Message("assistant", "", reasoning=said)}  # as of a model: it never came to an answer
+            return {number: Message("assistant", said)}
         except Unusable as error:
             return {number: Message("assistant", "", reasoning=f"[no answer: {error}]")}
 

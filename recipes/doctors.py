@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pedgpt.evaluation.doctors import build_pages, mentions
-from pedgpt.evaluation.responses import read_systems
+from pedgpt.evaluation.responses import check_output, read_systems
 from pedgpt.evaluation.votes import merge, read_key
 from pedgpt.files import write_json, write_text
 from pedgpt.training import run_recipe
@@ -25,7 +25,7 @@ class Config:
     lock_beside: ClassVar[bool] = True
     output: str  # folder for the pages and the key; with merge: JSON file for the results
     answers: list[str] = field(default_factory=list)  # files that answer.py wrote, one for each system
-    raters: list[str] = field(default_factory=list)  # their names, of letters and digits, one for each page
+    raters: list[str] = field(default_factory=list)  # names of the raters, of letters and digits; each gets a page
     per_question: int = 0  # raters who get each question; 0: all of them
     limit: int = 0  # questions to ask, evenly spread over the files; 0: all of them
     language: str = "zh"  # of the pages when they open: zh or en
@@ -40,6 +40,7 @@ def main(config: Config) -> None:
     if config.merge:
         if not config.key or config.answers:
             raise ValueError("merge reads raters' files and --key, the key.json of their pages, and no --answers")
+        check_output(config.output, *config.merge, config.key)
         results = merge(config.merge, read_key(config.key), config.partial, draws=config.draws, seed=config.seed)
         write_json(config.output, results)
         print_results(results)
@@ -52,7 +53,7 @@ def main(config: Config) -> None:
         systems, config.raters, config.per_question, config.limit, seed=config.seed, language=config.language
     )
     output = Path(config.output)
-    if (output / "key.json").exists() and read_key(output / "key.json")["set"] != key["set"]:
+    if (output / "key.json").exists() and read_key(output / "key.json") != key:
         raise ValueError(f"{output}/key.json is the key of other pages, which raters may have; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "key.json", key)

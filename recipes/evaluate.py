@@ -20,7 +20,7 @@ from pedgpt import adapters, data
 from pedgpt.evaluation.generation_metrics import score_answers, signature
 from pedgpt.evaluation.heldout import read_heldout
 from pedgpt.evaluation.likelihood import document_losses, mean_perplexity, pair_logps, perplexity, preference_scores
-from pedgpt.evaluation.responses import Answers, answer, questions_of, write_answers
+from pedgpt.evaluation.responses import Answers, answer, questions_of, read_answers, write_answers
 from pedgpt.evaluation.run import intervals_of
 from pedgpt.evaluation.system import SystemSettings
 from pedgpt.files import write_json
@@ -56,6 +56,11 @@ def main(config: Config) -> None:
     if not heldout.is_dir():
         raise ValueError(f"--heldout {heldout}: no such folder")
     chat = config.load_chat()
+    about = {"model": config.model, "adapter": config.adapter or None}
+    if config.answers and Path(config.answers).exists():  # such a file may have cost money
+        found = read_answers(config.answers).about
+        if {name: found[name] for name in about} != about:
+            raise ValueError(f"--answers {config.answers}: holds another system's answers; delete it, or rename one")
     device = start(config.device).device
     for folder in filter(None, (config.model, config.reference)):
         sizes = ModelConfig.from_hf(folder)
@@ -95,7 +100,6 @@ def main(config: Config) -> None:
         values["preference"] = preference.pop("values")
     for task, found in values["tasks"].items():
         scores[task] |= {name: math.fsum(column) / len(column) for name, column in found.items()}
-    about = {"model": config.model, "adapter": config.adapter or None}
     results = {
         **about,
         "signature": scored_with,
@@ -113,12 +117,12 @@ def main(config: Config) -> None:
         "values": values,
     }
     print_table(results)
+    if config.answers and said.questions:  # before the results, whose presence says that all is done
+        Path(config.answers).parent.mkdir(parents=True, exist_ok=True)
+        write_answers(config.answers, said)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output), results)
-    if config.answers:
-        Path(config.answers).parent.mkdir(parents=True, exist_ok=True)
-        write_answers(config.answers, said)
 
 
 def answer_tasks(model, chat, tasks, config: Config) -> Answers:

@@ -20,7 +20,7 @@ from pedgpt.data.inputs import files_of
 from pedgpt.data.readers import detect_kind
 from pedgpt.endpoint import Endpoint, in_order, load_endpoint
 from pedgpt.evaluation import exams, judging
-from pedgpt.evaluation.responses import Question, read_answers
+from pedgpt.evaluation.responses import Question, check_output, read_systems
 from pedgpt.evaluation.system import SystemSettings
 from pedgpt.files import write_json
 from pedgpt.training import run_recipe, start
@@ -38,19 +38,27 @@ class Config(SystemSettings):
 
 
 def main(config: Config) -> None:
+    if not (config.answers or config.model or config.adapter or config.corpus):
+        raise ValueError("give --answers, --model or --adapter to be graded, or --corpus to be searched")
+    check_output(config.output, config.exam, *config.answers)
     exam = exams.read_exam(config.exam)
     results = {"exam": config.exam, "questions": len(exam), "likelihood": {}, "generated": {}}
+    if again := len(exam) - len({(one.kind, one.text, str(one.options)) for one in exam}):
+        print(f"warning: {again} of {len(exam)} questions occur again in {config.exam}, and count again")
+    if config.judge:
+        results |= {"judge": load_endpoint(config.judge).model, "template": judging.template_hash()}
     if config.corpus:
         results["in_corpus"] = overlap(exam, config.corpus)
         print(f"{len(results['in_corpus'])} of {len(exam)} questions stand in {config.corpus}")
-    for path in config.answers:
-        said = read_answers(path)
+    for path, said in zip(config.answers, read_systems(config.answers), strict=True):
         if said.questions != exams.as_questions(exam):
             raise ValueError(f"{path}: answers another exam than {config.exam}; write it with answer.py --exam")
         texts = [one.content for one in said.answers]
         shares, unread = exams.grade(exam, texts)
         if config.judge:
             unread += grade_texts(exam, texts, shares, config)
+        elif None in shares:
+            print(f"{shares.count(None)} essays and cases are not graded and do not count; give --judge")
         found = exams.summarize(exam, shares) | {"unread": unread, "shares": shares}
         results["generated"][said.name] = found
         print_scores(f"{said.name}, by its answers", found)
@@ -58,11 +66,17 @@ def main(config: Config) -> None:
         chat = config.load_chat()
         model = config.load_model(start(config.device).device)
         found = exams.by_likelihood(model, chat, exam, config.batch_size)
-        results["likelihood"][Path(config.adapter or config.model).parent.name] = found
+        results["likelihood"][name_of(config.adapter or config.model)] = found
         print_scores(f"{config.adapter or config.model}, by likelihood", found)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(config.output, results)
+
+
+def name_of(folder: str) -> str:
+    """A system's name: its folder's, but the stage's for the folders in which a stage leaves its results."""
+    path = Path(folder).resolve()
+    return path.parent.name if path.name in ("model", "adapter") else path.name
 
 
 def grade_texts(exam, texts, shares, config: Config) -> list[str]:
@@ -118,16 +132,17 @@ def print_scores(title: str, found: dict) -> None:
             about = f"{one['questions']} questions, guessing {one['chance']:.1f} %"
             print(f"  {name:<12} {score:6.2f} % of the points, 95 % {low:.2f} to {high:.2f}, {about}")
     if found["total"] is not None:
-        print(f"  total, weighted as PediaBench weights the kinds: {found['total']:.2f} of 100")
+        about = "  total, weighted as PediaBench weights the kinds: {:.2f} of 100, 95 % {:.2f} to {:.2f}"
+        print(about.format(*found["total"]))
     if "rotated" in found:
         print("  options under other letters: {:.2f} %, 95 % {:.2f} to {:.2f}".format(*found["rotated"]["score"]))
         print("  the same option taken both times: {:.1f} %, 95 % {:.1f} to {:.1f}".format(*found["stable"]))
     if "calibration" in found:
         print(f"  expected calibration error {found['calibration']['ece']:.1f} %")
     for one in found.get("unread", [])[:3]:
-        print(f"  no answer could be read: {one}")
+        print(f"  not read, no points: {one}" if "not graded" not in one else f"  left out: {one}")
     if len(found.get("unread", [])) > 3:
-        print(f"  … and {len(found['unread']) - 3} more, which count as wrong; the results hold them all")
+        print(f"  … and {len(found['unread']) - 3} more; the results hold them all")
 
 
 if __name__ == "__main__":

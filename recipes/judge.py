@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from pedgpt.endpoint import Endpoint, in_order, load_endpoint
 from pedgpt.evaluation import judging
-from pedgpt.evaluation.responses import Answers, read_systems, thin
+from pedgpt.evaluation.responses import Answers, check_output, read_systems, thin
 from pedgpt.files import write_json
 from pedgpt.training import run_recipe
 
@@ -29,12 +29,15 @@ class Config:
     reference: bool = True  # show the judge the true answer too
     points: int = 0  # most points that an answer can get; 0: answers are compared
     limit: int = 0  # questions, evenly spread; 0: all
-    check_judge: bool = False  # also judge the judge
+    check_judge: bool = False  # also check the judge, and these figures, where the right answer is known
     plan: bool = False  # only say how much will be asked, and what it costs at most
     seed: int = 0  # of the bootstrap
 
 
 def main(config: Config) -> None:
+    if min(config.limit, config.points) < 0:
+        raise ValueError("limit and points must be at least 0")
+    check_output(config.output, *config.answers)
     systems = read_systems(config.answers)
     numbers = range(len(systems[0].questions))
     if config.limit:
@@ -59,6 +62,8 @@ def main(config: Config) -> None:
     prompts = questions(systems, config) + [
         judging.pair_prompt(pair, shown, reference=False) for pair, shown in planted
     ]
+    if config.check_judge and not planted:
+        print("The judge itself is not checked: no two questions of one task have references that differ.")
     print_plan(settings, prompts)
     if config.plan:
         return
@@ -75,8 +80,10 @@ def main(config: Config) -> None:
         results |= {"judge": settings.model, "usage": asdict(endpoint.usage)}
     if planted:
         results["found_planted"] = judging.found_planted(said[-len(planted) :])
-        share, low, high = results["found_planted"]["right"]
-        print(f"The judge found {share:.0%} of the right references (95 % {low:.0%} to {high:.0%}).")
+        print(
+            "Of {pairs} planted pairs, {unreadable} without a readable verdict,".format_map(results["found_planted"]),
+            f"the judge found {percent(results['found_planted']['right'])} of the right references.",
+        )
         said = said[: -len(planted)]
     if config.points:
         results |= judging.summarize_scores(systems, said, config.points)
@@ -114,7 +121,8 @@ def print_plan(settings, prompts) -> None:
     priced = f", {cost:.2f} {settings.currency}" if cost else ""
     print(
         f"{settings.model} is asked {len(prompts):,} times: about {read:,} tokens of questions (one a character) and "
-        f"at most {written:,} of answers{priced}; what it has said before is not asked again."
+        f"at most {written:,} of answers{priced}, if every answer can be read; else it is asked again, up to "
+        f"{judging.ATTEMPTS - 1} times. What it has said before is not asked again."
     )
 
 
@@ -156,6 +164,8 @@ def print_known(judges: dict) -> None:
         overall = found["tasks"]["all"]["overall"]
         shares = ", ".join(f"{kind} {percent(overall[kind])}" for kind in ("win", "tie", "loss"))
         print(f"  {name}: {shares}; flips {found['flips']:.0%}, longer preferred {percent(found['longer'])}")
+        if name == "planted":
+            print(f"    right in 80 % of the verdicts, so 64 % of the pairs: {percent(found['right'])}")
         for warning in found["warned"]:
             print(f"    warning: {warning}")
 

@@ -120,6 +120,9 @@ fi
 experts=$RUN/experts/adapter compared=("$RUN/answers/sft.jsonl" "$RUN/answers/experts.jsonl")
 if [ -d "$experts" ] && [ -n "$EXAM" ]; then
   say "Exam"
+  for old in "$RUN/exam_answers/experts.jsonl"{,.part}; do # answers of an earlier training
+    [ ! "$RUN/experts/done.json" -nt "$old" ] || rm -f "$old"
+  done
   $PYTHON "$recipes/answer.py" --exam "$EXAM" --adapter "$experts" --output "$RUN/exam_answers/experts.jsonl" \
     --max_new_tokens 32
   $PYTHON "$recipes/exam.py" --exam "$EXAM" --answers "$RUN/exam_answers/experts.jsonl" --adapter "$experts" \
@@ -127,7 +130,12 @@ if [ -d "$experts" ] && [ -n "$EXAM" ]; then
 fi
 if [ -f "${compared[0]}" ] && [ -f "${compared[1]}" ]; then
   say "Pages for two doctors, who compare answers of stages 2 and 4 without knowing whose they are"
-  $PYTHON "$recipes/doctors.py" --answers "${compared[@]}" --raters doctor1 doctor2 --limit 20 --output "$RUN/doctors"
+  if [ -f "$RUN/doctors/doctor2.html" ]; then
+    echo "they are there already, and the doctors may have them; for new ones, move $RUN/doctors away"
+  else
+    $PYTHON "$recipes/doctors.py" --answers "${compared[@]}" --raters doctor1 doctor2 --limit 20 \
+      --output "$RUN/doctors"
+  fi
   [ -z "${JUDGE:-}" ] || $PYTHON "$recipes/judge.py" --answers "${compared[@]}" --endpoint "$JUDGE" --check_judge true \
     --output "$RUN/judge/judge.json"
 fi

@@ -100,7 +100,7 @@ def build_pages(
         raise ValueError(f"{count} of {len(raters)} raters cannot share {len(asked)} questions; change per_question")
     questions = [systems[0].questions[number] for number in asked]
     texts = [{system.name: system.answers[number].content.strip() for system in systems} for number in asked]
-    whole = digest([set_hash(questions), texts, list(raters), count, seed])[:16]
+    whole = digest([set_hash(questions), names, texts, list(raters), count, seed])[:16]
     ids = [digest([whole, number])[:10] for number in asked]
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     rows = [{"number": n + 1, "task": q.task, "question": q.text} for n, q in zip(asked, questions, strict=True)]

@@ -24,7 +24,7 @@ from pedgpt.data.chat import ChatFormat
 from pedgpt.data.inputs import files_of, format_of
 from pedgpt.data.records import Message
 from pedgpt.data.tables import Unfit, read_rows
-from pedgpt.evaluation.agreement import bootstrap
+from pedgpt.evaluation.agreement import LIMITS, bootstrap, resampled_means
 from pedgpt.evaluation.likelihood import option_logps
 from pedgpt.evaluation.responses import Question
 from pedgpt.models.transformer import Transformer
@@ -102,8 +102,8 @@ def _kind_of(file: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> str:
         return "pairing"
     if columns & set(NAMES["options"]):
         return "choice"
-    answers = {str(_value(row, "answer")[1]).strip() for _, row in rows}
-    if answers <= {"对", "错"} and answers:
+    answers = [str(_value(row, "answer")[1]).strip() in ("对", "错") for _, row in rows]
+    if sum(answers) > len(answers) / 2:  # a mistake in one of them is refused later, with its place
         return "true_false"
     return "case" if re.search("case|病例", file.name, re.IGNORECASE) else "essay"
 
@@ -158,6 +158,8 @@ def _options(value: Any) -> dict[str, str]:
         pairs = [(str(letter).strip().upper(), text) for letter, text in value.items()]
         return {letter: str(text).strip() for letter, text in pairs if text not in (None, "")}
     if isinstance(value, list):
+        if value and all(isinstance(one, Mapping) and one.keys() >= {"key", "value"} for one in value):  # CMExam's
+            return _options({one["key"]: one["value"] for one in value})
         return dict(zip(_LETTERS, map(str, value), strict=False))
     text, found, at = str(value or ""), dict[str, tuple[int, int]](), 0
     plain = text.translate(_WIDE)
@@ -236,8 +238,9 @@ def read_answer(question: ExamQuestion, text: str) -> str | None:
     if re.fullmatch(f"[{letters}]+", bare):
         said = {bare}
     else:
-        run = rf"([{letters}](?:[\s,、;和及]*[{letters}])*)(?![A-Za-z])"
-        stated = rf"(?:答案|选项?|选择)\s*(?:应?该?[是为选:]+)?\s*[\"“(]?\s*{run}"
+        run = rf"([{letters}](?:[\s,、;和及]*[{letters}])*+)(?![A-Za-z]|[\s\"”)]*[并都均]?(?:不|错|有误|是错|是不|或))"
+        no = "".join(f"(?<!{word})" for word in ("不", "不应", "不能", "不可", "排除", "错误"))
+        stated = rf"{no}(?:答案|选项?|选择)\s*(?:应?该?[是为选:]+)?\s*[\"“(]?\s*{run}"
         said = set(re.findall(stated, text.upper()))
         if not said and (opened := re.match(rf"([{letters}])\s*[.、:)](?!\s*[{letters}]\s*[.、:)])", text.upper())):
             others = re.findall(rf"(?m)^\s*([{letters}])\s*[.、:)]", text.upper())
@@ -249,7 +252,8 @@ def read_answer(question: ExamQuestion, text: str) -> str | None:
 
 def _read_truth(text: str) -> str | None:
     form = re.compile(
-        r"(?:^|答案(?:是|为|:)?|说法(?:是)?|判断(?:为|:)?)\s*[\"“(]?(不对|不正确|错误|错|正确|对|√|×)(?!误|吗|的是)"
+        r"(?:^|答案(?:是|为|:)?|说法(?:是)?|判断(?:为|:)?)\s*[\"“(]?"
+        r"(不对|不正确|错误|错|正确|对|√|×)(?=的?(?:$|\W))(?!\?)"
     )
     found = {{"不对": "错", "不正确": "错"}.get(one, "对" if one in TRUE else "错") for one in form.findall(text)}
     return found.pop() if len(found) == 1 else None
@@ -335,16 +339,20 @@ def by_likelihood(model: Transformer, chat: ChatFormat, exam: Sequence[ExamQuest
 def summarize(exam: Sequence[ExamQuestion], shares: Sequence[float | None], *, seed: int = 0) -> dict[str, Any]:
     """Scores in per cent by kind and by disease group, each [score, low, high], beside n and the chance level.
 
-    `shares` are the shares of points, None for a question that was not graded. PediaBench's "total" is given if every
-    kind was graded.
+    `shares` are the shares of points, None for a question that was not graded. PediaBench's "total", also
+    with its interval, is given if every kind was graded.
     """
     graded = [(one, share) for one, share in zip(exam, shares, strict=True) if share is not None]
 
+    def columns(rows: Sequence[tuple[ExamQuestion, float]]) -> tuple[Any, list[str]]:
+        """Per cent of the points, and what a question is: one that occurs twice is no new evidence."""
+        return np.array([100 * share for _, share in rows]), [f"{one.text} {one.options}" for one, _ in rows]
+
     def score(chosen: Iterable[tuple[ExamQuestion, float]]) -> dict[str, Any]:
         rows = list(chosen)
-        values = np.array([100 * share for _, share in rows])
+        values, same = columns(rows)
         level = 100 * sum(chance(one) for one, _ in rows) / len(rows)
-        interval = [float(x) for x in bootstrap(values, seed=seed)]
+        interval = [float(x) for x in bootstrap(values, seed=seed, clusters=same)]
         return {"score": interval, "questions": len(rows), "chance": level}
 
     found: dict[str, Any] = {"kinds": {}, "groups": {}, "total": None}
@@ -353,7 +361,12 @@ def summarize(exam: Sequence[ExamQuestion], shares: Sequence[float | None], *, s
             if value:
                 found[name][value] = score(rows)
     if found["kinds"].keys() == WEIGHTS.keys():
-        found["total"] = sum(WEIGHTS[kind] * found["kinds"][kind]["score"][0] / 100 for kind in WEIGHTS)
+        total, draws = 0.0, np.zeros(1)
+        for number, (kind, weight) in enumerate(WEIGHTS.items()):  # the kinds are drawn independently
+            values, same = columns([pair for pair in graded if pair[0].kind == kind])
+            total += weight / 100 * values.mean()
+            draws = draws + weight / 100 * resampled_means(values, seed=seed + number, clusters=same)
+        found["total"] = [float(x) for x in (total, *np.quantile(draws, LIMITS))]
     return found
 
 

@@ -24,12 +24,18 @@ from pedgpt.evaluation.run import Stage
 from pedgpt.files import read_object
 
 Interval = Sequence[float] | None
+KEYS = {  # of a result, at least
+    "exams": {"likelihood", "generated", "questions"},
+    "judge": {"judge", "question_set"},
+    "doctors": {"raters", "systems", "comparisons", "agreement", "votes", "unsafe"},
+}
 
 
 @dataclass
 class Findings:
-    """The results by the name of their file; `scores` are those of answers that no stage's evaluation holds."""
+    """The results by the name of their file; `scores` are those of all answers, if some are of no stage."""
 
+    stages: set[str] = field(default_factory=set)
     scores: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     exams: dict[str, dict[str, Any]] = field(default_factory=dict)
     judge: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -56,15 +62,24 @@ class Findings:
 
 
 def load_findings(folder: Path, stages: set[str]) -> Findings:
-    """Read all that is there; `stages` are the systems whose answers are scored already."""
+    """Read all that is there; `stages` are the systems whose answers are scored already.
+
+    Raises ValueError for a file that its recipe did not write.
+    """
     found = Findings()
-    for name, members in (("exams", found.exams), ("judge", found.judge), ("doctors", found.doctors)):
+    for name, keys in KEYS.items():
         for path in sorted((folder / name).glob("*.json")):
-            if path.name != "key.json":  # it tells which system stands behind a letter
-                members[path.stem] = read_object(path.parent, path.name)
-    for path in sorted((folder / "answers").glob("*.jsonl")):
-        if path.stem not in stages:
-            found.scores[path.stem] = score_answers(read_answers(path))
+            result = read_object(path.parent, path.name)
+            if path.name == "key.json" or (name == "doctors" and "checksum" in result):
+                continue  # it tells which system stands behind a letter, or is one rater's
+            if not keys <= result.keys():
+                recipe = f"{name.removesuffix('s') if name == 'exams' else name}.py"
+                raise ValueError(f"{path}: not a result of {recipe}; move it to another folder")
+            getattr(found, name)[path.stem] = result
+    paths = sorted((folder / "answers").glob("*.jsonl"))
+    if {path.stem for path in paths} - stages:  # then the stages stand beside the others
+        found.scores = {path.stem: score_answers(read_answers(path)) for path in paths}
+        found.stages = stages
     return found
 
 
@@ -121,37 +136,40 @@ def _answer_section(found: Findings) -> list[str]:
             talks = scores["conversations"]
             cells = [between(bootstrap(scores["values"][name], clusters=talks)) for name in ("rouge-l", "gleu")]
             rows.append([name, task or "all", str(scores["rows"]), str(scores["empty"]), *cells])
-    for one, two in combinations(found.scores, 2):
+    pairs = (pair for pair in combinations(found.scores, 2) if {*pair} - found.stages)
+    for one, two in pairs:
         for task in found.scores[one].keys() & found.scores[two].keys():
             first, second = found.scores[one][task], found.scores[two][task]
             if first["question_set"] == second["question_set"]:
                 values = first["values"]["rouge-l"], second["values"]["rouge-l"]
                 figures = paired_difference(*values, clusters=first["conversations"])
-                told = "" if figures[1] > 0 or figures[2] < 0 else ": no difference beyond chance"
+                one_talk = len({*first["conversations"]}) < 2  # its interval has no width
+                told = ": no difference beyond chance" if one_talk or figures[1] <= 0 <= figures[2] else ""
                 differences.append(f"- ROUGE-L on {escape(task or 'all')}, {escape(one)} − {escape(two)}: ")
                 differences[-1] += f"{between(figures)}{told}"
     if len(rows) == 1:
         return []
-    page = ["## Answers of other systems", f"`{signature()}`", markdown_table(rows)]
+    page = ["## Answers compared", f"`{signature()}`", markdown_table(rows)]
     return [*page, *(["On the same questions:", "\n".join(sorted(differences))] if differences else [])]
 
 
 def _exam_section(found: Findings) -> list[str]:
     page: list[str] = []
     for name, exam in found.exams.items():
-        rows = [["system", "answered by", "kind", "score, % of points", "questions", "guessing", "not readable"]]
+        rows, unread = [["system", "answered by", "kind", "score, % of points", "questions", "guessing"]], []
         for way in ("likelihood", "generated"):
             for system, result in exam[way].items():
                 for kind, one in result["kinds"].items():
-                    unread = str(len(result["unread"])) if way == "generated" else "–"
-                    counts = [str(one["questions"]), show(one["chance"], 1), unread]
+                    counts = [str(one["questions"]), show(one["chance"], 1)]
                     rows.append([system, way, kind.replace("_", " "), between(one["score"]), *counts])
                 if result.get("total") is not None:
-                    rows.append([system, way, "total of PediaBench", show(result["total"]), "–", "–", "–"])
+                    rows.append([system, way, "total of PediaBench", between(result["total"]), "–", "–"])
                 if "rotated" in result:
                     again = [between(result["rotated"]["score"]), str(result["rotated"]["questions"])]
-                    rows.append([system, way, "choice, other letters", *again, "–", "–"])
-        page += [f"## Exam: {escape(name)}", markdown_table(rows)]
+                    rows.append([system, way, "choice, other letters", *again, "–"])
+                if result.get("unread"):
+                    unread.append(f"- {escape(system)}: {len(result['unread'])} answers could not be read or graded.")
+        page += [f"## Exam: {escape(name)}", markdown_table(rows), *unread]
         if "in_corpus" in exam:
             page.append(f"{len(exam['in_corpus'])} of its {exam['questions']} questions stand in the training corpus.")
     return page
@@ -173,9 +191,9 @@ def _verdict_section(found: Findings) -> list[str]:
             )
             page.append(
                 f"{escape(result['judge'])}, {escape(' against '.join(pair['systems']))}: {percent(pair['flips'])} of "
-                f"the verdicts change with the order. Of its decisions, {first} prefer the answer shown first and "
-                f"{longer} the longer one. A tie as half a win, the first system wins {wins}, and {controlled} if both "
-                "answers are equally long."
+                f"the pairs change with the order. Of its decisions, {first} prefer the answer shown first and "
+                f"{longer} the longer one. A tie as half a win, the first system wins {wins}"
+                + (f", and {controlled} if both answers are equally long." if pair["length_controlled"] else ".")
             )
         for system, strength in result.get("bradley_terry", {}).items():
             page.append(f"- Bradley-Terry strength of {escape(system)}: {between(strength, digits=2)}")
@@ -184,8 +202,9 @@ def _verdict_section(found: Findings) -> list[str]:
             page.append(f"- {escape(result['judge'])} gives {escape(system)} of {result['points']} points: {told}")
         page += [f"**{escape(warning)}**" for warning in result.get("warnings", ())]
         if planted := result.get("found_planted"):
-            found_right = f"{between(planted['right'], 100)} % of the right answers"
-            page.append(f"In {planted['pairs']} planted pairs the judge found {found_right}.")
+            found_right = f"{between(planted['right'], 100)} % of the right references"
+            unreadable = f"{planted['unreadable']} without a readable verdict"
+            page.append(f"In {planted['pairs']} planted pairs, {unreadable}, the judge found {found_right}.")
     return page
 
 
@@ -214,6 +233,8 @@ def _judge_against(judge: Mapping[str, Any], doctors: Mapping[str, Any]) -> list
     majority = {row["number"]: row["majority"] for row in overall if row["majority"]}
     lines = []
     for pair in judge.get("pairs", ()) if judge.get("question_set") == doctors.get("question_set") else ():
+        if not {*pair["systems"]} <= {*doctors["systems"]}:
+            continue  # they compared one of the two with another system
         names = {"1": pair["systems"][0], "2": pair["systems"][1], "tie": "tie"}
         rows = [row for row in judge["verdicts"] if row["systems"] == pair["systems"] and row["number"] in majority]
         both = [(names[row["verdict"]["overall"]], majority[row["number"]]) for row in rows]

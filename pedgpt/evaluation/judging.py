@@ -91,9 +91,11 @@ def _messages(kind: str, question: Question, reference: bool, **values: str) -> 
 
 def ask_strictly(ask: Ask, messages: list[dict[str, str]], read: Callable[[str], Any]) -> tuple[Any, str]:
     """(what `read` makes of the answer, "") or, after `ATTEMPTS`, (None, what was wrong with the last answer)."""
-    problem = ""
+    problem = said = ""
     for attempt in range(ATTEMPTS):
-        again = [{"role": "user", "content": template()["again"]}] if attempt else []
+        # Some servers refuse two turns of the user in a row, so what was said stands between them.
+        said_before = {"role": "assistant", "content": said or "（空）"}
+        again = [said_before, {"role": "user", "content": template()["again"]}] if attempt else []
         said = ""
         try:
             said = ask([*messages, *again], attempt=attempt)
@@ -155,7 +157,7 @@ def summarize(systems: Sequence[Answers], judged: Judged, *, seed: int = 0) -> d
     found: dict[str, Any] = {"pairs": pairs, "unreadable": judged.unreadable}
     found["warnings"] = [warning for pair in pairs for warning in pair.pop("warnings")]
     if judged.unreadable:
-        found["warnings"].append(f"{len(judged.unreadable)} pairs have no readable verdict and are left out; see them")
+        found["warnings"].append(f"{len(judged.unreadable)} pairs have no readable verdict and are left out")
     if len(systems) > 2 and judged.rows:
         wins = np.zeros((len(judged.rows), len(systems), len(systems)))
         for i, row in enumerate(judged.rows):
@@ -205,8 +207,15 @@ def _biases(
     longer = (wins - 0.5) * gaps > 0
     found["longer"] = _share(longer[:, None], ((wins != 0.5) & (gaps != 0))[:, None], clusters, seed)
     found["win_rate"] = [float(x) for x in bootstrap(wins, seed=seed, clusters=clusters)]
-    found["length_controlled"] = length_controlled(wins, gaps, clusters, seed=seed)
     pair = " and ".join(names)
+    if gaps.min() <= 0 <= gaps.max():
+        found["length_controlled"] = length_controlled(wins, gaps, clusters, seed=seed)
+        advice = f"read the length-controlled rate, {found['length_controlled'][0]:.0%}"
+    else:  # at difference 0 the regression would say nothing but who won
+        found["length_controlled"] = None
+        advice = "compare answers of like length"
+        which = names[int(gaps.max() < 0)]
+        warnings.append(f"{pair}: every answer of {which} is the longer one, so there is no length-controlled rate")
     if found["first"] and not found["first"][1] <= 0.5 <= found["first"][2]:
         warnings.append(
             f"{pair}: the place decides: {found['first'][0]:.0%} of the verdicts that decide prefer the answer shown "
@@ -216,8 +225,7 @@ def _biases(
         warnings.append(f"{pair}: the judge is unsteady: {flips:.0%} of the pairs change with the order")
     if found["longer"] and found["longer"][1] > 0.6:
         warnings.append(
-            f"{pair}: the judge prefers the longer answer in {found['longer'][0]:.0%} of its decisions; read the "
-            f"length-controlled rate, {found['length_controlled'][0]:.0%}"
+            f"{pair}: the judge prefers the longer answer in {found['longer'][0]:.0%} of its decisions; {advice}"
         )
     return found
 
@@ -310,10 +318,10 @@ def planted_pairs(system: Answers, limit: int = 50) -> list[tuple[list[Answers],
 
 
 def found_planted(said: Sequence[tuple[Verdict | None, str]]) -> dict[str, Any]:
-    """How often both orders of `planted_pairs` preferred the reference, [share, low, high], and what was unreadable."""
+    """How often both orders of `planted_pairs` preferred the reference: "right", [share, low, high] of those read."""
     pairs = list(zip(said[::2], said[1::2], strict=True))
     read = [(one["overall"], two["overall"]) for (one, _), (two, _) in pairs if one and two]
-    right = list(bootstrap([pair == ("1", "2") for pair in read])) if read else [0.0, 0.0, 1.0]
+    right = list(bootstrap([pair == ("1", "2") for pair in read])) if read else None
     return {"pairs": len(pairs), "unreadable": len(pairs) - len(read), "right": right}
 
 

@@ -216,6 +216,15 @@ def _paint_dfpo(run: Run, figure: Figure) -> bool:
     return True
 
 
+def _families() -> list[str]:
+    """Fonts for the names of systems and tasks, which may be Chinese: those that are installed."""
+    from matplotlib.font_manager import fontManager
+
+    known = "Noto Sans CJK SC,Source Han Sans SC,WenQuanYi Micro Hei,Microsoft YaHei,PingFang SC,SimHei".split(",")
+    installed = {font.name for font in fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in known if name in installed)]
+
+
 def _paint_verdicts(findings: Findings, figure: Figure) -> bool:
     """Win, tie and loss of each pair of systems by task, as the paper draws them."""
     rows = [row for row in findings.verdicts() if row["dimension"] == "overall"]
@@ -241,10 +250,11 @@ def _paint_verdicts(findings: Findings, figure: Figure) -> bool:
     names = [
         f"{row['by']}: {row['first']} against {row['second']}, {row['task']} ({row['n']})" for row in reversed(rows)
     ]
-    axes.set_yticks(range(len(rows)), names)
+    names = [name.replace("$", r"\$") for name in names]  # no formula
+    axes.set_yticks(range(len(rows)), names, fontfamily=_families())
     axes.set(xlim=(0, 100), xlabel="share of questions [%]", title="Overall: win, tie and loss of the first system")
     axes.grid(False)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.9 / len(rows) - 0.08), ncols=3)
+    figure.legend(loc="outside lower center", ncols=3)
     return True
 
 
@@ -258,11 +268,12 @@ def _paint_calibration(findings: Findings, figure: Figure) -> bool:
     axes.plot([0, 100], [0, 100], color=FAINT, linewidth=1)
     for color, (name, one) in zip(itertools.cycle(PALETTE), found.items(), strict=False):
         x, y, n = zip(*((100 * b["confidence"], 100 * b["accuracy"], b["questions"]) for b in one["bins"]), strict=True)
-        axes.plot(x, y, color=color, linewidth=1.2, label=f"{name}, ECE {one['ece']:.1f} %")
+        label = f"{name}, ECE {one['ece']:.1f} %".replace("$", r"\$")
+        axes.plot(x, y, color=color, linewidth=1.2, label=label)
         axes.scatter(x, y, s=[12 + 3 * count**0.5 for count in n], color=color)
     axes.set(xlim=(0, 102), ylim=(0, 102), xlabel="probability of the chosen option [%]", ylabel="right [%]")
     axes.set_title("Calibration on the exam")
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper left", prop={"family": _families()})
     return True
 
 

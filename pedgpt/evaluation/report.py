@@ -120,7 +120,8 @@ def stage_table(run: Run) -> str:
 
 def write_report(run: Run) -> Path:
     """Write `report.md` and its plots into the run's folder and return the page's path."""
-    findings = load_findings(run.folder, set(run.stages))
+    scored = {name for name, stage in run.stages.items() if stage.evaluation["tasks"]}
+    findings = load_findings(run.folder, scored)
     plots = draw(run, findings)
     shown = {name: [f"![{alt}]({name})"] for name, (alt, _) in PLOTS.items() if plots and name in plots}
     page = [

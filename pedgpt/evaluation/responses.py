@@ -156,7 +156,7 @@ def read_answers(path: str | Path) -> Answers:
     path = Path(path)
     questions, answers, about = [], [], dict[str, Any]()
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a file of answers ({error})") from None
     for number, line in enumerate(lines, 1):
@@ -166,6 +166,9 @@ def read_answers(path: str | Path) -> Answers:
             texts = [row[key] for key in KEYS[1:]]
             if not all(isinstance(text, str) for text in (*texts, *(said.content for said in history))):
                 raise ValueError("a text is no string")
+            if strange := {said.role for said in history} - {"system", "user", "assistant"}:
+                raise ValueError(f"role {min(strange)!r}, expected system, user or assistant")
+            "".join((*texts, *(said.content for said in history))).encode()  # half a surrogate pair is no text
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(
@@ -182,7 +185,18 @@ def read_answers(path: str | Path) -> Answers:
     if not lines or (count := row.get("of", len(lines))) != len(lines):
         missing = f"{len(lines)} of {count} answers" if lines else "no answers"
         raise ValueError(f"{path}: holds {missing}; run answer.py to its end")
+    about["question_set"] = set_hash(questions)  # another program may have written anything
     return Answers(path.stem, questions, answers, about)
+
+
+def check_output(output: str | Path, *inputs: str | Path) -> None:
+    """Raise ValueError if `output` is a folder, or one of the files that are read, or lies in a folder of them."""
+    if output and Path(output).is_dir():
+        raise ValueError(f"--output {output}: is a folder; give the name of a file in it")
+    whole = Path(output).resolve()
+    for path in inputs:
+        if output and path and Path(path).resolve() in (whole, *whole.parents):
+            raise ValueError(f"--output {output}: is among the files to be read, {path}; choose another place")
 
 
 def read_part(path: Path, questions: Sequence[Question], about: Mapping[str, Any]) -> dict[int, Message]:

@@ -150,8 +150,9 @@ def load_run(folder: str | Path) -> Run:
             stages[path.parent.name] = Stage(path.parent.name, rows)
     for path in sorted(folder.glob("evaluation/*.json")):
         stages.setdefault(path.stem, Stage(path.stem)).evaluation = _read_evaluation(path)
-    if not stages and not any((folder / "answers").glob("*.jsonl")):
-        wanted = "<stage>/metrics.jsonl, evaluation/<stage>.json or answers/<system>.jsonl"
+    others = ("answers/*.jsonl", "exams/*.json", "judge/*.json", "doctors/*.json")
+    if not stages and not any(found for pattern in others for found in folder.glob(pattern)):
+        wanted = f"<stage>/metrics.jsonl, evaluation/<stage>.json, {', '.join(others)}"
         raise ValueError(f"{folder}: nothing recorded, expected {wanted} in it")
     return Run(folder, {name: stages[name] for name in ordered(stages, tuple(STAGE_LABELS))})
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -43,6 +45,14 @@ class SystemSettings(FormatSettings):
     def taught(self) -> str:
         """The folder that holds the tokenizer, the template and the end tokens."""
         return taught_folder(self.model, self.adapter)
+
+    def weights(self) -> str:
+        """A short name of the model's weights and of the adapter's files; training either of them changes it."""
+        found = weights_fingerprint(self.model)
+        if not self.adapter:
+            return found
+        files = sorted(Path(self.adapter).glob("adapter_*"))
+        return f"{found}+{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:16]}"
 
     def load_model(self, device: torch.device) -> Transformer:
         """The model with its adapter on the device, in evaluation mode."""

@@ -41,13 +41,14 @@ def read_ratings(path: str | Path, key: Mapping[str, Any], partial: bool = False
     Raises ValueError for a file that was changed, is of another set, or lacks choices where `partial` is not set.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
         told, ratings = found.pop("checksum"), dict(found["ratings"])
         whole, page, form = found["set"], key["pages"].get(found["page"]), found["format"]
         if form != FORMAT:
             raise ValueError(f"its format is {form!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a file that a page exported ({error!r}); ask for a new export") from None
+        reason = f"lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: not a file that a page exported ({reason}); ask for a new export") from None
     if told != digest(found):
         raise ValueError(f"{path}: its checksum is wrong, so it was changed after its export; ask for a new export")
     if whole != key["set"] or page is None:

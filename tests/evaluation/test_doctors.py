@@ -130,6 +130,12 @@ def test_pages_are_the_same_for_the_same_seed():
     assert first["set"] != second["set"] and not first["pages"].keys() & second["pages"].keys()
 
 
+def test_systems_in_another_order_make_another_set():
+    """Their letters differ, so that what was rated under the first key must not be read with the second."""
+    one, two = (build_pages(found, ["li"])[1] for found in (systems(), systems()[::-1]))
+    assert one["set"] != two["set"] and not one["pages"].keys() & two["pages"].keys()
+
+
 def test_a_limit_asks_fewer_questions_evenly_spread():
     _, key = build_pages(systems(10), ["a"], limit=5)
     assert [row["number"] for row in key["questions"].values()] == [1, 3, 5, 7, 9]
@@ -342,6 +348,12 @@ def test_two_files_of_one_rater_are_refused(tmp_path):
         write_json(tmp_path / name, sealed(rate(key, "x", lambda n, _: "tie")))
     with pytest.raises(ValueError, match="new.json: a second file of rater x"):
         merge([tmp_path / "old.json", tmp_path / "new.json"], key)
+
+
+def test_a_file_that_an_editor_saved_with_a_byte_order_mark_is_read(tmp_path):
+    _, key = build_pages(systems(4), ["x"])
+    (tmp_path / "x").write_text(json.dumps(sealed(rate(key, "x", lambda n, _: "tie"))), encoding="utf-8-sig")
+    assert read_ratings(tmp_path / "x", key)[0] == "x"
 
 
 def test_another_file_is_no_key(tmp_path):

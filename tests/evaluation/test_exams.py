@@ -123,6 +123,15 @@ def test_options_are_told_apart_wherever_they_stand(tmp_path):
         assert list(read_exam(path)[0].options.values()) == expected
 
 
+def test_cmexams_options_are_read_and_one_mistake_makes_no_essays_of_statements(tmp_path):
+    row = {"Question": "问", "Options": [{"key": "A", "value": "甲"}, {"key": "B", "value": "乙"}], "Answer": "B"}
+    (tmp_path / "cmexam.json").write_text(json.dumps([row]), encoding="utf-8")
+    assert read_exam(tmp_path / "cmexam.json")[0].options == {"A": "甲", "B": "乙"}
+    path = sheet(tmp_path / "truths.xlsx", ["questions", "answers"], [["一", "对"], ["二", "队"], ["三", "错"]])
+    with pytest.raises(ValueError, match="truths.xlsx:3: cell B3: answer is '队', expected 对 or 错"):
+        read_exam(path)
+
+
 CHOICE = ExamQuestion("choice", "问", "B", "f:1", options=dict(zip("ABCDE", "甲乙丙丁戊", strict=True)))
 SEVERAL = ExamQuestion("choice", "问", "ABD", "f:1", options=CHOICE.options)
 TRUTH = ExamQuestion("true_false", "说法", "对", "f:1")
@@ -138,17 +147,23 @@ PAIRS = ExamQuestion("pairing", "问", "CAB", "f:1", options=dict(zip("ABC", "�
         )),
         *((CHOICE, text, None) for text in (
             "", "不知道", "A或者B都有可能", "答案：A。答案：B", "A. 甲\nB. 乙\nC. 丙", "维生素B缺乏", "F", "BMI",
-            "I think so",
+            "I think so", "选项B是错误的", "选项B不正确。", "不选B", "不应选B", "选项A、B错误", "错误选项B",
+            "答案：B或C",
         )),
         *((SEVERAL, text, "ABD") for text in (
             "ABD", "A、B、D", "A,B,D", "DBA", "A B D", "答案：ABD", "正确选项是A、B和D。", "选ABD",
         )),
         (SEVERAL, "AB", "AB"),
-        *((TRUTH, text, "对") for text in ("对", "对。", "正确", "正确。因为……", "答案：对", "该说法正确", "√")),
+        *((TRUTH, text, "对") for text in (
+            "对", "对。", "正确", "正确。因为……", "答案：对", "该说法正确", "√", "对\n解析：……", "正确的",
+        )),
         *((TRUTH, text, "错") for text in (
             "错", "错误", "不对", "不正确。", "答案是错", "这个说法不正确", "说法是错误的", "×",
         )),
-        *((TRUTH, text, None) for text in ("", "不知道", "对吗", "有时对有时错", "答案：对。答案：错")),
+        *((TRUTH, text, None) for text in (
+            "", "不知道", "对吗", "对？", "对于这个说法", "正确的做法是就医", "对症治疗", "有时对有时错",
+            "答案：对。答案：错",
+        )),
         *((PAIRS, text, "CAB") for text in ("1-C，2-A，3-B", "1. C\n2. A\n3. B", "1：C 2：A 3：B", "1→c; 2→a; 3→b")),
         (PAIRS, "1-C，3-A", "C?A"), (PAIRS, "1-C，1-A", None), (PAIRS, "CAB", None),
     ],
@@ -179,9 +194,20 @@ def test_the_total_is_pediabenchs(pediabench):
     by_kind = {"true_false": 1.0, "choice": 0.5, "pairing": 1 / 3, "essay": 0.6, "case": 0.25}
     shares = [by_kind[one.kind] for one in exam]
     found = summarize(exam, shares)
-    assert found["total"] == pytest.approx(10 * 1 + 40 * 0.5 + 10 / 3 + 30 * 0.6 + 10 * 0.25)
+    assert found["total"] == pytest.approx([10 * 1 + 40 * 0.5 + 10 / 3 + 30 * 0.6 + 10 * 0.25] * 3)
+    guessed = [float(i % 2) if one.kind == "choice" else 1.0 for i, one in enumerate(exam)]
+    half = 40 * 1.96 * 0.5 / 20**0.5
+    assert summarize(exam, guessed)["total"] == pytest.approx([80, 80 - half, 80 + half], abs=1.5)
     assert found["kinds"]["choice"]["questions"] == 20 and set(found["groups"]) == {*DISEASES, "disease"}
     assert summarize(exam, [None if one.kind == "case" else 1.0 for one in exam])["total"] is None
+
+
+def test_a_question_that_occurs_often_makes_no_interval_narrower(pediabench):
+    exam = [one for one in read_exam(pediabench) if one.kind == "true_false"]
+    shares = [float(i % 3 == 0) for i in range(20)]
+    assert summarize(exam * 5, shares * 5)["kinds"]["true_false"]["score"] == pytest.approx(
+        summarize(exam, shares)["kinds"]["true_false"]["score"]
+    )
 
 
 def test_a_random_examinee_has_the_chance_level_in_its_interval(pediabench):

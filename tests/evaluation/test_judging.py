@@ -1,6 +1,7 @@
 """Judges whose faults are known, over real HTTP and in simulations, and the figures against other packages."""
 
 import importlib.util
+import itertools
 import json
 import random
 import subprocess
@@ -18,6 +19,7 @@ from pedgpt.evaluation.judging import (
     DIMENSIONS,
     Showing,
     collect,
+    found_planted,
     known_judges,
     length_controlled,
     pair_prompt,
@@ -85,6 +87,14 @@ def test_a_longer_systems_wins_shrink_when_length_is_controlled():
         [long, short], lambda s: "1" if lengths[s.first][s.number] > lengths[s.second][s.number] else "2"
     )["pairs"][0]
     assert found["win_rate"][0] > 0.8 and found["length_controlled"][0] < found["win_rate"][0] - 0.15
+
+
+def test_a_system_that_is_always_longer_has_no_length_controlled_rate():
+    long, short = systems(60)
+    long = Answers("a", long.questions, [Message("assistant", one.content * 300) for one in long.answers])
+    found = known_judges([long, short])["longest"]
+    assert found["length_controlled"] is None and found["win_rate"][0] == 1
+    assert "every answer of a is the longer one" in found["warned"][0] and "like length" in found["warned"][1]
 
 
 def test_the_length_controlled_rate_matches_an_independent_fit():
@@ -189,6 +199,7 @@ def test_planted_pairs_hold_the_reference_and_another():
         assert right.answers[0].content == right.questions[0].reference != wrong.answers[0].content
     lonely = systems(1)[0]
     assert planted_pairs(lonely) == []
+    assert found_planted([(None, "?"), (None, "?")]) == {"pairs": 1, "unreadable": 1, "right": None}
 
 
 # Over HTTP
@@ -290,8 +301,12 @@ def test_a_judge_that_was_killed_asks_nothing_twice(folder):
 def test_nonsense_ends_in_an_exact_account(folder, capsys):
     kinds = ["回答1更好", verdict("both"), f"结论：{verdict('1')}", json.dumps({"overall": "1"}), "抱歉，我不能评判。"]
 
+    roles = []
+
     def answer(payload):
         number, _, _ = shown(payload)
+        turns = [message["role"] for message in payload["messages"]]
+        roles.extend(zip(turns[1:], itertools.cycle(["user", "assistant"]), strict=False))
         if number == 5 and len(payload["messages"]) == 2:
             return "想一想"  # good only when it is asked again
         return kinds[number] if number < len(kinds) else verdict("tie")
@@ -307,13 +322,17 @@ def test_nonsense_ends_in_an_exact_account(folder, capsys):
     assert "5 pairs have no readable verdict" in said and "no readable verdict: question 5" in said
     asked = Counter(request.question for request in server.log)
     assert all(count == 1 for text, count in asked.items() if "a20号" in text or "a0号" in text)
+    assert all(one == two for one, two in roles if one != "system")  # as servers with strict templates want it
 
 
 def test_the_plan_asks_nobody(folder, capsys):
     with chat_server.ChatServer() as server:
         assert judge(folder, server, plan=True, endpoint={"price_per_million_input": 1e6}) is None
     said = capsys.readouterr().out
-    assert not server.log and "asked 80 times" in said and "USD" in said
+    assert not server.log and "asked 80 times" in said and "USD" in said and "asked again, up to 2 times" in said
+    for wrong in ({"limit": -1}, {"points": -5}):
+        with pytest.raises(ValueError, match="at least 0"):
+            judge(folder, server, **wrong)
 
 
 def test_the_judge_is_judged_by_planted_pairs(folder, capsys):
@@ -325,8 +344,10 @@ def test_the_judge_is_judged_by_planted_pairs(folder, capsys):
     with chat_server.ChatServer(answer=answer) as server:
         result = judge(folder, server, check_judge=True)
     said = capsys.readouterr().out
-    assert result["found_planted"]["right"][0] == 1 and "found 100% of the right references" in said
+    assert result["found_planted"]["right"][0] == 1
+    assert "the judge found 100 % (100 to 100) of the right references" in said
     assert "always first" in said and result["known_judges"]["always first"]["flips"] == 1
+    assert "Of 40 planted pairs, 0 without a readable verdict" in said
 
 
 def test_points_for_each_answer(folder, capsys):

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from pedgpt.data import Message
+from pedgpt.evaluation.findings import Findings
 from pedgpt.evaluation.judging import DIMENSIONS, collect, showings, summarize
+from pedgpt.evaluation.plots import draw
 from pedgpt.evaluation.report import expectations, stage_table, write_report
 from pedgpt.evaluation.responses import Answers, Question, read_systems, set_hash, write_answers
-from pedgpt.evaluation.run import intervals_of, load_run
+from pedgpt.evaluation.run import Run, intervals_of, load_run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "report.py"
 TASKS = ("MedKQ&A", "EviDiag", "TreRecom")
@@ -331,7 +333,7 @@ def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
     share = [0.75, 0.6, 0.9]
     row = {"task": "all", "dimension": "overall", "n": 40}
     doctors = {
-        "raters": {"li": {}, "wang": {}}, "question_set": set_hash(questions), "votes": votes,
+        "raters": {"li": {}, "wang": {}}, "systems": ["a", "b"], "question_set": set_hash(questions), "votes": votes,
         "comparisons": [{**row, "by": "majority", "first": "a", "second": "b", **dict.fromkeys(KINDS, share)}],
         "agreement": [{**row, "raw": 0.75, "cohen": 0.1, "fleiss": None, "krippendorff": [0.2, 0.1, 0.3]}],
         "unsafe": [{"number": 3, "system": "b", "raters": ["li"]}],
@@ -339,17 +341,74 @@ def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
     one = {"score": [50.0, 40.0, 60.0], "questions": 20, "chance": 25.0}
     bins = [{"questions": 20, "confidence": 0.6, "accuracy": 0.5}]
     likelihood = {"kinds": {"choice": one}, "rotated": one, "total": None, "calibration": {"ece": 10.0, "bins": bins}}
-    generated = {"kinds": {"choice": one}, "total": 61.5, "unread": ["question 1"]}
+    generated = {"kinds": {"choice": one}, "total": [61.5, 50.0, 70.0], "unread": ["question 1"]}
     exam = {"questions": 20, "likelihood": {"a": likelihood}, "generated": {"b": generated}, "in_corpus": ["x"]}
     for name, value in {"judge/j": judge, "doctors/results": doctors, "exams/sheet": exam}.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / f"{name}.json").write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
     (tmp_path / "doctors" / "key.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "doctors" / "ratings_li.json").write_text('{"checksum": "", "ratings": {}}', encoding="utf-8")
     page = write_report(load_run(tmp_path)).read_text(encoding="utf-8")
     assert "| gpt-x | a : b | all | overall | 40 | 100 \\[100, 100\\] | 0 \\[0, 0\\] | 0 \\[0, 0\\] |" in page
     assert "| 2 doctors | a : b | all | overall | 40 | 75 \\[60, 90\\]" in page
     assert "gpt-x and the doctors' majority agree on 75.0 % of 40 questions" in page
-    assert "- question 3, b, by li" in page and "total of PediaBench | 61.50" in page
+    assert "- question 3, b, by li" in page and "total of PediaBench | 61.5 \\[50.0, 70.0\\]" in page
     assert "1 of its 20 questions" in page and "choice, other letters" in page
+    assert "- b: 1 answers could not be read or graded." in page
     for name in ("verdicts.png", "calibration.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in page
+
+    other = {**doctors, "systems": ["a", "c"]}  # a's votes against c say nothing of b
+    (tmp_path / "doctors/results.json").write_text(json.dumps(other), encoding="utf-8")
+    assert "majority agree" not in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_plot_takes_any_name(tmp_path):
+    overall = {kind: [share] * 3 for kind, share in zip(KINDS, (1, 0, 0), strict=True)}
+    pair = {"systems": ["$a^", "b"], "rows": 1, "tasks": {"all": {"rows": 1, "overall": overall}}}
+    bins = [{"questions": 1, "confidence": 0.5, "accuracy": 1.0}]
+    found = {"$x_{": {"calibration": {"ece": 3.0, "bins": bins}}}
+    findings = Findings(
+        exams={"e": {"likelihood": found, "generated": {}}}, judge={"j": {"judge": "$m$_$", "pairs": [pair]}}
+    )
+    assert draw(Run(tmp_path, {}), findings) == ["verdicts.png", "calibration.png"]
+
+
+@pytest.mark.parametrize("name", ["exams/x.json", "judge/x.json", "doctors/x.json"])
+def test_a_file_of_something_else_is_refused_by_name(tmp_path, name):
+    answers_of(tmp_path, ["a"], 4)
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text('{"questions": 3}', encoding="utf-8")
+    done = run_recipe("--run", str(tmp_path))
+    assert done.returncode == 2 and f"{name}: not a result of {name.split('/')[0].rstrip('s')}" in done.stderr
+
+
+def test_an_exam_with_nothing_beside_it_has_a_report(tmp_path):
+    (tmp_path / "exams").mkdir()
+    (tmp_path / "exams/x.json").write_text('{"questions": 3, "likelihood": {}, "generated": {}}', encoding="utf-8")
+    assert "## Exam: x" in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+
+
+def test_answers_of_a_stage_that_was_not_evaluated_are_scored(tmp_path):
+    answers_of(tmp_path, ["sft"], 4)
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
+    assert "| sft | EviDiag | 2 |" in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+
+
+def test_another_system_is_compared_with_the_stages(tmp_path, evaluations):
+    write_run(tmp_path, evaluations)
+    answers_of(tmp_path, ["sft", "dfpo"], 20)
+    assert "Answers compared" not in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+    (tmp_path / "answers/other.jsonl").write_bytes((tmp_path / "answers/sft.jsonl").read_bytes())
+    page = write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+    assert "other − sft" in page and "dfpo − other" in page and "dfpo − sft" not in page
+
+
+def test_one_question_shows_no_difference(tmp_path):
+    answers_of(tmp_path, ["a", "b"], 2)
+    said = (tmp_path / "answers/b.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "answers/b.jsonl").write_text(said.replace('"answer": "孩子', '"answer": "大人'), encoding="utf-8")
+    page = write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+    assert page.count("no difference beyond chance") == 2 and "a − b: 0.0" not in page

@@ -10,6 +10,7 @@ from pedgpt.evaluation.responses import (
     Answers,
     Question,
     answer,
+    check_output,
     questions_of,
     read_answers,
     read_part,
@@ -148,6 +149,14 @@ def test_a_file_of_another_program_needs_only_the_texts(tmp_path):
     assert found.questions == [Question((Message("user", "问"),))] and found.answers[0].content == "答"
 
 
+def test_an_editors_byte_order_mark_and_line_ends_are_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_answers(path, some_answers())
+    whole = read_answers(path)
+    path.write_bytes(path.read_text(encoding="utf-8").replace("\n", "\r\n").encode("utf-8-sig"))
+    assert read_answers(path) == whole
+
+
 def changed(line, **values):
     return json.dumps({**json.loads(line), **values}, ensure_ascii=False)
 
@@ -164,6 +173,8 @@ def changed(line, **values):
         (lambda lines: [lines[0], "{", lines[2]], ":2: not an answer"),
         (lambda lines: [lines[0], "[]", lines[2]], ":2: not an answer"),
         (lambda lines: [lines[0], changed(lines[1], answer=3), lines[2]], ":2: not an answer .a text is no string"),
+        (lambda lines: [lines[0].replace('"user"', '"tool"'), *lines[1:]], ":1: not an answer .role 'tool', expected"),
+        (lambda lines: [lines[0].replace('"answer": "', '"answer": "\\ud83d'), *lines[1:]], ":1: .*surrogates not"),
         (lambda lines: [lines[0], lines[1].replace('"reference"', '"ref"'), lines[2]], ":2: .*lacks 'reference'"),
     ],
 )
@@ -185,6 +196,17 @@ def test_systems_answer_the_same_questions_under_different_names(tmp_path):
         read_systems([paths["x/a"], paths["x/c"]])
     with pytest.raises(ValueError, match="two files are named a"):
         read_systems([paths["x/a"], paths["y/a"]])
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path):
+    check_output(tmp_path / "new.json", tmp_path / "a.jsonl", "", tmp_path / "x")
+    check_output("", tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="is a folder"):
+        check_output(tmp_path)
+    with pytest.raises(ValueError, match="is among the files to be read"):
+        check_output(tmp_path / "exam/results.json", tmp_path / "exam")
+    with pytest.raises(ValueError, match="is among the files to be read"):
+        check_output(tmp_path / "x" / ".." / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "a.jsonl")
 
 
 def test_a_stopped_run_keeps_its_whole_lines(tmp_path):

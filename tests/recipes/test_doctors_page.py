@@ -402,10 +402,12 @@ def test_pages_that_raters_may_have_are_not_replaced(build, lab, tmp_path):
     build()  # the same again
     with pytest.raises(AssertionError, match="is the key of other pages, which raters may have"):
         build("--seed", "1")
+    key = str(output / "key.json")
     for arguments, told in (
         (["--output", str(tmp_path / "x")], "2 to 8 files of answers"),
         (["--output", "x", "--merge", "a.json"], "--key, the key.json"),
-        (["--output", "x", "--merge", "a.json", "--key", str(output / "key.json")], "a.json: not a file that a page"),
+        (["--output", "x", "--merge", "a.json", "--key", key], "a.json: not a file that a page"),
+        (["--output", key, "--merge", "a.json", "--key", key], "key.json: is among the files to be read"),
         (["--output", "x", "--language", "fr"], "language must be"),
     ):
         result = lab.call("doctors", arguments)

@@ -15,6 +15,7 @@ import torch
 
 from pedgpt.adapters import inject_experts, save_adapter
 from pedgpt.data import Message, chat_format, encode_prompt, load_tokenizer
+from pedgpt.evaluation.responses import Answers, Question, write_answers
 from pedgpt.files import printable
 from pedgpt.models import ModelConfig, load_model
 
@@ -202,6 +203,23 @@ def test_evaluate_refuses_what_it_cannot_use(model_folder, heldout, tmp_path):
     for wrong in ({"heldout": tmp_path / "nowhere"}, {"dtype": "float99"}, {"chat_format": "llama"}, {"device": "tpu"}):
         with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
             run("evaluate", **{"model": model_folder, "heldout": heldout, **wrong})
+
+
+def test_evaluate_keeps_the_answers_of_another_system(model_folder, heldout, tmp_path):
+    path = tmp_path / "other.jsonl"
+    write_answers(path, Answers("other", [Question((Message("user", "问"),))], [Message("assistant", "答")]))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="holds another system's answers"):
+        run("evaluate", model=model_folder, heldout=heldout, answers=path)
+    assert path.read_bytes() == before
+
+
+def test_evaluate_writes_no_file_of_no_answers(model_folder, heldout, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/general.jsonl").write_bytes((heldout / "text/general.jsonl").read_bytes())
+    path = tmp_path / "a.jsonl"
+    run("evaluate", model=model_folder, heldout=tmp_path, answers=path, row_length=520, device="cpu")
+    assert not path.exists()
 
 
 @torch.no_grad()

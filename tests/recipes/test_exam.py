@@ -83,7 +83,7 @@ def test_who_knows_the_facts_scores_100_by_both_ways_and_who_does_not_the_chance
     for name in ("knows", "untrained"):
         path = answered(facts, tmp_path, name, model=str(models / name), exam=str(facts), batch_size=7)
         result = examined(tmp_path, facts, answers=[str(path)], model=str(models / name), batch_size=4)
-        generated, likelihood = result["generated"][name], next(iter(result["likelihood"].values()))
+        generated, likelihood = result["generated"][name], result["likelihood"][name]
         if name == "knows":
             for found in (generated, likelihood):
                 assert [found["kinds"][kind]["score"][0] for kind in ("choice", "true_false")] == [100, 100]
@@ -117,7 +117,26 @@ def test_answers_resume_and_are_not_mixed(facts, models, tmp_path, monkeypatch):
     assert count == [5] * 6 and not part.exists()
     answered(facts, tmp_path, "again", **settings)  # done already
     with pytest.raises(ValueError, match="another system or set"):
+        answered(facts, tmp_path, "again", **settings, dtype="bfloat16")
+    with pytest.raises(ValueError, match="another system or set"):
         answered(facts, tmp_path, "again", **{**settings, "model": str(models / "untrained")})
+
+
+def test_an_adapter_that_was_trained_again_is_another_system(models, tmp_path):
+    settings = answer.Config(output="x", model=str(models / "knows"), adapter=str(tmp_path))
+    names = {settings.weights()}
+    for text in ("one", "two"):
+        (tmp_path / "adapter_model.safetensors").write_text(text)
+        names.add(settings.weights())
+    assert len(names) == 3 and len({name.partition("+")[0] for name in names}) == 1
+
+
+def test_an_endpoints_unfinished_reasoning_is_no_answer(facts, tmp_path):
+    with chat_server.ChatServer(answer=lambda _: "<think>也许是对") as server:
+        toml = tmp_path / "end.toml"
+        toml.write_text(f'url = "{server.url}"\nmodel = "x"\nkey_variable = ""\n', encoding="utf-8")
+        path = answered(facts, tmp_path, "other", endpoint=str(toml), exam=str(facts))
+    assert {(one.content, one.reasoning) for one in read_answers(path).answers} == {("", "<think>也许是对")}
 
 
 def test_an_endpoint_answers_and_a_judge_grades_texts(facts, tmp_path, capsys):
@@ -139,13 +158,16 @@ def test_an_endpoint_answers_and_a_judge_grades_texts(facts, tmp_path, capsys):
         path = answered(exam, tmp_path, "other", endpoint=str(toml), exam=str(exam))
         before = len(server.log)
         result = examined(tmp_path, exam, answers=[str(path)], judge=str(toml))
+        assert result["judge"] == "x" and len(result["template"]) == 16
+        assert "other, by its answers" in capsys.readouterr().out
+        assert "essay" not in examined(tmp_path, exam, answers=[str(path)])["generated"]["other"]["kinds"]
+        assert "3 essays and cases are not graded and do not count; give --judge" in capsys.readouterr().out
     said = read_answers(path)
     assert before == 18 and said.about["model"] == "x" and said.answers[0].content == "答简述发热"
     assert said.answers[0].reasoning == "想"
     found = result["generated"]["other"]
     assert found["kinds"]["essay"]["score"][0] == 50 and found["kinds"]["essay"]["questions"] == 2
     assert len(found["unread"]) == 1 and "not graded" in found["unread"][0] and found["total"] is None
-    assert "other, by its answers" in capsys.readouterr().out
 
 
 def test_questions_of_a_corpus_and_overlap(facts, models, tmp_path, capsys):
@@ -158,6 +180,16 @@ def test_questions_of_a_corpus_and_overlap(facts, models, tmp_path, capsys):
     assert [one.task for one in read_answers(path).questions] == ["EviDiag", "MedKQ&A"]
     with pytest.raises(ValueError, match="answers another exam"):
         examined(tmp_path, facts, answers=[str(path)])
+    with pytest.raises(ValueError, match="two files are named talk"):
+        examined(tmp_path, facts, answers=[str(path)] * 2)
+    copy = tmp_path / "exams"
+    copy.mkdir()
+    for name in "ab":  # the same exam twice in a folder
+        (copy / f"{name}.json").write_bytes((facts / "choices.json").read_bytes())
+    examined(tmp_path, copy, corpus=str(tasks))
+    assert "warning: 15 of 30 questions occur again" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="give --answers, --model or --adapter"):
+        examined(tmp_path, facts)
     result = examined(tmp_path, facts / "choices.json", corpus=str(tasks))
     assert len(result["in_corpus"]) == 1 and "1 of 15 questions" in capsys.readouterr().out
 
@@ -167,6 +199,7 @@ def test_questions_of_a_corpus_and_overlap(facts, models, tmp_path, capsys):
     [
         ({}, "give --questions or --exam"),
         ({"exam": "x", "model": "m", "endpoint": "e"}, "give --questions or --exam"),
+        ({"exam": "x", "endpoint": "e", "top_p": 0.9}, "top_p is not sent to an endpoint"),
         ({"exam": "nowhere.csv", "model": "m"}, "nowhere.csv: found no such file"),
     ],
 )

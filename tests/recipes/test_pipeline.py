@@ -76,3 +76,19 @@ def test_stages_without_data_are_left_out_with_a_line(pipeline, tables, evaluate
     assert used <= {"base", *(f"{stage}/model" for stage in evaluated.split())}
     read = {word for line in commands for word in line.split() if word.startswith(("corpus/train/", "corpus/heldout/"))}
     assert all(any(f"corpus/{name}".startswith(folder) for name in tables.split()) for folder in read)
+
+
+def test_answers_of_an_earlier_training_go_and_pages_that_doctors_may_have_stay(pipeline, tmp_path):
+    for name in ("answers/sft.jsonl", "answers/experts.jsonl", "exam_answers/experts.jsonl", "experts/done.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "experts/adapter").mkdir()
+    os.utime(tmp_path / "exam_answers/experts.jsonl", (1, 1))
+    assert "doctors.py" in " ".join(pipeline("train/preferences")[1])
+    assert not (tmp_path / "exam_answers/experts.jsonl").exists()
+    for name in ("exam_answers/experts.jsonl.part", "doctors/doctor2.html", "commands"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("", encoding="utf-8")
+    said, commands = pipeline("train/preferences")
+    assert "doctors.py" not in " ".join(commands) and "they are there already" in said
+    assert "report.py" in commands[-1] and (tmp_path / "exam_answers/experts.jsonl.part").exists()
