@@ -20,16 +20,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %
-ARMS = {  # name: (recipe, settings)
-    "LoRA, rank 16": ("lora", {"rank": 16}),
-    "LoRA, rank 64": ("lora", {"rank": 64, "alpha": 128}),
-    "1 expert and the universal one": ("experts", {"num_specific_experts": 1}),
-    "2 experts and the universal one": ("experts", {"num_specific_experts": 2}),
+ARMS = {  # name: (kind, settings)
     "3 experts and the universal one": ("experts", {"num_specific_experts": 3}),
-    "4 experts and the universal one": ("experts", {"num_specific_experts": 4}),
-    "5 experts and the universal one": ("experts", {"num_specific_experts": 5}),
+    "LoRA, rank 64": ("lora", {"rank": 64, "alpha": 128}),
     "3 experts, none universal": ("no universal", {"num_specific_experts": 3}),
     "all parameters": ("full", {"learning_rate": 5e-4}),
+    "LoRA, rank 16": ("lora", {"rank": 16}),
+    "1 expert and the universal one": ("experts", {"num_specific_experts": 1}),
+    "5 experts and the universal one": ("experts", {"num_specific_experts": 5}),
+    "2 experts and the universal one": ("experts", {"num_specific_experts": 2}),
+    "4 experts and the universal one": ("experts", {"num_specific_experts": 4}),
 }
 COLUMNS = ("trainable", "ROUGE-L", "perplexity of instructions", "of general medical text", "of general text")
 
@@ -142,7 +142,7 @@ def main() -> None:
         return arm, [trainable(output), rouge, *losses]
 
     alone = {"OMP_NUM_THREADS": "1"} if arguments.workers > 1 else {}
-    jobs = [(arm, seed) for seed in range(arguments.seeds) for arm in ARMS]
+    jobs = [(arm, seed) for arm in ARMS for seed in range(arguments.seeds)]
     rows: dict[str, list[list[float]]] = {}
     with ThreadPoolExecutor(arguments.workers) as pool:
         for arm, row in pool.map(work, jobs):

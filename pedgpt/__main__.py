@@ -27,7 +27,8 @@ def main(arguments: list[str]) -> None:
     if command in ("-h", "--help"):
         print(f"{__doc__}\nRecipes:")
         for name, file in recipes.items():
-            print(f"  {name:20} {summary(file)}")
+            docstring = file.read_text(encoding="utf-8").split('"""')[1]
+            print(f"  {name:20} {docstring.splitlines()[0]}")
     elif command == "copy":
         copy(recipes, rest)
     elif command == "demo":
@@ -39,19 +40,14 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"error: unknown recipe {command!r}; {nearest(command, [*recipes, 'copy', 'demo'], 'names')}")
 
 
-def summary(recipe: Path) -> str:
-    """The first line of a recipe's docstring."""
-    return recipe.read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
-
-
 def copy(recipes: dict[str, Path], names: list[str]) -> None:
     """Copy recipes into the working folder, or all of them into its folder `recipes`; nothing is written over."""
     if not names or not {*names} <= {*recipes, "all"}:
         raise SystemExit(f"error: copy takes names of recipes, or all; known: {', '.join(recipes)}")
-    sources = {RECIPES: Path("recipes")} if "all" in names else {recipes[name]: Path(f"{name}.py") for name in names}
-    if taken := [str(target) for target in sources.values() if target.exists()]:
-        raise SystemExit(f"error: {', '.join(taken)} exists; move it away first, because copying would replace it")
-    for source, target in sources.items():
+    for name in names:
+        source, target = (RECIPES, Path("recipes")) if name == "all" else (recipes[name], Path(f"{name}.py"))
+        if target.exists():
+            raise SystemExit(f"error: {target} exists; move it away first, because copying would replace it")
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:

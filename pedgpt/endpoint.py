@@ -1,47 +1,42 @@
 """An OpenAI-compatible chat endpoint, asked from several threads: deadline, retries, budget, a cache of its answers.
 
-Each request runs in an event loop of its own, in the thread that asks, so that it can be cancelled at its deadline or
-after Ctrl-C, whatever the server makes it wait for.
+All requests of a process run in one event loop, in a thread of its own. So connections stay open for the next request,
+every request can be cancelled at its deadline or after Ctrl-C, and what requests share needs no locks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import sqlite3
 import threading
 import time
-from collections import Counter
+import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Self, get_type_hints
+from urllib.parse import quote
 
 from pedgpt.files import nearest, printable, read_toml, toml_place, toml_value
 from pedgpt.ordered import in_order as in_order  # who asks in threads takes it from here
 
-_MAX_BODY = 4 << 20  # bytes
 _URL = r'(?a)(?!.*/chat/completions/*$)https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[!"$->A-~]*)?'
-_RANGES = {
-    "temperature": (0, 2), "max_tokens": (1, 1e9), "concurrency": (1, 1024), "timeout": (1e-3, 86400),
-    "max_retries": (0, 1000), "retry_wait": (1e-6, 86400), "max_wait": (1e-3, 86400), "token_budget": (0, 1e15),
-    "price_per_million_input": (0, 1e9), "price_per_million_output": (0, 1e9),
-}  # fmt: skip
-_FORMAT = (0x50656447, 1)  # of the cache file: SQLite's application_id and user_version
-_SCHEMA = f"""
+_LEAST = {"max_tokens": 1, "concurrency": 1, "timeout": 0.001}  # of a setting that is a number; 0 for the others
+_SCHEMA = """
     BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS spent (prompt INTEGER, completion INTEGER, estimated INTEGER);
     INSERT INTO spent SELECT 0, 0, 0 WHERE NOT EXISTS (SELECT * FROM spent);
-    PRAGMA application_id = {_FORMAT[0]};
-    PRAGMA user_version = {_FORMAT[1]};
     COMMIT;
 """
 
@@ -53,7 +48,7 @@ class EndpointSettings:
     url: str = ""  # of the API, up to and without /chat/completions: https://api.openai.com/v1
     model: str = ""  # as the server names it
     key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; "": the server wants none
-    temperature: float = 0.7  # of the sampling, 0 to 2
+    temperature: float = 0.7  # of the sampling
     max_tokens: int = 1024  # longest answer, tokens
     concurrency: int = 8  # requests at the same time
     timeout: float = 60.0  # seconds for a request, from connecting to the end of its answer
@@ -75,9 +70,9 @@ class EndpointSettings:
             raise ValueError("key_variable must be an environment variable's name in upper case, not the key itself")
         if not self.model.strip():
             raise ValueError("model is missing")
-        for name, (low, high) in _RANGES.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be between {low:g} and {high:g}, found {getattr(self, name)}")
+        for name, kind in get_type_hints(EndpointSettings).items():
+            if kind in (int, float) and not _LEAST.get(name, 0) <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least {_LEAST.get(name, 0)}, found {getattr(self, name)}")
 
     def read_key(self) -> str:
         """The key, "" if none is wanted; ValueError if the environment has none or one that cannot be used."""
@@ -124,54 +119,50 @@ class _Again(Exception):
 
 @dataclass
 class Usage:
-    """What an endpoint was asked and what it cost; tokens of this run, and of all runs that share the cache."""
+    """What an endpoint was asked in this run, and what all runs that share the cache have cost."""
 
     requests: int = 0  # sent, retries included
     answered: int = 0  # new answers
-    cached: int = 0  # answers from the cache, or shared with an identical request in flight
+    cached: int = 0  # answers from the cache
     retries: int = 0
-    unanswered: int = 0  # requests whose answer never arrived whole; the server may charge for them
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # of all runs, as are those that follow
     completion_tokens: int = 0
     cost: float = 0.0
-    all_prompt_tokens: int = 0
-    all_completion_tokens: int = 0
-    all_cost: float = 0.0
-    estimated: int = 0  # answers, of all runs, whose tokens are estimated by characters
+    estimated: int = 0  # answers whose tokens are estimated by characters
 
 
 class Endpoint:
     """Asks a chat endpoint from any number of threads; a context manager.
 
     `cache` is an SQLite file: an answer is committed to it before it is used, and never asked for again, so a run that
-    was killed goes on where it ended. Raises ValueError without a key or `httpx`, or if the file is no cache.
+    was killed goes on where it ended. Before each request the budget is checked; what is in flight is not known then,
+    so the budget may be exceeded by as many requests as run at the same time, less one. Raises ValueError without a key
+    or `httpx`, or if the file is no cache.
     """
 
     title = "endpoint"  # what error messages and the account of the usage call it
 
     def __init__(self, settings: EndpointSettings, cache: str | Path) -> None:
         settings.check()
-        self.settings, self.cache = settings, Path(cache)
-        key = settings.read_key()
-        self._secret, self._url = _spellings(key), settings.url.rstrip("/") + "/chat/completions"
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        self.settings, self.cache, key = settings, Path(cache), settings.read_key()
+        self._url = settings.url.rstrip("/") + "/chat/completions"
+        self._spellings = {key, quote(key, safe=""), key.replace("/", "\\/")} - {""}  # as it is, in a URL, in JSON
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         try:  # redirects are not followed: the key must not go to another host
             import httpx
 
-            self._client = partial(httpx.AsyncClient, headers=headers, timeout=None, verify=httpx.create_ssl_context())
-            self._client()
-        except (ImportError, ValueError) as error:  # no httpx, or a proxy that it cannot use
-            raise ValueError(f'{self.title}: {self._shown(str(error))}; see pip install -e ".[corpus]"') from None
+            limits = httpx.Limits(max_keepalive_connections=settings.concurrency)
+            self._client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits)
+        except ImportError as error:
+            raise ValueError(f'{self.title}: {error}; see pip install -e ".[corpus]"') from None
         self._failures = (httpx.HTTPError, httpx.InvalidURL)
-        self._database = _open_cache(self.cache)
-        self._slots, self._turn = threading.Semaphore(settings.concurrency), threading.Condition()
-        # Everything that follows is changed by a thread that holds `_turn`.
-        self._counts, self._spent = Counter[str](), ()
-        self._pending: set[str] = set()  # questions that some thread is asking
-        self._reserved = 0  # tokens, of the requests in flight
-        self._resume = 0.0  # on the clock of time.monotonic: before it nothing is sent
-        self._reason, self._given_up = "", False  # why nothing is sent any more; whether requests are given up
+        self.usage, self._database, self._loop = Usage(), _open_cache(self.cache), _running_loop(os.getpid())
+        self._account()
+        # From now on the database is used in the loop's thread only, as all that follows.
+        self._slots, self._resume = asyncio.Semaphore(settings.concurrency), 0.0  # before that moment nothing is sent
+        self._refused = ""  # what a server said of a key that it does not accept
+        self._tasks: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._closed: asyncio.Future[None] = self._loop.create_future()
 
     def __enter__(self) -> Self:
         return self
@@ -182,17 +173,11 @@ class Endpoint:
 
     def close(self, *, wait: bool = True) -> None:
         """Send nothing more and close the cache; requests in flight are waited for, or given up if not `wait`."""
-        with self._turn:
-            self._reason = self._reason or f"the {self.title} is closed"
-            self._given_up |= not wait
-            self._turn.notify_all()
-            try:
-                self._turn.wait_for(lambda: not self._pending)
-            except KeyboardInterrupt:
-                self.close(wait=False)
-                raise
-            self._spent = self._spent or self._sql("SELECT * FROM spent")
-            self._database.close()
+        try:
+            asyncio.run_coroutine_threadsafe(self._close(wait), self._loop).result()
+        except KeyboardInterrupt:
+            self.close(wait=False)
+            raise
 
     def ask(self, messages: Sequence[Mapping[str, str]], *, attempt: int = 0) -> str:
         """The text of the answer to chat messages; another `attempt` is another answer to the same question.
@@ -200,221 +185,184 @@ class Endpoint:
         Raises EndpointFailure when the request was refused or all retries failed, and BudgetSpent; but once the server
         has answered others, Unusable if it refuses what this one says (400, 413, 422) or gives no text.
         """
+        answer = asyncio.run_coroutine_threadsafe(self._answer(messages, attempt), self._loop)
+        try:
+            return answer.result()
+        except CancelledError:
+            raise EndpointFailure(f"the {self.title} is closed") from None
+
+    def describe(self) -> str:
+        """The usage, in one paragraph."""
+        u, s = self.usage, self.settings
+        text = (
+            f"{self.title} {s.model} at {s.url}: {u.requests} requests sent, {u.answered} answered, {u.cached} answers "
+            f"from {self.cache.name}, {u.retries} retries; all runs with this cache: {u.prompt_tokens:,} prompt and "
+            f"{u.completion_tokens:,} completion tokens"
+        )
+        text += f", {u.cost:.4f} {s.currency}" if u.cost else ""
+        if u.estimated:
+            text += f"; the server gave no token counts for {u.estimated} answers: estimated by characters"
+        return printable(text + ".")
+
+    def so_far(self) -> str:
+        """Cost and tokens of all runs and retries of this one, for a progress bar."""
+        u = self.usage
+        tokens = u.prompt_tokens + u.completion_tokens
+        return f"{u.cost:.2f} {self.settings.currency}, {tokens:,} tokens, {u.retries} retries"
+
+    async def _close(self, wait: bool) -> None:
+        if not self._closed.done():
+            self._closed.set_result(None)
+        for task in self._tasks:
+            if not wait:
+                task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._client.aclose()
+        with suppress(ValueError):  # it is closed already
+            self._account()
+        self._database.close()
+
+    async def _answer(self, messages: Sequence[Mapping[str, str]], attempt: int) -> str:
+        """The cached answer, or a new one, after as many requests as it takes."""
         s = self.settings
-        payload = {
+        payload: dict[str, Any] = {
             "model": s.model, "messages": [dict(message) for message in messages], "temperature": s.temperature,
             "max_tokens": s.max_tokens, "stream": False,
         }  # fmt: skip
         payload |= {"response_format": {"type": "json_object"}} if s.json_mode else {}
         named = json.dumps({"url": self._url, "attempt": attempt, **payload}, sort_keys=True, separators=(",", ":"))
-        key = hashlib.sha256(named.encode()).hexdigest()
-        with self._turn:
-            self._turn.wait_for(lambda: key not in self._pending)  # another thread's question is not sent twice
-            self._pause(0)
-            self._pending.add(key)
-        try:
-            if found := self._sql("SELECT text FROM answers WHERE key = ?", key):
-                self._count(cached=1)
-                return found[0]
-            return self._send(key, payload)
-        finally:
-            with self._turn:
-                self._pending.remove(key)
-                self._turn.notify_all()
-
-    @property
-    def usage(self) -> Usage:
-        """The numbers at this moment; of a closed endpoint, the last."""
-        s = self.settings
-        with self._turn:
-            u = Usage(**self._counts)
-            u.all_prompt_tokens, u.all_completion_tokens, u.estimated = self._spent or self._sql("SELECT * FROM spent")
-        prompt, answer = s.price_per_million_input / 1e6, s.price_per_million_output / 1e6
-        u.cost = u.prompt_tokens * prompt + u.completion_tokens * answer
-        u.all_cost = u.all_prompt_tokens * prompt + u.all_completion_tokens * answer
-        return u
-
-    def describe(self) -> str:
-        """The usage, in one paragraph."""
-        u, s = self.usage, self.settings
-        priced = s.price_per_million_input or s.price_per_million_output
-        cost, all_cost = (f", {cost:.4f} {s.currency}" if priced else "" for cost in (u.cost, u.all_cost))
-        text = (
-            f"{self.title} {s.model} at {s.url}: {u.requests} requests sent, {u.answered} answered, {u.cached} answers "
-            f"from {self.cache.name}, {u.retries} retries; {u.prompt_tokens:,} prompt and "
-            f"{u.completion_tokens:,} completion tokens{cost} (all runs with this cache: {u.all_prompt_tokens:,} and "
-            f"{u.all_completion_tokens:,} tokens{all_cost})"
-        )
-        if u.estimated:
-            text += f"; the server gave no token counts for {u.estimated} answers: estimated by characters"
-        if u.unanswered:
-            text += f"; {u.unanswered} requests were cut or timed out, the server may charge for them too"
-        return printable(text + ".")
-
-    def so_far(self) -> str:
-        """Cost, tokens and retries of this run, for a progress bar."""
-        u = self.usage
-        spent = f"{u.cost:.2f} {self.settings.currency}, {u.prompt_tokens + u.completion_tokens:,} tokens"
-        return f"{spent}, {u.retries} retries"
-
-    def _count(self, **more: int) -> None:
-        with self._turn:
-            self._counts.update(more)
-
-    def _send(self, key: str, payload: dict[str, Any]) -> str:
-        """Send until there is an answer; returns its text, committed."""
-        s, body, answers = self.settings, json.dumps(payload).encode(), 0
-        prompt = sum(len(str(message.get("content", ""))) for message in payload["messages"])
+        key, body, answers = hashlib.sha256(named.encode()).hexdigest(), json.dumps(payload).encode(), False
+        prompt = sum(len(str(message.get("content", ""))) for message in messages)
+        self._tasks.add(asyncio.current_task())
+        await self._pause(0)
+        if found := self._sql("SELECT text FROM answers WHERE key = ?", key):
+            self.usage.cached += 1
+            return found[0]
         for retry in range(s.max_retries + 1):
-            with self._slots:
-                with self._turn:
-                    self._reserve(prompt + s.max_tokens)
+            if retry:
+                await self._pause(random.uniform(0, min(s.max_wait, s.retry_wait * 2.0 ** (retry - 1))))
+            async with self._slots:
+                if self._refused:
+                    raise EndpointFailure(self._refused)
+                pause = self._resume - time.monotonic()
+                await self._pause(pause + random.uniform(0, s.retry_wait) if pause > 0 else 0)
+                self._check_budget(prompt + s.max_tokens)
+                self.usage.retries += retry > 0
                 try:
-                    while (pause := self._resume - time.monotonic()) > 0:
-                        self._pause(pause + random.uniform(0, s.retry_wait))
-                    self._pause(0)
-                    self._count(retries=retry > 0, requests=1, unanswered=1)
-                    # A server that knows the header repeats what it has answered: after an unusable answer, ask anew.
-                    name = f"{key}-{answers}" if answers else key
-                    with closing(asyncio.new_event_loop()) as loop:  # does not wait for a hanging name server
-                        status, wait, data = loop.run_until_complete(self._in_time(name, body))
-                    answer = self._read(status, wait, data, str(payload["messages"][-1].get("content")))
-                    answers += 1
-                    return self._keep(key, answer, data, prompt)
+                    answer = await self._post(key, body)
+                    answers = True
+                    return self._keep(key, answer, prompt)
                 except _Again as error:
                     again = error
-                finally:
-                    with self._turn:
-                        self._reserved -= prompt + s.max_tokens
-                        self._turn.notify_all()
-            if retry < s.max_retries:
-                self._pause(random.uniform(0, min(s.max_wait, s.retry_wait * 2.0 ** min(retry, 30))))
         if answers and self._sql("SELECT 1 FROM answers"):
             raise Unusable(str(again))
         raise EndpointFailure(f"no answer from {s.url} in {s.max_retries + 1} requests; the last: {again}")
 
-    def _reserve(self, tokens: int) -> None:
-        """Reserve tokens for a request; if too few are left, wait for those in flight, which may need fewer."""
-        budget, tokens_used = self.settings.token_budget, "SELECT prompt + completion FROM spent"
-        while budget and (used := self._sql(tokens_used)[0]) + self._reserved + tokens > budget:
-            if not self._reserved:
-                raise BudgetSpent(
-                    f"token_budget = {budget:,} is spent: {used:,} tokens were used, and the next request may need "
-                    f"{tokens:,}; raise token_budget and run again, what was answered is kept in {self.cache}"
-                )
-            self._turn.wait()
-        self._reserved += tokens
+    async def _pause(self, seconds: float) -> None:
+        """Wait; EndpointFailure as soon as the endpoint is closed."""
+        await asyncio.wait([self._closed], timeout=seconds)
+        if self._closed.done():
+            raise EndpointFailure(f"the {self.title} is closed")
 
-    def _pause(self, seconds: float) -> None:
-        """Wait; EndpointFailure once nothing is sent any more. NOTE: 0 must not wait, which gives the lock away."""
-        with self._turn:
-            if self._reason or (seconds and self._turn.wait_for(lambda: self._reason, seconds)):
-                raise EndpointFailure(self._reason)
-
-    async def _in_time(self, key: str, body: bytes) -> tuple[int, float, bytes]:
-        """`_post`, but a request that is late, or not waited for any more, is cancelled."""
-        task, seconds = asyncio.create_task(self._post(key, body)), self.settings.timeout
-        end = time.monotonic() + seconds
-        while not task.done() and not self._given_up and time.monotonic() < end:
-            await asyncio.wait([task], timeout=min(0.1, seconds))
-        if task.done():
-            return task.result()
-        task.cancel()
-        await asyncio.wait([task])
-        self._pause(0)
-        raise _Again(f"no whole answer within {seconds:g} seconds")
-
-    async def _post(self, key: str, body: bytes) -> tuple[int, float, bytes]:
-        """One request: its response's status, the seconds that the server asks to wait, and the content."""
-        data, headers = bytearray(), {"Idempotency-Key": key}
-        try:
-            async with self._client() as client, client.stream("POST", self._url, content=body, headers=headers) as got:
-                async for part in got.aiter_raw():
-                    data += part
-                    if len(data) > _MAX_BODY:
-                        raise _Again(f"the answer is longer than {_MAX_BODY} bytes")
-        except self._failures as error:
-            name = type(error).__name__
-            self._count(unanswered=-(name == "ConnectError"))  # nothing was sent
-            raise _Again(self._shown(f"{name}: {error}")) from None
-        self._count(unanswered=-1)
-        return got.status_code, _retry_after(got.headers.get("Retry-After", "")), bytes(data)
-
-    def _read(self, status: int, wait: float, data: bytes, asked: str) -> dict[str, Any]:
-        """The JSON object of a good answer, else _Again, EndpointFailure or Unusable."""
-        s, found = self.settings, None
-        with suppress(ValueError, RecursionError):
-            found = json.loads(data)
-        good = 200 <= status < 300
-        if good and isinstance(found, dict):
-            return found
-        said, asked = f"HTTP {status}: {self._message(data)}", self._shown(asked)[:80]
-        if good:
-            raise _Again(f"the answer is no JSON object: {said}")
-        if status in (401, 403):
-            with self._turn:
-                self._reason = self._reason or f"{s.url} refuses the key in {s.key_variable or 'key_variable'}: {said}"
-                self._turn.notify_all()
-            raise EndpointFailure(self._reason)
-        if status in (400, 413, 422) and self._sql("SELECT 1 FROM answers"):
-            raise Unusable(f"{said}, for {asked!r}")
-        if status < 500 and status not in (408, 409, 425, 429):
-            hint = "; redirects are not followed, set url to the final address" if status < 400 else ""
-            raise EndpointFailure(f"{s.url} refuses the request {asked!r}: {said}{hint}")
-        if wait > s.max_wait:
-            raise EndpointFailure(
-                f"{s.url} asks to wait {wait:.0f} seconds, longer than max_wait = {s.max_wait:g}; run again later, "
-                f"what was answered is kept in {self.cache} ({said})"
+    def _check_budget(self, tokens: int) -> None:
+        """BudgetSpent if so many tokens more would exceed it."""
+        self._account()
+        budget, used = self.settings.token_budget, self.usage.prompt_tokens + self.usage.completion_tokens
+        if budget and used + tokens > budget:
+            raise BudgetSpent(
+                f"token_budget = {budget:,} is spent: {used:,} tokens were used, and the next request may need "
+                f"{tokens:,}; raise token_budget and run again, what was answered is kept in {self.cache}"
             )
-        wait = max(wait, s.retry_wait if status == 429 else 0)  # for everyone, as all share the server's limit
-        with self._turn:
-            self._resume = max(self._resume, time.monotonic() + wait)
+
+    async def _post(self, key: str, body: bytes) -> dict[str, Any]:
+        """Send one request; the JSON object of a good answer, else _Again, EndpointFailure or Unusable."""
+        s, found = self.settings, None
+        self.usage.requests += 1
+        try:
+            async with asyncio.timeout(s.timeout):
+                got = await self._client.post(self._url, content=body, headers={"Idempotency-Key": key})
+        except TimeoutError:
+            raise _Again(f"no whole answer within {s.timeout:g} seconds") from None
+        except self._failures as error:
+            raise _Again(self._shown(f"{type(error).__name__}: {error}")) from None
+        status, said = got.status_code, got.text
+        with suppress(ValueError, RecursionError, LookupError, TypeError):
+            found = got.json()
+            said = str(found["error"]["message"])
+        said = f"HTTP {status}: {self._shown(said)}"
+        if got.is_success and isinstance(found, dict):
+            return found
+        if got.is_success:
+            raise _Again(f"the answer is no JSON object: {said}")
+        if status in (400, 413, 422) and self._sql("SELECT 1 FROM answers"):
+            raise Unusable(said)
+        if status < 500 and status not in (408, 409, 425, 429):
+            what = f"the key in {s.key_variable or 'key_variable'}" if status in (401, 403) else "the request"
+            hint = "; redirects are not followed, set url to the final address" if status < 400 else ""
+            refused = f"{s.url} refuses {what}: {said}{hint}"
+            self._refused = refused if status in (401, 403) else ""  # then no other request is sent
+            raise EndpointFailure(refused)
+        wait = max(_retry_after(got.headers.get("Retry-After", "")), s.retry_wait if status == 429 else 0)
+        if wait > s.max_wait:
+            asked = f"{s.url} asks to wait {wait:.0f} seconds, longer than max_wait = {s.max_wait:g}"
+            raise EndpointFailure(f"{asked}; run again later, answers are kept in {self.cache} ({said})")
+        self._resume = max(self._resume, time.monotonic() + wait)  # for all requests, as they share the server's limit
         raise _Again(said)
 
-    def _keep(self, key: str, answer: dict[str, Any], data: bytes, prompt_characters: int) -> str:
+    def _keep(self, key: str, answer: dict[str, Any], prompt_characters: int) -> str:
         """Commit an answer's text and tokens, and return the text; _Again if there is none."""
         text, usage = "", answer.get("usage")
         with suppress(LookupError, TypeError, AttributeError, UnicodeEncodeError):
-            found = answer["choices"][0]["message"]["content"].strip()
-            text = self._secret.sub("***", found.encode().decode())  # no file can hold half a surrogate pair
+            found = self._masked(answer["choices"][0]["message"]["content"].strip())
+            text = found.encode().decode()  # no file can hold half a surrogate pair
         names = ("prompt_tokens", "completion_tokens")
         counts: list[Any] = [usage.get(name) if isinstance(usage, dict) else None for name in names]
         known = all(type(count) is int and bool(text) <= count < 1 << 40 for count in counts)
-        prompt, completion = counts if known else (prompt_characters, len(text)) if text else (0, 0)
-        spend = "UPDATE spent SET prompt = prompt + ?, completion = completion + ?, estimated = estimated + ?"
-        with self._turn:
+        prompt, completion = counts if known else (prompt_characters, len(text))
+        with self._database:  # rolls back if a statement fails
             self._sql("BEGIN IMMEDIATE")
             if text:
                 self._sql("INSERT OR IGNORE INTO answers VALUES (?, ?)", key, text)
-            self._sql(spend, prompt, completion, bool(text) and not known)
+            spend = "UPDATE spent SET prompt = prompt + ?, completion = completion + ?, estimated = estimated + ?"
+            self._sql(spend, prompt, completion, not known)
             self._sql("COMMIT")
-            self._count(prompt_tokens=prompt, completion_tokens=completion, answered=bool(text))
+        self._account()
         if not text:
-            raise _Again(f"the answer has no text: {self._message(data)}")
-        return self._sql("SELECT text FROM answers WHERE key = ?", key)[0]  # another process may have been first
+            raise _Again(f"the answer has no text: {self._shown(json.dumps(answer, ensure_ascii=False))}")
+        self.usage.answered += 1
+        return self._sql("SELECT text FROM answers WHERE key = ?", key)[0]  # another request may have been first
+
+    def _account(self) -> None:
+        """Bring what all runs have used, and what it costs, up to date."""
+        u, s = self.usage, self.settings
+        u.prompt_tokens, u.completion_tokens, u.estimated = self._sql("SELECT * FROM spent")
+        u.cost = (u.prompt_tokens * s.price_per_million_input + u.completion_tokens * s.price_per_million_output) / 1e6
 
     def _sql(self, statement: str, *values: object) -> Any:
         """The first row of a statement's result, or None."""
         try:
-            with self._turn:
-                return self._database.execute(statement, values).fetchone()
+            return self._database.execute(statement, values).fetchone()
         except sqlite3.Error as error:
-            with suppress(sqlite3.Error):
-                self._database.rollback()  # otherwise other threads could begin no transaction
             raise ValueError(f"{self.cache}: the cache cannot be used ({error})") from None
+
+    def _masked(self, text: str) -> str:
+        """A text without the key."""
+        for spelling in self._spellings:
+            text = text.replace(spelling, "***")
+        return text
 
     def _shown(self, text: str) -> str:
         """The start of what a server says, on one line, without the key and without what a terminal would obey."""
-        text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-        text = self._secret.sub("***", text[:20_000])  # the cut comes after blanks shrink, so no part of a key is shown
+        text = printable(" ".join(self._masked(text)[:10_000].split()))
         return text if len(text) <= 300 else text[:300] + "…"
 
-    def _message(self, data: bytes) -> str:
-        """What a server says is wrong: the message in its JSON, else all that it said."""
-        text = data.decode("utf-8", "replace")
-        with suppress(ValueError, RecursionError, LookupError, TypeError):
-            text = "" + json.loads(text)["error"]["message"]
-        return self._shown(text)
+
+@functools.cache
+def _running_loop(process: int) -> asyncio.AbstractEventLoop:
+    """The loop of the requests of a process, in a thread that ends with it. A process that was forked needs its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
 
 
 def _open_cache(path: Path) -> sqlite3.Connection:
@@ -424,27 +372,19 @@ def _open_cache(path: Path) -> sqlite3.Connection:
         database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
         if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
             database.executescript(_SCHEMA)
-        if database.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone() != _FORMAT:
-            raise ValueError("it is an SQLite file of another program or version")
+        database.execute("SELECT * FROM answers, spent")
         with suppress(sqlite3.OperationalError):  # SQLite does not wait here; the first sets it for all
             database.execute("PRAGMA journal_mode = WAL")
-        # An answer took seconds and money, so a sync for each is cheap: FULL loses nothing to a power cut either.
-        database.execute("PRAGMA synchronous = FULL")
-    except (OSError, sqlite3.Error, ValueError) as error:
+        database.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose the last answers, a killed run none
+    except (OSError, sqlite3.Error) as error:
         raise ValueError(f"{path}: cannot be used as a cache of answers ({error}); give another path") from None
     return database
 
 
 def _retry_after(value: str) -> float:
     """Seconds to wait, from a Retry-After header: seconds or an HTTP date; 0 for what cannot be understood."""
-    with suppress(ValueError):
-        return max(0.0, float(value))
+    if re.fullmatch(r"\d{1,9}", value):
+        return float(value)
     with suppress(ValueError, OverflowError, TypeError, IndexError):
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0
-
-
-def _spellings(key: str) -> re.Pattern[str]:
-    """Finds a key as it is, and as a server may write it in JSON or in a URL; nothing if the key is empty."""
-    forms = (rf"(?:\\{{0,4}}(?:{re.escape(char)}|u00{ord(char):02x})|%(?:25)?{ord(char):02x})" for char in key)
-    return re.compile("".join(forms) or "(?!)", re.IGNORECASE)

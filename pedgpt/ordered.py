@@ -21,9 +21,9 @@ def in_order(
 ) -> Iterator[R]:
     """`work` of each item, in the order of the items, done in `workers` threads; with 0, in this one.
 
-    At most 4 × `workers` items are taken ahead of the last result. After an exception no new work begins, work in
-    flight is finished, and it is raised when the results before its item are given. With `desc` a progress bar on
-    stderr also shows `so_far()` of the `endpoints`; without threads it appears after three seconds.
+    At most 4 × `workers` items are taken ahead of the last result. An exception is raised when the results before its
+    item are given, and work in flight is finished. With `desc` a progress bar on stderr also shows `so_far()` of the
+    `endpoints`; without threads it appears after three seconds.
     """
     often = 0.2 if sys.stderr.isatty() else 10  # seconds
     total = len(items) if isinstance(items, Sequence) else None
@@ -37,21 +37,12 @@ def in_order(
 
 def _in_threads(items: Iterable[T], work: Callable[[T], R], workers: int) -> Iterator[R]:
     pool, flying = ThreadPoolExecutor(workers), deque[Future[R]]()
-
-    def stop_after_failure(done: Future[R]) -> None:
-        if not done.cancelled() and done.exception():
-            pool.shutdown(wait=False, cancel_futures=True)
-
     try:
         for item in items:
-            try:
-                flying.append(pool.submit(work, item))
-            except RuntimeError:  # the pool takes no more: an item in flight has failed
-                break
-            flying[-1].add_done_callback(stop_after_failure)
+            flying.append(pool.submit(work, item))
             if len(flying) == 4 * workers:  # so that one slow answer does not keep the others waiting
                 yield flying.popleft().result()
-        while flying:  # items begin in order, so what was cancelled comes after what failed
+        while flying:
             yield flying.popleft().result()
     finally:  # after Ctrl-C the endpoint is closed, which ends what is in flight
         pool.shutdown(isinstance(sys.exception(), Exception | None), cancel_futures=True)

@@ -80,9 +80,8 @@ def main(config: Config) -> None:
     if output.exists() and read_answers(output).about == about:
         return print(f"{output}: answered already")
     if output.exists():
-        raise ValueError(
-            f"{output}: answers of another system or set, or by other settings; delete it, or give another --output"
-        )
+        other = "answers of another system or set, or by other settings"
+        raise ValueError(f"{output}: holds {other}; delete it, or give another --output")
     found = read_part(part, questions, about)
     with (
         part.open("a", encoding="utf-8") as file,

@@ -38,8 +38,6 @@ from pedgpt.endpoint import EndpointFailure, in_order, load_endpoint
 from pedgpt.files import sync
 from pedgpt.training import run_recipe
 
-# The folder of tables whose answers serve as running text where a domain has none.
-ANSWERS = {"pediatric": "tasks/", "general_medical": "generalist/general_medical/", "general": "generalist/general/"}
 # What a corpus without tables that begin in one of these ways lacks for one of the four stages.
 LACKS = {
     ("text/pediatric", "text/general_medical"): "running text on medicine, so stage 1 has only instructions, if any",
@@ -160,10 +158,6 @@ def main(config: Config) -> None:
         for teacher in teachers.values():
             print(teacher.describe())
 
-        # A domain without running text: the answers of its conversations are text too.
-        for domain, folder in ANSWERS.items():
-            if not assembly.tables[f"text/{domain}"]:
-                assembly.answers_as_text(f"text/{domain}", (folder,))
         corpus = assembly.finish(config.pediatric_share)
 
     settings = asdict(config) | {role: endpoint.model for role, endpoint in endpoints.items()}
@@ -188,7 +182,6 @@ def tell(corpus: Corpus, manifest: dict, left_out: dict) -> None:
     print(f"personal data replaced: {replaced or 'none found'}")
     if left_out:
         print(f"files not read: {len(left_out):,}, listed above")
-    print(f"questions answered in different ways: {corpus.contradictions:,} (reports/contradictions.jsonl)")
     for part in ("train", "heldout"):
         print(f"{part}: {sum(file['rows'] for file in corpus.files if file['side'] == part):,} rows")
     tables = [file["table"] for file in corpus.files if file["side"] == "train"]

@@ -26,7 +26,6 @@ from pedgpt.data import (
     full_pairs,
     load_reference,
     read_summary,
-    reference_date,
     reference_key,
     save_reference,
     write_chats,
@@ -44,6 +43,13 @@ from pedgpt.models import (
 )
 from pedgpt.training.distributed import autocast, gather_rows, sum_over_ranks
 from pedgpt.training.plan import print_plan
+
+METRICS = (  # means over pairs; the last two over both responses of a pair, each the mean of its tokens
+    "loss/preference", "loss/regularization",
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "logps/chosen", "logps/rejected", "logps_per_token/chosen", "logps_per_token/rejected",
+    "entropy", "mean_token_accuracy",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -127,7 +133,7 @@ def main(config: Config) -> None:
 
     # Data: token ids on disk, made by the first rank and mapped by all.
     cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
-    today = config.template_date or training.run_date(config.output, world, reference_date(cache))
+    today = config.template_date or training.run_date(config.output, world)
     chat = config.load_chat(today, ModelConfig.from_hf)
     files = {"train": config.preferences, "heldout": config.heldout_preferences}
     tokens = Path(config.output) / "tokens"
@@ -194,13 +200,6 @@ def main(config: Config) -> None:
     training.gather_weights(model, world, save, trainable_only=adapter, dtype=saved)
     training.finish(config, plan, data, world)
 
-
-METRICS = (  # means over pairs; the last two over both responses of a pair, each the mean of its tokens
-    "loss/preference", "loss/regularization",
-    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-    "logps/chosen", "logps/rejected", "logps_per_token/chosen", "logps_per_token/rejected",
-    "entropy", "mean_token_accuracy",
-)  # fmt: skip
 
 if __name__ == "__main__":
     training.run_recipe(main, Config)

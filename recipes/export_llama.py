@@ -3,8 +3,7 @@
     python recipes/export_llama.py --model runs/7b/sft/model --output runs/7b/llama
 
 W_pack becomes q, k and v, the head's rows get their unit length, and the tokenizer becomes a tokenizer.json with the
-chat format as its template. Logits stay the same, and so do ids, except for texts that a warning names. The 13B has
-ALiBi positions, which no Llama has.
+chat format as its template. Logits and ids stay the same. The 13B has ALiBi positions, which no Llama has.
 """
 
 from collections.abc import Iterator

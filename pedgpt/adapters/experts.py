@@ -46,22 +46,16 @@ class ExpertLoRALinear(AdaptedLinear):
         G(x) = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ)),  ε ~ N(0,1) while training, 0 in evaluation
         y    = W x (+ b) + (α/r) ( E_u(x) + Σ_j G(x)_j E_j(x) ),  E(x) = B A x
 
-    Computed as one LoRA of rank (N+1)·r whose hidden vector the gate scales, by `pedgpt.kernels.lora_linear`: no
-    [tokens, experts, out] tensor exists. Products run in the dtype of x, the gate in float32. Dropout reaches the
-    experts, not the router; `rslora` scales by α/√r. W_g (`router` [N, in]) and W_n (`router_noise` [N, in]) start at
-    zero (Shazeer et al. 2017), so the gates start equal, with noise of scale softplus(0).
+    Computed as one LoRA of rank (N+1)·r whose hidden vector the gate scales: no [tokens, experts, out] tensor exists.
+    Products run in the dtype of x, the gate in float32. Dropout reaches the experts, not the router; `rslora` scales by
+    α/√r. W_g (`router` [N, in]) and W_n (`router_noise` [N, in]) start at zero (Shazeer et al. 2017): equal gates, with
+    noise of scale softplus(0).
     """
 
     def __init__(
-        self,
-        base: nn.Linear,
-        rank: int = 8,
-        alpha: float = 16,
-        num_specific_experts: int = 3,
-        dropout: float = 0.0,
-        *,
-        rslora: bool = False,
-    ) -> None:
+        self, base: nn.Linear, rank: int = 8, alpha: float = 16, num_specific_experts: int = 3, dropout: float = 0.0,
+        *, rslora: bool = False,
+    ) -> None:  # fmt: skip
         if num_specific_experts < 1:
             raise ValueError(f"num_specific_experts must be at least 1, found {num_specific_experts}")
         super().__init__(base, rank, alpha, dropout, rslora, hidden_size=(num_specific_experts + 1) * rank)
@@ -90,7 +84,7 @@ class ExpertLoRALinear(AdaptedLinear):
         y, _, totals = lora_linear(
             x, self.weight, self.bias, self.lora_A, self.lora_B,
             scaling=self.scaling, router=self.router, router_noise=self.router_noise, noise=self.noise(x),
-            dropped=self.dropped(x), count=self.counted(),
+            dropped=self.dropped(x), count=self.gate_record is not None and self.gate_record.where,
             packed=self.packed_parameters(), impl=self.impl,
         )  # fmt: skip
         if self.gate_record is not None:
@@ -98,19 +92,15 @@ class ExpertLoRALinear(AdaptedLinear):
             self.gate_record.add(totals)
         return y
 
-    def counted(self) -> Tensor | bool:
-        """The tokens [...] of which gates are recorded: True for all, False for none."""
-        if self.gate_record is None:
-            return False
-        return True if self.gate_record.where is None else self.gate_record.where
-
     def noise(self, x: Tensor) -> Tensor | NoiseStream | None:
         """ε [..., N] for x [..., in] while training, in float32 or float64, or its stream; None in evaluation."""
         if not self.training:
             return None
-        if self.noise_stream is not None:
-            self.noise_stream.check(x.shape)
-            return self.noise_stream
+        if (stream := self.noise_stream) is not None:
+            if x.ndim != 3 or len(x) != len(stream.rows):
+                rows = len(stream.rows)
+                raise ValueError(f"gate noise for {rows} rows needs [rows, tokens, in], found {list(x.shape)}")
+            return stream
         dtype = torch.promote_types(x.dtype, torch.float32)
         return torch.randn(*x.shape[:-1], self.num_specific_experts, dtype=dtype, device=x.device)
 
@@ -119,7 +109,7 @@ class GateRecord:
     """Sums over tokens of one layer's gates and of their entropy, on the layer's device until they are read."""
 
     def __init__(self, where: Tensor | None = None) -> None:
-        self.where = where  # [...] bool: the tokens that count; None: all
+        self.where = True if where is None else where  # [...] bool: the tokens that count
         self.totals: Tensor | None = None  # [N + 2] float64: gates, entropy, number of tokens
 
     def add(self, totals: Tensor) -> None:
@@ -133,19 +123,16 @@ class GateRecord:
 
     def mean(self) -> list[float]:
         """Mean weight of each specific expert over the tokens seen; sums to 1."""
-        *sums, _, count = self._seen()
-        return [total / count for total in sums]
+        return self._means()[:-1]
 
     def entropy(self) -> float:
         """Mean entropy of the gates over the tokens seen, in nats: 0 where one expert has all, log N where equal."""
-        *_, total, count = self._seen()
-        return total / count
+        return self._means()[-1]
 
-    def _seen(self) -> list[float]:
-        totals = [] if self.totals is None else self.totals.tolist()
-        if not totals or not totals[-1]:
+    def _means(self) -> list[float]:
+        if self.totals is None or not self.count:
             raise ValueError("no gates were recorded: no token came by, or adapters were switched off")
-        return totals
+        return (self.totals[:-1] / self.totals[-1]).tolist()
 
 
 @contextmanager
@@ -186,14 +173,8 @@ class NoiseStream:
     def __init__(self, seed: int, layer: int, rows: Tensor) -> None:
         self.key, self.rows = _hash(_signed(_hash(_signed(seed)) + layer)), rows.long()
 
-    def check(self, shape: torch.Size) -> None:
-        """Raise ValueError unless there are as many rows [B, T, …] as this stream has."""
-        if len(shape) != 3 or shape[0] != len(self.rows):
-            raise ValueError(f"gate noise for {len(self.rows)} rows needs [rows, tokens, in], found {list(shape)}")
-
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers of the shape and dtype of `like` [B, T, N]; B must be the number of rows."""
-        self.check(like.shape)
         stream = _hash(self.key + self.rows)[:, None]
         stream = _hash(stream + torch.arange(like.shape[1], device=like.device))[..., None]
         bits = _hash(stream + torch.arange(like.shape[2], device=like.device))

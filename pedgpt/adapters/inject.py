@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,49 +32,29 @@ class _Adapters:
 
 
 def inject_lora(
-    model: nn.Module,
-    *,
-    rank: int = 8,
-    alpha: float = 16,
-    dropout: float = 0.0,
-    rslora: bool = False,
-    target_modules: str | Sequence[str] = ALL_LINEAR,
-    name: str = "default",
+    model: nn.Module, *, target_modules: str | Sequence[str] = ALL_LINEAR, name: str = "default", **settings: Any
 ) -> list[str]:
     """Freeze the model and give every matching linear layer a LoRA; returns the names that matched.
 
     `target_modules` holds names or patterns (`"q_proj"`, `"*.mlp.*"`), or is "all-linear": every linear layer but the
-    head. `rslora` scales by α/√r instead of α/r. The adapter gets `name` and is active from now on; others that the
-    model has wait for `set_adapter`. Raises ValueError if a pattern matches nothing, the name is taken, an adapter is
-    merged, or FSDP2 has split the model.
+    head. `settings` are those of `LoRALinear`: rank, alpha, dropout, rslora. The adapter gets `name` and is active from
+    now on; others wait for `set_adapter`. Raises ValueError if a pattern matches nothing, the name is taken, an adapter
+    is merged, or FSDP2 has split the model.
     """
-    return _inject(model, target_modules, name, lambda base: LoRALinear(base, rank, alpha, dropout, rslora=rslora))
+    return _inject(model, target_modules, name, lambda base: LoRALinear(base, **settings))
 
 
 def inject_experts(
-    model: nn.Module,
-    *,
-    rank: int = 8,
-    alpha: float = 16,
-    num_specific_experts: int = 3,
-    dropout: float = 0.0,
-    rslora: bool = False,
-    target_modules: str | Sequence[str] = ALL_LINEAR,
-    name: str = "default",
+    model: nn.Module, *, target_modules: str | Sequence[str] = ALL_LINEAR, name: str = "default", **settings: Any
 ) -> list[str]:
-    """Freeze the model and give every matching linear layer a mixture of experts; otherwise as `inject_lora`."""
-
-    def wrap(base: nn.Linear) -> AdaptedLinear:
-        return ExpertLoRALinear(base, rank, alpha, num_specific_experts, dropout, rslora=rslora)
-
-    return _inject(model, target_modules, name, wrap)
+    """As `inject_lora`, but with a mixture of experts: `settings` are also num_specific_experts."""
+    return _inject(model, target_modules, name, lambda base: ExpertLoRALinear(base, **settings))
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """What can be adapted, by module name: every linear layer but the head.
 
-    Layers that are more than a linear layer, or that others use without calling them, are left out: an adapter would
-    change or miss what they do.
+    An adapter would change layers that are more than linear, and miss those that are used without being called.
     """
     return {
         name: module
@@ -104,9 +85,8 @@ def active_adapter(model: nn.Module) -> str | None:
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Compute and train with the adapter `name` from now on; None: with the base alone, of which nothing trains.
 
-    Base weights stay the parameters that they are, under their names; the adapter's tensors move to their device, and
-    to float64 where the base is. An optimizer keeps what it was given, also what is inactive now. Raises ValueError
-    for an unknown name, while an adapter is merged, and for a model that FSDP2 has split.
+    Base weights stay the parameters that they are; the adapter's tensors move to their device, and to float64 where the
+    base is. Raises ValueError for an unknown name, while an adapter is merged, and for a model that FSDP2 has split.
     """
     record = _record(model)
     _check_can_change(model)
@@ -141,9 +121,6 @@ def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only:
 
     Routed experts depend on the input, so no one matrix equals them. `universal_only` merges the expert that is always
     on and leaves the others in place, its columns of B zero; `save_adapter` then writes an adapter of the merged base.
-
-    Raises ValueError for experts without `universal_only` and the reverse, without adapters, with adapters merged
-    already or switched off, for weights on the meta device or split by FSDP2, and without both probe and embedding.
     """
     _check_can_change(model)
     record, layers = _record(model), adapted_layers(model)
@@ -152,18 +129,12 @@ def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only:
     experts = any(isinstance(layer, ExpertLoRALinear) for layer in layers.values())
     if experts and not universal_only:
         raise ValueError(
-            "experts cannot be merged: which of them speak depends on the input, so no one matrix equals them; keep "
-            "the adapter, or merge the expert that is always on with universal_only=True"
+            "experts cannot be merged, because what they add depends on the input; merge the expert that is always on "
+            "with universal_only=True"
         )
     if universal_only and not experts:
         raise ValueError("universal_only is for experts, and the active adapter is a LoRA; leave it out to merge all")
-    if not all(layer.enabled for layer in layers.values()):
-        raise ValueError("adapters are switched off; merge outside of adapters_disabled")
-    if any(layer.weight.is_meta or layer.lora_A.is_meta for layer in layers.values()):
-        raise ValueError("the weights are on the meta device; load_weights first")
     probe = _default_probe(model) if probe is None else probe
-    if not probe.numel():
-        raise ValueError("probe is empty; give token ids [B, T]")
     before = _logits(model, probe)
     try:
         for name, layer in layers.items():
@@ -176,10 +147,7 @@ def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only:
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Undo `merge_lora`: the layers' weights and adapters are bit for bit what they were, whatever trained since.
-
-    Raises ValueError if nothing is merged, or for a model that FSDP2 has split.
-    """
+    """Undo `merge_lora`: the layers' weights and adapters are bit for bit what they were, whatever trained since."""
     record = _record(model)
     if not record.merged:
         raise ValueError("nothing is merged; merge_lora first")
@@ -190,7 +158,6 @@ def unmerge_lora(model: nn.Module) -> None:
         layer.to(current.device, None if current.dtype == layer.weight.dtype else current.dtype)
         layer.train(_linear(model, name).training)
         _replace(model, name, layer)
-        layer.noise_stream = None
     record.merged.clear()
 
 
@@ -200,10 +167,8 @@ def _inject(
     record = _record(model)
     _check_can_change(model)
     if adapter in record.layers:
-        raise ValueError(
-            f"the model has adapters already under the name {adapter!r}; give another name=, or use these with "
-            f"set_adapter(model, {adapter!r})"
-        )
+        taken = f"the model has adapters already under the name {adapter!r}"
+        raise ValueError(f"{taken}; give another name=, or use these with set_adapter(model, {adapter!r})")
     if foreign := [name for name in adapted_layers(model) if name not in record.of(record.active)]:
         raise ValueError(f"the model has adapters already that it does not know, as {foreign[0]}; load the base again")
     linears = linear_layers(model)
@@ -318,10 +283,8 @@ def _merged(layer: AdaptedLinear) -> nn.Linear:
     weight = nn.Parameter(total.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
     if not isinstance(layer, ExpertLoRALinear):
         return _plain(layer, weight)
-    rest = copy.copy(layer)
-    rest._parameters = {**layer._parameters, "weight": weight}
-    for name, parameter in layer.adapter_parameters().items():  # its own, so that training leaves the original alone
-        rest._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    rest = copy.deepcopy(layer)  # so that training leaves the original alone
+    rest.weight = weight
     rest.lora_B[:, : layer.rank] = 0
     return rest
 
@@ -330,8 +293,7 @@ def _default_probe(model: nn.Module) -> Tensor:
     embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
     if embedding is None:
         raise ValueError("the model has no nn.Embedding to draw token ids for; give probe, an input of the model")
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(embedding.num_embeddings, (1, 128), generator=generator, device="cpu")
+    ids = torch.randint(embedding.num_embeddings, (1, 128), generator=torch.Generator().manual_seed(0), device="cpu")
     return ids.to(embedding.weight.device)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,25 +26,17 @@ def _count_step(*_: Any) -> None:
     _optimizer_steps += 1
 
 
-class Packed:
+class Packed(NamedTuple):
     """An adapter's P = [A; W_g; W_n] and B in the dtype of the computation, while its parameters stay what they are."""
 
-    def __init__(self, P: Tensor, B: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.tensors = (P, B)
-        self.steps = _optimizer_steps
-        # An alias keeps the memory in use, so that a later tensor cannot have the same address.
-        self.aliases = [parameter.detach() for parameter in parameters.values()]
-        self.sources = [(name, p.data_ptr(), p._version) for name, p in parameters.items()]
+    tensors: tuple[Tensor, Tensor]
+    made_from: list[Any]
+    aliases: list[Tensor]  # of the parameters: they keep the memory in use, so that no later tensor has its address
 
-    def is_current(self, parameters: Mapping[str, Tensor | None]) -> bool:
-        """Whether the parameters have the memory and the values from which this was made."""
-        if self.steps != _optimizer_steps:
-            return False
-        for name, pointer, version in self.sources:
-            parameter = parameters[name]
-            if parameter is None or parameter.data_ptr() != pointer or parameter._version != version:
-                return False
-        return True
+
+def _state(parameters: Mapping[str, Tensor]) -> list[Any]:
+    """What changes with the memory or the values of parameters."""
+    return [_optimizer_steps, *((p.data_ptr(), p._version) for p in parameters.values())]
 
 
 class AdaptedLinear(nn.Linear):
@@ -93,10 +85,7 @@ class AdaptedLinear(nn.Linear):
 
     def packed_parameters(self) -> tuple[Tensor, Tensor] | None:
         """(P, B) as `pack_adapters` made them; None if the parameters have changed since, or if it was not called."""
-        if self.packed is None or transformed():
-            return None
-        if not self.packed.is_current(self._parameters):
-            self.packed = None
+        if self.packed is None or transformed() or self.packed.made_from != _state(self.adapter_parameters()):
             return None
         return self.packed.tensors
 
@@ -135,31 +124,21 @@ def pack_adapters(model: nn.Module) -> None:
     takes memory as large as the adapters in the dtype of the base. Layers that FSDP2 has split are left out.
     NOTE: a change in place through `parameter.data` is not noticed, because torch does not count it; call this again.
     """
-    groups: dict[tuple[torch.device, torch.dtype], list[AdaptedLinear]] = {}
+    sources: list[Tensor] = []
+    targets: list[Tensor] = []
     for layer in (module for module in model.modules() if isinstance(module, AdaptedLinear)):
         layer.packed = None
-        parameters = list(layer.adapter_parameters().values())
-        copied = len(parameters) > 2 or layer.lora_A.dtype != layer.weight.dtype
-        if copied and all(type(p) is nn.Parameter and not p.is_meta and not p.is_inference() for p in parameters):
-            groups.setdefault((layer.lora_A.device, layer.weight.dtype), []).append(layer)
-    for (device, dtype), layers in groups.items():
-        rows = [sum(len(p) for name, p in layer.adapter_parameters().items() if name != "lora_B") for layer in layers]
-        if device.type == "cuda":
-            rows = [_up_to_multiple(number, ALIGNMENT) for number in rows]
-        sizes = [n for c, a in zip(rows, layers, strict=True) for n in (c * a.in_features, a.lora_B.numel())]
-        # Each part begins at a multiple of 64 numbers, where a GPU can read 16 bytes at once.
-        places = [_up_to_multiple(size, 64) for size in sizes]
-        parts = torch.zeros(sum(places), dtype=dtype, device=device).split(places)
-        sources: list[Tensor] = []
-        targets: list[Tensor] = []
-        for i, layer in enumerate(layers):
-            lora_A, lora_B, *routers = layer.adapter_parameters().values()
-            P = parts[2 * i][: sizes[2 * i]].view(rows[i], -1)
-            B = parts[2 * i + 1][: sizes[2 * i + 1]].view_as(lora_B)
-            stacked = [lora_A, *routers]
-            sources += [*stacked, lora_B]
-            targets += [*P[: sum(map(len, stacked))].split([len(p) for p in stacked]), B]
-            layer.packed = Packed(P, B, layer.adapter_parameters())
+        parameters, dtype = layer.adapter_parameters(), layer.weight.dtype
+        lora_A, lora_B, *routers = own = list(parameters.values())
+        copied = bool(routers) or lora_A.dtype != dtype
+        if copied and all(type(p) is nn.Parameter and not p.is_meta and not p.is_inference() for p in own):
+            lengths = [len(p) for p in (lora_A, *routers)]
+            rows = -(-sum(lengths) // ALIGNMENT) * ALIGNMENT if lora_A.is_cuda else sum(lengths)
+            P, B = lora_A.new_zeros(rows, layer.in_features, dtype=dtype), torch.empty_like(lora_B, dtype=dtype)
+            sources += [lora_A, *routers, lora_B]
+            targets += [*P[: sum(lengths)].split(lengths), B]
+            layer.packed = Packed((P, B), _state(parameters), [p.detach() for p in own])
+    if targets:
         torch._foreach_copy_(targets, sources)
 
 
@@ -174,7 +153,3 @@ def temporarily(modules: Sequence[nn.Module], attribute: str, values: Sequence[A
     finally:
         for module, value in zip(modules, before, strict=True):
             setattr(module, attribute, value)
-
-
-def _up_to_multiple(number: int, of: int) -> int:
-    return -(-number // of) * of

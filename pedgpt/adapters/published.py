@@ -26,15 +26,9 @@ from pedgpt.files import own_file, read_object
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LORA, EXPERTS, PUBLISHED = "LORA", "PEDGPT_EXPERTS", "the published MoE-Adapter"
 PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(.+)\.((?:lora_[AB]|router|router_noise)\.weight)")
 # The name of the adapter may follow, as in ".lora_moe_A.default".
-_PUBLISHED_KEY = re.compile(r"base_model\.model\.(.+)\.(lora_moe_[AB]|lora_route\.weight|w_noise)(?:\.[^.]+)?")
+_KEY = re.compile(r"base_model\.model\.(.+)\.(\w+\.weight|lora_moe_[AB]|w_noise)(?:\.[^.]+)?")
 _ROUTING = ("lora_route.weight", "w_noise")
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_NUMBERS: dict[str, tuple[Any, int]] = {  # of the config, with their types and least values
-    "r": (int, 1), "num_specific_experts": (int, 1), "lora_nums": (int, 2), "lora_alpha": (int | float, -(2**53)),
-    "lora_dropout": (int | float, 0),
-}  # fmt: skip
 _UNSUPPORTED = (
     "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "alora_invocation_tokens", "layer_replication",
     "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config",
@@ -68,7 +62,7 @@ def parts(kind: str, layer: nn.Linear, rank: int, experts: int) -> dict[str, Par
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config of an adapter that pedgpt can reproduce; ValueError for any other, and for broken ones."""
+    """The config of an adapter that pedgpt can reproduce; ValueError for any other."""
     path = folder / CONFIG
     if own_file(folder, CONFIG) is None:
         raise ValueError(f"{path}: no such file; expected an adapter folder")
@@ -78,27 +72,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     needed = ["r", "lora_alpha", "num_specific_experts"][: 3 if kind == EXPERTS else 2]
     if missing := [key for key in needed if config.get(key) is None]:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")
-    for key, (kinds, least) in _NUMBERS.items():
-        value = config.get(key, 2)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < 2**53:
-            bound = f" of at least {least}" if least >= 0 else ""
-            raise ValueError(f"{path}: {key} must be a number{bound}, found {value!r}")
-    if config.get("lora_dropout", 0) >= 1:
-        raise ValueError(f"{path}: lora_dropout must be below 1, found {config['lora_dropout']}")
-    if not isinstance(config.get("use_rslora", False), bool):
-        raise ValueError(f"{path}: use_rslora must be true or false, found {config['use_rslora']!r}")
-    targets = config.get("target_modules") or ""  # PEFT may leave it to the keys
-    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
-        raise ValueError(f"{path}: target_modules must be names, found {targets!r}")
-    for key in _UNSUPPORTED:
-        if config.get(key):
-            raise ValueError(f"{path}: {key} is set; pedgpt cannot reproduce such an adapter")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias is {config['bias']!r}; pedgpt cannot reproduce an adapter that trained biases")
-    if str(config.get("init_lora_weights")).lower().startswith(_CHANGED_BASE):
+    changed = str(config.get("init_lora_weights")).lower().startswith(_CHANGED_BASE)
+    odd = [key for key in _UNSUPPORTED if config.get(key)] + ["init_lora_weights"] * changed
+    if odd := odd + ["bias"] * (config.get("bias", "none") != "none"):
         raise ValueError(
-            f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base model's weights; "
-            "convert the adapter to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+            f"{path}: {odd[0]} is {config[odd[0]]!r}; pedgpt cannot reproduce such an adapter. Merge it with PEFT; one "
+            "that changed its base, as PiSSA does, PEFT converts with path_initial_model_for_weight_conversion"
         )
     return config
 
@@ -112,20 +91,31 @@ def read_tensors(
     with `uniform_routing`, zeros stand for routing matrices that are missing.
     """
     file, weights = _read_weights(folder)
-    kind: str = config["peft_type"]
-    if kind == LORA and any(_PUBLISHED_KEY.fullmatch(key) for key in weights):
-        kind = PUBLISHED
+    published = config["peft_type"] == LORA and any(".lora_moe_" in key for key in weights)
+    kind: str = PUBLISHED if published else config["peft_type"]
+    tensors = _by_layer(file, kind, weights, layers)
     experts = config["num_specific_experts"] if kind == EXPERTS else 0
     if kind == PUBLISHED:
-        experts = _published_experts(file, config, weights)
-    tensors = _by_layer(file, kind, weights, layers)
-    for path in _targets(config, layers):
-        tensors.setdefault(path, {})
-    wanted = {path: parts(kind, layers[path], config["r"], experts) for path in layers if path in tensors}
-    missing = [(path, end) for path in wanted for end in wanted[path] if end not in tensors[path]]
-    routing = [f"{PREFIX}{path}.{end}" for path, end in missing if end in _ROUTING]
-    if lost := [f"{PREFIX}{path}.{end}" for path, end in missing if end not in _ROUTING]:
-        raise ValueError(f"{file}: lacks {_listed(lost)}; the file is incomplete, save or copy it again")
+        experts = len(next(tensor for key, tensor in weights.items() if ".lora_moe_" in key)) - 1
+        if config.get("lora_nums", experts + 1) != experts + 1 or experts < 1:
+            found = f"{experts + 1}, lora_nums is {config.get('lora_nums')}"
+            raise ValueError(f"{file}: expected the universal expert and at least one specific, found {found}")
+    if lost := {name for name in config.get("target_modules") or () if name in layers} - tensors.keys():
+        raise ValueError(f"{file}: lacks {_listed(lost)}, which target_modules names; save or copy it again")
+    ours: dict[str, dict[str, Tensor]] = {}
+    routing = []
+    for path in (path for path in layers if path in tensors):
+        ours[path] = {}
+        for end, (parameter, shape, pattern) in parts(kind, layers[path], config["r"], experts).items():
+            key, tensor = f"{PREFIX}{path}.{end}", tensors[path].get(end)
+            if tensor is None and end not in _ROUTING:
+                raise ValueError(f"{file}: lacks {key}; the file is incomplete, save or copy it again")
+            if tensor is None:
+                routing.append(key)
+                tensor = torch.zeros(shape)
+            if list(tensor.shape) != shape:
+                raise ValueError(f"{file}: {key} has the shape {list(tensor.shape)}, the model needs {shape}")
+            ours[path][parameter] = rearrange(tensor, pattern) if pattern else tensor
     if routing and not uniform_routing:
         raise ValueError(
             f"{file}: lacks the {len(routing)} routing matrices listed below. The published code drops them when it "
@@ -133,15 +123,7 @@ def read_tensors(
             "training run, or load with uniform_routing=True, which sets them to zero: without lora_route all experts "
             "get equal gates.\n  " + "\n  ".join(routing)
         )
-    found: dict[str, dict[str, Tensor]] = {path: {} for path in wanted}
-    for path, ends in wanted.items():
-        for end, (parameter, shape, pattern) in ends.items():
-            tensor = tensors[path][end] if end in tensors[path] else torch.zeros(shape)
-            if list(tensor.shape) != shape:
-                key = f"{PREFIX}{path}.{end}"
-                raise ValueError(f"{file}: {key} has the shape {list(tensor.shape)}, the model needs {shape}")
-            found[path][parameter] = rearrange(tensor, pattern) if pattern else tensor
-    return experts, found
+    return experts, ours
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -151,30 +133,14 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         raise ValueError(f"{folder / WEIGHTS}: no such file")
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True) if file.suffix == ".bin" else load_file(file)
+        integers = [key for key, tensor in weights.items() if not tensor.is_floating_point()]
     except pickle.UnpicklingError:
         raise ValueError(f"{file}: holds more than tensors, or is damaged; only safe files are read") from None
     except Exception as error:  # a damaged .bin fails in a dozen ways
-        raise ValueError(f"{file}: cannot be read, the file may be truncated ({error})") from None
-    if not isinstance(weights, dict):
-        raise ValueError(f"{file}: expected tensors by name, found {type(weights).__name__}")
-    for key, tensor in weights.items():
-        # A .bin may also hold sparse tensors, shards and tensors without values, and other things than tensors.
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
-        if not (isinstance(key, str) and plain and tensor.dtype in _DTYPES):
-            found = str(tensor.dtype).removeprefix("torch.") if plain else f"a special {type(tensor).__name__}"
-            raise ValueError(f"{file}: {key} is {found}; expected a whole tensor of float64, 32, 16 or bfloat16")
+        raise ValueError(f"{file}: cannot be read as tensors by name, it may be truncated ({error})") from None
+    if integers:
+        raise ValueError(f"{file}: {integers[0]} is {weights[integers[0]].dtype}; expected floating-point numbers")
     return file, weights
-
-
-def _published_experts(file: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> int:
-    counts = {tensor.shape[0] for key, tensor in weights.items() if ".lora_moe_" in key and tensor.ndim == 3}
-    counts |= {config["lora_nums"]} if "lora_nums" in config else set()
-    if len(counts) != 1 or min(counts) < 2:
-        raise ValueError(
-            f"{file}: lora_moe_A, lora_moe_B and the config's lora_nums must agree on the number of experts, the "
-            f"universal one and at least one specific; found {sorted(counts) or 'none'}"
-        )
-    return counts.pop() - 1
 
 
 def _by_layer(
@@ -182,21 +148,19 @@ def _by_layer(
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors by layer and by the end of their key; ValueError for keys of another kind and unknown layers."""
     tensors: dict[str, dict[str, Tensor]] = {}
-    unexpected = []
+    ends, unexpected = parts(kind, nn.Linear(1, 1, device="meta"), 1, 1), []
     for key, tensor in weights.items():
-        match = (_PUBLISHED_KEY if kind == PUBLISHED else _KEY).fullmatch(key)
-        foreign = kind == LORA and ".router" in key
-        if match is None or foreign or match[2] in tensors.get(match[1], {}):
+        match = _KEY.fullmatch(key)
+        if match is None or match[2] not in ends or match[2] in tensors.setdefault(match[1], {}):
             unexpected.append(key)
         else:
-            tensors.setdefault(match[1], {})[match[2]] = tensor
+            tensors[match[1]][match[2]] = tensor
     if unexpected:
         raise ValueError(
-            f"{file}: holds the unexpected {_listed(unexpected)}; pedgpt reads one adapter's matrices and no saved "
-            "modules, embeddings, biases or magnitudes: train the adapter without them, or merge it with PEFT"
+            f"{file}: holds the unexpected {_listed(unexpected)}; expected {PREFIX}<layer>.lora_A.weight and so on. "
+            "pedgpt reads one adapter's matrices and no saved modules, embeddings, biases or magnitudes: train the "
+            "adapter without them, or merge it with PEFT"
         )
-    if not tensors:
-        raise ValueError(f"{file}: holds no tensors; expected {PREFIX}<layer>.lora_A.weight and so on")
     if absent := set(tensors) - set(layers):
         kinds = ", ".join(sorted({path.rpartition(".")[2] for path in layers}))
         raise ValueError(
@@ -204,15 +168,6 @@ def _by_layer(
             "Give the base model that the adapter was trained on"
         )
     return tensors
-
-
-def _targets(config: Mapping[str, Any], layers: Mapping[str, nn.Linear]) -> set[str]:
-    """The layers that a list of target_modules names, as PEFT reads it: a file without their weights is incomplete."""
-    targets = config.get("target_modules")
-    partly = any(config.get(key) is not None for key in ("exclude_modules", "layers_to_transform"))
-    if partly or not isinstance(targets, list):
-        return set()  # the keys alone say which
-    return {path for path in layers if any(path == t or (t not in layers and path.endswith(f".{t}")) for t in targets)}
 
 
 def _listed(keys: Collection[str]) -> str:

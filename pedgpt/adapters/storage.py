@@ -11,34 +11,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pedgpt.adapters.experts import ExpertLoRALinear
-from pedgpt.adapters.inject import (
-    active_adapter,
-    adapted_layers,
-    adapter_names,
-    inject_experts,
-    inject_lora,
-    linear_layers,
-    set_adapter,
-)
+from pedgpt.adapters.inject import adapted_layers, inject_experts, inject_lora, linear_layers
 from pedgpt.adapters.lora import AdaptedLinear
 from pedgpt.adapters.published import CONFIG, EXPERTS, LORA, PREFIX, WEIGHTS, parts, read_config, read_tensors
-from pedgpt.files import naming_full_disk, settle, write_json
+from pedgpt.files import atomic_write, write_json
 
 _BASE = "pedgpt_base_weights"  # in the metadata of the weights' file, so that PEFT finds no key that it does not know
 
 
 def save_adapter(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    base_model: str | None = None,
-    base_weights: str | None = None,
+    model: nn.Module, folder: str | Path, *, base_model: str | None = None, base_weights: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write adapter_config.json and adapter_model.safetensors with every tensor of the active adapter.
 
     LoRA takes PEFT's layout; experts the same files with `"peft_type": "PEDGPT_EXPERTS"`. `base_model` is the name or
@@ -51,31 +39,20 @@ def save_adapter(
         raise ValueError("the model has no active adapter to save; inject one or set_adapter, or unmerge_lora, first")
     first = next(iter(layers.values()))
     settings = _settings(first)
-    for name, layer in layers.items():
-        if _settings(layer) != settings:
-            raise ValueError(
-                f"{name} has {_settings(layer)}, the first layer {settings}; one adapter file holds one of them"
-            )
+    if any(_settings(layer) != settings for layer in layers.values()):
+        raise ValueError(f"the layers differ in their settings; one file holds those of the first, {settings}")
     weights = _whole_weights(layers, state_dict)
     if settings["peft_type"] == LORA:
         del settings["num_specific_experts"]
     config = settings | {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "lora_dropout": first.dropout,
-        "target_modules": sorted(layers),
-        "bias": "none",
-        "inference_mode": True,
-    }
+        "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "lora_dropout": first.dropout,
+        "target_modules": sorted(layers), "bias": "none", "inference_mode": True,
+    }  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{WEIGHTS}.tmp"
-    try:
-        with naming_full_disk(folder / WEIGHTS, sum(weight.nbytes for weight in weights.values())):
-            save_file(weights, temporary, metadata={"format": "pt", **({_BASE: base_weights} if base_weights else {})})
-        settle(temporary, folder / WEIGHTS)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = save(weights, {"format": "pt"} | ({_BASE: base_weights} if base_weights else {}))
+    with atomic_write(folder / WEIGHTS, "wb", size=len(content)) as file:
+        file.write(content)
     write_json(folder / CONFIG, config)
 
 
@@ -83,22 +60,14 @@ def _whole_weights(layers: Mapping[str, AdaptedLinear], state_dict: Mapping[str,
     """The tensors of an adapter's file; ValueError for one that is missing or not whole."""
     weights = {}
     for name, layer in layers.items():
-        parameters = layer.adapter_parameters()
         settings = _settings(layer)
         for end, part in parts(settings["peft_type"], layer, layer.rank, settings["num_specific_experts"]).items():
             key = f"{name}.{part.parameter}"
-            if state_dict is not None and key not in state_dict:
+            tensor = getattr(layer, part.parameter) if state_dict is None else state_dict.get(key, torch.empty(0))
+            if hasattr(tensor, "to_local") or tensor.is_meta or list(tensor.shape) != part.shape:
                 raise ValueError(
-                    f"state_dict lacks {key}; give all of the adapter, gathered by pedgpt.training.gather_weights"
-                )
-            tensor = parameters[part.parameter] if state_dict is None else state_dict[key]
-            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            if local is not tensor or tensor.is_meta or list(tensor.shape) != part.shape:
-                where = " on the meta device" if tensor.is_meta else ""
-                raise ValueError(
-                    f"{key}: found a part or placeholder of the shape {list(local.shape)}{where}, expected the whole "
-                    f"{part.shape}; gather it from all ranks with pedgpt.training.gather_weights and pass it in "
-                    "state_dict"
+                    f"{key}: found nothing or a part of it, expected the whole {part.shape}; gather it from all ranks "
+                    "with pedgpt.training.gather_weights and pass it in state_dict"
                 )
             weights[f"{PREFIX}{name}.{end}"] = tensor.detach().cpu().contiguous()
     return weights
@@ -108,12 +77,9 @@ def _settings(layer: AdaptedLinear) -> dict[str, Any]:
     """What one adapter's layers have in common, under the names of the config."""
     experts = layer.num_specific_experts if isinstance(layer, ExpertLoRALinear) else 0
     return {
-        "peft_type": EXPERTS if experts else LORA,
-        "r": layer.rank,
-        "lora_alpha": layer.alpha,
-        "use_rslora": layer.rslora,
-        "num_specific_experts": experts,
-    }
+        "peft_type": EXPERTS if experts else LORA, "r": layer.rank, "lora_alpha": layer.alpha,
+        "use_rslora": layer.rslora, "num_specific_experts": experts,
+    }  # fmt: skip
 
 
 def load_adapter(
@@ -121,47 +87,29 @@ def load_adapter(
 ) -> list[str]:
     """Attach the adapter of `folder` to a model as `name`, fill and activate it; returns the adapted layers' names.
 
-    The weights' keys say which layers are adapted. An adapter of that name, of the same layers, shapes and scale, is
-    filled as it is. The published MoE-Adapter's layout is known by its keys; its code drops the routers when it saves,
-    so its own reload routes at random. Here that is an error, unless `uniform_routing` asks for W_g = W_n = 0, equal
-    gates of 1/N, wherever they are missing. Its layers compute with our gate: no noise in evaluation, float32.
+    The weights' keys say which layers are adapted. The published MoE-Adapter's layout is known by its keys; its code
+    drops the routers when it saves, so its own reload routes at random. Here that is an error, unless `uniform_routing`
+    asks for W_g = W_n = 0, equal gates of 1/N, wherever they are missing. Its layers compute with our gate: no noise in
+    evaluation, float32.
 
-    Raises ValueError, before the model is changed, for a missing or broken file, another adapter type or scale, what
-    pedgpt cannot reproduce, a layer that the model lacks, and missing, unexpected or misshapen tensors.
+    Raises ValueError, before the model is changed, for a missing or broken file, what pedgpt cannot reproduce, a name
+    that is taken, a layer that the model lacks, and missing, unexpected or misshapen tensors.
     """
     folder = Path(folder)
     config = read_config(folder)
     experts, tensors = read_tensors(folder, config, linear_layers(model), uniform_routing)
-    if name in adapter_names(model):
-        _select(model, name, list(tensors), experts, config, folder / CONFIG)
-    else:
-        options: dict[str, Any] = {"num_specific_experts": experts} if experts else {}
-        (inject_experts if experts else inject_lora)(
-            model, rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0),
-            rslora=config.get("use_rslora", False), target_modules=list(tensors), name=name, **options,
-        )  # fmt: skip
+    settings = {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0)}
+    settings |= {"rslora": config.get("use_rslora", False)} | ({"num_specific_experts": experts} if experts else {})
+    try:
+        (inject_experts if experts else inject_lora)(model, target_modules=list(tensors), name=name, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: {error}") from None
     layers = adapted_layers(model)
     with torch.no_grad():
         for path, found in tensors.items():
             for parameter, own in layers[path].adapter_parameters().items():
                 own.copy_(found[parameter])
     return list(tensors)
-
-
-def _select(model: nn.Module, name: str, layers: list[str], experts: int, config: dict[str, Any], path: Path) -> None:
-    """Activate the model's adapter `name`; ValueError if it has other layers or settings than the file."""
-    wanted = {"use_rslora": False} | config
-    wanted |= {"peft_type": EXPERTS if experts else LORA, "num_specific_experts": experts, "layers": layers}
-    before = active_adapter(model)
-    set_adapter(model, name)
-    there = adapted_layers(model)
-    found = _settings(next(iter(there.values()))) | {"layers": list(there)}
-    for key, value in found.items():
-        if wanted[key] != value:
-            set_adapter(model, before)
-            raise ValueError(
-                f"{path}: {key} is {wanted[key]}, the model's adapter {name!r} has {value}; load it under another name"
-            )
 
 
 def adapter_base(folder: str | Path) -> str:
@@ -189,6 +137,5 @@ def check_base(folder: str | Path, model: str | Path, weights: str) -> None:
     elif known not in (None, weights):
         raise ValueError(
             f"{folder}: this adapter was trained on other weights than those of {model}; its base model was {base} "
-            f"(weights {known}, those given are {weights}). Give the model that it was trained on; or, if you know "
-            "that it fits, --any_base true"
+            f"(weights {known}, not {weights}). Give that model; or, if you know that it fits, --any_base true"
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from pedgpt.corpus.build import Step, stages, table_of
 from pedgpt.corpus.builders.role_play import subject
 from pedgpt.corpus.builders.sections import BETWEEN
 from pedgpt.corpus.decontaminate import Decontaminator
-from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, Spool, digest
+from pedgpt.corpus.duplicates import NearDuplicates, Spool, digest
 from pedgpt.corpus.quality import fault, normalize, scrub
 from pedgpt.corpus.rows import Built, Dropped, map_texts, question, texts
 from pedgpt.corpus.sources import Source
@@ -30,9 +29,9 @@ from pedgpt.data.manifest import write_manifest
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record
 
 KINDS = {Document: "documents", Conversation: "conversations", PreferencePair: "preferences"}
-# Builders whose rows resemble others on purpose: the same fact in several phrasings, an answer as text. They are split
+# Builders whose rows resemble others on purpose: the same fact in several phrasings. They are split
 # by disease, and only exact copies of them are left out.
-VARIANTS = ("graph/", "role_play", "preferences", "safety", "self_cognition", "answer")
+VARIANTS = ("graph/", "role_play", "preferences", "safety", "self_cognition")
 LONGEST_NAME = 20  # characters of a disease's or a drug's name; a longer title or fact is a sentence
 BUILT_FROM = "built from a row that was left out"
 
@@ -69,7 +68,6 @@ class Assembly:
     split: Split
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)  # by source and reason
     built: Counter[str] = field(default_factory=Counter)  # readable rows by source, each written or listed in the end
-    tables: Counter[str] = field(default_factory=Counter)  # rows in the spool, by table
     replaced: Counter[str] = field(default_factory=Counter)  # personal data, by kind
     names: set[str] = field(default_factory=set)  # of diseases, drugs; rows that name different ones are different
 
@@ -133,29 +131,13 @@ class Assembly:
                 asks = not isinstance(record, Document) and text == question(record)
                 self._decontaminator.add(record.source, text, asks)
 
-    def answers_as_text(self, table: str, conversations: tuple[str, ...], at_least: int = 20) -> None:
-        """The answers in tables of conversations as running text too, for a corpus that has no other.
-
-        `conversations` are tables, or the folders that hold them, such as "tasks/".
-        """
-        for number in range(len(self._rows)):
-            row: _Row = self._rows[number]
-            if not isinstance(row.record, Conversation) or not f"{row.table}/".startswith(conversations):
-                continue
-            for message in row.record.messages:
-                if message.role == "assistant" and message.loss and len(message.content) >= at_least:
-                    source, disease, department = row.record.source, row.record.disease, row.record.department
-                    text = Document(message.content, source, "", disease, department)
-                    self.built[row.source] += 1
-                    self._add(Built(text), table, row.source, "answer", number, self.split.group(row.record))
-
     def finish(self, sample_share: float) -> Corpus:
         """Write the shards and reports. `sample_share` of the tasks' training rows go to stage 2 as well."""
         names = Names(question_key(name) for name in self.names | self.split.diseases if 1 < len(name) <= LONGEST_NAME)
         similar = {self._compared[i]: (self._compared[j], share) for i, j, share in self._near.find(names)}
         self._decontaminator.names = names
         asked = self._protect_heldout(similar)
-        corpus, contradictions = Corpus(self.folder, self.limits.shard_rows), Contradictions(self.folder)
+        tables: dict[tuple[str, str, str], array[int]] = defaultdict(lambda: array("q"))  # numbers of rows
         gone: set[int] = set()
         sampled: Counter[str] = Counter()
         for number in range(len(self._rows)):
@@ -176,19 +158,19 @@ class Assembly:
                 self.drop(row.source, record.source, *found)
                 continue
             part = "heldout" if held else "train"
-            origin = {"place": record.source, **({"builder": row.builder} if row.builder else {}), **row.details}
-            written = {**_as_row(record), "origin": origin}
-            corpus.write(part, row.table, row.source, record, written, row.topic)
+            tables[part, row.table, row.source].append(number)
             if row.table.startswith("tasks/") and not held:
                 sampled[row.table] += 1  # an evenly spread share of each task
                 if int(sampled[row.table] * sample_share) > int((sampled[row.table] - 1) * sample_share):
-                    corpus.write(part, "tasks_sample", row.source, record, written, row.topic)
-            if isinstance(record, Conversation) and len(record.messages) == 2 and not row.builder.startswith(VARIANTS):
-                contradictions.add(record.source, question(record), record.messages[-1].content)
-        groups = [_line(group) for group in contradictions.groups()]
-        (self.folder / "reports" / "contradictions.jsonl").write_bytes(b"".join(groups))
-        corpus.contradictions = len(groups)
-        corpus.close()
+                    tables[part, "tasks_sample", row.source].append(number)
+        corpus, most = Corpus(self.folder), self.limits.shard_rows
+        for (part, table, source), numbers in tables.items():
+            for start in range(0, len(numbers), most):
+                path = f"{part}/{table}/{source}-{start // most:05}.jsonl"
+                chosen = numbers[start : start + most]
+                file = {"path": path, "side": part, "table": table, "source": source, "rows": len(chosen)}
+                corpus.write(file, (self._rows[number] for number in chosen))
+        corpus.files.sort(key=lambda file: file["path"])
         self.close()
         return corpus
 
@@ -213,7 +195,6 @@ class Assembly:
         for (name, reason), count in sorted(self.dropped.items()):
             left_out.setdefault(name, {})[reason] = count
         found = {"dropped": left_out, "personal_data_replaced": dict(sorted(self.replaced.items()))}
-        found["contradictory_questions"] = corpus.contradictions
         return write_manifest(self.folder, settings=settings, sources=about, files=corpus.files, found=found)
 
     def close(self) -> None:
@@ -221,17 +202,14 @@ class Assembly:
         for file in (self._list, self._rows, self._near):
             file.close()
 
-    def _add(self, row: Built, table: str, source: str, builder: str, parent: int, group: str = "") -> int:
-        """The row's number, or -1 if it was left out; `parent` is the number of the row that it was built from.
-
-        `group` overrides the one that the record itself shows.
-        """
+    def _add(self, row: Built, table: str, source: str, builder: str, parent: int) -> int:
+        """The row's number, or -1 if it was left out; `parent` is the number of the row that it was built from."""
         record = row.record
         if builder:  # what a reader gave is clean already
             record = map_texts(record, self._cleaned)
         if found := fault(record, **self._bounds):
             return self.drop(source, record.source, *found)
-        if not (group := group or self.split.group(record)):
+        if not (group := self.split.group(record)):
             return self.drop(source, record.source, "is about diseases of both sides of the split")
         number, everything = len(self._rows), "\n".join(texts(record))
         first = self._seen.setdefault(digest(f"{KINDS[type(record)]}\n{everything}"), number)
@@ -244,7 +222,6 @@ class Assembly:
         if not builder.startswith(VARIANTS):
             self._near.add(everything)
             self._compared.append(number)
-        self.tables[table] += 1
         topic = group.removeprefix("disease/") if group.startswith("disease/") else record.department
         self._heldout.append(self.split.side(group) == "heldout")
         return self._rows.append(_Row(record, row.details, table, source, builder, parent, topic))
@@ -273,82 +250,42 @@ class Assembly:
 
 
 @dataclass
-class Statistics:
-    """What the corpus card tells of one table and source."""
-
-    rows: int = 0
-    heldout: int = 0
-    turns: int = 0
-    asked: int = 0  # characters
-    answered: int = 0  # characters; of running text, its own
-
-
-@dataclass
 class Corpus:
-    """The files of a corpus as they are written: FOLDER/train/tasks/medkqa/textbook-00000.jsonl."""
+    """The files of a corpus: FOLDER/train/tasks/medkqa/textbook-00000.jsonl."""
 
     folder: Path
-    shard_rows: int
-    files: list[dict[str, Any]] = field(default_factory=list)  # the manifest's, after `close`
-    statistics: dict[tuple[str, str], Statistics] = field(default_factory=lambda: defaultdict(Statistics))
+    files: list[dict[str, Any]] = field(default_factory=list)  # the manifest's
+    # Of each table and source: rows, heldout (those among them), turns, and the characters asked and answered.
+    statistics: dict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     topics: Counter[str] = field(default_factory=Counter)  # rows by disease or department
-    lengths: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))  # of `table`, see `write`
-    contradictions: int = 0
 
-    def __post_init__(self) -> None:
-        self._entries: dict[str, dict[str, Any]] = {}  # the files, by path
-        self._waiting: dict[str, bytearray] = defaultdict(bytearray)  # the ends of files that are not written yet
-        self._rows: Counter[tuple[str, str, str]] = Counter()
-
-    def write(self, part: str, table: str, source: str, record: Record, row: dict[str, Any], topic: str) -> None:
-        """One row into its shard, and into the statistics; of its length, floor(2 log2 characters) is counted."""
-        key = (part, table, source)
-        path = f"{part}/{table}/{source}-{self._rows[key] // self.shard_rows:05}.jsonl"
-        self._rows[key] += 1
-        if path not in self._entries:
-            self._entries[path] = {
-                "path": path, "side": part, "table": table, "source": source, "stages": stages(table),
-                "kind": KINDS[type(record)], "rows": 0,
-            }  # fmt: skip
-        self._entries[path]["rows"] += 1
-        self._waiting[path] += _line(row)
-        if len(self._waiting[path]) >= 2**16:
-            self._flush(path)
-        asked, answered = _asked_and_answered(record)
-        counted = self.statistics[table, source]
-        counted.rows += 1
-        counted.heldout += part == "heldout"
-        counted.turns += sum(message.role == "user" for message in asked)
-        characters = sum(len(message.content) for message in asked)
-        counted.asked += characters
-        counted.answered += answered
-        self.lengths[table][int(2 * math.log2(max(1, characters + answered)))] += 1
-        if table != "tasks_sample":  # it repeats others
-            self.topics[topic] += 1
-
-    def close(self) -> None:
-        """Finish all files; they are listed in an order that depends on their names alone."""
-        for path in list(self._waiting):
-            self._flush(path)
-        self.files = [entry for _, entry in sorted(self._entries.items())]
-        for entry in self.files:
-            with (self.folder / entry["path"]).open("rb") as file:
-                entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-
-    def _flush(self, path: str) -> None:
-        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-        with (self.folder / path).open("ab") as file:  # closed again: a process may open a few hundred files
-            file.write(self._waiting.pop(path))
+    def write(self, file: dict[str, Any], rows: Iterable[_Row]) -> None:
+        """Write the rows of one file, and count them."""
+        path, table = self.folder / file["path"], file["table"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w+b") as handle:
+            for row in rows:
+                builder = {"builder": row.builder} if row.builder else {}
+                origin = {"place": row.record.source, **builder, **row.details}
+                handle.write(_line({**_as_row(row.record), "origin": origin}))
+                asked, answered = _characters(row.record)
+                counted = {"rows": 1, "heldout": file["side"] == "heldout", "turns": len(asked), "asked": sum(asked)}
+                self.statistics[table, file["source"]].update(counted, answered=answered)
+                self.topics[row.topic] += table != "tasks_sample"  # which repeats others
+                file["kind"] = KINDS[type(row.record)]
+            handle.seek(0)
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        self.files.append({**file, "stages": stages(table), "sha256": digest})
 
 
-def _asked_and_answered(record: Record) -> tuple[Sequence[Message], int]:
-    """What is asked, and how many characters answer it."""
+def _characters(record: Record) -> tuple[list[int], int]:
+    """Of each question, and of all answers together; running text and the chosen reply of a pair are answers."""
     if isinstance(record, Document):
-        return (), len(record.text)
-    if isinstance(record, PreferencePair):
-        return record.prompt, len(record.chosen)
-    answered = sum(len(message.content) for message in record.messages if message.role == "assistant")
-    return [message for message in record.messages if message.role == "user"], answered
+        return [], len(record.text)
+    turns = record.prompt if isinstance(record, PreferencePair) else record.messages
+    asked = [len(message.content) for message in turns if message.role == "user"]
+    answers = [message.content for message in turns if message.role == "assistant"]
+    return asked, sum(map(len, [record.chosen] if isinstance(record, PreferencePair) else answers))
 
 
 def _asked(record: Record) -> bytes | None:
@@ -358,19 +295,15 @@ def _asked(record: Record) -> bytes | None:
 
 
 def _place(place: str, source: Source) -> str:
-    """ "file:line" with the file's path in the source's folder, or its name, or its last two parts: a path of this
-    machine is never written."""
+    """ "file:line" with the file's path in the source's folder, or its name: a path of this machine is not written."""
     for file in source.files:
         if place.startswith(str(file)):
-            alike = sum(other.name == file.name for other in source.files) > 1
-            parts = file.relative_to(source.root).parts if source.root else file.parts[-2 if alike else -1 :]
-            place = "/".join(parts) + place[len(str(file)) :]
-            break
-    return place.encode(errors="replace").decode()  # a file's name may be no UTF-8
+            return (file.relative_to(source.root).as_posix() if source.root else file.name) + place[len(str(file)) :]
+    return place
 
 
 def _line(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode(errors="replace")  # a file's name may be no UTF-8
 
 
 def _as_row(record: Record) -> dict[str, Any]:

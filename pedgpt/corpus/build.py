@@ -6,17 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from pedgpt.corpus.builders import knowledge_graph as graph
 from pedgpt.corpus.builders.dialogues import evidiag_dialogue
-from pedgpt.corpus.builders.knowledge_graph import (
-    Disease,
-    evidiag,
-    medkqa,
-    negative,
-    trerecom,
-    two_hop,
-    verbalize,
-    verbalize_with,
-)
+from pedgpt.corpus.builders.knowledge_graph import Disease
 from pedgpt.corpus.builders.preferences import humane_pair
 from pedgpt.corpus.builders.reconstruct import reconstruct
 from pedgpt.corpus.builders.role_play import role_play
@@ -60,42 +52,34 @@ def divided(records: Iterable[Record], source: Source) -> Iterator[Record]:
 
 def build(record: Record, source: Source, ask: Ask | None = None, plain: Ask | None = None) -> list[Step]:
     """The rows of one passage, conversation or pair. `plain` is the model whose plain answers become rejected ones."""
-    steps: list[Step] = []
     if isinstance(record, Conversation):
-        steps += _of_conversation(record, source, ask)
+        steps = list(_of_conversation(record, source, ask))
     else:
-        steps.append(Step("", Built(record)))
+        steps = [Step("", Built(record))]
     if isinstance(record, Document) and "role_play" in source.build:
         steps += [Step("role_play", _in_domain(row, source), 0) for row in role_play(record, ask)]
-    if "preferences" not in source.build:
-        return steps
-    paired: list[Step] = []
-    for step in steps:  # a parent is the first step, if there is one, so pairs between the steps move none
-        paired.append(step)
-        row, parent = step.row, len(paired) - 1
+    for place, step in enumerate(steps[:]) if "preferences" in source.build else ():
         # A parent's question is answered humanely; a colleague's needs no comfort.
-        humane = isinstance(row, Built) and row.details.get("role", "parent") == "parent"
-        if isinstance(row, Built) and humane and isinstance(row.record, Conversation):
-            paired += [Step("preferences", pair, parent) for pair in humane_pair(row.record, ask, plain)]
-    return paired
+        humane = isinstance(step.row, Built) and step.row.details.get("role", "parent") == "parent"
+        if isinstance(step.row, Built) and humane and isinstance(step.row.record, Conversation):
+            steps += [Step("preferences", pair, place) for pair in humane_pair(step.row.record, ask, plain)]
+    return steps
 
 
 def build_graph(diseases: Sequence[Disease], source: Source) -> Iterator[Step]:
     """The instructions of a graph's diseases; all of them on one side of the split, see `two_hop`."""
-    each = {"medkqa": medkqa, "evidiag": evidiag, "trerecom": trerecom}
+    each = {"medkqa": graph.medkqa, "evidiag": graph.evidiag, "trerecom": graph.trerecom}
     rows = {name: chain.from_iterable(map(builder, diseases)) for name, builder in each.items()}
-    for name, built in {**rows, "two_hop": two_hop(diseases), "negative": negative(diseases)}.items():
+    for name, built in {**rows, "two_hop": graph.two_hop(diseases), "negative": graph.negative(diseases)}.items():
         if name in source.build:
             yield from (Step(f"graph/{name}", _in_domain(Built(row), source)) for row in built)
 
 
 def build_disease(disease: Disease, source: Source, ask: Ask | None = None, plain: Ask | None = None) -> list[Step]:
-    """What a teacher is asked about a disease of a graph: its facts as running text, and pairs."""
-    steps = []
-    if "text" in source.build:
-        told = verbalize_with(disease, ask) if ask else map(Built, verbalize(disease))
-        steps += [Step("graph/text", row) for row in told]
-    for row in trerecom(disease) if "preferences" in source.build else ():
+    """The facts of a disease of a graph as running text, and pairs."""
+    texts = graph.verbalize(disease) if "text" in source.build else ()
+    steps = [Step("graph/text", Built(text)) for text in texts]
+    for row in graph.trerecom(disease) if "preferences" in source.build else ():
         steps += [Step("graph/preferences", pair) for pair in humane_pair(row, ask, plain)]
     return steps
 
@@ -152,6 +136,4 @@ def _task_by_domain(record: Conversation, source: Source) -> str:
     """By the domain that the listing states, and where it leaves a choice by the row's words."""
     if source.domain not in ("", PEDIATRIC):
         return source.domain
-    if source.domain and source.kind == "dialogues" and len(record.messages) > 3:
-        return EVIDIAG
     return classify(record, pediatric=bool(source.domain))

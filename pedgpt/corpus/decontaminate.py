@@ -21,20 +21,21 @@ MANY = 20  # a gram that more items, or more rows, have is boilerplate; of many 
 FEW = 5  # a short answer that more rows than this hold is anybody's answer
 SEEN = 0.2  # share of its grams from which an item is looked at: each edit spoils up to six
 SHARE = 0.8  # of its characters that must be there in runs of three or more; with a tenth changed 0.88 are
-OWN_SHARE = 0.77  # the same share of the characters outside of stock phrases, which are fewer
-ALL_OWN = 0.9  # with this share of them an answer is recognised even without its stock phrases
 # Characters outside of boilerplate. In a shorter item one changed run is another subject, so its edits are counted.
 SHORT = 36
+ALL_OWN = 0.9  # with this share of its own characters an answer is recognised even without its stock phrases
+
+Bools = npt.NDArray[np.bool_]
 
 
 class Decontaminator:
     """Evaluation items, and the rows that contain one.
 
-    Items and rows are compared without spaces, punctuation, case and width. What counts is the share of the item's own
-    characters that stands in one place of the row. An item's own characters are those outside of numbers, of the stock
-    phrases of consultations (templates/decontaminate.toml) and of boilerplate, which is runs of six characters that
-    many items or rows have. An item with fewer than 13 characters of its own matches only a whole message. `names` are
-    those of diseases and the like: a row about one does not contain an item about another.
+    Items and rows are compared without spaces, punctuation, case and width. What counts is the share of the item's
+    characters outside of boilerplate, which is runs of six characters that many items or rows have, that stands in one
+    place of the row. An item's own characters are those of them outside of numbers and of the stock phrases of
+    consultations (templates/decontaminate.toml); with fewer than 13 it matches only a whole message. `names` are those
+    of diseases and the like: a row about one does not contain an item about another.
     """
 
     def __init__(self) -> None:
@@ -89,16 +90,16 @@ class Decontaminator:
 
     def _search(self, texts: Sequence[str]) -> tuple[str, float, npt.NDArray[np.int64]]:
         """(key of the item that is there most, or "", its share, where in _hashes the grams of other items begin)."""
-        keys, none = [question_key(text) for text in texts], np.zeros(0, np.int64)
+        keys = [question_key(text) for text in texts]
         for key in [key for key in keys[:1] if key in self._short] or [key for key in keys if key in self._whole]:
-            return key, 1.0, none
+            return key, 1.0, np.zeros(0, np.int64)
         row = "\0".join(keys)  # no gram of an item reaches over a \0
         hashes = gram_hashes(row, GRAM)
-        hits = np.flatnonzero(self._filter[hashes >> self._shift])
-        first = np.searchsorted(self._hashes, hashes[hits])
-        counts = np.searchsorted(self._hashes, hashes[hits], "right") - first
+        first = np.searchsorted(self._hashes, hashes)
+        counts = np.searchsorted(self._hashes, hashes, "right") - first
         entries = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-        items, begins = self._items[entries], np.repeat(hits, counts) - self._within[entries]  # where it would begin
+        items = self._items[entries]
+        begins = np.repeat(np.arange(len(hashes)), counts) - self._within[entries]  # where the item would begin
         which, times = np.unique(items, return_counts=True)
         best, most = "", 0.0
         for item in which[times >= self._needed[which]].tolist():
@@ -114,23 +115,20 @@ class Decontaminator:
         key, own, rare = self._keys[item], self._own[item], self._rare[item]
         if key in window:
             return 1.0
-        count = int(own.sum())
         if rare.sum() < SHORT:
-            changed = distance(key, own | _digits(key), window)
-            if changed > max(1, count // 10) or distance(key, rare, window) > (1 - SHARE) * rare.sum():
-                return 0.0
-            share = 1 - changed / count
+            count, changed = int(own.sum()), distance(key, own | _digits(key), window)
+            few = changed <= max(1, count // 10) and distance(key, rare, window) <= (1 - SHARE) * rare.sum()
+            share = 1 - changed / count if few else 0.0
         else:
-            grams, covered = {window[i : i + 3] for i in range(len(window) - 2)}, np.zeros(len(key), bool)
+            grams, there = {window[i : i + 3] for i in range(len(window) - 2)}, np.zeros(len(key), bool)
             for i in range(len(key) - 2):
-                covered[i : i + 3] |= key[i : i + 3] in grams
-            share, own_share = float((covered & rare).sum() / rare.sum()), float((covered & own).sum() / count)
+                there[i : i + 3] |= key[i : i + 3] in grams
+            share, own_share = float((there & rare).sum() / rare.sum()), float((there & own).sum() / own.sum())
             if key not in self._questions and own_share >= ALL_OWN:  # an answer without its stock phrases
                 share = max(share, own_share)
-            if share < SHARE or own_share < OWN_SHARE:
-                return 0.0
-        asked, there = set(self.names.named(key)), set(self.names.named(window))
-        return 0.0 if asked and there and not asked & there else share  # 0 if it is about another disease
+        asked, named = set(self.names.named(key)), set(self.names.named(window))
+        other = asked and named and not asked & named  # it is about another disease
+        return share if share >= SHARE and not other else 0.0
 
     def _build(self) -> None:
         """Index the grams of items that are long enough and not boilerplate."""
@@ -140,35 +138,28 @@ class Decontaminator:
         self._short = {key for key in said if key in self._questions and 0 < said[key].sum() < LEAST}
         self._keys = [key for key in said if said[key].sum() >= LEAST]
         self._whole = set(self._keys)
-        lengths = np.array([len(key) + 1 for key in self._keys], np.int64)
+        lengths = np.array([len(key) for key in self._keys], np.int64)
         offsets = np.cumsum(lengths) - lengths
-        hashes = gram_hashes("".join(f"{key}\0" for key in self._keys), GRAM)
-        items = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[: len(hashes)]
-        starts = np.flatnonzero(np.arange(len(hashes)) + GRAM < (offsets + lengths)[items])  # of grams without \0
+        hashes = gram_hashes("".join(self._keys), GRAM)
+        items = np.repeat(np.arange(len(lengths)), lengths)[: len(hashes)]
+        starts = np.flatnonzero(np.arange(len(hashes)) + GRAM <= (offsets + lengths)[items])  # within one item
         starts = starts[np.lexsort((items[starts], hashes[starts]))]
         hashes, items = hashes[starts], items[starts]
         fresh = np.diff(hashes, prepend=~hashes[:1]) != 0
         new = fresh | (np.diff(items, prepend=-1) != 0)  # the first time in an item
         gram = np.cumsum(fresh) - 1
-        rare = np.bincount(gram, new)[gram] <= MANY
-        common = np.isin(hashes, self._common)
-        own = np.zeros(lengths.sum() + GRAM, bool)
-        for i in range(GRAM):
-            own[starts[rare & ~common] + i] = True
-        for i in range(GRAM):  # after the rare ones, which may reach into boilerplate
-            own[starts[common] + i] = False
-        self._rare = [own[start : start + len(key)] for start, key in zip(offsets, self._keys, strict=True)]
-        self._own = [rare & said[key] for rare, key in zip(self._rare, self._keys, strict=True)]
-        enough = np.array([piece.sum() >= LEAST for piece in self._own], bool)
-        keep = rare & ~common & new & enough[items]
-        self._hashes, self._items = hashes[keep], items[keep]
-        self._within = starts[keep] - offsets[self._items]
+        rare, common = np.bincount(gram, new)[gram] <= MANY, np.isin(hashes, self._common)
+        own = np.zeros(lengths.sum(), bool)
+        for some, value in ((rare, True), (common, False)):  # the rare ones may reach into boilerplate
+            for i in range(GRAM):
+                own[starts[some] + i] = value
+        self._rare = np.split(own, offsets[1:])[: len(self._keys)]
+        self._own = [said[key] & rare for key, rare in zip(self._keys, self._rare, strict=True)]
+        enough = np.array([own.sum() >= LEAST for own in self._own], bool)
+        kept = rare & ~common & new & enough[items]
+        self._hashes, self._items, self._within = hashes[kept], items[kept], (starts - offsets[items])[kept]
         self._needed = np.maximum(1, SEEN * np.bincount(self._items, minlength=len(lengths)))
         self._holders = np.zeros(len(self._hashes), np.int64)  # counted rows with a gram of items, but with no item
-        bits = min(max(10, (16 * len(self._hashes)).bit_length()), 26)
-        self._shift = np.uint64(64 - bits)
-        self._filter = np.zeros(2**bits, bool)  # most grams of a row are in no item: one look tells
-        self._filter[self._hashes >> self._shift] = True
         self._built = True
 
 

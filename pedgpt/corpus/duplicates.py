@@ -1,4 +1,4 @@
-"""Repeated and contradicting rows, found in time linear in the rows and a few hundred bytes of memory for each.
+"""Repeated rows, found in time linear in the rows and a few hundred bytes of memory for each.
 
 Texts are compared by their question_key, so that spaces, punctuation, case and width make no difference, but numbers
 and signs do. What is long waits in temporary files.
@@ -12,18 +12,17 @@ import pickle
 import re
 import tempfile
 from array import array
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
 from fractions import Fraction
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pedgpt.corpus.builders.support import UNIT, UNITS, meanings, numbers
-from pedgpt.corpus.rows import pattern
+from pedgpt.corpus.builders.support import UNIT, UNITS, meaning_of, numbers
 from pedgpt.corpus.split import Names, question_key
 
 # Five characters are two or three Chinese words: fewer are shared by unrelated texts of one specialty, and of more, one
@@ -31,9 +30,8 @@ from pedgpt.corpus.split import Names, question_key
 GRAM = 5
 PERMUTATIONS = 120
 BATCH = 2**16  # characters that are hashed at once
-CANDIDATES = 512  # kept rows that a row is compared with at most, those of its rarest buckets first
-NO_NAMES = Names()
-BLUR = 0.11  # three standard errors of a similarity of 0.8 as estimated from the signatures
+CANDIDATES = 64  # kept rows of each of its buckets that a row is compared with at most, the last ones
+COMPARED = 16  # of them by their grams, those that share most buckets with it
 
 U64 = npt.NDArray[np.uint64]
 
@@ -100,8 +98,8 @@ _WORDS = re.compile(rf"[/每](?:{UNIT}|d)|(?:(?<![a-z0-9°])|(?<=\d))[a-z][a-z0-
 
 def facts(key: str, names: Names) -> int:
     """64 bits, equal for keys with the same numbers and units, signs, Latin words and known names in the same order."""
-    found = [(unit if unit == "月" else "", meanings(value, unit)) for _, value, unit in numbers(key)]
-    words = [meanings(Fraction(1), word[1:]) if word[0] in "/每" else word for word in _WORDS.findall(key)
+    found = [(unit if unit == "月" else "", meaning_of(value, unit)) for _, value, unit in numbers(key)]
+    words = [meaning_of(Fraction(1), word[1:]) if word[0] in "/每" else word for word in _WORDS.findall(key)
              if word not in UNITS]  # fmt: skip
     said = repr((found, words, names.named(key)))
     return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")
@@ -117,8 +115,6 @@ class NearDuplicates:
     """
 
     def __init__(self, folder: Path | None = None, *, threshold: float = 0.8, seed: int = 0) -> None:
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must be above 0 and at most 1, found {threshold}")
         self.threshold = threshold
         random = np.random.default_rng(seed)
         # Odd factors permute the 32-bit integers.
@@ -139,7 +135,7 @@ class NearDuplicates:
             self._sign()
         return self._keys.append(key)
 
-    def find(self, names: Names = NO_NAMES) -> list[tuple[int, int, float]]:
+    def find(self, names: Names | None = None) -> list[tuple[int, int, float]]:
         """(row, the kept row that it repeats, their similarity) of each row to drop, in order.
 
         `names` are the keys of names such as those of diseases and drugs: rows that name different ones are different.
@@ -148,7 +144,7 @@ class NearDuplicates:
         signatures = np.frombuffer(self._signatures, np.uint16).reshape(-1, PERMUTATIONS)
         parts = range(0, PERMUTATIONS, self._depth)
         weighted = [signatures[:, i : i + self._depth] @ self._weights[i : i + self._depth] for i in parts]
-        bands = np.stack([*weighted, np.sum(weighted, axis=0)], axis=1)  # in the last one all is equal
+        bands, names = np.stack(weighted, axis=1), names or Names()
         said = np.zeros(len(bands), np.uint64)
         for row in np.flatnonzero((_buckets(bands) >= 0).any(axis=1)).tolist():
             said[row] = facts(self._keys[row], names)
@@ -157,16 +153,10 @@ class NearDuplicates:
         grams_of = lru_cache(1024)(lambda row: grams(self._keys[row]))
         found = []
         for row in np.flatnonzero((buckets >= 0).any(axis=1)).tolist():
-            own = sorted((members[bucket] for bucket in set(buckets[row].tolist()) - {-1}), key=len)
-            near: list[int] = []
-            for rows in own:  # rare ones first: boilerplate fills the others
-                near += rows[len(near) - CANDIDATES :] if len(near) < CANDIDATES else []
-            others = np.unique(np.array(near, np.int64))
-            others = others[said[others] == said[row]]
-            agree = (signatures[others] == signatures[row]).mean(axis=1)
-            for i in np.argsort(-agree, kind="stable").tolist():
-                other, likely = int(others[i]), agree[i] >= self.threshold - BLUR
-                if likely and (similarity := jaccard(grams_of(row), grams_of(other))) >= self.threshold:
+            own = [members[bucket] for bucket in set(buckets[row].tolist()) - {-1}]
+            shared = Counter(chain.from_iterable(rows[-CANDIDATES:] for rows in own))
+            for other, _ in shared.most_common(COMPARED):
+                if (similarity := jaccard(grams_of(row), grams_of(other))) >= self.threshold:
                     found.append((row, other, similarity))
                     break
             else:
@@ -199,39 +189,3 @@ def _buckets(bands: U64) -> npt.NDArray[np.int32]:
         buckets[:, band] = np.where(size > 1, np.cumsum(size > 1) - 1 + total, -1)[label]
         total += int((size > 1).sum())
     return buckets
-
-
-def polarity(answer: str) -> int:
-    """1 if the answer's first sentence begins by affirming (可以, 能, 是的), -1 if by denying (不可以), or 0."""
-    match = pattern("duplicates", "opening").match(answer)
-    return 0 if not match else 1 if match["yes"] else -1
-
-
-class Contradictions:
-    """Rows that answer one question differently. They are reported, never dropped."""
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._rows = Spool(folder)
-        self._first: dict[bytes, int] = {}  # row of each question
-        self._others: dict[int, list[int]] = defaultdict(list)  # of a first row, those with the same question
-
-    def add(self, place: str, question: str, answer: str) -> None:
-        """Take in a row; its texts wait in a temporary file."""
-        row = self._rows.append((place, question, answer))
-        if (first := self._first.setdefault(digest(question), row)) < row:
-            self._others[first].append(row)
-
-    def groups(self) -> Iterator[dict[str, Any]]:
-        """Each question with several answers: the places of the different ones, the lowest similarity of one with the
-        first, and whether one begins by affirming and another by denying. In the order of the first rows."""
-        for first, others in sorted(self._others.items()):
-            answers: dict[bytes, tuple[str, str]] = {}  # places and texts of the different ones
-            for place, _, answer in (self._rows[row] for row in (first, *others)):
-                answers.setdefault(digest(answer), (place, answer))
-            if len(answers) > 1:
-                keys = [grams(question_key(answer)) for _, answer in answers.values()]
-                sides = {polarity(answer) for _, answer in answers.values()}
-                yield {
-                    "question": self._rows[first][1], "places": [place for place, _ in answers.values()],
-                    "similarity": round(min(jaccard(keys[0], key) for key in keys), 3), "opposed": {1, -1} <= sides,
-                }  # fmt: skip

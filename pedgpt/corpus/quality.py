@@ -17,8 +17,8 @@ TOO_SHORT, TOO_LONG, NOT_CHINESE = "too short", "too long", "not Chinese"
 BROKEN, NO_QUESTION = "broken text", "empty question"
 EMPTY, EQUAL = "empty message", "chosen equals rejected"  # what no reader of ours takes
 
-# What becomes of characters that are written in another way; controls, zero-width and private-use characters and lone
-# surrogates go.
+# Full-width letters and digits; line ends and spaces of other kinds; controls, zero-width and private-use characters
+# and lone surrogates, which go.
 _PLAIN = {chr(c): chr(c - 0xFEE0) for start, end in ("０９", "ＡＺ", "ａｚ") for c in range(ord(start), ord(end) + 1)}
 _PLAIN |= dict.fromkeys("\x0b\x0c\r\x85\u2028\u2029", "\n")
 _PLAIN |= dict.fromkeys("\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u202f\u205f\u3000", " ")
@@ -27,11 +27,10 @@ _INVISIBLE = (
     "\ud800-\uf8ff\U000e0000-\U000e007f\U000f0000-\U0010ffff"
 )
 _ODD = re.compile(f"[{_INVISIBLE}{''.join(_PLAIN)}]")
-_NESTED = re.compile(r"&(?:(?:amp|AMP|#0{0,4}38|#[xX]0{0,4}26);)+")  # &amp;amp;lt;
-_ENTITY = re.compile(r"&(?:[A-Za-z]{2,8}\d{0,2}|#\d{1,7}|#[xX][0-9A-Fa-f]{1,6});")
-_TAG = re.compile(r"(?<![ \t])[ \t]*<(?:br\s*/?|/?p(?:\s[^<>\n]{0,200})?)>[ \t]*", re.IGNORECASE)
+_ENTITY = re.compile(r"&(?:amp;)*(#\d{1,7}|#x[0-9a-f]{1,6}|[a-z]{2,8}\d{0,2});", re.IGNORECASE)
+_TAG = re.compile(r"[ \t]*<(?:br\s*/?|/?p(?:\s[^<>\n]{0,200})?)>[ \t]*", re.IGNORECASE)
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
-_SPACES = re.compile(r"(?<=[^\s|])( ) +(?=[^\s|])|(?<![ \t])[ \t]+(?=\n)|(?<=\n\n)\n+")
+_SPACES = re.compile(r"(?<=[^\s|])( ) +(?=[^\s|])|[ \t]+(?=\n)|(?<=\n\n)\n+")
 _REPEATED = re.compile(r"([。，、；：！？])\1+|([!?,;])\2{2,}|(～)～+|(~)~{3,}|(\.\.\.)\.+")
 
 
@@ -42,13 +41,11 @@ def normalize(text: str) -> str:
     characters go; HTML entities, <br> and <p> become what they stand for; runs of spaces, of empty lines and of one
     punctuation mark become short. … and —, and between backticks all but invisible characters, stay; so do indents.
     """
-    for _ in range(10):  # what one step uncovers (&amp;lt;br&amp;gt;) is the next one's
+    for _ in range(10):  # what one step uncovers (&lt;br&gt;) is the next one's
         before = text
         text = unicodedata.normalize("NFC", text).replace("\r\n", "\n")
-        if "\u3000" in text:
-            text = re.sub(r"(\A|\n)\u3000+", r"\1", text)  # the indent of a Chinese paragraph
-        text = _ODD.sub(lambda match: _PLAIN.get(match[0], ""), text)
-        text = re.sub(r"(?<=\d)．(?=\d)", ".", text) if "．" in text else text
+        text = re.sub(r"(\A|\n)\u3000+", r"\1", text)  # the indent of a Chinese paragraph
+        text = re.sub(r"(?<=\d)．(?=\d)", ".", _ODD.sub(lambda match: _PLAIN.get(match[0], ""), text))
         text = "".join(part if i % 2 else _tidy(part) for i, part in enumerate(_CODE.split(text))).strip()
         if text == before:
             break
@@ -56,20 +53,14 @@ def normalize(text: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    if "&" in text:
-        text = _ENTITY.sub(_character, _NESTED.sub("&", text))
-    if "<" in text:  # a line's end is a space in a table
-        text = _TAG.sub(
-            lambda tag: " " if tag.string.startswith("|", tag.string.rfind("\n", 0, tag.start()) + 1) else "\n", text
-        )
-    if "  " in text or "\n\n\n" in text or " \n" in text or "\t\n" in text:
-        text = _SPACES.sub(r"\1", text)
+    text = _SPACES.sub(r"\1", _TAG.sub("\n", _ENTITY.sub(_character, text)))
     return _REPEATED.sub(lambda match: match[match.lastindex or 0], text)
 
 
 def _character(match: re.Match[str]) -> str:
     # Of names only those that are one: unescape() takes &ampamp; for &amp and amp;
-    return html.unescape(match[0]) if match[0][1] == "#" or match[0][1:] in html5 else match[0]
+    name = match[1]
+    return html.unescape(f"&{name};") if name[0] == "#" or f"{name};" in html5 else match[0]
 
 
 _HAN = re.compile("[々〆\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]+")

@@ -19,22 +19,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A row for the corpus; `record.source` says where it came from, `details` what a reader may want to know of it.
-
-    `details` is JSON: how well a passage supports the answer, the versions that came before.
-    """
+    """A row for the corpus; `record.source` says where it came from."""
 
     record: Record
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)  # JSON: how well a passage supports it, earlier versions
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row left out. `reason` is a fixed phrase, by which such rows are counted; `detail` what was found."""
+    """A row left out."""
 
     source: str
-    reason: str
-    detail: str = ""
+    reason: str  # a fixed phrase, by which such rows are counted
+    detail: str = ""  # what was found
 
 
 Row = Built | Dropped
@@ -51,15 +48,13 @@ def builder(build: Callable[..., Built | None]) -> Callable[..., Iterator[Row]]:
 
     @wraps(build)
     def rows(record: Record, /, *args: Any, **kwargs: Any) -> Iterator[Row]:
-        row: Row | None
         try:
             row = build(record, *args, **kwargs)
+            yield from [row] if row else []
         except Unusable as error:
-            row = Dropped(record.source, "teacher's answer was unusable", str(error))
+            yield Dropped(record.source, "teacher's answer was unusable", str(error))
         except LeftOut as left_out:
-            row = Dropped(record.source, *left_out.args)
-        if row:
-            yield row
+            yield Dropped(record.source, *left_out.args)
 
     return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain, count, islice
@@ -77,69 +78,56 @@ def read_listing(
     if columns:
         raise ValueError(f"--columns is for files that are found by content; write `columns` in {path}")
     listing = read_toml(path)
-    entries = listing.pop("source", None)
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path}: expected [[source]] tables, each with a kind and, but for templates, a file")
-    if listing:
-        raise ValueError(f"{path}: found the key {', '.join(sorted(listing))}, expected only [[source]] tables")
+    entries = listing.get("source")
+    if [*listing] != ["source"] or not isinstance(entries, list) or {*map(type, entries)} != {dict}:
+        raise ValueError(f"{path}: expected [[source]] tables alone, each with a kind and, but for templates, a file")
     sources: dict[str, Source] = {}
     for number, entry in enumerate(entries, 1):
-        source = _source(entry, path, number)
+        source = _source(entry, path.parent, f"{path}: source {number}")
         if source.name in sources:
             raise ValueError(f"{path}: source {number}: the name {source.name!r} is taken; give it another `name`")
         sources[source.name] = source
     return list(sources.values())
 
 
-def _source(entry: dict[str, Any], listing: Path, number: int) -> Source:
+def _source(entry: dict[str, Any], folder: Path, place: str) -> Source:
     def expect(key: str, fits: Any, expected: str) -> None:
         if not fits:
             raise ValueError(f"{place}: {key} is {entry.get(key)!r}, expected {expected}")
 
-    place, texts = f"{listing}: source {number}", ("name", "task", "licence", "assistant", "developer")
     known = {f.name for f in fields(Source)} - {"files", "root"} | {"file"}
     for key in entry.keys() - known:
         raise ValueError(f"{place}: unknown key {key!r}; {nearest(key, sorted(known), 'keys')}")
-    kind, domain = entry.get("kind", ""), entry.get("domain", PEDIATRIC)
-    expect("kind", kind in [*KINDS], f"one of {', '.join(KINDS)}")
-    expect("domain", domain in DOMAINS, f"one of {', '.join(DOMAINS)}")
-    for key in texts:
-        value = entry.get(key, "-")
-        expect(key, isinstance(value, str) and (value.strip() or key == "task"), "some text")
-    numbers = {key: entry.get(key, default) for key, default in (("weight", 1.0), ("epochs", 0.0))}
-    for key, value in numbers.items():
-        expect(key, type(value) in (int, float) and 0 <= value < math.inf, "a number of at least 0")
-    reads, default, more = KINDS[kind]
-    names, build, columns = entry.get("file", []), entry.get("build", list(default)), entry.get("columns", [])
-    names = [names] if isinstance(names, str) else names
-    expect("file", _is_list(names) and "" not in names, "a path or a list of paths")
+    expect("kind", entry.get("kind") in [*KINDS], f"one of {', '.join(KINDS)}")
+    reads, default, more = KINDS[entry["kind"]]
+    told: dict[str, Any] = {f.name: f.default for f in fields(Source)}
+    told |= {"file": [], "columns": [], "build": list(default)} | entry
+    names = [told["file"]] if isinstance(told["file"], str) else told["file"]
+    for key, value in (("file", names), ("build", told["build"]), ("columns", told["columns"])):
+        expect(key, isinstance(value, list) and all(value) and {*map(type, value)} <= {str}, "a list of texts")
+    for key in ("name", "task", "licence", "assistant", "developer"):
+        expect(key, isinstance(told[key], str), "some text")
+    for key in ("weight", "epochs"):
+        expect(key, type(told[key]) in (int, float) and 0 <= told[key] < math.inf, "a number of at least 0")
+    expect("domain", told["domain"] in DOMAINS, f"one of {', '.join(DOMAINS)}")
     among = ", ".join((*default, *more)) or "none for this kind"
-    expect("build", _is_list(build) and {*build} <= {*default, *more}, f"a list of builders among {among}")
-    expect("columns", _is_list(columns), 'a list like ["question=ask", "answer=reply"]')
-    try:
-        columns = parse_columns(columns)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-    if bool(names) != bool(reads):
-        raise ValueError(f"{place}: a source of kind {kind!r} {'needs a file' if reads else 'has no file'}")
-    files = tuple(listing.parent / name for name in names)
+    expect("build", {*told["build"]} <= {*default, *more}, f"a list of builders among {among}")
+    expect("file", bool(names) == bool(reads), "a path or a list of paths" if reads else "none for this kind")
+    files = tuple(folder / name for name in names)
     for file in files:
         if not file.exists():
             raise ValueError(f"{place}: {file}: no such file or folder; paths are relative to the TOML file")
-    told: dict[str, Any] = {"name": stem_of(files[0]) if files else kind} | {
-        key: entry[key] for key in texts if key in entry
-    }
+    told["name"] = told["name"] or (stem_of(files[0]) if files else told["kind"])
     for key in ("name", "task"):
-        if told.get(key) and not is_name(told[key]):
+        if told[key] and not is_name(told[key]):
             raise ValueError(f"{place}: {key} {told[key]!r} cannot name a file; choose another")
-    weight, epochs = map(float, numbers.values())
-    return Source(
-        kind, files=files, domain=domain, columns=columns, weight=weight, epochs=epochs, build=tuple(build), **told
-    )
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    try:
+        columns = parse_columns(told["columns"])
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    texts = {key: told[key] for key in ("kind", "name", "domain", "task", "licence", "assistant", "developer")}
+    weight, epochs = float(told["weight"]), float(told["epochs"])
+    return Source(files=files, columns=columns, weight=weight, epochs=epochs, build=tuple(told["build"]), **texts)
 
 
 def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) -> list[Source]:
@@ -161,9 +149,8 @@ def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) 
             continue
         if kind == "instructions" and _are_consultations(path, columns):
             kind = "dialogues"
-        stem = re.sub(r"[^\w&-]", "_", _inside(path.with_name(stem_of(path)), folder))[-60:]
-        names = chain([stem], (f"{stem[-50:]}_{number}" for number in count(2)))
-        name = next(name for name in names if name not in sources)
+        stem = re.sub(r"[^\w&-]", "_", _inside(path.with_name(stem_of(path)), folder))[-50:]
+        name = next(name for name in chain([stem], (f"{stem}_{n}" for n in count(2))) if name not in sources)
         root = folder if folder.is_dir() else None
         sources[name] = Source(kind, name, (path,), "", root=root, columns=columns, build=KINDS[kind][1])
     if not sources and not problems:
@@ -194,7 +181,7 @@ def describe_sources(sources: list[Source], folder: Path, left_out: Mapping[Path
     """A table of how each file is read, field by field, and of the files that are not read."""
     lines = []
     for source in sources:
-        lines += [f"{source.name}: {source.kind}, {', '.join(source.build) or 'as it is'}; licence {source.licence}"]
+        lines.append(f"{source.name}: {source.kind}, {', '.join(source.build) or 'as it is'}; licence {source.licence}")
         for file in source.files:
             mapping = field_mapping(file, source.reads, source.columns) if file.is_file() else "every file in it"
             lines.append(f"  {_inside(file, folder)}: {mapping}")
@@ -202,14 +189,12 @@ def describe_sources(sources: list[Source], folder: Path, left_out: Mapping[Path
 
 
 def _shown(left_out: Mapping[Path, str], folder: Path) -> str:
-    """A line for each file that is not read; of many files with the same reason only the first ten are named."""
-    alike: dict[str, list[Path]] = {}
+    """A line for each file that is not read; of many files with one reason only the first ten are named."""
+    lines, seen = [], Counter[str]()
     for path, reason in left_out.items():
-        alike.setdefault(reason, []).append(path)
-    lines = []
-    for reason, paths in alike.items():
-        more = [f"… and {len(paths) - 10:,} more files"] if len(paths) > 10 else []
-        lines += [f"{name}: not read: {reason}" for name in [*(_inside(path, folder) for path in paths[:10]), *more]]
+        seen[reason] += 1
+        lines += [f"{_inside(path, folder)}: not read: {reason}"] if seen[reason] <= 10 else []
+    lines += [f"… and {files - 10:,} more files: not read: {reason}" for reason, files in seen.items() if files > 10]
     return "\n".join(lines)
 
 

@@ -10,73 +10,30 @@ from collections.abc import Iterable
 from pedgpt.corpus.rows import number, question, texts
 from pedgpt.data.records import Document, Record
 
+_ALONE = re.compile("[²³¹¼-¾⁰-₉①-⒛⓪-⓿❶-➓]")  # numbers by themselves: ①5天 is not 15天, and 10⁹ is not 109
+_THOUSANDS = re.compile(r"(?<![\d,])(\d{1,3}),(?=\d{3}(?![\d,]))")
+_PLAIN = r"[^\w+<>=≤≥≠≈±×÷°%‰↑↓]"  # neither a letter, nor a digit, nor a sign
+_MARKS = re.compile(
+    rf"(?P<between>(?<=\d){_PLAIN}+(?=\d))|(?P<minus>\([-−–]\)|[-−](?=\d)|(?<=[a-z0-9])[-−](?![\w-]))"
+    rf"|(?P<per>/(?=\s*(?:kg|d|h|min|次|日|天|周|公斤|千克|小时|分)))|{_PLAIN}|_"
+)
+
 
 def question_key(text: str) -> str:
     """A text without spaces, punctuation, case and width, so that two spellings of it are equal.
 
     The marks that numbers and signs need stay: 1.5毫升, 3-5天, 1:2000, 120/80, mg/kg, 5%, -2, HBsAg- for HBsAg(-),
-    and a space between two numbers. 1,000 is 1000, and 1.50毫升 is 1.5毫升.
+    and a space between two numbers. 1,000 is 1000.
     """
-    text = _BETWEEN.sub(_separated, _ABOVE.sub(lambda match: f" {unicodedata.normalize('NFKC', match[0])} ", text))
-    if any(dash in text for dash in "-－−—"):
-        text = _SIGN.sub(_HELD["-"], text)
-    if "/" in text or "／" in text:
-        text = _PER.sub(_HELD["/"], text)
-    try:
-        key = text.translate(_KEYS)
-    except _Composing:
-        key = "".join(map(_mark, unicodedata.normalize("NFKC", text).casefold()))
-    return _ZEROS.sub(lambda match: match[0].rstrip("0").rstrip("."), key) if "." in key else key
+    text = unicodedata.normalize("NFKC", _ALONE.sub(r" \g<0> ", text)).casefold()
+    return _MARKS.sub(_kept, _THOUSANDS.sub(r"\1", text))
 
 
-# Stand for the marks that a key keeps; no text has these characters.
-_HELD = dict(zip(".-/: ", "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4", strict=True))
-_MARKS = {held: mark for mark, held in _HELD.items()}
-_ABOVE = re.compile("[²³¹¼-¾⁰-₉①-⒛⓪-⓿❶-➓]")  # numbers by themselves: ①5天 is not 15天, and 10⁹ is not 109
-_BETWEEN = re.compile(r"[0-9０-９]\W+(?=[0-9０-９])")
-# The hyphen is a sign in HBsAg(-), HBsAg-, -2 and BE-2.5, but not in the name IL-6. Points are \ufdd0 by now.
-_SIGN = re.compile(
-    r"[(（][-－−–—][)）]|(?<![A-Za-z－−–—-])[-－−](?=\d)|[-－−](?=\d+(?:\ufdd0\d|mmol|[°℃%]))|(?<=\w)[-－−](?![\w－−–—-])"
-)
-_PER = re.compile(r"[/／](?=\s*(?:kg|d|h|min|次|日|天|周|公斤|千克|小时|分))", re.IGNORECASE)  # mg/kg/d
-# Zeros at the end of a decimal number that a unit follows: 7.10 without one may be a day of July.
-_ZEROS = re.compile(r"(?<=\d)\.\d*0(?=[a-z%‰°μ毫微克升片粒袋支滴度厘])")
-
-
-def _separated(match: re.Match[str]) -> str:
-    """A digit, and one character for what separates it from the next digit; a comma of thousands separates nothing."""
-    digit, between = match[0][0], unicodedata.normalize("NFKC", match[0][1:])
-    if any(dash in between for dash in "-−–—―〜~"):
-        return digit + _HELD["-"]
-    if any(unicodedata.category(c)[0] == "S" for c in between):  # 3+5
-        return match[0]
-    if between == "," and _THOUSANDS.fullmatch(match.string[max(0, match.start() - 3) : match.end() + 4]):
-        return digit
-    return digit + _HELD["." if between in (".", "·") else next((mark for mark in "/:" if mark in between), " ")]
-
-
-_THOUSANDS = re.compile(r"(?:.*\D)?\d{1,3}[,，]\d{3}(?:\D.*)?", re.DOTALL)
-
-
-def _mark(c: str) -> str:
-    return _MARKS.get(c) or (c if unicodedata.category(c)[0] in "LNS" or c in "%‰" else "")
-
-
-class _Composing(Exception):
-    """A character that NFKC may join to the one before it: the text cannot be read one by one."""
-
-
-class _Keys(dict[int, str]):
-    def __missing__(self, code: int) -> str:
-        plain = unicodedata.normalize("NFKC", chr(code))
-        # Marks, and the vowels and finals of Hangul; nothing else composes with what stands before it.
-        if any(unicodedata.category(c)[0] == "M" or "\u1160" <= c <= "\u11ff" for c in plain):
-            raise _Composing
-        self[code] = "".join(map(_mark, plain.casefold()))
-        return self[code]
-
-
-_KEYS = _Keys()
+def _kept(match: re.Match[str]) -> str:
+    if not (between := match["between"]):
+        return "-" if match["minus"] else "/" if match["per"] else ""
+    marks = re.sub("[−–—―〜~]", "-", between)
+    return "." if marks in (".", "·") else next((mark for mark in "-/:" if mark in marks), " ")
 
 
 class Names:

@@ -7,20 +7,11 @@ from pedgpt.data.examples import (
     encode_conversations,
     encode_document,
     encode_prompt,
-    lessons,
 )
-from pedgpt.data.hybrid import Mixture, as_completion, mix, part_shares
+from pedgpt.data.hybrid import mix, part_shares
 from pedgpt.data.manifest import TextSource, heldout_files, stage_sources
 from pedgpt.data.packing import Batch, collate, full_rows, pack, utilization
-from pedgpt.data.preference import (
-    EncodedPair,
-    PreferenceBatch,
-    StoredPairs,
-    collate_pairs,
-    encode_pair,
-    encode_pairs,
-    full_pairs,
-)
+from pedgpt.data.preference import EncodedPair, StoredPairs, collate_pairs, encode_pairs, full_pairs
 from pedgpt.data.readers import (
     iter_records,
     parse_columns,
@@ -29,16 +20,8 @@ from pedgpt.data.readers import (
     read_preferences,
     read_triples,
 )
-from pedgpt.data.records import (
-    Conversation,
-    Document,
-    Message,
-    PreferencePair,
-    ReadSummary,
-    Record,
-    Triple,
-)
-from pedgpt.data.reference import load_reference, reference_date, reference_key, save_reference
+from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record, Triple
+from pedgpt.data.reference import load_reference, reference_key, save_reference
 from pedgpt.data.store import (
     ChatSettings,
     FormatSettings,
@@ -53,62 +36,12 @@ from pedgpt.data.store import (
 from pedgpt.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, taught_folder, train_tokenizer
 
 __all__ = [
-    "Batch",
-    "ChatFormat",
-    "ChatSettings",
-    "Conversation",
-    "Document",
-    "EncodedPair",
-    "Example",
-    "FormatSettings",
-    "Message",
-    "Mixture",
-    "PackedRows",
-    "PreferenceBatch",
-    "PreferencePair",
-    "ReadSummary",
-    "Record",
-    "StoredPairs",
-    "StreamDecoder",
-    "TextSource",
-    "TokenStore",
-    "Tokenizer",
-    "Triple",
-    "as_completion",
-    "chat_format",
-    "collate",
-    "collate_pairs",
-    "discards_tokens",
-    "encode_conversation",
-    "encode_conversations",
-    "encode_document",
-    "encode_pair",
-    "encode_pairs",
-    "encode_prompt",
-    "full_pairs",
-    "full_rows",
-    "heldout_files",
-    "iter_records",
-    "lessons",
-    "load_reference",
-    "load_tokenizer",
-    "mix",
-    "pack",
-    "packed_chats",
-    "parse_columns",
-    "part_shares",
-    "read_conversations",
-    "read_documents",
-    "read_preferences",
-    "read_triples",
-    "read_summary",
-    "reference_date",
-    "reference_key",
-    "save_reference",
-    "stage_sources",
-    "taught_folder",
-    "train_tokenizer",
-    "utilization",
-    "write_chats",
-    "write_tokens",
-]
+    "Batch", "ChatFormat", "ChatSettings", "Conversation", "Document", "EncodedPair", "Example", "FormatSettings",
+    "Message", "PackedRows", "PreferencePair", "ReadSummary", "Record", "StoredPairs", "StreamDecoder", "TextSource",
+    "TokenStore", "Tokenizer", "Triple", "chat_format", "collate", "collate_pairs", "discards_tokens",
+    "encode_conversation", "encode_conversations", "encode_document", "encode_pairs", "encode_prompt", "full_pairs",
+    "full_rows", "heldout_files", "iter_records", "load_reference", "load_tokenizer", "mix", "pack", "packed_chats",
+    "parse_columns", "part_shares", "read_conversations", "read_documents", "read_preferences", "read_summary",
+    "read_triples", "reference_key", "save_reference", "stage_sources", "taught_folder", "train_tokenizer",
+    "utilization", "write_chats", "write_tokens",
+]  # fmt: skip

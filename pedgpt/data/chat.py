@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
+from itertools import groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,7 @@ from pedgpt.files import read_object, write_json, write_text
 
 IGNORE_INDEX = -100
 GENERATION_FILE = "generation_config.json"
-# Conversations that are rendered to compare two formats. Spaces at the ends of a text show whether it is trimmed.
-_PROBES = [
-    [Message(role, f" {role} 1\n") for role in [*system, "user", "assistant", "user", "assistant"]]
-    for system in ([], ["system"])
-]
+_PROBE = [Message(role, role) for role in ("user", "assistant", "user", "assistant")]  # shows what ends an answer
 
 
 class ChatFormat:
@@ -28,16 +26,13 @@ class ChatFormat:
 
     Neighbouring text is encoded in one run, cut only at special tokens and where an answer begins or ends, whether or
     not it carries loss: tokens do not depend on what is supervised, and a prompt's are those that training saw.
-    The last answer is written with its reasoning, if it has any; earlier answers are written without theirs. With
-    `enable_thinking` false no answer has reasoning. `opens_thought` says whether the prompt ends with `<think>`, after
-    which the model goes on with its reasoning; `thinks` whether to expect reasoning before a new answer. `today` is the
-    day that the format writes, or "" if it writes none.
+    The last answer is written with its reasoning, if it has any; earlier ones without. `opens_thought` says whether the
+    prompt ends with `<think>`, after which the model goes on with its reasoning; `thinks` whether to expect reasoning
+    before a new answer. `today` is the day that the format writes, or "" if it writes none.
     """
 
     jinja = ""  # the template of a built-in format; empty: the checkpoint's own
-    fill: Callable[[str], str] | None = staticmethod(str)  # what the format makes of a message's text
     role_tokens: tuple[str, ...] = ()  # a tokenizer that has them was made for this format
-    more_ends: tuple[str, ...] = ()  # tokens that end an answer besides those that the template writes
     teaches_eos = False  # whether the target at an answer's end is eos, though another token stands there
     opens_thought = False
 
@@ -46,80 +41,62 @@ class ChatFormat:
         own = (self.jinja, Path(type(self).__name__)) if self.jinja else None
         found = own or read_template(tokenizer.config, tokenizer.folder)
         if found is None:
-            raise ValueError(f"{tokenizer.folder}: it has no chat_template; set chat_format to a format by its name")
+            lacking = f"no chat_template, and no tokens like {BUILT_IN['chatml'].role_tokens[0]} that tell its format"
+            raise ValueError(f"{tokenizer.folder}: it has {lacking}; set chat_format to one of {', '.join(BUILT_IN)}")
         special = tokenizer.special | {role: tokenizer.token_id(role) for role in self.role_tokens}
-        keys = [key for key in tokenizer.config if key.endswith("_token")]
-        names = {key: name for key in keys if (name := token_name(tokenizer.config[key])) is not None}
-        for key in ("bos_token", "eos_token"):
-            if key in self.jinja and key not in names:
-                raise ValueError(f"{type(self).__name__} needs a {key} in tokenizer_config.json")
-        self.template = ChatTemplate(*found, names, special, enable_thinking, read_day(today), self.fill)
+        given: dict[str, Any] = {"enable_thinking": enable_thinking}
+        given |= {key: token_name(value) for key, value in tokenizer.config.items() if key.endswith("_token")}
+        given = {key: value for key, value in given.items() if value is not None}
+        day = date.fromisoformat(today) if today else date.today()
+        self.template = ChatTemplate(*found, given, special, day)
         self.thinks, self.today = self.template.thinks, self.template.today
         self.answer_end = tokenizer.eos_id if self.teaches_eos else None
         self.stop_tokens = self._stop_tokens()
-        # Some tokens (Phi's) swallow the whitespace beside them.
-        added = tokenizer.backend.get_added_tokens_decoder().items()
-        self.strips_before = {i for i, token in added if token.special and token.lstrip}
-        self.strips_after = {i for i, token in added if token.special and token.rstrip}
         # SentencePiece puts a space before a text. Inside one it must not; after a special token it is tried here.
         self.newline = tokenizer.encode("\n")
         alone = tokenizer.encode("a")
         self.prefixes = alone != self._inside("a")
         tokenizer.backend.encode_special_tokens = False  # as the tokenizer itself parses both
-        try:
-            parsed = tokenizer.backend.encode(f"{next(iter(special), '')}a", add_special_tokens=False).ids
-        finally:
-            tokenizer.backend.encode_special_tokens = True
+        parsed = tokenizer.encode(f"{next(iter(special), '')}a")
+        tokenizer.backend.encode_special_tokens = True
         self.prefixes_after_special = self.prefixes and parsed[-len(alone) :] == alone
 
     def render(
         self, messages: Sequence[Message], supervised: set[int], generation_prompt: bool
     ) -> tuple[list[int], list[int]]:
-        """Tokens of `messages`, and what the model should have predicted at each of them, −100 for nothing.
+        """Tokens of `messages`, and what should be predicted there, −100 for nothing but the answers in `supervised`.
 
-        Loss is on the assistant messages whose indices are in `supervised`. Raises ValueError naming the template if
-        it cannot write these messages, or cannot teach these answers.
+        Raises ValueError naming the template if it cannot write these messages, or cannot teach these answers.
         """
         parts = self.template.parts(messages, generation_prompt)
         ends = {part.speaker: part.token for part in parts}
-        for i in supervised:
-            if i not in ends:
-                raise ValueError(f"the chat template writes no answer for message {i + 1}: {self.template.file}")
-            if not self.template.marks_answers and ends[i] is None:
-                raise ValueError(
-                    "the chat template writes no special token after an answer, so a model would never learn to stop: "
-                    f"{self.template.file}; add eos_token there, or set chat_format to another format"
-                )
-        runs: list[Part] = []
-        for part in parts:
-            last = runs[-1] if runs else None
-            if last and part.token is last.token is None and part.speaker == last.speaker:
-                runs[-1] = Part(last.text + part.text, part.speaker)
-            elif part.text:
-                runs.append(part)
+        if any(ends.get(i) is None for i in supervised):
+            raise ValueError(
+                "the chat template writes no special token after an answer, so a model would never learn to stop: "
+                f"{self.template.file}; add eos_token there, or set chat_format to another format"
+            )
         tokens: list[int] = []
         targets: list[int] = []
-        for at, (text, speaker, _, token) in enumerate(runs):
-            if token is None:
-                before = runs[at - 1].token if at else None
-                text = text.lstrip() if before in self.strips_after else text
-                if self.strips_before and at + 1 < len(runs) and runs[at + 1].token in self.strips_before:
-                    text = text.rstrip()
-                inside = self.prefixes and at and (before is None or not self.prefixes_after_special)
-                ids = taught = self._inside(text) if inside else self.tokenizer.encode(text)
+        before = None
+        runs = groupby([part for part in parts if part.text], key=attrgetter("speaker", "token"))
+        for at, ((speaker, token), group) in enumerate(runs):
+            run = list(group)
+            if token is not None:
+                ids = [token] * len(run)
+                taught = ids if self.answer_end is None else [self.answer_end] * len(run)
+            elif self.prefixes and at and (before is None or not self.prefixes_after_special):
+                ids = taught = self._inside(text_of(run))
             else:
-                ids, taught = [token], [token if self.answer_end is None else self.answer_end]
+                ids = taught = self.tokenizer.encode(text_of(run))
             tokens += ids
             targets += taught if speaker in supervised else [IGNORE_INDEX] * len(ids)
+            before = token
         return tokens, targets
 
     def read_answer(self, text: str) -> Message:
-        """What a model wrote after a prompt, as a message; its content is empty if the reasoning never ended.
-
-        Besides `<think>…</think>` this knows the headings of HuatuoGPT-o1.
-        """
+        """What a model wrote after a prompt, as a message; its content is empty if the reasoning never ended."""
         thought, ended, answer = text.partition("## Final Response")
-        if ended and thought.lstrip().startswith("## Thinking"):
+        if ended and thought.lstrip().startswith("## Thinking"):  # the headings of HuatuoGPT-o1
             return Message("assistant", answer.strip(), reasoning=thought.strip().removeprefix("## Thinking").strip())
         if "</think>" not in text and (self.opens_thought or text.lstrip().startswith("<think>")):
             return Message("assistant", "", reasoning=text.strip())
@@ -127,52 +104,34 @@ class ChatFormat:
         return replace(message, content=message.content.strip())
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files and, for other tools, what was taught.
-
-        That is the tokens that end an answer, beside those that are there already, and the format as a template, unless
-        the checkpoint's own template writes the same.
-        """
+        """Write the tokenizer's files and, for other tools, what was taught: the ends of answers, and the template."""
         self.tokenizer.save(folder)
         self.save_ends(folder)
-        known = not self.jinja
-        with suppress(ValueError):  # a missing or broken template does not write the same
-            known = known or self.agrees(TemplateChat(self.tokenizer))
-        if not known:
+        if self.jinja:
             write_text(Path(folder) / TEMPLATE_FILE, self.jinja)
 
     def save_ends(self, folder: str | Path) -> None:
         """Name every token that ends an answer in the folder's generation_config.json, as other tools read it."""
         settings = read_object(Path(folder), GENERATION_FILE)
         settings.pop("_from_model_config", None)  # transformers would take the end from config.json again
-        ends = list(dict.fromkeys([*_ends_of(settings, Path(folder)), *self.stop_tokens]))
+        ends = list(dict.fromkeys([*_ends_of(settings), *self.stop_tokens]))
         settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends
         write_json(Path(folder) / GENERATION_FILE, settings)
-
-    def agrees(self, other: ChatFormat) -> bool:
-        """Whether two formats write the same, but for what may follow the last answer of a whole conversation."""
-        with suppress(ValueError):  # a template without a system text, say, is not the built-in format
-            for probe in _PROBES:
-                left, right = (text_of(chat.template.parts(probe, False)) for chat in (self, other))
-                prompts = [text_of(chat.template.parts(probe[:-1], True)) for chat in (self, other)]
-                if prompts[0] != prompts[1] or not (left.startswith(right) or right.startswith(left)):
-                    return False
-            return True
-        return False
 
     def _stop_tokens(self) -> tuple[int, ...]:
         """What ends an answer in the template, the end of a text, and the ends of generation_config.json, each once."""
         tokenizer = self.tokenizer
         ends: list[int | None] = []
         with suppress(ValueError):  # a template for another kind of conversation: whoever renders one will be told
-            self.opens_thought = opens_thought(self.template.parts(_PROBES[0][:1], True))
-            parts = self.template.parts(_PROBES[0], False)
-            for part, after in zip(parts, [*parts[1:], Part("")], strict=True):
+            self.opens_thought = opens_thought(self.template.parts(_PROBE[:1], True))
+            parts = self.template.parts(_PROBE, False)
+            for part, after in pairwise([*parts, Part("")]):
                 if part.speaker not in (None, after.speaker):
                     ends.insert(0, after.token if part.token is None else part.token)
-        ends += [tokenizer.eos_id, *map(tokenizer.special.get, self.more_ends)]
+        ends.append(tokenizer.eos_id)
         if tokenizer.folder:
-            ends += _ends_of(read_object(tokenizer.folder, GENERATION_FILE), tokenizer.folder)
-        return tuple(dict.fromkeys([end for end in ends if end is not None]))
+            ends += _ends_of(read_object(tokenizer.folder, GENERATION_FILE))
+        return tuple(end for end in dict.fromkeys(ends) if end is not None)
 
     def _inside(self, text: str) -> list[int]:
         """Ids of a text that is not the first: a line break before it keeps a space away; its ids are dropped."""
@@ -184,8 +143,8 @@ class Baichuan2Chat(ChatFormat):
     """`195 user 196 answer 195 user 196 answer 2`; a system text stands first, bare; no bos.
 
     195 is `<reserved_106>`, 196 `<reserved_107>`, 2 eos. As in the vendor's fine-tuning the target at the user token
-    after an answer is eos, so every answer learns to stop although no eos stands between turns in
-    the input. Generation may also run into the next user turn.
+    after an answer is eos, so every answer learns to stop although no eos stands between turns in the input.
+    Generation may also run into the next user turn.
     """
 
     role_tokens = ("<reserved_106>", "<reserved_107>")
@@ -219,8 +178,6 @@ class Llama3Chat(ChatFormat):
     """
 
     role_tokens = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    more_ends = ("<|end_of_text|>", "<|eom_id|>")
-    fill = staticmethod(str.strip)
     jinja = (
         "{{ bos_token }}{% for message in messages %}"
         "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
@@ -233,8 +190,6 @@ class Llama3Chat(ChatFormat):
 class TemplateChat(ChatFormat):
     """The checkpoint's own Jinja template, rendered in a sandbox; see `ChatTemplate` for what carries loss."""
 
-    fill = None
-
 
 BUILT_IN = {"baichuan2": Baichuan2Chat, "chatml": ChatML, "llama3": Llama3Chat}
 
@@ -244,40 +199,22 @@ def chat_format(
 ) -> ChatFormat:
     """The format called "baichuan2", "chatml" or "llama3", or "template" for the checkpoint's own Jinja template.
 
-    "auto" is the built-in format whose role tokens the tokenizer has, unless the checkpoint's own template gives other
-    ids; then, and where no format fits, that template. `enable_thinking` is for thinking models: false asks for answers
-    without reasoning, None leaves it to the template. `today`, like "2026-03-31", is for templates that write the date;
-    empty: the day on the clock.
+    "auto" is that template if there is one, unless it is a built-in format's, and otherwise the built-in format whose
+    role tokens the tokenizer has. `enable_thinking` false asks a thinking model for answers without reasoning, None
+    leaves it to the template. `today`, like "2026-03-31", is for templates that write the date; empty: the clock's.
     """
     if name not in ("auto", "template", *BUILT_IN):
         names = ", ".join(f'"{known}"' for known in ("auto", *BUILT_IN))
         raise ValueError(f'chat_format {name!r} is unknown; expected {names} or "template"')
-    settings = (tokenizer, enable_thinking, today)
-    if name != "auto":
-        return BUILT_IN.get(name, TemplateChat)(*settings)
-    own = TemplateChat(*settings) if read_template(tokenizer.config, tokenizer.folder) else None
-    fitting = next((kind for kind in BUILT_IN.values() if tokenizer.has(*kind.role_tokens)), None)
-    built_in = fitting(*settings) if fitting else None
-    if built_in and (own is None or not own.thinks and built_in.agrees(own)):
-        return built_in
-    if own is None:
-        known = ", ".join(kind.role_tokens[0] for kind in BUILT_IN.values())
-        raise ValueError(f"the tokenizer has none of {known} and no chat_template: its chat format is unknown")
-    return own
+    if name == "auto":
+        own = read_template(tokenizer.config, tokenizer.folder)
+        for known, kind in BUILT_IN.items():
+            if kind.jinja == own[0] if own else tokenizer.has(*kind.role_tokens):
+                name = known
+    return BUILT_IN.get(name, TemplateChat)(tokenizer, enable_thinking, today)
 
 
-def read_day(text: str) -> date:
-    """A day like "2026-03-31", today if empty; ValueError for any other text."""
-    try:
-        return date.fromisoformat(text) if text else date.today()
-    except ValueError:
-        raise ValueError(f"template_date is {text!r}, expected a day like 2026-03-31") from None
-
-
-def _ends_of(settings: dict[str, Any], folder: Path) -> list[int]:
+def _ends_of(settings: dict[str, Any]) -> list[int]:
     """`eos_token_id` of a generation_config.json as a list."""
     found = settings.get("eos_token_id")
-    ends = [] if found is None else found if isinstance(found, list) else [found]
-    if not all(type(end) is int for end in ends):
-        raise ValueError(f"{folder / GENERATION_FILE}: eos_token_id is {found!r}; expected an id or a list of ids")
-    return ends
+    return [] if found is None else found if isinstance(found, list) else [found]

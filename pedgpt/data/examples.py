@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,42 +91,45 @@ def encode_rows(
 
     A row that the chat format cannot write is a bad row: an error, or left out and counted in `summary`. For those
     longer than `row_length`, `on_long_row` decides: "error" raises one ValueError about all of them after the last row,
-    "skip" leaves them out and counts them, "truncate" shortens and counts them, but leaves a row out if nothing would
-    be left to learn.
+    "skip" leaves them out and counts them, "truncate" cuts their end off and counts them, but leaves a row out if
+    nothing would be left to learn.
     """
     if on_long_row not in ("error", "skip", "truncate"):
         raise ValueError(f'on_long_row is {on_long_row!r}, expected "error", "skip" or "truncate"')
-    long: list[str] = []
-    count, longest, first = 0, 0, ""
-    for source, prompt, answers, last_only in (task for row in rows for task in _tasks(row, chat)):
+    long, longest = list[str](), 0
+    for row in rows:
         try:
-            examples = encode_answers(prompt, answers, last_only, chat, source)
+            encoded = _encoded(row, chat)
         except ValueError as error:
-            reason = str(error).removeprefix(f"{source}: ")
             if on_bad_row == "error":
-                raise ValueError(f'{source}: {reason}; fix it, or set on_bad_row = "skip"') from None
-            summary.drop(source, reason)
+                raise ValueError(f'{error}; fix it, or set on_bad_row = "skip"') from None
+            summary.drop(row.source, str(error).removeprefix(f"{row.source}: "))
             continue
-        size = max(len(example.tokens) for example in examples)
-        reason = f"over-long: {size} tokens do not fit a row of {row_length}"
-        if size > row_length and on_long_row == "error":
-            count, longest, first = count + 1, max(longest, size), first or reason
-            long += [source] * (count <= 5)  # not all of them, so that memory does not grow with their number
-            continue
-        if size > row_length and on_long_row == "truncate":
-            try:
-                examples, size = encode_shortened(prompt, answers, last_only, chat, row_length, source), row_length
-                summary.shortened.append(source)
-            except ValueError as error:
-                reason += f", and {error}"
-        if size <= row_length:
-            yield examples
-        else:
-            summary.drop(source, reason)
+        for examples in encoded:
+            size = max(len(one.tokens) for one in examples)
+            if size <= row_length:
+                yield examples
+                continue
+            cut = [Example(one.tokens[:row_length], one.labels[:row_length], one.source) for one in examples]
+            if on_long_row == "error":
+                long.append(row.source)
+                longest = max(longest, size)
+            elif on_long_row == "truncate" and all(one.supervised for one in cut):
+                summary.shortened.append(row.source)
+                yield cut
+            else:
+                summary.drop(row.source, f"over-long: {size} tokens do not fit a row of {row_length}")
     if long:
-        others = f"({count} such rows, the longest of {longest}: {', '.join(long)}{', …' * (count > 5)})"
-        fix = 'raise row_length, or set on_long_row = "skip" or "truncate"'
-        raise ValueError(f"{long[0]}: {first} {others}; {fix}")
+        found = f"over-long: {longest} tokens do not fit a row of {row_length} ({len(long)} such rows)"
+        raise ValueError(f'{long[0]}: {found}; raise row_length, or set on_long_row = "skip" or "truncate"')
+
+
+def _encoded(row: Conversation | PreferencePair, chat: ChatFormat) -> list[list[Example]]:
+    """The examples that a row becomes, both of a pair together."""
+    if isinstance(row, PreferencePair):
+        answers = [Message("assistant", text) for text in (row.chosen, row.rejected)]
+        return [encode_answers(row.prompt, answers, True, chat, row.source)]
+    return [[encode_conversation(one.messages, chat, source=row.source)] for one in lessons(row, chat)]
 
 
 def encode_conversations(*arguments: Any, **settings: Any) -> list[Example]:
@@ -136,64 +138,10 @@ def encode_conversations(*arguments: Any, **settings: Any) -> list[Example]:
 
 
 def encode_answers(
-    prompt: Messages, answers: Messages, last_only: bool, chat: ChatFormat, source: str = ""
+    prompt: Messages, answers: Messages, last_only: bool, chat: ChatFormat, source: str
 ) -> list[Example]:
     """One prompt with each of its answers, as in `encode_conversation`."""
     return [encode_conversation([*prompt, one], chat, last_only=last_only, source=source) for one in answers]
-
-
-def encode_shortened(
-    prompt: Messages, answers: Messages, last_only: bool, chat: ChatFormat, row_length: int, source: str = ""
-) -> list[Example]:
-    """`encode_answers`, but cut to `row_length` tokens.
-
-    The prompt loses its oldest turns and, where that is not enough, the beginning of its last question; its system text
-    stays. An answer keeps at least half a row. A longer one is cut, and the cut is not taught as the end of an answer.
-    Raises ValueError if that leaves nothing to learn.
-    """
-    system = list(prompt[:1]) if prompt[0].role == "system" else []
-    turns = prompt[len(system) :]
-
-    def encoded(turns: Messages) -> list[Example]:
-        return encode_answers([*system, *turns], answers, last_only, chat)
-
-    def longest(turns: Messages) -> int:
-        return max(len(example.tokens) for example in encoded(turns))
-
-    starts = range(0, len(turns) - 1, 2)
-    first = bisect_left(starts, True, key=lambda start: longest(turns[start:]) <= row_length)
-    turns = turns[2 * first :]
-    if first == len(starts) and (size := longest(turns)) > row_length:
-        (question,) = turns
-
-        def asked(start: int) -> list[Message]:
-            return [*system, replace(question, content=question.content[start:])]
-
-        room = row_length - min(size - len(encode_prompt(asked(0), chat)), row_length // 2)
-        cuts = range(len(question.content))
-        cut = bisect_left(cuts, True, key=lambda start: len(encode_prompt(asked(start), chat)) <= room)
-        if cut == len(cuts):
-            raise ValueError("no question has room beside its system text and half a row of answer")
-        turns = asked(cut)[len(system) :]
-    whole = encoded(turns)
-    for example, answer in zip(whole, answers, strict=True):
-        said = len(chat.tokenizer.encode(answer.content)) if answer.reasoning else 0
-        if said and len(example.tokens) - said >= row_length:
-            raise ValueError("its reasoning leaves no room for the answer")
-    examples = [Example(one.tokens[:row_length], one.labels[:row_length], source) for one in whole]
-    if not all(example.supervised for example in examples):
-        raise ValueError("nothing to learn would be left")
-    if len(examples) > 1 and examples[0].tokens == examples[1].tokens:
-        raise ValueError("its answers differ only in what would be cut")
-    return examples
-
-
-def _tasks(row: Conversation | PreferencePair, chat: ChatFormat) -> list[tuple[str, Messages, Messages, bool]]:
-    """(source, prompt, answers, whether only the last answer is learnt) of each example or pair that a row becomes."""
-    if isinstance(row, PreferencePair):
-        answers = [Message("assistant", text) for text in (row.chosen, row.rejected)]
-        return [(row.source, row.prompt, answers, True)]
-    return [(row.source, one.messages[:-1], [one.messages[-1]], False) for one in lessons(row, chat)]
 
 
 def _as_thought(messages: Messages, chat: ChatFormat) -> Messages:

@@ -10,7 +10,7 @@ The data never lies in memory: `stage_sources` says which files there are, `writ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,18 +50,13 @@ class Mixture:
     epochs: dict[tuple[str, str], float]
 
     def describe(self) -> str:
-        """By part, one line a source: tokens, share, and how often its text was read."""
+        """One line a source: tokens, share, how often its text was read, and its part."""
         total = max(1, sum(self.tokens.values()))
-        width = max(len(name) for key in self.tokens for name in (key[0], f"  {key[1]}"))
-        lines = []
-        for part in dict.fromkeys(part for part, _ in self.tokens):
-            count = sum(n for key, n in self.tokens.items() if key[0] == part)
-            lines.append(f"  {part:<{width}}{count:>14,} tokens {count / total:>6.1%}")
-            for (owner, name), n in self.tokens.items():
-                if owner == part:
-                    epochs = self.epochs[part, name]
-                    lines.append(f"    {name:<{width - 2}}{n:>14,} tokens {n / total:>6.1%}  {epochs:.2f} epochs")
-        return "\n".join(lines)
+        width = max(len(name) for _, name in self.tokens)
+        return "\n".join(
+            f"  {name:<{width}}{n:>14,} tokens {n / total:>6.1%}  {self.epochs[part, name]:.2f} epochs of {part}"
+            for (part, name), n in self.tokens.items()
+        )
 
 
 def part_shares(instruction_share: float, domain_to_general: float, parts: Collection[str]) -> dict[str, float]:
@@ -72,12 +67,7 @@ def part_shares(instruction_share: float, domain_to_general: float, parts: Colle
 
 
 def mix(
-    sources: Sequence[TextSource],
-    sizes: Sequence[Numbers],
-    shares: Mapping[str, float],
-    *,
-    total_tokens: int,
-    seed: int,
+    sources: Sequence[TextSource], sizes: Sequence[Numbers], shares: dict[str, float], *, total_tokens: int, seed: int
 ) -> Mixture:
     """Draw whole documents, given by their lengths, until each part has its share of `total_tokens`; shuffle them.
 
@@ -86,19 +76,16 @@ def mix(
     each within one document. A source is read in a shuffled order, again and again if need be. The draw depends on
     lengths, settings and `seed` alone: permutations sort the raw output of PCG64, which numpy keeps across versions.
 
-    Raises ValueError if the shares are negative or all 0, a part with a share holds no text, or the fixed epochs of a
-    part do not fit its share.
+    Raises ValueError if a part with a share holds no text, or the fixed epochs of a part do not fit its share.
     """
     total_share = sum(shares.values())
-    if total_share <= 0 or min(shares.values()) < 0:
-        raise ValueError(f"the shares of the mixture must not be negative and must not all be 0, found {dict(shares)}")
     held = [int(size.sum()) for size in sizes]
     members = {part: [i for i, s in enumerate(sources) if s.part == part] for part in shares if shares[part] > 0}
     wanted = {part: sum(held[i] * (sources[i].epochs or sources[i].weight) for i in members[part]) for part in members}
     for part, tokens_once in wanted.items():
         if not tokens_once:
-            lacking = "all weights in it are 0" if any(held[i] for i in members[part]) else "it holds no text"
-            raise ValueError(f"the mixture gives {part!r} a share of {shares[part] / total_share:.0%}, but {lacking}")
+            given = f"the mixture gives {part!r} a share of {shares[part] / total_share:.0%}"
+            raise ValueError(f"{given}, but it holds no text, or all weights in it are 0")
     if not total_tokens:
         part, tokens_once = next(iter(wanted.items()))
         total_tokens = round(round(tokens_once) * total_share / shares[part])
@@ -130,8 +117,7 @@ def _budgets(part: str, sources: list[TextSource], held: list[int], budget: int,
         asked = [f"{s.name} {s.epochs:g} x {n:,}" for s, n in zip(sources, held, strict=True) if s.epochs]
         raise ValueError(
             f"the mixture gives {part!r} {budget:,} of {total_tokens:,} tokens, but the fixed epochs of its sources "
-            f"take {sum(fixed):,} ({', '.join(asked)}); change their epochs, the shares or total_tokens, or give a "
-            "source of that part epochs 0 and a weight, to take what is left"
+            f"take {sum(fixed):,} ({', '.join(asked)}); change one of these, or give a source a weight"
         )
     scale = max(0, rest) / (sum(weights) or 1)
     return [tokens or round(weight * scale) for tokens, weight in zip(fixed, weights, strict=True)]

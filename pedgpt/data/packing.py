@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -92,44 +91,37 @@ def best_fit_arrays(sizes: ArrayLike, row_length: int) -> tuple[NDArray[np.int64
     """
     sizes = np.asarray(sizes, np.int64)
     order = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
-    distinct, counts = np.unique(sizes[order], return_counts=True)
     waiting: list[list[int]] = [[] for _ in range(row_length + 1)]
     free_sizes, num_rows = 0, 0
-    rows, taken = array("q"), array("q")  # row `rows[k]` takes the next `taken[k]` items of `order`
-    for size, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        while count:
-            if fitting := free_sizes >> size:
-                free = size + (fitting & -fitting).bit_length() - 1
-                row = heapq.heappop(waiting[free])
-                if not waiting[free]:
-                    free_sizes ^= 1 << free
-            else:
-                free, row = row_length, num_rows
-                num_rows += 1
-            # Once it holds one, it is the fullest that fits the next of this size.
-            fits = min(count, free // size)
-            rows.append(row)
-            taken.append(fits)
-            count, free = count - fits, free - fits * size
-            if free:
-                heapq.heappush(waiting[free], row)
-                free_sizes |= 1 << free
-    row_of = np.repeat(np.frombuffer(rows, np.int64), np.frombuffer(taken, np.int64)) if rows else order
+    row_of = np.empty(len(order), np.int64)
+    for place, size in enumerate(sizes[order].tolist()):
+        if fitting := free_sizes >> size:
+            free = size + (fitting & -fitting).bit_length() - 1
+            row = heapq.heappop(waiting[free])
+            if not waiting[free]:
+                free_sizes ^= 1 << free
+        else:
+            free, row = row_length, num_rows
+            num_rows += 1
+        row_of[place] = row
+        if free > size:
+            heapq.heappush(waiting[free - size], row)
+            free_sizes |= 1 << free - size
     starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
     return order[np.argsort(row_of, kind="stable")], starts
 
 
-def collate(rows: Sequence[Row], row_ids: Sequence[int], pad_id: int = 0) -> Batch:
+def collate(rows: Sequence[Row], row_ids: Sequence[int]) -> Batch:
     """Rows as one batch, padded on the right to the longest; padding is a document of its own and carries no loss.
 
     No rows at all give a batch of one padding token and weight 0, for a rank that has nothing left to do in a step.
     """
     if not rows:
-        rows, row_ids = [Row([pad_id], [IGNORE_INDEX], [PADDING_DOCUMENT])], [0]
+        rows, row_ids = [Row([0], [IGNORE_INDEX], [PADDING_DOCUMENT])], [0]
     width = max(len(row.tokens) for row in rows)
     labels = padded([row.labels for row in rows], width, IGNORE_INDEX)
     return Batch(
-        tokens=padded([row.tokens for row in rows], width, pad_id),
+        tokens=padded([row.tokens for row in rows], width, 0),
         labels=labels,
         documents=padded([row.documents for row in rows], width, PADDING_DOCUMENT),
         row_ids=torch.tensor(row_ids),

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pedgpt.data.chat import IGNORE_INDEX, ChatFormat
-from pedgpt.data.examples import Example, encode_answers, encode_rows
+from pedgpt.data.chat import IGNORE_INDEX
+from pedgpt.data.examples import Example, encode_rows
 from pedgpt.data.packing import Batch, Row, best_fit, collate, padded
-from pedgpt.data.records import Message, PreferencePair
 from pedgpt.data.store import TokenStore
 
 
@@ -48,14 +47,11 @@ class PreferenceBatch(Batch):
     reference_logps: Tensor
 
 
-def encode_pair(pair: PreferencePair, chat: ChatFormat) -> EncodedPair:
-    """Tokens of prompt + chosen and prompt + rejected, with loss on the final answer alone."""
-    answers = [Message("assistant", text) for text in (pair.chosen, pair.rejected)]
-    return EncodedPair(*encode_answers(pair.prompt, answers, True, chat, pair.source))
-
-
 def encode_pairs(*arguments: Any, **settings: Any) -> list[EncodedPair]:
-    """All that `encode_rows` gives of pairs; a row's length bounds each answer with its prompt, not both together."""
+    """All that `encode_rows` gives of pairs, with loss on the final answers alone.
+
+    A row's length bounds each answer with its prompt, not both together.
+    """
     return [EncodedPair(chosen, rejected) for chosen, rejected in encode_rows(*arguments, **settings)]
 
 
@@ -87,7 +83,6 @@ def collate_pairs(
     pairs: Sequence[EncodedPair],
     row_ids: Sequence[int],
     reference_logps: Tensor | None = None,
-    pad_id: int = 0,
     *,
     shared_prompt: bool = True,
 ) -> PreferenceBatch:
@@ -113,16 +108,12 @@ def collate_pairs(
         rows.append(Row(tokens, labels, [number for number, i in enumerate(row) for _ in trees[i]]))
         branches.append(branch)
         sequences.append(sequence)
-    batch = collate(rows, ids, pad_id)
-    width = batch.tokens.shape[1]
+    batch = vars(collate(rows, ids)) | {"weight": len(pairs)}
+    width = batch["tokens"].shape[1]
     if reference_logps is None or not pairs:
         reference_logps = torch.zeros(max(1, len(pairs)), 2)
     return PreferenceBatch(
-        batch.tokens,
-        batch.labels,
-        batch.documents,
-        batch.row_ids,
-        len(pairs),
+        **batch,
         branches=padded(branches or [[]], width, 0),
         sequences=padded(sequences or [[]], width, 0),
         counts=torch.tensor([answer.supervised for answer in answers] or [0, 0]),

@@ -2,43 +2,25 @@
 
 A path names a file, or a folder, which stands for all files of data in it and in its subfolders. `inputs.py` finds the
 files, `tables.py` cuts them into rows, and `records.py` makes a record of a row. Blank lines are no rows; every other
-row is returned or reported.
-
-A missing path, an empty folder, an unknown extension, a table's unusable header or a wrong setting is a ValueError.
-Files in a folder that are no data, and rows that must not be learnt from, are left out whatever `on_bad_row` says; the
-summary gives the reason.
+row is returned or reported. A path or file that cannot be read and a wrong setting are a ValueError.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pedgpt.data.inputs import TEXTS, PathLike, Paths, files_of, format_of
-from pedgpt.data.records import (
-    FIELDS,
-    KINDS,
-    NAMES,
-    Columns,
-    Conversation,
-    Document,
-    LeftOut,
-    PreferencePair,
-    ReadSummary,
-    SkippedRow,
-    Triple,
-    fields_of,
-    some,
-)
+from pedgpt.data.records import KINDS, Conversation, Document, PreferencePair, ReadSummary, Triple, fields_of, names_of
 from pedgpt.data.tables import Unfit, read_rows
 from pedgpt.files import nearest
 
+Columns = Mapping[str, str] | None
+
 
 class NoData(ValueError):
-    """A file in which no field of any row is one that is known."""
+    """A file whose first rows have no field of any kind of records."""
 
 
 class BadRow(ValueError):
@@ -51,23 +33,19 @@ def read_documents(paths: Paths, **settings: Any) -> list[Document]:
 
 
 def read_conversations(paths: Paths, **settings: Any) -> list[Conversation]:
-    """Read conversations, each row in any of these forms, with optional `system` and `task`.
+    """Read Alpaca, ShareGPT, OpenAI `messages`, `question` and `answer`, `prompt` and `completion`, with any `system`.
 
-    Alpaca (`instruction`, `input`, `output`, `history`), ShareGPT (`conversations`), OpenAI (`messages`),
-    `conversation` of patient and doctor, `question` and `answer`, TRL's `prompt` and `completion`. A `title` is not
-    part of the question; an exam's `options` are.
-    What an assistant thought is read from `reasoning_content`, or from `<think>…</think>` before its answer.
-    An assistant's message with `"loss": false`, or `"weight": 0` as OpenAI writes it, carries no loss; if none carries
-    any, the row is bad. A row whose `label` is false (KTO: an undesirable answer) is left out.
+    What an assistant thought is read from `reasoning_content`, or from `<think>…</think>` before its answer. A message
+    with `"loss": false`, or `"weight": 0` as OpenAI writes it, carries no loss. A row without any loss is bad, and so
+    is one whose `label` is false (KTO: an undesirable answer).
     """
     return _read(paths, "conversations", **settings)
 
 
 def read_preferences(paths: Paths, **settings: Any) -> list[PreferencePair]:
-    """Read `prompt` (or ShareGPT `conversations`, or `question`), `chosen` and `rejected`, with optional `system`.
+    """Read `prompt` (or `conversations`, or `question`), `chosen` and `rejected`, each a string or a list of messages.
 
-    Each is a string or a list of messages; a reply may be one message, or repeat the whole prompt, which is removed.
-    Without a prompt it is what both lists of messages begin with, as in TRL.
+    A reply may repeat the whole prompt, which is removed; without a prompt it is what both replies begin with (TRL).
     """
     return _read(paths, "preferences", **settings)
 
@@ -86,43 +64,33 @@ def _read(paths: Paths, kind: str, summary: ReadSummary | None = None, **setting
 
 
 def iter_records(
-    paths: Paths,
-    kind: str,
-    *,
-    on_bad_row: str = "error",
-    max_characters: int | None = None,
-    summary: ReadSummary | None = None,
-    columns: Columns = None,
+    paths: Paths, kind: str, *, on_bad_row: str = "error", summary: ReadSummary | None = None, columns: Columns = None
 ) -> Iterator[Any]:
-    """What the reader of that kind returns, one by one, so that a file of any size takes the memory of a row.
+    """What the reader of a kind ("documents") returns, one by one, in the memory of a row; a JSON list is held whole.
 
-    `kind` is "documents", "conversations", "preferences" or "triples". A bad row raises BadRow, or is counted in the
-    summary if `on_bad_row` is "skip". `max_characters` bounds all messages, or a prompt and its longer reply. `columns`
-    names the column of each field whose column has no known name, {"question": "ask"}; a file without any of these
-    columns is read by its own names, with a warning.
+    A bad row raises BadRow, or is counted in the summary if `on_bad_row` is "skip". `columns` names the column of each
+    field whose column has no known name, {"question": "ask"}; a row with none of them is read by its own names.
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row is {on_bad_row!r}, expected "error" or "skip"')
-    if max_characters is not None and max_characters < 1:
-        raise ValueError(f"max_characters is {max_characters}, expected 1 or more, or None for no bound")
-    own, summary, left_out = _own(columns, kind), summary or ReadSummary(), dict[Path, str]()
+    parse, _, fields = KINDS[kind]
+    own = _own(columns, fields)
+    summary, left_out = summary or ReadSummary(), dict[Path, str]()
     files = files_of(paths, left_out)
-    summary.skipped += [SkippedRow(str(file), 0, f"left out, {reason}") for file, reason in left_out.items()]
+    for path, reason in left_out.items():
+        summary.skip(str(path), reason)
     for path in files:
         summary.rows.setdefault(str(path), 0)
-        whole, checked = format_of(path) in TEXTS, not own
-        rows = read_rows(path, triples=kind == "triples")
-        if whole and kind != "documents":
-            rows = iter([(1, Unfit("a text file", path.suffix, f"rows of {kind}", "name the files, not their folder"))])
-        for line, row in rows:
+        whole, warned = format_of(path) in TEXTS, not own
+        for line, row in read_rows(path, triples=kind == "triples"):
+            if not warned and isinstance(row, dict) and row.keys().isdisjoint(dict(own).values()):
+                warned, found = True, f"found none of the columns {', '.join(dict(own).values())}"
+                warnings.warn(f"{path}: {found}, so the file's own names are used", stacklevel=4)
             place = f"{path}:{line}"
-            if not checked and isinstance(row, dict):
-                checked = True
-                _check_columns(path, row, own)
             try:
-                record = KINDS[kind][0](fields_of(row, own), str(path) if whole else place, max_characters)
+                record = parse(fields_of(row, fields, own), str(path) if whole else place)
             except Unfit as unfit:
-                if on_bad_row == "error" and not isinstance(unfit, LeftOut):
+                if on_bad_row == "error":
                     raise BadRow(f"{place}: {unfit}") from None
                 summary.skip(place, str(unfit))
             else:
@@ -131,100 +99,57 @@ def iter_records(
                 yield record
 
 
-def _check_columns(path: Path, row: dict[str, Any], own: dict[str, str]) -> None:
-    """Warn if a file's first row has no column that `columns` names; ValueError if a table has only some of them."""
-    lacking = [column for column in own.values() if column not in row]
-    if len(lacking) == len(own):
-        found = f"found none of the columns {', '.join(lacking)}"
-        warnings.warn(f"{path}: {found}, so the file's own names are used", stacklevel=5)
-    elif lacking and format_of(path) not in (".json", ".jsonl"):  # there each row may have other fields
-        found = f"found columns {', '.join(row)}, expected {', '.join(lacking)}"
-        raise ValueError(f"{path}:1: {found}; fix `columns`")
-
-
 def parse_columns(columns: Iterable[str]) -> dict[str, str]:
     """The setting `columns` of the recipes, ["question=ask", "answer=reply"], as the readers take it."""
+    known = sorted({field for _, _, fields in KINDS.values() for field in fields})
     found: dict[str, str] = {}
-    for name, _, column in (item.partition("=") for item in columns):
-        name, column = name.strip(), column.strip()
-        if name not in FIELDS or not column:
-            hint = nearest(name, FIELDS, "fields") if name not in FIELDS else "expected the name of a column after ="
-            raise ValueError(f"columns: {name}={column} is not of the form field=column; {hint}")
-        if name in found:
-            raise ValueError(f"columns: {name}: a field is given twice")
-        found[name] = column
+    for item in columns:
+        field, _, column = (part.strip() for part in item.partition("="))
+        if field not in known or field in found or not column:
+            hint = "" if field in known else f"; {nearest(field, known, 'fields')}"
+            raise ValueError(f"columns: found {item!r}, expected field=column, each field once{hint}")
+        found[field] = column
     return found
 
 
-def _own(columns: Columns, kind: str) -> dict[str, str]:
-    """The given columns, without those for fields that this kind of record does not have."""
-    columns, (_, needed, others) = columns or {}, KINDS[kind]
-    if unknown := columns.keys() - FIELDS.keys():
-        raise ValueError(f"columns has {', '.join(unknown)}, expected some of {', '.join(needed + others)}")
-    return {name: column for name, column in columns.items() if name in needed + others}
+def _own(columns: Columns, fields: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """The given columns, but for those of fields that another kind of records has."""
+    given = parse_columns(f"{field}={column}" for field, column in (columns or {}).items())
+    return tuple((field, column) for field, column in given.items() if field in fields)
 
 
 def detect_kind(path: PathLike, columns: Columns = None) -> str:
-    """Tell "documents", "conversations", "preferences" or "triples" by a file's first rows.
+    """Tell "documents", "conversations", "preferences" or "triples" by the fields of the first rows.
 
-    Raises NoData if nothing there has a known field, and ValueError with the reason if rows cannot be used.
+    Of a folder the first file counts. Raises ValueError if no kind has all its fields, and NoData if none has any.
     """
-    if Path(path).is_dir():
-        raise ValueError(f"{path}: found a folder, expected one file; name a file in it")
-    (file,) = files_of(path)
-    tsv = format_of(file) == ".tsv"
-    kinds = sorted(KINDS, key=lambda kind: tsv and kind == "triples")  # last: any TSV of three columns could hold them
-    first_rows = cache(lambda triples: list(islice(read_rows(file, triples=triples), 20)))
-    reasons: list[tuple[int, str]] = []  # how many fields are known or named, and why a row cannot be used
-    for kind in ["documents"] if format_of(file) in TEXTS else kinds:
-        own, (parse, needed, _) = _own(columns, kind), KINDS[kind]
-        known = {*own.values(), *(name for field in needed for name in NAMES[field])}
+    file = files_of(path)[0]
+    faults, names, some = list[str](), list[str](), False
+    for kind, (_, needed, fields) in KINDS.items():
+        own = _own(columns, fields)
         try:
-            for line, row in first_rows(tsv and kind == "triples"):
-                try:
-                    with suppress(LeftOut):
-                        parse(fields_of(row, own), "", None)
+            for _, row in islice(read_rows(file, triples=kind == "triples"), 20):
+                names = [key for key in row if row[key] is not None] if isinstance(row, dict) else names
+                found = set(names_of(tuple(names), fields, own).values())
+                if any(group <= found for group in needed):
                     return kind
-                except Unfit as unfit:
-                    names = fields_of(row) if isinstance(row, dict) else known if isinstance(row, Unfit) else ()
-                    count, fix = len(known.intersection(names)), "if it is data, name its fields by `columns`"
-                    unknown = f"no known field, found the fields {some(names)}; {fix}"
-                    told = f"{file}:{line}: {unfit}" if count else f"{file}: {unknown}"
-                    reasons.append((count and count + len(own), told))
-        except ValueError as error:  # the file
-            reasons.append((len(known), str(error)))
-    count, why = max(reasons, key=lambda reason: reason[0], default=(0, f"{file}: no row in it"))
-    raise ValueError(why) if count else NoData(why)
-
-
-class _Watched(dict[str, Any]):
-    """A row that remembers in `taken` which of its fields were read."""
-
-    taken: set[str]
-
-    def __getitem__(self, name: str) -> Any:
-        self.taken.add(name)
-        return super().__getitem__(name)
+                some = some or any(group & found for group in needed)
+        except ValueError as error:  # a first row of triples may be no header
+            faults.append(str(error))
+    if faults:
+        raise ValueError(faults[0])
+    told = f"rows of no known kind, found the fields {', '.join(names[:20]) or '(none)'}"
+    raise (ValueError if some else NoData)(f"{file}: {told}; if it is data, name its fields by `columns`")
 
 
 def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:
-    """Which fields of a file its reader takes for what, and which it ignores, by the first good row; for people.
+    """Which fields of a file its reader takes for what, and which it ignores, by the first row; for people.
 
-    E.g. "question → user, raw_anwser → assistant, department; ignored: id".
+    E.g. "question, raw_anwser → answer, department; ignored: id".
     """
-    (file,) = files_of(path)
-    if format_of(file) in TEXTS:
-        return "the whole file → text"
-    own, (parse, *fields) = _own(columns, kind), KINDS[kind]
-    known = [FIELDS[field] for field in FIELDS if field in sum(fields, ())]
-    meanings = {name: meaning for meaning, names in known for name in names.split()}
-    for _, row in islice(read_rows(file, triples=kind == "triples"), 20):
-        with suppress(Unfit):
-            watched = _Watched(fields_of(row, own))
-            watched.taken = set()
-            parse(watched, "", None)
-            taken = [(name, meaning) for name, meaning in meanings.items() if name in watched.taken]
-            found = ", ".join(name if meaning == name else f"{name} → {meaning}" for name, meaning in taken)
-            ignored = ", ".join(name for name in watched if name not in watched.taken)
-            return f"{found}; ignored: {ignored}" if ignored else found
-    return "no good row at its start"
+    rows = (row for _, row in read_rows(files_of(path)[0], triples=kind == "triples") if isinstance(row, dict))
+    row = next(rows, {})
+    names = names_of(tuple(row), KINDS[kind][2], _own(columns, KINDS[kind][2]))
+    taken = [name if names[name] == name else f"{name} → {names[name]}" for name in row if name in names]
+    ignored = [name for name in row if name not in names]
+    return ", ".join(taken) + (f"; ignored: {', '.join(ignored)}" if ignored else "")

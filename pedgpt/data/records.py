@@ -4,42 +4,34 @@ A row is a mapping of names to values, as `tables.py` reads it from any format. 
 A row that cannot be used raises `Unfit` with the reason.
 """
 
-import json
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import islice, takewhile, zip_longest
-from string import ascii_uppercase
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 from typing import Any, TypeVar
 
-from pedgpt.data.tables import Unfit, not_utf8
+from pedgpt.data.tables import LONE_SURROGATE, Unfit
 
 Row = dict[str, Any]
 T = TypeVar("T")
-Columns = Mapping[str, str] | None
+Own = tuple[tuple[str, str], ...]  # (field, column) of each field whose column has no known name
 
-# Each field: what a reader takes it for, in the order in which people are told, and its names, of which the
-# first that a row has is used. raw_anwser is how the CMD cases spell it; complex_cot is HuatuoGPT-o1's; a to h are
-# the columns of an exam's options in tables like CMMLU's.
-FIELDS = {
-    "messages": ("turns", "conversations conversation messages"),
-    "history": ("earlier turns", "history"),
-    "question": ("user", "question ask instruction prompt query 问题 提问"),
-    "prompt": ("turns", "prompt"),
-    "input": ("user, below it", "input"),
-    "options": ("user, below it", "option options choices 选项 a b c d e f g h"),
-    "answer": ("assistant", "answer output response completion raw_anwser 回答 答复 答案"),
-    "chosen": ("chosen", "chosen response_chosen chosen_response"),
-    "rejected": ("rejected", "rejected response_rejected rejected_response"),
-    "reasoning_content": ("reasoning", "reasoning_content complex_cot"),
-    "label": ("left out where false", "label kto_tag"),
-    **{name: (name, name) for name in ("head", "relation", "tail", "text", "title", "task", "system", "disease")},
-    "department": ("department", "department cate1 科室"),
+# Fields that have several names. raw_anwser is how the CMD cases spell it, complex_cot is HuatuoGPT-o1's.
+NAMES = {
+    "messages": ("messages", "conversations", "conversation"),
+    "question": ("question", "ask", "instruction", "prompt", "query", "问题", "提问"),
+    "options": ("options", "option", "选项"),
+    "answer": ("answer", "output", "response", "completion", "raw_anwser", "回答", "答复", "答案"),
+    "chosen": ("chosen", "response_chosen", "chosen_response"),
+    "rejected": ("rejected", "response_rejected", "rejected_response"),
+    "reasoning_content": ("reasoning_content", "complex_cot"),
+    "label": ("label", "kto_tag"),
+    "department": ("department", "cate1", "科室"),
+    "role": ("role", "from"),
+    "content": ("content", "value"),
 }
-NAMES = {field: tuple(names.split()) for field, (_, names) in FIELDS.items()}
-BAD = "false 0 0.0 -1 no bad undesirable rejected 否 差".split()  # labels of an undesirable answer
-LOSS = {"loss": {"true": True, "false": False}, "weight": {"0": False, "1": True}}  # what flags of a message say
+BAD = ("false", "0", "0.0", "no", "否")  # labels of an undesirable answer
 ROLES = {"system": "system"}
 ROLES |= dict.fromkeys("user human patient 患者 病人 用户".split(), "user")
 ROLES |= dict.fromkeys("assistant gpt chatgpt bot model doctor 医生 大夫 助手".split(), "assistant")
@@ -120,10 +112,6 @@ class Triple:
     source: str
 
 
-class LeftOut(Unfit):
-    """Why a good row is not read. It is counted, and under no policy is it an error."""
-
-
 @dataclass(frozen=True, slots=True)
 class SkippedRow:
     """A row left out; `line` counts from 1, and is 0 for a whole file."""
@@ -157,10 +145,8 @@ class ReadSummary:
         skipped = Counter(row.file for row in self.skipped if row.line)
         faults = defaultdict(list)
         for row in self.skipped:
-            # A reason begins with its fault; what follows the colon differs from row to row.
-            fault = row.reason.partition(":")[0]
-            what = fault if fault.startswith("left out") else f"skipped, {fault}"
-            faults[what].append(f"{row.file}:{row.line}" if row.line else row.file)
+            fault = row.reason.partition(":")[0]  # what follows the colon differs from row to row
+            faults[f"skipped, {fault}"].append(f"{row.file}:{row.line}" if row.line else row.file)
         if self.shortened:
             faults["over-long, cut to fit"] = self.shortened
         files = self.rows | skipped
@@ -172,41 +158,34 @@ class ReadSummary:
         return "\n".join(lines)
 
 
-def some(names: Iterable[str]) -> str:
-    """Names for a message, the first 20: an object by id may have thousands."""
-    first = list(islice(names, 21))
-    return ", ".join([*first[:20], *["…"] * (len(first) > 20)]) or "(none)"
+@lru_cache(1000)  # the rows of a file mostly have the same columns
+def names_of(keys: tuple[str, ...], fields: tuple[str, ...], own: Own = ()) -> dict[str, str]:
+    """By each column that holds one of these fields, the field: as `own` says, or by a known name."""
+    found = {column: name for name, column in own if column in keys}
+    known = {key.strip().lower(): key for key in keys if key not in found}
+    for name in fields:
+        names = () if name in found.values() else NAMES.get(name, (name,))
+        if first := next((each for each in names if each in known), ""):
+            found[known.pop(first)] = name
+    return found
 
 
-def fields_of(row: object, columns: Columns = None) -> Row:
-    """A row without nulls and NaNs, by names in lower case; `columns` says which of its columns hold which fields."""
+def fields_of(row: object, fields: tuple[str, ...], own: Own = ()) -> Row:
+    """A row with these fields under their own names, without nulls and NaNs, which pandas writes."""
     if isinstance(row, Unfit):
         raise row
-    found = _typed(row, dict, "the row")
-    columns = columns if columns and not found.keys().isdisjoint(columns.values()) else {}
-    for column in columns.values():
-        _find(found, [column], f"{column}, which `columns` names")
-    good = {key: value for key, value in found.items() if value is not None and value == value}  # pandas writes NaN
-    fields = {key.strip().lower(): value for key, value in good.items() if key not in columns.values()}
-    return fields | {name: good[column] for name, column in columns.items() if column in good}
+    columns = [column for _, column in own]
+    row = _typed(row, dict, "the row or message")
+    names = names_of(tuple(key for key in row if row[key] is not None or key in columns), fields, own)
+    if not names.keys().isdisjoint(columns) and (lacking := [column for column in columns if column not in row]):
+        raise _missing(row, f"{lacking[0]}, which `columns` names")
+    renamed = {key: row[key] for key in row if key not in names} | {names[key]: row[key] for key in names}
+    return {key: value for key, value in renamed.items() if value is not None and value == value}
 
 
-def _find(row: Row, names: Iterable[str], expected: str) -> str:
-    for name in names:
-        if name in row:
-            return name
-    fix = "rename or add the field, or name it by `columns`"
-    raise Unfit("missing field", f"the keys {some(row)}", expected, fix)
-
-
-def _filled(row: Row, field: str) -> str:
-    """The first name of a field under which the row has something; else ""."""
-    return next((name for name in NAMES[field] if name in row and row[name]), "")
-
-
-def _must(holds: object, fault: str, found: str, expected: str, fix: str = "fix or delete the row") -> None:
-    if not holds:
-        raise Unfit(fault, found, expected, fix)
+def _missing(row: Row, expected: str) -> Unfit:
+    found = f"the keys {', '.join(islice(row, 20)) or '(none)'}"  # an object by id may have thousands
+    return Unfit("missing field", found, expected, "rename or add the field, or name it by `columns`")
 
 
 def _typed(value: object, kind: type[T], name: str) -> T:
@@ -216,189 +195,130 @@ def _typed(value: object, kind: type[T], name: str) -> T:
 
 
 def _text(row: Row, name: str, *, optional: bool = False) -> str:
-    text = "" if optional and name not in row else _typed(row[_find(row, [name], name)], str, name)
-    if unfit := not_utf8(text):  # bytes of a table or .json, or an escaped half of a pair: tokenizers stop at either
-        raise unfit
-    blank = not text.strip()
-    _must(optional or not blank, f"{name} is empty", "nothing", "some text")
-    return "" if blank else text
+    if name not in row and not optional:
+        raise _missing(row, name)
+    text = _typed(row.get(name, ""), str, name)
+    # A byte of the file that is no text, or an escaped half of a pair: tokenizers stop at either.
+    if broken := LONE_SURROGATE.search(text):
+        found = f"{ascii(broken[0])} at character {broken.start() + 1} (\\udcXX stands for byte XX)"
+        raise Unfit("invalid UTF-8", found, "UTF-8 text", "convert the file, as by iconv -f GB18030 -t UTF-8")
+    if not text.strip() and not optional:
+        raise Unfit(f"{name} is empty", "nothing", "some text")
+    return text if text.strip() else ""
 
 
 def _labels(row: Row, *fields: str) -> list[str]:
     """What a row says it is about; a value that is no text says nothing."""
-    found = [row[name] if (name := _filled(row, field)) else "" for field in fields]
-    return [text if isinstance(text, str) and not not_utf8(text) else "" for text in found]
+    return [_text(row, field, optional=True) if isinstance(row.get(field), str) else "" for field in fields]
 
 
-def _check_length(limit: int | None, *texts: str) -> None:
-    length, fix = sum(map(len, texts)), "split the row or raise max_characters"
-    _must(limit is None or length <= limit, "over-long", f"{length} characters", f"at most {limit}", fix)
-
-
-def _messages(row: Row, name: str) -> list[Message]:
+def _messages(turns: object, name: str) -> list[Message]:
     messages = []
-    for turn in _typed([row[name]] if isinstance(row[name], dict) else row[name], list, name):
-        turn = {key: value for key, value in _typed(turn, dict, f"a message of {name}").items() if value is not None}
-        written = _text(turn, _find(turn, ("from", "role"), "role or from"))
+    for each in _typed([turns] if isinstance(turns, dict) else turns, list, name):
+        turn = fields_of(each, ("role", "content", "reasoning_content", "loss", "weight"))
+        written = _text(turn, "role")
         if not (role := ROLES.get(written.strip(" :：").lower())):
             raise Unfit("unknown role", written, ", ".join(ROLES))
-        said = _find(turn, ("value", "content"), "content or value")
-        if isinstance(turn[said], list):
-            parts = [part.get("text") if isinstance(part, dict) else part for part in turn[said]]
-            turn[said] = "\n".join(_typed(part, str, f"a part of {said}") for part in parts)
+        if isinstance(turn.get("content"), list):
+            parts = [part.get("text") if isinstance(part, dict) else part for part in turn["content"]]
+            turn["content"] = "\n".join(_typed(part, str, "a part of content") for part in parts)
+        flags = [turn.get(flag, True) for flag in ("loss", "weight")]
+        if any(flag not in (0, 1) for flag in flags):
+            raise Unfit("loss or weight is unusable", str(flags), "true, false, 1 or 0")
         # Many exports write an empty system message in every row: it says as much as none.
-        if content := _text(turn, said, optional=role == "system"):
-            messages.append(_message(turn, role, content, _loss(turn, role)))
+        if content := _text(turn, "content", optional=role == "system"):
+            messages.append(_message(turn, role, content, role != "assistant" or all(flags)))
+    if not messages:
+        raise Unfit(f"{name} is empty", "no message", "messages")
     return messages
 
 
 def _message(fields: Row, role: str, content: str, loss: bool = True) -> Message:
     """A message; what an assistant thought stands in a field of its own, or in the content before the answer."""
-    thought = _filled(fields, "reasoning_content") if role == "assistant" else ""
-    message = Message(role, content, loss, _text(fields, thought, optional=True))
-    _must(message.content.strip(), "no answer after the reasoning", "nothing", "an answer after </think>")
+    thought = _text(fields, "reasoning_content", optional=True) if role == "assistant" else ""
+    message = Message(role, content, loss, thought)
+    if not message.content.strip():
+        raise Unfit("no answer after the reasoning", "nothing", "an answer after </think>")
     return message
 
 
-def _loss(turn: Row, role: str) -> bool:
-    flags = {key: LOSS[key].get(json.dumps(turn[key])) for key in LOSS if key in turn}
-    for key, flag in flags.items():
-        found = json.dumps(turn[key])[:40]
-        _must(flag is not None, f"{key} of a message is unusable", found, " or ".join(LOSS[key]))
-        _must(role == "assistant" or not flag, f"{key} asks for loss on another's words", role, "assistant")
-    _must(len({*flags.values()}) < 2, "loss and weight disagree", "true and false", "one of the two")
-    return role != "assistant" or all(flags.values())
+def _turns(row: Row, name: str) -> list[Message]:
+    """What a field holds: messages, an answer, or the turns of `history`, then the question with what is below it."""
+    if isinstance(row.get(name), list | dict):
+        return _messages(row[name], name)
+    if name in ("answer", "chosen", "rejected"):
+        return [_message(row, "assistant", _text(row, name))]
+    messages = []
+    for pair in _typed(row.get("history") or [], list, "history"):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise Unfit("history is not in pairs", repr(pair)[:80], "[question, answer]")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append(_message({}, role, _text({"history": text}, "history")))
+    options = row.get("options")
+    if isinstance(options, dict):
+        options = "\n".join(f"{letter}. {text}" for letter, text in options.items() if text)
+    below = {"input": row.get("input", ""), "options": options or ""}
+    texts = [_text(row, name), *(_text(below, field, optional=True) for field in below)]
+    return [*messages, Message("user", "\n".join(filter(None, texts)))]
 
 
-def _alternating(row: Row, messages: list[Message], last: str) -> tuple[Message, ...]:
+def _in_turn(row: Row, messages: list[Message], last: str) -> tuple[Message, ...]:
     if system := _text(row, "system", optional=True):
         messages = [Message("system", system), *messages]
-    turns = [message.role for message in messages]
-    turns = turns[1:] if turns[:1] == ["system"] else turns
-    for number, role in enumerate(turns, 1):
-        expected = ("assistant", "user")[number % 2]
-        if role != expected:
-            raise Unfit("roles do not alternate", f"{role} as turn {number} after any system message", expected)
-    _must(turns[-1:] == [last], f"no {last} turn at the end", turns[-1] if turns else "no turn", last)
+    roles = [message.role for message in messages]
+    turns = roles[roles[0] == "system" :]
+    if turns[-1:] != [last] or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
+        expected = f"user and assistant in turn after any system message, {last} at the end"
+        raise Unfit("roles out of turn", ", ".join(roles)[:200], expected)
     return tuple(messages)
 
 
-def _said(row: Row, name: str) -> list[Message]:
-    """What a row's field of an answer holds: messages, or the text of one."""
-    if isinstance(row[name], list | dict):
-        return _messages(row, name)
-    return [_message(row, "assistant", _text(row, name))]
+def _document(row: Row, source: str) -> Document:
+    title = _text(row, "title", optional=True)
+    return Document(_text(row, "text"), source, title, *_labels(row, "disease", "department"))
 
 
-def _asked(row: Row, name: str) -> list[Message]:
-    """Messages; or the turns of `history`, then the question with its input and, of an exam, the options."""
-    if name in NAMES["messages"] or isinstance(row[name], list | dict):
-        return _messages(row, name)
-    messages = []
-    for pair in _typed(row["history"] or [] if "history" in row else [], list, "history"):
-        length = len(_typed(pair, list, "a pair of history"))
-        _must(length == 2, "history is not in pairs", f"{length} items", "[question, answer]")
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            messages.append(_message({}, role, _text({"history": text}, "history")))
-    question, options = _text(row, name), _options(row)
-    below = [_text(row, "input", optional=True), *([] if all(option in question for option in options) else options)]
-    return [*messages, Message("user", "\n".join([question, *filter(None, below)]))]
-
-
-def _options(row: Row) -> list[str]:
-    """The choices of an exam's question, each like "A. fever"; they get letters where they have none."""
-    name = _filled(row, "options")
-    given = row[name] if name else []
-    if len(name) == 1:  # columns of a table
-        given = {key.upper(): row[key] for key in "abcdefgh" if key in row} if {"a", "b"} <= row.keys() else []
-    if isinstance(given, str):
-        return [_text(row, name, optional=True)]
-    if isinstance(given, dict) and isinstance(given.get("text"), list):  # as ARC writes them
-        given = [{"key": key, "text": text} for key, text in zip_longest(given.get("label") or [], given["text"])]
-    if isinstance(given, list):
-        given = dict(map(_option, ascii_uppercase, given))
-    options = {}
-    for letter, text in _typed(given, dict, "options").items():
-        text = {} if text is None else {"options": str(text) if type(text) in (int, float) else text}
-        if said := _text(text, "options", optional=True):
-            options[letter] = said
-    begin = [match[1] for said in options.values() if (match := re.match(r"\(?([A-Z])[.、．:：)]", said))]
-    lettered = sorted(begin) == sorted(options)  # E.coli begins with no letter of its own
-    return [said if lettered else f"{letter}. {said}" for letter, said in options.items()]
-
-
-def _option(letter: str, each: object) -> tuple[str, object]:
-    """(letter, text) of an element of a list of options."""
-    if not isinstance(each, dict):
-        return letter, each
-    fields = {key.lower(): value for key, value in each.items()}
-    text = next((name for name in ("value", "text", "content") if name in fields), "")
-    if not text and len(each) == 1:
-        return next(iter(each.items()))
-    _must(text, "an option without text", some(fields), "value, text or content")
-    key = next((str(fields[key]) for key in ("key", "label", "option") if fields.get(key)), letter)
-    return key, fields[text]
-
-
-def _document(row: Row, source: str, limit: int | None) -> Document:
-    text = _text(row, "text")
-    _check_length(limit, text)
-    return Document(text, source, _text(row, "title", optional=True), *_labels(row, "disease", "department"))
-
-
-def _conversation(row: Row, source: str, limit: int | None) -> Conversation:
-    for name in NAMES["label"]:
-        if name in row and str(row[name]).strip().lower() in BAD:
-            raise LeftOut("an answer judged bad", f"{name} {row[name]}", "true or 1", "its pair may teach DFPO")
-    forms = "question and answer, instruction and output, conversations, conversation or messages"
-    name = _filled(row, "messages") or _find(row, (*NAMES["question"], *NAMES["messages"]), forms)
-    answer = _find(row, NAMES["answer"], forms) if name in NAMES["question"] else ""
-    said = _asked(row, name) + (_said(row, answer) if answer else [])
-    messages = _alternating(row, said, "assistant")
-    taught = any(message.loss for message in messages if message.role == "assistant")
-    _must(taught, "nothing carries loss", "loss false on every assistant message", "one that is learnt from")
-    _check_length(limit, *(message.written for message in messages))
+def _conversation(row: Row, source: str) -> Conversation:
+    if str(row.get("label")).strip().lower() in BAD:
+        raise Unfit("an answer judged bad", f"label {row['label']}", "true or 1", 'set on_bad_row = "skip"')
+    said = [] if row.get("messages") else [*_turns(row, "question"), *_turns(row, "answer")]
+    messages = _in_turn(row, said or _messages(row["messages"], "messages"), "assistant")
+    if not any(message.loss for message in messages if message.role == "assistant"):
+        raise Unfit("nothing carries loss", "loss false on every assistant message", "one that is learnt from")
     return Conversation(messages, source, *_labels(row, "task", "disease", "department"))
 
 
-def _preference(row: Row, source: str, limit: int | None) -> PreferencePair:
-    forms = "prompt (or conversations, or question), chosen and rejected"
-    names = [_find(row, NAMES[field], forms) for field in ("chosen", "rejected")]
-    said = [_said({name: row[name]}, name) or [Message("no message", "")] for name in names]
-    prompts = ("prompt", *NAMES["messages"], *NAMES["question"])
-    if len(said[0]) > 1 and row.keys().isdisjoint(prompts):
-        # TRL's implicit prompt is what both lists begin with, before the reply at their end.
-        both = zip(said[0][:-1], said[1][:-1], strict=False)
-        asked = [one for one, _ in takewhile(lambda at: at[0] == at[1], both)]
+def _preference(row: Row, source: str) -> PreferencePair:
+    row = row | {"reasoning_content": ""}  # it would belong to one of the replies only
+    said = {name: _turns(row, name) for name in ("chosen", "rejected")}
+    name = next((name for name in ("prompt", "messages", "question") if row.get(name)), "")
+    if not name and len(said["chosen"]) > 1:
+        asked = said["chosen"][:-1]  # TRL's implicit prompt: what both lists begin with
     else:
-        asked = _asked(row, _find(row, prompts, forms))
-    # Of a pair only the replies carry loss: what the prompt's own flags say is true either way.
-    prompt = tuple(replace(message, loss=True) for message in _alternating(row, asked, "user"))
-    for name, (*before, last) in zip(names, said, strict=True):
-        _must(last.role == "assistant", f"{name} does not end with a reply", last.role, "assistant")
-        _must(last.loss, f"{name} carries no loss", "loss false", "a reply that is learnt from")
-        repeated = tuple(replace(message, loss=True) for message in before)
-        known = repeated in ((), prompt, prompt[prompt[0].role == "system" :])
-        _must(known, f"{name} repeats another prompt", f"{len(before)} other messages", "those of the prompt")
-    chosen, rejected = (messages[-1].written for messages in said)
-    same = chosen.strip() == rejected.strip()
-    _must(not same, "chosen equals rejected", repr(chosen[:40]), "two different replies", "delete the row")
-    _check_length(limit, *(message.written for message in prompt), max(chosen, rejected, key=len))
+        asked = _turns(row, name or "prompt")
+    prompt = _in_turn(row, asked, "user")
+    for name, (*before, last) in said.items():
+        _in_turn({}, [*prompt, last], "assistant")
+        if tuple(before) not in ((), prompt, prompt[prompt[0].role == "system" :]):
+            raise Unfit(f"{name} repeats another prompt", f"{len(before)} other messages", "those of the prompt")
+    chosen, rejected = (messages[-1].written for messages in said.values())
+    if chosen.strip() == rejected.strip():
+        raise Unfit("chosen equals rejected", repr(chosen[:40]), "two different replies", "delete the row")
     return PreferencePair(prompt, chosen, rejected, source, *_labels(row, "disease", "department"))
 
 
-def _triple(row: Row, source: str, limit: int | None) -> Triple:
+def _triple(row: Row, source: str) -> Triple:
     head, relation, tail = (_text(row, name).strip() for name in ("head", "relation", "tail"))
-    _check_length(limit, head, relation, tail)
     return Triple(head, relation, tail, source)
 
 
 TALK = ("messages", "question", "history", "input", "options", "system", "disease", "department")
-# Each kind of records, the surest sign first: how a row (with its source and max_characters) becomes one, the fields by
-# which a row is known as one, and its other fields.
-KINDS: dict[str, tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]]] = {
-    "preferences": (_preference, ("prompt", "chosen", "rejected"), TALK),
-    "conversations": (_conversation, ("messages", "question", "answer"), (*TALK, "reasoning_content", "label", "task")),
-    "triples": (_triple, ("head", "relation", "tail"), ()),
-    "documents": (_document, ("text",), ("title", "disease", "department")),
+ANSWERED = (*TALK, "answer", "reasoning_content", "label", "task")
+# Each kind of records, the surest sign first: how a row and its source become one; groups of fields, of which a row of
+# this kind has one; and all fields that are read.
+KINDS: dict[str, tuple[Callable[[Row, str], Any], tuple[set[str], ...], tuple[str, ...]]] = {
+    "preferences": (_preference, ({"chosen", "rejected"},), ("prompt", "chosen", "rejected", *TALK)),
+    "conversations": (_conversation, ({"messages"}, {"question", "answer"}), ANSWERED),
+    "documents": (_document, ({"text"},), ("text", "title", "disease", "department")),
+    "triples": (_triple, ({"head", "relation", "tail"},), ("head", "relation", "tail")),  # last: any TSV may hold them
 }

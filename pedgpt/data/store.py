@@ -34,6 +34,7 @@ _LABEL = np.dtype("<i4")
 T = TypeVar("T")
 # Documents, batch by batch: the ids of each, and the labels of each or, for running text, None.
 Documents = Iterator[tuple[list[list[int]], list[list[int]] | None]]
+Encode = Callable[[TextSource, ReadSummary], Documents]
 
 
 @dataclass(kw_only=True)
@@ -136,19 +137,13 @@ def packed_chats(
 
 
 def _write(
-    folder: Path,
-    sources: Sequence[TextSource],
-    tokenizer: Tokenizer,
-    made_of: Sequence[Any],
-    encode: Callable[[TextSource, ReadSummary], Documents],
-    *,
-    labelled: bool,
+    folder: Path, sources: Sequence[TextSource], tokenizer: Tokenizer, made_of: list, encode: Encode, labelled: bool
 ) -> Iterator[int]:
     """Make `folder` a token store, yielding the number of documents done after each batch of them.
 
     What is there already stays if it was made of the same files, tokenizer and settings (`made_of`); otherwise it is
     made anew, under another name until it is complete. Holds one batch in memory. One process runs this to its end. It
-    yields often, because the other ranks wait in a collective that times out. Raises ValueError as the readers do.
+    yields often, because the other ranks wait in a collective that times out.
     """
     key = hashlib.sha256(json.dumps([_VERSION, tokenizer.description(), *made_of]).encode())
     for source in sources:
@@ -199,16 +194,14 @@ class TokenStore:
 
     Document d is tokens[offsets[d] : offsets[d + 1]]; `labels` are aligned with `tokens`. In running text they are the
     next tokens, so the last one of a document is only predicted. `counts` says how many documents each of `sources`
-    has, `summary` which rows were read and skipped, `digest` names the contents. Raises ValueError if the folder holds
-    no complete store.
+    has, `digest` names the contents. Raises ValueError if the folder holds no complete store.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
             about = json.loads((self.folder / "store.json").read_text(encoding="utf-8"))
-            self.key, self.digest = about["key"], about["digest"]
-            self.counts: list[int] = about["counts"]
+            self.key, self.digest, self.counts = about["key"], about["digest"], about["counts"]
             self.sources = [TextSource(**source) for source in about["sources"]]
             self.summary = ReadSummary(**about["read"])
             self.summary.skipped = [SkippedRow(**row) for row in about["read"]["skipped"]]
@@ -216,17 +209,13 @@ class TokenStore:
             self.offsets = self._map("offsets.bin", np.dtype("<i8"), sum(self.counts) + 1)
             self.only_predicted = int(not about["labelled"])  # tokens at the end of each document
             self.labels = self.tokens[1:] if self.only_predicted else self._map("labels.bin", _LABEL, about["tokens"])
-            if self.offsets[-1] != len(self.tokens):
-                raise ValueError(f"its offsets end at {self.offsets[-1]}, its tokens at {len(self.tokens)}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"no complete token store ({error}); delete it, and the next run makes it again"
             raise ValueError(f"{self.folder}: {reason}") from None
 
     def _map(self, name: str, dtype: np.dtype, count: int) -> NDArray[Any]:
-        path = self.folder / name
-        if (size := path.stat().st_size) != count * dtype.itemsize:
-            raise ValueError(f"{name} has {size} bytes, expected {count * dtype.itemsize}")
-        return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)  # an empty file cannot be mapped
+        file = self.folder / name
+        return np.asarray(np.memmap(file, dtype, "r", shape=(count,))) if count else np.empty(0, dtype)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -241,29 +230,23 @@ class TokenStore:
         return {source.part for source, sizes in zip(self.sources, self.sizes(), strict=True) if sizes.any()}
 
     def example(self, start: int, length: int) -> Example:
-        """`length` tokens from `start` on, which belong to one document; named "part/source N", N from 1."""
-        document, here = int(np.searchsorted(self.offsets, start, side="right")) - 1, slice(start, start + length)
-        first = np.cumsum([0, *self.counts])
-        number = int(np.searchsorted(first, document, side="right")) - 1
-        source = self.sources[number]
-        name = f"{source.part}/{source.name} {document - first[number] + 1}"
-        return Example(self.tokens[here].tolist(), self.labels[here].tolist(), name)
+        """`length` tokens from `start` on, which belong to one document."""
+        here = slice(start, start + length)
+        return Example(self.tokens[here].tolist(), self.labels[here].tolist())
 
 
 def read_summary(*stores: TokenStore) -> ReadSummary:
     """Which rows were read and skipped when these stores were made."""
-    read = [store.summary for store in stores]
-    rows = {file: count for one in read for file, count in one.rows.items()}
-    return ReadSummary(
-        rows, [row for one in read for row in one.skipped], [row for one in read for row in one.shortened]
-    )
+    whole = ReadSummary()
+    for store in stores:
+        whole.rows |= store.summary.rows
+        whole.skipped += store.summary.skipped
+        whole.shortened += store.summary.shortened
+    return whole
 
 
 def discards_tokens(main: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Decorate a recipe: delete OUTPUT/tokens when it is finished, or fails by a mistake before its first checkpoint.
-
-    A run that is stopped or killed keeps it for its next start, and a mistake at that start leaves it.
-    """
+    """Decorate a recipe: delete OUTPUT/tokens when it is finished, or when the start that made it ends by a mistake."""
 
     @functools.wraps(main)
     def wrapped(config: Any) -> None:
@@ -272,7 +255,7 @@ def discards_tokens(main: Callable[[Any], None]) -> Callable[[Any], None]:
         try:
             main(config)
         except (ValueError, OSError):
-            if not there and not any(tokens.parent.glob("checkpoints/*")):
+            if not there:
                 shutil.rmtree(tokens, ignore_errors=True)
             raise
         shutil.rmtree(tokens, ignore_errors=True)
@@ -305,7 +288,7 @@ class PackedRows:
         return len(self.rows) - 1
 
     def row(self, number: int) -> Row:
-        """Row `number`; its `sources` name part, source and number of each document."""
+        """The documents of row `number`."""
         here = slice(*self.rows[number : number + 2])
         pieces = zip(self.starts[here].tolist(), self.lengths[here].tolist(), strict=True)
         return Row.of([self.store.example(start, length) for start, length in pieces])

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import itertools
-import json
-import math
 import re
-import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from pedgpt.data.sentencepiece import LeftmostMerges, convert_sentencepiece
-from pedgpt.files import atomic_write, own_file, read_object, unique_keys, write_json, write_text
+from pedgpt.data.sentencepiece import convert_sentencepiece
+from pedgpt.files import atomic_write, own_file, read_object, write_json, write_text
 
 JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 ADDED_FILE, NAMES_FILE = "added_tokens.json", "special_tokens_map.json"
@@ -29,7 +22,6 @@ _COMPANIONS = (
 )  # fmt: skip
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
-_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _CONTROL = re.compile(r"<[^<>\s]+>$")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>$")
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")  # add a bos unless their config says otherwise
@@ -39,40 +31,29 @@ class Tokenizer:
     """Token ids of plain text; special tokens enter only by id, never from text that spells them.
 
     `bos_id`, `eos_id`, `pad_id` are None where the checkpoint names none. `special` holds the id of each special token.
-    `document_prefix` holds the ids that the checkpoint puts before a document: its bos, or nothing. `scores` are those
-    of `convert_sentencepiece`: where they are given, `leftmost` corrects the ids that `backend` gives.
+    `document_prefix` holds the ids that the checkpoint puts before a document: its bos, or nothing.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        config: dict[str, Any],
-        folder: Path | None = None,
-        scores: Sequence[float | None] | None = None,
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path | None = None) -> None:
         self.backend, self.config, self.folder = backend, config, folder
-        is_json = folder is None or (folder / JSON_FILE).is_file()
-        self.file = (folder or Path()) / (JSON_FILE if is_json else MODEL_FILE)
-        with _blame(self.file):
-            named = [self._named(key) for key in _NAMED[:3]]
-            self.bos_id, self.eos_id, self.pad_id = named
-            lists = [config[key] for key in _LISTED if isinstance(config.get(key), list)]
-            named += [backend.token_to_id(token_name(token) or "") for tokens in lists for token in tokens]
-            _protect_special_tokens(backend, {i for i in named if i is not None})
-            backend.encode_special_tokens = True
-            backend.no_truncation()
-            backend.no_padding()
-            added = backend.get_added_tokens_decoder().items()
-            self.special = {token.content: i for i, token in added if token.special and token.content}
-            self.leftmost = LeftmostMerges(backend, scores) if scores else None
-            if is_json:
-                found = backend.encode("a", add_special_tokens=True)
-                marked = zip(found.ids, found.special_tokens_mask, strict=True)
-                self.document_prefix = [i for i, _ in itertools.takewhile(lambda pair: pair[1], marked)]
-            else:
-                chosen, default = config.get("add_bos_token"), config.get("tokenizer_class") in _LLAMA
-                adds_bos = default if chosen is None else chosen
-                self.document_prefix = [self.bos_id] if adds_bos and self.bos_id is not None else []
+        names = [token_name(config.get(key)) for key in _NAMED[:3]]
+        named = [None if name is None else self.token_id(name) for name in names]
+        self.bos_id, self.eos_id, self.pad_id = named
+        lists = [config[key] for key in _LISTED if isinstance(config.get(key), list)]
+        lists.append([token for token in config.get("added_tokens_decoder", {}).values() if token.get("special")])
+        named += [backend.token_to_id(token_name(token) or "") for tokens in lists for token in tokens]
+        _protect_special_tokens(backend, {i for i in named if i is not None})
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder().items()
+        self.special = {token.content: i for i, token in added if token.special}
+        if folder is None or (folder / JSON_FILE).is_file():
+            found = backend.encode("a", add_special_tokens=True)
+            self.document_prefix = found.ids[: [*found.special_tokens_mask, 0].index(0)]
+        else:
+            adds_bos = config.get("add_bos_token", config.get("tokenizer_class") in _LLAMA)
+            self.document_prefix = [self.bos_id] if adds_bos and self.bos_id is not None else []
 
     @property
     def vocab_size(self) -> int:
@@ -81,31 +62,24 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with nothing added before or after."""
-        with _blame(self.file):
-            ids = self.backend.encode(text, add_special_tokens=False).ids
-        return self.leftmost.correct(ids) if self.leftmost else ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, in parallel."""
-        with _blame(self.file):
-            found = [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
-        return [self.leftmost.correct(ids) for ids in found] if self.leftmost else found
+        return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out."""
-        with _blame(self.file):
-            return self.backend.decode(list(ids), skip_special_tokens=True)
+        return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def token_id(self, token: str) -> int:
         """The id of a token given by its exact name; ValueError if the vocabulary lacks it."""
         if (found := self.backend.token_to_id(token)) is None:
-            raise ValueError(f"the tokenizer has no token {token!r}")
+            raise ValueError(f"{self.folder}: the tokenizer has no token {token!r}")
         return found
 
     def stop_ids(self, strings: Sequence[str]) -> set[int]:
         """The ids of the special tokens that `strings` spell. No decoded text holds them, so they stop by id."""
-        if isinstance(strings, str) or not all(strings):
-            raise ValueError(f"stop_strings is {strings!r}; expected a list of texts that are not empty")
         return {self.special[text] for text in strings if text in self.special}
 
     def has(self, *names: str) -> bool:
@@ -114,82 +88,50 @@ class Tokenizer:
 
     def description(self) -> str:
         """All that the ids of a text depend on, as text, from which a fingerprint is made."""
-        try:
-            return self.backend.to_str() + (" leftmost" if self.leftmost else "")
-        except Exception:  # a character map is Python code, which `tokenizers` cannot write down
-            added = sorted(self.backend.get_added_tokens_decoder().items())
-            return f"{hashlib.sha256(self.file.read_bytes()).hexdigest()} {added}"
+        return self.backend.to_str()
 
     def check_fits(self, vocab_size: int, folder: str) -> None:
         """Raise ValueError if the tokenizer has ids beyond the model's vocabulary (which may well be larger)."""
-        special = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
-        beyond = [f", its {name} is {i}" for name, i in special.items() if i is not None and i >= vocab_size]
-        if self.vocab_size > vocab_size or beyond:
-            raise ValueError(
-                f"{folder}: the model has a vocabulary of {vocab_size} tokens, its tokenizer needs {self.vocab_size}"
-                f"{''.join(beyond)}; they do not belong together"
-            )
+        if self.vocab_size > vocab_size:
+            sizes = f"the model has a vocabulary of {vocab_size} tokens, its tokenizer needs {self.vocab_size}"
+            raise ValueError(f"{folder}: {sizes}; they do not belong together")
 
     def save(self, folder: str | Path, *, convert: bool = False, chat_template: str | None = None) -> None:
         """Copy the files that the tokenizer came with; without such, write tokenizer.json and tokenizer_config.json.
 
-        `convert` writes these two in any case, for tools that need no vendor code, with `chat_template` if given, and
-        warns where a tokenizer.json cannot give the ids that this tokenizer gives.
-        Raises ValueError naming a file to copy that is a link out of its folder.
+        `convert` writes these two in any case, for tools that need no vendor code, with `chat_template` if given.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.folder is None or convert:
-            with _blame(self.file):
-                write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))
-            if leftmost := self.leftmost:
-                tried = list(itertools.islice(leftmost.overlaps(), 20_000))
-                ranked = [[token.id for token in self.backend.model.tokenize(text)] for text in tried]
-                wrong = [text for text, ids in zip(tried, ranked, strict=True) if ids != leftmost.correct(ids)]
-                warnings.warn(
-                    f"{folder / JSON_FILE}: this vocabulary has pieces that share a score. SentencePiece merges the"
-                    f" leftmost of them first, which a tokenizer.json cannot say. It was tried on {len(tried)} texts in"
-                    f" which two such pieces overlap, and gives other ids for {len(wrong)}"
-                    f" ({', '.join(map(repr, (wrong or tried)[:3]))}). A tool that reads {MODEL_FILE} gives equal ids",
-                    stacklevel=2,
-                )
+            write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))
             made = {"tokenizer_class": "PreTrainedTokenizerFast"}
             made |= {"chat_template": chat_template} if chat_template else {}
             config = {key: self.config[key] for key in _NAMED if key in self.config}
             write_json(folder / CONFIG_FILE, config | made if convert else self.config)
-            return
-        # Code that auto_map names is copied, for tools that run it; pedgpt does not.
-        for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
-            source = own_file(self.folder, name)
-            if self.folder.resolve() == folder.resolve():
-                continue
-            if source:
-                with atomic_write(folder / name, "wb") as target, source.open("rb") as origin:
-                    shutil.copyfileobj(origin, target)
-            elif name == "chat_template.jinja":  # an earlier one would hide that of tokenizer_config.json
-                (folder / name).unlink(missing_ok=True)
-
-    def _named(self, key: str) -> int | None:
-        value, name = self.config.get(key), token_name(self.config.get(key))
-        if value is not None and (name is None or not self.has(name)):
-            place = f"{self.file.with_name(CONFIG_FILE)} or {NAMES_FILE}"
-            raise ValueError(f"{place}: {key} is {name or value!r}, which the tokenizer lacks")
-        return None if name is None else self.token_id(name)
+        elif self.folder.resolve() != folder.resolve():
+            # Code that auto_map names is copied, for tools that run it; pedgpt does not.
+            for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
+                if source := own_file(self.folder, name):
+                    with atomic_write(folder / name, "wb") as target:
+                        target.write(source.read_bytes())
+                elif name == "chat_template.jinja":  # an earlier one would hide that of tokenizer_config.json
+                    (folder / name).unlink(missing_ok=True)
 
 
 class StreamDecoder:
     """Turns ids that arrive one by one into the text of `Tokenizer.decode`, holding back what is not yet certain.
 
     That is a character until all its bytes are there, and what may begin one of `stop_strings`. `stopped` becomes
-    True when one is complete, or when the special token that one spells arrives: the text before it has been given,
-    and the rest is dropped.
+    True when one is complete, or when the special token that one spells arrives; the rest is dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
         self.stop_ids = tokenizer.stop_ids(stop_strings)
         self.tokenizer, self.stop_strings, self.stopped = tokenizer, tuple(stop_strings), False
-        self.context: list[int] = []  # already given; decoded again so that spacing between tokens is right
-        self.pending: list[int] = []
+        # Ids whose text was given, `given` of them, are decoded again so that spacing between tokens is right.
+        self.ids: list[int] = []
+        self.given = 0
         self.held = ""
 
     def push(self, token: int) -> str:
@@ -200,27 +142,25 @@ class StreamDecoder:
         name = self.tokenizer.backend.id_to_token(token)
         if self.stopped or name is None or name in self.tokenizer.special:
             return ""
-        self.pending.append(token)
+        self.ids.append(token)
         before, text = self._decoded()
         if _BYTE.match(name) or text.endswith("\ufffd"):  # one wrong byte spoils the whole run
             return ""
-        if not before:  # a space that begins the text may be dropped, so the context needs some text in it
-            self.context += self.pending
-        elif self.tokenizer.decode(self.pending):
-            self.context = self.pending
-        self.pending = []
+        if before and self.tokenizer.decode(self.ids[self.given :]):  # what begins a text may lose its space
+            self.ids = self.ids[self.given :]
+        self.given = len(self.ids)
         return self._release(text)
 
     def finish(self) -> str:
         """What is left at the end, broken characters included."""
         text = "" if self.stopped else self._release(self._decoded()[1]) + self.held
-        self.context, self.pending, self.held = [], [], ""
+        self.ids, self.given, self.held = [], 0, ""
         return text
 
     def _decoded(self) -> tuple[str, str]:
-        """The text of the context, and that of the pending ids after it."""
-        before = self.tokenizer.decode(self.context)
-        return before, self.tokenizer.decode(self.context + self.pending)[len(before) :]
+        """The text that was given, of the ids that are kept, and that after it."""
+        before = self.tokenizer.decode(self.ids[: self.given])
+        return before, self.tokenizer.decode(self.ids)[len(before) :]
 
     def _release(self, text: str) -> str:
         """What cannot be part of a stop string any more."""
@@ -238,9 +178,9 @@ class StreamDecoder:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder: tokenizer.json, or else tokenizer.model (SentencePiece BPE, converted).
 
-    added_tokens.json and tokenizer_config.json's added_tokens_decoder complete it; special_tokens_map.json names what
-    tokenizer_config.json does not. Raises ValueError naming the file if there is no tokenizer, or a file is broken,
-    contradicts another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
+    added_tokens.json and tokenizer_config.json's added_tokens_decoder complete the latter. special_tokens_map.json
+    names what tokenizer_config.json does not. Raises ValueError naming the file if there is no tokenizer, or a file is
+    broken, contradicts another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
     """
     folder = Path(folder)
     config, names = read_object(folder, CONFIG_FILE), read_object(folder, NAMES_FILE)
@@ -248,18 +188,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = own_file(folder, JSON_FILE) or own_file(folder, MODEL_FILE)
     if path is None:
         raise ValueError(f"{folder}: no tokenizer; expected {JSON_FILE} or {MODEL_FILE}")
-    own: list[dict[str, Any]] = []
-    scores = None
-    with _blame(path):
+    try:
         if path.name == JSON_FILE:
-            backend, own = _load_json(path)
+            backend = tokenizers.Tokenizer.from_file(str(path))
         else:
-            backend, scores = convert_sentencepiece(path)
-    with _blame(folder / CONFIG_FILE):
-        if not isinstance(config.get("add_bos_token"), bool | None):
-            raise ValueError(f"add_bos_token is {config['add_bos_token']!r}, expected true or false")
-        _add_tokens(backend, path, config, own)
-    return Tokenizer(backend, config, folder, scores)
+            backend = convert_sentencepiece(path)
+            _add_tokens(backend, read_object(folder, ADDED_FILE), config.get("added_tokens_decoder", {}))
+    except Exception as error:  # the library raises bare Exception over a broken file
+        fault = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: not a usable tokenizer with the files beside it ({fault})") from None
+    return Tokenizer(backend, config, folder)
 
 
 def taught_folder(model: str, adapter: str = "") -> str:
@@ -270,8 +208,6 @@ def taught_folder(model: str, adapter: str = "") -> str:
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
     """A byte-level BPE trained on `texts`, whose first ids are `special_tokens` (unknown, bos, eos, then others)."""
-    if len(special_tokens) < 3:
-        raise ValueError("special_tokens must begin with the unknown, the begin and the end token")
     backend = tokenizers.Tokenizer(models.BPE())
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
@@ -308,72 +244,21 @@ def _protect_special_tokens(backend: tokenizers.Tokenizer, named: set[int]) -> N
     backend.add_tokens(tokens)
 
 
-def _load_json(path: Path) -> tuple[tokenizers.Tokenizer, list[dict[str, Any]]]:
-    """The tokenizer of a tokenizer.json, and the added tokens that the file declares."""
-    text = path.read_bytes()
-    objects: list[dict[str, Any]] = []
+def _add_tokens(backend: tokenizers.Tokenizer, added: dict[str, int], decoder: dict[str, Any]) -> None:
+    """Add the tokens of added_tokens.json {"token": id} and of added_tokens_decoder {"id": {"content": …, flags}}.
 
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        objects.append(unique_keys(pairs))
-        return objects[-1]
-
-    state = json.loads(text, object_pairs_hook=collect)
-    if any(found.get("merges") and found.get("continuing_subword_prefix") for found in objects):
-        # The library cuts it off every merge unchecked, which aborts the process where it is not there.
-        raise ValueError("a BPE with a continuing_subword_prefix is not supported")
-    growth = math.prod(max(1, len(str(step["content"]))) for step in objects if {"pattern", "content"} <= step.keys())
-    if growth > 1000 or any(isinstance(step.get("ids"), list) and len(step["ids"]) > 16 for step in objects):
-        raise ValueError("its steps before and after the model make a text more than 1,000 times as long")
-    return tokenizers.Tokenizer.from_buffer(text), state.get("added_tokens") or []
-
-
-def _add_tokens(
-    backend: tokenizers.Tokenizer, path: Path, config: dict[str, Any], own: Sequence[dict[str, Any]]
-) -> None:
-    """Add the tokens of added_tokens_decoder {"id": {"content": …, flags}} and of added_tokens.json {"token": id}.
-
-    They go by their ids. Tokens that are there already, among them the file's `own`, take the flags of the former.
+    They go by their ids. No normalizer is for them, because a tokenizer.model's may put a prefix before a token.
     """
-    decoder = config.get("added_tokens_decoder") or {}
-    if not isinstance(decoder, dict):
-        raise ValueError(f"added_tokens_decoder is a {type(decoder).__name__}, expected an object")
-    declared: list[tuple[int, str, dict[str, bool], str]] = [(t["id"], t["content"], {}, path.name) for t in own]
-    for key, value in decoder.items():
-        name = token_name(value)
-        flags = {flag: value[flag] for flag in _FLAGS if flag in value} if isinstance(value, dict) else {}
-        if name is None or not key.isdecimal() or not all(isinstance(flag, bool) for flag in flags.values()):
-            raise ValueError(f"added_tokens_decoder's entry {key!r} is not an id with a token and its flags")
-        declared.append((int(key), name, flags, CONFIG_FILE))
-    for name, i in read_object(path.parent, ADDED_FILE).items():
-        if type(i) is not int:
-            raise ValueError(f"{path.with_name(ADDED_FILE)}: the id of {name!r} is {i!r}, expected a whole number")
-        declared.append((i, name, {}, ADDED_FILE))
+    declared: dict[str, tuple[int, dict[str, Any]]] = {name: (i, {}) for name, i in added.items()}
+    declared |= {token["content"]: (int(i), token) for i, token in decoder.items()}
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    for _, name, flags, _ in sorted(declared, key=lambda token: token[0]):
-        old = known.get(name)
-        if old and not flags:
-            continue
-        if path.name == MODEL_FILE or not flags:  # its normalizer is for pieces: it may put a prefix before a token
-            flags = flags | {"normalized": old is not None and old.normalized}
-        flags["special"] = flags.get("special") or old is not None and old.special
-        known[name] = AddedToken(name, **flags)
-        backend.add_tokens([known[name]])
-    for i, name, _, file in declared:
+    for name, (i, token) in sorted(declared.items(), key=lambda item: item[1][0]):
+        old = known.get(name, AddedToken(name, normalized=False))
+        flags = {flag: token.get(flag, False) for flag in ("lstrip", "rstrip", "single_word")}
+        special = old.special or token.get("special", False)
+        backend.add_tokens([AddedToken(name, special=special, normalized=old.normalized, **flags)])
         if (found := backend.token_to_id(name)) != i:  # the library does not mind another id
             raise ValueError(
-                f"{path.with_name(file)}: token {name!r} is declared with id {i}, but becomes {found}: added tokens"
-                " must follow the vocabulary without holes, each with an id and a name of its own"
+                f"{ADDED_FILE} or {CONFIG_FILE}: token {name!r} is declared with id {i}, but becomes {found}: added"
+                " tokens must follow the vocabulary without holes, each with an id and a name of its own"
             )
-
-
-@contextlib.contextmanager
-def _blame(path: Path) -> Iterator[None]:
-    """Turn what `tokenizers` raises over a broken file into a ValueError that names it."""
-    try:
-        yield
-    except BaseException as error:
-        # The library raises bare Exception, and panics derive from BaseException.
-        foreign = type(error) is Exception or type(error).__name__ == "PanicException"
-        if foreign or isinstance(error, ValueError | RecursionError) and str(path) not in str(error):
-            raise ValueError(f"{path}: not a usable tokenizer ({error})") from None
-        raise

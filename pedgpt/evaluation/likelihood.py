@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pedgpt.data.chat import IGNORE_INDEX, ChatFormat
-from pedgpt.data.examples import Messages, encode_answers
+from pedgpt.data.examples import Messages, encode_conversation
 from pedgpt.data.packing import Batch, Row, collate, padded
 from pedgpt.data.preference import EncodedPair, PreferenceBatch, collate_pairs
 from pedgpt.data.records import Message
@@ -60,7 +60,8 @@ def option_logps(
         rows, branches = [], []
         chunk = questions[start : start + batch_size]
         for history, options in chunk:
-            examples = encode_answers(history, [Message("assistant", text) for text in options], True, chat)
+            talks = [[*history, Message("assistant", text)] for text in options]
+            examples = [encode_conversation(talk, chat, last_only=True) for talk in talks]
             # The last token before an option predicts its first one, so each branch begins with that token.
             shared = next(i for i, label in enumerate(examples[0].labels) if label != IGNORE_INDEX)
             row, branch = Row(examples[0].tokens[:shared], [IGNORE_INDEX] * shared, []), [0] * shared

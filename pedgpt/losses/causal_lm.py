@@ -44,13 +44,11 @@ def linear_cross_entropy(
     """`causal_lm_loss(hidden Wᵀ, labels)` without the logits: chunk by chunk, gradients in the same pass.
 
     hidden [B, T, D], or of any shape before D, weight [V, D], labels [B, T]; positions without a label cost nothing.
-    `normalize` divides the rows of W by their lengths first (NormHead), without a copy of W. Products are in the dtype
-    of the operands, or autocast's; the rest is in float32, or float64 for float64. The backward pass runs once. Under a
-    compiler or torch.func the logits are made as a whole.
-
-    `metrics` is filled, at no further pass, with "entropy" of the predicted distributions in nats and with
-    "mean_token_accuracy", the share of labels that no token was more probable than; divided as the loss is. Raises
-    ValueError for shapes, dtypes or labels that do not fit.
+    `normalize` divides the rows of W by their lengths first (NormHead), without a copy. Products are in the dtype of
+    the operands, or autocast's; the rest in float32, or float64 for float64. The backward pass runs once. Under a
+    compiler or torch.func the logits are made as a whole. `metrics` is filled with "entropy" of the predicted
+    distributions in nats and with "mean_token_accuracy", the share of labels that no token was more probable than;
+    divided as the loss is. Raises ValueError for shapes, dtypes or labels that do not fit.
     """
     if hidden.ndim < 2 or hidden.shape[:-1] != labels.shape:
         shapes = f"{list(hidden.shape)} and {list(labels.shape)}"
@@ -94,8 +92,6 @@ def linear_sequence_logps(
     elif num_sequences is None or sequences.shape != labels.shape:
         shape = list(sequences.shape)
         raise ValueError(f"sequences {shape} needs num_sequences and the shape of labels, {list(labels.shape)}")
-    elif sequences.is_floating_point():
-        raise ValueError(f"sequences number the sequences, expected integers, found {sequences.dtype}")
     elif not transformed() and (((sequences < 0) | (sequences >= num_sequences)) & supervised).any():
         raise ValueError(f"sequences must be in [0, {num_sequences}) wherever there is a label")
     places = sequences.long().expand(labels.shape).where(supervised, 0).flatten()
@@ -107,9 +103,8 @@ def linear_sequence_logps(
     )
     counts = supervised.new_zeros(num_sequences, dtype=torch.int64).index_add(0, places, supervised.flatten().long())
     if metrics is not None:
-        metrics["entropy"], metrics["mean_token_accuracy"] = (
-            total / counts.clamp(min=1) for total in (entropy, correct)
-        )
+        means = (total / counts.clamp(min=1) for total in (entropy, correct))
+        metrics["entropy"], metrics["mean_token_accuracy"] = means
     return logps, counts
 
 

@@ -102,11 +102,8 @@ def linear_dfpo_loss(
 
     The reference's log-probabilities are [P]. Rows are the P chosen responses, then the P rejected ones; or `sequences`
     [B, T] numbers the response of each label in that order, wherever it stands, so that a pair can share its prompt.
-    `normalize` and `metrics` as in `linear_cross_entropy`. Raises ValueError as `dfpo_loss` does, and for shapes
-    that do not fit.
+    `normalize` and `metrics` as in `linear_cross_entropy`. Raises ValueError as it and `dfpo_loss` do.
     """
-    if reference_chosen_logps.ndim != 1:
-        raise ValueError(f"reference_chosen_logps must be [pairs], found {list(reference_chosen_logps.shape)}")
     pairs = len(reference_chosen_logps)
     if sequences is None and len(labels) != 2 * pairs:
         raise ValueError(f"{pairs} pairs are {2 * pairs} rows, chosen first, found {len(labels)}; or give sequences")
@@ -129,15 +126,13 @@ def check_dfpo_settings(beta: float, mu: float, label_smoothing: float) -> None:
 
 def _check_values(inputs: dict[str, Tensor]) -> None:
     """One look at all values, since each would wait for the device; the second look says which."""
-    wrong = torch.stack([~value.isfinite() for value in inputs.values()])
-    empty = inputs["chosen_token_counts"] <= 0
-    if not (wrong.any() | empty.any()):
+    counts = inputs["chosen_token_counts"]
+    if not torch.stack([*(~values.isfinite() for values in inputs.values()), counts <= 0]).any():
         return
     for name, values in inputs.items():
         if places := (~values.isfinite()).nonzero().flatten().tolist():
             hint = "; lower learning_rate or max_grad_norm, or use float32" if name.startswith("policy") else ""
             found = f"{name}[{places[0]}] is {values[places[0]].item()}"
             raise ValueError(f"{found}; expected a finite log-probability{hint}")
-    place = empty.nonzero().flatten().tolist()[0]
-    count = inputs["chosen_token_counts"][int(place)].item()
-    raise ValueError(f"chosen_token_counts[{place}] is {count}: a chosen response needs a token for its mean")
+    place = int((counts <= 0).nonzero()[0])
+    raise ValueError(f"chosen_token_counts[{place}] is {counts[place].item()}: a chosen response needs a token")

@@ -23,6 +23,7 @@ BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 HEAD = "lm_head.weight"
 READ_BYTES = 64 * 2**20  # how much of a file stays mapped while parts of it are copied
 
+
 _PLAIN_GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 
 
@@ -79,18 +80,19 @@ class Weights:
 class _BinReader(dict[str, Tensor]):
     """The tensors of a torch.save file, with the methods of `safe_open`.
 
-    Refuses what torch's weights_only unpickler allows and no state dict needs. It runs no code, yet would call
-    `bytearray(10**12)`, inflate whatever is compressed, and hash or print any nesting.
+    torch's weights_only unpickler calls more than a state dict needs, `bytearray(10**12)` for one: that is refused.
     """
 
     offset_keys, get_tensor, get_slice = dict.keys, dict.__getitem__, dict.__getitem__
 
     def __init__(self, file: Path) -> None:
-        size = file.stat().st_size
         with zipfile.ZipFile(file) as archive:
-            if any(info.compress_type or info.file_size > size for info in archive.infolist()):
-                raise ValueError("its parts are compressed, or larger than the file")
-        _check_pickle(torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))  # zipfile might find another one
+            if any(info.compress_type for info in archive.infolist()):  # mapped, they would be read as they lie there
+                raise ValueError("its parts are compressed")
+        pickled = torch._C.PyTorchFileReader(str(file)).get_record("data.pkl")
+        called = [str(argument) for opcode, argument, _ in pickletools.genops(pickled) if opcode.name == "GLOBAL"]
+        if not all(map(_PLAIN_GLOBALS.fullmatch, called)):
+            raise pickle.UnpicklingError
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
             raise ValueError(f"expected a dictionary of tensors, found {type(state).__name__}")
@@ -98,27 +100,7 @@ class _BinReader(dict[str, Tensor]):
             dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
             if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 repeats one number
                 raise ValueError(f"{key} is no dense tensor of the file's own numbers, but a {type(tensor).__name__}")
-        claimed = sum(tensor.nbytes for tensor in state.values())
-        if claimed > 2 * size:  # a tied head is stored once; no more than that is shared
-            raise ValueError(f"its tensors share their bytes; {claimed} are claimed, more than the file holds")
         super().__init__({key: tensor.detach() for key, tensor in state.items()})
-
-
-def _check_pickle(content: bytes) -> None:
-    """UnpicklingError for instructions that no dictionary of tensors needs."""
-    source: dict[str, str] = {}  # slot of the memo -> the instruction whose result it holds
-    previous, foreign, tuples, reused = "", 0, 0, 0
-    for opcode, argument, _ in pickletools.genops(content):
-        name, value = opcode.name, str(argument)
-        foreign += name == "GLOBAL" and not _PLAIN_GLOBALS.fullmatch(value)
-        if name in ("BINPUT", "LONG_BINPUT"):
-            source[value] = previous
-        tuples += name.startswith("TUPLE")
-        reused += name in ("BINGET", "LONG_BINGET") and source.get(value) not in ("GLOBAL", "BINUNICODE", "REDUCE")
-        previous = name
-    # A tensor takes five tuples, a tie one reuse; deep nesting takes as many as it has levels.
-    if foreign or tuples > 2**15 or reused > 2**4:
-        raise pickle.UnpicklingError
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -5,32 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
-import json
 import math
 import os
 import re
 import sys
-import time
 import types
 import typing
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import MISSING, dataclass, field
 from functools import partial
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pedgpt.files import (
-    DiskFull,
-    disk_full,
-    full_disk,
-    nearest,
-    printable,
-    read_toml,
-    sole_writer,
-    toml_place,
-    toml_shown,
-    toml_value,
-)
+from pedgpt.files import naming_full_disk, nearest, printable, read_toml, sole_writer, toml_place, toml_value
 from pedgpt.training.distributed import stop
 
 C = TypeVar("C")
@@ -82,7 +69,7 @@ class TrainingSettings:
             ('be "float32" or "bfloat16"', lambda x: x in ("", "float32", "bfloat16"), "save_dtype"),
             (
                 'be "auto" or a number of steps',
-                lambda x: x == "auto" or (isinstance(x, int) and x >= 0),
+                lambda x: x == "auto" or (type(x) is int and x >= 0),
                 "checkpoint_every",
             ),
             ("name wandb or tensorboard", lambda x: {*x} <= {"wandb", "tensorboard"}, "log_to"),
@@ -105,25 +92,24 @@ def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
     the nearest known one), a value of the wrong type, a missing required field or an unreadable file.
     """
     kinds = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     found: dict[str, Any] = {}
 
-    def kind_of(name: str, place: str) -> Any:
-        if name not in names:
-            raise ValueError(f"{place} is no setting of this recipe; {nearest(name, names, 'settings')}")
-        return kinds[name]
+    def check_name(name: str, place: str) -> None:
+        if name not in fields:
+            raise ValueError(f"{place} is no setting of this recipe; {nearest(name, fields, 'settings')}")
 
     flags = _split_flags(arguments)
     if "config" in flags:
-        file = _single("config", flags.pop("config"))
+        file = _from_words("config", flags.pop("config"), str)
         for name, value in read_toml(file).items():
             place = f"{toml_place(file, name)}: {name}"
-            kind = kind_of(name, place)
-            found[name] = _convert(place, value, kind)
+            check_name(name, place)
+            found[name] = _convert(place, value, kinds[name])
     for name, words in flags.items():
-        kind = kind_of(name, "--" + name.replace("_", "-"))
-        found[name] = _convert(f"--{name}", _from_words(name, words, kind), kind)
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is MISSING]  # type: ignore[arg-type]
+        check_name(name, f"--{name}")
+        found[name] = _convert(f"--{name}", _from_words(name, words, kinds[name]), kinds[name])
+    required = [name for name, f in fields.items() if f.default is f.default_factory is MISSING]
     missing = [name for name in required if found.get(name, "") == ""]  # "" would be the folder of the command
     if found.get("plan"):  # It reads neither data nor weights, and writes nothing.
         found |= {name: (typing.get_origin(kinds[name]) or kinds[name])() for name in missing if name != "model"}
@@ -148,47 +134,34 @@ def _split_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
     return flags
 
 
-def _single(name: str, words: list[str]) -> str:
-    if len(words) != 1:
-        raise ValueError(f"--{name} takes one value, found {len(words)}")
-    return words[0]
-
-
-def _types(kind: Any) -> list[Any]:
-    """The types that a field allows, such as int and str of `int | str`."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return [option for option in options if option is not types.NoneType]
-
-
 def _from_words(name: str, words: list[str], kind: Any) -> Any:
     """The words after a flag as TOML would have the value; text that fits no type of the field stays text."""
     if typing.get_origin(kind) is list:
         return words
-    options = _types(kind)
-    if bool in options and not words:
+    if kind is bool and not words:
         return True
-    text = _single(name, words)
-    for option in options:
+    if len(words) != 1:
+        raise ValueError(f"--{name} takes one value, found {len(words)}")
+    for option in typing.get_args(kind) or (kind,):
         if option in (int, float, bool):
             with suppress(ValueError, KeyError):
-                return {"true": True, "false": False}[text.lower()] if option is bool else option(text)
-    return text
+                return {"true": True, "false": False}[words[0].lower()] if option is bool else option(words[0])
+    return words[0]
 
 
 def _convert(place: str, value: Any, kind: Any) -> Any:
     """A TOML value as the type of its field; ValueError names the place."""
+    options = typing.get_args(kind) or (kind,)
     if typing.get_origin(kind) is list:
         value = [value] if isinstance(value, str) else value
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return value
-        raise ValueError(f"{place} must be a list of strings, found {toml_shown(value)}")
-    if typing.get_origin(kind) is Literal:
-        words = [json.dumps(word) for word in typing.get_args(kind)]
-        if isinstance(value, str) and json.dumps(value) in words:
-            return value
-        hint = f"; {words[-1]} is what true was" if kind == Recompute and str(value).lower() == "true" else ""
-        raise ValueError(f"{place} must be {', '.join(words[:-1])} or {words[-1]}, found {toml_shown(value)}{hint}")
-    return toml_value(place, value, *_types(kind))
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{place} must be a list of strings, found {value!r:.100}")
+    elif typing.get_origin(kind) is Literal:
+        if value not in options:
+            raise ValueError(f"{place} must be one of {', '.join(options)}, found {value!r:.100}")
+    else:
+        value = toml_value(place, value, *(option for option in options if option is not types.NoneType))
+    return value
 
 
 def describe_settings(cls: type) -> str:
@@ -204,7 +177,7 @@ def describe_settings(cls: type) -> str:
     return "\n".join([inspect.getdoc(sys.modules[cls.__module__]) or "", *lines])
 
 
-def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: bool = True) -> None:
+def run_recipe(main: Callable[[C], None], cls: type[C]) -> None:
     """Call `main` with settings from the command line; a user's mistake ends in one line instead of a traceback.
 
     A recipe with a setting `output` holds a lock in that folder, or beside it where `cls.lock_beside` is true, because
@@ -217,46 +190,40 @@ def run_recipe(main: Callable[[C], None], cls: type[C], *, lock: bool = True) ->
     if "-h" in arguments or "--help" in arguments:
         print(describe_settings(cls))
         return
-    output = ""
+    code = 0
     try:
         config = parse_settings(cls, arguments)
         output = str(getattr(config, "output", ""))
-        writes = lock and output and not getattr(config, "plan", "") and os.environ.get("RANK", "0") == "0"
-        with sole_writer(output, beside=getattr(cls, "lock_beside", False)) if writes else nullcontext():
+        writes = output and not getattr(config, "plan", "") and os.environ.get("RANK", "0") == "0"
+        lock = sole_writer(output, beside=getattr(cls, "lock_beside", False)) if writes else nullcontext()
+        with naming_full_disk(output or "."), lock:
             main(config)
             stop()
     except BaseException as error:
-        leave(error, output)
-    if "RANK" in os.environ:
-        # Gloo's threads may still drop tensors while the interpreter shuts down, which aborts a run that has succeeded
-        # (pytorch/pytorch#179291): leave without that.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        code = explain(error)
+    if code or "RANK" in os.environ:
+        # NOTE: leave at once, because after a mistake other ranks may wait for this one in a collective, and because
+        # Gloo's threads can abort a run that has succeeded (pytorch/pytorch#179291).
+        with suppress(OSError):  # a closed pipe
+            sys.stdout.flush()
+        os._exit(code)
 
 
-def leave(error: BaseException, output: str = "") -> NoReturn:
-    """End a recipe: a user's mistake, a full disk or a signal in one line, and anything else with its traceback."""
-    full = None if isinstance(error, DiskFull) else full_disk(error)
-    code, line, cause = 2, f"error: {error}", True
-    if isinstance(error, SystemExit):  # whoever stopped the run has said so
-        code, line = error.code if isinstance(error.code, int) else int(error.code is not None), ""
-    elif isinstance(error, KeyboardInterrupt):
+def explain(error: BaseException) -> int:
+    """Say in one line what ended a recipe, and return its exit code; a bug is raised with its traceback."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):  # whoever stopped the run has said so
+        return error.code
+    code, line = 2, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
         code, line = 130, "stopped by Ctrl-C; the same command goes on, or starts anew"
-    elif full:
-        line = f"error: {disk_full(getattr(error, 'filename', None) or output or '.', 0, full)}"
     elif isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error)):
-        line, cause = "error: another process of this run has ended, and says why", False
+        line = "error: another process of this run has ended, and says why"
     elif not isinstance(error, ValueError | OSError):
         raise error
     if code == 2 and os.environ.get("PEDGPT_TRACEBACK"):
         raise error
-    with suppress(OSError):  # standard error may be a file on a full disk
-        if line:
-            tell_torchrun(line, cause)
-            print(printable(line), file=sys.stderr, flush=True)
-    # Other ranks may wait for this one in a collective: leave at once, torchrun ends them.
-    os._exit(code)
+    print(printable(line), file=sys.stderr, flush=True)
+    return code
 
 
 def make_printable(stream: Any, kept: str = "") -> None:
@@ -266,14 +233,3 @@ def make_printable(stream: Any, kept: str = "") -> None:
     if stream:  # no stream at all is None
         write = partial(type(stream).write, stream)
         stream.write = lambda text: write(kept.join(map(printable, text.split(kept))) if kept else printable(text))
-
-
-def tell_torchrun(line: str, cause: bool = True) -> None:
-    """Let torchrun's summary, which it prints last and at length, show this line: as the root cause, or not."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        # torchrun calls the earliest failure the root cause. It compares whole seconds, so a failure that
-        # only follows from another one gets a later time.
-        when = int(time.time()) + (0 if cause else 60)
-        said = {"message": printable(line), "extraInfo": {"timestamp": str(when)}}
-        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": said}, file)

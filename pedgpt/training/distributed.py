@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,17 +84,20 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be split."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 def reshard(model: nn.Module) -> None:
     """Make `model.parameters()` the sharded ones again: a forward without a backward leaves the root's gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def autocast(world: World, dtype: torch.dtype) -> AbstractContextManager:
+def autocast(world: World, dtype: torch.dtype) -> torch.autocast:
     """Matrix products in `dtype`; nothing to do in float32."""
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(world.device.type, dtype=dtype)
+    return torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
@@ -131,19 +134,15 @@ def run_on_main(steps: Iterator[int], world: World) -> None:
 
     Raises what the first rank raises there, and ValueError on the other ranks.
     """
-    mistake: Exception | None = None
-    going = 1.0
+    elsewhere = ValueError("the first rank met a mistake in the data, and says which")
     show = {"desc": "tokens", "unit": " documents", "delay": 5.0, "mininterval": 1.0, "file": sys.stderr}
     with tqdm(disable=not world.is_main, **show) as bar:
-        while going > 0:
-            try:
+        done = 1.0
+        while done:
+            with together(world, elsewhere):
                 done = next(steps, 0) if world.is_main else 0
-            except (ValueError, OSError) as error:
-                mistake, done = error, -1
-            bar.update(max(0, done))
-            (going,) = sum_over_ranks([done], world)
-    if going < 0:
-        raise mistake or ValueError("the first rank met a mistake in the data, and says which")
+            bar.update(done)
+            (done,) = sum_over_ranks([done], world)
 
 
 def gather_rows(values: Tensor, world: World) -> Tensor:

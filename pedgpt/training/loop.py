@@ -6,19 +6,18 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from datetime import date
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pedgpt.files import write_json
+from pedgpt.files import sync, write_json
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
@@ -34,19 +33,9 @@ _FREE = {
 }  # fmt: skip
 
 
-class TrainingBatch(Protocol):
-    """What the loop needs of a batch: its weight in the loss, its size, and a way to the device."""
-
-    weight: int
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    def to(self, device: torch.device) -> Self: ...
-
-
-# From rows and their ids to a batch; empty lists give a batch of weight 0.
-MakeBatch = Callable[[list[int], list[int]], TrainingBatch]
+# From rows and their ids to a batch, which has `weight` in the loss, `num_tokens` and `to(device)`; empty lists give a
+# batch of weight 0.
+MakeBatch = Callable[[list[int], list[int]], Any]
 # From model and batch to the loss and the metrics, all *summed* over what `batch.weight` counts.
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 
@@ -103,7 +92,7 @@ def train(
                 due, sent = stop.agree(checkpoints.due(step + 1))
                 if due or last or sent:
                     if report.log:
-                        report.log.sync()  # a checkpoint's steps are in the log, whatever happens
+                        sync(report.log.path)  # a checkpoint's steps are in the log, whatever happens
                     saved = checkpoints.save(step + 1, ending=bool(last or sent))
                 if sent:
                     break
@@ -155,18 +144,14 @@ def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) 
     return {**chosen, "total_steps": plan.total_steps, "rows_and_base_model": fingerprint}
 
 
-def run_date(output: str | Path, world: World, shared: str = "") -> str:
+def run_date(output: str | Path, world: World) -> str:
     """The day for chat templates that write one, like "2026-03-31", fixed for the whole run.
 
-    It is the day of the run in `output` if that is finished or has a checkpoint, else `shared`, else today. The main
-    rank decides for all ranks, because midnight may pass while they start.
+    It is the day of the run in `output` if that is finished or has a checkpoint, else today. The main rank decides
+    for all ranks, because midnight may pass while they start.
     """
-    found = _remembered(Path(output)).get("template_date") or shared
-    try:
-        day = date.fromisoformat(found) if found else date.today()
-    except (TypeError, ValueError):
-        raise ValueError(f"{output}: its template_date is {found!r}, expected a day like 2026-03-31") from None
-    return date.fromordinal(all_values(day.toordinal(), world)[0]).isoformat()
+    found = _remembered(Path(output)).get("template_date") or date.today().isoformat()
+    return all_values(found, world)[0]
 
 
 def run_choices(
@@ -183,15 +168,10 @@ def run_choices(
     if world.device.type != "cpu":
         return {}
     use({})  # raises on every rank what it may raise
-    found: dict[str, bool] = {}
     if world.is_main:
-        stored = _remembered(Path(output)).get("choices")
-        stored = stored if isinstance(stored, dict) else {}
-        use({name: ours for name, ours in stored.items() if isinstance(ours, bool)})
-        found = settle()
-    found = all_values(found, world)[0]
-    if not world.is_main:
-        use(found)
+        use(_remembered(Path(output)).get("choices") or {})
+    found = all_values(settle() if world.is_main else {}, world)[0]
+    use(found)
     return found
 
 
@@ -211,32 +191,22 @@ def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, w
     if not path.exists():
         return False
     try:
-        saved = json.loads(path.read_bytes())
-        results = saved.pop("result", [])
-        missing = [name for name in results if not (path.parent / name).is_file()]
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: damaged ({error}); if the result is complete, keep it and use another --output, "
-            "else delete this file to train again"
-        ) from None
+        saved = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); delete it to train again") from None
+    saved.pop("result", None)  # a list of files, from older versions
     refuse_changes(saved, describe_run(settings, plan, fingerprint), path.parent)
-    barrier(world)  # all ranks have read the file
-    if world.is_main and missing:
-        print(f"{settings.output}: finished, but {missing[0]} is gone: it is trained again", file=sys.stderr)
-        path.unlink()  # else a death between two files of the new result would count as finished
-    elif world.is_main:
+    if world.is_main:
         _tidy(path.parent)
         print(f"{settings.output}: finished already")
-    return not missing
+    return True
 
 
 def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> None:
     """Mark the run complete, once its result is saved, and delete the checkpoints that it no longer needs."""
     if world.is_main:
         output = Path(settings.output)
-        run = describe_run(settings, plan, fingerprint)
-        run["result"] = sorted(str(file.relative_to(output)) for file in output.glob("*/*.safetensors"))
-        write_json(output / "done.json", run)
+        write_json(output / "done.json", describe_run(settings, plan, fingerprint))
         _tidy(output)
     barrier(world)
 
@@ -263,7 +233,7 @@ def _prepare(
 def _step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: list[TrainingBatch],
+    batches: list[Any],
     loss_function: LossFunction,
     settings: TrainingSettings,
     world: World,

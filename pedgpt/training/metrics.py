@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pedgpt.files import naming_full_disk, sync, write_text
+from pedgpt.files import naming_full_disk, write_text
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World
 
@@ -29,41 +29,27 @@ class MetricsLog:
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept: list[dict[str, Any]] = []
-        self.last: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
+        self.tokens, self.seconds = 0, 0.0  # spent so far
         self.best = math.inf  # the lowest held-out loss so far
-        for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
-            if self.last["step"] == after_step:
-                break  # what follows, perhaps the line that a killed run was writing, is written again
+        kept = []
+        for number, line in enumerate(path.read_bytes().splitlines()[:after_step] if path.exists() else (), 1):
             try:
                 record = json.loads(line)
-                float(record["step"] + record["tokens"] + record["seconds"])
-                held_out = float(record.get("eval_loss", math.inf))
-            except (ValueError, TypeError, KeyError, RecursionError, AttributeError):
+                if record["step"] <= after_step:
+                    kept.append(json.dumps(record) + "\n")
+                    self.tokens, self.seconds = record["tokens"], record["seconds"]
+                    self.best = min(self.best, record.get("eval_loss", math.inf))
+            except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(
-                    f"{path}:{number}: not the record of a step, the file is damaged; "
-                    "delete the line to go on without it"
+                    f"{path}:{number}: not the record of a step ({error}); delete the line to go on without it"
                 ) from None
-            if record["step"] > after_step:
-                break
-            self.last, self.best = record, min(self.best, held_out)
-            kept.append(record)
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one step."""
-        line = json.dumps(record) + "\n"
-        with naming_full_disk(self.path, len(line)), open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(line)
-
-    def sync(self) -> None:
-        """Wait until all lines are on the disk."""
-        sync(self.path)
-
-    def totals(self) -> tuple[int, float]:
-        """(tokens, seconds) spent so far."""
-        return self.last["tokens"], self.last["seconds"]
+        with naming_full_disk(self.path), open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
 
 
 def _tensorboard(output: Path, after_step: int, settings: Mapping[str, Any]) -> Tracker:
@@ -108,7 +94,7 @@ class Report:
     ) -> None:
         output, self.watch = Path(settings.output), watch
         self.log = MetricsLog(output / "metrics.jsonl", after_step=first) if world.is_main else None
-        self.tokens, self.seconds = self.log.totals() if self.log else (0, 0.0)
+        self.tokens, self.seconds = (self.log.tokens, self.log.seconds) if self.log else (0, 0.0)
         self.trackers = [_TRACKERS[name](output, first, run) for name in settings.log_to if world.is_main]
         interactive = sys.stderr.isatty()
         self.bar = tqdm(
@@ -148,13 +134,10 @@ class ChosenLikelihoodWatch:
     beta (log π − log reference), so both start at 0. The warning comes when in two windows of steps in a row the mean
     `rewards/chosen` is the lowest so far and the mean `rewards/margins` the highest so far, and the former lies below
     0 by more than 1 nat per answer and by more than two standard errors: single steps and rounding are noise. The
-    longer the window, the slower a fall is still seen. A resumed run watches anew. Raises ValueError for a window of
-    less than 2 steps.
+    longer the window, of at least 2 steps, the slower a fall is still seen. A resumed run watches anew.
     """
 
     def __init__(self, *, beta: float, mu: float, window: int = 10) -> None:
-        if window < 2:
-            raise ValueError(f"window must be at least 2 steps, found {window}")
         self.beta, self.mu, self.window = float(beta), float(mu), window
         self.done = self.beta == 0  # then rewards are 0, whatever happens
         self.steps: list[tuple[float, float]] = []  # (chosen, margin) of the window that is not full yet

@@ -13,11 +13,9 @@ import dataclasses
 import re
 import weakref
 from collections import Counter as Sums
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -28,17 +26,15 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pedgpt.files import read_object, write_json
 from pedgpt.training import loop
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, stop
+from pedgpt.training.distributed import World, local, stop, trained
 from pedgpt.training.optim import build_optimizer
 
 GB = 10**9
 # A CUDA context with cuBLAS and its workspaces: assumed, not measured.
 LIBRARIES = 600 * 2**20
 ACTIVATIONS, EXCHANGED = "activations, logits", "exchanged by the cards"
-MOMENTS = ("forward", "backward", "update")
 PARTS = ("weights", "gradients", "AdamW's state", EXCHANGED, ACTIVATIONS, "libraries")
 Moments = dict[str, dict[str, int]]  # bytes by part
 S = TypeVar("S", bound=TrainingSettings)
@@ -56,15 +52,18 @@ class Held:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the storages that are alive. `peaks[moment]` lists those of when that moment's sum was highest."""
+    """Counts the storages that are alive: `events` has each that comes, with 1, or goes, with -1.
+
+    `peaks[moment]` is the highest sum of that moment, and the number of events at that time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.moment = ""
         self.total = 0
         self.alive: dict[int, tuple[Any, Held]] = {}  # by address: a weak reference to the storage, and what it holds
-        self.peaks: dict[str, list[Held]] = {}
-        self.highest: dict[str, int] = {}
+        self.events: list[tuple[Held, int]] = []
+        self.peaks: dict[str, tuple[int, int]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -74,11 +73,10 @@ class Counter(TorchDispatchMode):
         answer = ANSWERS.get(function)
         result = answer(*args) if answer else function(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor) and (storage := value.untyped_storage())._cdata not in self.alive:
-                self.add(storage)
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self.alive:
+                self.add(value.untyped_storage())
         if function.namespace in ("fsdp", "c10d"):
-            exchanged = (value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor))
-            self.claim(exchanged, EXCHANGED, of=[ACTIVATIONS])
+            self.claim(tree_leaves((args, kwargs, result)), EXCHANGED, of=ACTIVATIONS)
         return result
 
     def add(self, storage: Any, part: str = ACTIVATIONS) -> None:
@@ -87,41 +85,35 @@ class Counter(TorchDispatchMode):
         self.remove(key)
         held = Held(storage.nbytes(), part)
         self.alive[key] = weakref.ref(storage, lambda _: self.remove(key)), held
+        self.events.append((held, 1))
         self.total += held.size
-        self._record()
+        self.begin(self.moment)
 
     def begin(self, moment: str) -> None:
         """From here on peaks are recorded under the name of this moment."""
         self.moment = moment
-        self._record()
-
-    def _record(self) -> None:
-        if self.total > self.highest.get(self.moment, -1):
-            self.highest[self.moment] = self.total
-            self.peaks[self.moment] = [held for _, held in self.alive.values()]
+        if (self.total,) > self.peaks.get(moment, ())[:1]:
+            self.peaks[moment] = self.total, len(self.events)
 
     def remove(self, key: int) -> None:
         """Count the storage with this address no more, if it was counted."""
         if found := self.alive.pop(key, None):
+            self.events.append((found[1], -1))
             self.total -= found[1].size
 
-    def claim(self, tensors: Iterable[Tensor | None], part: str, of: Collection[str] = PARTS) -> None:
-        """Give these tensors to `part` if they belong to one of `of`; peaks that are already recorded change too."""
-        for tensor in tensors:
-            found = None if tensor is None else self.alive.get(_local(tensor).untyped_storage()._cdata)
-            if found and found[1].part in of:
-                found[1].part = part
+    def claim(self, values: Iterable[Any], part: str, of: str = "") -> None:
+        """Give the tensors among these to `part`, if they belong to `of`; this changes the peaks before, too."""
+        for value in values:
+            if isinstance(value, Tensor) and (found := self.alive.get(local(value).untyped_storage()._cdata)):
+                if of in ("", found[1].part):
+                    found[1].part = part
 
     def parts(self, moment: str) -> dict[str, int]:
         """Bytes by part at the peak of this moment."""
         sums = Sums[str]()
-        for held in self.peaks[moment]:
-            sums[held.part] += held.size
-        return dict(sums)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        for held, sign in self.events[: self.peaks[moment][1]]:
+            sums[held.part] += sign * held.size
+        return dict(+sums)
 
 
 # Tensors without numbers cannot say what is in them. What code asks of them is answered as in a step that goes well:
@@ -134,21 +126,10 @@ def _indexed(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     return aten.index.Tensor(x, indices)
 
 
-def _number(x: Tensor) -> Any:
-    return {torch.bool: getattr(x, "holds_everywhere", False)}.get(x.dtype, 1.0 if x.is_floating_point() else 1)
-
-
-def _everywhere(x: Tensor, *_: Any) -> Tensor:
-    found = aten.any.default(x)
-    found.holds_everywhere = True
-    return found
-
-
 ANSWERS: dict[Any, Callable[..., Any]] = {
     aten.nonzero.default: lambda x: x.new_empty(x.numel(), x.ndim, dtype=torch.int64),
     aten.index.Tensor: _indexed,
-    aten._local_scalar_dense.default: _number,
-    aten.all.default: _everywhere,
+    aten._local_scalar_dense.default: lambda x: 0 if x.dtype == torch.bool else 1,
 }
 
 
@@ -175,7 +156,7 @@ def on_shapes(model: nn.Module) -> None:
     made: dict[Tensor, nn.Parameter] = {}  # a tied parameter stays one
     for name, old in list(model.named_parameters(remove_duplicate=False)):
         if old not in made:
-            new = torch.empty(_local(old).shape, dtype=old.dtype)
+            new = torch.empty(local(old).shape, dtype=old.dtype)
             if isinstance(old, DTensor):
                 sizes: Any = {"shape": old.shape, "stride": old.stride()}
                 new = DTensor.from_local(new, old.device_mesh, old.placements, run_check=False, **sizes)
@@ -197,33 +178,11 @@ def processes(count: int) -> Iterator[World]:
         stop()
 
 
-def count(build: Build, make_batch: MakeBatch, settings: Any, ranks: int = 1) -> Moments:
+def count(build: Build, make_batch: MakeBatch, settings: S, ranks: int = 1) -> Moments:
     """Bytes by part at the peak of a step's "forward", "backward" and "update", on each of `ranks` cards.
 
-    Only models of 2 and 4 blocks are run: every further block adds half of what the last two added.
-    """
-    file = Path(settings.model, "config.json") if Path(settings.model).is_dir() else Path(settings.model)
-    raw = read_object(file.parent, file.name)
-    depth, found = raw["num_hidden_layers"], []
-    alike = not re.search(r"\d", " ".join(getattr(settings, "target_modules", ())))
-    with TemporaryDirectory() as scratch:
-        for layers in (2, 4) if depth > 4 and alike else (depth,):
-            write_json(Path(scratch, "config.json"), {**raw, "num_hidden_layers": layers})
-            found.append(count_step(build, make_batch, dataclasses.replace(settings, model=scratch), ranks))
-    peaks, first = found[-1], found[0]
-    for moment, parts in peaks.items():
-        further = ((part, size, size - first[moment].get(part, 0)) for part, size in parts.items())
-        peaks[moment] = {part: size + (depth - 4) * grown // 2 for part, size, grown in further}
-    halves = {name: [parts for moment, parts in peaks.items() if name in moment] for name in MOMENTS}
-    return {name: max(parts, key=lambda part: sum(part.values())) for name, parts in halves.items()}
-
-
-def count_step(build: Build, make_batch: MakeBatch, settings: S, ranks: int = 1) -> Moments:
-    """As `count`, of a model as it is, with moments for the start and for the end of both passes.
-
     It is a step of the training loop that finds the optimizer's state there, and where it accumulates, the gradients of
-    an earlier micro-batch. From block to block the memory changes at a constant rate, so the peak of a half is that of
-    its first or last block, and grows in proportion to the depth.
+    an earlier micro-batch.
     """
     with processes(ranks) as world:
         with torch.device("meta"):
@@ -232,21 +191,15 @@ def count_step(build: Build, make_batch: MakeBatch, settings: S, ranks: int = 1)
             on_shapes(model)
             counter.claim(model.parameters(), "weights")
             optimizer = build_optimizer(model, settings)
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            for parameter in trained:
+            parameters = list(trained(model).values())
+            for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
             # NOTE: DTensor tries each kind of operation once on whole tensors, which must not be counted later.
-            nn.utils.clip_grad_norm_(trained, 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             rows = -(-settings.global_batch_size // ranks)
             if rows <= settings.micro_batch_size:
                 optimizer.zero_grad(set_to_none=True)
-
-            def halfway(module: nn.Module, arguments: Any, hidden: Tensor) -> None:
-                if counter.moment == "forward":
-                    counter.begin("forward, end")
-                if hidden.requires_grad:
-                    hidden.register_hook(lambda gradient: counter.begin("backward, end"))
 
             def moments(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
                 counter.begin("forward")
@@ -255,13 +208,10 @@ def count_step(build: Build, make_batch: MakeBatch, settings: S, ranks: int = 1)
                 return found
 
             def before_update(*_: Any) -> None:
-                counter.claim((parameter.grad for parameter in trained), "gradients")
-                state = (value for values in optimizer.state.values() for value in values.values())
-                counter.claim(state, "AdamW's state")
+                counter.claim((parameter.grad for parameter in parameters), "gradients")
+                counter.claim(tree_leaves(list(optimizer.state.values())), "AdamW's state")
                 counter.begin("update")
 
-            blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-            blocks[len(blocks) // 2 - 1].register_forward_hook(halfway)
             optimizer.register_step_pre_hook(before_update)
             batch = make_batch(settings, min(rows, settings.micro_batch_size))
             loop._step(model.train(), optimizer, [batch], moments, settings, world)
@@ -277,8 +227,8 @@ def print_plan(settings: S, build: Build, make_batch: MakeBatch) -> None:
     ranks, size = cards(settings.plan)
     with torch.device("meta"):
         model, _ = build(settings, World(0, 1, torch.device("cpu")))
-    everything, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (0, 1))
-    print(f"{everything:,} parameters, {trained:,} train ({trained / everything:.2%}); {settings.dtype}")
+    everything, some = (sum(p.numel() for p in found) for found in (model.parameters(), trained(model).values()))
+    print(f"{everything:,} parameters, {some:,} train ({some / everything:.2%}); {settings.dtype}")
     moments = count(build, make_batch, settings, ranks)
     print(f"\n{'GB on a card, at most in':<26}" + "".join(f"{moment:>10}" for moment in moments))
     for part in (*PARTS, "total"):
@@ -287,19 +237,24 @@ def print_plan(settings: S, build: Build, make_batch: MakeBatch) -> None:
             print(f"{part:<26}" + "".join(f"{value / GB:>10.2f}" for value in values))
     total = peak(moments)
     if total <= size * GB:
-        print(f"\nfits: {total / GB:.2f} of {size:g} GB", flush=True)
+        print(f"\nfits: {total / GB:.2f} of {size:g} GB")
         return
     print(f"\ndoes not fit: {total / GB:.2f} of {size:g} GB; one change makes it", flush=True)
-    enough_cards = False
-    for name, value in changes(settings):
-        if name == "plan" and enough_cards:
+    options: list[tuple[str, Any]] = [
+        ("micro_batch_size", 1), ("activation_checkpointing", "block"), ("dtype", "bfloat16"),
+        ("row_length", max(1, getattr(settings, "row_length", 1) // 2)),
+        ("lora_rank", getattr(settings, "lora_rank", 0) or 8),
+        *(("plan", f"{ranks * factor}x{size:g}") for factor in (2, 4, 8)),
+    ]  # fmt: skip
+    for name, value in options:
+        if getattr(settings, name, value) == value:
             continue
         changed = dataclasses.replace(settings, **{name: value})
         found = peak(count(build, make_batch, changed, cards(changed.plan)[0]))
-        enough_cards |= name == "plan" and found <= size * GB
-        shown = str(value).lower() if isinstance(value, bool) else value
         if found < 0.995 * total:
-            print(f"  {f'{name} {shown}':<36}{found / GB:>8.2f} GB{'  fits' * (found <= size * GB)}", flush=True)
+            print(f"  {f'{name} {value}':<36}{found / GB:>8.2f} GB{'  fits' * (found <= size * GB)}", flush=True)
+        if name == "plan" and found <= size * GB:
+            break  # more cards than are enough
     raise SystemExit(1)
 
 
@@ -314,15 +269,3 @@ def cards(plan: str) -> tuple[int, float]:
     if not found:
         raise ValueError(f'plan must be the size of a card in GB, as "24", or also their number, as "8x80": {plan!r}')
     return int(found[1] or 1), float(found[2])
-
-
-def changes(settings: TrainingSettings) -> Iterator[tuple[str, Any]]:
-    """Settings that may take less memory, with their values."""
-    ranks, size = cards(settings.plan)
-    options: list[tuple[str, Any]] = [
-        ("micro_batch_size", 1), ("activation_checkpointing", "selective"), ("activation_checkpointing", "block"),
-        *(("plan", f"{ranks * factor}x{size:g}") for factor in (2, 4, 8)),
-        ("row_length", max(1, getattr(settings, "row_length", 1) // 2)), ("dtype", "bfloat16"),
-        ("shared_prompt", False), ("lora_rank", getattr(settings, "lora_rank", 0) or 8),
-    ]  # fmt: skip
-    return ((name, value) for name, value in options if getattr(settings, name, value) != value)

@@ -63,22 +63,20 @@ BROKEN = {
     "no type": (set_config(peft_type=None), "peft_type None is not supported"),
     "no rank": (set_config(r=None), f"{CONFIG}: lacks r$"),
     "no rank, no alpha": (set_config(r=None, lora_alpha=None), "lacks r, lora_alpha"),
-    "rank of zero": (set_config(r=0), "r must be a number of at least 1, found 0"),
-    "rank is no integer": (set_config(r=2.0), "r must be a number of at least 1, found 2.0"),
-    "alpha is no number": (set_config(lora_alpha=float("nan")), "lora_alpha must be a number, found nan"),
-    "all dropped": (set_config(lora_dropout=1), "lora_dropout must be below 1, found 1"),
-    "scale unclear": (set_config(use_rslora="yes"), "use_rslora must be true or false, found 'yes'"),
-    "dora": (set_config(use_dora=True), "use_dora is set"),
+    "rank of zero": (set_config(r=0), r"has the shape \[.*\], the model needs \["),
+    "rank is no integer": (set_config(r=2.0), "rank must be a whole number of at least 1, found 2.0"),
+    "alpha is no number": (set_config(lora_alpha=float("nan")), "alpha must be a finite number, found nan"),
+    "all dropped": (set_config(lora_dropout=1), r"dropout must be in \[0, 1\), found 1"),
+    "dora": (set_config(use_dora=True), "use_dora is True"),
     "biases": (set_config(bias="all"), "bias is 'all'"),
-    "lora biases": (set_config(lora_bias=True), "lora_bias is set"),
-    "layers repeated": (set_config(layer_replication=[[0, 2], [1, 2]]), "layer_replication is set"),
-    "targets are numbers": (set_config(target_modules=[1]), r"target_modules must be names, found \[1\]"),
-    "saved modules": (set_config(modules_to_save=["lm_head"]), "modules_to_save is set"),
-    "ranks by pattern": (set_config(rank_pattern={"q_proj": 4}), "rank_pattern is set"),
-    "alphas by pattern": (set_config(alpha_pattern={"q_proj": 4}), "alpha_pattern is set"),
-    "activated lora": (set_config(alora_invocation_tokens=[1]), "alora_invocation_tokens is set"),
-    "pissa": (set_config(init_lora_weights="pissa_niter_4"), "init_lora_weights 'pissa_niter_4' changes the base"),
-    "olora": (set_config(init_lora_weights="olora"), "init_lora_weights 'olora' changes the base"),
+    "lora biases": (set_config(lora_bias=True), "lora_bias is True"),
+    "layers repeated": (set_config(layer_replication=[[0, 2], [1, 2]]), r"layer_replication is \[\[0"),
+    "saved modules": (set_config(modules_to_save=["lm_head"]), r"modules_to_save is \['lm_head"),
+    "ranks by pattern": (set_config(rank_pattern={"q_proj": 4}), "rank_pattern is {'q_proj"),
+    "alphas by pattern": (set_config(alpha_pattern={"q_proj": 4}), "alpha_pattern is {'q_proj"),
+    "activated lora": (set_config(alora_invocation_tokens=[1]), r"alora_invocation_tokens is \[1"),
+    "pissa": (set_config(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'.*path_initial"),
+    "olora": (set_config(init_lora_weights="olora"), "init_lora_weights is 'olora'"),
     "layer not there": (
         set_weights(rename(".q_proj.", ".W_pack.")),
         r"adapts .*0.self_attn.W_pack.* \(2 in all\).*it has down_proj, gate",
@@ -88,14 +86,13 @@ BROKEN = {
         r"adapts lm_head \(1 in all\), .* or the head",
     ),
     "other rank": (set_config(r=5), r"has the shape \[.*\], the model needs \["),
-    "more layers": (set_config(target_modules=["q_proj", "v_proj"]), r"lacks .*v_proj.*in all\)"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS}: no such file"),
-    "truncated": (truncate, f"{WEIGHTS}: cannot be read, the file may be truncated"),
+    "truncated": (truncate, f"{WEIGHTS}: cannot be read as tensors by name, it may be truncated"),
     "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), f"{WEIGHTS}: cannot be read"),
-    "missing tensor": (set_weights(lambda w: w.pop(A)), rf"{WEIGHTS}: lacks {A} \(1 in all\)"),
-    "missing layer": (set_weights(take_layer), rf"lacks .*{A}"),
-    "no tensors": (set_weights(lambda w: w.clear()), "holds no tensors"),
-    "integers": (set_weights(lambda w: w.update({A: w[A].to(torch.int8)})), f"{A} is int8; expected a whole tensor"),
+    "missing tensor": (set_weights(lambda w: w.pop(A)), f"{WEIGHTS}: lacks {A}; the file is incomplete"),
+    "missing layer": (set_weights(take_layer), r"lacks .*1.self_attn.q_proj \(1 in all\), which target_modules"),
+    "no tensors": (set_weights(lambda w: w.clear()), r"lacks .*q_proj \(2 in all\)"),
+    "integers": (set_weights(lambda w: w.update({A: w[A].to(torch.int8)})), f"{A} is torch.int8; expected"),
     **{
         f"beyond LoRA: {key}": (add(key), rf"holds the unexpected {key} \(1 in all\)")
         for key in (
@@ -113,7 +110,7 @@ BROKEN_EXPERTS = {
     "no number": (set_config(num_specific_experts=None), "lacks num_specific_experts"),
     "other number": (set_config(num_specific_experts=2), r"has the shape \[.*\], the model needs \["),
     "taken for LoRA": (set_config(peft_type="LORA"), "holds the unexpected .*router"),
-    "missing router": (set_weights(lambda w: w.pop(ROUTER)), rf"lacks {ROUTER} \(1 in all\)"),
+    "missing router": (set_weights(lambda w: w.pop(ROUTER)), f"lacks {ROUTER}; the file is incomplete"),
 }
 CASES = [(inject, name) for inject in INJECT for name in BROKEN] + [(inject_experts, name) for name in BROKEN_EXPERTS]
 
@@ -140,7 +137,7 @@ def test_a_refused_adapter_changes_no_tensor_of_an_adapted_model(make_model, ran
     set_weights(lambda w: w.update({A: w[A][:, 1:].clone()}))(tmp_path)
     expected = randomize(model, seed=6)(tokens)
     with pytest.raises(ValueError, match="has the shape"):
-        load_adapter(model, tmp_path)
+        load_adapter(model, tmp_path, name="other")
     assert torch.equal(model(tokens), expected)
 
 

@@ -330,16 +330,9 @@ def test_what_cannot_be_merged_is_refused_and_left_alone(adapted, make_model, to
         merge_lora(experts)
     with pytest.raises(ValueError, match="universal_only is for experts"):
         merge_lora(lora, universal_only=True)
-    with adapters_disabled(lora), pytest.raises(ValueError, match="switched off; merge outside of adapters_disabled"):
-        merge_lora(lora)
     with pytest.raises(ValueError, match=r"\[batch, tokens\]"):
         merge_lora(lora, probe=tokens[0])
     assert torch.equal(experts(tokens), logits[0]) and torch.equal(lora(tokens), logits[1])
-    with torch.device("meta"):
-        empty = make_model()
-    inject_lora(empty)
-    with pytest.raises(ValueError, match="meta device; load_weights first"):
-        merge_lora(empty)
     set_adapter(lora, None)
     with pytest.raises(ValueError, match="no active adapter to merge"):
         merge_lora(lora)
@@ -377,10 +370,3 @@ def test_models_whose_output_is_no_tensor_merge_by_their_logits(tokens):
     before = model(tokens).logits
     change = merge_lora(model, probe=tokens)
     assert change == (model(tokens).logits - before).abs().max().item() < 1e-4
-
-
-def test_an_empty_probe_is_refused(make_model):
-    model = make_model()
-    inject_lora(model)
-    with pytest.raises(ValueError, match="probe is empty"):
-        merge_lora(model, probe=torch.zeros(0, 3, dtype=torch.long))

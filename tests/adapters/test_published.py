@@ -155,11 +155,11 @@ class Evil:
 
 KEY = f"{PREFIX}{LAYERS[0]}."
 BROKEN = {
-    "other number of experts": ({"lora_nums": 3}, None, r"number of experts.*found \[3, 4\]"),
-    "universal alone": ({"experts": 1}, None, r"at least one specific; found \[1\]|lora_nums must be a number"),
+    "other number of experts": ({"lora_nums": 3}, None, "found 4, lora_nums is 3"),
+    "universal alone": ({"experts": 1}, None, "at least one specific, found 1"),
     "other rank": ({"r": 2}, None, rf"{KEY}lora_moe_A has the shape \[4, 32, 3\], the model needs \[4, 32, 2\]"),
     "transposed": ({}, lambda t: t.update({KEY + "w_noise": t[KEY + "w_noise"].T}), r"w_noise has the shape \[3, 32\]"),
-    "no B": ({}, lambda t: t.pop(KEY + "lora_moe_B"), rf"lacks {KEY}lora_moe_B \(1 in all\)"),
+    "no B": ({}, lambda t: t.pop(KEY + "lora_moe_B"), f"lacks {KEY}lora_moe_B; the file is incomplete"),
     "two adapters": (
         {},
         lambda t: t.update({KEY + "lora_moe_A.b": t[KEY + "lora_moe_A"]}),
@@ -173,11 +173,9 @@ BROKEN = {
     ),
     "other model": ({}, lambda t: t.update({PREFIX + "x.lora_moe_A": torch.ones(4, 32, 3)}), r"adapts x \(1 in all\)"),
     "code": ({}, lambda t: t.update({KEY + "w_noise": Evil()}), "holds more than tensors, or is damaged"),
-    "integers": ({}, lambda t: t.update({KEY + "w_noise": torch.ones(32, 3, dtype=int)}), "w_noise is int64; expected"),
-    "no tensor": ({}, lambda t: t.update({"epoch": 3}), "epoch is a special int; expected a whole tensor"),
-    "sparse": ({}, lambda t: t.update({KEY + "w_noise": torch.ones(32, 3).to_sparse()}), "w_noise is a special"),
-    "meta": ({}, lambda t: t.update({KEY + "w_noise": torch.ones(32, 3, device="meta")}), "w_noise is a special"),
-    "dora": ({"use_dora": True}, None, "use_dora is set"),
+    "integers": ({}, lambda t: t.update({KEY + "w_noise": torch.ones(32, 3, dtype=int)}), "w_noise is torch.int64"),
+    "no tensor": ({}, lambda t: t.update({"epoch": 3}), "cannot be read as tensors by name"),
+    "dora": ({"use_dora": True}, None, "use_dora is True"),
 }
 
 
@@ -200,7 +198,7 @@ def test_a_bin_file_that_cannot_be_read_is_named(make_model, write):
     folder, _ = write(file=BIN)
     data, model = (folder / BIN).read_bytes(), make_model()
     torch.save([torch.ones(2)], folder / BIN)
-    with pytest.raises(ValueError, match=f"^{folder / BIN}: expected tensors by name, found list"):
+    with pytest.raises(ValueError, match=f"^{folder / BIN}: cannot be read as tensors by name"):
         load_adapter(model, folder)
     torch.save({"x": torch.ones(2)}, folder / BIN, _use_new_zipfile_serialization=False)
     old = (folder / BIN).read_bytes()

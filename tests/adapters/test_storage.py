@@ -1,13 +1,13 @@
 """Adapters on disk: saved and loaded exactly, under names, and never half."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import pedgpt.adapters.storage as storage
 from pedgpt.adapters import adapted_layers, inject_experts, inject_lora, load_adapter, save_adapter
 from pedgpt.adapters.inject import active_adapter, adapter_names, set_adapter
 
@@ -57,17 +57,6 @@ def test_a_reload_gives_the_same_logits_bit_for_bit(make_model, randomize, token
     assert torch.equal(loaded.train()(tokens), trained)  # what only training reads came back as well
 
 
-@pytest.mark.parametrize("inject", INJECT)
-def test_a_model_that_has_adapters_already_is_filled(make_model, randomize, tokens, tmp_path, inject):
-    model = make_model().eval()
-    inject(model)
-    save_adapter(randomize(model), tmp_path)
-    expected = model(tokens)
-    assert not torch.allclose(randomize(model, seed=6)(tokens), expected)
-    assert load_adapter(model, tmp_path) == list(adapted_layers(model))
-    assert torch.equal(model(tokens), expected)
-
-
 def test_given_weights_replace_the_models_own(make_model, randomize, tokens, tmp_path):
     """As a sharded run saves: the weights come gathered, in any memory layout."""
     model, other = make_model().eval(), make_model().eval()
@@ -75,8 +64,9 @@ def test_given_weights_replace_the_models_own(make_model, randomize, tokens, tmp
         inject_experts(m)
     weights = {name: p.detach().T.contiguous().T for name, p in randomize(model).named_parameters() if p.requires_grad}
     save_adapter(other, tmp_path, state_dict=weights)
-    load_adapter(other, tmp_path)
-    assert torch.equal(other(tokens), model(tokens))
+    loaded = make_model().eval()
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(loaded(tokens), model(tokens))
 
 
 @pytest.mark.parametrize("inject", INJECT)
@@ -85,24 +75,21 @@ def test_weights_that_are_not_whole_are_refused_before_anything_is_written(make_
     inject(model, rank=2, target_modules="q_proj")
     key = "model.layers.1.self_attn.q_proj.lora_A"
     rows = model.get_parameter(key).shape[0]
-    for broken, found in (
-        (lambda t: t.flatten(), rf"\[{32 * rows}\]"),
-        (lambda t: t[:0], r"\[0, 32\]"),
-        (lambda t: t[: rows // 2], rf"\[{rows // 2}, 32\]"),
-        (lambda t: t.new_zeros(0), r"\[0\]"),
-        (lambda t: t.to("meta"), rf"\[{rows}, 32\] on the meta device"),
-    ):
+    message = rf"^{key}: found nothing or a part of it, expected the whole \[{rows}, 32\]; .*training.gather_weights"
+    for broken in (
+        lambda t: t.flatten(), lambda t: t[:0], lambda t: t[: rows // 2], lambda t: t.new_zeros(0),
+        lambda t: t.to("meta"),
+    ):  # fmt: skip
         weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         weights[key] = broken(weights[key])
-        message = rf"^{key}: found .*{found}, expected the whole \[{rows}, 32\]; .*pedgpt.training.gather_weights"
         with pytest.raises(ValueError, match=message):
             save_adapter(model, tmp_path / "new", state_dict=weights)
     del weights[key]
-    with pytest.raises(ValueError, match=f"state_dict lacks {key}; .*gather_weights"):
+    with pytest.raises(ValueError, match=message):
         save_adapter(model, tmp_path / "new", state_dict=weights)
     # ZeRO-3 leaves empty placeholders in the model itself.
     model.get_parameter(key).data = torch.empty(0)
-    with pytest.raises(ValueError, match=rf"^{key}: found .*\[0\], expected"):
+    with pytest.raises(ValueError, match=message):
         save_adapter(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -111,7 +98,7 @@ def test_layers_that_do_not_share_their_settings_are_refused(make_model, tmp_pat
     model = make_model()
     inject_lora(model.model.layers[0], rank=2)
     inject_lora(model.model.layers[1], rank=3)
-    with pytest.raises(ValueError, match="model.layers.1.self_attn.q_proj has .*'r': 3.*the first layer .*'r': 2"):
+    with pytest.raises(ValueError, match="layers differ in their settings.*'r': 2"):
         save_adapter(model, tmp_path)
     assert not any(tmp_path.iterdir())
 
@@ -145,37 +132,20 @@ def test_adapters_load_under_names_and_switch(make_model, randomize, tokens, tmp
     for name, logits in reversed(expected.items()):
         set_adapter(model, name)
         assert torch.equal(model(tokens), logits)
-    # The active one is saved, and a name that is there is filled and becomes active.
+    # The active one is saved.
     save_adapter(model, tmp_path / "again")
     for file in (CONFIG, WEIGHTS):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "lora" / file).read_bytes()
-    set_adapter(model, "other")
-    randomize(model, seed=9)
-    set_adapter(model, "lora")
-    load_adapter(model, tmp_path / "other", name="other")
-    assert active_adapter(model) == "other" and torch.equal(model(tokens), expected["other"])
 
 
-@pytest.mark.parametrize(
-    ("key", "settings"),
-    [
-        ("lora_alpha", {"alpha": 3}),
-        ("use_rslora", {"rslora": True}),
-        ("r", {"rank": 4}),
-        ("layers", {"target_modules": ["q_proj", "v_proj"]}),
-    ],
-)
 @pytest.mark.parametrize("inject", INJECT)
-def test_a_name_that_is_there_with_other_settings_is_refused(
-    make_model, randomize, tokens, tmp_path, inject, key, settings
-):
-    model, other = make_model().eval(), make_model()
-    inject(other, **{"target_modules": "q_proj"} | settings)
-    save_adapter(other, tmp_path)
+def test_a_name_that_is_taken_is_refused(make_model, randomize, tokens, tmp_path, inject):
+    model = make_model().eval()
     inject(model, target_modules="q_proj", name="taken")
+    save_adapter(model, tmp_path)
     inject_lora(model, target_modules="o_proj", name="active")
     expected = randomize(model)(tokens)
-    with pytest.raises(ValueError, match=f"{CONFIG}: {key} is .*, the model's adapter 'taken' has .*another name"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: the model has adapters already under the name 'taken'"):
         load_adapter(model, tmp_path, name="taken")
     assert active_adapter(model) == "active" and torch.equal(model(tokens), expected)
     load_adapter(model, tmp_path, name="third")
@@ -188,38 +158,20 @@ def test_a_save_that_dies_leaves_the_last_adapter(make_model, randomize, tokens,
     save_adapter(randomize(model), tmp_path)
     expected = model(tokens)
 
-    def die(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def die(handle):
         raise OSError("no space left")
 
-    monkeypatch.setattr(storage, "save_file", die)
+    monkeypatch.setattr(os, "fsync", die)
     with pytest.raises(OSError, match="no space"):
         save_adapter(randomize(model, seed=6), tmp_path)
-    load_adapter(model, tmp_path)
-    assert torch.equal(model(tokens), expected)
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+    loaded = make_model().eval()
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(loaded(tokens), expected)
 
 
 def test_saving_a_model_without_adapters_is_refused(make_model, tmp_path):
     with pytest.raises(ValueError, match="no active adapter to save"):
         save_adapter(make_model(), tmp_path)
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("inject", INJECT)
-def test_an_adapted_model_with_another_scale_is_refused(make_model, tmp_path, inject):
-    model, other = make_model(), make_model()
-    inject(model, alpha=16)
-    save_adapter(model, tmp_path)
-    inject(other, alpha=8)
-    with pytest.raises(ValueError, match="lora_alpha is 16, .*'default' has 8; load it under another name"):
-        load_adapter(other, tmp_path)
-
-
-@pytest.mark.parametrize(("first", "second"), [INJECT, INJECT[::-1]])
-def test_the_other_kind_of_adapter_does_not_fit_an_adapted_model(make_model, tmp_path, first, second):
-    model, other = make_model(), make_model()
-    first(model)
-    save_adapter(model, tmp_path)
-    second(other)
-    with pytest.raises(ValueError, match="peft_type is .*, the model's adapter 'default' has "):
-        load_adapter(other, tmp_path)

@@ -8,7 +8,6 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -201,14 +200,12 @@ def test_child_of_a_row_that_is_left_out_at_once_or_in_the_end_is_left_out(assem
     }  # fmt: skip
 
 
-def test_four_doses_in_answer_to_one_question_are_all_kept_and_reported(assembled):
+def test_four_doses_in_answer_to_one_question_are_all_kept(assembled):
     answer = "按体重用布洛芬混悬液，每次{}毫升，两次之间至少隔六小时，注意多喝水，精神不好就到医院看。"
     asked, doses = "孩子发热，布洛芬混悬液每次喝多少？", ("4.7", "47", "3", "6")
     doses = [talk(asked, answer.format(dose), source=f"in:{dose}") for dose in doses]
-    assembly, corpus, rows, left = assembled([[Step("", Built(row))] for row in doses])
-    assert not left and sum(map(len, rows.values())) == 4 and corpus.contradictions == 1
-    (found,) = jsonl(assembly.folder / "reports" / "contradictions.jsonl")
-    assert found["places"] == ["in:4.7", "in:47", "in:3", "in:6"]
+    _, _, rows, left = assembled([[Step("", Built(row))] for row in doses])
+    assert not left and sum(map(len, rows.values())) == 4
 
 
 def test_rows_that_name_another_drug_of_a_graph_or_a_heading_are_no_near_duplicates(assembled):
@@ -230,47 +227,6 @@ def test_an_evaluation_row_with_a_stock_answer_removes_no_training_row(assembled
     assert [row["place"] for row in left] == ["总揉眼睛"]  # the one that asks the same
 
 
-def test_answers_as_text_stay_on_their_side_and_go_with_their_row(assembled):
-    split = Split(["肺炎", "水痘"], heldout_share=0.5, seed=0)
-    trained = next(name for name in ("肺炎", "水痘") if split.side(f"disease/{name}") == "train")
-    texts = {name: words(name, 30) for name in ("肺炎", "水痘")}
-    repeated = words("repeated", 60)
-    inputs = [
-        [Step("", Built(talk(f"{name}是什么？", texts[name], f"{name}呢？", "短。", source=f"in:{name}")))]
-        for name in texts
-    ]
-    inputs += [
-        [Step("", Built(talk("甲问？", repeated, source="in:3", disease=trained, department="儿科")))],
-        [Step("", Built(talk("乙问？", repeated, source="in:4", disease=trained)))],
-        [Step("", Built(pair("丙问？", words(1, 30), words(2, 30), disease=trained)))],
-        [Step("", Built(talk("丁问？", words(3, 30), task="safety", disease=trained)))],
-    ]
-    _, corpus, rows, left = assembled(
-        inputs, split=split, after=lambda a: a.answers_as_text("text/pediatric", ("tasks/medkqa",))
-    )
-    for side in ("train", "heldout"):
-        found = [row["text"] for row in rows[side, "text/pediatric", "talk"]]
-        mine = [texts[name] for name in texts if split.side(f"disease/{name}") == side]
-        assert found == mine + [repeated] * (side == "train")
-    assert {row["origin"]["builder"] for row in rows["train", "text/pediatric", "talk"]} == {"answer"}
-    assert rows["train", "text/pediatric", "talk"][-1]["department"] == "儿科"
-    assert {(row["place"], row["reason"]) for row in left} == {("in:4", "near duplicate"), ("in:4", "exact duplicate")}
-
-
-def test_answers_as_text_follow_their_questions_where_no_disease_is_named(assembled):
-    inputs = [[Step("", Built(talk(words(i), words(-i, 30), source=f"in:{i}")))] for i in range(1, 31)]
-    _, _, rows, left = assembled(
-        inputs, split=Split([], heldout_share=0.5, seed=0), share=1.0,
-        after=lambda a: a.answers_as_text("text/pediatric", ("tasks/medkqa",)),
-    )  # fmt: skip
-    assert not left
-    for side in ("train", "heldout"):
-        answers = [row["messages"][1]["content"] for row in rows[side, "tasks/medkqa", "talk"]]
-        assert [row["text"] for row in rows[side, "text/pediatric", "talk"]] == answers and len(answers) > 5
-    assert ("heldout", "tasks_sample", "talk") not in rows  # nor are held-out rows among stage 2's
-    assert rows["train", "tasks_sample", "talk"] == rows["train", "tasks/medkqa", "talk"]
-
-
 @pytest.mark.parametrize("builder", ["", "evidiag", "graph/evidiag", "role_play", "preferences"])
 def test_question_of_a_heldout_row_is_asked_of_no_other_disease_in_training(assembled, builder):
     split = Split(["肺炎", "水痘"], heldout_share=0.5, seed=0)
@@ -285,16 +241,6 @@ def test_question_of_a_heldout_row_is_asked_of_no_other_disease_in_training(asse
     _, _, rows, left = assembled(steps, split=split)
     assert sorted(row["place"] for row in left) == ["in:1", "in:2"]
     assert sorted(side for side, *_ in rows) == ["heldout", "train"]
-
-
-def test_answer_that_is_not_learnt_from_is_no_text_either(assembled):
-    row = talk("咳嗽怎么办？", words(1, 30), "还咳嗽。", words(2, 30))
-    wrong = replace(row.messages[1], loss=False)
-    row = replace(row, messages=(row.messages[0], wrong, *row.messages[2:]))
-    _, _, rows, _ = assembled(
-        [[Step("", Built(row))]], after=lambda a: a.answers_as_text("text/pediatric", ("tasks/medkqa",))
-    )
-    assert [row["text"] for row in rows["train", "text/pediatric", "talk"]] == [words(2, 30)]
 
 
 EVALUATED = {
@@ -341,12 +287,3 @@ def test_sample_for_stage_two_is_spread_evenly_over_each_task(assembled, share):
     for task, first in (("MedKQ&A", 1), ("TreRecom", 2)):
         places = sorted((int(p[3:]) - first) // 3 for p, name in numbers.items() if name == task)
         assert all(b - a in (int(1 / share), int(1 / share) + 1) for a, b in pairwise(places))
-
-
-def test_contradicting_answers_are_reported_and_kept(assembled):
-    answers = ["可以吃，" + words(1), "不能吃，" + words(2), "可以，" + words(3)]
-    inputs = [[Step("", Built(talk("孩子能吃蜂蜜吗？", answers[i], source=f"in:{i}")))] for i in range(3)]
-    assembly, corpus, rows, left = assembled([*inputs, [Step("", Built(talk("水痘传染吗？", "传染。")))]])
-    (found,) = jsonl(assembly.folder / "reports" / "contradictions.jsonl")
-    assert corpus.contradictions == 1 and not left and sum(map(len, rows.values())) == 4
-    assert found["places"] == ["in:0", "in:1", "in:2"] and found["opposed"]

@@ -1,4 +1,4 @@
-"""Cleaned dialogues: courtesies go, terse turns are completed, and nothing medical is lost."""
+"""Cleaned dialogues: courtesies go, a teacher completes terse turns, and nothing medical is lost."""
 
 import re
 from collections import Counter
@@ -56,24 +56,7 @@ def test_patients_turns_around_a_nod_become_one():
     turns = ("孩子三岁", "嗯", "发烧两天", "好的，", "还有点咳嗽。", ASKS, FINDS, DIAGNOSIS)
     row = built(dialogue(*turns, system="你是医生"))
     assert turns_of(row) == ["你是医生", "孩子三岁。发烧两天。还有点咳嗽。", ASKS, FINDS, DIAGNOSIS]
-    assert row.details["cut_turns"] == 2
-
-
-@pytest.mark.parametrize(
-    ("patient", "doctor", "completed"),
-    [
-        ("孩子发烧两天了。那需要去医院吗？", "需要的。", "关于您说的“那需要去医院吗”：需要的。"),
-        ("谢谢医生，还要复诊吗？", "不用。", "关于您说的“还要复诊吗”：不用。"),
-        ("您好，是不是支气管炎？", "嗯，是的", "关于您说的“是不是支气管炎”：嗯，是的"),
-        ("孩子最近总说肚子痛。", "查过吗？", "关于您说的“孩子最近总说肚子痛”，请问查过吗？"),
-        ("他说“肚子痛”。", "请问多久了？", "关于您说的“他说‘肚子痛’”，请问多久了？"),
-    ],
-)
-def test_terse_turns_are_completed_from_what_they_refer_to(patient, doctor, completed):
-    row = built(dialogue(patient, doctor, FINDS, DIAGNOSIS))
-    assert turns_of(row) == [patient, completed, FINDS, DIAGNOSIS]
-    assert row.details["rewritten"] == [{"turn": 2, "before": doctor, "after": completed, "by": "template"}]
-    assert turns_of(built(row.record)) == turns_of(row)
+    assert row.details["cut_turns"] == 4
 
 
 @pytest.mark.parametrize(
@@ -116,10 +99,11 @@ def test_without_medical_content_it_is_dropped(turns):
 @pytest.mark.parametrize(
     ("text", "cleaned"),
     [
-        ("您好，我是某某智能医学助手，根据您的描述，考虑湿疹。", "您好，根据您的描述，考虑湿疹。"),
         ("多喝水。以上是对“孩子发烧”这个问题的建议，希望对您有帮助，祝您健康！", "多喝水。"),
+        ("您好，我是某某智能医学助手，根据您的描述，考虑湿疹。", "根据您的描述，考虑湿疹。"),
         ("不客气，如果症状加重，请及时就医。", "如果症状加重，请及时就医。"),
-        ("请按时复诊，祝您手术顺利，恢复迅速！", "请按时复诊。"),
+        ("如果症状加重，请随时联系我。", "如果症状加重，请随时联系我。"),
+        ("请按时复诊，祝您手术顺利！", "请按时复诊。"),
         ("如果您还有其他疑问或需要进一步帮助，请随时告诉我。", ""),
         ("请记住，以上建议仅供参考。", ""),
         ("1. 多休息。\n祝早日康复！\n2. 多喝水。", "1. 多休息。\n2. 多喝水。"),
@@ -156,16 +140,16 @@ def test_teacher_completes_a_terse_turn():
         return {"answer": "您说孩子肚子痛，之前查过吗？"}
 
     row = built(dialogue("孩子最近总说肚子痛。", "查过吗？", FINDS, DIAGNOSIS), ask)
-    assert turns_of(row)[1] == "您说孩子肚子痛，之前查过吗？" and row.details["rewritten"][0]["by"] == "teacher"
+    assert turns_of(row)[1] == "您说孩子肚子痛，之前查过吗？"
     assert len(seen) == 1 and "孩子最近总说肚子痛。" in seen[0][0] and seen[0][1] == {"answer": str}
 
 
 @pytest.mark.parametrize(
     "answer", ["查过血常规吗？", "您说孩子肚子痛，查过3次吗？", "查？", "孩子肚子痛，考虑阑尾炎，查过吗？"]
 )
-def test_a_teachers_new_fact_gives_way_to_the_template(answer):
+def test_a_teachers_new_fact_is_not_taken(answer):
     row = built(dialogue("孩子最近总说肚子痛。", "查过吗？", FINDS, DIAGNOSIS), says(answer))
-    assert turns_of(row)[1] == "关于您说的“孩子最近总说肚子痛”，请问查过吗？"
+    assert turns_of(row)[1] == "查过吗？" and row.details["rewritten"] == []
 
 
 def test_a_teacher_may_not_change_a_diagnosis():

@@ -1,4 +1,4 @@
-"""Repeated rows are found, others stay, and contradictions are reported."""
+"""Repeated rows are found, and others stay."""
 
 import importlib.util
 import random
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.corpus.duplicates import Contradictions, NearDuplicates, digest, polarity
+from pedgpt.corpus.duplicates import NearDuplicates, digest
 from pedgpt.corpus.split import Names
 
 spec = importlib.util.spec_from_file_location(
@@ -115,44 +115,6 @@ def test_boilerplate_hides_no_duplicates_and_costs_no_more_than_its_rows():
     assert seconds[8000] < 10 * seconds[2000]
 
 
-def test_threshold_is_checked():
-    with pytest.raises(ValueError, match="threshold"):
-        NearDuplicates(threshold=0)
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("可以的，少吃一点。", 1), ("您好，不可以吃。", -1), ("不能，肾还小", -1), ("能的。", 1), ("是的，会传染。", 1),
-        ("不会传染。", -1), ("没有问题，可以吃。", 1), ("没有必要。", -1), ("需要马上就医。", 1), ("不需要。", -1),
-        ("是由细菌引起的。", 0), ("能否吃要看情况。", 0), ("可以不吃。", 0), ("是否停药要看", 0), ("有研究表明", 0),
-        ("多喝水。", 0), ("", 0), ("你好，一般不建议", 0), ("问题分析：您好，通常不会留疤", -1),
-    ],
-)  # fmt: skip
-def test_polarity_of_an_answers_beginning(answer, expected):
-    assert polarity(answer) == expected
-
-
-def test_contradictions_are_listed_by_question():
-    rows = Contradictions()
-    for place, question, answer in [
-        ("a:1", "发烧能洗澡吗？", "可以，水温要合适。"),
-        ("a:2", "咳嗽能吃橘子吗", "不能。"),
-        ("b:1", "发烧 能洗澡吗", "不可以，会着凉。"),
-        ("b:2", "咳嗽能吃橘子吗？", "不能！"),
-        ("b:3", "只问一次", "可以。"),
-        ("c:1", "发烧能洗澡吗?", "可以，水温要合适"),
-        ("c:2", "流鼻涕怎么办", "清理鼻腔就可以了"),
-        ("c:3", "流鼻涕怎么办", "清理鼻腔就可以了吧"),
-    ]:
-        rows.add(place, question, answer)
-    assert list(rows.groups()) == [
-        {"question": "发烧能洗澡吗？", "places": ["a:1", "b:1"], "similarity": 0.0, "opposed": True},
-        {"question": "流鼻涕怎么办", "places": ["c:2", "c:3"], "similarity": 0.8, "opposed": False},
-    ]
-    assert list(Contradictions().groups()) == []
-
-
 # What differs stands in the middle of a text long enough to be a near duplicate by its characters.
 AROUND = (
     "孩子发热时家长先不要着急，让孩子多休息，多喝温开水，穿宽松的衣服，房间注意通风，{}，观察精神和食欲，"
@@ -166,7 +128,7 @@ AROUND = (
         ("每次1.5毫升", "每次15毫升"), ("1-2岁", "12岁"), ("3-5天", "35天"), ("38.5℃", "385℃"),
         ("HBsAg(-)", "HBsAg"), ("38。5℃", "385℃"), ("1：2000稀释", "12000稀释"), ("血压120/80", "血压12080"),
         ("①5天", "15天"), ("计数10⁹", "计数109"),
-        ("3、5天", "35天"), ("5%葡萄糖", "5葡萄糖"), ("体温-2", "体温2"), ("BE-2.5", "BE2.5"),
+        ("3、5天", "35天"), ("5%葡萄糖", "5葡萄糖"), ("体温-2", "体温2"), ("BE-2.5", "BE2.5"), ("mg/kg", "mgkg"),
         ("HBsAg-，再查", "HBsAg，再查"),
     ],
 )  # fmt: skip
@@ -180,7 +142,7 @@ def test_numbers_and_signs_that_differ_only_in_a_mark_are_different_texts(one, o
     [
         ("每次１．５毫升", "每次1.5毫升"), ("每次1.50毫升", "每次1.5毫升"), ("１～２ 岁", "1-2岁"),
         ("1—2岁", "1-2岁"), ("每日1,000毫升", "每日1000ml"),
-        ("每次5 毫升；", "每次5毫升，"), ("HBsAg（－）", "HBsAg(-)"), ("IL-6高", "IL6高"), ("三天", "3天"),
+        ("每次5 毫升；", "每次5毫升，"), ("HBsAg（－）", "HBsAg(-)"), ("三天", "3天"),
         ("3至5天", "3-5天"), ("38.5度", "38.5℃"),
     ],
 )  # fmt: skip
@@ -207,14 +169,5 @@ def test_texts_that_differ_in_a_number_a_unit_a_sign_or_a_known_name_are_no_near
     assert [(i, j) for i, j, _ in found] == [(2, 0)]  # the third differs from the first in no such thing
 
 
-def test_key_of_a_date_keeps_its_zero_and_composed_characters_their_points():
-    assert digest("7.10号发烧") != digest("7.1号发烧")
+def test_composed_characters_are_one_and_numbers_that_stand_by_themselves_stay_apart():
     assert digest("ｶﾞ1.5①2") == digest("ガ1.5 1 2") != digest("ガ15 12")
-
-
-def test_four_doses_in_answer_to_one_question_contradict_each_other():
-    rows = Contradictions()
-    for i, dose in enumerate(["4.7", "47", "3", "6", "4.7"]):
-        rows.add(f"a:{i}", "布洛芬混悬液每次喝多少？", f"每次{dose}毫升。")
-    (found,) = rows.groups()
-    assert found["places"] == ["a:0", "a:1", "a:2", "a:3"]

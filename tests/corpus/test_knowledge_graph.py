@@ -15,9 +15,7 @@ from pedgpt.corpus.builders.knowledge_graph import (
     trerecom,
     two_hop,
     verbalize,
-    verbalize_with,
 )
-from pedgpt.corpus.rows import Built, Dropped, Unusable
 from pedgpt.data import Triple, read_triples
 from pedgpt.data.tasks import EVIDIAG, MEDKQA, TRERECOM
 
@@ -158,34 +156,6 @@ def test_no_placeholder_is_left_and_the_same_graph_gives_the_same_rows():
         for row in rows:
             assert not re.search(r"[{}]|None", "".join(texts_of(row)))
     assert not any(re.search(r"[{}]", document.text) for document in verbalize(disease))
-
-
-def asker(text):
-    def ask(system, user, fields):
-        assert fields == {"text": str} and "感冒" in user
-        if text is None:
-            raise Unusable("no JSON")
-        return {"text": text}
-
-    return ask
-
-
-def test_a_teachers_paragraph_must_hold_exactly_the_facts():
-    (disease,) = diseases(graph("感冒", without=("并发症", "好发年龄", "检查", "病因")))
-    plain = next(verbalize(disease))
-    fluent = "感冒的孩子常有发热、咳嗽、鼻塞，也有咽痛；治疗上让孩子休息，注意补液，预防靠勤洗手。"
-    (built,) = verbalize_with(disease, asker(fluent))
-    assert (built.record.text, built.record.disease, built.details) == (fluent, "感冒", {"form": "teacher"})
-    for text, why in [
-        (fluent.replace("补液", "输液"), "补液"),
-        (fluent.replace("感冒", "它"), "感冒"),
-        (fluent + "发热三天要就医。", "三天"),
-        (fluent + "可服阿莫西林。", "莫西林"),
-        (None, "no JSON"),
-    ]:
-        dropped, kept = verbalize_with(disease, asker(text))
-        assert isinstance(dropped, Dropped) and why in dropped.detail
-        assert kept == Built(plain, {"form": "template"})
 
 
 @pytest.fixture(scope="module")

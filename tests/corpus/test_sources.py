@@ -73,7 +73,7 @@ A = "[[source]]\nfile = 'a.jsonl'\n"
         ("source = 3\n", r"expected \[\[source\]\]"),
         ("source = ['a.jsonl']\n", r"expected \[\[source\]\]"),
         ("[source]\nfile = 'a.jsonl'\n", r"expected \[\[source\]\]"),
-        ("title = 1\n" + A + "kind = 'instructions'\n", "found the key title"),
+        ("title = 1\n" + A + "kind = 'instructions'\n", r"expected \[\[source\]\] tables alone"),
         (A, "source 1: kind is None"),
         (A + "kind = 'talk'\n", "source 1: kind is 'talk', expected one of textbook"),
         (A + "kind = ['talk']\n", "source 1: kind is"),
@@ -82,15 +82,14 @@ A = "[[source]]\nfile = 'a.jsonl'\n"
         (A + "kind = 'instructions'\ndomain = ''\n", "domain is ''"),
         (A + "kind = 'instructions'\ntask = '../x'\n", "task '../x' cannot name a file"),
         (A + "kind = 'instructions'\nname = 'a b'\n", "name 'a b' cannot name a file"),
-        (A + "kind = 'instructions'\nname = ''\n", "name is ''"),
         (A + "kind = 'instructions'\nlicence = 3\n", "licence is 3"),
         (A + "kind = 'instructions'\nweight = -1\n", "weight is -1"),
         (A + "kind = 'instructions'\nweight = nan\n", "weight is nan"),
         (A + "kind = 'instructions'\nepochs = true\n", "epochs is True"),
         (A + "kind = 'instructions'\nbuild = ['evidiag']\n", "build is .*list of builders among reconstruct"),
-        (A + "kind = 'instructions'\nbuild = 'reconstruct'\n", "build is 'reconstruct'"),
-        (A + "kind = 'safety'\n", "'safety' has no file"),
-        ("[[source]]\nkind = 'instructions'\n", "'instructions' needs a file"),
+        (A + "kind = 'instructions'\nbuild = 'reconstruct'\n", "build is 'reconstruct', expected a list of texts"),
+        (A + "kind = 'safety'\n", "file is 'a.jsonl', expected none for this kind"),
+        ("[[source]]\nkind = 'instructions'\n", "file is None, expected a path or a list of paths"),
         ("[[source]]\nkind = 'instructions'\nfile = 3\n", "file is 3"),
         ("[[source]]\nkind = 'instructions'\nfile = 'c.jsonl'\n", "c.jsonl: no such file"),
         (2 * (A + "kind = 'instructions'\n"), "source 2: the name 'a' is taken"),
@@ -140,22 +139,21 @@ def test_folder_without_a_listing_is_read_by_content(folder):
     }  # fmt: skip
     told = describe_sources(sources, folder, left_out)
     assert "README.md: not read" in told and "scan.pdf: not read" in told
-    assert "a.jsonl: question → user, answer → assistant" in told
+    assert "a.jsonl: question, answer" in told
 
 
 @pytest.mark.parametrize(
     ("kind", "row", "told"),
     [
         ("conversations", {"id": 1, "instruction": "问", "input": "", "output": "答", "history": [], "cate1": "儿科"},
-         "history → earlier turns, instruction → user, input → user, below it, output → assistant, cate1 → department; "
-         "ignored: id"),
-        ("conversations", {"messages": turns("问", "答"), "task": "x"}, "messages → turns, task"),
+         "instruction → question, input, output → answer, history, cate1 → department; ignored: id"),
+        ("conversations", {"messages": turns("问", "答"), "task": "x"}, "messages, task"),
         ("conversations", {"department": "儿科", "question": "问", "raw_anwser": "答", "raw_case": "y"},
-         "question → user, raw_anwser → assistant, department; ignored: raw_case"),
+         "department, question, raw_anwser → answer; ignored: raw_case"),
         ("preferences", {"prompt": "问", "chosen": "甲", "rejected": "乙", "score": 1},
-         "prompt → turns, chosen, rejected; ignored: score"),
+         "prompt, chosen, rejected; ignored: score"),
         ("documents", {"title": "题", "text": "文", "disease": "感冒", "page": 3},
-         "text, title, disease; ignored: page"),
+         "title, text, disease; ignored: page"),
         ("triples", {"head": "a", "relation": "b", "tail": "c", "weight": 1}, "head, relation, tail; ignored: weight"),
     ],
 )  # fmt: skip

@@ -107,7 +107,7 @@ SENTENCEPIECE = {
     "llama2": EXACT | {"vocab_size": 480},
     "baichuan2": EXACT
     | {"vocab_size": 480, "add_dummy_prefix": False, "user_defined_symbols": ["<reserved_106>", "▁▁"]},
-    "default": {"vocab_size": 220, "control_symbols": ["[INST]"]},
+    "no_bytes": EXACT | {"vocab_size": 220, "byte_fallback": False, "control_symbols": ["[INST]"]},
 }
 
 

@@ -44,15 +44,15 @@ BAD_ROWS = {
     "answer_of_wrong_type": ("conversations", QA | {"answer": 5}, ["answer has the wrong type", "int", "str"]),
     "answer_null": ("conversations", QA | {"answer": None}, ["missing field", "question", "answer"]),
     "system_of_wrong_type": ("conversations", QA | {"system": ["x"]}, ["system", "wrong type", "list"]),
-    "missing_answer": ("conversations", {"question": "问", "id": "7"}, ["missing field", "question, id", "answer"]),
+    "missing_answer": ("conversations", {"question": "问", "id": "7"}, ["missing field", "id, question", "answer"]),
     "another_kind": ("conversations", {"text": "文"}, ["missing field", "text"]),
     "no_fields": ("conversations", {}, ["missing field"]),
     "empty_answer": ("conversations", QA | {"answer": ""}, ["answer is empty"]),
     "white_answer": ("conversations", QA | {"answer": " \n\u3000"}, ["answer is empty"]),
     "white_question": ("conversations", QA | {"question": "\t"}, ["question is empty"]),
     "half_a_pair": ("conversations", '{"question": "\\ud83d", "answer": "答"}', ["invalid UTF-8", "ud83d"]),
-    "history_of_one": ("conversations", QA | {"history": [["一"]]}, ["history", "1 items"]),
-    "history_of_strings": ("conversations", QA | {"history": ["一"]}, ["history", "str"]),
+    "history_of_one": ("conversations", QA | {"history": [["一"]]}, ["history", "['一']"]),
+    "history_of_strings": ("conversations", QA | {"history": ["一"]}, ["history", "'一'"]),
     "history_empty_answer": ("conversations", QA | {"history": [["一", ""]]}, ["history is empty"]),
     "messages_a_string": ("conversations", {"messages": "问"}, ["messages has the wrong type", "str"]),
     "message_a_string": ("conversations", {"messages": ["问"]}, ["message", "wrong type", "str"]),
@@ -60,12 +60,12 @@ BAD_ROWS = {
     "message_without_text": ("conversations", {"messages": [{"role": "user"}]}, ["missing field", "role"]),
     "content_empty": ("conversations", {"messages": [{"role": "user", "content": " "}]}, ["content is empty"]),
     "unknown_role": ("conversations", turns("user", "tool"), ["unknown role", "tool"]),
-    "no_messages": ("conversations", {"messages": []}, ["no assistant turn at the end", "no turn"]),
-    "ends_with_user": ("conversations", turns("user", "assistant", "user"), ["no assistant turn at the end", "user"]),
-    "two_users": ("conversations", turns("user", "user", "assistant"), ["roles do not alternate", "turn 2"]),
-    "starts_with_assistant": ("conversations", turns("assistant"), ["roles do not alternate", "turn 1"]),
-    "two_systems": ("conversations", turns("system", "system", "user", "assistant"), ["roles do not alternate"]),
-    "late_system": ("conversations", turns("user", "system", "assistant"), ["roles do not alternate"]),
+    "no_messages": ("conversations", {"messages": []}, ["missing field", "messages", "question"]),
+    "ends_with_user": ("conversations", turns("user", "assistant", "user"), ["roles out of turn", "assistant, user"]),
+    "two_users": ("conversations", turns("user", "user", "assistant"), ["roles out of turn", "user, user, assistant"]),
+    "starts_with_assistant": ("conversations", turns("assistant"), ["roles out of turn", "assistant"]),
+    "two_systems": ("conversations", turns("system", "system", "user", "assistant"), ["roles out of turn"]),
+    "late_system": ("conversations", turns("user", "system", "assistant"), ["roles out of turn"]),
     "equal_replies": ("preferences", PAIR | {"rejected": "好"}, ["chosen equals rejected"]),
     "replies_equal_but_for_space": ("preferences", PAIR | {"rejected": "好 \n"}, ["chosen equals rejected"]),
     "missing_rejected": (
@@ -76,8 +76,8 @@ BAD_ROWS = {
     "missing_prompt": ("preferences", {"chosen": "好", "rejected": "坏"}, ["missing field", "prompt"]),
     "empty_chosen": ("preferences", PAIR | {"chosen": ""}, ["chosen is empty"]),
     "chosen_a_number": ("preferences", PAIR | {"chosen": 1}, ["chosen", "wrong type", "int"]),
-    "chosen_no_messages": ("preferences", PAIR | {"chosen": []}, ["chosen does not end with a reply"]),
-    "chosen_by_user": ("preferences", PAIR | {"chosen": PROMPT_LIST}, ["chosen does not end with a reply", "user"]),
+    "chosen_no_messages": ("preferences", PAIR | {"chosen": []}, ["chosen is empty"]),
+    "chosen_by_user": ("preferences", PAIR | {"chosen": PROMPT_LIST}, ["roles out of turn", "user, user"]),
     "chosen_of_another_prompt": (
         "preferences",
         PAIR | {"chosen": [{"role": "user", "content": "别的"}, {"role": "assistant", "content": "好"}]},
@@ -86,7 +86,7 @@ BAD_ROWS = {
     "prompt_ends_with_assistant": (
         "preferences",
         PAIR | {"prompt": [*PROMPT_LIST, {"role": "assistant", "content": "答"}]},
-        ["no user turn at the end"],
+        ["roles out of turn", "user at the end"],
     ),
     "triple_without_tail": (
         "triples",
@@ -127,24 +127,6 @@ def test_a_bad_row_is_named_with_its_line_or_skipped_and_counted(tmp_path, fault
     assert [(row.file, row.line, f"{path}:3: {row.reason}") for row in summary.skipped] == [(str(path), 3, message)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "row", "length"),
-    [
-        ("documents", {"text": "四个字呀", "title": "不算在内"}, 4),
-        ("conversations", {"system": "一", "instruction": "二", "input": "三", "output": "四"}, 5),
-        ("preferences", {"prompt": "问", "chosen": "好的", "rejected": "坏"}, 3),
-        ("triples", {"head": "感冒", "relation": "症状", "tail": "发热"}, 6),
-    ],
-)
-def test_a_row_may_be_as_long_as_max_characters_and_no_longer(tmp_path, kind, row, length):
-    path = write(tmp_path / "rows.jsonl", row)
-    assert len(READERS[kind](path, max_characters=length)) == 1
-    with pytest.raises(
-        BadRow, match=rf"rows\.jsonl:1: over-long: found {length} characters, expected at most {length - 1};"
-    ):
-        READERS[kind](path, max_characters=length - 1)
-
-
 @pytest.mark.parametrize(("row", "count"), [("问", 1), ("问,答,多", 3), ("问,答,,", 4)])
 def test_a_csv_row_with_another_number_of_columns_is_bad(tmp_path, row, count):
     path = tmp_path / "a.csv"
@@ -163,13 +145,6 @@ def test_a_triple_line_with_two_columns_is_bad(tmp_path):
         read_triples(path)
 
 
-def test_a_csv_quote_that_is_never_closed_does_not_become_an_answer(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text('question,answer\n问,答\n问,"没有结束\n问,答\n', encoding="utf-8")
-    with pytest.raises(BadRow, match=r"a\.csv:3: invalid CSV.*lines 3 to 4"):
-        read_conversations(path)
-
-
 def test_a_quoted_empty_cell_is_a_bad_row_and_not_a_blank_line(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('text\n\n""\n文\n', encoding="utf-8")
@@ -177,7 +152,7 @@ def test_a_quoted_empty_cell_is_a_bad_row_and_not_a_blank_line(tmp_path):
         read_documents(path)
 
 
-@pytest.mark.parametrize("content", ["{", '"text"', "3"])
+@pytest.mark.parametrize("content", ['{"a": 1}', '"text"', "3"])
 def test_a_json_file_that_is_no_list_of_rows_is_reported(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_text(content, encoding="utf-8")
@@ -190,8 +165,6 @@ def test_a_wrong_setting_is_refused_before_reading(tmp_path, kind):
     path = write(tmp_path / "a.jsonl", GOOD[kind])
     with pytest.raises(ValueError, match='on_bad_row is \'ignore\', expected "error" or "skip"'):
         READERS[kind](path, on_bad_row="ignore")
-    with pytest.raises(ValueError, match="max_characters is 0"):
-        READERS[kind](path, max_characters=0)
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -208,7 +181,7 @@ def test_a_missing_path_an_empty_folder_and_an_unknown_file_are_named(tmp_path, 
 def test_a_text_file_among_conversations_is_a_bad_row(tmp_path):
     write(tmp_path / "a.jsonl", QA)
     (tmp_path / "book.md").write_text("# 说明", encoding="utf-8")
-    with pytest.raises(BadRow, match=r"book\.md:1: a text file"):
+    with pytest.raises(BadRow, match=r"book\.md:1: missing field: found the keys text, title, "):
         read_conversations(tmp_path)
     summary = ReadSummary()
     assert len(read_conversations(tmp_path, on_bad_row="skip", summary=summary)) == 1

@@ -49,7 +49,7 @@ def test_every_overlap_of_equal_scores_gives_sentencepieces_ids(ours, oracle):
     pairs = [pair for pieces in by_score.values() for pair in itertools.permutations(pieces, 2)]
     assert len(pairs) == 2 * 428  # the other 25,300 shared scores are those of single characters, which nothing makes
     overlapping = [a + b[n:] for a, b in pairs for n in range(1, min(map(len, (a, b)))) if a.endswith(b[:n])]
-    assert overlapping and set(ours.leftmost.overlaps()) == set(overlapping)
+    assert len(overlapping) == 3
     beside = [a + b for a, b in pairs]
     # In the last two a higher piece takes the first letter of the second piece of its score.
     texts = [*overlapping, *beside, "▁experienceed", "▁iconamespace"]
@@ -66,6 +66,8 @@ def test_reserved_pieces_decode_to_nothing_and_all_others_to_their_text(ours, or
     assert ours.backend.decode([USER], skip_special_tokens=False) == "<reserved_106>"
 
 
-def test_the_llama_export_names_the_overlaps_that_it_tried(ours, tmp_path):
-    with pytest.warns(UserWarning, match="on 3 texts .* gives other ids for 0 .*▁Treasearch"):
-        ours.save(tmp_path, convert=True)
+def test_the_llama_export_gives_the_same_ids(ours, tmp_path):
+    ours.save(tmp_path, convert=True)
+    exported = load_tokenizer(tmp_path)
+    for text in (" Treasearch", "孩子发烧38.5度，咳嗽三天", "▁experienceed 😀", "</s><reserved_107>"):
+        assert exported.encode(text) == ours.encode(text)

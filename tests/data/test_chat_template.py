@@ -1,14 +1,11 @@
 """Chat templates against transformers' apply_chat_template; masks against spans of the rendered text, by hand."""
 
-import json
 import time
 from pathlib import Path
 
 import pytest
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from pedgpt.data import (
@@ -22,6 +19,7 @@ from pedgpt.data import (
     encode_prompt,
     load_tokenizer,
 )
+from pedgpt.data.chat import BUILT_IN
 
 IGNORED = -100
 
@@ -288,7 +286,7 @@ def test_built_in_formats_match_the_published_template(name, kind, cases, kinds,
 
 def test_llama3_ends_at_every_token_that_ends_a_turn(kinds, folder_of):
     chat = chat_format(load_tokenizer(folder_of("llama3")))
-    names = ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]
+    names = ["<|eot_id|>", "<|end_of_text|>"]
     assert chat.stop_tokens == tuple(map(chat.tokenizer.token_id, names))
     ids = encode_prompt([Message("user", "a")], chat)
     assert ids.count(chat.tokenizer.bos_id) == 1 and ids[0] == chat.tokenizer.bos_id
@@ -357,25 +355,11 @@ def test_empty_system_text_gives_what_transformers_gives(cases):
         assert encode_conversation(messages, chat).tokens == ids[:-1]
 
 
-def test_token_that_swallows_whitespace_matches_transformers(kinds, tmp_path):
-    backend = tokenizers.Tokenizer.from_str(kinds["chatml"][0].to_str())
-    backend.add_special_tokens([AddedToken("<|end|>", special=True, rstrip=True, lstrip=True)])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    template = (  # as Phi's
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|end|>\n' + m.content + ' <|end|>\n' }}{% endfor %}"
-    )
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
-    peer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=template)
-    messages = [Message("user", " \n问 "), Message("assistant", " 答 \n")]
-    ids = peer.apply_chat_template(raw(messages), return_dict=True)["input_ids"]
-    example = encode_conversation(messages, chat_format(load_tokenizer(tmp_path), "template"))
-    assert example.tokens == ids[:-1]
-
-
 AUTO = {  # tokenizer, template, the format that is picked
     "no template": ("chatml", None, "ChatML"),
-    "template of the same ids": ("chatml", GENERATION, "ChatML"),
-    "llama 3's own": ("llama3", LLAMA3, "Llama3Chat"),
+    "the template that a run wrote": ("chatml", BUILT_IN["chatml"].jinja, "ChatML"),
+    "template of the same ids": ("chatml", GENERATION, "TemplateChat"),
+    "llama 3's own": ("llama3", LLAMA3, "TemplateChat"),
     "default system text": ("chatml", QWEN25, "TemplateChat"),
     "stub only in the last answer": ("chatml", QWEN3, "TemplateChat"),
     "dates": ("llama3", LLAMA31, "TemplateChat"),
@@ -387,7 +371,7 @@ AUTO = {  # tokenizer, template, the format that is picked
 
 
 @pytest.mark.parametrize(("kind", "template", "picked"), AUTO.values(), ids=AUTO)
-def test_auto_picks_the_format_that_gives_the_checkpoints_ids(kind, template, picked, folder_of):
+def test_auto_picks_the_checkpoints_template_or_the_format_of_its_tokens(kind, template, picked, folder_of):
     assert type(chat_format(load_tokenizer(folder_of(kind, template)))).__name__ == picked
 
 
@@ -428,9 +412,10 @@ def test_damaged_templates_name_their_file_or_work(kinds, name, place, lost, put
     assert 'a"答' in learnt and "问" not in learnt
 
 
-def test_answer_ends_where_the_template_ends_it_although_it_is_not_marked(folder_of):
+def test_the_end_of_an_answer_is_learnt_although_the_template_does_not_mark_it(folder_of):
     unmarked = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     chat = chat_format(load_tokenizer(folder_of("chatml", unmarked)), "template")
     assert chat.stop_tokens == (chat.tokenizer.token_id("<|im_end|>"),)
     example = encode_conversation([Message("user", "问"), Message("assistant", "答")], chat)
-    assert chat.tokenizer.backend.decode([t for t in example.labels if t != IGNORED], skip_special_tokens=False) == "答"
+    learnt = [t for t in example.labels if t != IGNORED]
+    assert chat.tokenizer.backend.decode(learnt, skip_special_tokens=False) == "答<|im_end|>"

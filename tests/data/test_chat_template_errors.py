@@ -21,17 +21,9 @@ BROKEN = {
     "looks at the text": ("{% if '问' in messages[0].content %}b{% endif %}" + ALL, "changes the messages' text"),
     "leaves out": ("{% for m in messages[1:] %}{{ m.content }}</s>{% endfor %}", "leaves out message 1.*user"),
     "no end": ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "never learn to stop.*eos_token"),
-    "no mark": ("{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}", "no answer"),
-    "forged place": ("\ufdd077\ufdd1" + ALL, "no character"),
-    "forged by an escape": (r"{{ '\ufdd077\ufdd1' }}" + ALL, "no character"),
-    "forged mark": ("{{ pedgpt_begin }}" + ALL, "no character"),
-    "forged number": ("\ufdd0" + "9" * 5000 + "\ufdd1" + ALL, "no special token"),
-    "end without a beginning": ("{% generation %}{% endgeneration %}{{ pedgpt_end }}" + ALL, "changes"),
-    "half a text": ("{% for m in messages %}{{ m.content[:1] + m.content }}</s>{% endfor %}", "changes|no char"),
-    "endless": ("{% for i in range(9999) %}{% for j in range(9999) %}{{ i }}{% endfor %}{% endfor %}", "1,048,576"),
+    "half a text": ("{% for m in messages %}{{ m.content[:1] + m.content }}</s>{% endfor %}", "changes"),
     "too long range": ("{% for i in range(10 ** 9) %}{% endfor %}", "too big"),
     "deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "not valid Jinja"),
-    "huge": (" " * (1 << 20) + "x", "1,048,577 characters"),
 }
 
 
@@ -47,9 +39,9 @@ def test_template_file_wins_and_lists_hold_a_default(folder_of):
     assert prompt(folder) == "own:a"
     (folder / "chat_template.jinja").write_text("file:{{ messages[0].content }}", encoding="utf-8")
     assert prompt(folder) == "file:a"
-    for unusable in ([named("rag", "x")], {"default": "x"}, 3, [{"name": "default"}]):
-        with pytest.raises(ValueError, match="tokenizer_config.json.*default"):
-            chat_format(load_tokenizer(folder_of("chatml", unusable)))
+    for unusable, told in (([named("rag", "x")], "no chat_template"), (3, "tokenizer_config.json: .*not valid Jinja")):
+        with pytest.raises(ValueError, match=told):
+            chat_format(load_tokenizer(folder_of("chatml", unusable)), "template")
 
 
 @pytest.mark.parametrize(("template", "told"), BROKEN.values(), ids=BROKEN)
@@ -61,7 +53,7 @@ def test_unusable_templates_are_errors_that_name_the_file(template, told, folder
         with pytest.raises(ValueError, match=told) as caught:
             encode_conversation(TURN, chat_format(load_tokenizer(folder)), source="rows.jsonl:7")
         assert str(folder / name) in str(caught.value)
-        assert "not valid" in told or "characters" in told or str(caught.value).startswith("rows.jsonl:7: ")
+        assert "not valid" in told or str(caught.value).startswith("rows.jsonl:7: ")
 
 
 def test_template_that_is_a_link_out_of_the_folder_is_refused(folder_of, tmp_path):

@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from pedgpt.data import tables
 from pedgpt.data.readers import (
     BadRow,
     detect_kind,
@@ -41,7 +40,7 @@ def write(path, *rows):
     return path
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030", "utf-16"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.csv.gz"])
 def test_a_file_is_read_whatever_its_encoding(tmp_path, encoding, name):
     texts = {
@@ -59,12 +58,12 @@ def test_a_file_is_read_whatever_its_encoding(tmp_path, encoding, name):
         assert said(read_conversations(path)) == SAID and detect_kind(path) == "conversations"
 
 
-def test_english_utf16_and_ascii_before_chinese_are_told_apart(tmp_path):
+def test_utf16_of_either_order_and_late_chinese_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes('{"question": "How high is a fever?", "answer": "38 degrees."}\n'.encode("utf-16-be"))
+    path.write_bytes('\ufeff{"question": "How high is a fever?", "answer": "38 degrees."}\n'.encode("utf-16-be"))
     assert said(read_conversations(path)) == [("How high is a fever?", "38 degrees.")]
     ascii_rows = '{"question": "q", "answer": "a"}\n' * 9_000  # more than is looked at in one piece
-    path.write_bytes((ascii_rows + dumps(QA[0]) + "\n").encode("gb18030"))
+    path.write_text(ascii_rows + dumps(QA[0]) + "\n", encoding="utf-8")
     assert said(read_conversations(path))[-1] == SAID[0]
 
 
@@ -77,21 +76,8 @@ def test_a_broken_byte_in_a_gb18030_file_costs_its_own_row(tmp_path):
     assert [row.line for row in summary.skipped] == [2]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
-def test_lines_that_end_at_a_carriage_return_are_lines(tmp_path, name):
-    path = tmp_path / name
-    rows = ["question,answer", *(",".join(texts) for texts in SAID)] if name == "a.csv" else map(dumps, QA)
-    path.write_bytes("\r".join(["# 发热", "甲"] if name == "a.txt" else rows).encode())
-    if name == "a.txt":
-        assert [(row.text, row.title) for row in read_documents(path)] == [("# 发热\n甲", "发热")]
-    else:
-        assert said(read_conversations(path)) == SAID
-        assert [line for line, _ in tables.read_rows(path)] == ([2, 3, 4] if name == "a.csv" else [1, 2, 3])
-
-
 ENCODED = {
     "a.jsonl": (read_conversations, ['{"question": "问", "answer": "答"}'] * 3, 2),
-    "id.jsonl": (read_conversations, ['{"id": "问", "question": "q", "answer": "a"}'] * 3, 2),
     "a.json": (
         read_conversations,
         ['[{"question": "问", "answer": "答"}', ',{"question": "问", "answer": "答"}', "]"],
@@ -118,11 +104,12 @@ def test_gb18030_bytes_in_one_line_cost_that_row_alone(tmp_path, name):
     assert len(good) == {"a.json": 1, "a.csv": 1}.get(name, 2)
 
 
-def test_a_csv_header_in_another_encoding_is_refused_under_either_policy(tmp_path):
+@pytest.mark.parametrize("encoding", ["big5", "utf-16-le"])  # the second without its mark
+def test_a_file_of_another_encoding_is_refused_under_either_policy(tmp_path, encoding):
     path = tmp_path / "a.csv"
-    path.write_bytes("醫師,question,answer\n劉大夫,咳嗽發燒怎麼辦,請多喝開水\n".encode("big5"))
+    path.write_bytes("醫師,question,answer\n劉大夫,咳嗽發燒怎麼辦,請多喝開水\n".encode(encoding))
     for policy in ("error", "skip"):
-        with pytest.raises(ValueError, match=rf"{path}: found neither .* iconv -f BIG5 -t UTF-8 {path} > .*a.utf8.csv"):
+        with pytest.raises(ValueError, match=rf"{path}: cannot be read .*found neither UTF-8 .* iconv -f BIG5"):
             read_conversations(path, on_bad_row=policy)
 
 

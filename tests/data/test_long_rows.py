@@ -1,4 +1,4 @@
-"""Rows longer than a row of tokens: told together, left out, or cut without losing an answer. Digits are tokens."""
+"""Rows longer than a row of tokens: told together, left out, or cut at their end. Digits are tokens."""
 
 import re
 
@@ -20,11 +20,6 @@ IGNORED = -100
 @pytest.fixture
 def chat(tokenizers_by_name):
     return chat_format(tokenizers_by_name["baichuan"])
-
-
-THOUGHT = Conversation(
-    (Message("user", "1"), Message("assistant", "2", reasoning="34567890" * 20)), "a.jsonl:1"
-)
 
 
 def talk(*texts, system="", line=1, losses=()):
@@ -51,50 +46,29 @@ def cut(chat, row, length):
     return [shown(chat, example) for example in kept]
 
 
-LONG = talk("11", "22", "33", "44", "55", "66", system="9")  # 1 + 3 × 6 tokens
-
-
 @pytest.mark.parametrize(
     ("length", "text", "taught"),
     [
-        (18, "9U33A44U55A66", "44E66E"),  # the oldest turns go, the system text stays
-        (13, "9U33A44U55A66", "44E66E"),
-        (12, "9U55A66", "66E"),
-        (7, "9U55A66", "66E"),
-        (6, "9U5A66", "66E"),  # then the beginning of the question
+        (12, "9U11A22U33A4", "22E44"),  # the end of an answer is not taught where it is cut
+        (11, "9U11A22U33A", "22E4"),
+        (10, "9U11A22U33", "22E"),  # of the last answer nothing is left
+        (4, "9U11", ""),
     ],
 )
-def test_a_long_conversation_loses_its_oldest_turns_and_never_its_answer(chat, length, text, taught):
-    assert cut(chat, LONG, length) == [(text, taught)]
+def test_the_end_of_a_long_conversation_is_cut_off(chat, length, text, taught):
+    assert cut(chat, talk("11", "22", "33", "44", system="9"), length) == ([(text, taught)] if taught else [])
 
 
-def test_a_long_answer_keeps_at_least_half_a_row_and_a_short_one_all(chat):
-    assert cut(chat, talk("1", "234567890"), 6) == [("U1A234", "2345")]
-    assert cut(chat, talk("123456789", "87654321"), 8) == [("U89A8765", "87654")]
-    assert cut(chat, talk("123456789", "8"), 8) == [("U56789A8", "8E")]
-
-
-@pytest.mark.parametrize(
-    ("row", "told"),
-    [
-        (talk("1", "2", system="123456789"), "no question has room beside its system text and half a row of answer"),
-        (talk("1", "2", "333", "4", losses=[(3, False)]), "nothing to learn would be left"),
-        (THOUGHT, "its reasoning leaves no room for the answer"),
-    ],
-)
-def test_a_row_of_which_nothing_could_be_learnt_is_left_out_and_counted(chat, row, told):
-    summary = ReadSummary(rows={"a.jsonl": 1})
-    assert encode_conversations([row], chat, 6, "error", summary, on_long_row="truncate") == []
-    (skipped,) = summary.skipped
-    assert skipped.reason.startswith("over-long: ") and told in skipped.reason and summary.rows == {"a.jsonl": 0}
+def test_a_row_of_which_nothing_could_be_learnt_is_left_out_and_counted(chat):
+    summary = ReadSummary(rows={"a.jsonl": 2})
+    rows = [talk("123456", "2"), talk("1", "2", "333", "4", losses=[(1, False)], line=2)]
+    assert encode_conversations(rows, chat, 6, "error", summary, on_long_row="truncate") == []
+    assert [row.reason[:10] for row in summary.skipped] == ["over-long:"] * 2 and summary.rows == {"a.jsonl": 0}
 
 
 def test_all_long_rows_are_told_at_once_with_their_number(chat):
     rows = [talk("1" * n, "2", line=n) for n in range(1, 12)]
-    told = (
-        "a.jsonl:3: over-long: 6 tokens do not fit a row of 5 (9 such rows, the longest of 14: a.jsonl:3, a.jsonl:4, "
-        'a.jsonl:5, a.jsonl:6, a.jsonl:7, …); raise row_length, or set on_long_row = "skip" or "truncate"'
-    )
+    told = "a.jsonl:3: over-long: 14 tokens do not fit a row of 5 (9 such rows); raise row_length, or set on_long_row"
     with pytest.raises(ValueError, match=re.escape(told)):
         encode_conversations(rows, chat, 5, "skip", ReadSummary())
     with pytest.raises(ValueError, match="on_long_row is 'cut'"):
@@ -104,21 +78,13 @@ def test_all_long_rows_are_told_at_once_with_their_number(chat):
     assert "9 skipped, over-long: a.jsonl:3, a.jsonl:4, a.jsonl:5, ..." in summary.describe()
 
 
-def test_a_long_pair_loses_the_same_of_its_prompt_for_both_answers(chat):
-    turns = [Message("user", "1"), Message("assistant", "2"), Message("user", "34")]
-    prompt = (Message("system", "9"), *turns)
-    pair = PreferencePair(prompt, "567", "8", "a.jsonl:1")
-
-    def pairs(pair, length):
+def test_the_longer_answer_of_a_pair_is_cut(chat):
+    def pairs(chosen, rejected, length):
+        pair = PreferencePair((Message("user", "12"),), chosen, rejected, "a.jsonl:1")
         summary = ReadSummary(rows={"a.jsonl": 1})
         kept = encode_pairs([pair], chat, length, "error", summary, on_long_row="truncate")
         return [(shown(chat, both.chosen), shown(chat, both.rejected)) for both in kept], summary
 
-    assert pairs(pair, 12)[1].shortened == []
-    assert pairs(pair, 11)[0] == [(("9U34A567", "567E"), ("9U34A8", "8E"))]
-    assert pairs(pair, 7)[0] == [(("9U4A567", "567E"), ("9U4A8", "8E"))]
-    assert pairs(PreferencePair(prompt, "5678", "8", "a.jsonl:1"), 7)[0] == [
-        (("9U4A567", "5678"), ("9U4A8", "8E"))  # the longer answer learns no end where it is cut
-    ]
-    alike, summary = pairs(PreferencePair(prompt, "55555556", "55555557", "a.jsonl:1"), 8)
-    assert alike == [] and "its answers differ only in what would be cut" in summary.skipped[0].reason
+    assert pairs("567", "8", 7)[1].shortened == []
+    kept, summary = pairs("5678", "8", 6)
+    assert kept == [(("U12A56", "567"), ("U12A8", "8E"))] and summary.shortened == ["a.jsonl:1"]

@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from pedgpt.data.readers import (
     BadRow,
+    NoData,
     detect_kind,
     parse_columns,
     read_conversations,
@@ -54,19 +55,7 @@ def pair(question, answer):
          ("问", "答")),
         ({"prompt": "问", "completion": "答", "label": True}, ("问", "答")),
         ({"question": "问", "option": {"A": "甲", "B": "乙", "C": ""}, "answer": "A"}, ("问\nA. 甲\nB. 乙", "A")),
-        ({"question": "问", "options": ["甲", "乙"], "answer": "B"}, ("问\nA. 甲\nB. 乙", "B")),
-        ({"question": "问", "options": ["A．甲", "B．乙"], "answer": "B"}, ("问\nA．甲\nB．乙", "B")),
-        ({"question": "问", "options": [{"key": "A", "value": "甲"}], "answer": "A"}, ("问\nA. 甲", "A")),
         ({"Question": "问", "Options": "A 甲\nB 乙", "Answer": "A"}, ("问\nA 甲\nB 乙", "A")),
-        ({"question": "问\nA. 甲", "option": {"A": "甲"}, "answer": "A"}, ("问\nA. 甲", "A")),
-        ({"question": "问", "option": {"A": "E.coli", "B": "B.fragilis"}, "answer": "A"},
-         ("问\nA. E.coli\nB. B.fragilis", "A")),
-        ({"question": "问", "choices": {"label": ["A", "B"], "text": ["甲", "乙"]}, "answer": "B"},
-         ("问\nA. 甲\nB. 乙", "B")),
-        ({"question": "问", "options": [{"A": "甲"}, {"B": 10.5}], "answer": "B"}, ("问\nA. 甲\nB. 10.5", "B")),
-        ({"Question": "问", "A": "5", "B": "50", "C": None, "D": "丁", "Answer": "B"},
-         ("问\nA. 5\nB. 50\nD. 丁", "B")),
-        ({"question": "问A. 50", "options": {"A": 5, "B": 50}, "answer": "B"}, ("问A. 50\nA. 5\nB. 50", "B")),
         ({"question": "问", "answer": "答", "input": float("nan"), "system": float("nan")}, ("问", "答")),
     ],
 )  # fmt: skip
@@ -79,13 +68,14 @@ def test_rows_of_other_projects_are_understood(tmp_path, row, texts):
 @pytest.mark.parametrize(
     "label", ['"label": false', '"kto_tag": false', '"label": "False"', '"label": 0', '"Label": "0"']
 )
-@pytest.mark.parametrize("policy", ["error", "skip"])
-def test_an_answer_that_was_judged_bad_is_never_learnt(tmp_path, label, policy):
+def test_an_answer_that_was_judged_bad_is_never_learnt(tmp_path, label):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"prompt": "问", "completion": "错", {label}}}\n{dumps(QA[0])}\n', encoding="utf-8")
     summary = ReadSummary()
-    assert said(read_conversations(path, on_bad_row=policy, summary=summary)) == [SAID[0]]
+    assert said(read_conversations(path, on_bad_row="skip", summary=summary)) == [SAID[0]]
     assert [(row.line, row.reason.partition(":")[0]) for row in summary.skipped] == [(1, "an answer judged bad")]
+    with pytest.raises(BadRow, match=r"a\.jsonl:1: an answer judged bad"):
+        read_conversations(path)
     assert "1 skipped, an answer judged bad" in summary.describe() and detect_kind(path) == "conversations"
 
 
@@ -114,9 +104,9 @@ def test_pairs_of_other_projects_are_understood(tmp_path, row, prompt):
 @pytest.mark.parametrize(
     ("chosen", "rejected", "told"),
     [
-        (turns("一", "好"), turns("二", "坏"), "no user turn at the end"),
+        (turns("一", "好"), turns("二", "坏"), "rejected repeats another prompt"),
         (turns("一", "好"), turns("一", "好"), "chosen equals rejected"),
-        (turns("一", "甲", "三", "好"), turns("一", "乙", "三", "坏"), "chosen repeats another prompt"),
+        (turns("一", "甲", "三", "好"), turns("一", "乙", "三", "坏"), "rejected repeats another prompt"),
     ],
 )
 def test_lists_without_one_prompt_are_bad_rows(tmp_path, chosen, rejected, told):
@@ -160,9 +150,9 @@ def test_other_kinds_have_columns_too(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        (["question"], "question= is not of the form field=column; expected the name of a column"),
+        (["question"], "found 'question', expected field=column"),
         (["qestion=ask"], "did you mean 'question'"),
-        (["question=a", "question=b"], "a field is given twice"),
+        (["question=a", "question=b"], "found 'question=b', expected field=column, each field once"),
     ],
 )
 def test_wrong_columns_are_told(columns, told):
@@ -187,15 +177,14 @@ def test_what_is_no_data_in_a_folder_is_listed_and_left_out(tmp_path):
     (tmp_path / "broken.jsonl").symlink_to(tmp_path / "nowhere")
     summary = ReadSummary()
     assert said(read_conversations(tmp_path, summary=summary)) == SAID[:2]
-    told = {row.file.removeprefix(f"{tmp_path}/"): row.reason.removeprefix("left out, ") for row in summary.skipped}
+    told = {row.file.removeprefix(f"{tmp_path}/"): row.reason for row in summary.skipped}
     assert told == {
         "README_zh.md": "about the data, not data", "LICENSE": "about the data, not data",
-        "dataset_info.json": "about the data, not data", "sub/.git": "hidden or temporary",
-        ".a.jsonl.swp": "hidden or temporary", "~$a.xlsx": "hidden or temporary", "x.zip": "an archive; unpack it",
-        "y.png": "not a format that is read", "empty.jsonl": "empty", "broken.jsonl": "not a plain file",
-        "link": "a link to a folder; name that folder itself",
+        "dataset_info.json": "about the data, not data", "x.zip": "no file of a format that is read",
+        "y.png": "no file of a format that is read", "empty.jsonl": "empty",
+        "broken.jsonl": "no file of a format that is read", "link": "no file of a format that is read",
     }  # fmt: skip
-    assert f"1 left out, an archive; unpack it: {tmp_path}/x.zip" in summary.describe()
+    assert f"4 skipped, no file of a format that is read: {tmp_path}/broken.jsonl" in summary.describe()
 
 
 def test_all_paths_that_are_wrong_are_told_at_once(tmp_path):
@@ -206,3 +195,59 @@ def test_all_paths_that_are_wrong_are_told_at_once(tmp_path):
     assert [line.partition(": found")[0] for line in str(error.value).splitlines()] == [
         f"{tmp_path}/no.jsonl", f"{tmp_path}/empty", f"{tmp_path}/a.bin",
     ]  # fmt: skip
+
+
+# Which kind of records a file holds, by its content
+
+GOOD = {
+    "documents": {"text": "文"},
+    "conversations": {"question": "问", "answer": "答"},
+    "preferences": {"prompt": "问", "chosen": "好", "rejected": "坏"},
+    "triples": {"head": "感冒", "relation": "症状", "tail": "发热"},
+}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_the_kind_is_found_by_content_after_bad_rows(tmp_path, kind):
+    path = tmp_path / "misleading_name.jsonl"
+    path.write_text("not JSON\n{}\n" + dumps(GOOD[kind]), encoding="utf-8")
+    assert detect_kind(path) == kind
+
+
+def test_the_kind_of_text_and_tables_is_found(tmp_path):
+    contents = {
+        "a.txt": ("文", "documents"),
+        "a.md": ("# 题", "documents"),
+        "a.csv": ("title,ask,answer\n题,问,答", "conversations"),
+        "a.tsv": ("感冒\t症状\t发热", "triples"),
+        "b.tsv": ("text\ttitle\tpage\n文\t题\t1", "documents"),
+        "a.json": ('[{"head": "感冒", "relation": "症状", "tail": "发热"}]', "triples"),
+    }
+    for name, (content, kind) in contents.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert detect_kind(tmp_path / name) == kind
+
+
+def test_a_file_of_no_kind_is_named(tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(dumps({"a": 1}), encoding="utf-8")
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    for wrong in (path, tmp_path / "empty.jsonl", tmp_path, tmp_path / "nowhere.jsonl"):
+        with pytest.raises(ValueError, match=wrong.name):
+            detect_kind(wrong)
+
+
+def test_an_object_by_id_is_named_by_a_few_of_its_keys(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(dumps({str(n): QA[0] for n in range(5_000)}), encoding="utf-8")
+    with pytest.raises(NoData, match="found the fields 0, 1, .*, 19; if it is data") as error:
+        detect_kind(path)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("content", ['{"a": {"file_name": "b"}}', "[1, 2]", '{"name": "x"}', "q_text,a_text\n问,答\n"])
+def test_a_file_without_a_known_field_is_no_data(tmp_path, content):
+    path = tmp_path / ("a.csv" if content.startswith("q_text") else "a.json")
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(NoData, match="a.*rows of no known kind, found the fields "):
+        detect_kind(path)

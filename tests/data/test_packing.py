@@ -171,8 +171,8 @@ def test_documents_by_hand(ids, eos, row_length, expected):
 
 def test_collate_pads_on_the_right_with_a_document_of_its_own():
     rows = [Row([5, 6, 7], [6, IGNORED, 8], [0, 0, 1]), Row([9], [10], [0])]
-    batch = collate(rows, [40, 17], pad_id=3)
-    assert batch.tokens.tolist() == [[5, 6, 7], [9, 3, 3]]
+    batch = collate(rows, [40, 17])
+    assert batch.tokens.tolist() == [[5, 6, 7], [9, 0, 0]]
     assert batch.labels.tolist() == [[6, IGNORED, 8], [10, IGNORED, IGNORED]]
     assert batch.documents.tolist() == [[0, 0, 1], [0, PADDING, PADDING]]
     assert batch.row_ids.tolist() == [40, 17]
@@ -194,8 +194,8 @@ def test_batch_moves_every_tensor():
 
 
 def test_empty_batch_has_a_token_and_no_weight():
-    batch = collate([], [], pad_id=6)
-    assert batch.tokens.tolist() == [[6]] and batch.labels.tolist() == [[IGNORED]]
+    batch = collate([], [])
+    assert batch.tokens.tolist() == [[0]] and batch.labels.tolist() == [[IGNORED]]
     assert batch.documents.tolist() == [[PADDING]]
     assert (batch.weight, batch.num_tokens, len(batch.row_ids)) == (0, 0, 1)
 

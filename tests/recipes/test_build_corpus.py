@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -87,6 +88,8 @@ def diseases_of(folder):
 def assert_no_leak(corpus):
     """No held-out first question is a training one, whatever the file; nor any text or prompt."""
     for names in (("tasks", "generalist"), ("text",), ("preferences",)):
+        if not (corpus / "train" / names[0]).exists():
+            continue
         train, heldout = (
             [row for name in names for row in table(corpus / side, name)] for side in ("train", "heldout")
         )
@@ -187,7 +190,7 @@ def test_every_row_says_where_it_came_from_and_what_it_was_built_by(corpus):
     }  # fmt: skip
 
 
-def test_card_holds_the_statistics_the_licences_and_the_plots(corpus):
+def test_card_holds_the_statistics_the_licences_and_the_topics(corpus):
     card = (corpus / "README.md").read_text(encoding="utf-8")
     sums = Counter()
     for line in card.splitlines():
@@ -202,10 +205,7 @@ def test_card_holds_the_statistics_the_licences_and_the_plots(corpus):
     assert f"| text/general | general_text | {rows['text/general']['train']} |" in card
     (line,) = [line for line in card.splitlines() if line.startswith("| text/general |")]
     assert line.rstrip(" |").endswith(mean)
-    for plot in ("topics", "lengths"):
-        assert f"reports/{plot}.svg" in card
-        assert (corpus / "reports" / f"{plot}.svg").read_text(encoding="utf-8").count("<path") > 5
-    assert "支原体肺炎" in (corpus / "reports" / "topics.svg").read_text(encoding="utf-8")
+    assert len(re.findall(r"(?m)^\| \S+ \| \d+ \|$", card.split("## Topics")[1])) == 30
 
 
 def test_building_twice_gives_identical_bytes(corpus, tmp_path):
@@ -294,8 +294,8 @@ def test_task_of_a_row_cannot_name_a_file_elsewhere(mixed):
 def test_mapping_and_files_that_are_not_read_are_told(build, mixed, tmp_path, capsys):
     build(source=mixed / "source", output=tmp_path / "corpus")
     told = capsys.readouterr().out
-    for line in ("README.md: not read", "scan.pdf: not read", "b_table.CSV: question → user, answer → assistant",
-                 "e_pairs.json: prompt → turns, chosen, rejected", "c_book.txt: the whole file → text"):  # fmt: skip
+    for line in ("README.md: not read", "scan.pdf: not read", "b_table.CSV: question, answer",
+                 "e_pairs.json: prompt, chosen, rejected", "c_book.txt: text, title"):  # fmt: skip
         assert line in told
 
 
@@ -303,15 +303,6 @@ def test_bad_row_stops_the_build_when_asked_to(build, mixed, tmp_path):
     with pytest.raises(ValueError, match=r"d_graph.tsv:2|a_talk.jsonl:21"):
         build(source=mixed / "source", output=tmp_path / "x", on_bad_row="error")
     assert not (tmp_path / "x").exists()
-
-
-def test_answers_are_the_text_of_a_corpus_without_any_and_stay_on_their_side(build, tmp_path):
-    (tmp_path / "source").mkdir()
-    write(tmp_path / "source" / "talk.jsonl", [child(i) for i in range(60)])
-    build(source=tmp_path / "source", output=tmp_path / "out", heldout_share=0.3, near_duplicate=1.0)
-    for side in ("train", "heldout"):
-        said = {row["messages"][1]["content"] for row in table(tmp_path / "out", f"{side}/tasks/trerecom")}
-        assert {row["text"] for row in table(tmp_path / "out", f"{side}/text/pediatric")} == said and len(said) > 5
 
 
 def test_chapter_of_a_book_lies_on_the_side_of_its_disease_with_all_that_is_built_from_it(build, tmp_path):
@@ -439,7 +430,7 @@ def adult(i):
     [
         ("pairs", {"preferences"}, "no: running text on medicine; conversations; rows of the three pediatric tasks"),
         ("guideline", {"text/pediatric"}, "no: conversations; preference pairs; rows of the three pediatric tasks"),
-        ("medicine", {"text/general_medical", "generalist/general_medical"}, "stage 4 has only general medicine"),
+        ("medicine", {"generalist/general_medical"}, "stage 4 has only general medicine"),
     ],
 )
 def test_a_corpus_of_one_kind_alone_builds_and_says_what_it_lacks(build, tmp_path, capsys, kind, tables, told):

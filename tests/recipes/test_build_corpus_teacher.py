@@ -136,11 +136,6 @@ def _answer(system, user):
         (said,) = re.findall(f"{'治疗' if '治疗？' in user else '症状'}.*?。", passage)
         more = "可以吃阿莫西林。" if topic == "手足口病" else ""
         return {"answer": f"您好，{topic}的{said}{more}", "evidence": "应住院十天。" if topic == "秋季腹泻" else said}
-    if "教材的编辑" in system:
-        head = re.search("“(.*?)”", user)[1]
-        facts = re.findall("^(.+)：(.+)$", user.split("\n\n")[1], re.MULTILINE)
-        said = "；".join(f"{relation}有{tails}" for relation, tails in facts)
-        return {"text": f"{head}在门诊里很常见。{said}。" if head != "手足口病" else f"{head}的{said[:9]}。"}
     if "审查" in system:
         score = {"孩子晚": 1, "孩子不": "五"}.get(user[3:6], 5)  # one that is bad, one that is judged in words
         return {"score": score, "reason": "切题" if score == 5 else "不切题"}
@@ -306,7 +301,7 @@ def test_rows_of_the_teacher_are_in_their_tables_and_say_how_they_were_made(refe
     assert set(built) == {question for question in answers if question[:3] not in ("孩子晚", "孩子不")}
     for question, row in built.items():
         versions = row["origin"]["versions"]
-        assert versions[0] == {"step": "judge", "answer": answers[question], "reason": "score 5.0: 切题"}
+        assert versions[0] == {"step": "judge", "answer": answers[question], "reason": "score 5: 切题"}
         assert ("鼻" in question) == (len(versions) == 2) and ("便秘" in question) == ("refused" in row["origin"])
     nose, hard = (next(row for question, row in built.items() if word in question) for word in ("鼻", "便秘"))
     assert nose["messages"][1]["content"] == nose["origin"]["versions"][0]["answer"] + "这样孩子会舒服一些。"
@@ -314,21 +309,15 @@ def test_rows_of_the_teacher_are_in_their_tables_and_say_how_they_were_made(refe
     said = answers["宝宝便秘拉不出来怎么办？"] + "每天做3次。"
     refused = {"step": "enrich", "answer": said, "reason": "adds the number 3"}
     assert hard["origin"]["refused"] == [refused] and "3次" not in hard["messages"][1]["content"]
-    # The dialogues: a terse turn completed, and one whose completion brought a disease: there the template is used.
+    # The dialogues: a terse turn completed, and one whose completion brought a disease: it stays as it was.
     talks = {row["origin"]["place"]: row for _, row in rows(corpus, "talk")}
     assert set(talks) == {"talk.jsonl:1", "talk.jsonl:2", "talk.jsonl:3"}
     changed = {place: row["origin"]["rewritten"] for place, row in talks.items()}
-    assert [change["by"] for change in changed["talk.jsonl:1"]] == ["teacher"] == [
-        change["by"] for change in changed["talk.jsonl:3"]
-    ]
+    assert {place: len(changes) for place, changes in changed.items()} == {
+        "talk.jsonl:1": 1, "talk.jsonl:2": 0, "talk.jsonl:3": 1,
+    }  # fmt: skip
     assert talks["talk.jsonl:1"]["messages"][3]["content"] == "对，像您说的那样做就好。"
-    assert [change["by"] for change in changed["talk.jsonl:2"]] == ["template"]
     assert "肺炎" not in json.dumps(talks["talk.jsonl:2"], ensure_ascii=False)
-    # The graph: its facts as text by the teacher, but for the disease of which the teacher left facts out.
-    texts = {row["disease"]: row for table, row in rows(corpus, "graph") if table.startswith("text/")}
-    assert {name: row["origin"]["form"] for name, row in texts.items()} == {
-        name: "template" if name == "手足口病" else "teacher" for name in GRAPH
-    }
     # Pairs, the teacher's answer preferred.
     pairs = [row for table, row in rows(corpus) if table == "preferences"]
     builders = collections.Counter(row["origin"]["builder"] for row in pairs)
@@ -353,7 +342,6 @@ def test_wrong_answers_are_left_out_with_their_reason(reference):
     assert places["qa", "judged unusable: by the teacher"] == {"qa.jsonl:2": 1}
     assert places["qa", "teacher's answer was unusable"] == {"qa.jsonl:3": 1}
     assert places["qa", "teacher's answer was not supported"] == {"qa.jsonl:6": 1}
-    assert places["graph", "paragraph does not hold exactly the facts"] == {"knowledge_graph:手足口病": 1}
     assert "阿莫西林" in listed["book", "answer not supported by its passage"][0]["detail"]
     assert "我不知道" in listed["book", "teacher's answer was unusable"][0]["detail"]
     written = json.dumps(rows(corpus), ensure_ascii=False)
@@ -599,9 +587,8 @@ def test_plain_teachers_answers_become_the_rejected_ones(recipe, source, tmp_pat
         for log, name in ((server.log, "tiny"), (other.log, "plain")):
             (said,) = re.findall(f"teacher {name} at .*", ran.out)
             assert f"{len(log)} requests sent, {len(log)} answered" in said
-            form = r"; (.*) prompt and (.*) completion tokens \(all runs with this cache: (.*) and (.*) tokens\)"
-            tokens = re.search(form, said).groups()
-            assert tokens[:2] == tokens[2:]
+            tokens = re.search(r"; all runs with this cache: ([\d,]+) prompt and ([\d,]+) completion tokens", said)
+            assert all(int(count.replace(",", "")) > len(log) for count in tokens.groups())
 
 
 def test_a_plain_teacher_alone_is_asked_by_several_threads(recipe, source, tmp_path):

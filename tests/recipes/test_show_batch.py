@@ -214,4 +214,4 @@ def test_over_long_rows_are_in_the_table_and_never_stop_it(show):
     nothing, _ = show("instructions", rows[:1], "--row_length", "4")
     assert nothing.code == 0 and "0 documents in 0 rows" in nothing.out
     cut, _ = show("instructions", rows[:1], "--row_length", "4", "--on_long_row", "truncate")
-    assert bodies(cut.out) == [f"{USER}2{ASSISTANT}«3⟦→</s>⟧»"] and "1 over-long, cut to fit" in cut.out
+    assert bodies(cut.out) == [f"{USER}12{ASSISTANT}«⟦→3⟧»"] and "1 over-long, cut to fit" in cut.out

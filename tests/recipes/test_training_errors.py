@@ -36,7 +36,7 @@ def test_settings(lab, recipe, output, tmp_path, monkeypatch):
     misspelt.write_text("learning_rat = 1.0\n", encoding="utf-8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for settings, message in (
-        ({"learnin_rate": 1}, "--learnin-rate is no setting of this recipe; did you mean 'learning_rate'?"),
+        ({"learnin_rate": 1}, "--learnin_rate is no setting of this recipe; did you mean 'learning_rate'?"),
         ({"config": misspelt}, f"{misspelt} line 1: learning_rat is no setting of this recipe; did you mean 'learn"),
         ({"config": broken}, f"{broken}: not valid TOML (Invalid value (at line 1, column 10))"),
         ({"config": tmp_path / "no.toml"}, f"{tmp_path}/no.toml: cannot be read (No such file or directory)"),
@@ -62,7 +62,7 @@ def test_settings(lab, recipe, output, tmp_path, monkeypatch):
         ("continued_pretrain", {"domain_to_general": 0}, "instruction_share must be in [0, 1], domain_to"),
         ("continued_pretrain", {"instructions": None}, "the mixture gives 'instructions' a share of 50%, but it"),
         ("full_finetune", {"chat_format": "alpaca"}, "chat_format 'alpaca' is unknown; expected \"auto\", \"bai"),
-        ("dfpo", {"chat_format": "chatml"}, "the tokenizer has no token '<|im_start|>'"),
+        ("dfpo", {"chat_format": "chatml"}, "{folder}/model: the tokenizer has no token '<|im_start|>'"),
         ("dfpo", {"beta": -0.1}, "beta and mu must be finite and not negative, found beta=-0.1"),
         ("dfpo", {"label_smoothing": 0.5}, "label_smoothing must be in [0, 0.5), found 0.5"),
         ("dfpo", {"row_length": 10}, "{folder}/pairs.jsonl:1: over-long: "),
@@ -86,7 +86,7 @@ GOOD = {
 # The good row without what must be learned from it.
 BAD = {
     "text": ({"title": "发烧"}, "missing field: found the keys title, expected text"),
-    "instructions": ({"question": "发烧怎么办？"}, "missing field: found the keys question, expected question and"),
+    "instructions": ({"question": "发烧怎么办？"}, "missing field: found the keys question, expected answer"),
     "preferences": ({"prompt": "发烧怎么办？", "chosen": "多喝水。"}, "missing field: found the keys prompt, chosen"),
 }
 
@@ -177,9 +177,7 @@ def test_an_output_that_cannot_be_a_folder(lab, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine", encoding="utf-8")
     result = lab.run("full_finetune", file)
-    assert result.code == 2 and result.err == f"error: {file}: cannot be a folder, as a file is in its place; " + (
-        "choose another --output\n"
-    )
+    assert result.code == 2 and result.err == f"error: [Errno 17] File exists: '{file}'\n"
     assert file.read_text(encoding="utf-8") == "mine"
 
 

@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(lab, tmp_path):
     result = lab.run("full_finetune", tmp_path, **settings)
     assert result.code == 2 and len(result.err.splitlines()) == 1
     assert f"{last}: cannot be read (__0_0.distcp is not what was written: its size or checksum differs)" in result.err
-    assert f"; delete it to go on from the one before, step_0000002: rm -r '{last}'" in result.err
+    assert f"; delete it to go on from the one before, or to start anew if there is none: rm -r '{last}'" in result.err
     shutil.rmtree(last)
     assert "at step 2 of 5" in lab.run("full_finetune", tmp_path, **settings).err
     lab.assert_as_if_nothing_happened(tmp_path, lab.reference("full_finetune"))

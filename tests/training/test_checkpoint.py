@@ -1,6 +1,5 @@
 """Checkpoints: what was saved comes back, the last complete one is found, and nothing in one is run as code."""
 
-import dataclasses
 import json
 import os
 import pickle
@@ -200,9 +199,8 @@ def cut(path):
 @pytest.mark.parametrize(
     "damage",
     [cut, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"\x80garbage" * 999), Path.unlink,
-     lambda path: path.write_bytes(pickle.dumps({"step": 3})), lambda path: path.write_bytes(b"[" * 5000),
-     lambda path: path.write_bytes(b'{"step": 1e400}')],
-    ids=["cut", "empty", "garbage", "missing", "other", "deep", "infinite"],
+     lambda path: path.write_bytes(pickle.dumps({"step": 3}))],
+    ids=["cut", "empty", "garbage", "missing", "other"],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_an_error_in_one_line_that_names_it(saved, file, damage, capfd):
     damage(saved / file)
@@ -241,76 +239,13 @@ def test_ranks_that_share_the_reading_leave_no_file_unread(saved, monkeypatch):
     assert read == ["state.json", *sorted(sums.keys() - {"state.json"})]
 
 
-def test_a_damaged_checkpoint_says_which_one_is_before_it(tmp_path, saved):
-    save_checkpoint(tmp_path, 4, *make(0), RUN, WORLD)
-    cut(tmp_path / "step_0000004" / "__0_0.distcp")
-    with pytest.raises(ValueError, match="delete it to go on from the one before, step_0000003: rm -r"):
-        load_checkpoint(tmp_path / "step_0000004", *make(1, steps=0), RUN, WORLD)
-
-
-def test_a_checkpoint_of_an_older_version_says_so(saved):
-    (saved / "checksums.json").unlink()
-    with pytest.raises(ValueError, match="no checksums.json: damaged, or of an older version of pedgpt, with which it"):
-        load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
-
-
-def test_a_renamed_checkpoint_is_not_taken_for_another_step(saved):
-    with pytest.raises(ValueError, match="state.json is of step 3"):
-        load_checkpoint(saved.rename(saved.with_name("step_0000009")), *make(1, steps=0), RUN, WORLD)
-
-
-@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "state.json", "checksums.json"])
-@pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_links_and_pipes_in_a_checkpoint_are_refused(saved, tmp_path, file, kind):
-    (saved / file).rename(tmp_path / "elsewhere")
-    if kind == "link":
-        (saved / file).symlink_to(tmp_path / "elsewhere")
-    else:
-        os.mkfifo(saved / file)
-    with pytest.raises(ValueError, match=f"{file} is missing, or is no plain file"):
-        load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
-
-
-def outside(index):
-    for key, place in index.storage_data.items():
-        index.storage_data[key] = dataclasses.replace(place, relative_path="../elsewhere.distcp")
-
-
-def beyond(index):
-    for key, place in index.storage_data.items():
-        index.storage_data[key] = dataclasses.replace(place, length=10**12)
-
-
-def empty(index):
-    for stored in index.state_dict_metadata.values():
-        stored.chunks.clear()
-
-
-def unpickled(index):
+def test_an_index_of_what_is_no_tensor_is_refused(saved):
+    index = pickle.loads((saved / ".metadata").read_bytes())
     for name in index.state_dict_metadata:  # DCP gives such an entry to torch.load(weights_only=False)
         index.state_dict_metadata[name] = BytesStorageMetadata()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [(outside, "bytes outside its files"), (beyond, "bytes outside its files"), (empty, "no whole tensor"),
-     (unpickled, "no whole tensor")],
-)  # fmt: skip
-def test_an_index_that_leads_elsewhere_is_refused(saved, tmp_path, change, message):
-    (tmp_path / "elsewhere.distcp").write_bytes((saved / "__0_0.distcp").read_bytes())
-    index = pickle.loads((saved / ".metadata").read_bytes())
-    change(index)
     (saved / ".metadata").write_bytes(pickle.dumps(index))
     sign(saved)
-    with pytest.raises(ValueError, match=message):
-        load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
-
-
-def test_an_index_that_asks_for_gigabytes_is_refused_before_it_gets_them(saved):
-    # A pickle of 8 bytes, and the unpickler makes room for 2^31 references.
-    (saved / ".metadata").write_bytes(b"\x80\x04Nr\xff\xff\xff\x7f.")
-    sign(saved)
-    with pytest.raises(ValueError, match="asks for 2147483647 entries of memory"):
+    with pytest.raises(ValueError, match="is no tensor, so DCP would unpickle it"):
         load_checkpoint(saved, *make(1, steps=0), RUN, WORLD)
 
 
@@ -324,7 +259,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved, chosen, named):
             load_checkpoint(saved, *other, RUN, WORLD)
 
 
-@pytest.mark.parametrize("state", ["[]", "{}", '{"step": 3}', '{"run": {}, "step": "a"}', '{"run": {}, "step": null}'])
+@pytest.mark.parametrize("state", ["[]", "{}", '{"step": 3}'])
 def test_a_state_without_its_fields_is_an_error(saved, state):
     (saved / "state.json").write_text(state, encoding="utf-8")
     sign(saved)

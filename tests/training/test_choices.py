@@ -14,10 +14,10 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 
 def chosen(output, world=WORLD, settled=None):
-    """(what the run computes with, what `use` was given last)."""
+    """(what the run computes with, all that `use` was given)."""
     used = [{}]
     settle = lambda: {"new float32 small": True, **used[-1]} if settled is None else settled  # noqa: E731
-    return run_choices(output, world, settle, used.append), used[-1]
+    return run_choices(output, world, settle, used.append), used[1:]
 
 
 def store(output, state):
@@ -27,19 +27,19 @@ def store(output, state):
 
 
 def test_without_a_checkpoint_all_is_settled_anew(tmp_path):
-    assert chosen(tmp_path) == ({"new float32 small": True}, {})
+    assert chosen(tmp_path) == (new := {"new float32 small": True}, [{}, {}, new])
 
 
 def test_those_of_the_last_checkpoint_are_followed_and_the_rest_is_settled(tmp_path):
     stored = {"a float32 small": False, "b float32 small": True}
     store(tmp_path, json.dumps({"step": 3, "run": {}, "choices": stored}))
-    assert chosen(tmp_path) == ({"new float32 small": True, **stored}, stored)
+    assert chosen(tmp_path) == (found := {"new float32 small": True, **stored}, [{}, stored, found])
 
 
 @pytest.mark.parametrize("state", ['{"step": 3, "run": {}}', '{"choices": 3}', '{"choices": {"a": "yes"}}', "{", "[]"])
 def test_a_checkpoint_without_choices_or_with_none_that_can_be_read_settles_anew_in_silence(tmp_path, state, capfd):
     store(tmp_path, state)
-    assert chosen(tmp_path) == ({"new float32 small": True}, {})
+    assert chosen(tmp_path)[0] == {"new float32 small": True}
     assert capfd.readouterr() == ("", "")
 
 
@@ -64,4 +64,4 @@ def worker(rank, folder):
 def test_ranks_follow_the_main_rank(tmp_path, start_ranks):
     start_ranks(worker, str(tmp_path))
     main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert main[0] == other[0] == other[1] == {"a": True, "b": False}
+    assert main[0] == other[0] == main[1][-1] == other[1][-1] == {"a": True, "b": False}

@@ -19,7 +19,7 @@ def steps(path):
 def test_log_appends_one_line_a_step(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
     log = MetricsLog(path)
-    assert log.totals() == (0, 0.0)
+    assert (log.tokens, log.seconds) == (0, 0.0)
     for step in (1, 2):
         log.write(record(step))
     assert path.read_text(encoding="utf-8").splitlines() == [json.dumps(record(1)), json.dumps(record(2))]
@@ -33,7 +33,7 @@ def test_resuming_drops_the_steps_after_the_checkpoint(tmp_path, after, tail):
     log = MetricsLog(path, after_step=min(after, 5))
     assert steps(path) == list(range(1, min(after, 5) + 1))
     if 0 < after:
-        assert log.totals() == (10 * min(after, 5), 0.5 * min(after, 5))
+        assert (log.tokens, log.seconds) == (10 * min(after, 5), 0.5 * min(after, 5))
     log.write(record(min(after, 5) + 1))
     assert steps(path) == list(range(1, min(after, 5) + 2))
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -42,7 +42,7 @@ def test_resuming_drops_the_steps_after_the_checkpoint(tmp_path, after, tail):
 def test_a_run_from_the_start_begins_an_empty_log(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss"', encoding="utf-8")
-    assert MetricsLog(path).totals() == (0, 0.0) and path.read_text(encoding="utf-8") == ""
+    assert MetricsLog(path).tokens == 0 and path.read_text(encoding="utf-8") == ""
 
 
 def warnings(chosen, margins, **settings):
@@ -140,9 +140,3 @@ def test_the_warning_comes_once_a_run():
 def test_without_beta_there_are_no_rewards_and_no_warning(mu):
     assert not warnings(ramp(-0.1), ramp(0.1), beta=0.0, mu=mu)
     assert not warnings([0.0] * 100, [0.0] * 100, beta=0, mu=mu)
-
-
-@pytest.mark.parametrize("window", [1, 0, -3])
-def test_a_window_needs_two_steps(window):
-    with pytest.raises(ValueError, match=f"window must be at least 2 steps, found {window}"):
-        ChosenLikelihoodWatch(beta=0.1, mu=1.0, window=window)

@@ -147,7 +147,7 @@ def test_on_two_ranks_too_and_as_on_one(tmp_path, start_ranks):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (OPTIMIZERS["adamw"], r"_0000001 belongs to a run with other settings: optimizer was 'SGD', is 'AdamW'\. Go"),
+        (OPTIMIZERS["adamw"], r"_0000001 belongs to a run with other settings: .*; optimizer was 'SGD', is 'AdamW'"),
         (lambda p: torch.optim.SGD(p, momentum=0.5), r": momentum of group 1 was 0\.9, is 0\.5\. Go back"),
         (OPTIMIZERS["sgd"], r": momentum of group 1 was 0\.9, is 0\. Go back"),
     ],

@@ -1,4 +1,4 @@
-"""Doctor-patient dialogues as EviDiag rows: courtesies and boilerplate cut, terse doctor turns completed.
+"""Doctor-patient dialogues as EviDiag rows: courtesies and boilerplate cut, terse doctor turns completed by a teacher.
 
 Evidence is never touched: a clause with a symptom, a finding, an examination, a diagnosis, a drug or a digit stays as
 it was written. What counts as evidence, as courtesy and as boilerplate says templates/dialogues.toml.
@@ -30,27 +30,26 @@ _WHOLE = {
 
 @builder
 def evidiag_dialogue(conversation: Conversation, ask: Ask | None = None) -> Built:
-    """The dialogue without courtesies and with terse doctor turns completed, by the teacher or by template.
+    """The dialogue without courtesies and, with a teacher, with terse doctor turns completed.
 
     Two turns of the patient or more: EviDiag. Fewer: task "", for the caller to classify. Dropped if nothing medical is
-    left, or nothing that the doctor says. `details` counts the cut turns and lists the rewritten ones. A teacher's form
-    that changes a number, a term or a diagnosis gives way to the template.
+    left, or nothing that the doctor says. `details` counts the cut turns and lists the rewritten ones.
     """
     messages = [message for message in conversation.messages if message.role == "system"]
     said = conversation.messages[len(messages) :]
-    kept, cut = _cleaned(list(zip(said[::2], said[1::2], strict=True)))
+    kept = _cleaned(list(zip(said[::2], said[1::2], strict=True)))
     text = "".join(message.content for pair in kept for message in pair)
     medical = len(kept) > 1 or is_evidence(text) or pattern("dialogues", "medical").search(text)
     if not (medical and any(answer.loss and without_boilerplate(answer.content) for _, answer in kept)):
         raise LeftOut("fewer than two turns after cleaning", "".join(message.content for message in said)[:80])
     rewritten = []
     for turn, (user, assistant) in enumerate(kept, 1):
-        form, by = _completed(assistant.content, [*messages, user], ask)
+        form = _completed(assistant.content, [*messages, user], ask) if ask else assistant.content
+        if form != assistant.content:
+            rewritten.append({"turn": 2 * turn, "before": assistant.content, "after": form})
         messages += [user, replace(assistant, content=form)]
-        if by:
-            rewritten.append({"turn": 2 * turn, "before": assistant.content, "after": form, "by": by})
     record = replace(conversation, messages=tuple(messages), task=EVIDIAG if len(kept) > 1 else "")
-    return Built(record, {"cut_turns": cut, "rewritten": rewritten})
+    return Built(record, {"cut_turns": len(said) - 2 * len(kept), "rewritten": rewritten})
 
 
 def evidence(text: str) -> set[str]:
@@ -64,10 +63,7 @@ def is_evidence(text: str) -> bool:
 
 
 def without_boilerplate(text: str) -> str:
-    """A doctor's turn without thanks, wishes and platform clauses; "" if it holds nothing else.
-
-    Only whole sentences, and clauses at the edges of a sentence, are removed; greetings before an answer stay.
-    """
+    """A doctor's turn without the thanks, wishes and platform clauses at the edges of its sentences."""
     lines = [(line, "".join(map(_stripped, whole_sentences(line))).strip()) for line in text.split("\n")]
     kept = "\n".join(said for line, said in lines if said or not line.strip())
     return re.sub(r"\n{3,}", "\n\n", kept).strip()
@@ -82,16 +78,15 @@ def without_greeting(text: str) -> str:
     return "" if _fits("greeting", text) else text
 
 
-def _cleaned(pairs: list[tuple[Message, Message]]) -> tuple[list[tuple[Message, Message]], int]:
-    """The pairs that are kept, and how many turns were cut; a patient's turns around a cut one become one."""
+def _cleaned(pairs: list[tuple[Message, Message]]) -> list[tuple[Message, Message]]:
+    """The pairs that are kept; a patient's turns around a cut one become one."""
     kept: list[tuple[Message, Message]] = []
-    pending, joined = "", 0
+    pending = ""
     for i, (user, assistant) in enumerate(pairs):
         asked_before = kept and _ASKING.search((whole_sentences(kept[-1][1].content) or [""])[-1])
         courtesy = _patient_is_courteous(user.content, bool(asked_before))
         said, answer = pending if pending and courtesy else user.content, without_boilerplate(assistant.content)
         if pending and not courtesy:
-            joined += 1
             said = re.sub(r"(?<![。！？!?；;，,\s])\s*$", "。", pending).rstrip() + said.lstrip()
         if answer and not _doctor_says_nothing(answer, user.content):
             kept.append((replace(user, content=said), replace(assistant, content=answer)))
@@ -100,22 +95,20 @@ def _cleaned(pairs: list[tuple[Message, Message]]) -> tuple[list[tuple[Message, 
             pending = said if pending or not courtesy else ""
         elif (pending or not courtesy) and (is_evidence(said) or _ASKING.search(said)):
             kept.append((replace(user, content=said), assistant))  # never lost, even if a courtesy answers it
-    return kept, 2 * (len(pairs) - len(kept)) - joined
+    return kept
 
 
 def _stripped(sentence: str) -> str:
     body = sentence.rstrip("。！？!?”’」』）) ")
     clauses = _CLAUSE.findall(body)
     closes = _closings([clause.strip(_EDGES) for clause in clauses])
-    if not any(closes):
-        return sentence if body.strip() else ""
     said = [i for i, clause in enumerate(clauses) if not (closes[i] or _fits("greeting", clause))]
-    if not said:
-        return ""
+    if not any(closes) or not said:
+        return "" if any(closes) or not body.strip() else sentence
     first = 0 if _fits("leaning", clauses[said[0]]) else said[0]
-    last = len(clauses) if _fits("dangling", clauses[said[-1]]) else said[-1]
-    kept = "".join(clause for i, clause in enumerate(clauses) if first <= i <= last or not closes[i])
-    return kept + sentence[len(body) :] if last + 1 >= len(clauses) else kept.rstrip("，, ") + "。"
+    last = len(clauses) if _fits("dangling", clauses[said[-1]]) else said[-1] + 1
+    kept = "".join(clauses[first:last])
+    return kept + sentence[len(body) :] if last == len(clauses) else kept.rstrip("，, ") + "。"
 
 
 def _closings(clauses: list[str]) -> list[bool]:
@@ -126,11 +119,6 @@ def _closings(clauses: list[str]) -> list[bool]:
         or (_fits("platform", clause) and not NUMBER.search(clause))
         for i, clause in enumerate(clauses)
     ]
-    wishing = False
-    for i, clause in enumerate(clauses):  # a wish goes on: "祝您手术顺利，恢复迅速"
-        goes_on = wishing and plain[i] and _fits("wished", clause)
-        wishing = goes_on or (closes[i] and _fits("wish", clause))
-        closes[i] = closes[i] or goes_on
     for i in reversed(range(len(clauses) - 1)):  # a condition belongs to what follows it: "如果还有问题"
         closes[i] = closes[i] or (closes[i + 1] and plain[i] and _fits("condition", clauses[i]))
     return closes
@@ -161,32 +149,14 @@ def _doctor_says_nothing(answer: str, patient: str) -> bool:
     return all(_fits("hearing", clause) for clause in clauses) and not (clauses and _ASKING.search(patient))
 
 
-def _completed(turn: str, before: list[Message], ask: Ask | None) -> tuple[str, str]:
-    """(the turn, "") or (its completed form, who completed it)."""
-    offline, prompts = _by_template(turn, before[-1].content), _FORMS["teacher"]
-    if ask and (offline or len(turn.strip(_EDGES)) <= prompts["limit"]):
-        names = {"system": "说明", "user": "患者", "assistant": "医生"}
-        dialogue = "\n".join(f"{names[message.role]}：{message.content}" for message in before)
-        answer = answered(ask, prompts, {"answer": str}, dialogue=dialogue, turn=turn)["answer"]
-        diagnoses = filter(is_evidence, whole_sentences(turn))
-        survives = all(s.strip(_EDGES) in answer for s in diagnoses) and evidence(answer) <= evidence(dialogue + turn)
-        if answer != turn and survives and len(answer) >= len(turn):
-            return answer, "teacher"
-    return (offline, "template") if offline else (turn, "")
-
-
-def _by_template(turn: str, patient: str) -> str:
-    """The turn with what it refers to, the patient's last question or else the last sentence, or ""."""
-    forms, said = _FORMS["terse"], without_greeting(turn)
-    bare = said.strip(_EDGES)
-    if not bare or len(bare) > forms["limit"] or is_evidence(bare):
-        return ""
-    sentences = [s for s in whole_sentences(patient) if s.strip(_EDGES)]
-    asked = list(filter(_ASKING.search, sentences)) or [s for s in sentences if not _fits("greeting", s)] or [patient]
-    chosen = without_greeting(asked[-1].strip(_EDGES))
-    quote = (re.sub("^[^，,]*谢[^，,]*[，,]", "", chosen) or chosen).replace("“", "‘").replace("”", "’")
-    if all(re.fullmatch(forms["assents"], part) for part in re.split("[，,。！!]", bare) if part):
-        return forms["answered"].format(quote=quote, turn=said)
-    if re.fullmatch(forms["elliptical"], bare):
-        return forms["asked"].format(quote=quote, turn=said.removeprefix("请问"))
-    return ""
+def _completed(turn: str, before: list[Message], ask: Ask) -> str:
+    """A terse turn as a teacher completes it, unless that changes a number, a term or a diagnosis."""
+    prompts = _FORMS["teacher"]
+    if len(turn.strip(_EDGES)) > prompts["limit"]:
+        return turn
+    names = {"system": "说明", "user": "患者", "assistant": "医生"}
+    dialogue = "\n".join(f"{names[message.role]}：{message.content}" for message in before)
+    answer = answered(ask, prompts, {"answer": str}, dialogue=dialogue, turn=turn)["answer"]
+    diagnoses = filter(is_evidence, whole_sentences(turn))
+    survives = all(said.strip(_EDGES) in answer for said in diagnoses) and evidence(answer) <= evidence(dialogue + turn)
+    return answer if survives and len(answer) >= len(turn) else turn

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, combinations, islice, permutations
 from typing import Any
 
-from pedgpt.corpus.builders.support import support
-from pedgpt.corpus.rows import Ask, Built, Dropped, LeftOut, Row, answered, builder, number, pick, spoken, templates
+from pedgpt.corpus.rows import number, pick, spoken, templates
 from pedgpt.data.records import Conversation, Document, Triple
 from pedgpt.data.tasks import EVIDIAG, MEDKQA, TRERECOM
 
@@ -54,31 +53,6 @@ def verbalize(disease: Disease) -> Iterator[Document]:
             values = {"head": disease.name, "relation": relation, "tails": disease.listed(relation)}
             text += forms.get(relation, forms["generic"])[variant].format(**values)
         yield Document(text, f"knowledge_graph:{disease.name}", disease.name, disease.name)
-
-
-def verbalize_with(disease: Disease, ask: Ask) -> Iterator[Row]:
-    """The same facts as one fluent paragraph by a teacher; `details` hold its "form", "teacher" or "template".
-
-    A paragraph that lacks the name or a fact, or gives a number, a drug or an advice that no fact does, is Dropped with
-    what was found, and the first text of `verbalize` takes its place.
-    """
-    plain = next(verbalize(disease))
-    (row,) = _paragraph(plain, disease, ask)
-    yield row
-    if isinstance(row, Dropped):
-        yield Built(plain, {"form": "template"})
-
-
-@builder
-def _paragraph(plain: Document, disease: Disease, ask: Ask) -> Built:
-    facts = "\n".join(f"{relation}：{disease.listed(relation)}" for relation in _ordered(disease))
-    text = answered(ask, _FORMS["verbalize_with"], {"text": str}, head=disease.name, facts=facts)["text"]
-    missing = [fact for fact in (disease.name, *chain(*disease.facts.values())) if fact not in text]
-    found = support(text, plain.text)
-    if missing or found.missing_numbers or found.missing_terms or found.flips:
-        detail = f"missing from it: {'、'.join(missing)}" if missing else found.describe()
-        raise LeftOut("paragraph does not hold exactly the facts", detail)
-    return Built(replace(plain, text=text), {"form": "teacher"})
 
 
 def medkqa(disease: Disease) -> Iterator[Conversation]:
@@ -142,9 +116,8 @@ def negative(diseases: Sequence[Disease], *, most: int = 2) -> Iterator[Conversa
     """Yes/no questions in pairs, at most `most` pairs of a disease: a fact of it, and one of another's that it lacks.
 
     The answer to the latter is that the material does not record it and what it does record, never that it cannot be.
-    Such a fact is in no relation of the disease and too unlike all its facts to be one of them in other words. Ages are
-    not asked for, as they overlap, nor complications and treatment, where it would be dangerous to take such an answer
-    for a no. Give only diseases of one side of a split.
+    Ages are not asked for, as they overlap, nor complications and treatment, where it would be dangerous to take such
+    an answer for a no. Give only diseases of one side of a split.
     """
     forms = _FORMS["negative"]
     tails: dict[str, list[str]] = defaultdict(list)
@@ -174,10 +147,9 @@ def _foreign(tails: Sequence[str], relation: str, disease: Disease) -> list[str]
     """
     facts = [set(fact) for fact in (disease.name, *chain(*disease.facts.values()))]
     ends = {fact[-1] for fact in disease.facts[relation]} if relation == SYMPTOM else set()
-    drawn = (pick(tails, disease.name, relation, str(i)) for i in range(20))
-    for tail in drawn:
-        alike = (2 * len(fact & set(tail)) >= min(len(fact), len(set(tail))) for fact in facts)
-        if tail[-1] not in ends and not any(alike):
+    for tail in (pick(tails, disease.name, relation, str(i)) for i in range(20)):
+        alike = any(2 * len(fact & set(tail)) >= min(len(fact), len(set(tail))) for fact in facts)
+        if tail[-1] not in ends and not alike:
             return [tail]
     return []
 
@@ -190,8 +162,7 @@ def _holders(diseases: Sequence[Disease]) -> dict[str, set[str]]:
             exact[symptom].add(disease.name)
     near = {symptom: set(names) for symptom, names in exact.items()}
     for symptom, names in exact.items():
-        # A longer one is a description, which no other symptom holds or is held by but by chance.
-        spans = combinations(range(len(symptom) + 1), 2) if len(symptom) <= 40 else ()
+        spans = combinations(range(min(len(symptom), 40) + 1), 2)  # a longer one is a description
         for part in {symptom[start:end] for start, end in spans} & exact.keys():
             near[part] |= names
             near[symptom] |= exact[part]

@@ -12,21 +12,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from pedgpt.corpus.builders.dialogues import NUMBER, evidence, whole_sentences, without_boilerplate, without_greeting
-from pedgpt.corpus.rows import (
-    Ask,
-    Built,
-    LeftOut,
-    Unusable,
-    answered,
-    builder,
-    either,
-    pattern,
-    pick,
-    rewritten,
-    templates,
-)
+from pedgpt.corpus.builders.dialogues import NUMBER, whole_sentences, without_boilerplate, without_greeting
+from pedgpt.corpus.rows import Ask, Built, LeftOut, answered, builder, either, pattern, pick, rewritten, templates
 from pedgpt.data.records import Conversation
+from pedgpt.endpoint import Unusable
 
 _FORMS = templates("reconstruct")
 _PREFIXES = {heading: prefix for prefix, headings in _FORMS["headings"].items() for heading in headings}
@@ -51,8 +40,13 @@ def reconstruct(conversation: Conversation, ask: Ask | None = None) -> Built:
     *context, last = conversation.messages
     answer, refused = last.content, []
     versions = [{"step": "judge", "answer": answer, "reason": _judged(asked, answer, ask)}]
-    for step, offline in (("enrich", _enrich), ("reorganise", _reorganise)):
-        form, reason = _asked(step, asked, answer, ask, answer=str, reason=str) if ask else offline(asked, answer)
+    for step in ("enrich", "reorganise"):
+        if ask:
+            form, reason = _asked(step, asked, answer, ask, answer=str, reason=str)
+        elif step == "enrich":
+            form, reason = _enrich(asked, answer)
+        else:
+            form, reason = reorganise(answer), "forum headings, boilerplate, lists and punctuation put in order"
         if fault := _fault(asked, answer, form) if ask else "":
             refused.append({"step": step, "answer": form, "reason": fault})
         elif form != answer:
@@ -71,32 +65,22 @@ def _judged(asked: str, answer: str, ask: Ask | None) -> str:
     """The score of the answer and why; left out if it is too low."""
     if ask:
         score, reason = _asked("judge", asked, answer, ask, score=int, reason=str)
-        unusable = "by the teacher" if score < _FORMS["teacher"]["judge"]["lowest"] else ""
         if not 1 <= score <= 5:
             raise Unusable(f"judged {score!r}, expected a whole number from 1 to 5")
-    else:
-        score, reason, unusable = _judge(asked, answer)
-    if unusable:
-        raise LeftOut(f"judged unusable: {unusable}", f"score {score:.1f}: {reason}: {answer[:60]}")
-    return f"score {score:.1f}: {reason}"
-
-
-def _judge(asked: str, answer: str) -> tuple[float, str, str]:
-    """(score, all faults, the worst fault if the score is below the threshold), by rules."""
-    rules, said = _FORMS["judge"], reorganise(answer)
-    bare = re.sub(rf"[^{_CJK}A-Za-z0-9]", "", without_greeting(said))
-    found = {
-        "terse": len(bare) < rules["terse"],
-        "unrelated": not (_bigrams(asked) & _bigrams(answer) or set(bare) & evidence(asked)),
+        if score < _FORMS["teacher"]["judge"]["lowest"]:
+            raise LeftOut("judged unusable: by the teacher", f"score {score}: {reason}: {answer[:60]}")
+        return f"score {score}: {reason}"
+    said = reorganise(answer)
+    faults = {
+        "too terse": len(re.sub(r"[\W_]", "", without_greeting(said))) < _FORMS["terse"],
         "promotional": _has("promotional", answer),
-        "referral": not _has("see_doctor_asked", asked) and _only_refers(said),
-        "cut_off": _cut_off(answer),
+        "only refers to a doctor": not _has("see_doctor_asked", asked) and _only_refers(said),
         "rude": _has("rude", answer),
     }
-    faults = [rules["faults"][name] for name, is_so in found.items() if is_so]
-    score = 1 - sum(fault["share"] for fault in faults)
-    worst = max(faults, key=lambda fault: fault["share"])["phrase"] if score < rules["threshold"] else ""
-    return score, ", ".join(fault["phrase"] for fault in faults) or "no fault", worst
+    for fault, found in faults.items():
+        if found:
+            raise LeftOut(f"judged unusable: {fault}", answer[:60])
+    return "no fault"
 
 
 def _has(words: str, text: str) -> bool:
@@ -128,32 +112,15 @@ def _enrich(asked: str, answer: str) -> tuple[str, str]:
     return f"{_ended(answer)}\n{added}", "; ".join(forms[f"{name}_reason"] for name in names)
 
 
-def _reorganise(asked: str, answer: str) -> tuple[str, str]:
-    return reorganise(answer), "forum headings, boilerplate, lists and punctuation put in order"
-
-
 def reorganise(answer: str) -> str:
-    """The answer in paragraphs and numbered lines, without headings, greetings, boilerplate and repeated sentences."""
-    for _ in range(4):  # what one pass mends may show the next one a heading
-        answer, before = _reorganised(answer), answer
-        if answer == before:
-            break
-    return answer
-
-
-def _reorganised(answer: str) -> str:
+    """The answer in paragraphs and numbered lines, without headings, greetings and boilerplate."""
     lines: list[str] = []
-    seen: set[str] = set()
     _, *rest = parts = _HEADING.split(re.sub(r"[\u3000\xa0\t ]+", " ", answer))
     for heading, section in zip(["", *rest[::2]], parts[::2], strict=True):
-        found = [head + body for head, text in _items(section) if (body := _clean(text, seen))]
+        found = [head + body for head, text in _items(section) if (body := _clean(text))]
         if found and lines and not re.match("建议|\\d", found[0]):
             found[0] = _PREFIXES.get(heading, "") + found[0]
         lines += found
-    if lines and _cut_off(lines[-1]):  # the last clause goes, unless it says a number or most of the answer
-        shorter = re.sub("(?:，|(?<=[。！？；]))[^，。！？；]*$", "", lines[-1])
-        if len(shorter) >= 8 and not NUMBER.search(lines[-1][len(shorter) :]):
-            lines[-1] = shorter
     return "\n".join(map(_ended, lines))
 
 
@@ -172,24 +139,12 @@ def _items(text: str) -> list[tuple[str, str]]:
     return re.findall(r"(?m)^[^\S\n]*(\d{1,2}\. |)(.*\S)", "\n".join(lines))
 
 
-def _clean(text: str, seen: set[str]) -> str:
-    """A line or an item without greetings, boilerplate and the sentences that were `seen` before it."""
-    body = re.sub("^[你您]好(?![转起像些了多的好吃奇])", "", without_greeting(_punctuated(text)))
-    kept = []
-    for sentence in map(without_greeting, whole_sentences(without_boilerplate(body))):
-        key = sentence.strip(" 。！？!?，,")
-        if len(key) < 8 or key not in seen:
-            kept.append(sentence)
-        seen.add(key)
-    return "".join(kept).strip(" ，,、；;")
-
-
-def _punctuated(text: str) -> str:
-    """Full-width marks between Chinese words, none twice, none at the start, no spaces between Chinese words."""
+def _clean(text: str) -> str:
+    """A line or an item without greetings and boilerplate, with full-width marks between Chinese words."""
     text = _NARROW.sub(lambda mark: mark[1].translate(_WIDE), text)
-    if len(re.findall("[，。！？；、,.]", text)) * 20 < len(text):  # spaces stand for the marks that are not there
-        text = re.sub(rf"(?<=[{_CJK}]{{4}}) +(?=[{_CJK}]{{4}})", "，", text)
-    return rewritten(text, _FORMS["punctuation"]).strip().lstrip("，,。.、；;：:！!？?>")
+    text = rewritten(text, _FORMS["punctuation"]).strip().lstrip("，,。.、；;：:！!？?>")
+    body = re.sub("^[你您]好(?![转起像些了多的好吃奇])", "", without_greeting(text))
+    return without_greeting(without_boilerplate(body)).strip(" ，,、；;")
 
 
 def _ended(text: str) -> str:
@@ -197,17 +152,6 @@ def _ended(text: str) -> str:
     return text if not text or text[-1] in "。！？!?：…" else text + "。"
 
 
-def _cut_off(answer: str) -> bool:
-    text = answer.strip()
-    return bool(text) and text[-1] not in "。！？!?.…" and _has("dangling", text)
-
-
 def _only_refers(answer: str) -> bool:
     said = [sentence.strip("，,。！？!? ") for sentence in whole_sentences(answer)]
     return bool(said) and all(not s or (len(s) <= 60 and pattern("reconstruct", "referral").fullmatch(s)) for s in said)
-
-
-def _bigrams(text: str) -> set[str]:
-    runs = re.findall(rf"[{_CJK}]+|[A-Za-z0-9]+", pattern("reconstruct", "common").sub(" ", text))
-    pairs = {run[i : i + 2].lower() for run in runs for i in range(len(run) - 1)}
-    return pairs | {run.lower() for run in runs if run.isascii()}
