@@ -71,12 +71,8 @@ def mentions(systems: Sequence[Answers]) -> list[tuple[str, int, str]]:
     names = sorted({*MAKERS, *own, *(system.name for system in systems)} - {"", "model", "adapter"})
     words = [rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])" for name in names]
     pattern = re.compile("|".join([*words, r"我是[^。！？!?\n]{0,30}(?:开发|研发|训练|推出|创建|打造)的"]), re.I)
-    told = []
-    for system in systems:
-        for number, said in enumerate(system.answers, 1):
-            if found := pattern.search(said.content):
-                told.append((system.name, number, found[0]))
-    return told
+    said = ((system.name, number, one) for system in systems for number, one in enumerate(system.answers, 1))
+    return [(name, number, found[0]) for name, number, one in said if (found := pattern.search(one.content))]
 
 
 def build_pages(
