@@ -40,6 +40,8 @@ def main(config: Config) -> None:
     if config.merge:
         if not config.key or config.answers:
             raise ValueError("merge reads raters' files and --key, the key.json of their pages, and no --answers")
+        if config.draws < 1:
+            raise ValueError(f"draws must be at least 1, found {config.draws}")
         check_output(config.output, *config.merge, config.key)
         results = merge(config.merge, read_key(config.key), config.partial, draws=config.draws, seed=config.seed)
         write_json(config.output, results)

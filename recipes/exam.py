@@ -43,6 +43,8 @@ def main(config: Config) -> None:
     check_output(config.output, config.exam, *config.answers)
     exam = exams.read_exam(config.exam)
     results = {"exam": config.exam, "questions": len(exam), "likelihood": {}, "generated": {}}
+    if (config.model or config.adapter) and not any(one.single for one in exam):  # before a judge is asked
+        raise ValueError(f"{config.exam}: no question has exactly one right letter; leave out --model and --adapter")
     if again := len(exam) - len({(one.kind, one.text, str(one.options)) for one in exam}):
         print(f"warning: {again} of {len(exam)} questions occur again in {config.exam}, and count again")
     if config.judge:

@@ -408,6 +408,7 @@ def test_pages_that_raters_may_have_are_not_replaced(build, lab, tmp_path):
         (["--output", "x", "--merge", "a.json"], "--key, the key.json"),
         (["--output", "x", "--merge", "a.json", "--key", key], "a.json: not a file that a page"),
         (["--output", key, "--merge", "a.json", "--key", key], "key.json: is among the files to be read"),
+        (["--output", "x", "--merge", "a.json", "--key", key, "--draws", "0"], "draws must be at least 1"),
         (["--output", "x", "--language", "fr"], "language must be"),
     ):
         result = lab.call("doctors", arguments)

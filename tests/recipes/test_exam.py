@@ -162,6 +162,10 @@ def test_an_endpoint_answers_and_a_judge_grades_texts(facts, tmp_path, capsys):
         assert "other, by its answers" in capsys.readouterr().out
         assert "essay" not in examined(tmp_path, exam, answers=[str(path)])["generated"]["other"]["kinds"]
         assert "3 essays and cases are not graded and do not count; give --judge" in capsys.readouterr().out
+        asked = len(server.log)
+        with pytest.raises(ValueError, match="no question has exactly one right letter"):
+            examined(tmp_path, exam / "essay.csv", answers=[str(path)], judge=str(toml), model="nowhere")
+        assert len(server.log) == asked
     said = read_answers(path)
     assert before == 18 and said.about["model"] == "x" and said.answers[0].content == "答简述发热"
     assert said.answers[0].reasoning == "想"
