@@ -249,7 +249,7 @@ def length_controlled(wins: NDArray, gaps: NDArray, clusters: Sequence[str], *, 
     deviation = gaps.std()
     x = gaps / deviation if deviation > 0 else np.zeros_like(gaps)
     names, groups = np.unique(np.array(clusters), return_inverse=True)
-    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=500)
+    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=2000)
     rates = 1 / (1 + np.exp(-_intercepts(wins, x, np.vstack([np.ones(len(names)), counts])[:, groups])))
     return [float(rates[0]), *map(float, np.quantile(rates[1:], LIMITS))]
 
