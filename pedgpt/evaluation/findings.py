@@ -217,6 +217,9 @@ def _agreement_section(found: Findings) -> list[str]:
             alpha = between(row["krippendorff"], digits=2)
             rows.append([row["task"], row["dimension"], str(row["n"]), *figures, alpha])
         page += ["### Agreement of the doctors", markdown_table(rows)]
+        for name, strengths in result.get("strengths", {}).items():
+            listed = ", ".join(f"{escape(system)} {between(one, digits=2)}" for system, one in strengths.items())
+            page.append(f"Bradley-Terry strengths by the doctors' majority, {name}: {listed}.")
         unsafe = [
             f"- question {row['number']}, {escape(row['system'])}, by {', '.join(row['raters'])}"
             for row in result["unsafe"]

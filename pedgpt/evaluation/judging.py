@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from pedgpt.evaluation.agreement import LIMITS, bootstrap, bradley_terry_interva
 from pedgpt.evaluation.responses import Answers, Question, thin
 
 DIMENSIONS = ("usefulness", "correctness", "consistency", "smoothness", "overall")
+LEAST = 20  # verdicts that decide, before their habits are warned of
 ATTEMPTS = 3  # answers of a judge to one question, before it counts as unreadable
 Ask = Callable[..., str]  # messages, attempt=0 → text: `Endpoint.ask`
 Verdict = dict[str, str]  # by dimension "1", "2" or "tie"
@@ -83,10 +85,17 @@ def score_prompt(question: Question, answer: str, points: int) -> list[dict[str,
 
 def _messages(kind: str, question: Question, reference: bool, **values: str) -> list[dict[str, str]]:
     names = {"system": "设定", "user": "家长", "assistant": "助手"}
-    dialogue = "\n".join(f"{names[message.role]}：{message.content}" for message in question.history)
-    given = template()["reference"].format(reference=question.reference) if reference and question.reference else ""
+    dialogue = "\n".join(f"{names[message.role]}：{_plain(message.content)}" for message in question.history)
+    shown = question.reference if reference else ""
+    given = template()["reference"].format(reference=_plain(shown)) if shown else ""
+    values = {name: _plain(value) for name, value in values.items()}
     text = template()[kind]["user"].format(dialogue=dialogue, reference=given, **values).strip()
     return [{"role": "system", "content": template()["system"]}, {"role": "user", "content": text}]
+
+
+def _plain(text: str) -> str:
+    """A text that cannot imitate the headings of the prompt, such as 【回答2】."""
+    return re.sub("【(?=对话|参考|回答|问题|考生)", "［", text)
 
 
 def ask_strictly(ask: Ask, messages: list[dict[str, str]], read: Callable[[str], Any]) -> tuple[Any, str]:
@@ -216,14 +225,15 @@ def _biases(
         advice = "compare answers of like length"
         which = names[int(gaps.max() < 0)]
         warnings.append(f"{pair}: every answer of {which} is the longer one, so there is no length-controlled rate")
-    if found["first"] and not found["first"][1] <= 0.5 <= found["first"][2]:
+    enough = decided.sum() >= LEAST
+    if enough and found["first"] and not found["first"][1] <= 0.5 <= found["first"][2]:
         warnings.append(
             f"{pair}: the place decides: {found['first'][0]:.0%} of the verdicts that decide prefer the answer shown "
             f"first, and {flips:.0%} of the pairs change with the order"
         )
-    elif flips > 0.3:
+    elif enough and flips > 0.3:
         warnings.append(f"{pair}: the judge is unsteady: {flips:.0%} of the pairs change with the order")
-    if found["longer"] and found["longer"][1] > 0.6:
+    if enough and found["longer"] and found["longer"][1] > 0.6:
         warnings.append(
             f"{pair}: the judge prefers the longer answer in {found['longer'][0]:.0%} of its decisions; {advice}"
         )

@@ -337,6 +337,7 @@ def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
         "comparisons": [{**row, "by": "majority", "first": "a", "second": "b", **dict.fromkeys(KINDS, share)}],
         "agreement": [{**row, "raw": 0.75, "cohen": 0.1, "fleiss": None, "krippendorff": [0.2, 0.1, 0.3]}],
         "unsafe": [{"number": 3, "system": "b", "raters": ["li"]}],
+        "strengths": {"overall": {"a": [0.5, 0.1, 0.9], "b": [-0.5, -0.9, -0.1]}},
     }  # fmt: skip
     one = {"score": [50.0, 40.0, 60.0], "questions": 20, "chance": 25.0}
     bins = [{"questions": 20, "confidence": 0.6, "accuracy": 0.5}]
@@ -353,6 +354,7 @@ def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
     assert "| 2 doctors | a : b | all | overall | 40 | 75 \\[60, 90\\]" in page
     assert "gpt-x and the doctors' majority agree on 75.0 % of 40 questions" in page
     assert "- question 3, b, by li" in page and "total of PediaBench | 61.5 \\[50.0, 70.0\\]" in page
+    assert "majority, overall: a 0.50 [0.10, 0.90]" in page
     assert "1 of its 20 questions" in page and "choice, other letters" in page
     assert "- b: 1 answers could not be read or graded." in page
     for name in ("verdicts.png", "calibration.png"):
