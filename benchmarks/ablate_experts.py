@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/ablate_experts"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -142,7 +143,7 @@ def main() -> None:
         return arm, [trainable(output), rouge, *losses]
 
     alone = {"OMP_NUM_THREADS": "1"} if arguments.workers > 1 else {}
-    jobs = [(arm, seed) for arm in ARMS for seed in range(arguments.seeds)]
+    jobs = [(arm, seed) for arm in arguments.arms for seed in range(arguments.seeds)]
     rows: dict[str, list[list[float]]] = {}
     with ThreadPoolExecutor(arguments.workers) as pool:
         for arm, row in pool.map(work, jobs):
