@@ -543,14 +543,9 @@ def test_a_server_that_is_down_is_named(recipe, source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "asked", "place"),
-    [
-        ("磨牙", "'问题：孩子晚上总是磨牙是怎么回事？ 回答：", "qa.jsonl:2"),
-        ("口腔疱疹和手足皮疹", "'资料（主题：手足口病）：", "book.md"),
-        ("脱水", "'请把关于“秋季腹泻”的", "秋季腹泻"),
-    ],
+    ("word", "place"), [("磨牙", "qa.jsonl:2"), ("口腔疱疹和手足皮疹", "book.md"), ("脱水", "秋季腹泻")]
 )
-def test_a_request_that_is_refused_for_good_costs_its_row_and_is_listed(recipe, source, tmp_path, word, asked, place):
+def test_a_request_that_is_refused_for_good_costs_its_row_and_is_listed(recipe, source, tmp_path, word, place):
     def behave(request, nth):
         return "400" if word in request.question else "good"
 
@@ -558,7 +553,7 @@ def test_a_request_that_is_refused_for_good_costs_its_row_and_is_listed(recipe, 
         settings = toml(tmp_path / "t.toml", server)
         ran = call(recipe, source, tmp_path / "corpus", settings)
         if ran.code:  # it was among the first, and until a server has answered anything a refusal may be of everything
-            assert_one_line(ran, "HTTP 400: 400 for content policy", asked, f"(asked about {place}")
+            assert_one_line(ran, "HTTP 400: 400 for content policy", f"(asked about {place}")
             assert not (tmp_path / "corpus").exists()
             ran = call(recipe, source, tmp_path / "corpus", settings)
         assert ran.code == 0, ran.err
