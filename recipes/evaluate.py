@@ -147,7 +147,8 @@ def answer_tasks(model, chat, tasks, config: Config) -> Answers:
 
 def numbered(names: list[str]) -> list[int]:
     """Equal names by equal numbers."""
-    return [list(dict.fromkeys(names)).index(name) for name in names]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [numbers[name] for name in names]
 
 
 def samples(said: Answers) -> list[dict]:
