@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from pedgpt import kernels
-from pedgpt.kernels import linear_logps, lora_linear, pointwise
+from pedgpt.kernels import linear_logps, lora_linear, optimizer, pointwise, quantized
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes of shared memory that a program may have on sm_90
@@ -42,7 +42,7 @@ TOKENS, DTYPES = 32, (torch.bfloat16, torch.float32)
 def cases() -> Iterator[tuple[torch.dtype, str, Callable[[], Any]]]:
     """(dtype, what is called, the call) of every operator, for the shapes of Baichuan2 and Llama."""
     for dtype in DTYPES:
-        for operator in (pointwise_cases, head_cases, expert_cases):
+        for operator in (pointwise_cases, head_cases, expert_cases, quantized_cases, optimizer_cases):
             for what, call in operator(dtype):
                 yield dtype, what, call
 
@@ -97,6 +97,24 @@ def expert_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
                 name + ", noise" * (noise is not None),
                 trained(lambda *t, call=call, given=(x, weight, None): call(*given, *t)[0], *lora),
             )
+
+
+def quantized_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for kind in quantized.FORMATS:
+        layer = quantized.QuantizedLinear(5120, 13696, bias=False, kind=kind, dtype=dtype)
+        layer.impl = "triton"
+        for tokens in (1, quantized.FEW, TOKENS):
+            yield f"{kind}, {tokens} tokens", trained(layer, random(tokens, 5120, dtype=dtype))
+
+
+def optimizer_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    weight, grad = torch.zeros(4096, dtype=dtype), torch.zeros(4096, dtype=dtype)
+    settings: Any = {"step": 1, "lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "key": 2**62 + 1}
+    for state in DTYPES:
+        moments = torch.zeros(4096, dtype=state), torch.zeros(4096, dtype=state)
+        for first in (0, 1, 16, 2**32 + 3):
+            call = functools.partial(optimizer.adamw_, weight, grad, *moments, **settings, first=first, impl="triton")
+            yield f"AdamW, {str(state).removeprefix('torch.')}, from {first}", call
 
 
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -347,9 +347,9 @@ def head_case(results: Results, trains: bool, masked: float, tokens: int, width:
 
 def groups() -> dict[str, Callable[[Results], None]]:
     """All groups by name, in the order in which `all` runs them."""
-    from gpu_steps import decoding, dfpo, full, full_7b, recipes, stage4, stage4_13b, stage4_peers
+    from gpu_steps import decoding, dfpo, full, full_7b, memory, recipes, stage4, stage4_13b, stage4_peers
 
-    steps = (stage4, stage4_peers, stage4_13b, full, full_7b, dfpo, decoding, recipes)
+    steps = (stage4, stage4_peers, stage4_13b, memory, full, full_7b, dfpo, decoding, recipes)
     return {group.__name__: group for group in (tests, limits, attention, layers, head, *steps)}
 
 

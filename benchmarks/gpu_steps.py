@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
     "13b": dict(hidden_size=5120, intermediate_size=13696, num_hidden_layers=40, num_attention_heads=40),
 }
-TINY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
+TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
 LENGTH, STEPS = 4096, 9
 WAYS = ("none", "selective", "block")
 EXPERTS = {"rank": 8, "alpha": 16, "num_specific_experts": 3}
@@ -78,9 +79,18 @@ def row_length() -> int:
     return 128 if gpu.tiny else LENGTH
 
 
-def random_weights(model: nn.Module, folder: object, *, dtype: torch.dtype, device: torch.device) -> None:
-    """In place of `load_weights`: the same tensors with random numbers."""
+def random_weights(model: nn.Module, folder: object, *, dtype: torch.dtype, device: torch.device, **_: Any) -> None:
+    """In place of `load_weights`: the same tensors with random numbers, quantised where the model wants codes."""
+    from pedgpt.kernels.quantized import Quantization
+
     for module in model.modules():
+        quantization = getattr(module, "quantization", None)
+        if isinstance(quantization, Quantization):
+            quantization.to_empty(device=device)
+            codes = torch.empty(module.weight.shape, dtype=module.weight.dtype, device=device)
+            blocks = (len(rows) for rows in codes.split(1024))
+            quantization.quantize_(codes, (0.02 * torch.randn(n, module.in_features, device=device) for n in blocks))
+            module.weight, quantization.dtype = nn.Parameter(codes, requires_grad=False), dtype
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 value = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -111,11 +121,10 @@ def recipe_steps(
         flags = [str(word) for name, value in {**defaults, "output": f"{output}/run", **settings}.items()
                  for word in (f"--{name}", value)]  # fmt: skip
         config = parse_settings(module.Config, flags)
-        names = [name for name in ("model_fingerprint", "weights_fingerprint") if hasattr(module, name)]
-        constant = dict.fromkeys(names, lambda folder: "random weights")
-        with patch.multiple(module, load_weights=random_weights, **constant):
-            with patch.object(module.training, "gather_weights", lambda *_, **__: None):
-                module.main(config)
+        constant = dict.fromkeys(("model_fingerprint", "weights_fingerprint"), lambda folder: "random weights")
+        nothing = {"load_weights": random_weights, "gather_weights": lambda *_, **__: None}
+        with patch.multiple(module.stage, **nothing, **constant):
+            module.main(config)
         lines = (Path(output) / "run/metrics.jsonl").read_text("utf-8").splitlines()
         rates = [json.loads(line)["tokens_per_second"] for line in lines][3:]
         return {"tokens_per_s": statistics.median(rates), "slowest": min(rates), "peak_gib": peak_gib()}
@@ -261,6 +270,40 @@ def stage4_13b(results: Results) -> None:
         measure(results, "stage4_13b", "13b ALiBi experts, packed", f"checkpointing {way}", run, **limit)
 
 
+def memory(results: Results) -> None:
+    """Less memory: 13B experts over 4 and 8 bits within 24 GB, 7B over 4 bits, all parameters of 7B in bfloat16."""
+    nf4, int8 = {"quantize": "nf4"}, {"quantize": "int8"}
+    all_in = {"weight_dtype": "bfloat16", "optimizer_state": "bfloat16"}
+    cases: list[tuple[str, str, str, dict[str, Any], float]] = [  # with the GiB that are allowed
+        ("13b experts, packed", "nf4", "block", nf4, 22), ("13b experts, packed", "int8", "block", int8, 22),
+        ("13b experts, packed", "nf4", "offload", nf4, 22), ("13b experts, packed", "bf16", "block", {}, 139),
+        ("7b experts, packed", "nf4", "block", nf4, 9), ("7b all parameters, packed", "bf16", "block", all_in, 72),
+    ]  # fmt: skip
+    for case, kind, way, settings, allowed in cases:
+        shape, trains_all = case.split()[0], "weight_dtype" in settings
+        run = partial(
+            recipe_steps, "full_finetune" if trains_all else "expert_finetune", shape, {"instructions": "packed.jsonl"},
+            "alibi" if shape == "13b" else "rope", **({} if trains_all else EXPERTS), **settings,
+            activation_checkpointing=way,
+        )  # fmt: skip
+        limit = product_limit(results, shape, 6 if trains_all else 4)
+        with at_most(24e9 if "quantize" in settings else None):
+            form = f"{kind}, checkpointing {way}"
+            measure(results, "memory", case, form, run, allowed_gib=allowed, **limit)
+
+
+@contextmanager
+def at_most(size: float | None) -> Iterator[None]:
+    """In here this process may take no more than so many bytes of the GPU."""
+    if CUDA and size:
+        torch.cuda.set_per_process_memory_fraction(size / torch.cuda.mem_get_info()[1])
+    try:
+        yield
+    finally:
+        if CUDA:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def full(results: Results, shape: str = "1b") -> None:
     """All parameters of a 1B model in float32 under autocast: recipes/full_finetune.py beside transformers."""
     way, group, case = "none" if shape == "1b" else "block", f"full_{shape}", f"{shape} all parameters"
@@ -287,7 +330,7 @@ def dfpo(results: Results) -> None:
     """recipes/dfpo.py with LoRA on a 7B shape: prompts shared by both answers, against two rows."""
     for shared in (True, False):
         run = partial(
-            recipe_steps, "dfpo", "7b", {"preferences": "pairs.jsonl"}, lora_rank=32, lora_alpha=64,
+            recipe_steps, "dfpo", "7b", {"preferences": "pairs.jsonl"}, adapter="lora", rank=32, alpha=64,
             global_batch_size=2, micro_batch_size=2, shared_prompt=str(shared).lower(), activation_checkpointing="none",
         )  # fmt: skip
         form = "prompt shared" if shared else "two rows"

@@ -74,7 +74,7 @@ def main(config: Config) -> None:
     else:
         chat = config.load_chat()
         about = {"model": config.model, "adapter": config.adapter or None, "weights": config.weights()}
-        names = ("chat_format", "enable_thinking", "template_date", "uniform_routing", "dtype")
+        names = ("chat_format", "enable_thinking", "template_date", "uniform_routing", "dtype", "quantize")
         about["decoding"] = decoding | {name: getattr(config, name) for name in names}
     about = {"decoding": decoding, **about, "seed": config.seed, "question_set": set_hash(questions)}
     if output.exists() and read_answers(output).about == about:

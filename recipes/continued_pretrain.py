@@ -14,9 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from pedgpt import training
+from pedgpt import stage, training
 from pedgpt.data import (
     PackedRows,
     TextSource,
@@ -36,13 +34,12 @@ from pedgpt.data import (
 from pedgpt.data.manifest import DOMAIN, GENERAL, INSTRUCTIONS
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import next_token_loss
-from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
+from pedgpt.models import ModelConfig
 from pedgpt.training.plan import print_plan
 
 
 @dataclass(kw_only=True)
-class Config(training.TrainingSettings):
-    model: str  # folder of the base model
+class Config(stage.StageSettings):
     corpus: str = ""  # folder of build_corpus.py's manifest.json, in place of the three lists that follow
     text: list[str] = field(default_factory=list)  # documents of the domain: files or folders
     general_text: list[str] = field(default_factory=list)  # documents of no domain
@@ -51,18 +48,13 @@ class Config(training.TrainingSettings):
     instruction_share: float = 0.5  # of all tokens; 0 trains on text only, 1 on instructions only
     domain_to_general: float = 9.0  # tokens of domain text for each token of general text
     total_tokens: int = 0  # tokens to draw; 0: as many as use the domain text (without a share, the instructions) once
-    row_length: int = 4096  # tokens a packed row; a longer text goes on in the next
     columns: list[str] = field(default_factory=list)  # field=column, e.g. text=body, if the column's name is unknown
     on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
 
 
 def model_and_loss(config: Config, world: training.World):
-    """What trains, as yet without weights, and its loss."""
-    model = load_model(config.model, dtype=torch.float32, device="meta")
-    model.config.check_length(config.row_length)
-    model.activation_checkpointing = config.activation_checkpointing
-    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
-    return model, next_token_loss  # at every position
+    """What trains, as yet without the model's weights, and its loss, at every position."""
+    return stage.build(config, world), stage.gated(next_token_loss, config)
 
 
 @discards_tokens
@@ -91,7 +83,7 @@ def main(config: Config) -> None:
     rows = PackedRows(store, mixture.order, config.row_length)
     heldout_rows = PackedRows(heldout, None, config.row_length)
     plan = training.BatchPlan.from_settings(len(rows), config)
-    data = f"{rows.fingerprint} on {model_fingerprint(config.model)}"
+    data = f"{rows.fingerprint} on {stage.origin(config)}"
     if training.is_finished(config, plan, data, world):
         return
     if world.is_main:
@@ -101,18 +93,13 @@ def main(config: Config) -> None:
     choices = training.run_choices(config.output, world, products.settle, products.use)
 
     model, loss_function = model_and_loss(config, world)
-    load_weights(model, config.model, dtype=torch.float32, device=world.device)
+    stage.fill(model, config, world)
 
     evaluate = training.evaluation(model, heldout_rows, loss_function, config, world)
     run = {"evaluate": evaluate, "fingerprint": data, "choices": choices}
     training.train(model, plan, rows.batch, loss_function, config, world, **run)
 
-    def save(weights):
-        weights = round_weights(weights, getattr(torch, config.save_dtype or config.dtype), since=config.model)
-        save_model(model, Path(config.output) / "model", weights)
-        tokenizer.save(Path(config.output) / "model")
-
-    training.gather_weights(model, world, save)
+    stage.save_result(model, config, world, tokenizer.save)
     training.finish(config, plan, data, world)
 
 

@@ -7,7 +7,7 @@
 
 The reference is the model as it comes in. Its log-probabilities are computed once, before training, and kept in a file
 that other runs on the same pairs can share (`reference_logps`), so there is never a second model. The prompt of a pair
-is computed once for both answers. All parameters train, or with `lora_rank` an adapter.
+is computed once for both answers. All parameters train, or an adapter.
 Token ids lie on disk, in OUTPUT/tokens, until the run is finished.
 """
 
@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pedgpt import training
-from pedgpt.adapters import adapters_disabled, inject_lora, pack_adapters, save_adapter
+from pedgpt import stage, training
 from pedgpt.data import (
     ChatSettings,
     StoredPairs,
@@ -32,15 +31,7 @@ from pedgpt.data import (
 )
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import check_dfpo_settings, linear_dfpo_loss, linear_sequence_logps
-from pedgpt.models import (
-    ModelConfig,
-    load_model,
-    load_weights,
-    model_fingerprint,
-    round_weights,
-    save_model,
-    weights_fingerprint,
-)
+from pedgpt.models import ModelConfig
 from pedgpt.training.distributed import autocast, gather_rows, sum_over_ranks
 from pedgpt.training.plan import print_plan
 
@@ -53,8 +44,7 @@ METRICS = (  # means over pairs; the last two over both responses of a pair, eac
 
 
 @dataclass(kw_only=True)
-class Config(ChatSettings, training.TrainingSettings):
-    model: str  # folder of the model of stage 2, also the reference
+class Config(ChatSettings, stage.StageSettings):
     preferences: list[str]  # pairs to train on: files or folders
     heldout_preferences: list[str] = field(default_factory=list)  # for the evaluation during training
     beta: float = 0.1  # how strongly the policy is held to the reference
@@ -62,29 +52,15 @@ class Config(ChatSettings, training.TrainingSettings):
     label_smoothing: float = 0.0  # assumed share of pairs labelled the wrong way round
     shared_prompt: bool = True  # compute the prompt of a pair once, for both answers
     reference_logps: str = ""  # file that keeps the reference's log-probabilities for further runs; empty: in output
-    lora_rank: int = 0  # rank of a LoRA on all linear layers; 0 trains all parameters
-    lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
-    lora_rslora: bool = False  # by alpha / sqrt(rank) instead
 
 
 def model_and_loss(config: Config, world: training.World):
     """What trains, as yet without weights, and its loss."""
-    model = load_model(config.model, dtype=stored_dtype(config), device="meta")
-    model.config.check_length(config.row_length)
-    if config.lora_rank:
-        torch.manual_seed(config.seed)
-        names = inject_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, rslora=config.lora_rslora)
-        if world.is_main and not config.plan:
-            kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-            print(f"LoRA on {len(names)} layers ({kinds})")
-    model.activation_checkpointing = config.activation_checkpointing
-    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
 
     # Loss: everything summed over pairs, the loop divides by their number.
     def loss_function(model, batch):
         if batch.weight == 0:
             return response_logps(model, batch).sum(), dict.fromkeys(METRICS, torch.zeros(()))
-        pack_adapters(model)
         head = {}
         operands, settings = states_and_head(model, batch)
         result = linear_dfpo_loss(
@@ -100,12 +76,7 @@ def model_and_loss(config: Config, world: training.World):
         )  # fmt: skip
         return result.loss * batch.weight, dict(zip(METRICS, values, strict=True))
 
-    return model, loss_function
-
-
-def stored_dtype(config: Config) -> torch.dtype:
-    """The dtype in which weights are stored: float32 if they train, the computation's dtype if they are frozen."""
-    return getattr(torch, config.dtype) if config.lora_rank else torch.float32
+    return stage.build(config, world), stage.gated(loss_function, config)
 
 
 def states_and_head(model, batch):
@@ -124,8 +95,6 @@ def response_logps(model, batch):
 def main(config: Config) -> None:
     config.check()
     check_dfpo_settings(config.beta, config.mu, config.label_smoothing)
-    if config.lora_rslora and not config.lora_rank:
-        raise ValueError("lora_rslora is set without lora_rank, so there is no LoRA to scale; give lora_rank too")
     if config.plan:
         return print_plan(config, model_and_loss, full_pairs)
     world = training.start(config.device)
@@ -142,8 +111,8 @@ def main(config: Config) -> None:
         StoredPairs(TokenStore(tokens / part), shared_prompt=config.shared_prompt) for part in files
     )
     plan = training.BatchPlan.from_settings(len(pairs), config)
-    base, base_weights = model_fingerprint(config.model), weights_fingerprint(config.model)
-    data = f"{pairs.fingerprint} on {base}"
+    origin = stage.origin(config)
+    data = f"{pairs.fingerprint} on {origin}"
     if training.is_finished(config, plan, data, world):
         return
     if world.is_main:
@@ -152,14 +121,13 @@ def main(config: Config) -> None:
     choices = training.run_choices(config.output, world, products.settle, products.use)
 
     model, loss_function = model_and_loss(config, world)
-    stored = stored_dtype(config)
-    load_weights(model, config.model, dtype=stored, device=world.device)
+    stage.fill(model, config, world)
 
-    # Reference log-probabilities, [pairs, 2]: the model as it comes in, without its adapter.
+    # Reference log-probabilities, [pairs, 2]: of the model as it comes in, with its adapter if it goes on from one.
     def reference_logps(pairs):
         parts = []
         width = world.size * config.micro_batch_size
-        with torch.no_grad(), autocast(world, dtype), adapters_disabled(model):
+        with torch.no_grad(), autocast(world, dtype):
             for start in range(0, len(pairs), width):
                 mine = range(start, min(start + width, len(pairs)))[world.rank :: world.size]
                 logps = response_logps(model, pairs.batch(mine, range(len(mine))).to(world.device))
@@ -168,9 +136,11 @@ def main(config: Config) -> None:
                 parts.append(gather_rows(part, world))
         return torch.cat(parts).cpu()[: len(pairs)] if parts else torch.zeros(0, 2)
 
+    stored = config.stored_dtype
     stream = dtype if world.size > 1 else stored  # FSDP2 gathers weights in `dtype`, which the key must say
     dtypes = f"products {dtype}, weights {stored}, residual stream {stream}"
-    key = reference_key(model=base, chat=chat, data=pairs.fingerprint, dtype=dtypes)
+    dtypes += f", base in {config.quantize}" * (config.quantize != "none")
+    key = reference_key(model=origin, chat=chat, data=pairs.fingerprint, dtype=dtypes)
     # A file that --reference_logps names must fit this run. The one in OUTPUT is made anew if it does not.
     reference = load_reference(cache, key, len(pairs), must_fit=bool(config.reference_logps))
     if sum_over_ranks([reference is None], world)[0]:  # if one rank has none, all compute: they share the model
@@ -185,19 +155,7 @@ def main(config: Config) -> None:
     watch = training.ChosenLikelihoodWatch(beta=config.beta, mu=config.mu, window=max(10, plan.total_steps // 20))
     run = {"evaluate": evaluate, "fingerprint": data, "choices": choices, "watch": watch}
     training.train(model, plan, pairs.batch, loss_function, config, world, **run)
-    adapter = config.lora_rank > 0
-
-    def save(weights):
-        if adapter:
-            trained_on = {"base_model": config.model, "base_weights": base_weights}
-            save_adapter(model, Path(config.output) / "adapter", **trained_on, state_dict=dict(weights))
-        else:
-            weights = round_weights(weights, getattr(torch, config.save_dtype or config.dtype), since=config.model)
-            save_model(model, Path(config.output) / "model", weights)
-        chat.save(Path(config.output) / ("adapter" if adapter else "model"))
-
-    saved = getattr(torch, config.save_dtype or "float32") if adapter else None
-    training.gather_weights(model, world, save, trainable_only=adapter, dtype=saved)
+    stage.save_result(model, config, world, chat.save)
     training.finish(config, plan, data, world)
 
 

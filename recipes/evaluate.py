@@ -75,7 +75,8 @@ def main(config: Config) -> None:
 
     reference_logps = None
     if config.reference:  # first, so that two models are never in memory together
-        reference = load_model(config.reference, dtype=getattr(torch, config.dtype), device=device)
+        precision = {"dtype": getattr(torch, config.dtype), "quantize": config.quantize}
+        reference = load_model(config.reference, **precision, device=device)
         reference_logps = pair_logps(reference, pairs, config.batch_size)
         del reference
     model = config.load_model(device)

@@ -10,32 +10,24 @@ Token ids lie on disk, in OUTPUT/tokens, until the run is finished.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-
-from pedgpt import training
+from pedgpt import stage, training
 from pedgpt.data import ChatSettings, discards_tokens, full_rows, packed_chats, read_summary
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import next_token_loss
-from pedgpt.models import ModelConfig, load_model, load_weights, model_fingerprint, round_weights, save_model
+from pedgpt.models import ModelConfig
 from pedgpt.training.plan import print_plan
 
 
 @dataclass(kw_only=True)
-class Config(ChatSettings, training.TrainingSettings):
-    model: str  # folder of the model of stage 1
+class Config(ChatSettings, stage.StageSettings):
     instructions: list[str]  # conversations to train on: files or folders
     heldout_instructions: list[str] = field(default_factory=list)  # for the evaluation during training
 
 
 def model_and_loss(config: Config, world: training.World):
-    """What trains, as yet without weights, and its loss."""
-    model = load_model(config.model, dtype=torch.float32, device="meta")
-    model.config.check_length(config.row_length)
-    model.activation_checkpointing = config.activation_checkpointing
-    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
-    return model, next_token_loss  # at the assistant's positions
+    """What trains, as yet without the model's weights, and its loss, at the assistant's positions."""
+    return stage.build(config, world), stage.gated(next_token_loss, config)
 
 
 @discards_tokens
@@ -51,7 +43,7 @@ def main(config: Config) -> None:
     files = {"train": config.instructions, "heldout": config.heldout_instructions}
     rows, heldout_rows = packed_chats(config, chat, lambda steps: training.run_on_main(steps, world), **files)
     plan = training.BatchPlan.from_settings(len(rows), config)
-    data = f"{rows.fingerprint} on {model_fingerprint(config.model)}"
+    data = f"{rows.fingerprint} on {stage.origin(config)}"
     if training.is_finished(config, plan, data, world):
         return
     if world.is_main:
@@ -60,18 +52,13 @@ def main(config: Config) -> None:
     choices = training.run_choices(config.output, world, products.settle, products.use)
 
     model, loss_function = model_and_loss(config, world)
-    load_weights(model, config.model, dtype=torch.float32, device=world.device)
+    stage.fill(model, config, world)
 
     evaluate = training.evaluation(model, heldout_rows, loss_function, config, world)
     run = {"evaluate": evaluate, "fingerprint": data, "choices": choices}
     training.train(model, plan, rows.batch, loss_function, config, world, **run)
 
-    def save(weights):
-        weights = round_weights(weights, getattr(torch, config.save_dtype or config.dtype), since=config.model)
-        save_model(model, Path(config.output) / "model", weights)
-        chat.save(Path(config.output) / "model")
-
-    training.gather_weights(model, world, save)
+    stage.save_result(model, config, world, chat.save)
     training.finish(config, plan, data, world)
 
 

@@ -10,12 +10,13 @@ always on is merged, which is exact for it, and the others are left out; it prin
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from pedgpt.adapters import adapted_layers, check_base, load_adapter, merge_lora
 from pedgpt.data import load_tokenizer, taught_folder
-from pedgpt.models import load_model, save_model, weights_fingerprint
+from pedgpt.models import load_model, save_model, weights_fingerprint, weights_format
 from pedgpt.training import run_recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,6 +29,7 @@ class Config:
     adapter: str  # folder of a LoRA, ours or PEFT's
     output: str  # folder to write
     universal_only: bool = False  # merge the expert that is always on and leave the others out
+    quantize: Literal["none", "int8", "nf4"] = "none"  # as the base was in training: its rounded weights are merged
     any_base: bool = False  # use the adapter although it was trained on another model
     dtype: str = ""  # of the weights, before the merge and after: float32, bfloat16 or float16; empty: as stored
 
@@ -38,9 +40,11 @@ def main(config: Config) -> None:
     if Path(config.output).resolve() in (Path(config.model).resolve(), Path(config.adapter).resolve()):
         raise ValueError(f"output: {config.output} would replace what is merged; give another folder")
     if not config.any_base:
-        check_base(config.adapter, config.model, weights_fingerprint(config.model))
+        kind = weights_format(config.model, config.quantize)
+        check_base(config.adapter, config.model, weights_fingerprint(config.model), kind)
     tokenizer = load_tokenizer(taught_folder(config.model, config.adapter))
-    model = load_model(config.model, dtype=getattr(torch, config.dtype) if config.dtype else None)
+    dtype = getattr(torch, config.dtype) if config.dtype else None
+    model = load_model(config.model, dtype=dtype, quantize=config.quantize)
     tokenizer.check_fits(model.config.vocab_size, config.model)
     names = load_adapter(model, config.adapter, uniform_routing=config.universal_only)
     text = torch.tensor([tokenizer.encode(TEXT)])

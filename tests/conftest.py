@@ -23,13 +23,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def start_ranks():
-    """start_ranks(worker, *arguments): run worker(rank, *arguments) as ranks 0 and 1, each in a process of its own.
+    """start_ranks(worker, *arguments, ranks=2): run worker(rank, *arguments) for each rank, in processes of their own.
 
     The processes are copies of a server that has imported the libraries already, which otherwise takes seconds each.
     """
     multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "pedgpt.models", "pedgpt.losses"])
 
-    def start(worker, *arguments):
-        mp.start_processes(worker, args=arguments, nprocs=2, start_method="forkserver")
+    def start(worker, *arguments, ranks=2):
+        mp.start_processes(worker, args=arguments, nprocs=ranks, start_method="forkserver")
 
     return start

@@ -14,8 +14,9 @@ ALLOWED = {
     "adapters": {"kernels"},
     "losses": {"kernels"},
     "corpus": {"data", "endpoint"},
-    "training": set(),
+    "training": {"kernels"},  # the optimizer's update
     "evaluation": {"models", "adapters", "data", "kernels", "endpoint"},
+    "stage": {"adapters", "kernels", "losses", "models", "training"},
     "files": set(),
     "endpoint": {"ordered"},
     "ordered": set(),

@@ -13,7 +13,7 @@ from pedgpt.adapters.inject import (
     unmerge_lora,
 )
 from pedgpt.adapters.lora import LoRALinear, pack_adapters
-from pedgpt.adapters.storage import adapter_base, check_base, load_adapter, save_adapter
+from pedgpt.adapters.storage import adapter_base, adapter_fingerprint, check_base, load_adapter, save_adapter
 
 __all__ = [
     "ExpertLoRALinear",
@@ -22,6 +22,7 @@ __all__ = [
     "active_adapter",
     "adapted_layers",
     "adapter_base",
+    "adapter_fingerprint",
     "adapter_names",
     "check_base",
     "adapters_disabled",

@@ -31,13 +31,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pedgpt.adapters.lora import AdaptedLinear, temporarily
 from pedgpt.kernels import lora_linear
+from pedgpt.kernels.hashing import hash_bits, shift_right, signed
 
 
 class ExpertLoRALinear(AdaptedLinear):
@@ -82,7 +82,7 @@ class ExpertLoRALinear(AdaptedLinear):
         if not self.enabled:
             return self.base_type.forward(self, x)
         y, _, totals = lora_linear(
-            x, self.weight, self.bias, self.lora_A, self.lora_B,
+            x, self.base_weight, self.bias, self.lora_A, self.lora_B,
             scaling=self.scaling, router=self.router, router_noise=self.router_noise, noise=self.noise(x),
             dropped=self.dropped(x), count=self.gate_record is not None and self.gate_record.where,
             packed=self.packed_parameters(), impl=self.impl,
@@ -150,15 +150,18 @@ def record_gates(model: nn.Module, where: Tensor | None = None) -> Iterator[dict
         yield records
 
 
-def gate_metrics(records: Mapping[str, GateRecord]) -> dict[str, Tensor]:
+def gate_metrics(records: Mapping[str, GateRecord], weight: int | None = None) -> dict[str, Tensor]:
     """Each specific expert's weight and the gates' entropy, averaged over layers and *summed* over the tokens.
 
-    Scalars on the device, by the names `gates/expert_1` … and `gates/entropy`.
+    `weight` takes the place of the number of tokens: the result is the mean over them times the weight. Scalars on the
+    device, by the names `gates/expert_1` … and `gates/entropy`.
     """
     found = [record.totals for record in records.values() if record.totals is not None]
     if not found:
         raise ValueError("no gates were recorded: adapters were switched off")
     totals = torch.stack(found).mean(0)
+    if weight is not None:
+        totals *= weight / totals[-1].clamp(min=1)
     names = [f"gates/expert_{j + 1}" for j in range(len(totals) - 2)] + ["gates/entropy"]
     return dict(zip(names, totals[:-1].unbind(), strict=True))
 
@@ -171,14 +174,14 @@ class NoiseStream:
     """
 
     def __init__(self, seed: int, layer: int, rows: Tensor) -> None:
-        self.key, self.rows = _hash(_signed(_hash(_signed(seed)) + layer)), rows.long()
+        self.key, self.rows = hash_bits(signed(hash_bits(signed(seed)) + layer)), rows.long()
 
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers of the shape and dtype of `like` [B, T, N]; B must be the number of rows."""
-        stream = _hash(self.key + self.rows)[:, None]
-        stream = _hash(stream + torch.arange(like.shape[1], device=like.device))[..., None]
-        bits = _hash(stream + torch.arange(like.shape[2], device=like.device))
-        first = (_shift_right(bits, 32) + 1).double() / 2**32  # in (0, 1], so that its logarithm is finite
+        stream = hash_bits(self.key + self.rows)[:, None]
+        stream = hash_bits(stream + torch.arange(like.shape[1], device=like.device))[..., None]
+        bits = hash_bits(stream + torch.arange(like.shape[2], device=like.device))
+        first = (shift_right(bits, 32) + 1).double() / 2**32  # in (0, 1], so that its logarithm is finite
         second = (bits & 0xFFFFFFFF).double() / 2**32
         return ((-2 * first.log()).sqrt() * (2 * math.pi * second).cos()).to(like.dtype)
 
@@ -191,22 +194,3 @@ def set_noise_rows(model: nn.Module, seed: int, rows: Tensor | None) -> None:
     layers = [m for m in model.modules() if isinstance(m, ExpertLoRALinear)]
     for number, layer in enumerate(layers):
         layer.noise_stream = None if rows is None else NoiseStream(seed, number, rows)
-
-
-def _hash(x: Any) -> Any:
-    """SplitMix64 (Steele et al. 2014) of an int or of int64 tensors, whose sums and products wrap modulo 2^64."""
-    wrapped = _signed if isinstance(x, int) else lambda x: x
-    x = wrapped(x + _signed(0x9E3779B97F4A7C15))
-    x = wrapped((x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9))
-    x = wrapped((x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB))
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Any, bits: int) -> Any:
-    """x >> bits on the 64 bits as they stand; torch's own shift repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(x: int) -> int:
-    """The int64 with the low 64 bits of x."""
-    return (x + 2**63) % 2**64 - 2**63

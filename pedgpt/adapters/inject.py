@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pedgpt.adapters.experts import ExpertLoRALinear
-from pedgpt.adapters.lora import HALF, AdaptedLinear, LoRALinear, temporarily
-from pedgpt.kernels import Linear
+from pedgpt.adapters.lora import HALF, AdaptedLinear, LoRALinear, product_dtype, quantization_of, temporarily
+from pedgpt.kernels import Linear, QuantizedLinear
 
 ALL_LINEAR = "all-linear"
+_KNOWN = (nn.Linear.forward, Linear.forward, QuantizedLinear.forward)
 
 
 @dataclass
@@ -63,7 +64,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
         and name.rpartition(".")[2] != "lm_head"
         and isinstance(module, nn.Linear)
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        and (isinstance(module, AdaptedLinear) or type(module).forward in (nn.Linear.forward, Linear.forward))
+        and (isinstance(module, AdaptedLinear) or type(module).forward in _KNOWN)
     }
 
 
@@ -115,8 +116,9 @@ def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only:
 
         W := round(W + (α/r) B A)
 
-    in float32 (float64 stays float64), rounded once to W's dtype, layer by layer. The layers become plain ones again,
-    so `save_model` writes the model; the adapted ones wait for `unmerge_lora`. `probe` holds token ids [B, T]; None:
+    in float32 (float64 stays float64), rounded once to W's dtype, layer by layer; codes become a weight in the dtype of
+    their products. The layers become plain ones again, so `save_model` writes the model; the adapted ones wait for
+    `unmerge_lora`. `probe` holds token ids [B, T]; None:
     128 fixed random ones. The change is measured in evaluation mode.
 
     Routed experts depend on the input, so no one matrix equals them. `universal_only` merges the expert that is always
@@ -155,7 +157,7 @@ def unmerge_lora(model: nn.Module) -> None:
     for name, layer in record.merged.items():
         current = _linear(model, name).weight
         # The model may have moved since. Its dtype is the adapter's only where the user changed it.
-        layer.to(current.device, None if current.dtype == layer.weight.dtype else current.dtype)
+        layer.to(current.device, None if current.dtype == product_dtype(layer) else current.dtype)
         layer.train(_linear(model, name).training)
         _replace(model, name, layer)
     record.merged.clear()
@@ -185,7 +187,7 @@ def _inject(
     for other, module in _whole(model).named_modules(remove_duplicate=False):
         if (name := chosen.get(id(module), other)) != other:
             raise ValueError(f"{name} and {other} are one layer, of which one place would be adapted; leave it out")
-    layers = {name: wrap(_plain(linear, linear.weight)) for name, linear in linears.items() if name in names}
+    layers = {name: wrap(_plain(linear)) for name, linear in linears.items() if name in names}
     _activate(model, None)  # only the base is frozen: a former adapter may train again later
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -228,7 +230,7 @@ def _activate(model: nn.Module, adapter: str | None) -> None:
         current, layer = _linear(model, name), coming.get(name)
         if layer is not None:
             _attach(layer, current)
-        _replace(model, name, layer or _plain(current, current.weight))
+        _replace(model, name, layer or _plain(current))
     for layer in leaving.values():
         _detach(layer)
     record.active = adapter
@@ -237,10 +239,10 @@ def _activate(model: nn.Module, adapter: str | None) -> None:
 def _attach(layer: AdaptedLinear, current: nn.Linear) -> None:
     """Make a layer ready to stand in for `current`: over its weights as they are now, in its mode and place."""
     _detach(layer)
-    weight = current.weight
+    weight, dtype = current.weight, product_dtype(current)
     # As AdaptedLinear begins: over half precision in a dtype of its own, over the meta device where it is.
-    layer.to(None if weight.is_meta else weight.device, None if weight.dtype in HALF else weight.dtype)
-    layer.weight, layer.bias = weight, current.bias
+    layer.to(None if weight.is_meta else weight.device, None if dtype in HALF else dtype)
+    layer.weight, layer.bias, layer.quantization = weight, current.bias, quantization_of(current)
     layer.train(current.training)
 
 
@@ -248,15 +250,21 @@ def _detach(layer: AdaptedLinear) -> None:
     """Let go of the base: its parameters may be replaced while the layer is away, and nobody else should keep them."""
     layer.register_parameter("weight", None)
     layer.register_parameter("bias", None)
+    layer.register_module("quantization", None)
     layer.packed = None
     layer.noise_stream = None  # of a batch that is long gone when the layer returns
 
 
-def _plain(current: nn.Linear, weight: Tensor) -> nn.Linear:
-    """A layer without adapter in the place of `current`, of the type that it had at first, over `weight`."""
-    kind = current.base_type if isinstance(current, AdaptedLinear) else type(current)
-    plain = kind(current.in_features, current.out_features, bias=current.bias is not None, device="meta")
-    plain.weight, plain.bias = weight, current.bias
+def _plain(current: nn.Linear, merged: nn.Parameter | None = None) -> nn.Linear:
+    """A layer without adapter in the place of `current`, of the type that it had at first, or over a merged weight."""
+    kind: Any = current.base_type if isinstance(current, AdaptedLinear) else type(current)
+    quantization, settings = quantization_of(current), {}
+    if quantization is not None:
+        kind, settings = (Linear, {}) if merged is not None else (QuantizedLinear, {"kind": quantization.kind})
+    plain = kind(current.in_features, current.out_features, bias=current.bias is not None, device="meta", **settings)
+    plain.weight, plain.bias = current.weight if merged is None else merged, current.bias
+    if settings:
+        plain.quantization = quantization
     return plain.train(current.training)
 
 
@@ -278,13 +286,16 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _merged(layer: AdaptedLinear) -> nn.Linear:
     """A layer over W + (α/r) B A, or for experts, over W + (α/r) B_u A_u with the other experts left."""
     a, b = layer.universal_expert if isinstance(layer, ExpertLoRALinear) else (layer.lora_A, layer.lora_B)
-    total = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32), copy=True)
-    total.addmm_(b.to(total.dtype), a.to(total.dtype), alpha=layer.scaling)
-    weight = nn.Parameter(total.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
+    dtype, quantization = product_dtype(layer), layer.quantization
+    wide = torch.promote_types(dtype, torch.float32)
+    total = layer.weight.to(wide, copy=True) if quantization is None else quantization.dense(layer.weight, wide)
+    total.addmm_(b.to(wide), a.to(wide), alpha=layer.scaling)
+    weight = nn.Parameter(total.to(dtype), requires_grad=layer.weight.requires_grad)
+    plain = _plain(layer, weight)
     if not isinstance(layer, ExpertLoRALinear):
-        return _plain(layer, weight)
+        return plain
     rest = copy.deepcopy(layer)  # so that training leaves the original alone
-    rest.weight = weight
+    rest.weight, rest.quantization, rest.base_type = weight, None, type(plain)
     rest.lora_B[:, : layer.rank] = 0
     return rest
 

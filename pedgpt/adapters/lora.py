@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pedgpt.kernels import lora_linear, transformed
+from pedgpt.kernels import Quantization, Quantized, QuantizedLinear, lora_linear, transformed
+from pedgpt.kernels._dispatch import without_numbers
 from pedgpt.kernels.expert_gate import ALIGNMENT
 
 HALF = (torch.bfloat16, torch.float16)
@@ -36,15 +37,17 @@ class Packed(NamedTuple):
 
 def _state(parameters: Mapping[str, Tensor]) -> list[Any]:
     """What changes with the memory or the values of parameters."""
-    return [_optimizer_steps, *((p.data_ptr(), p._version) for p in parameters.values())]
+    planned = without_numbers()
+    return [_optimizer_steps, *((0 if planned else p.data_ptr(), p._version) for p in parameters.values())]
 
 
 class AdaptedLinear(nn.Linear):
     """A frozen or trainable `nn.Linear` with a low-rank addition that can be switched off.
 
-    It takes over `base`'s own weight and bias, so the base layer's names in the state dict stay what they were.
+    It takes over `base`'s own weight, bias and quantization, so the base layer's names in the state dict stay the same.
     """
 
+    quantization: Quantization | None
     impl: str | None = None  # of `lora_linear`: "torch", "triton", or None for what suits the device
 
     def __init__(
@@ -60,6 +63,7 @@ class AdaptedLinear(nn.Linear):
             raise ValueError(f"dropout must be in [0, 1), found {dropout}")
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias, self.base_type = base.weight, base.bias, type(base)
+        self.register_module("quantization", quantization_of(base))
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = dropout
@@ -67,7 +71,7 @@ class AdaptedLinear(nn.Linear):
         self.packed: Packed | None = None
         self.noise_stream: Any = None  # of experts: where the gate's noise comes from
         # Adapters train in float32 over a bf16 base: at bf16 a small update would round away.
-        dtype = torch.float32 if base.weight.dtype in HALF else base.weight.dtype
+        dtype = torch.float32 if product_dtype(base) in HALF else product_dtype(base)
         # A base on the meta device is filled later; the adapter is made now, where torch makes new tensors.
         device = None if base.weight.is_meta else base.weight.device
         self.lora_A = nn.Parameter(torch.empty(hidden_size, base.in_features, dtype=dtype, device=device))
@@ -75,6 +79,11 @@ class AdaptedLinear(nn.Linear):
         # Kaiming-uniform by the fan-in, with the slope that PEFT and nn.Linear use: bound 1/sqrt(in_features).
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(base.training)
+
+    @property
+    def base_weight(self) -> Tensor | Quantized:
+        """The weight of the layer without its adapter, as `lora_linear` takes it."""
+        return self.weight if self.quantization is None else Quantized(self.weight, self.quantization)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's own tensors by name, everything that training changes."""
@@ -94,6 +103,17 @@ class AdaptedLinear(nn.Linear):
         return F.dropout(x, self.dropout) if self.dropout and self.training else None
 
 
+def quantization_of(layer: nn.Linear) -> Quantization | None:
+    """What a layer over codes, adapted or not, needs beside them; None for a layer over a plain weight."""
+    return layer.quantization if isinstance(layer, QuantizedLinear | AdaptedLinear) else None
+
+
+def product_dtype(layer: nn.Linear) -> torch.dtype:
+    """The dtype in which a layer multiplies an x of the same dtype; codes do not tell it."""
+    quantization = quantization_of(layer)
+    return layer.weight.dtype if quantization is None else quantization.dtype
+
+
 class LoRALinear(AdaptedLinear):
     """y = W x (+ b) + (α/r) B A dropout(x), with A [r, in] Kaiming-uniform and B [out, r] zero.
 
@@ -109,7 +129,7 @@ class LoRALinear(AdaptedLinear):
         if not self.enabled:
             return self.base_type.forward(self, x)
         y, _, _ = lora_linear(
-            x, self.weight, self.bias, self.lora_A, self.lora_B,
+            x, self.base_weight, self.bias, self.lora_A, self.lora_B,
             scaling=self.scaling, dropped=self.dropped(x), packed=self.packed_parameters(), impl=self.impl,
         )  # fmt: skip
         return y
@@ -128,10 +148,11 @@ def pack_adapters(model: nn.Module) -> None:
     targets: list[Tensor] = []
     for layer in (module for module in model.modules() if isinstance(module, AdaptedLinear)):
         layer.packed = None
-        parameters, dtype = layer.adapter_parameters(), layer.weight.dtype
+        parameters, dtype = layer.adapter_parameters(), product_dtype(layer)
         lora_A, lora_B, *routers = own = list(parameters.values())
         copied = bool(routers) or lora_A.dtype != dtype
-        if copied and all(type(p) is nn.Parameter and not p.is_meta and not p.is_inference() for p in own):
+        plain = all(type(p) is nn.Parameter or (without_numbers() and not hasattr(p, "to_local")) for p in own)
+        if copied and plain and not any(p.is_meta or p.is_inference() for p in own):
             lengths = [len(p) for p in (lora_A, *routers)]
             rows = -(-sum(lengths) // ALIGNMENT) * ALIGNMENT if lora_A.is_cuda else sum(lengths)
             P, B = lora_A.new_zeros(rows, layer.in_features, dtype=dtype), torch.empty_like(lora_B, dtype=dtype)

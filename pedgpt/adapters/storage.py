@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ from pedgpt.adapters.lora import AdaptedLinear
 from pedgpt.adapters.published import CONFIG, EXPERTS, LORA, PREFIX, WEIGHTS, parts, read_config, read_tensors
 from pedgpt.files import atomic_write, write_json
 
-_BASE = "pedgpt_base_weights"  # in the metadata of the weights' file, so that PEFT finds no key that it does not know
+# In the metadata of the weights' file, so that PEFT finds no key that it does not know.
+_BASE, _FORMAT = "pedgpt_base_weights", "pedgpt_base_format"
 
 
 def save_adapter(
@@ -30,9 +32,10 @@ def save_adapter(
     """Write adapter_config.json and adapter_model.safetensors with every tensor of the active adapter.
 
     LoRA takes PEFT's layout; experts the same files with `"peft_type": "PEDGPT_EXPERTS"`. `base_model` is the name or
-    folder of the base, `base_weights` the fingerprint of its weights, for `check_base`. `state_dict` replaces the
-    model's own tensors, for weights gathered from several ranks. Raises ValueError, before anything is written, if the
-    model has no adapters, if its layers differ in their settings, and for a tensor that is missing or not whole.
+    folder of the base, `base_weights` the fingerprint of its weights, for `check_base`, which learns the format of a
+    quantised base too. `state_dict` replaces the model's own tensors, for weights gathered from several ranks. Raises
+    ValueError, before anything is written, if the model has no adapters, if its layers differ in their settings, and
+    for a tensor that is missing or not whole.
     """
     layers = adapted_layers(model)
     if not layers:
@@ -50,7 +53,9 @@ def save_adapter(
     }  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = save(weights, {"format": "pt"} | ({_BASE: base_weights} if base_weights else {}))
+    quantization = getattr(first, "quantization", None)
+    known = {_BASE: base_weights, _FORMAT: quantization and quantization.kind}
+    content = save(weights, {"format": "pt"} | {key: value for key, value in known.items() if value})
     with atomic_write(folder / WEIGHTS, "wb", size=len(content)) as file:
         file.write(content)
     write_json(folder / CONFIG, config)
@@ -120,16 +125,30 @@ def adapter_base(folder: str | Path) -> str:
     return base
 
 
-def check_base(folder: str | Path, model: str | Path, weights: str) -> None:
+def adapter_fingerprint(folder: str | Path) -> str:
+    """A short name of an adapter's files."""
+    files = sorted(Path(folder).glob("adapter_*"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def check_base(folder: str | Path, model: str | Path, weights: str, quantize: str = "none") -> None:
     """Raise ValueError if an adapter was trained on other weights than those of the folder `model`.
 
-    `weights` is their fingerprint. An adapter without a fingerprint (PEFT's, or an old one of ours) is accepted,
+    `weights` is their fingerprint, and `quantize` says in which format they are used; another one than that of the
+    training is a warning. An adapter without a fingerprint (PEFT's, or an old one of ours) is accepted,
     with a warning if its base model has another name than `model`, or lies in another folder that is there.
     """
-    folder, known = Path(folder), None
+    folder, known, trained = Path(folder), None, "none"
     base = read_config(folder).get("base_model_name_or_path")
     with suppress(OSError, SafetensorError), safe_open(folder / WEIGHTS, "pt") as file:  # load_adapter reports these
-        known = (file.metadata() or {}).get(_BASE)
+        known, trained = (file.metadata() or {}).get(_BASE), (file.metadata() or {}).get(_FORMAT, "none")
+    if trained != quantize:
+        kinds = {"none": "unquantised weights"}
+        warnings.warn(
+            f"{folder} was trained on {kinds.get(trained, trained)}, and is used with {kinds.get(quantize, quantize)}: "
+            f"its answers may differ; --quantize {trained} gives those of the training",
+            stacklevel=2,
+        )
     if known is None and isinstance(base, str):
         given = Path(model).resolve()
         if Path(base).name != given.name or (os.path.isdir(base) and Path(base).resolve() != given):

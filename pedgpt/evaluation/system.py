@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 
-from pedgpt.adapters import adapter_base, check_base, load_adapter, pack_adapters
+from pedgpt.adapters import adapter_base, adapter_fingerprint, check_base, load_adapter, pack_adapters
 from pedgpt.data import ChatFormat, FormatSettings, load_tokenizer, taught_folder
-from pedgpt.models import ModelConfig, Transformer, load_model, weights_fingerprint
+from pedgpt.models import ModelConfig, Transformer, load_model, weights_fingerprint, weights_format
 
 
 @dataclass(kw_only=True)
@@ -23,6 +22,7 @@ class SystemSettings(FormatSettings):
     any_base: bool = False  # use the adapter although it was trained on another model
     uniform_routing: bool = False  # equal gates where an adapter of the published code lacks its routers
     dtype: str = "float32"  # of the weights: float32 or bfloat16
+    quantize: Literal["none", "int8", "nf4"] = "none"  # the linear layers: in 8 bits, in 4 bits, or as they are
     device: str = "auto"  # auto, cpu or cuda
 
     def load_chat(self) -> ChatFormat:
@@ -36,7 +36,8 @@ class SystemSettings(FormatSettings):
             if not os.path.isdir(self.model):
                 raise ValueError(f"{self.adapter}: was trained on {self.model}, which is not there; give its --model")
         if self.adapter and not self.any_base:
-            check_base(self.adapter, self.model, weights_fingerprint(self.model))
+            kind = weights_format(self.model, self.quantize)
+            check_base(self.adapter, self.model, weights_fingerprint(self.model), kind)
         tokenizer = load_tokenizer(self.taught)
         tokenizer.check_fits(ModelConfig.from_hf(self.model).vocab_size, self.model)
         return self.format(tokenizer)
@@ -49,14 +50,12 @@ class SystemSettings(FormatSettings):
     def weights(self) -> str:
         """A short name of the model's weights and of the adapter's files; training either of them changes it."""
         found = weights_fingerprint(self.model)
-        if not self.adapter:
-            return found
-        files = sorted(Path(self.adapter).glob("adapter_*"))
-        return f"{found}+{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:16]}"
+        return f"{found}+{adapter_fingerprint(self.adapter)}" if self.adapter else found
 
     def load_model(self, device: torch.device) -> Transformer:
         """The model with its adapter on the device, in evaluation mode."""
-        model = load_model(self.model, dtype=getattr(torch, self.dtype), device=device)
+        dtype = getattr(torch, self.dtype)
+        model = load_model(self.model, dtype=dtype, device=device, quantize=self.quantize)
         if self.adapter:
             load_adapter(model, self.adapter, uniform_routing=self.uniform_routing)
             pack_adapters(model)

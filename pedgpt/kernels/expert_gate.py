@@ -21,6 +21,9 @@ from torch import Tensor
 from pedgpt.kernels._dispatch import tl, triton
 from pedgpt.kernels.cpu.products import product
 
+if triton is not None:
+    from pedgpt.kernels.hashing import hash_bits_triton
+
 ALIGNMENT = 16  # P gets rows of zeros up to such a number on a GPU, which then reads and writes 16 bytes at once
 
 
@@ -99,19 +102,12 @@ if triton is not None:
         return total
 
     @triton.jit
-    def _hash_bits(x):
-        x += 0x9E3779B97F4A7C15
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-        return x ^ (x >> 31)
-
-    @triton.jit
     def _normal(key, rows, length, token, expert, some_token):
         """What the stream's `normal` draws for tokens [BLOCK_T] and experts [EXPERT_BLOCK], in float32."""
         row = tl.load(rows + token // length, mask=some_token, other=0)
-        stream = _hash_bits((row + key).to(tl.uint64, bitcast=True))
-        stream = _hash_bits(stream + (token % length).to(tl.uint64))
-        bits = _hash_bits(stream[:, None] + expert.to(tl.uint64)[None, :])
+        stream = hash_bits_triton(row + key)
+        stream = hash_bits_triton(stream + (token % length).to(tl.uint64))
+        bits = hash_bits_triton(stream[:, None] + expert.to(tl.uint64)[None, :])
         first = ((bits >> 32) + 1).to(tl.float64) * 2.3283064365386963e-10
         angle = (bits & 0xFFFFFFFF).to(tl.float64) * 1.4629180792671596e-09  # 2π / 2^32
         return (tl.sqrt(-2.0 * tl.log(first)) * tl.cos(angle)).to(tl.float32)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pedgpt.kernels._dispatch import autocast_dtype, by_triton, without_numbers
+from pedgpt.kernels._dispatch import autocast_dtype, by_triton, transformed, without_numbers
 from pedgpt.kernels.cpu.products import product, refuse_create_graph, sum_of_products
 from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, down_gate, down_gate_backward
+from pedgpt.kernels.quantized import Quantized, few_rows, multiplicand
 
 
 def _forward(*operands: Any) -> tuple[Tensor, Gated]:
@@ -26,7 +27,10 @@ def _forward(*operands: Any) -> tuple[Tensor, Gated]:
     experts = 0 if router is None else len(router)
     sizes = {"experts": experts, "rank": len(lora_A) // (experts + 1)}
     gated = down_gate(x, P, noise, **sizes, scaling=scaling, dropped=dropped, count=count, impl=impl)
-    return sum_of_products(x, weight, gated.h, B, bias), gated
+    if (y := few_rows(x, weight, impl)) is not None:
+        return y.add_(product(gated.h, B, bias)).to(x.dtype), gated
+    with multiplicand(weight, x.dtype, impl) as W:
+        return sum_of_products(x, W, gated.h, B, bias), gated
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -34,7 +38,8 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         y, (_, s, gates, slope, totals) = _forward(*operands)
         x, weight, _, *others, _, _, ctx.scaling, ctx.impl = operands
-        ctx.save_for_backward(x, weight, *others, s, gates, slope)
+        ctx.codes = weight if isinstance(weight, Quantized) else None
+        ctx.save_for_backward(x, None if ctx.codes else weight, *others, s, gates, slope)
         ctx.set_materialize_grads(False)  # gates and totals never have one
         ctx.mark_non_differentiable(*(t for t in (gates, totals) if t is not None))
         return y, gates, totals
@@ -52,7 +57,10 @@ class _LoRALinear(torch.autograd.Function):
         ds, h = down_gate_backward(dy, B, s, gates, slope, scaling=ctx.scaling, columns=len(P), impl=ctx.impl)
         P = P[: ds.shape[1]]
         own = slice(0 if dropped is None else columns, None)  # the columns of ds that x itself gave
-        dx = sum_of_products(dy, weight.t(), ds[:, own], P[own].t()) if of_x else None
+        dx = None
+        if of_x:
+            with multiplicand(ctx.codes or weight, dy.dtype, ctx.impl) as W:
+                dx = sum_of_products(dy, W.t(), ds[:, own], P[own].t())
         ddropped = product(ds[:, :columns], P[:columns].t()) if of_dropped else None
         dweight = dy.t() @ x if of_weight else None
         dB = (dy.t() @ h).to(lora_B.dtype) if of_B else None
@@ -78,7 +86,7 @@ def _pack(
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *, scaling: float,
+    x: Tensor, weight: Tensor | Quantized, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *, scaling: float,
     router: Tensor | None = None, router_noise: Tensor | None = None, noise: Any = None,
     dropped: Tensor | None = None, count: Tensor | bool = False, packed: tuple[Tensor, Tensor] | None = None,
     impl: str | None = None,
@@ -87,13 +95,13 @@ def lora_linear(
 
         y = x Wᵀ (+ b) + c ( B_u A_u x + Σ_j G(x)_j B_j A_j x ),  G(x) = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ))
 
-    x [..., D], weight [O, D], bias [O]; lora_A [R, D] and lora_B [O, R], the universal expert's r rows first, then
-    those of each specific one; `router` W_g and `router_noise` W_n [N, D]; `noise` ε [..., N], None in evaluation, or a
-    stream for x [B, T, D], which draws ε from its `key` and `rows` [B] or by `normal`; c = `scaling`. Without a router
-    it is LoRA of rank R. `dropped` [..., D] is what A reads instead of x: LoRA dropout, which costs a second copy of x
-    and a product more. `count` [...] (bool) or True asks for `totals`, sums in float64 over those tokens or over all:
-    of the gates, of their entropy, and the number of tokens. `packed`: (P, B) as `pack_adapters` makes them, used if in
-    the products' dtype.
+    x [..., D], weight [O, D] or `Quantized`, bias [O]; lora_A [R, D] and lora_B [O, R], the universal expert's r rows
+    first, then those of each specific one; `router` W_g and `router_noise` W_n [N, D]; `noise` ε [..., N], None in
+    evaluation, or a stream for x [B, T, D], which draws ε from its `key` and `rows` [B] or by `normal`; c = `scaling`.
+    Without a router it is LoRA of rank R. `dropped` [..., D] is what A reads instead of x: LoRA dropout, which costs a
+    second copy of x and a product more. `count` [...] (bool) or True asks for `totals`, sums in float64 over those
+    tokens or over all: of the gates, of their entropy, and the number of tokens. `packed`: (P, B) as `pack_adapters`
+    makes them, used if in the products' dtype.
 
     All parameters may have their own dtypes; products are made in the dtype of x, or in autocast's, gates in float32.
     Differentiable once, in all but `noise`; gates and totals carry no gradient. `impl`: "torch", "triton", or None
@@ -105,8 +113,12 @@ def lora_linear(
     if impl == "torch" and router is not None and noise is not None and not isinstance(noise, Tensor):
         like = x.new_empty(*leading, len(router), dtype=torch.promote_types(dtype, torch.float32))
         noise = like if without_numbers() else noise.normal(like)  # Drawing it is most operations of a plan.
+    if isinstance(weight, Tensor):
+        weight = weight.to(dtype)
+    elif transformed():  # A compiler fuses what computes W with other operations.
+        weight = weight.quantization.dense(weight.codes, dtype)
     operands = (
-        x.to(dtype).reshape(-1, x.shape[-1]), weight.to(dtype), None if bias is None else bias.to(dtype),
+        x.to(dtype).reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(dtype),
         lora_A, lora_B, router, None if noise is None else router_noise,
         None if dropped is None else dropped.to(dtype).reshape(-1, x.shape[-1]),
         *(packed if packed is not None and packed[0].dtype == dtype else (None, None)),
@@ -121,10 +133,10 @@ def lora_linear(
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, router: Tensor | None,
-    router_noise: Tensor | None, noise: Any, dropped: Tensor | None, count: Tensor | bool,
+    x: Tensor, weight: Tensor | Quantized, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    router: Tensor | None, router_noise: Tensor | None, noise: Any, dropped: Tensor | None, count: Tensor | bool,
 ) -> None:  # fmt: skip
-    if weight.ndim != 2 or not x.is_floating_point():
+    if len(weight.shape) != 2 or not x.is_floating_point():
         raise ValueError(f"weight must be [out, in] and x floating, found {list(weight.shape)} and {x.dtype}")
     (size_out, size_in), leading = weight.shape, x.shape[:-1]
     columns, experts = len(lora_A), 0 if router is None else len(router)

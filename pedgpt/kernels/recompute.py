@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pedgpt.kernels._dispatch import transformed
+from pedgpt.kernels._dispatch import transformed, without_numbers
 
-CHECKPOINTING = ("none", "selective", "block")  # the values of the setting `activation_checkpointing`
+CHECKPOINTING = ("none", "selective", "block", "offload")  # the values of the setting `activation_checkpointing`
 
 
 # By the address of a storage: the result in it, which keeps the address taken, its version, and how it is computed.
@@ -36,6 +36,19 @@ def selective(enabled: bool = True) -> Iterator[None]:
             yield
     finally:
         _results.reset(outer)
+
+
+@contextmanager
+def offloaded(enabled: bool = True) -> Iterator[None]:
+    """In here, what the graph keeps of a GPU's tensors waits in the host's pinned memory; on a CPU nothing changes.
+
+    A stream of its own copies it while the GPU computes. The backward pass copies it back when it needs it.
+    """
+    if not enabled or transformed():
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
+        yield
 
 
 def recomputable(result: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -64,3 +77,31 @@ def _unpack(packed: tuple[Any, ...]) -> Tensor:
     if [kept._version] != place:
         raise RuntimeError(f"a tensor {list(kept.shape)} of the graph was modified by an inplace operation")
     return kept
+
+
+def _to_host(tensor: Tensor) -> Any:
+    if not tensor.is_cuda:
+        return tensor
+    if without_numbers():
+        return tensor.size(), tensor.dtype
+    stream = _copying(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        host = torch.empty(tensor.size(), dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    tensor.record_stream(stream)  # Its memory is not reused before it has been copied.
+    return host, stream.record_event(), tensor.device
+
+
+def _from_host(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    if without_numbers():
+        return torch.empty(packed[0], dtype=packed[1])
+    host, copied, device = packed
+    torch.cuda.current_stream(device).wait_event(copied)
+    return host.to(device, non_blocking=True)
+
+
+@functools.cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +16,78 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pedgpt.files import naming_full_disk, settle, sync, write_json
+from pedgpt.files import naming_full_disk, own_file, settle, sole_writer, sync, write_json
 from pedgpt.kernels.linear_logps import SHORTEST
+from pedgpt.kernels.quantized import Quantization, QuantizedLinear
+from pedgpt.models import quantized
 from pedgpt.models.config import ModelConfig
+from pedgpt.models.quantized import PART, stored_format, stored_key, weight_key
 from pedgpt.models.transformer import Transformer
-from pedgpt.models.weight_files import HEAD, INDEX, READ_BYTES, WEIGHTS, Weights, weight_files
+from pedgpt.models.weight_files import HEAD, INDEX, READ_BYTES, WEIGHTS, Weights, model_fingerprint, weight_files
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 2**30
 COMPARED = 2**20  # numbers of a trained tensor that are compared with those before training
+QUANTIZED_BYTES = 2**19  # that a CPU quantises at once: larger pieces leave freed memory in the heap while loading
+COPY_OF = "pedgpt_quantized_from"  # the key in config.json with the fingerprint of the model that a copy was made from
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> Transformer:
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+    quantize: str = "none", quantized_copy: str | Path | None = None,
+) -> Transformer:  # fmt: skip
     """The model of an HF folder (safetensors, or else .bin), in evaluation mode; no code of the checkpoint is run.
 
     `dtype` None keeps the stored one: on the CPU, weights then stay mapped from their files, so loading is lazy and
-    processes share them; otherwise they are copied piece by piece. With `device="meta"` only config.json is read, for
-    `load_weights` to fill the model later. Raises ValueError that names the file and the keys that are at fault.
+    processes share them; otherwise they are copied piece by piece. `quantize` "int8" or "nf4" stores the blocks' linear
+    layers in 8 or 4 bits, row block by row block while they are read; a folder in one of these formats stays in it.
+    `quantized_copy` is as in `load_weights`. With `device="meta"` only config.json is read, for `load_weights` to fill
+    the model later. Raises ValueError that names the file and the keys that are at fault.
     """
-    model = _empty(ModelConfig.from_hf(folder)).eval()
-    if torch.device(device).type == "meta":
-        return model.to(dtype)
-    load_weights(model, folder, dtype=dtype, device=device)
-    return model
+    config = ModelConfig.from_hf(folder)
+    if quantize not in ("none", stored := stored_format(config.quantization_config)):
+        if quantize not in quantized.SETTINGS or stored != "none":
+            expected = "none, int8 or nf4" if stored == "none" else f"none, because {folder} is stored in {stored}"
+            raise ValueError(f"quantize is {quantize!r}, expected {expected}")
+        config = replace(config, quantization_config=quantized.SETTINGS[quantize])
+    model = _empty(config, dtype)
+    if torch.device(device).type != "meta":
+        load_weights(model, folder, dtype=dtype, device=device, quantized_copy=quantized_copy)
+    return model.eval()
+
+
+def weights_format(folder: str | Path, quantize: str = "none") -> str:
+    """In which format the weights of a folder are used, if they are loaded with `quantize`: none, int8 or nf4."""
+    stored = stored_format(ModelConfig.from_hf(folder).quantization_config)
+    return quantize if stored == "none" else stored
 
 
 def load_weights(
-    model: Transformer, folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> None:
+    model: Transformer, folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+    quantized_copy: str | Path | None = None,
+) -> None:  # fmt: skip
     """Fill a model as `load_model` would. It may be on the meta device; the adapters that it carries stay as they are.
 
-    A model that `fully_shard` split over ranks gets only its own rows on each: no rank reads or holds the whole.
+    A model that `fully_shard` split over ranks gets only its own rows on each: no rank holds the whole, and none reads
+    it but to quantise it. `quantized_copy` is a folder for the quantised model: what it holds is read, and if there is
+    none, the main process writes it first. Raises ValueError if that is another model's.
     """
-    stored, expected = Weights(Path(folder)), _empty(model.config).state_dict()
-    if (tied := model.config.tie_word_embeddings) and HEAD not in stored.tensors:
-        del expected[HEAD]
-    missing = [key for key in expected if key not in stored.tensors]
-    unexpected = [key for key in stored.tensors if key not in expected]
-    misshapen = [
-        f"{stored.files[key].name}: {key} has the shape {list(tensor.shape)}, not {list(expected[key].shape)}"
-        for key, tensor in stored.tensors.items()
-        if tensor.shape != expected.get(key, tensor).shape
-    ]
-    told = _told("missing", missing, unexpected) + _told("unexpected", unexpected, missing)
-    if told := told + _told("misshapen", misshapen, ()):
-        raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(told)}")
-    weights, targets, places = {}, model.state_dict(), {0}
-    for key in [key for key in stored.tensors if not (tied and key == HEAD)]:
-        weights[key] = _read(stored, key, targets[key], dtype, torch.device(device))
+    if quantized_copy is not None:
+        folder = _quantized_copy(model.config, Path(folder), Path(quantized_copy), torch.device(device))
+    stored, empty = Weights(Path(folder)), _empty(model.config)
+    tied, weights, places = model.config.tie_word_embeddings, {}, {0}
+    for key, tensor in _read_all(stored, empty, model.state_dict(), dtype, torch.device(device)):
         # A .bin may hold one tensor under two names; unless tied, they are two parameters.
-        if (place := _local(weights[key])[0].data_ptr()) in places:
-            weights[key] = weights[key].clone()
+        place = _local(tensor)[0].data_ptr()
+        weights[key] = tensor.clone() if place in places else tensor
         places.add(place)
     model.load_state_dict(weights, assign=True, strict=False)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
+    for module in model.modules():
+        if isinstance(module, Quantization):
+            module.dtype = model.lm_head.weight.dtype
     if not model.config.normalize_head:
         return
     head, first = _local(model.lm_head.weight.detach())  # of a sharded head each rank names its own rows
@@ -96,9 +112,11 @@ def save_model(
     """
     config, folder, total = config or model.config, Path(folder), 0
     weights = model.state_dict() if weights is None else weights
+    if isinstance(weights, Mapping):  # which layers are quantised, merging may have changed
+        config, weights = replace(config, quantization_config=quantized.settings_of(weights)), weights.items()
     parts: dict[Path, dict[str, torch.dtype]] = {}  # temporary files with what they hold
     with ExitStack() as leftovers:
-        for shard in _shards(config, weights.items() if isinstance(weights, Mapping) else weights):
+        for shard in _shards(config, weights):
             folder.mkdir(parents=True, exist_ok=True)
             part = folder / f".{WEIGHTS}.{len(parts) + 1}.tmp"
             leftovers.callback(part.unlink, missing_ok=True)
@@ -123,7 +141,10 @@ def save_model(
         (folder / INDEX).unlink(missing_ok=True)
     dtype = min(str(dtype).removeprefix("torch.") for kept in parts.values() for dtype in kept.values())
     # transformers reads "dtype" before the older "torch_dtype": neither may be left stale.
-    write_json(folder / "config.json", raw := {**config.to_hf(), "dtype": dtype, "torch_dtype": dtype})
+    raw = {**config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
+    if config.quantization_config:
+        raw["quantization_config"]["bnb_4bit_compute_dtype"] = dtype
+    write_json(folder / "config.json", raw)
     if not (folder / GENERATION).exists():
         ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
         write_json(folder / GENERATION, {"_from_model_config": True, **ends})
@@ -133,17 +154,24 @@ def save_model(
 
 
 def _shards(config: ModelConfig, weights: NamedTensors) -> Iterator[dict[str, Tensor]]:
-    """A model's weights in parts of SHARD_BYTES; ValueError for one that is not the model's, or that is missing."""
-    expected, tied = set(_empty(config).state_dict()), config.tie_word_embeddings
+    """A model's weights in parts of SHARD_BYTES; ValueError for one that is not the model's, or that is missing.
+
+    The tensors of a quantised layer are in one part, because other libraries read a layer from one file.
+    """
+    shapes, tied, dtype = _empty(config).state_dict(), config.tie_word_embeddings, torch.float32
+    expected = set(shapes)
     shard: dict[str, Tensor] = {}  # which the caller empties
     for key, tensor in weights:
         if key not in expected:
             raise ValueError(f"the model carries weights beside its own ({key}, …): use save_adapter for adapters")
         expected.discard(key)
+        layer, _, part = key.rpartition(PART)
+        dtype = tensor.dtype if tensor.is_floating_point() and not layer else dtype
         if not (tied and key == HEAD):
-            if shard and sum(other.nbytes for other in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            size = sum(other.nbytes for other in shard.values()) + tensor.nbytes
+            if shard and size > SHARD_BYTES and not layer:
                 yield shard
-            shard[key] = tensor.detach().cpu().contiguous()
+            shard |= quantized.pack(key, tensor.detach().cpu().contiguous(), shapes, dtype)
     if missing := sorted(expected - ({HEAD} if tied else set())):
         raise ValueError(f"the weights to save lack {', '.join(missing[:5])} ({len(missing)} in all)")
     yield shard
@@ -159,7 +187,8 @@ def round_weights(weights: NamedTensors, dtype: torch.dtype, *, since: str | Pat
         start = Weights(Path(since))
     for name, trained in weights:
         saved, stored = trained.to(dtype), start.tensors.get(name) if start else None
-        if start and stored is not None and stored.shape == trained.shape and saved.dtype != trained.dtype:
+        fits = stored is not None and stored.shape == trained.shape and stored.is_floating_point()
+        if start and fits and saved.dtype != trained.dtype:
             step = max(1, min(len(trained), trained.numel() // COMPARED))
             with suppress(ValueError, OSError):
                 before, after, rounded = (x[::step].to(trained.dtype) for x in (start.whole(name), trained, saved))
@@ -177,9 +206,12 @@ def round_weights(weights: NamedTensors, dtype: torch.dtype, *, since: str | Pat
         )
 
 
-def _empty(config: ModelConfig) -> Transformer:
+def _empty(config: ModelConfig, dtype: torch.dtype | None = None) -> Transformer:
     with torch.device("meta"):
-        return Transformer(config)
+        model = Transformer(config).to(dtype)
+    if config.quantization_config:
+        quantized.quantize_layers(model, config.quantization_config)
+    return model
 
 
 def _told(what: str, keys: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -199,15 +231,106 @@ def _local(tensor: Any) -> tuple[Tensor, int]:
     return tensor.to_local(), mesh.get_local_rank() * -(-len(tensor) // mesh.size())
 
 
+def _read_all(
+    stored: Weights, empty: Transformer, targets: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device
+) -> NamedTensors:
+    """All tensors of a model, each in its final dtype and place; ValueError unless the stored ones are the model's."""
+    shapes, tied = empty.state_dict(), empty.config.tie_word_embeddings and HEAD
+    expected: dict[str, Tensor] = {}  # in the layout of the files
+    to_quantize = {}
+    for name, layer in empty.named_modules():
+        found = stored.tensors.get(key := f"{name}.weight")
+        if isinstance(layer, QuantizedLinear) and found is not None and found.is_floating_point():
+            to_quantize[key], expected[key] = layer, found.new_empty(layer.out_features, layer.in_features)
+    others = [key for key in shapes if weight_key(key) not in to_quantize]
+    for key in others:
+        expected |= quantized.pack(key, shapes[key], shapes, torch.float32)
+    if tied and HEAD not in stored.tensors:
+        del expected[HEAD]
+    missing = [key for key in expected if key not in stored.tensors]
+    unexpected = [key for key in stored.tensors if key not in expected]
+    misshapen = [
+        f"{stored.files[key].name}: {key} has the shape {_shape(tensor)}, not {_shape(expected[key])}"
+        for key, tensor in stored.tensors.items()
+        if _shape(tensor) != _shape(expected.get(key, tensor)) and not key.endswith(quantized.STATE)
+    ]
+    told = _told("missing", missing, unexpected) + _told("unexpected", unexpected, missing)
+    if told := told + _told("misshapen", misshapen, ()):
+        raise ValueError(f"{stored.folder}: the weights do not fit config.json; {'; '.join(told)}")
+    for key, tensor in expected.items():
+        fixed = not tensor.is_meta and not key.endswith(quantized.STATE)  # a table, or the order of the codes
+        if fixed and not torch.allclose(stored.whole(key).to(tensor.dtype), tensor, rtol=0, atol=1e-6):
+            raise ValueError(f"{stored.files[key]}: {key} is not what bitsandbytes writes; {quantized.INSTEAD}")
+    keys = [key for key in [*others, *to_quantize] if key != tied]
+    for key in sorted(keys, key=lambda key: stored.files[stored_key(key)]):
+        if key in to_quantize:
+            parts = dict(_quantize(stored, key, to_quantize[key], targets, device))
+        elif key.endswith(f"{PART}offset"):
+            parts = {key: quantized.stored_offset(stored, key, shapes[weight_key(key)]).to(device)}
+        else:
+            parts = {key: _read(stored, key, targets[key], dtype, device)}
+        floats = [tensor for name, tensor in parts.items() if PART in name and tensor.is_floating_point()]
+        if not all(tensor.isfinite().all() for tensor in floats):
+            raise ValueError(f"{stored.files[stored_key(key)]}: {stored_key(key)} holds numbers that are not finite")
+        yield from parts.items()
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)}" + f" in {tensor.dtype}" * (not tensor.is_floating_point())
+
+
+def _quantize(
+    stored: Weights, key: str, layer: QuantizedLinear, targets: Mapping[str, Tensor], device: torch.device
+) -> NamedTensors:
+    """The tensors in 8 or 4 bits of a weight that is stored plain; each rank reads all rows and keeps its own."""
+    codes, quantization = torch.empty_like(layer.weight, device=device), copy.deepcopy(layer.quantization)
+    most = QUANTIZED_BYTES if device.type == "cpu" else 32 * QUANTIZED_BYTES
+    step = max(1, most // stored.tensors[key][:1].nbytes)
+    rows = (stored.rows(key, row, row + step).to(device) for row in range(0, len(codes), step))
+    quantization.to_empty(device=device).quantize_(codes, rows)
+    for part, whole in {"": codes, **quantization.state_dict()}.items():
+        name = key.removesuffix(".weight") + PART + part if part else key
+        local, first = _local(targets[name])
+        if local is not targets[name]:
+            own = torch.empty_like(targets[name], device=device)
+            _local(own)[0].copy_(whole[first : first + len(local)])
+            whole = own
+        yield name, whole
+
+
+def _quantized_copy(config: ModelConfig, folder: Path, target: Path, device: torch.device) -> Path:
+    """The folder of a quantised copy of a model, which the main process writes if it is not there."""
+    kind, source = stored_format(config.quantization_config), model_fingerprint(folder)
+    if kind == "none":
+        raise ValueError(f'{target}: a quantised copy needs quantize="int8" or "nf4"')
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if own_file(target, "config.json") is None and not (ranks and torch.distributed.get_rank()):
+        empty, named = _empty(config), replace(config, extra={**config.extra, COPY_OF: source})
+        with sole_writer(target, beside=True):
+            save_model(empty, target, _read_all(Weights(folder), empty, empty.state_dict(), None, device), named)
+    if ranks:
+        torch.distributed.barrier()
+    found = ModelConfig.from_hf(target)
+    if (found.extra.get(COPY_OF), stored_format(found.quantization_config)) != (source, kind):
+        raise ValueError(f"{target}: holds another model than {folder} in {kind}; name another folder, or remove it")
+    return target
+
+
 def _read(stored: Weights, key: str, target: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-    """A stored tensor, or this rank's rows of it, in its final dtype and place, never with a second whole copy."""
-    dtype = dtype or stored.tensors[key].dtype
-    if _local(target)[0] is target and dtype == stored.tensors[key].dtype and device.type == "cpu":
-        return stored.whole(key)
+    """A stored tensor, or this rank's rows of it, in its final dtype and place, never with a second whole copy.
+
+    Several rows of bitsandbytes' flat tensors are one row of the target.
+    """
+    source = stored.tensors[name := stored_key(key)]
+    dtype, many = dtype or source.dtype, len(source) // len(target)
+    if PART in key or not source.is_floating_point():
+        dtype = target.dtype
+    if _local(target)[0] is target and dtype == source.dtype and device.type == "cpu":
+        return stored.whole(name).reshape(target.shape)
     tensor = torch.empty_like(target, dtype=dtype, device=device)
     local, first = _local(tensor)
-    step = max(1, READ_BYTES // max(1, stored.tensors[key][:1].nbytes))
+    step = max(1, READ_BYTES // max(1, many * source[:1].nbytes))
     for row in range(0, len(local), step):
-        part = local[row : row + step]
-        part.copy_(stored.rows(key, first + row, first + row + len(part)))
+        part, start = local[row : row + step], many * (first + row)
+        part.copy_(stored.rows(name, start, start + many * len(part)).reshape(part.shape))
     return tensor

@@ -9,6 +9,7 @@ from typing import Any
 
 from pedgpt.files import own_file, read_object
 from pedgpt.models.families import FAMILIES
+from pedgpt.models.quantized import stored_format
 
 # Our own keys in config.json. They override what the family and the sizes imply, which small models cannot show.
 OWN_KEYS = {"positions": "pedgpt_positions", "normalize_head": "pedgpt_norm_head"}
@@ -29,7 +30,8 @@ class ModelConfig:
     """The sizes and switches of one decoder, in the spelling of HF's config.json.
 
     `positions` is "rope" or "alibi"; `normalize_head` is Baichuan2's NormHead; `fused_qkv` is Baichuan's `W_pack`;
-    `extra` keeps the keys that the network does not need. Raises ValueError for values that no network can have.
+    `quantization_config` tells which linear layers are in 8 or 4 bits; `extra` keeps the keys that the network does not
+    need. Raises ValueError for values that no network can have.
     """
 
     model_type: str
@@ -53,6 +55,7 @@ class ModelConfig:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    quantization_config: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +95,7 @@ class ModelConfig:
         whole = size is not None or hidden % heads == 0
         _require(whole, f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
         values: dict[str, Any] = {key: raw.get(key) or False for key in ("tie_word_embeddings", *family.biases)}
+        values["quantization_config"] = raw.get("quantization_config") or None
         values |= {"model_type": name, "attention_output_bias": values.get("attention_bias", False), **family.network}
         values |= {key: raw[key] for key in (*REQUIRED, "rms_norm_eps", "initializer_range") if key in raw}
         for key, told in family.by_size.items():
@@ -117,7 +121,7 @@ class ModelConfig:
             raw |= {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling and dict(self.rope_scaling)}
         if family.by_size or self.positions != "rope" or self.normalize_head:
             raw |= {key: getattr(self, name) for name, key in OWN_KEYS.items()}
-        return raw
+        return raw | ({"quantization_config": dict(found)} if (found := self.quantization_config) else {})
 
     def check_length(self, tokens: int) -> None:
         """Raise ValueError if rows of so many tokens are longer than the model's positions reach."""
@@ -154,8 +158,8 @@ def _check(key: str, value: Any, kind: str) -> None:
 
 def _refuse_features(raw: Mapping[str, Any]) -> None:
     """ValueError for what would change the outputs if it were ignored; a window that no layer uses is accepted."""
-    for key in ("quantization_config", "dual_chunk_attention_config"):
-        _require(not raw.get(key), f"{key} is set; such a checkpoint is not supported")
+    stored_format(raw.get("quantization_config"))
+    _require(not raw.get(key := "dual_chunk_attention_config"), f"{key} is set; such a checkpoint is not supported")
     activation, kinds = raw["hidden_act"], raw.get("layer_types") or []
     _require(activation in ("silu", "swish"), f"hidden_act {activation!r} is not supported, only 'silu' or 'swish'")
     full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)

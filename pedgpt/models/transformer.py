@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pedgpt.kernels import Layout, Linear, add_rms_norm, attention, linear, rotary, swiglu, unit_rows
-from pedgpt.kernels.recompute import CHECKPOINTING, selective
+from pedgpt.kernels.recompute import CHECKPOINTING, offloaded, selective
 from pedgpt.models.cache import KVCache
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.positions import alibi_slopes, document_positions, rotary_tables
@@ -119,7 +119,8 @@ class Transformer(nn.Module):
     """A causal language model of any supported family, with random weights until a checkpoint fills them.
 
     `model(tokens)` gives logits [B, T, V]. `activation_checkpointing` says what the backward pass computes again in
-    place of keeping it: "none", "selective" (norms and SwiGLU, which are cheap) or "block" (all but a block's input).
+    place of keeping it: "none", "selective" (norms and SwiGLU, which are cheap), "block" (all but a block's input) or
+    "offload" (as "block", and the blocks' inputs wait in the host's memory).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -134,7 +135,7 @@ class Transformer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation_checkpointing" and value not in CHECKPOINTING:
-            raise ValueError(f'{name} must be "none", "selective" or "block", found {value!r}')
+            raise ValueError(f"{name} must be one of {', '.join(CHECKPOINTING)}, found {value!r}")
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
@@ -182,8 +183,9 @@ class Transformer(nn.Module):
         tables = None if alibi else rotary_tables(self.config, layout.positions, hidden.dtype)
         how = self.activation_checkpointing if torch.is_grad_enabled() and cache is None else "none"
         for i, block in enumerate(self.model.layers):
-            if how == "block":
-                hidden = checkpoint(block, hidden, tables, layout, use_reentrant=False)
+            if how in ("block", "offload"):
+                with offloaded(how == "offload"):
+                    hidden = checkpoint(block, hidden, tables, layout, use_reentrant=False)
             else:
                 with selective(how == "selective"):
                     hidden = block(hidden, tables, layout, cache, i)

@@ -23,7 +23,7 @@ BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 HEAD = "lm_head.weight"
 READ_BYTES = 64 * 2**20  # how much of a file stays mapped while parts of it are copied
 
-
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
 _PLAIN_GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 
 
@@ -31,10 +31,11 @@ class Weights:
     """The tensors in a folder's weight files: `tensors` are on the meta device, and their numbers are read when asked.
 
     Files are mapped one at a time by the library that owns the format, which checks their headers and pickles. Raises
-    ValueError that names a file if it is damaged, if it lies, or if it holds other things than floating-point tensors.
+    ValueError that names a file if it is damaged, if it lies, or if it holds other things than weights.
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.files: dict[str, Path] = {}
         self.tensors: dict[str, Tensor] = {}
         self._file, self._read = Path(), 0
@@ -43,8 +44,9 @@ class Weights:
             with self._opened(file) as handle:
                 found = {key: handle.get_tensor(key) for key in handle.offset_keys()}
             for key, tensor in found.items():
-                if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-                    raise ValueError(f"{file}: {key} is stored as {tensor.dtype}, and only floating-point weights load")
+                if tensor.dtype not in _DTYPES:
+                    told = f"{key} is stored as {tensor.dtype}; only floating-point and bitsandbytes' weights load"
+                    raise ValueError(f"{file}: {told}")
                 if key in self.files:
                     raise ValueError(f"{file}: holds {key}, which {self.files[key].name} holds too")
                 if not key.endswith("rotary_emb.inv_freq"):  # stored by old checkpoints, computed here
@@ -57,10 +59,11 @@ class Weights:
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         """Rows start ≤ i < stop of a tensor, to be copied at once: the mapping goes when enough has been read."""
-        if self._read > READ_BYTES:
+        size = self.tensors[key][start:stop].nbytes
+        if self._read + size > READ_BYTES:
             self._file, self._handle = Path(), None
         with self._opened(self.files[key]) as handle:
-            self._read += self.tensors[key][start:stop].nbytes
+            self._read += size
             return handle.get_slice(key)[start:stop]
 
     @contextmanager
@@ -142,6 +145,8 @@ def weights_fingerprint(folder: str | Path) -> str:
     """
     digest, stored = hashlib.sha256(), Weights(Path(folder))
     for key in sorted(stored.tensors.keys() - {HEAD}):  # a tied head may be stored or not
+        if ".quant_state." in key:  # bitsandbytes' JSON, which names the dtype
+            continue
         if shape := stored.tensors[key].shape:
             rows = (shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else (0, shape[0])
             part = stored.rows(key, *rows).to(torch.bfloat16).contiguous()

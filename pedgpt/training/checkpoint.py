@@ -30,7 +30,7 @@ from pedgpt.training.distributed import World, all_values, barrier, together, tr
 
 _STATE, _INDEX, _SUMS = "state.json", ".metadata", "checksums.json"
 # Settings that only say where the data and the base model lie: they may change if the fingerprint is the same.
-_PLACES = {"model", "corpus", "text", "general_text", "instructions", "preferences"}
+_PLACES = {"model", "from_adapter", "corpus", "text", "general_text", "instructions", "preferences"}
 _CONTENT = "rows_and_base_model"
 
 

@@ -21,7 +21,7 @@ from pedgpt.files import naming_full_disk, nearest, printable, read_toml, sole_w
 from pedgpt.training.distributed import stop
 
 C = TypeVar("C")
-Recompute = Literal["none", "selective", "block"]
+Recompute = Literal["none", "selective", "block", "offload"]
 Schedule = Literal["cosine", "constant", "linear", "wsd"]
 
 
@@ -43,9 +43,12 @@ class TrainingSettings:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not at all
-    dtype: str = "float32"  # of the computation: float32 or bfloat16 (trained weights stay float32)
+    dtype: str = "float32"  # of the computation: float32 or bfloat16
+    weight_dtype: str = "float32"  # of a model that trains (adapters: float32); bfloat16 is rounded stochastically
+    optimizer_state: str = "float32"  # of AdamW's two moments; bfloat16 is rounded stochastically too
+    accumulate_in_float32: bool = False  # add up micro-batches' gradients in float32, not in the weights' dtype
     save_dtype: str = ""  # of the trained weights on disk: float32 or bfloat16; empty: dtype, for adapters float32
-    activation_checkpointing: Recompute = "none"  # computed again to save memory: none, selective (cheap parts), block
+    activation_checkpointing: Recompute = "none"  # computed again to save memory: none, selective, block, offload
     evaluate_every: int = 0  # steps between evaluations on held-out rows; 0: only at the end
     keep_best: bool = False  # the result is the model of the lowest held-out loss, not the last one
     checkpoint_every: int | str = "auto"  # steps between checkpoints; auto: about 5 % of the time goes to them; 0: none
@@ -58,6 +61,7 @@ class TrainingSettings:
     def check(self) -> None:
         """Raise ValueError for a value out of range or a package that is not there, before anything is loaded."""
         floats = " ".join(f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), float))
+        dtypes = "dtype weight_dtype optimizer_state"
         rules: list[tuple[str, Callable[[Any], bool], str]] = [
             ("be a finite number", math.isfinite, floats),
             ("be at least 1", lambda x: x >= 1, "global_batch_size micro_batch_size keep_checkpoints"),
@@ -65,7 +69,7 @@ class TrainingSettings:
             ("be positive", lambda x: x > 0, "epochs learning_rate"),
             ("be between 0 and 1", lambda x: 0 <= x <= 1, "warmup_ratio final_learning_rate_ratio decay_ratio"),
             ("be at least 0 and below 1", lambda x: 0 <= x < 1, "beta1 beta2"),
-            ('be "float32" or "bfloat16"', lambda x: x in ("float32", "bfloat16"), "dtype"),
+            ('be "float32" or "bfloat16"', lambda x: x in ("float32", "bfloat16"), dtypes),
             ('be "float32" or "bfloat16"', lambda x: x in ("", "float32", "bfloat16"), "save_dtype"),
             (
                 'be "auto" or a number of steps',
@@ -80,6 +84,8 @@ class TrainingSettings:
                     raise ValueError(f"{name} must {what}, found {value!r}")
         if self.keep_best and not self.evaluate_every:
             raise ValueError("keep_best compares evaluations during training; set evaluate_every to a number of steps")
+        if self.weight_dtype == "bfloat16" != self.dtype:
+            raise ValueError('weight_dtype "bfloat16" computes in bfloat16 too: set dtype to "bfloat16"')
         for name in self.log_to:
             if importlib.util.find_spec(name) is None:
                 raise ValueError(f"log_to names {name}, which is not installed: pip install 'pedgpt[{name}]'")

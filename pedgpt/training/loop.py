@@ -21,7 +21,7 @@ from pedgpt.files import sync, write_json
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, all_values, autocast, barrier, reshard, sum_over_ranks, trained
+from pedgpt.training.distributed import World, all_values, autocast, barrier, local, reshard, sum_over_ranks, trained
 from pedgpt.training.keeping import Checkpoints, StopRequest
 from pedgpt.training.metrics import Report
 from pedgpt.training.optim import build_optimizer, learning_rate
@@ -29,7 +29,7 @@ from pedgpt.training.optim import build_optimizer, learning_rate
 # Settings that change neither the data nor the weights, so a run may be resumed with others; held-out files too.
 _FREE = {
     "output", "micro_batch_size", "activation_checkpointing", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-    "device", "reference_logps", "shared_prompt", "log_to", "plan",
+    "device", "reference_logps", "shared_prompt", "log_to", "plan", "quantized_copy",
 }  # fmt: skip
 
 
@@ -249,15 +249,37 @@ def _step(
         (loss * (world.size / max(weight, 1))).backward()
         _add(sums, loss, metrics)
         del loss  # and its graph, before the next one is made
+        if settings.accumulate_in_float32 and len(batches) > 1:
+            widen_gradients(model)
     means = _means(sums, mine, world)
-    norm = nn.utils.clip_grad_norm_(list(trained(model).values()), settings.max_grad_norm or float("inf"))
-    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    grad_norm = _clip(list(trained(model).values()), settings.max_grad_norm or float("inf"), world)
     for name, number in (("loss", means["loss"]), ("gradient's norm", grad_norm)):
         if not math.isfinite(number):
             raise ValueError(f"the {name} became {number}; lower learning_rate or max_grad_norm, or use float32")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return means, int(num_tokens), grad_norm
+
+
+def _clip(parameters: list[nn.Parameter], most: float, world: World) -> float:
+    """Scale the gradients so that their norm is at most `most`; returns the norm that they had."""
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        norm = nn.utils.clip_grad_norm_(parameters, most)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    # torch would round each norm to bfloat16, so that the number of ranks decided how far gradients are clipped.
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32).double() for gradient in gradients]
+    found = math.sqrt(sum_over_ranks([float(torch.stack(norms).square().sum())], world)[0])
+    torch._foreach_mul_(gradients, min(1.0, most / (found + 1e-6)))
+    return found
+
+
+def widen_gradients(model: nn.Module) -> None:
+    """Make gradients float32, so that those of further micro-batches are added to them in float32."""
+    for parameter in trained(model).values():
+        if parameter.grad is not None and parameter.grad.dtype != torch.float32:
+            parameter.grad_dtype = None  # the gradient may have any dtype
+            parameter.grad = parameter.grad.float()
 
 
 def _add(sums: dict[str, Any], loss: Tensor, metrics: Mapping[str, Tensor]) -> None:

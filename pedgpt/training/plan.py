@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pedgpt.kernels.quantized import parameter_count
 from pedgpt.training import loop
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, local, stop, trained
@@ -152,7 +153,7 @@ def counting(*, on_gpu: bool = False) -> Iterator[Counter]:
 
 
 def on_shapes(model: nn.Module) -> None:
-    """Replace parameters on the meta device by fake ones of the same shape, which the counter sees."""
+    """Replace what is on the meta device by fake tensors of the same shape, which the counter sees."""
     made: dict[Tensor, nn.Parameter] = {}  # a tied parameter stays one
     for name, old in list(model.named_parameters(remove_duplicate=False)):
         if old not in made:
@@ -163,6 +164,9 @@ def on_shapes(model: nn.Module) -> None:
             made[old] = nn.Parameter(new, old.requires_grad)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, made[old])
+    for name, buffer in list(model.named_buffers()):
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 @contextmanager
@@ -189,7 +193,7 @@ def count(build: Build, make_batch: MakeBatch, settings: S, ranks: int = 1) -> M
             model, loss_function = build(settings, world)
         with counting(on_gpu=settings.device != "cpu") as counter:
             on_shapes(model)
-            counter.claim(model.parameters(), "weights")
+            counter.claim((*model.parameters(), *model.buffers()), "weights")
             optimizer = build_optimizer(model, settings)
             parameters = list(trained(model).values())
             for parameter in parameters:
@@ -200,6 +204,8 @@ def count(build: Build, make_batch: MakeBatch, settings: S, ranks: int = 1) -> M
             rows = -(-settings.global_batch_size // ranks)
             if rows <= settings.micro_batch_size:
                 optimizer.zero_grad(set_to_none=True)
+            elif settings.accumulate_in_float32:
+                loop.widen_gradients(model)
 
             def moments(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
                 counter.begin("forward")
@@ -227,7 +233,7 @@ def print_plan(settings: S, build: Build, make_batch: MakeBatch) -> None:
     ranks, size = cards(settings.plan)
     with torch.device("meta"):
         model, _ = build(settings, World(0, 1, torch.device("cpu")))
-    everything, some = (sum(p.numel() for p in found) for found in (model.parameters(), trained(model).values()))
+    everything, some = parameter_count(model), sum(parameter.numel() for parameter in trained(model).values())
     print(f"{everything:,} parameters, {some:,} train ({some / everything:.2%}); {settings.dtype}")
     moments = count(build, make_batch, settings, ranks)
     print(f"\n{'GB on a card, at most in':<26}" + "".join(f"{moment:>10}" for moment in moments))
@@ -239,23 +245,65 @@ def print_plan(settings: S, build: Build, make_batch: MakeBatch) -> None:
     if total <= size * GB:
         print(f"\nfits: {total / GB:.2f} of {size:g} GB")
         return
-    print(f"\ndoes not fit: {total / GB:.2f} of {size:g} GB; one change makes it", flush=True)
-    options: list[tuple[str, Any]] = [
-        ("micro_batch_size", 1), ("activation_checkpointing", "block"), ("dtype", "bfloat16"),
-        ("row_length", max(1, getattr(settings, "row_length", 1) // 2)),
-        ("lora_rank", getattr(settings, "lora_rank", 0) or 8),
-        *(("plan", f"{ranks * factor}x{size:g}") for factor in (2, 4, 8)),
-    ]  # fmt: skip
-    for name, value in options:
-        if getattr(settings, name, value) == value:
-            continue
-        changed = dataclasses.replace(settings, **{name: value})
-        found = peak(count(build, make_batch, changed, cards(changed.plan)[0]))
-        if found < 0.995 * total:
-            print(f"  {f'{name} {value}':<36}{found / GB:>8.2f} GB{'  fits' * (found <= size * GB)}", flush=True)
-        if name == "plan" and found <= size * GB:
-            break  # more cards than are enough
+    print(
+        f"\ndoes not fit: {total / GB:.2f} of {size:g} GB; the cheapest change that makes it, and more cards",
+        flush=True,
+    )
+    activations = max(parts.get(ACTIVATIONS, 0) for parts in moments.values())
+    changes = [change for cheap, change in _changes(settings) if not cheap or total - activations < size * GB]
+    fits = [held <= size * GB for _, held in _tried(build, make_batch, settings, changes, total)]
+    factors = [factor for factor in (2, 4, 8) if total / factor < size * GB]
+    more: list[dict[str, Any]] = [{"plan": f"{ranks * factor}x{size:g}"} for factor in factors]
+    list(_tried(build, make_batch, settings, more, total))
+    if not any(fits):
+        print("one after another", flush=True)
+        for _, change in _changes(settings):
+            for changed, held in _tried(build, make_batch, settings, [change], total):
+                settings, total = changed, held
+            if total <= size * GB:
+                break
+        print("all of these together do" if total <= size * GB else "even together they are not enough")
     raise SystemExit(1)
+
+
+def _changes(settings: Any) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """Changes that take less memory, the cheapest first; true says that one saves activations only, and costs time."""
+    yield True, {"micro_batch_size": 1}
+    for name in ("selective", "block", "offload"):
+        yield True, {"activation_checkpointing": name}
+    yield False, {"dtype": "bfloat16"}
+    if getattr(settings, "adapter", "none") == "none":
+        yield False, {"dtype": "bfloat16", "weight_dtype": "bfloat16"}
+        yield False, {"dtype": "bfloat16", "weight_dtype": "bfloat16", "optimizer_state": "bfloat16"}
+    else:
+        yield False, {"quantize": "int8"}
+        yield False, {"quantize": "nf4"}
+    yield False, {"row_length": max(1, getattr(settings, "row_length", 1) // 2)}
+    if getattr(settings, "adapter", "") == "none":
+        for name in ("none", "int8", "nf4"):
+            yield False, {"adapter": "lora", "dtype": "bfloat16", "quantize": name}
+
+
+def _tried(
+    build: Build, make_batch: MakeBatch, settings: Any, changes: Iterable[dict[str, Any]], total: int
+) -> Iterator[tuple[Any, int]]:
+    """(settings, bytes) of each change that is new and saves memory, printed when it is known; until one fits."""
+    for change in changes:
+        new = {name: value for name, value in change.items() if getattr(settings, name, value) != value}
+        if not new:
+            continue
+        changed = dataclasses.replace(settings, **new)
+        ranks, size = cards(changed.plan)
+        try:
+            held = peak(count(build, make_batch, changed, ranks))
+        except ValueError:  # The model cannot be changed so: its folder is quantised already, for example.
+            continue
+        if held < 0.995 * total:
+            flags = " ".join(f"--{name} {value}" for name, value in new.items())
+            print(f"  {flags:<68}{held / GB:>8.2f} GB{'  fits' * (held <= size * GB)}", flush=True)
+            yield changed, held
+        if held <= size * GB:
+            return
 
 
 def peak(moments: Moments) -> int:

@@ -8,8 +8,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from pedgpt.kernels import rms_norm, swiglu
+from pedgpt.kernels import recompute, rms_norm, swiglu
 from pedgpt.kernels.recompute import recomputable, selective
+from pedgpt.models import ModelConfig, Transformer
 
 
 @pytest.fixture
@@ -228,3 +229,31 @@ def test_a_compiled_function_is_compiled_once_whatever_hooks_a_step_has(how):
         results.append(weight.grad)
         assert count.frame_count == 1
     assert torch.equal(*results)
+
+
+def test_only_block_inputs_are_offloaded_and_gradients_stay(monkeypatch):
+    """On a CPU nothing is copied, so the two hooks are replaced by some that count and copy."""
+    config = {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24}
+    config |= {"num_hidden_layers": 3, "num_attention_heads": 2}
+    model, tokens = Transformer(ModelConfig.from_hf(config)), torch.arange(14).view(2, 7)
+    there, back = [], []
+
+    def to_host(tensor):
+        there.append(tuple(tensor.shape))
+        return tensor.clone()
+
+    def from_host(tensor):
+        back.append(tuple(tensor.shape))
+        return tensor
+
+    monkeypatch.setattr(recompute, "_to_host", to_host)
+    monkeypatch.setattr(recompute, "_from_host", from_host)
+    gradients = []
+    for model.activation_checkpointing in ("none", "block", "offload"):
+        model.zero_grad()
+        model(tokens).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    large = [shape for shape in there if shape != (0,)]
+    assert large == [(2, 7, 16)] * 3 and back.count((2, 7, 16)) == 3
+    for others in gradients[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(others, gradients[0], strict=True))

@@ -149,8 +149,8 @@ def test_selective_computes_no_block_twice_and_block_each(make_model, random_tok
 
 
 @pytest.mark.parametrize("how", [True, False, None, "full", "Block"])
-def test_another_word_is_an_error_that_names_the_three(make_model, how):
+def test_another_word_is_an_error_that_names_the_four(make_model, how):
     model = make_model("llama")
-    with pytest.raises(ValueError, match=f'must be "none", "selective" or "block", found {how!r}'):
+    with pytest.raises(ValueError, match=f"must be one of none, selective, block, offload, found {how!r}"):
         model.activation_checkpointing = how
     assert model.activation_checkpointing == "none"

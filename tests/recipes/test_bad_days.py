@@ -47,7 +47,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(la
 def test_every_recipe_that_writes_ends_in_one_line_on_a_full_disk(lab, tmp_path):
     output, adapter = tmp_path / "out", lab.folder / "references" / "lora"
     if not adapter.exists():
-        assert lab.run("dfpo", adapter, lora_rank=2).code == 0
+        assert lab.run("dfpo", adapter, adapter="lora", rank=2).code == 0
     (tmp_path / "held" / "tasks").mkdir(parents=True)
     shutil.copy(lab.folder / "heldout.jsonl", tmp_path / "held" / "tasks" / "medkqa.jsonl")
     (tmp_path / "source").mkdir()

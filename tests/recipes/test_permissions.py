@@ -53,7 +53,7 @@ def test_runs_and_a_corpus_have_the_umasks_permissions(lab, tmp_path):
     with masked(0o027):
         shorter = {"max_steps": 1, "checkpoint_every": 1}
         for recipe in ("continued_pretrain", "dfpo"):
-            extra = {"lora_rank": 2} if recipe == "dfpo" else {}
+            extra = {"adapter": "lora", "rank": 2} if recipe == "dfpo" else {}
             result = lab.run(recipe, tmp_path / recipe, **shorter, **extra)
             assert result.code == 0, result.err
             check(tmp_path / recipe, 0o027, 5)

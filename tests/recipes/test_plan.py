@@ -83,8 +83,8 @@ CASES = [
     ("cpt", {"vocab_size": 20_000}, {"row_length": 16, "dtype": "bfloat16"}),
     ("dfpo", {"vocab_size": 20_000}, {"row_length": 16, "dtype": "bfloat16"}),
     ("dfpo", {}, {"shared_prompt": False}),
-    ("dfpo", {}, {"lora_rank": 4, "dtype": "bfloat16"}),
-    ("dfpo", {"vocab_size": 20_000}, {"row_length": 16, "lora_rank": 4}),
+    ("dfpo", {}, {"adapter": "lora", "rank": 4, "dtype": "bfloat16"}),
+    ("dfpo", {"vocab_size": 20_000}, {"row_length": 16, "adapter": "lora", "rank": 4}),
     ("experts", {}, {}),
     ("experts", {}, {"dtype": "bfloat16", "activation_checkpointing": "block"}),
     # Few words, so that the blocks are the peak and not the head.
@@ -109,12 +109,12 @@ def test_peak_is_that_of_a_step(lab, tmp_path, stage, shape, changed, monkeypatc
     sizes = ModelConfig.from_hf(tmp_path)
 
     dtype = getattr(torch, config.dtype)
-    adapted = stage == "experts" or (stage == "dfpo" and config.lora_rank)
+    adapted = stage == "experts" or (config.adapter != "none")
     model = Transformer(sizes).to(dtype if adapted else torch.float32)
     if stage == "experts":
         inject_experts(model, rank=config.rank, dropout=config.dropout)
     elif adapted:
-        inject_lora(model, rank=config.lora_rank)
+        inject_lora(model, rank=config.rank)
     model.activation_checkpointing = config.activation_checkpointing
     trainable = [p for p in model.parameters() if p.requires_grad]
 
@@ -177,19 +177,52 @@ def test_demo_fits_and_the_table_is_complete(lab, demo):
     assert re.search(r"^fits: \d\.\d\d of 16 GB$", done.out, re.M)
 
 
-def test_what_does_not_fit_is_told_what_helps(lab):
-    done = called(lab, "sft", "--plan", 80)
+def changes(out):
+    """What each change that was printed takes, in GB, and whether it fits."""
+    found = re.findall(r"^  (--.*?) +([\d.]+) GB(  fits)?$", out, re.M)
+    return {flags: (float(held), bool(fits)) for flags, held, fits in found}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Baichuan2-7B with 4 of its 32 blocks, 1.84 billion parameters: as wide as life, and counted sooner."""
+    file = tmp_path_factory.mktemp("short") / "config.json"
+    sizes = json.loads((CONFIGS / "baichuan2_7b/config.json").read_text("utf-8"))
+    file.write_text(json.dumps({**sizes, "num_hidden_layers": 4}))
+    return file
+
+
+def test_what_does_not_fit_is_told_what_helps(lab, short):
+    done = called(lab, "sft", "--model", short, "--plan", 24)
     assert done.code == 1 and "does not fit" in done.out
-    changes = dict(re.findall(r"^  (\S+) \S+ +([\d.]+ GB.*)$", done.out, re.M))
-    assert set(changes) == {"plan", "row_length"}  # the others are as low as they go already
-    assert done.out.count("  plan ") == 1  # more than what is enough is not tried
-    two = called(lab, "sft", "--plan", "2x80")
-    assert two.code == 0 and f"{re.search(r'fits: ([0-9.]+) of', two.out)[1]} GB  fits" == changes["plan"]
+    found = changes(done.out)
+    # Blocks are checkpointed, and products in bfloat16, already; the weights' dtype is the cheapest change left.
+    state = "--weight_dtype bfloat16 --optimizer_state bfloat16"
+    assert list(found) == ["--weight_dtype bfloat16", state, "--plan 2x24"]
+    assert [fits for _, fits in found.values()] == [False, True, True] and "together" not in done.out
+    again = called(lab, "sft", "--model", short, "--plan", 24, *state.split())
+    assert again.code == 0 and float(re.search(r"fits: ([0-9.]+) of", again.out)[1]) == found[state][0]
 
 
-def test_a_lora_is_told_where_it_helps(lab):
-    done = called(lab, "dfpo", "--plan", 24)
-    assert done.code == 1 and re.search(r"^  lora_rank 8 +[\d.]+ GB  fits$", done.out, re.M)
+def test_an_adapter_or_a_quantised_base_is_proposed_where_it_is_the_cheapest(lab, short):
+    done = called(lab, "dfpo", "--model", short, "--plan", 8)
+    assert done.code == 1 and changes(done.out)["--adapter lora"][1] and "int8" not in done.out
+    stage4 = called(lab, "experts", "--model", short, "--plan", 5)
+    assert changes(stage4.out)["--quantize int8"][1] and "nf4" not in stage4.out
+
+
+def test_where_no_change_is_enough_several_together_are_proposed(lab, demo):
+    done = called(lab, "sft", "--model", demo, "--plan", "0.68", "--device", "cpu", folder="demo")
+    single, together = done.out.split("one after another\n")
+    assert together.endswith("all of these together do\n")
+    assert done.code == 1 and not any(fits for _, fits in changes(single).values())
+    held = [held for held, _ in changes(together).values()]
+    assert held == sorted(held, reverse=True) and [fits for _, fits in changes(together).values()][-1]
+    flags = " ".join(changes(together)).split()
+    assert called(lab, "sft", "--model", demo, "--plan", "0.68", "--device", "cpu", *flags, folder="demo").code == 0
+
+    none = called(lab, "sft", "--model", demo, "--plan", "0.01", "--device", "cpu", folder="demo")
+    assert none.code == 1 and none.out.endswith("even together they are not enough\n") and "  fits" not in none.out
 
 
 def test_nothing_is_written_and_no_data_is_asked_for(lab, demo, tmp_path, monkeypatch):

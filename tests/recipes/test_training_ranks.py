@@ -45,7 +45,7 @@ def test_accumulation_changes_nothing(lab, recipe, micro, tmp_path):
 
 BF16 = {"dtype": "bfloat16"}
 TIED = {"model": "tied"}
-LORA = {"lora_rank": 2, "learning_rate": 1e-2}
+LORA = {"adapter": "lora", "rank": 2, "learning_rate": 1e-2}
 
 
 @pytest.fixture(scope="module")

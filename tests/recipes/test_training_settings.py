@@ -35,7 +35,10 @@ def test_bfloat16_runs_and_its_loss_falls(lab, recipe, tmp_path):
     assert dtype == (torch.float32 if recipe == "expert_finetune" else torch.bfloat16)
 
 
-@pytest.mark.parametrize(("recipe", "settings"), [("full_finetune", {}), ("dfpo", {}), ("dfpo", {"lora_rank": 2})])
+LORA = {"adapter": "lora", "rank": 2}
+
+
+@pytest.mark.parametrize(("recipe", "settings"), [("full_finetune", {}), ("dfpo", {}), ("dfpo", LORA)])
 def test_trained_weights_are_saved_in_the_dtype_that_is_asked_for(lab, tmp_path, recipe, settings):
     common = {"dtype": "bfloat16", "max_steps": 1, **settings}
     for name in ("float32", "bfloat16"):
@@ -58,15 +61,15 @@ def test_activation_checkpointing_matches_training_without_it(lab, recipe, tmp_p
 
     monkeypatch.setattr(Block, "forward", counted)
     counts, metrics, weights = [], [], []
-    for how in ("none", "selective", "block"):
+    for how in ("none", "selective", "block", "offload"):
         calls.clear()
         assert lab.run(recipe, tmp_path / how, activation_checkpointing=how).code == 0
         counts.append(sum(calls))
         metrics.append([(line["loss"], line.get("eval_loss", 0.0)) for line in lab.metrics(tmp_path / how)])
         weights.append(lab.weights(tmp_path / how))
     # "block" computes every block of a training pass again, and no other; "selective" computes none again.
-    assert counts[2] == 2 * counts[1] == 2 * counts[0] > 0
-    for other in (1, 2):
+    assert counts[3] == counts[2] == 2 * counts[1] == 2 * counts[0] > 0
+    for other in (1, 2, 3):
         assert metrics[0] == [pytest.approx(pair, abs=1e-6) for pair in metrics[other]]
         for name, tensor in weights[0].items():
             torch.testing.assert_close(weights[other][name], tensor, rtol=0, atol=1e-5)
@@ -146,7 +149,7 @@ def test_dfpo_holds_every_pair_to_its_own_reference(lab, tmp_path):
 
 
 def test_dfpo_with_lora_starts_from_the_reference_and_trains_the_adapter_alone(lab, tmp_path):
-    result = lab.run("dfpo", tmp_path, lora_rank=2, mu=0.0, learning_rate=1e-2)
+    result = lab.run("dfpo", tmp_path, adapter="lora", rank=2, mu=0.0, learning_rate=1e-2)
     assert result.code == 0, result.err
     metrics = lab.metrics(tmp_path)
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and metrics[-1]["loss"] < metrics[0]["loss"]
@@ -157,7 +160,7 @@ def test_dfpo_with_lora_starts_from_the_reference_and_trains_the_adapter_alone(l
 
 
 def test_an_adapter_says_which_weights_it_was_trained_on(lab, tmp_path):
-    assert lab.run("dfpo", tmp_path, lora_rank=2, max_steps=1).code == 0
+    assert lab.run("dfpo", tmp_path, adapter="lora", rank=2, max_steps=1).code == 0
     for output in (tmp_path, lab.reference("expert_finetune")):
         check_base(output / "adapter", "moved", weights_fingerprint(lab.folder / "model"))
         with pytest.raises(ValueError, match=f"than those of tied; its base model was {lab.folder / 'model'}"):

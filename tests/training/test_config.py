@@ -126,7 +126,7 @@ def test_mistakes_in_the_file_are_named(tmp_path, content, message):
 def test_one_of_three_words_is_named_where_another_stands(tmp_path, content, found):
     file = tmp_path / "c.toml"
     file.write_text(f'output = "o"\nactivation_checkpointing = {content}\n', encoding="utf-8")
-    said = f'activation_checkpointing must be one of none, selective, block, found {found}'
+    said = f'activation_checkpointing must be one of none, selective, block, offload, found {found}'
     with pytest.raises(ValueError) as error:
         parse_settings(TrainingSettings, ["--config", str(file)])
     assert str(error.value) == f"{file} line 2: {said}"
@@ -161,12 +161,19 @@ def test_missing_settings_and_stray_arguments_are_named():
         ("epochs", 0.0),
         ("learning_rate", 0.0), ("learning_rate", float("nan")), ("epochs", float("inf")), ("beta2", float("nan")),
         ("warmup_ratio", 1.1), ("final_learning_rate_ratio", -0.1), ("dtype", "float16"), ("save_dtype", "float16"),
-        ("beta1", 1.0), ("beta2", -0.1), ("decay_ratio", 1.5),
+        ("beta1", 1.0), ("beta2", -0.1), ("decay_ratio", 1.5), ("weight_dtype", "float16"), ("optimizer_state", "int8"),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must .*found '?{value}"):
         TrainingSettings("out", **{name: value}).check()
+
+
+def test_weights_in_bfloat16_need_a_computation_in_bfloat16():
+    TrainingSettings("out", dtype="bfloat16", weight_dtype="bfloat16", optimizer_state="bfloat16").check()
+    TrainingSettings("out", optimizer_state="bfloat16").check()
+    with pytest.raises(ValueError, match='computes in bfloat16 too: set dtype to "bfloat16"'):
+        TrainingSettings("out", weight_dtype="bfloat16").check()
 
 
 def test_a_schedule_is_one_of_four_words(tmp_path):

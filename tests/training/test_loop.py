@@ -272,6 +272,7 @@ def test_what_a_run_is_names_all_that_changes_its_weights():
     assert set(described) == {
         "epochs", "max_steps", "global_batch_size", "learning_rate", "final_learning_rate_ratio", "warmup_ratio",
         "weight_decay", "beta1", "beta2", "max_grad_norm", "dtype", "save_dtype", "seed", "total_steps",
-        "rows_and_base_model", "schedule", "decay_ratio", "keep_best",
+        "rows_and_base_model", "schedule", "decay_ratio", "keep_best", "weight_dtype", "optimizer_state",
+        "accumulate_in_float32",
     }  # fmt: skip
     json.dumps(described)
