@@ -39,10 +39,12 @@ def main(config: Config) -> None:
 
 
 def llama_config(config: ModelConfig) -> ModelConfig:
-    """The same network as a Llama, without what points to the vendor's code; ValueError for ALiBi."""
+    """The same network as a Llama, without what points to the vendor's code; ValueError for ALiBi and codes."""
     if config.model_type != "baichuan" or config.positions != "rope":
         kind = f"{config.model_type} with {config.positions} positions"
         raise ValueError(f"only a Baichuan with rotary positions (7B) is a Llama by another name; this is {kind}")
+    if config.quantization_config:
+        raise ValueError("the model is quantised; export the one that it was made from")
     vendor = ("architectures", "auto_map", "tokenizer_class", "_name_or_path", "_from_model_config")
     extra = {key: value for key, value in config.extra.items() if key not in vendor}
     tied = config.tie_word_embeddings and not config.normalize_head

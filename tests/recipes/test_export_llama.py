@@ -96,3 +96,12 @@ def test_what_is_no_llama_is_refused(lab, folder, tmp_path):
     result = lab.call("export_llama", ["--model", str(folder), "--output", str(tmp_path / "llama")])
     assert result.code == 2 and "alibi" in result.err
     assert not (tmp_path / "llama").exists()
+
+
+def test_a_quantised_model_is_refused(lab, folder, tmp_path):
+    codes = tmp_path / "codes"
+    load_model(folder, quantize="int8", quantized_copy=codes)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (codes / file).write_bytes((folder / file).read_bytes())
+    result = lab.call("export_llama", ["--model", str(codes), "--output", str(tmp_path / "llama")])
+    assert result.code == 2 and "the model is quantised; export the one that it was made from" in result.err
