@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pedgpt.adapters import inject_experts, inject_lora, set_noise_rows
+from pedgpt.adapters import inject_experts, inject_lora, pack_adapters, set_noise_rows
 from pedgpt.kernels import linear_logps
 from pedgpt.losses import linear_cross_entropy, linear_sequence_logps
 from pedgpt.models import ModelConfig, Transformer
@@ -128,6 +128,7 @@ def test_peak_is_that_of_a_step(lab, tmp_path, stage, shape, changed, monkeypatc
     with LiveBytes(model) as live:
         for _ in range(2):
             for _ in range(config.global_batch_size // config.micro_batch_size):
+                pack_adapters(model)
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                     head = (model.hidden_states(tokens, documents=tokens // 50), model.lm_head.weight, tokens)
                     if stage == "dfpo":
