@@ -212,7 +212,7 @@ def test_an_adapter_or_a_quantised_base_is_proposed_where_it_is_the_cheapest(lab
     assert changes(stage4.out)["--quantize int8"][1] and "nf4" not in stage4.out
 
 
-def test_where_no_change_is_enough_several_together_are_proposed(lab, demo):
+def test_where_no_change_is_enough_several_together_are_proposed(lab, demo, tmp_path):
     done = called(lab, "sft", "--model", demo, "--plan", "0.68", "--device", "cpu", folder="demo")
     single, together = done.out.split("one after another\n")
     assert together.endswith("all of these together do\n")
@@ -222,7 +222,8 @@ def test_where_no_change_is_enough_several_together_are_proposed(lab, demo):
     flags = " ".join(changes(together)).split()
     assert called(lab, "sft", "--model", demo, "--plan", "0.68", "--device", "cpu", *flags, folder="demo").code == 0
 
-    none = called(lab, "sft", "--model", demo, "--plan", "0.01", "--device", "cpu", folder="demo")
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads(demo.read_text()), "num_hidden_layers": 1}))
+    none = called(lab, "sft", "--model", tmp_path, "--plan", "0.01", "--device", "cpu", folder="demo")
     assert none.code == 1 and none.out.endswith("even together they are not enough\n") and "  fits" not in none.out
 
 
@@ -248,30 +249,3 @@ def test_mistakes_end_in_one_line(lab, stage, flags, said):
     done = called(lab, stage, "--plan", "24", *flags)
     assert done.code == 2 and done.out == "" and done.err.startswith("error: ") and done.err.count("\n") == 1
     assert said in done.err
-
-
-FOLDERS = ("baichuan2_7b", "baichuan2_13b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "qwen2.5-7b", "llama3.1-8b")
-
-
-def shipped(folder, stage):
-    """(number of cards, GB of each) that the first line of a settings file names, and the settings."""
-    text = (CONFIGS / folder / f"{stage}.toml").read_text("utf-8")
-    number, size = re.search(r"on (one|8) GPUs? of (24|80) GB", text.splitlines()[0]).groups()
-    return int(number.replace("one", "1")), int(size), tomllib.loads(text)
-
-
-@pytest.mark.parametrize("stage", ["sft", "dfpo", "experts"])
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_shipped_settings_fit_the_cards_that_they_name(lab, folder, stage):
-    number, size, _ = shipped(folder, stage)
-    done = called(lab, stage, "--plan", f"{number}x{size}", folder=folder)
-    assert done.code == 0, done.out + done.err
-    taken = float(re.search(r"^fits: ([\d.]+) of", done.out, re.M)[1])
-    assert taken < 0.9 * size  # the rest is for the holes between what is held
-
-
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_stage_1_takes_what_stage_2_does(folder):
-    (*cards, cpt), (*others, sft) = shipped(folder, "cpt"), shipped(folder, "sft")
-    names = "row_length", "micro_batch_size", "global_batch_size", "dtype", "activation_checkpointing"
-    assert cards == others and [cpt[name] for name in names] == [sft[name] for name in names]
