@@ -86,7 +86,7 @@ class StageSettings(TrainingSettings):
 
 @functools.cache
 def _base_weights(folder: str) -> str:
-    """NOTE: cached, because it is asked before training, and the folder may be gone when the result is saved."""
+    """The fingerprint, kept from before training, because the folder may be gone when the result is saved."""
     return weights_fingerprint(folder)
 
 
@@ -101,7 +101,7 @@ def build(config: Any, world: World) -> Transformer:
     model.activation_checkpointing = config.activation_checkpointing
     try:
         shard(model, model.model.layers, world, getattr(torch, config.dtype))
-    except RuntimeError as error:  # FSDP2 before torch 2.12 makes parameters of codes that would train
+    except RuntimeError as error:  # An older FSDP2 wants gradients of all parameters, and codes have none.
         if "floating point" not in str(error):
             raise
         found = f"torch {torch.__version__} cannot split a quantised model over ranks"
@@ -147,7 +147,7 @@ def fill(model: Transformer, config: Any, world: World) -> None:
 
 
 def gated(loss_function: LossFunction, config: Any) -> LossFunction:
-    """The loss for any model: where it has experts, their gates' noise follows the rows, and metrics say how they work.
+    """The loss for any model: where it has experts, the row decides the noise of their gates, and metrics tell their weights.
 
     The noise does not depend on ranks or accumulation. The gates' means are over the tokens that carry loss.
     """
