@@ -147,7 +147,7 @@ def fill(model: Transformer, config: Any, world: World) -> None:
 
 
 def gated(loss_function: LossFunction, config: Any) -> LossFunction:
-    """The loss for any model: where it has experts, the row decides the noise of their gates, and metrics tell their weights.
+    """The loss for any model: where it has experts, the row decides the gates' noise, and metrics tell their weights.
 
     The noise does not depend on ranks or accumulation. The gates' means are over the tokens that carry loss.
     """

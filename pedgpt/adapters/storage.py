@@ -32,8 +32,8 @@ def save_adapter(
     """Write adapter_config.json and adapter_model.safetensors with every tensor of the active adapter.
 
     LoRA takes PEFT's layout; experts the same files with `"peft_type": "PEDGPT_EXPERTS"`. `base_model` is the name or
-    folder of the base, `base_weights` the fingerprint of its weights, for `check_base`; the format of a quantised
-    base is stored with it. `state_dict` replaces the model's own tensors, for weights gathered from several ranks. Raises
+    folder of the base, `base_weights` the fingerprint of its weights, for `check_base`; the format of a quantised base
+    is stored with it. `state_dict` replaces the model's own tensors, for weights gathered from several ranks. Raises
     ValueError, before anything is written, if the model has no adapters, if its layers differ in their settings, and
     for a tensor that is missing or not whole.
     """
