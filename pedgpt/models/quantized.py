@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pedgpt.kernels.quantized import DYNAMIC, NF4, quantized_layer
+from pedgpt.kernels.quantized import DYNAMIC, NF4, QuantizedLinear
 from pedgpt.models.weight_files import Weights
 
 PART = ".quantization."  # between a layer's name and the name of a tensor of its Quantization
@@ -70,7 +70,7 @@ def quantize_layers(model: nn.Module, settings: Mapping[str, Any]) -> None:
         # As transformers reads these names: as whole parts from the start, or as the end of a name.
         kept = any(f"{name}.".startswith(f"{key}.") or name.endswith(key) for key in plain)
         if isinstance(layer, nn.Linear) and not kept:
-            model.set_submodule(name, quantized_layer(layer, kind))
+            model.set_submodule(name, QuantizedLinear(layer, kind))
 
 
 def weight_key(key: str) -> str:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pedgpt.adapters import inject_lora
-from pedgpt.kernels.quantized import QuantizedLinear, quantized_layer
+from pedgpt.kernels.quantized import QuantizedLinear
 from pedgpt.models import (
     ModelConfig,
     checkpoint,
@@ -129,7 +129,7 @@ def test_layers_are_quantised_while_they_are_read(folder, monkeypatch, kind, sto
     found = model.state_dict()
     for name, layer in plain.named_modules():
         if isinstance(layer, nn.Linear) and name != "lm_head":
-            expected = quantized_layer(layer, kind)
+            expected = QuantizedLinear(layer, kind)
             expected.quantization.quantize_(expected.weight, [layer.weight])
             assert_equal({key: found.pop(f"{name}.{key}") for key in expected.state_dict()}, expected.state_dict())
             assert not model.get_submodule(name).weight.requires_grad

@@ -46,7 +46,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> T
         return attend(q, k, v, mask, is_causal=mask is None)
     # The first half of the queries sees half of the keys, so that a quarter of the scores is not computed.
     half = tokens // 2
-    early = attend(*(x[:, :, :half] for x in (q, k, v)), is_causal=True)
+    early = attend(q[:, :, :half], k[:, :, :half], v[:, :, :half], is_causal=True)
     late = attend(q[:, :, half:], k, v, q.new_full((tokens - half, tokens), -torch.inf).triu_(half + 1))
     # The result lies in memory as [B, T, H, K], like that of torch's kernel.
     return torch.cat((early.transpose(1, 2), late.transpose(1, 2)), dim=1).transpose(1, 2)
