@@ -57,10 +57,8 @@ def settings_of(weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """The quantization_config that tells which layers of a state dict are quantised, and how; None if none is."""
     matrices = {key: tensor.dtype for key, tensor in weights.items() if re.fullmatch(_MATRIX, key) and tensor.ndim == 2}
     plain = [key.removesuffix(".weight") for key, dtype in matrices.items() if dtype not in CODES]
-    kinds = {CODES[dtype] for dtype in matrices.values() if dtype in CODES}
-    if len(kinds) > 1:
-        raise ValueError("some layers are in int8 and others in nf4, which no config.json can tell")
-    return {**SETTINGS[kinds.pop()], PLAIN: ["lm_head", *plain]} if kinds else None
+    kind = next((CODES[dtype] for dtype in matrices.values() if dtype in CODES), None)
+    return None if kind is None else {**SETTINGS[kind], PLAIN: ["lm_head", *plain]}
 
 
 def quantize_layers(model: nn.Module, settings: Mapping[str, Any]) -> None:
