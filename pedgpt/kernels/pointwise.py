@@ -205,18 +205,14 @@ class _Rotary(torch.autograd.Function):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, silu: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate, up, silu)
-        return _swiglu_triton(gate, up) if silu is None else silu * up
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _swiglu_triton(gate, up)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         refuse_create_graph("swiglu")
-        gate, up, silu = ctx.saved_tensors
-        if silu is None:
-            return *_swiglu_triton(gate, up, dout), None
-        dgate = dout * up
-        return torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate), dout * silu, None
+        return _swiglu_triton(*ctx.saved_tensors, dout)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str | None = None) -> Tensor:
@@ -266,9 +262,8 @@ def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
     if by_triton(impl, gate) or (impl is None and gate.is_cuda and without_numbers()):
         if not torch.is_grad_enabled():
             return _swiglu_triton(gate, up)
-        return recomputable(_SwiGLU.apply(gate, up, None), _swiglu_triton, gate, up)
+        return recomputable(_SwiGLU.apply(gate, up), _swiglu_triton, gate, up)
     if not torch.is_grad_enabled():
         return F.silu(gate).mul_(up)
-    small = gate.numel() < SMALL
-    silu = recomputable(F.silu(gate if small else gate.detach()), F.silu, gate)
-    return recomputable(silu * up if small else _SwiGLU.apply(gate, up, silu), torch.mul, silu, up)
+    silu = recomputable(F.silu(gate), F.silu, gate)
+    return recomputable(silu * up, torch.mul, silu, up)

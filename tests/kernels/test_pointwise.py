@@ -191,12 +191,9 @@ def test_second_derivatives_are_refused(name, impl):
     shape = (2, 3, 2, 1, 4) if name == "rotary" else (4, 6)
     leaves = [value.requires_grad_() for value in draw(OPERATORS[name][3](shape), torch.float32)]
     out = OPERATORS[name][0](impl)(*leaves)[0]
-    if (name, impl) == ("rotary", "torch"):
+    if impl == "torch" and name in ("rotary", "swiglu"):  # these are left to autograd
         assert torch.autograd.grad(out.sum(), leaves[0], create_graph=True)[0].shape == leaves[0].shape
         return
-    if (name, impl) == ("swiglu", "torch"):  # so small a one is left to autograd
-        leaves = [value.requires_grad_() for value in draw([(2048, 512)] * 2, torch.float32)]
-        out = OPERATORS[name][0](impl)(*leaves)[0]
     with pytest.raises(RuntimeError, match="is differentiable once: no create_graph=True"):
         torch.autograd.grad(out.sum(), leaves, create_graph=True)
 
