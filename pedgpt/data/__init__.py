@@ -10,7 +10,7 @@ from pedgpt.data.examples import (
 )
 from pedgpt.data.hybrid import mix, part_shares
 from pedgpt.data.manifest import TextSource, heldout_files, stage_sources
-from pedgpt.data.packing import Batch, collate, full_rows, pack, utilization
+from pedgpt.data.packing import Batch, collate, full_rows, pack
 from pedgpt.data.preference import EncodedPair, StoredPairs, collate_pairs, encode_pairs, full_pairs
 from pedgpt.data.readers import (
     iter_records,
@@ -43,5 +43,5 @@ __all__ = [
     "full_rows", "heldout_files", "iter_records", "load_reference", "load_tokenizer", "mix", "pack", "packed_chats",
     "parse_columns", "part_shares", "read_conversations", "read_documents", "read_preferences", "read_summary",
     "read_triples", "reference_key", "save_reference", "stage_sources", "taught_folder", "train_tokenizer",
-    "utilization", "write_chats", "write_tokens",
+    "write_chats", "write_tokens",
 ]  # fmt: skip

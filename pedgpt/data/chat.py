@@ -1,7 +1,7 @@
 """Chat formats: how a family writes roles, with a loss mask that is exact because it is made piece by piece."""
 
-from __future__ import annotations
-
+import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -68,6 +68,8 @@ class ChatFormat:
 
         Raises ValueError naming the template if it cannot write these messages, or cannot teach these answers.
         """
+        if self.enable_thinking is False:
+            messages = [replace(message, reasoning="") for message in messages]
         parts = self.template.parts(messages, generation_prompt)
         ends = {part.speaker: part.token for part in parts}
         if any(ends.get(i) is None for i in supervised):
@@ -92,6 +94,12 @@ class ChatFormat:
             targets += taught if speaker in supervised else [IGNORE_INDEX] * len(ids)
             before = token
         return tokens, targets
+
+    @property
+    def fingerprint(self) -> str:
+        """The format's name, and one of its template with the special tokens' names and settings given to it."""
+        given = json.dumps([self.template.source, self.template.variables], sort_keys=True)
+        return f"{type(self).__name__} {hashlib.sha256(given.encode()).hexdigest()[:16]}"
 
     def read_answer(self, text: str) -> Message:
         """What a model wrote after a prompt, as a message; its content is empty if the reasoning never ended."""
@@ -187,10 +195,6 @@ class Llama3Chat(ChatFormat):
     )
 
 
-class TemplateChat(ChatFormat):
-    """The checkpoint's own Jinja template, rendered in a sandbox; see `ChatTemplate` for what carries loss."""
-
-
 BUILT_IN = {"baichuan2": Baichuan2Chat, "chatml": ChatML, "llama3": Llama3Chat}
 
 
@@ -211,7 +215,7 @@ def chat_format(
         for known, kind in BUILT_IN.items():
             if kind.jinja == own[0] if own else tokenizer.has(*kind.role_tokens):
                 name = known
-    return BUILT_IN.get(name, TemplateChat)(tokenizer, enable_thinking, today)
+    return BUILT_IN.get(name, ChatFormat)(tokenizer, enable_thinking, today)
 
 
 def _ends_of(settings: dict[str, Any]) -> list[int]:

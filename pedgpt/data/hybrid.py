@@ -7,8 +7,6 @@ The data never lies in memory: `stage_sources` says which files there are, `writ
 (a `TokenStore`), `mix` draws documents by their lengths, and `PackedRows` makes the rows that a step asks for.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A corpus' manifest.json: how it is written, and which files a stage reads, checked against what is in the folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

@@ -1,7 +1,5 @@
 """Token ids on disk, made once by one process and mapped by all, and the rows of a step made from them."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -22,19 +20,16 @@ from pedgpt.data.examples import Example, document_stream, encode_rows
 from pedgpt.data.hybrid import SURFACE_FORMS, Numbers, as_completion
 from pedgpt.data.inputs import files_of
 from pedgpt.data.manifest import TextSource
-from pedgpt.data.packing import Batch, Row, best_fit_arrays, collate
+from pedgpt.data.packing import Batch, best_fit_arrays, collate
 from pedgpt.data.readers import iter_records, parse_columns
 from pedgpt.data.records import Conversation, ReadSummary, SkippedRow
-from pedgpt.data.reference import chat_fingerprint
 from pedgpt.data.tokenizer import Tokenizer, load_tokenizer
 from pedgpt.files import publish, sync, write_text
 
 _VERSION = 2
 _LABEL = np.dtype("<i4")
 T = TypeVar("T")
-# Documents, batch by batch: the ids of each, and the labels of each or, for running text, None.
-Documents = Iterator[tuple[list[list[int]], list[list[int]] | None]]
-Encode = Callable[[TextSource, ReadSummary], Documents]
+Encode = Callable[[TextSource, ReadSummary], Iterator[list[Example]]]  # a source's documents, batch by batch
 
 
 @dataclass(kw_only=True)
@@ -84,7 +79,7 @@ def write_tokens(
 ) -> Iterator[int]:
     """Make `folder` the token store of these sources as running text, as `_write` does."""
 
-    def encode(source: TextSource, summary: ReadSummary) -> Documents:
+    def encode(source: TextSource, summary: ReadSummary) -> Iterator[list[Example]]:
         records = iter_records(source.paths, source.kind, on_bad_row=on_bad_row, summary=summary, columns=columns)
         # A hash chooses the form. Taken in turn, forms would be tied to kinds of rows where these alternate.
         texts = (
@@ -94,7 +89,7 @@ def write_tokens(
             for number, record in enumerate(records)
         )
         for batch in _batches(texts, len):
-            yield [document_stream(ids, *around) for ids in tokenizer.encode_batch(batch)], None
+            yield [Example(document_stream(ids, *around), []) for ids in tokenizer.encode_batch(batch)]
 
     around = tokenizer.eos_id, tokenizer.document_prefix
     made_of = [SURFACE_FORMS, *around, seed, on_bad_row, columns or {}]
@@ -111,29 +106,16 @@ def write_chats(
     columns, tokenizer = parse_columns(settings.columns), chat.tokenizer
     length, bad, long = settings.row_length, settings.on_bad_row, settings.on_long_row
 
-    def encode(source: TextSource, summary: ReadSummary) -> Documents:
+    def encode(source: TextSource, summary: ReadSummary) -> Iterator[list[Example]]:
         rows = iter_records(source.paths, kind, on_bad_row=bad, summary=summary, columns=columns)
         fitting = encode_rows(rows, chat, length, bad, summary, long)
         for batch in _batches(fitting, lambda examples: sum(len(one.tokens) for one in examples)):
-            examples = list(chain.from_iterable(batch))
-            yield [one.tokens for one in examples], [one.labels for one in examples]
+            yield list(chain.from_iterable(batch))
 
-    made_of = [
-        chat_fingerprint(chat), chat.enable_thinking, chat.today, tokenizer.bos_id, tokenizer.eos_id,
-        length, bad, long, columns,
-    ]  # fmt: skip
+    made_of = [chat.fingerprint, chat.today, length, bad, long, columns]
     for name, files in paths.items():
         source = TextSource("files", kind, kind, tuple(map(str, files)))
         yield from _write(Path(folder) / name, [source], tokenizer, made_of, encode, labelled=True)
-
-
-def packed_chats(
-    settings: Any, chat: ChatFormat, run: Callable[[Iterator[int]], None], **files: Any
-) -> list[PackedRows]:
-    """The `PackedRows` of each list of conversations, whose token stores `run` makes in settings.output/tokens."""
-    folder = Path(settings.output) / "tokens"
-    run(write_chats(folder, "conversations", files, chat, settings))
-    return [PackedRows(TokenStore(folder / name), None, settings.row_length) for name in files]
 
 
 def _write(
@@ -168,17 +150,16 @@ def _write(
         files[1].write(np.zeros(1, "<i8").tobytes())
         for source in sources:
             counts.append(0)
-            for documents, labels in encode(source, summary):
-                ends = end + np.cumsum([len(ids) for ids in documents], dtype="<i8")
-                arrays = [np.fromiter(chain.from_iterable(documents), dtype), ends]
-                if labels is not None:
-                    arrays.append(np.fromiter(chain.from_iterable(labels), _LABEL))
-                for file, array in zip(files, arrays, strict=True):
+            for examples in encode(source, summary):
+                ids = np.fromiter(chain.from_iterable(one.tokens for one in examples), dtype)
+                ends = end + np.cumsum([len(one.tokens) for one in examples], dtype="<i8")
+                labels = np.fromiter(chain.from_iterable(one.labels for one in examples), _LABEL)
+                for file, array in zip(files, (ids, ends, labels), strict=False):
                     file.write(array.tobytes())
                     digest.update(array.tobytes())
-                counts[-1] += len(documents)
+                counts[-1] += len(examples)
                 end = int(ends[-1])
-                yield len(documents)
+                yield len(examples)
     for name in names:
         sync(temporary / name)
     store = {
@@ -287,11 +268,10 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.rows) - 1
 
-    def row(self, number: int) -> Row:
+    def row(self, number: int) -> list[Example]:
         """The documents of row `number`."""
         here = slice(*self.rows[number : number + 2])
-        pieces = zip(self.starts[here].tolist(), self.lengths[here].tolist(), strict=True)
-        return Row.of([self.store.example(start, length) for start, length in pieces])
+        return [*map(self.store.example, self.starts[here].tolist(), self.lengths[here].tolist())]
 
     def batch(self, numbers: Sequence[int], row_ids: Sequence[int]) -> Batch:
         """The rows of these numbers, as `collate` joins them."""
@@ -313,6 +293,15 @@ class PackedRows:
         for part in (self.rows, self.starts, self.lengths):
             digest.update(part.tobytes())
         return digest.hexdigest()[:16]
+
+
+def packed_chats(
+    settings: Any, chat: ChatFormat, run: Callable[[Iterator[int]], None], **files: Any
+) -> list[PackedRows]:
+    """The `PackedRows` of each list of conversations, whose token stores `run` makes in settings.output/tokens."""
+    folder = Path(settings.output) / "tokens"
+    run(write_chats(folder, "conversations", files, chat, settings))
+    return [PackedRows(TokenStore(folder / name), None, settings.row_length) for name in files]
 
 
 def _batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:

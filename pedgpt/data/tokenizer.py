@@ -1,7 +1,5 @@
 """Text to token ids and back, over the `tokenizers` library."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
