@@ -110,7 +110,7 @@ def write_stores(config: Config, tokenizer: Tokenizer, folder: Path) -> Iterator
     sources = [TextSource("files", part, kind, tuple(paths)) for part, kind, paths in lists if paths]
     heldout = config.heldout_text
     if config.corpus:
-        sources = stage_sources(config.corpus, stage=1)
+        sources = stage_sources(config.corpus)
         heldout = heldout or heldout_files(config.corpus, "text/pediatric")
     share = config.instruction_share
     used = [source for source in sources if (share if source.part == INSTRUCTIONS else 1 - share) > 0]

@@ -39,14 +39,13 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer, enable_thinking: bool | None = None, today: str = "") -> None:
         self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
         own = (self.jinja, Path(type(self).__name__)) if self.jinja else None
-        found = own or read_template(tokenizer.config, tokenizer.folder)
-        if found is None:
+        if not (found := own or read_template(tokenizer.config, tokenizer.folder)):
             lacking = f"no chat_template, and no tokens like {BUILT_IN['chatml'].role_tokens[0]} that tell its format"
             raise ValueError(f"{tokenizer.folder}: it has {lacking}; set chat_format to one of {', '.join(BUILT_IN)}")
         special = tokenizer.special | {role: tokenizer.token_id(role) for role in self.role_tokens}
-        given: dict[str, Any] = {"enable_thinking": enable_thinking}
-        given |= {key: token_name(value) for key, value in tokenizer.config.items() if key.endswith("_token")}
-        given = {key: value for key, value in given.items() if value is not None}
+        names = ((key, token_name(value)) for key, value in tokenizer.config.items() if key.endswith("_token"))
+        given: dict[str, Any] = {key: name for key, name in names if name is not None}
+        given |= {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         day = date.fromisoformat(today) if today else date.today()
         self.template = ChatTemplate(*found, given, special, day)
         self.thinks, self.today = self.template.thinks, self.template.today
@@ -80,13 +79,12 @@ class ChatFormat:
         tokens: list[int] = []
         targets: list[int] = []
         before = None
-        runs = groupby([part for part in parts if part.text], key=attrgetter("speaker", "token"))
-        for at, ((speaker, token), group) in enumerate(runs):
+        for (speaker, token), group in groupby(filter(attrgetter("text"), parts), key=attrgetter("speaker", "token")):
             run = list(group)
             if token is not None:
                 ids = [token] * len(run)
                 taught = ids if self.answer_end is None else [self.answer_end] * len(run)
-            elif self.prefixes and at and (before is None or not self.prefixes_after_special):
+            elif self.prefixes and tokens and (before is None or not self.prefixes_after_special):
                 ids = taught = self._inside(text_of(run))
             else:
                 ids = taught = self.tokenizer.encode(text_of(run))
@@ -128,17 +126,14 @@ class ChatFormat:
 
     def _stop_tokens(self) -> tuple[int, ...]:
         """What ends an answer in the template, the end of a text, and the ends of generation_config.json, each once."""
-        tokenizer = self.tokenizer
         ends: list[int | None] = []
         with suppress(ValueError):  # a template for another kind of conversation: whoever renders one will be told
             self.opens_thought = opens_thought(self.template.parts(_PROBE[:1], True))
-            parts = self.template.parts(_PROBE, False)
-            for part, after in pairwise([*parts, Part("")]):
+            for part, after in pairwise([*self.template.parts(_PROBE, False), Part("")]):
                 if part.speaker not in (None, after.speaker):
                     ends.insert(0, after.token if part.token is None else part.token)
-        ends.append(tokenizer.eos_id)
-        if tokenizer.folder:
-            ends += _ends_of(read_object(tokenizer.folder, GENERATION_FILE))
+        folder = self.tokenizer.folder
+        ends += [self.tokenizer.eos_id, *(_ends_of(read_object(folder, GENERATION_FILE)) if folder else [])]
         return tuple(end for end in dict.fromkeys(ends) if end is not None)
 
     def _inside(self, text: str) -> list[int]:

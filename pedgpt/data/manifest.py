@@ -62,8 +62,8 @@ def write_manifest(
     return manifest
 
 
-def stage_sources(folder: str | Path, stage: int = 1) -> list[TextSource]:
-    """The training files of a stage in the corpus at `folder`, by part and source, as its manifest.json lists them.
+def stage_sources(folder: str | Path) -> list[TextSource]:
+    """The training files of stage 1 in the corpus at `folder`, by part and source, as its manifest.json lists them.
 
     Raises ValueError naming the file if the manifest is missing or damaged, or a file of the stage is missing or has
     another SHA-256 than the manifest says.
@@ -71,7 +71,7 @@ def stage_sources(folder: str | Path, stage: int = 1) -> list[TextSource]:
     with _manifest(folder) as manifest:
         grouped: dict[tuple[str, str], list[str]] = {}
         for entry in manifest["files"]:
-            if entry["side"] == "train" and stage in entry["stages"]:
+            if entry["side"] == "train" and 1 in entry["stages"]:
                 part = INSTRUCTIONS if entry["kind"] == "conversations" else _TEXT_TABLES[entry["table"]]
                 grouped.setdefault((part, entry["source"]), []).append(_checked(Path(folder), entry))
         sources = []

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from pedgpt.data.chat import ChatFormat, chat_format
 from pedgpt.data.examples import Example, document_stream, encode_rows
 from pedgpt.data.hybrid import SURFACE_FORMS, Numbers, as_completion
-from pedgpt.data.inputs import files_of
 from pedgpt.data.manifest import TextSource
 from pedgpt.data.packing import Batch, best_fit_arrays, collate
 from pedgpt.data.readers import iter_records, parse_columns
 from pedgpt.data.records import Conversation, ReadSummary, SkippedRow
+from pedgpt.data.tables import files_of
 from pedgpt.data.tokenizer import Tokenizer, load_tokenizer
 from pedgpt.files import publish, sync, write_text
 

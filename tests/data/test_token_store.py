@@ -25,13 +25,12 @@ from pedgpt.data import (
     part_shares,
     read_conversations,
     read_documents,
-    read_triples,
     train_tokenizer,
     write_tokens,
 )
 from pedgpt.data.hybrid import SURFACE_FORMS, as_completion
 from pedgpt.data.manifest import DOMAIN, INSTRUCTIONS
-from pedgpt.data.readers import detect_kind
+from pedgpt.data.readers import detect_kind, iter_records
 from pedgpt.training import BatchPlan
 
 SAMPLE = Path(__file__).parents[2] / "recipes" / "sample_corpus"
@@ -133,7 +132,8 @@ def test_rows_are_well_used_on_realistic_lengths(tmp_path):
 
 def test_rows_of_the_sample_corpus_are_well_used(tmp_path):
     """Its text, conversations, and triples as short sentences, as build_corpus.py makes such of them too."""
-    facts = [f"{fact.head}的{fact.relation}：{fact.tail}。" for fact in read_triples(SAMPLE / "knowledge_graph.tsv")]
+    triples = iter_records(SAMPLE / "knowledge_graph.tsv", "triples")
+    facts = [f"{fact.head}的{fact.relation}：{fact.tail}。" for fact in triples]
     (tmp_path / "facts.jsonl").write_text("".join(f'{{"text": "{fact}"}}\n' for fact in facts), encoding="utf-8")
     kinds = {path: detect_kind(path) for path in (*sorted(SAMPLE.glob("*.jsonl")), tmp_path / "facts.jsonl")}
     parts = {"documents": DOMAIN, "conversations": INSTRUCTIONS}
