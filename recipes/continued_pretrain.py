@@ -27,7 +27,6 @@ from pedgpt.data import (
     mix,
     parse_columns,
     part_shares,
-    read_summary,
     stage_sources,
     write_tokens,
 )
@@ -87,7 +86,7 @@ def main(config: Config) -> None:
     if training.is_finished(config, plan, data, world):
         return
     if world.is_main:
-        print(read_summary(store, heldout).describe(), mixture.describe(), rows.describe(), sep="\n")
+        print((store.summary + heldout.summary).describe(), mixture.describe(), rows.describe(), sep="\n")
         if rows.utilization < 0.99:
             print("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
     choices = training.run_choices(config.output, world, products.settle, products.use)

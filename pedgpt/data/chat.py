@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import groupby, pairwise
 from operator import attrgetter
@@ -13,7 +13,7 @@ from typing import Any
 
 from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, Part, opens_thought, read_template, text_of
 from pedgpt.data.records import Message
-from pedgpt.data.tokenizer import Tokenizer, token_name
+from pedgpt.data.tokenizer import Tokenizer, load_tokenizer, token_name
 from pedgpt.files import read_object, write_json, write_text
 
 IGNORE_INDEX = -100
@@ -211,6 +211,42 @@ def chat_format(
             if kind.jinja == own[0] if own else tokenizer.has(*kind.role_tokens):
                 name = known
     return BUILT_IN.get(name, ChatFormat)(tokenizer, enable_thinking, today)
+
+
+@dataclass(kw_only=True)
+class FormatSettings:
+    """How conversations are written."""
+
+    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today, or when a run began
+
+    def format(self, tokenizer: Tokenizer) -> ChatFormat:
+        """The chat format of a tokenizer."""
+        return chat_format(tokenizer, self.chat_format, self.enable_thinking, self.template_date)
+
+
+@dataclass(kw_only=True)
+class ChatSettings(FormatSettings):
+    """How a stage reads conversations or preference pairs, and writes them as tokens."""
+
+    model: str  # folder of the model
+    row_length: int = 4096  # tokens in a packed row; for pairs, the most tokens of a prompt with one of its answers
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
+    on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
+    on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
+
+    def load_chat(self, today: str, read_sizes: Callable[[str], Any]) -> ChatFormat:
+        """The model's chat format; its day is kept as `template_date`, so that the run goes on with it on another.
+
+        Raises ValueError if its tokens or `row_length` do not fit the ModelConfig that `read_sizes` reads.
+        """
+        self.template_date = today
+        chat, sizes = self.format(load_tokenizer(self.model)), read_sizes(self.model)
+        chat.tokenizer.check_fits(sizes.vocab_size, self.model)
+        sizes.check_length(self.row_length)
+        self.template_date = chat.today
+        return chat
 
 
 def _ends_of(settings: dict[str, Any]) -> list[int]:

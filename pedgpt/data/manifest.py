@@ -76,18 +76,17 @@ def stage_sources(folder: str | Path) -> list[TextSource]:
                 grouped.setdefault((part, entry["source"]), []).append(_checked(Path(folder), entry))
         sources = []
         for (part, name), paths in sorted(grouped.items()):
-            about = manifest["sources"][name]
+            about = {"weight": 1.0, "epochs": 0.0} | manifest["sources"][name]
             kind = "conversations" if part == INSTRUCTIONS else "documents"
-            weight, epochs = float(about.get("weight", 1.0)), float(about.get("epochs", 0.0))
-            sources.append(TextSource(name, part, kind, tuple(paths), weight, epochs))
+            sources.append(TextSource(name, part, kind, tuple(paths), float(about["weight"]), float(about["epochs"])))
         return sources
 
 
 def heldout_files(folder: str | Path, table: str) -> list[str]:
     """The held-out files of a table in the corpus at `folder`; checked, and raises, as in `stage_sources`."""
     with _manifest(folder) as manifest:
-        entries = manifest["files"]
-        return [_checked(Path(folder), e) for e in entries if (e["side"], e["table"]) == ("heldout", table)]
+        entries = [e for e in manifest["files"] if (e["side"], e["table"]) == ("heldout", table)]
+        return [_checked(Path(folder), entry) for entry in entries]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pedgpt.data.chat import ChatFormat, chat_format
+from pedgpt.data.chat import ChatFormat, ChatSettings
 from pedgpt.data.examples import Example, document_stream, encode_rows
 from pedgpt.data.hybrid import SURFACE_FORMS, Numbers, as_completion
 from pedgpt.data.manifest import TextSource
@@ -23,49 +23,13 @@ from pedgpt.data.packing import Batch, best_fit_arrays, collate
 from pedgpt.data.readers import iter_records, parse_columns
 from pedgpt.data.records import Conversation, ReadSummary, SkippedRow
 from pedgpt.data.tables import files_of
-from pedgpt.data.tokenizer import Tokenizer, load_tokenizer
+from pedgpt.data.tokenizer import Tokenizer
 from pedgpt.files import publish, sync, write_text
 
 _VERSION = 2
 _LABEL = np.dtype("<i4")
 T = TypeVar("T")
 Encode = Callable[[TextSource, ReadSummary], Iterator[list[Example]]]  # a source's documents, batch by batch
-
-
-@dataclass(kw_only=True)
-class FormatSettings:
-    """How conversations are written."""
-
-    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
-    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today, or when a run began
-
-    def format(self, tokenizer: Tokenizer) -> ChatFormat:
-        """The chat format of a tokenizer."""
-        return chat_format(tokenizer, self.chat_format, self.enable_thinking, self.template_date)
-
-
-@dataclass(kw_only=True)
-class ChatSettings(FormatSettings):
-    """How a stage reads conversations or preference pairs, and writes them as tokens."""
-
-    model: str  # folder of the model
-    row_length: int = 4096  # tokens in a packed row; for pairs, the most tokens of a prompt with one of its answers
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
-    on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
-    on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
-
-    def load_chat(self, today: str, read_sizes: Callable[[str], Any]) -> ChatFormat:
-        """The model's chat format; its day is kept as `template_date`, so that the run goes on with it on another.
-
-        Raises ValueError if its tokens or `row_length` do not fit the ModelConfig that `read_sizes` reads.
-        """
-        self.template_date = today
-        chat, sizes = self.format(load_tokenizer(self.model)), read_sizes(self.model)
-        chat.tokenizer.check_fits(sizes.vocab_size, self.model)
-        sizes.check_length(self.row_length)
-        self.template_date = chat.today
-        return chat
 
 
 def write_tokens(
@@ -214,16 +178,6 @@ class TokenStore:
         """`length` tokens from `start` on, which belong to one document."""
         here = slice(start, start + length)
         return Example(self.tokens[here].tolist(), self.labels[here].tolist())
-
-
-def read_summary(*stores: TokenStore) -> ReadSummary:
-    """Which rows were read and skipped when these stores were made."""
-    whole = ReadSummary()
-    for store in stores:
-        whole.rows |= store.summary.rows
-        whole.skipped += store.summary.skipped
-        whole.shortened += store.summary.shortened
-    return whole
 
 
 def discards_tokens(main: Callable[[Any], None]) -> Callable[[Any], None]:

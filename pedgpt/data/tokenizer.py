@@ -235,11 +235,11 @@ def _add_tokens(backend: tokenizers.Tokenizer, added: dict[str, int], decoder: d
 
     They go by their ids. No normalizer is for them, because a tokenizer.model's may put a prefix before a token.
     """
-    declared: dict[str, tuple[int, dict[str, Any]]] = {name: (i, {}) for name, i in added.items()}
-    declared |= {token["content"]: (int(i), token) for i, token in decoder.items()}
+    declared: dict[int, dict[str, Any]] = {i: {"content": name} for name, i in added.items()}
+    declared |= {int(i): token for i, token in decoder.items()}
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    for name, (i, token) in sorted(declared.items(), key=lambda item: item[1][0]):
-        old = known.get(name, AddedToken(name, normalized=False))
+    for i, token in sorted(declared.items()):
+        old = known.get(name := token["content"], AddedToken(name, normalized=False))
         flags = {flag: token.get(flag, False) for flag in ("lstrip", "rstrip", "single_word")}
         special = old.special or token.get("special", False)
         backend.add_tokens([AddedToken(name, special=special, normalized=old.normalized, **flags)])
