@@ -164,9 +164,9 @@ class StreamDecoder:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder: tokenizer.json, or else tokenizer.model (SentencePiece BPE, converted).
 
-    added_tokens.json and tokenizer_config.json's added_tokens_decoder complete the latter. special_tokens_map.json
-    names what tokenizer_config.json does not. Raises ValueError naming the file if there is no tokenizer, or a file is
-    broken, contradicts another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
+    special_tokens_map.json names what tokenizer_config.json does not. Raises ValueError naming the file if there is no
+    tokenizer, a file is broken, a tokenizer.model lacks tokens that the files beside it add, or a file is a link that
+    leaves the folder (a hub cache's links to its blobs are fine).
     """
     folder = Path(folder)
     config, names = read_object(folder, CONFIG_FILE), read_object(folder, NAMES_FILE)
@@ -178,8 +178,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if path.name == JSON_FILE:
             backend = tokenizers.Tokenizer.from_file(str(path))
         else:
-            backend = convert_sentencepiece(path)
-            _add_tokens(backend, read_object(folder, ADDED_FILE), config.get("added_tokens_decoder", {}))
+            backend, added = convert_sentencepiece(path), read_object(folder, ADDED_FILE)
+            added |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+            if lost := [name for name, i in added.items() if backend.token_to_id(name) != i]:
+                where = f"{ADDED_FILE} or {CONFIG_FILE} declares {lost[0]!r} with id {added[lost[0]]}"
+                raise ValueError(f"{where}, which is not in {MODEL_FILE}; save the tokenizer as {JSON_FILE}")
     except Exception as error:  # the library raises bare Exception over a broken file
         fault = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: not a usable tokenizer with the files beside it ({fault})") from None
@@ -228,23 +231,3 @@ def _protect_special_tokens(backend: tokenizers.Tokenizer, named: set[int]) -> N
     for token in tokens:
         token.special = True
     backend.add_tokens(tokens)
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, added: dict[str, int], decoder: dict[str, Any]) -> None:
-    """Add the tokens of added_tokens.json {"token": id} and of added_tokens_decoder {"id": {"content": …, flags}}.
-
-    They go by their ids. No normalizer is for them, because a tokenizer.model's may put a prefix before a token.
-    """
-    declared: dict[int, dict[str, Any]] = {i: {"content": name} for name, i in added.items()}
-    declared |= {int(i): token for i, token in decoder.items()}
-    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    for i, token in sorted(declared.items()):
-        old = known.get(name := token["content"], AddedToken(name, normalized=False))
-        flags = {flag: token.get(flag, False) for flag in ("lstrip", "rstrip", "single_word")}
-        special = old.special or token.get("special", False)
-        backend.add_tokens([AddedToken(name, special=special, normalized=old.normalized, **flags)])
-        if (found := backend.token_to_id(name)) != i:  # the library does not mind another id
-            raise ValueError(
-                f"{ADDED_FILE} or {CONFIG_FILE}: token {name!r} is declared with id {i}, but becomes {found}: added"
-                " tokens must follow the vocabulary without holes, each with an id and a name of its own"
-            )
