@@ -100,8 +100,8 @@ def mix(
         if rest < -slack or (rest > max(slack, budget // 100) and not any(weights.values())):
             asked = ", ".join(f"{sources[i].name} {sources[i].epochs:g} x {held[i]:,}" for i in fixed)
             raise ValueError(
-                f"the mixture gives {part!r} {budget:,} of {total_tokens:,} tokens, but the fixed epochs of its sources "
-                f"take {sum(fixed.values()):,} ({asked}); change one of these, or give a source a weight"
+                f"the mixture gives {part!r} {budget:,} of {total_tokens:,} tokens, but the fixed epochs of its "
+                f"sources take {sum(fixed.values()):,} ({asked}); change one of these, or give a source a weight"
             )
         scale = max(0, rest) / (sum(weights.values()) or 1)
         for i in inside:
