@@ -27,7 +27,6 @@ from pedgpt.data import (
     mix,
     parse_columns,
     part_shares,
-    read_summary,
     stage_sources,
     write_tokens,
 )
@@ -87,7 +86,7 @@ def main(config: Config) -> None:
     if training.is_finished(config, plan, data, world):
         return
     if world.is_main:
-        print(read_summary(store, heldout).describe(), mixture.describe(), rows.describe(), sep="\n")
+        print((store.summary + heldout.summary).describe(), mixture.describe(), rows.describe(), sep="\n")
         if rows.utilization < 0.99:
             print("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
     choices = training.run_choices(config.output, world, products.settle, products.use)
@@ -110,7 +109,7 @@ def write_stores(config: Config, tokenizer: Tokenizer, folder: Path) -> Iterator
     sources = [TextSource("files", part, kind, tuple(paths)) for part, kind, paths in lists if paths]
     heldout = config.heldout_text
     if config.corpus:
-        sources = stage_sources(config.corpus, stage=1)
+        sources = stage_sources(config.corpus)
         heldout = heldout or heldout_files(config.corpus, "text/pediatric")
     share = config.instruction_share
     used = [source for source in sources if (share if source.part == INSTRUCTIONS else 1 - share) > 0]

@@ -24,7 +24,6 @@ from pedgpt.data import (
     discards_tokens,
     full_pairs,
     load_reference,
-    read_summary,
     reference_key,
     save_reference,
     write_chats,
@@ -116,7 +115,7 @@ def main(config: Config) -> None:
     if training.is_finished(config, plan, data, world):
         return
     if world.is_main:
-        print(read_summary(pairs.store, heldout_pairs.store).describe())
+        print((pairs.store.summary + heldout_pairs.store.summary).describe())
         print(f"{len(pairs):,} pairs, {len(heldout_pairs):,} held out")
     choices = training.run_choices(config.output, world, products.settle, products.use)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pedgpt import stage, training
-from pedgpt.data import ChatSettings, discards_tokens, full_rows, packed_chats, read_summary
+from pedgpt.data import ChatSettings, discards_tokens, full_rows, packed_chats
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import next_token_loss
 from pedgpt.models import ModelConfig
@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     choices = training.run_choices(config.output, world, products.settle, products.use)
 
     if world.is_main:
-        print(read_summary(rows.store, heldout_rows.store).describe())
+        print((rows.store.summary + heldout_rows.store.summary).describe())
         print(rows.describe())
 
     model, loss_function = model_and_loss(config, world)

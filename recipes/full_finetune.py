@@ -12,7 +12,7 @@ Token ids lie on disk, in OUTPUT/tokens, until the run is finished.
 from dataclasses import dataclass, field
 
 from pedgpt import stage, training
-from pedgpt.data import ChatSettings, discards_tokens, full_rows, packed_chats, read_summary
+from pedgpt.data import ChatSettings, discards_tokens, full_rows, packed_chats
 from pedgpt.kernels.cpu import products
 from pedgpt.losses import next_token_loss
 from pedgpt.models import ModelConfig
@@ -47,7 +47,7 @@ def main(config: Config) -> None:
     if training.is_finished(config, plan, data, world):
         return
     if world.is_main:
-        print(read_summary(rows.store, heldout_rows.store).describe())
+        print((rows.store.summary + heldout_rows.store.summary).describe())
         print(rows.describe())
     choices = training.run_choices(config.output, world, products.settle, products.use)
 
