@@ -157,9 +157,8 @@ def test_a_teacher_may_not_change_a_diagnosis():
     assert turns_of(row)[1] == "考虑肺炎。" and row.details["rewritten"] == []
 
 
-@pytest.mark.parametrize("ask", [raises, says(""), says(None), says(7), lambda *a: {}])
-def test_unusable_teacher_drops_the_row(ask):
-    (row,) = evidiag_dialogue(dialogue("孩子总说肚子痛。", "查过吗？", FINDS, DIAGNOSIS), ask)
+def test_unusable_teacher_drops_the_row():
+    (row,) = evidiag_dialogue(dialogue("孩子总说肚子痛。", "查过吗？", FINDS, DIAGNOSIS), raises)
     assert isinstance(row, Dropped) and row.reason == "teacher's answer was unusable"
 
 
