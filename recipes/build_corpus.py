@@ -31,7 +31,7 @@ from pedgpt.corpus.builders.teacher import Teacher
 from pedgpt.corpus.card import statistics_table, write_card
 from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.quality import normalize
-from pedgpt.corpus.sources import describe_sources, in_domain, is_corpus
+from pedgpt.corpus.sources import describe_sources, is_corpus
 from pedgpt.data import ReadSummary, Triple, iter_records
 from pedgpt.data.readers import detect_kind, parse_columns
 from pedgpt.endpoint import EndpointFailure, in_order, load_endpoint
@@ -92,14 +92,8 @@ def main(config: Config) -> None:
         endpoint.read_key()  # a missing one is told before anything is read
     listing, output = Path(config.source), Path(config.output).resolve()
     left_out: dict[Path, str] = {}
-    found = read_listing(listing, parse_columns(config.columns), left_out)
-    print(f"{describe_sources(found, listing, left_out)}\n")
-    if config.domain and all(source.domain for source in found):
-        raise ValueError(f"--domain is for files that are found by content; write `domain` in {listing}")
-    sources = [in_domain(source, config.domain) for source in found]
-    for source, before in zip(sources, found, strict=True):
-        if not before.domain:
-            print(f"{source.name}: {source.domain or 'each row of the domain that its words tell'}")
+    sources = read_listing(listing, parse_columns(config.columns), left_out, config.domain)
+    print(f"{describe_sources(sources, listing, left_out)}\n")
     read_files = [file for source in sources for file in source.files]
     check_output(output, listing, [*read_files, *map(Path, config.evaluation)])
     building, old = (output.with_name(f".{output.name}.{what}") for what in ("building", "old"))

@@ -134,8 +134,9 @@ def test_folder_without_a_listing_is_read_by_content(folder):
     left_out = {}
     sources = read_listing(folder, left_out=left_out)
     assert {source.name: (source.kind, source.domain) for source in sources} == {
-        "a": ("instructions", ""), "b": ("encyclopedia", ""), "c": ("dialogues", ""), "d": ("instructions", ""),
-        "e": ("preferences", ""), "f_g": ("knowledge_graph", ""), "f_g_2": ("encyclopedia", ""),
+        "a": ("instructions", ""), "b": ("encyclopedia", "pediatric"), "c": ("dialogues", ""),
+        "d": ("instructions", ""), "e": ("preferences", ""), "f_g": ("knowledge_graph", ""),
+        "f_g_2": ("encyclopedia", "pediatric"),
     }  # fmt: skip
     told = describe_sources(sources, folder, left_out)
     assert "README.md: not read" in told and "scan.pdf: not read" in told

@@ -454,7 +454,7 @@ def test_files_found_by_content_are_of_the_domain_that_is_stated(build, tmp_path
     write(source / "talk.jsonl", [messages(f"{words(i)[:9]}是什么？", words(i)) for i in range(9)])
     (source / "book.txt").write_text("长江是中国第一长河，流经十一个省市，最后注入东海。", encoding="utf-8")
     build(source=source, output=tmp_path / "found", near_duplicate=1.0)
-    assert "book: general\n" in capsys.readouterr().out
+    assert "book: encyclopedia, general, as it is;" in capsys.readouterr().out
     build(source=source, output=tmp_path / "stated", domain="general_medical", near_duplicate=1.0)
     rows = manifest(tmp_path / "stated")["rows"]
     assert {name: sum(sides.values()) for name, sides in rows.items()} == {
