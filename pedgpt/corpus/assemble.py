@@ -198,8 +198,8 @@ class Assembly:
         record = row.record
         if builder:  # what a reader gave is clean already
             record = map_texts(record, self._cleaned)
-        if found := fault(record, **self._bounds):
-            return self.drop(source, record.source, *found)
+            if found := fault(record, **self._bounds):
+                return self.drop(source, record.source, *found)
         if not (group := self.split.group(record)):
             return self.drop(source, record.source, "is about diseases of both sides of the split")
         number, everything = len(self._rows), "\n".join(texts(record))
