@@ -108,7 +108,7 @@ def _source(entry: dict[str, Any], folder: Path) -> Source:
         elif key in ("weight", "epochs"):
             expect(key, type(value) in (int, float) and 0 <= value < math.inf, "a number of at least 0")
         else:
-            expect(key, isinstance(value, str), "some text")
+            expect(key, isinstance(value, str) and (value.strip() or key in ("name", "task")), "some text")
     expect("domain", told["domain"] in DOMAINS, f"one of {', '.join(DOMAINS)}")
     among = ", ".join((*default, *more)) or "none for this kind"
     expect("build", {*told["build"]} <= {*default, *more}, f"a list of builders among {among}")

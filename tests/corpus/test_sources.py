@@ -93,6 +93,8 @@ A = "[[source]]\nfile = 'a.jsonl'\n"
         ("[[source]]\nkind = 'instructions'\nfile = 3\n", "file is 3"),
         ("[[source]]\nkind = 'instructions'\nfile = 'c.jsonl'\n", "c.jsonl: no such file"),
         (2 * (A + "kind = 'instructions'\n"), "source 2: the name 'a' is taken"),
+        ("[[source]]\nkind = 'self_cognition'\nassistant = ' '\n", "assistant is ' ', expected some text"),
+        ("[[source]]\nkind = 'self_cognition'\ndeveloper = ''\n", "developer is '', expected some text"),
     ],
 )
 def test_wrong_listing_is_an_error_that_says_where(folder, listing, told):

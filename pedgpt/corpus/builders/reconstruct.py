@@ -71,15 +71,16 @@ def _judged(asked: str, answer: str, ask: Ask | None) -> str:
             raise LeftOut("judged unusable: by the teacher", f"score {score}: {reason}: {answer[:60]}")
         return f"score {score}: {reason}"
     said = reorganise(answer)
+    sentences = [sentence.strip("，,。！？!? ") for sentence in whole_sentences(said)]
+    refers = all(not s or (len(s) <= 60 and pattern("reconstruct", "referral").fullmatch(s)) for s in sentences)
     faults = {
         "too terse": len(re.sub(r"[\W_]", "", without_greeting(said))) < _FORMS["terse"],
         "promotional": _has("promotional", answer),
-        "only refers to a doctor": not _has("see_doctor_asked", asked) and _only_refers(said),
+        "only refers to a doctor": refers and not _has("see_doctor_asked", asked),
         "rude": _has("rude", answer),
     }
-    for fault, found in faults.items():
-        if found:
-            raise LeftOut(f"judged unusable: {fault}", answer[:60])
+    if fault := next((fault for fault, found in faults.items() if found), ""):
+        raise LeftOut(f"judged unusable: {fault}", answer[:60])
     return "no fault"
 
 
@@ -150,8 +151,3 @@ def _clean(text: str) -> str:
 def _ended(text: str) -> str:
     text = text.rstrip("，,、；;. ")
     return text if not text or text[-1] in "。！？!?：…" else text + "。"
-
-
-def _only_refers(answer: str) -> bool:
-    said = [sentence.strip("，,。！？!? ") for sentence in whole_sentences(answer)]
-    return bool(said) and all(not s or (len(s) <= 60 and pattern("reconstruct", "referral").fullmatch(s)) for s in said)
