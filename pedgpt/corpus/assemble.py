@@ -23,7 +23,7 @@ from pedgpt.corpus.decontaminate import Decontaminator
 from pedgpt.corpus.duplicates import NearDuplicates, Spool, digest
 from pedgpt.corpus.quality import fault, normalize, scrub
 from pedgpt.corpus.rows import Built, Dropped, answers, asked, map_texts, question, texts
-from pedgpt.corpus.sources import Source
+from pedgpt.corpus.sources import Source, inside
 from pedgpt.corpus.split import Names, Split, question_key
 from pedgpt.data.manifest import write_manifest
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record
@@ -266,10 +266,8 @@ def _asked(record: Record) -> bytes | None:
 
 def _place(place: str, source: Source) -> str:
     """ "file:line" with the file's path in the source's folder, or its name: a path of this machine is not written."""
-    for file in source.files:
-        if place.startswith(str(file)):
-            return (file.relative_to(source.root).as_posix() if source.root else file.name) + place[len(str(file)) :]
-    return place
+    found = next((file for file in source.files if place.startswith(str(file))), None)
+    return inside(found, source.root) + place[len(str(found)) :] if found else place
 
 
 def _line(value: Any) -> bytes:

@@ -48,7 +48,7 @@ class Source:
     build: tuple[str, ...] = ()  # builders; by default those of its kind
     assistant: str = "儿科小助手"  # self_cognition only
     developer: str = "PedGPT 研究项目"  # self_cognition only
-    root: Path | None = None  # the folder in which it was found by content; places name files from there
+    root: Path = Path()  # the folder of the TOML, or that in which it was found; places name files from there
 
     @property
     def reads(self) -> str:
@@ -94,41 +94,38 @@ def _source(entry: dict[str, Any], folder: Path) -> Source:
         if not fits:
             raise ValueError(f"{key} is {entry.get(key)!r}, expected {expected}")
 
-    known = {f.name for f in fields(Source)} - {"files", "root"} | {"file"}
-    for key in entry.keys() - known:
-        raise ValueError(f"unknown key {key!r}; {nearest(key, sorted(known), 'keys')}")
-    expect("kind", entry.get("kind") in [*KINDS], f"one of {', '.join(KINDS)}")
-    reads, default, more = KINDS[entry["kind"]]
-    told: dict[str, Any] = {"file": [], "columns": [], "build": [*default], "domain": PEDIATRIC} | entry
-    if isinstance(told["file"], str):
-        told["file"] = [told["file"]]
-    for key, value in told.items():
-        if key in ("file", "build", "columns"):
-            expect(key, isinstance(value, list) and all(value) and {*map(type, value)} <= {str}, "a list of texts")
-        elif key in ("weight", "epochs"):
+    known = {"file", *(f.name for f in fields(Source))} - {"files", "root"}
+    for key, value in entry.items():
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}; {nearest(key, sorted(known), 'keys')}")
+        if key in ("weight", "epochs"):
             expect(key, type(value) in (int, float) and 0 <= value < math.inf, "a number of at least 0")
+        elif isinstance(value, list) and key in ("file", "build", "columns"):
+            expect(key, all(value) and {*map(type, value)} <= {str}, "a list of texts")
         else:
-            expect(key, isinstance(value, str) and (value.strip() or key in ("name", "task")), "some text")
+            expect(key, isinstance(value, str) and key not in ("build", "columns"), "a list of texts or some text")
+            expect(key, value.strip() or key in ("name", "task"), "some text")
+    expect("kind", entry.get("kind") in KINDS, f"one of {', '.join(KINDS)}")
+    reads, default, more = KINDS[entry["kind"]]
+    told: dict[str, Any] = {"file": [], "columns": [], "build": default, "domain": PEDIATRIC} | entry
+    names = told.pop("file")
+    files = tuple(folder / name for name in ([names] if isinstance(names, str) else names))
     expect("domain", told["domain"] in DOMAINS, f"one of {', '.join(DOMAINS)}")
     among = ", ".join((*default, *more)) or "none for this kind"
     expect("build", {*told["build"]} <= {*default, *more}, f"a list of builders among {among}")
-    files = tuple(folder / name for name in told.pop("file"))
     expect("file", bool(files) == bool(reads), "a path or a list of paths" if reads else "none for this kind")
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"{file}: no such file or folder; paths are relative to the TOML file")
+    files_of(files)  # which raises an error about those that are not there
     told["name"] = told.get("name") or (stem_of(files[0]) if files else told["kind"])
     for key in ("name", "task"):
-        if told.get(key) and not is_name(told[key]):
-            raise ValueError(f"{key} {told[key]!r} cannot name a file; choose another")
+        expect(key, is_name(told.get(key) or "-"), "letters, digits, _, - and & only, as it names a file")
     told |= {"columns": parse_columns(told["columns"]), "build": tuple(told["build"])}
-    return Source(files=files, **told)
+    return Source(files=files, root=folder, **told)
 
 
 def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str], domain: str) -> list[Source]:
     """Every file of a folder, or the one file, as what its first rows show it to be."""
-    root = folder if folder.is_dir() else None
-    files, others = files_in(folder) if root else (files_of(folder), {})
+    files, others = files_in(folder) if folder.is_dir() else (files_of(folder), {})
+    root = folder if folder.is_dir() else folder.parent
     built = {path.parent for path in files if path.name == "manifest.json" and is_corpus(path.parent)}
     left_out |= {path: reason for path, reason in others.items() if built.isdisjoint(path.parents)}
     left_out |= dict.fromkeys(built, "a corpus that was built from sources")
@@ -151,7 +148,7 @@ def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str], 
             first = list(islice(records, 20))
             talks = sum(len(row.messages) > 3 and classify(row) != GENERAL for row in first)
             kind = "dialogues" if 2 * talks > len(first) else kind
-        stem = re.sub(r"[^\w&-]", "_", _inside(path.with_name(stem_of(path)), folder))[-50:]
+        stem = re.sub(r"[^\w&-]", "_", inside(path.with_name(stem_of(path)), folder))[-50:]
         name = next(name for name in chain([stem], (f"{stem}_{n}" for n in count(2))) if name not in sources)
         sources[name] = Source(kind, name, (path,), about, root=root, columns=columns, build=KINDS[kind][1])
     if not sources and not problems:
@@ -169,7 +166,7 @@ def describe_sources(sources: list[Source], folder: Path, left_out: Mapping[Path
         lines.append(f"{source.name}: {source.kind}, {domain}, {build or 'as it is'}; licence {source.licence}")
         for file in source.files:
             mapping = field_mapping(file, source.reads, source.columns) if file.is_file() else "every file in it"
-            lines.append(f"  {_inside(file, folder)}: {mapping}")
+            lines.append(f"  {inside(file, folder)}: {mapping}")
     return printable("\n".join([*lines, _shown(left_out, folder)]))
 
 
@@ -178,12 +175,12 @@ def _shown(left_out: Mapping[Path, str], folder: Path) -> str:
     lines, seen = [], Counter[str]()
     for path, reason in left_out.items():
         seen[reason] += 1
-        lines += [f"{_inside(path, folder)}: not read: {reason}"] if seen[reason] <= 10 else []
+        lines += [f"{inside(path, folder)}: not read: {reason}"] if seen[reason] <= 10 else []
     lines += [f"… and {files - 10:,} more files: not read: {reason}" for reason, files in seen.items() if files > 10]
     return "\n".join(lines)
 
 
-def _inside(path: Path, folder: Path) -> str:
+def inside(path: Path, folder: Path) -> str:
     """A file's path in a folder; its name if it lies elsewhere."""
     return str(path.relative_to(folder)) if folder in path.parents else path.name
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.corpus.builders.dialogues import evidiag_dialogue, evidence, without_boilerplate, without_greeting
+from pedgpt.corpus.builders.dialogues import evidence, evidiag_dialogue, without_boilerplate, without_greeting
 from pedgpt.corpus.rows import Built, Dropped, Unusable
 from pedgpt.data import read_conversations
 from pedgpt.data.records import Conversation, Message
