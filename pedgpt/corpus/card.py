@@ -11,15 +11,12 @@ from typing import Any
 from pedgpt.corpus.assemble import Statistics
 from pedgpt.files import __version__
 
-STAGES = {1: "continued pre-training", 2: "full fine-tuning", 3: "DFPO", 4: "experts"}
-
 
 def write_card(folder: Path, statistics: Statistics, manifest: Mapping[str, Any]) -> None:
     """Write README.md."""
-    total, stage_rows = Counter[str](), Counter[int]()
+    total = Counter[str]()
     for file in manifest["files"]:
         total[file["side"]] += file["rows"] if file["table"] != "tasks_sample" else 0
-        stage_rows.update({stage: file["rows"] for stage in file["stages"] if file["side"] == "train"})
     columns = ["source", "kind", "licence", "rows read", "unusable", "rows built", "weight in stage 1"]
     sources = [
         [name, *(source[key] for key in ("kind", "licence", "read", "skipped", "built")),
@@ -37,8 +34,6 @@ def write_card(folder: Path, statistics: Statistics, manifest: Mapping[str, Any]
         "Lengths are means in characters: of questions and answers in conversations and pairs (the preferred answer),"
         " of the whole text in running text. `tasks_sample` repeats rows of `tasks` for stage 2.",
         statistics_table(statistics),
-        "## Rows by stage",
-        _table(["stage", "training rows"], [[f"{n} {name}", stage_rows[n]] for n, name in STAGES.items()]),
         "## Sources",
         _table(columns, sources),
         "## Left out",
