@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from pedgpt.corpus import Split, diseases, read_listing
-from pedgpt.corpus.assemble import Assembly, Corpus, Limits
+from pedgpt.corpus.assemble import Assembly, Limits
 from pedgpt.corpus.build import build, build_disease, build_graph, build_templates, divided
 from pedgpt.corpus.builders.knowledge_graph import Disease
 from pedgpt.corpus.builders.teacher import Teacher
 from pedgpt.corpus.card import statistics_table, write_card
 from pedgpt.corpus.classify import DOMAINS
 from pedgpt.corpus.quality import normalize
-from pedgpt.corpus.sources import describe_sources, in_domain, is_corpus
+from pedgpt.corpus.sources import describe_sources, is_corpus
 from pedgpt.data import ReadSummary, Triple, iter_records
 from pedgpt.data.readers import detect_kind, parse_columns
 from pedgpt.endpoint import EndpointFailure, in_order, load_endpoint
@@ -92,14 +92,8 @@ def main(config: Config) -> None:
         endpoint.read_key()  # a missing one is told before anything is read
     listing, output = Path(config.source), Path(config.output).resolve()
     left_out: dict[Path, str] = {}
-    found = read_listing(listing, parse_columns(config.columns), left_out)
-    print(f"{describe_sources(found, listing, left_out)}\n")
-    if config.domain and all(source.domain for source in found):
-        raise ValueError(f"--domain is for files that are found by content; write `domain` in {listing}")
-    sources = [in_domain(source, config.domain) for source in found]
-    for source, before in zip(sources, found, strict=True):
-        if not before.domain:
-            print(f"{source.name}: {source.domain or 'each row of the domain that its words tell'}")
+    sources = read_listing(listing, parse_columns(config.columns), left_out, config.domain)
+    print(f"{describe_sources(sources, listing, left_out)}\n")
     read_files = [file for source in sources for file in source.files]
     check_output(output, listing, [*read_files, *map(Path, config.evaluation)])
     building, old = (output.with_name(f".{output.name}.{what}") for what in ("building", "old"))
@@ -158,24 +152,23 @@ def main(config: Config) -> None:
         for teacher in teachers.values():
             print(teacher.describe())
 
-        corpus = assembly.finish(config.pediatric_share)
+        assembly.finish(config.pediatric_share)
 
     settings = asdict(config) | {role: endpoint.model for role, endpoint in endpoints.items()}
     settings["evaluation"] = [Path(path).name for path in config.evaluation]
     del settings["source"], settings["output"]
-    manifest = assembly.write_manifest(corpus, sources, settings, summaries)
-    write_card(corpus, manifest)
-    if not any(file["side"] == "train" for file in corpus.files):
-        print(statistics_table(corpus))
+    manifest = assembly.write_manifest(sources, settings, summaries)
+    write_card(building, assembly.statistics, manifest)
+    print(statistics_table(assembly.statistics))
+    if not any(file["side"] == "train" for file in manifest["files"]):
         raise ValueError(f"{listing}: no training row came out of it; see {building / 'reports'}")
     replace_folder(output, building)
-    tell(corpus, manifest, left_out)
+    tell(manifest, left_out)
     print(f"written to {config.output}; README.md in it is the corpus card")
 
 
-def tell(corpus: Corpus, manifest: dict, left_out: dict) -> None:
+def tell(manifest: dict, left_out: dict) -> None:
     """Print what came of it, and what the corpus lacks for one of the four stages."""
-    print(statistics_table(corpus))
     for name, reasons in manifest["dropped"].items():
         print(f"{name}: left out " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()))
     replaced = ", ".join(f"{kind} {count:,}" for kind, count in manifest["personal_data_replaced"].items())
@@ -183,13 +176,14 @@ def tell(corpus: Corpus, manifest: dict, left_out: dict) -> None:
     if left_out:
         print(f"files not read: {len(left_out):,}, listed above")
     for part in ("train", "heldout"):
-        print(f"{part}: {sum(file['rows'] for file in corpus.files if file['side'] == part):,} rows")
-    tables = [file["table"] for file in corpus.files if file["side"] == "train"]
+        rows = sum(file["rows"] for file in manifest["files"] if file["side"] == part)
+        print(f"{part}: {rows:,} rows")
+    tables = [file["table"] for file in manifest["files"] if file["side"] == "train"]
     for beginnings, lack in LACKS.items():
         if not any(table.startswith(beginnings) for table in tables):
             other = "only general medicine" if "generalist/general_medical" in tables else "nothing to train on"
             print(f"absent: {lack.format(other)}")
-    if all(file["side"] == "train" for file in corpus.files):
+    if all(file["side"] == "train" for file in manifest["files"]):
         print("absent: held-out rows, so there is nothing to evaluate on; more rows or a higher --heldout_share help")
 
 

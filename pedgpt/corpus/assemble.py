@@ -22,8 +22,8 @@ from pedgpt.corpus.builders.sections import BETWEEN
 from pedgpt.corpus.decontaminate import Decontaminator
 from pedgpt.corpus.duplicates import NearDuplicates, Spool, digest
 from pedgpt.corpus.quality import fault, normalize, scrub
-from pedgpt.corpus.rows import Built, Dropped, map_texts, question, texts
-from pedgpt.corpus.sources import Source
+from pedgpt.corpus.rows import Built, Dropped, answers, asked, map_texts, question, texts
+from pedgpt.corpus.sources import Source, inside
 from pedgpt.corpus.split import Names, Split, question_key
 from pedgpt.data.manifest import write_manifest
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Record
@@ -34,6 +34,8 @@ KINDS = {Document: "documents", Conversation: "conversations", PreferencePair: "
 VARIANTS = ("graph/", "role_play", "preferences", "safety", "self_cognition")
 LONGEST_NAME = 20  # characters of a disease's or a drug's name; a longer title or fact is a sentence
 BUILT_FROM = "built from a row that was left out"
+# Of each table and source: rows, heldout (those among them), turns, and the characters asked and answered.
+Statistics = dict[tuple[str, str], Counter[str]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,6 @@ class _Row(NamedTuple):
     source: str
     builder: str
     parent: int
-    topic: str
 
 
 @dataclass
@@ -70,6 +71,8 @@ class Assembly:
     built: Counter[str] = field(default_factory=Counter)  # readable rows by source, each written or listed in the end
     replaced: Counter[str] = field(default_factory=Counter)  # personal data, by kind
     names: set[str] = field(default_factory=set)  # of diseases, drugs; rows that name different ones are different
+    files: list[dict[str, Any]] = field(default_factory=list)  # the manifest's
+    statistics: Statistics = field(default_factory=lambda: defaultdict(Counter))
 
     def __post_init__(self) -> None:
         (self.folder / "reports").mkdir(parents=True)
@@ -86,12 +89,7 @@ class Assembly:
     def clean(self, records: Iterable[Record], source: Source) -> Iterator[Record]:
         """Records with normalised texts and without personal data; one that is left with too little is left out."""
         for record in records:
-            cleaned = replace(
-                map_texts(record, self._cleaned),
-                source=_place(record.source, source),
-                disease=self._cleaned(record.disease),
-                department=self._cleaned(record.department),
-            )
+            cleaned = replace(map_texts(record, self._cleaned), source=_place(record.source, source))
             if found := fault(cleaned, **self._bounds):
                 self.built[source.name] += 1
                 self.drop(source.name, cleaned.source, *found)
@@ -128,15 +126,14 @@ class Assembly:
         for record in records:
             record = map_texts(record, lambda text: self._cleaned(text, counted=False))
             for text in items(record):
-                asks = not isinstance(record, Document) and text == question(record)
-                self._decontaminator.add(record.source, text, asks)
+                self._decontaminator.add(record.source, text, bool(asked(record)) and text == question(record))
 
-    def finish(self, sample_share: float) -> Corpus:
+    def finish(self, sample_share: float) -> None:
         """Write the shards and reports. `sample_share` of the tasks' training rows go to stage 2 as well."""
         names = Names(question_key(name) for name in self.names | self.split.diseases if 1 < len(name) <= LONGEST_NAME)
         similar = {self._compared[i]: (self._compared[j], share) for i, j, share in self._near.find(names)}
         self._decontaminator.names = names
-        asked = self._protect_heldout(similar)
+        asked_heldout = self._protect_heldout(similar)
         tables: dict[tuple[str, str, str], array[int]] = defaultdict(lambda: array("q"))  # numbers of rows
         gone: set[int] = set()
         sampled: Counter[str] = Counter()
@@ -149,7 +146,7 @@ class Assembly:
                 found = "near duplicate", f"{share:.2f} of {self._source_of(other)}"
             elif row.parent in gone:
                 found = BUILT_FROM, self._source_of(row.parent)
-            elif not held and _asked(record) in asked:
+            elif not held and _asked(record) in asked_heldout:
                 found = "asks a held-out question", question(record)
             elif not held and (match := self._decontaminator.match(messages(record))):
                 found = "overlaps with evaluation or held-out rows", f"{match[1]:.2f} of {match[0]}"
@@ -163,23 +160,17 @@ class Assembly:
                 sampled[row.table] += 1  # an evenly spread share of each task
                 if int(sampled[row.table] * sample_share) > int((sampled[row.table] - 1) * sample_share):
                     tables[part, "tasks_sample", row.source].append(number)
-        corpus, most = Corpus(self.folder), self.limits.shard_rows
         for (part, table, source), numbers in tables.items():
-            for start in range(0, len(numbers), most):
-                path = f"{part}/{table}/{source}-{start // most:05}.jsonl"
-                chosen = numbers[start : start + most]
+            for shard, start in enumerate(range(0, len(numbers), self.limits.shard_rows)):
+                chosen = numbers[start : start + self.limits.shard_rows]
+                path = f"{part}/{table}/{source}-{shard:05}.jsonl"
                 file = {"path": path, "side": part, "table": table, "source": source, "rows": len(chosen)}
-                corpus.write(file, (self._rows[number] for number in chosen))
-        corpus.files.sort(key=lambda file: file["path"])
+                self._write(file, map(self._rows.__getitem__, chosen))
+        self.files.sort(key=lambda file: file["path"])
         self.close()
-        return corpus
 
     def write_manifest(
-        self,
-        corpus: Corpus,
-        sources: Sequence[Source],
-        settings: Mapping[str, Any],
-        summaries: Mapping[str, ReadSummary],
+        self, sources: Sequence[Source], settings: Mapping[str, Any], summaries: Mapping[str, ReadSummary]
     ) -> dict[str, Any]:
         """Write manifest.json and return it. `summaries` say of each source what was read and what could not be."""
         about = {
@@ -195,7 +186,7 @@ class Assembly:
         for (name, reason), count in sorted(self.dropped.items()):
             left_out.setdefault(name, {})[reason] = count
         found = {"dropped": left_out, "personal_data_replaced": dict(sorted(self.replaced.items()))}
-        return write_manifest(self.folder, settings=settings, sources=about, files=corpus.files, found=found)
+        return write_manifest(self.folder, settings=settings, sources=about, files=self.files, found=found)
 
     def close(self) -> None:
         """Delete what was only needed on the way."""
@@ -207,8 +198,8 @@ class Assembly:
         record = row.record
         if builder:  # what a reader gave is clean already
             record = map_texts(record, self._cleaned)
-        if found := fault(record, **self._bounds):
-            return self.drop(source, record.source, *found)
+            if found := fault(record, **self._bounds):
+                return self.drop(source, record.source, *found)
         if not (group := self.split.group(record)):
             return self.drop(source, record.source, "is about diseases of both sides of the split")
         number, everything = len(self._rows), "\n".join(texts(record))
@@ -222,21 +213,39 @@ class Assembly:
         if not builder.startswith(VARIANTS):
             self._near.add(everything)
             self._compared.append(number)
-        topic = group.removeprefix("disease/") if group.startswith("disease/") else record.department
         self._heldout.append(self.split.side(group) == "heldout")
-        return self._rows.append(_Row(record, row.details, table, source, builder, parent, topic))
+        return self._rows.append(_Row(record, row.details, table, source, builder, parent))
 
     def _protect_heldout(self, similar: Mapping[int, Any]) -> set[bytes | None]:
         """Take in held-out rows as evaluation data, and count training rows; what held-out rows ask first."""
-        asked = set()  # diseases share first questions: 孩子发热、头痛，是怎么回事
+        asked_heldout = set()  # diseases share first questions: 孩子发热、头痛，是怎么回事
         kept = [number for number in range(len(self._rows)) if number not in similar]
         for row in (self._rows[number] for number in kept if self._heldout[number]):
-            asked.add(_asked(row.record))
+            asked_heldout.add(_asked(row.record))
             if not row.builder.startswith(VARIANTS):  # those share their wording, not their facts, with training rows
                 self.protect([row.record])
         for row in (self._rows[number] for number in kept if not self._heldout[number]):
             self._decontaminator.count(messages(row.record))
-        return asked - {None}
+        return asked_heldout - {None}
+
+    def _write(self, file: dict[str, Any], rows: Iterable[_Row]) -> None:
+        """Write the rows of one file, and count them."""
+        path, counted = self.folder / file["path"], self.statistics[file["table"], file["source"]]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w+b") as handle:
+            for row in rows:
+                builder = {"builder": row.builder} if row.builder else {}
+                origin = {"place": row.record.source, **builder, **row.details}
+                handle.write(_line({**_as_row(row.record), "origin": origin}))
+                questions, replies = asked(row.record), answers(row.record)
+                if isinstance(row.record, PreferencePair):
+                    replies.remove(row.record.rejected)
+                counted.update(rows=1, heldout=file["side"] == "heldout", turns=len(questions))
+                counted.update(asked=sum(map(len, questions)), answered=sum(map(len, replies)))
+                file["kind"] = KINDS[type(row.record)]
+            handle.seek(0)
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        self.files.append({**file, "stages": stages(file["table"]), "sha256": digest})
 
     def _cleaned(self, text: str, counted: bool = True) -> str:
         text = normalize(text)
@@ -249,57 +258,16 @@ class Assembly:
         return self._rows[number].record.source
 
 
-@dataclass
-class Corpus:
-    """The files of a corpus: FOLDER/train/tasks/medkqa/textbook-00000.jsonl."""
-
-    folder: Path
-    files: list[dict[str, Any]] = field(default_factory=list)  # the manifest's
-    # Of each table and source: rows, heldout (those among them), turns, and the characters asked and answered.
-    statistics: dict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    topics: Counter[str] = field(default_factory=Counter)  # rows by disease or department
-
-    def write(self, file: dict[str, Any], rows: Iterable[_Row]) -> None:
-        """Write the rows of one file, and count them."""
-        path, table = self.folder / file["path"], file["table"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w+b") as handle:
-            for row in rows:
-                builder = {"builder": row.builder} if row.builder else {}
-                origin = {"place": row.record.source, **builder, **row.details}
-                handle.write(_line({**_as_row(row.record), "origin": origin}))
-                asked, answered = _characters(row.record)
-                counted = {"rows": 1, "heldout": file["side"] == "heldout", "turns": len(asked), "asked": sum(asked)}
-                self.statistics[table, file["source"]].update(counted, answered=answered)
-                self.topics[row.topic] += table != "tasks_sample"  # which repeats others
-                file["kind"] = KINDS[type(row.record)]
-            handle.seek(0)
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        self.files.append({**file, "stages": stages(table), "sha256": digest})
-
-
-def _characters(record: Record) -> tuple[list[int], int]:
-    """Of each question, and of all answers together; running text and the chosen reply of a pair are answers."""
-    if isinstance(record, Document):
-        return [], len(record.text)
-    turns = record.prompt if isinstance(record, PreferencePair) else record.messages
-    asked = [len(message.content) for message in turns if message.role == "user"]
-    answers = [message.content for message in turns if message.role == "assistant"]
-    return asked, sum(map(len, [record.chosen] if isinstance(record, PreferencePair) else answers))
-
-
 def _asked(record: Record) -> bytes | None:
     """The first question, if it asks something: 医生您好 does not."""
-    asked = "" if isinstance(record, Document) else question(record)
-    return digest(asked) if len(question_key(asked)) > len("医生您好请问") else None
+    first = question(record) if asked(record) else ""
+    return digest(first) if len(question_key(first)) > len("医生您好请问") else None
 
 
 def _place(place: str, source: Source) -> str:
     """ "file:line" with the file's path in the source's folder, or its name: a path of this machine is not written."""
-    for file in source.files:
-        if place.startswith(str(file)):
-            return (file.relative_to(source.root).as_posix() if source.root else file.name) + place[len(str(file)) :]
-    return place
+    found = next((file for file in source.files if place.startswith(str(file))), None)
+    return inside(found, source.root) + place[len(str(found)) :] if found else place
 
 
 def _line(value: Any) -> bytes:
@@ -323,11 +291,7 @@ def items(record: Record) -> list[str]:
 
     What a patient says later is left out, as it means little by itself: 好的，谢谢医生的建议 is in many dialogues.
     """
-    if isinstance(record, Document):
-        return [record.text]
-    if isinstance(record, PreferencePair):
-        return [question(record), record.chosen, record.rejected]
-    return [question(record), *(message.content for message in record.messages if message.role == "assistant")]
+    return [question(record)] * bool(asked(record)) + answers(record)
 
 
 def messages(record: Record) -> list[str]:

@@ -15,7 +15,7 @@ from pedgpt.corpus.builders.role_play import role_play
 from pedgpt.corpus.builders.safety import safety, self_cognition
 from pedgpt.corpus.builders.sections import passages
 from pedgpt.corpus.classify import PEDIATRIC, classify
-from pedgpt.corpus.rows import Ask, Built, Dropped
+from pedgpt.corpus.rows import Ask, Built, Row, asked
 from pedgpt.corpus.sources import Source, is_name
 from pedgpt.data.records import Conversation, Document, PreferencePair, Record
 from pedgpt.data.tasks import EVIDIAG, TASKS
@@ -37,7 +37,7 @@ class Step:
     """What a builder gave; `parent` is the place in the list of the row that it was built from, or -1."""
 
     builder: str  # "" for a row as it was read
-    row: Built | Dropped
+    row: Row
     parent: int = -1
 
 
@@ -52,27 +52,26 @@ def divided(records: Iterable[Record], source: Source) -> Iterator[Record]:
 
 def build(record: Record, source: Source, ask: Ask | None = None, plain: Ask | None = None) -> list[Step]:
     """The rows of one passage, conversation or pair. `plain` is the model whose plain answers become rejected ones."""
-    if isinstance(record, Conversation):
-        steps = list(_of_conversation(record, source, ask))
-    else:
-        steps = [Step("", Built(record))]
+    steps = (
+        list(_of_conversation(record, source, ask)) if isinstance(record, Conversation) else [Step("", Built(record))]
+    )
     if isinstance(record, Document) and "role_play" in source.build:
-        steps += [Step("role_play", _in_domain(row, source), 0) for row in role_play(record, ask)]
-    for place, step in enumerate(steps[:]) if "preferences" in source.build else ():
+        steps += _steps("role_play", role_play(record, ask), source, parent=0)
+    for place, step in enumerate(steps[:] if "preferences" in source.build else []):
         # A parent's question is answered humanely; a colleague's needs no comfort.
-        humane = isinstance(step.row, Built) and step.row.details.get("role", "parent") == "parent"
-        if isinstance(step.row, Built) and humane and isinstance(step.row.record, Conversation):
-            steps += [Step("preferences", pair, place) for pair in humane_pair(step.row.record, ask, plain)]
+        if isinstance(row := step.row, Built) and row.details.get("role", "parent") == "parent":
+            if isinstance(row.record, Conversation):
+                steps += [Step("preferences", pair, place) for pair in humane_pair(row.record, ask, plain)]
     return steps
 
 
 def build_graph(diseases: Sequence[Disease], source: Source) -> Iterator[Step]:
     """The instructions of a graph's diseases; all of them on one side of the split, see `two_hop`."""
     each = {"medkqa": graph.medkqa, "evidiag": graph.evidiag, "trerecom": graph.trerecom}
-    rows = {name: chain.from_iterable(map(builder, diseases)) for name, builder in each.items()}
-    for name, built in {**rows, "two_hop": graph.two_hop(diseases), "negative": graph.negative(diseases)}.items():
+    rows: dict[str, Iterable[Conversation]] = {name: chain(*map(builder, diseases)) for name, builder in each.items()}
+    for name, made in {**rows, "two_hop": graph.two_hop(diseases), "negative": graph.negative(diseases)}.items():
         if name in source.build:
-            yield from (Step(f"graph/{name}", _in_domain(Built(row), source)) for row in built)
+            yield from _steps(f"graph/{name}", map(Built, made), source)
 
 
 def build_disease(disease: Disease, source: Source, ask: Ask | None = None, plain: Ask | None = None) -> list[Step]:
@@ -104,32 +103,29 @@ def stages(table: str) -> list[int]:
     return STAGES.get(table) or STAGES[table.split("/")[0]]
 
 
-def _in_domain(row: Built | Dropped, source: Source) -> Built | Dropped:
+def _steps(builder: str, rows: Iterable[Row], source: Source, parent: int = -1) -> Iterator[Step]:
     """The three tasks are pediatric: what another domain's text or graph gives is that domain's conversation."""
-    if isinstance(row, Built) and isinstance(row.record, Conversation) and source.domain not in ("", PEDIATRIC):
-        return replace(row, record=replace(row.record, task=source.domain))
-    return row
+    for row in rows:
+        if isinstance(row, Built) and isinstance(row.record, Conversation) and source.domain not in ("", PEDIATRIC):
+            row = replace(row, record=replace(row.record, task=source.domain))
+        yield Step(builder, row, parent)
 
 
 def _of_conversation(record: Conversation, source: Source, ask: Ask | None) -> Iterator[Step]:
     task = source.task or (record.task if is_name(record.task) else "") or _task_by_domain(record, source)
     builder = ""
-    rows: Iterable[Built | Dropped] = (Built(record),)
-    if "evidiag" in source.build and _turns(record) > 1:
+    rows: Iterable[Row] = [Built(record)]
+    if "evidiag" in source.build and len(asked(record)) > 1:
         builder, rows = "evidiag", evidiag_dialogue(record, ask)
     elif "reconstruct" in source.build:
         builder, rows = "reconstruct", reconstruct(record, ask)
     for row in rows:
         if isinstance(row, Built) and isinstance(row.record, Conversation):
             # What is left of a dialogue may be a question and its answer.
-            short = task == EVIDIAG and _turns(row.record) < 2 and not source.task
-            named = _task_by_domain(row.record, source) if short else task
+            is_short = task == EVIDIAG and len(asked(row.record)) < 2 and not source.task
+            named = _task_by_domain(row.record, source) if is_short else task
             row = replace(row, record=replace(row.record, task=named))
         yield Step(builder, row)
-
-
-def _turns(record: Conversation) -> int:
-    return sum(message.role == "user" for message in record.messages)
 
 
 def _task_by_domain(record: Conversation, source: Source) -> str:

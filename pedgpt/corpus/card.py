@@ -5,21 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from pedgpt.corpus.assemble import Corpus
+from pedgpt.corpus.assemble import Statistics
 from pedgpt.files import __version__
 
-STAGES = {1: "continued pre-training", 2: "full fine-tuning", 3: "DFPO", 4: "experts"}
-TOPICS = 30  # named in the card, the most frequent ones
 
-
-def write_card(corpus: Corpus, manifest: Mapping[str, Any]) -> None:
+def write_card(folder: Path, statistics: Statistics, manifest: Mapping[str, Any]) -> None:
     """Write README.md."""
-    total, stage_rows = Counter[str](), Counter[int]()
-    for file in corpus.files:
+    total = Counter[str]()
+    for file in manifest["files"]:
         total[file["side"]] += file["rows"] if file["table"] != "tasks_sample" else 0
-        stage_rows.update({stage: file["rows"] for stage in file["stages"] if file["side"] == "train"})
     columns = ["source", "kind", "licence", "rows read", "unusable", "rows built", "weight in stage 1"]
     sources = [
         [name, *(source[key] for key in ("kind", "licence", "read", "skipped", "built")),
@@ -28,7 +25,6 @@ def write_card(corpus: Corpus, manifest: Mapping[str, Any]) -> None:
     ]  # fmt: skip
     dropped = [[name, *counted] for name, reasons in manifest["dropped"].items() for counted in reasons.items()]
     replaced = ", ".join(f"{kind} {count:,}" for kind, count in manifest["personal_data_replaced"].items())
-    topics = sorted((-count, name) for name, count in corpus.topics.items() if name)
     parts = [
         "# Corpus card",
         f"{total['train']:,} rows for training and {total['heldout']:,} held out, built by pedgpt {__version__} from"
@@ -37,9 +33,7 @@ def write_card(corpus: Corpus, manifest: Mapping[str, Any]) -> None:
         "## Rows by source and table",
         "Lengths are means in characters: of questions and answers in conversations and pairs (the preferred answer),"
         " of the whole text in running text. `tasks_sample` repeats rows of `tasks` for stage 2.",
-        statistics_table(corpus),
-        "## Rows by stage",
-        _table(["stage", "training rows"], [[f"{n} {name}", stage_rows[n]] for n, name in STAGES.items()]),
+        statistics_table(statistics),
         "## Sources",
         _table(columns, sources),
         "## Left out",
@@ -48,18 +42,14 @@ def write_card(corpus: Corpus, manifest: Mapping[str, Any]) -> None:
         "## Checks",
         f"- Personal data replaced: {replaced or 'none found'}\n"
         "- All rows about one disease, or with one question, lie on one side of the split.",
-        "## Topics",
-        f"Diseases and departments; {corpus.topics['']:,} rows name none, {max(0, len(topics) - TOPICS):,} more topics"
-        " are not shown.",
-        _table(["topic", "rows"], [[name[:40], -count] for count, name in topics[:TOPICS]]),
     ]
-    (corpus.folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def statistics_table(corpus: Corpus) -> str:
+def statistics_table(statistics: Statistics) -> str:
     """Source × table × rows × mean lengths, as Markdown."""
     rows: list[list[str | int]] = []
-    for (table, source), counted in sorted(corpus.statistics.items()):
+    for (table, source), counted in sorted(statistics.items()):
         turns, asked, answered = (counted[name] / counted["rows"] for name in ("turns", "asked", "answered"))
         questions = [f"{turns:.1f}", f"{asked:,.0f}"] if turns else ["–", "–"]
         sides = counted["rows"] - counted["heldout"], counted["heldout"]

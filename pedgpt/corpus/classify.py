@@ -9,7 +9,7 @@ from functools import cache
 from itertools import islice
 
 from pedgpt.corpus.quality import chinese_share, simplified
-from pedgpt.corpus.rows import templates
+from pedgpt.corpus.rows import answers, asked, templates
 from pedgpt.data.records import Conversation, Document
 from pedgpt.data.tasks import EVIDIAG, MEDKQA, TRERECOM
 
@@ -25,35 +25,34 @@ def classify(conversation: Conversation, pediatric: bool = False) -> str:
     decides, and without one `domain_of` does. A pediatric conversation of several turns is EviDiag, one that asks for
     treatment is TreRecom, and any other is MedKQ&A.
     """
-    turns = [message.content for message in conversation.messages if message.role == "user"]
-    asked = "\n".join(turns)
-    answered = "\n".join(message.content for message in conversation.messages if message.role == "assistant")
+    turns = asked(conversation)
     if not pediatric and conversation.department:
         domain = PEDIATRIC if "儿" in simplified(conversation.department) else GENERAL_MEDICAL
     else:
-        domain = PEDIATRIC if pediatric else domain_of(asked, answered)
+        domain = PEDIATRIC if pediatric else domain_of("\n".join(turns), "\n".join(answers(conversation)))
     if domain != PEDIATRIC:
         return domain
     if len(turns) > 1:
         return EVIDIAG
-    return TRERECOM if _pattern("treatment").search(simplified(asked)) else MEDKQA
+    return TRERECOM if _pattern("treatment").search(simplified("\n".join(turns))) else MEDKQA
 
 
-def domain_of(asked: str, answered: str) -> str:
+def domain_of(question: str, answer: str) -> str:
     """One of DOMAINS for a question and its answer; for running text the question is empty.
 
     It is medical if its medical words, minus those of general chat, have at least 4 points; a word counts once. It is
     pediatric if it is medical and speaks of a child. The words and their points are in templates/classify.toml.
     """
-    asked, answered = (simplified(text).lower() for text in (asked, answered))
-    question, answer = asked[:_WINDOW], answered[:_WINDOW]
-    sought = (f"{question}\n{answer}", question, answer)
-    score = sum(points for words, text in zip(_points(), sought, strict=True) for word, points in words if word in text)
-    if min(chinese_share(question), chinese_share(question + answer)) < 0.5:
+    question, answer = (simplified(text).lower() for text in (question, answer))
+    begins = [question[:_WINDOW], answer[:_WINDOW]]
+    score = 0
+    for words, text in zip(_points(), ("\n".join(begins), *begins), strict=True):
+        score += sum(points for word, points in words if word in text)
+    if min(chinese_share(begins[0]), chinese_share("".join(begins))) < 0.5:
         score -= 20  # a general assistant is asked in any language; a report of letters and digits has more points
     if score < 4:
         return GENERAL
-    child, grown, age = (_pattern(name).search(asked or answered) for name in ("child", "grown", "age"))
+    child, grown, age = (_pattern(name).search(question or answer) for name in ("child", "grown", "age"))
     return PEDIATRIC if child and (age or not grown) else GENERAL_MEDICAL
 
 

@@ -25,8 +25,6 @@ SHARE = 0.8  # of its characters that must be there in runs of three or more; wi
 SHORT = 36
 ALL_OWN = 0.9  # with this share of its own characters an answer is recognised even without its stock phrases
 
-Bools = npt.NDArray[np.bool_]
-
 
 class Decontaminator:
     """Evaluation items, and the rows that contain one.
@@ -44,8 +42,7 @@ class Decontaminator:
         self._questions: set[str] = set()
         self._repeated: set[str] = set()  # keys of several places
         self._built = False
-        self._rows = 0  # that were counted
-        self._holding: Counter[str] = Counter()  # counted rows that hold each item
+        self._holding: Counter[str] = Counter()  # counted rows by the item that they hold, "" for none
         self._common = np.zeros(0, np.uint64)  # grams that many counted rows have
 
     def add(self, place: str, text: str, question: bool = False) -> None:
@@ -67,7 +64,6 @@ class Decontaminator:
         What many rows share is boilerplate, and so is an answer that many rows hold.
         """
         self._build()
-        self._rows += 1
         key, _, grams = self._search(texts)
         self._holding[key] += 1
         self._holders[np.unique(grams)] += 1
@@ -78,12 +74,13 @@ class Decontaminator:
         The first message is what the row asks. A question with fewer than 13 characters of its own matches only a row
         whose first message is just that question.
         """
-        if self._rows:
-            many = max(MANY, self._rows // 100)
+        if self._holding:
+            many = max(MANY, self._holding.total() // 100)
             self._common = self._hashes[self._holders > many]
-            short = {key for key, own in zip(self._keys, self._own, strict=True) if own.sum() < SHORT}
+            short = {key for key, own in self._own.items() if own.sum() < SHORT}
             self._repeated |= {key for key, rows in self._holding.items() if rows > (FEW if key in short else many)}
-            self._built, self._rows = False, 0
+            self._built = False
+            self._holding.clear()
         self._build()
         key, share, _ = self._search(texts)
         return (self._places[key], share) if key else None
@@ -91,7 +88,7 @@ class Decontaminator:
     def _search(self, texts: Sequence[str]) -> tuple[str, float, npt.NDArray[np.int64]]:
         """(key of the item that is there most, or "", its share, where in _hashes the grams of other items begin)."""
         keys = [question_key(text) for text in texts]
-        for key in [key for key in keys[:1] if key in self._short] or [key for key in keys if key in self._whole]:
+        for key in [key for key in keys[:1] if key in self._short] or [key for key in keys if key in self._own]:
             return key, 1.0, np.zeros(0, np.int64)
         row = "\0".join(keys)  # no gram of an item reaches over a \0
         hashes = gram_hashes(row, GRAM)
@@ -106,15 +103,15 @@ class Decontaminator:
             key, places = self._keys[item], np.sort(begins[items == item])
             start, slack = int(places[len(places) // 2]), 8 + len(key) // 8  # what edits may have moved
             if np.count_nonzero(abs(places - start) <= slack) >= self._needed[item]:
-                share = self._share(item, row[max(0, start - slack) : start + len(key) + slack])
+                share = self._share(key, row[max(0, start - slack) : start + len(key) + slack])
                 best, most = (key, share) if share > most else (best, most)
         return best, most, first[counts > 0]
 
-    def _share(self, item: int, window: str) -> float:
+    def _share(self, key: str, window: str) -> float:
         """The share of an item's own characters in a part of a row, or 0 if there are too few."""
-        key, own, rare = self._keys[item], self._own[item], self._rare[item]
         if key in window:
             return 1.0
+        own, rare = self._own[key], self._rare[key]
         if rare.sum() < SHORT:
             count, changed = int(own.sum()), distance(key, own | _digits(key), window)
             few = changed <= max(1, count // 10) and distance(key, rare, window) <= (1 - SHARE) * rare.sum()
@@ -137,7 +134,6 @@ class Decontaminator:
         said = {key: _said(key) for key in self._places if key in self._questions or key not in self._repeated}
         self._short = {key for key in said if key in self._questions and 0 < said[key].sum() < LEAST}
         self._keys = [key for key in said if said[key].sum() >= LEAST]
-        self._whole = set(self._keys)
         lengths = np.array([len(key) for key in self._keys], np.int64)
         offsets = np.cumsum(lengths) - lengths
         hashes = gram_hashes("".join(self._keys), GRAM)
@@ -153,9 +149,9 @@ class Decontaminator:
         for some, value in ((rare, True), (common, False)):  # the rare ones may reach into boilerplate
             for i in range(GRAM):
                 own[starts[some] + i] = value
-        self._rare = np.split(own, offsets[1:])[: len(self._keys)]
-        self._own = [said[key] & rare for key, rare in zip(self._keys, self._rare, strict=True)]
-        enough = np.array([own.sum() >= LEAST for own in self._own], bool)
+        self._rare = dict(zip(self._keys, np.split(own, offsets[1:]), strict=False))  # without keys there is one part
+        self._own = {key: said[key] & rare for key, rare in self._rare.items()}
+        enough = np.array([own.sum() >= LEAST for own in self._own.values()], bool)
         kept = rare & ~common & new & enough[items]
         self._hashes, self._items, self._within = hashes[kept], items[kept], (starts - offsets[items])[kept]
         self._needed = np.maximum(1, SEEN * np.bincount(self._items, minlength=len(lengths)))
@@ -164,8 +160,13 @@ class Decontaminator:
 
 
 def _digits(key: str) -> npt.NDArray[np.bool_]:
-    codes = np.frombuffer(key.encode("utf-32-le"), np.uint32)
-    return (codes >= ord("0")) & (codes <= ord("9"))
+    return np.array([character in "0123456789" for character in key], bool)
+
+
+@cache
+def _stock() -> re.Pattern[str]:
+    phrases = templates("support")["manners"] + templates("decontaminate")["stock"]
+    return re.compile("|".join(sorted(map(question_key, phrases), key=len, reverse=True)))
 
 
 def _said(key: str) -> npt.NDArray[np.bool_]:
@@ -174,12 +175,6 @@ def _said(key: str) -> npt.NDArray[np.bool_]:
     for match in _stock().finditer(key):
         own[match.start() : match.end()] = False
     return own
-
-
-@cache
-def _stock() -> re.Pattern[str]:
-    phrases = templates("support")["manners"] + templates("decontaminate")["stock"]
-    return re.compile("|".join(sorted(map(question_key, phrases), key=len, reverse=True)))
 
 
 def distance(key: str, own: npt.NDArray[np.bool_], text: str) -> int:

@@ -29,7 +29,7 @@ from pedgpt.corpus.split import Names, question_key
 # changed character would spoil too many.
 GRAM = 5
 PERMUTATIONS = 120
-BATCH = 2**16  # characters that are hashed at once
+BATCH = 2**12  # grams whose hashes are permuted at once
 CANDIDATES = 64  # kept rows of each of its buckets that a row is compared with at most, the last ones
 COMPARED = 16  # of them by their grams, those that share most buckets with it
 
@@ -79,17 +79,6 @@ def gram_hashes(text: str, n: int) -> U64:
     return hashes ^ (hashes >> np.uint64(31))
 
 
-def grams(key: str) -> set[str]:
-    """The runs of five characters of a key, as a set; a shorter key is its own only one."""
-    return {key[i : i + GRAM] for i in range(len(key) - GRAM + 1)} or {key}
-
-
-def jaccard(one: set[str], other: set[str]) -> float:
-    """|A ∩ B| / |A ∪ B|."""
-    shared = len(one & other)
-    return shared / (len(one) + len(other) - shared)
-
-
 # Latin words, signs, results, and what a dose refers to (每公斤, /kg). A hyphen between digits is no sign, because a
 # range is written 3-5天 or 3至5天. A Latin "word" of more than 20 characters is English that has lost its spaces.
 _WORDS = re.compile(rf"[/每](?:{UNIT}|d)|(?:(?<![a-z0-9°])|(?<=\d))[a-z][a-z0-9]{{0,19}}(?![a-z0-9])"
@@ -101,8 +90,8 @@ def facts(key: str, names: Names) -> int:
     found = [(unit if unit == "月" else "", meaning_of(value, unit)) for _, value, unit in numbers(key)]
     words = [meaning_of(Fraction(1), word[1:]) if word[0] in "/每" else word for word in _WORDS.findall(key)
              if word not in UNITS]  # fmt: skip
-    said = repr((found, words, names.named(key)))
-    return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")
+    said = repr((found, words, names.named(key))).encode()
+    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest())
 
 
 class NearDuplicates:
@@ -118,21 +107,19 @@ class NearDuplicates:
         self.threshold = threshold
         random = np.random.default_rng(seed)
         # Odd factors permute the 32-bit integers.
-        self._factors = random.integers(0, 2**31, PERMUTATIONS, np.uint32) * np.uint32(2) + np.uint32(1)
+        self._factors = random.integers(0, 2**31, (PERMUTATIONS, 1), np.uint32) * np.uint32(2) + np.uint32(1)
         self._weights = random.integers(0, 2**64, PERMUTATIONS, np.uint64)
         # In b bands of r, a pair of similarity s is seen with probability 1 - (1 - s^r)^b. For 0.8: 20 of 6, 0.998.
         self._depth = max(r for r in (1, 2, 3, 4, 5, 6, 8) if (1 - threshold**r) ** (PERMUTATIONS // r) <= 0.01)
         self._keys, self._signatures = Spool(folder), bytearray()
-        self._batch: list[str] = []  # keys that have no signature yet
-        self._waiting = 0  # their characters
 
     def add(self, text: str) -> int:
         """Take in a row; its index."""
         key = question_key(text).ljust(GRAM, "\0")  # so that a shorter one is a single gram
-        self._batch.append(key)
-        self._waiting += len(key)
-        if self._waiting >= BATCH:
-            self._sign()
+        hashes = (gram_hashes(key, GRAM) >> np.uint64(32)).astype(np.uint32)
+        parts = range(0, len(hashes), BATCH)  # the whole of a book would need much memory at once
+        least = np.min([(self._factors * hashes[i : i + BATCH]).min(axis=1) for i in parts], axis=0)
+        self._signatures += least.astype(np.uint16).tobytes()  # the low halves agree as often
         return self._keys.append(key)
 
     def find(self, names: Names | None = None) -> list[tuple[int, int, float]]:
@@ -140,23 +127,24 @@ class NearDuplicates:
 
         `names` are the keys of names such as those of diseases and drugs: rows that name different ones are different.
         """
-        self._sign()
         signatures = np.frombuffer(self._signatures, np.uint16).reshape(-1, PERMUTATIONS)
         parts = range(0, PERMUTATIONS, self._depth)
         weighted = [signatures[:, i : i + self._depth] @ self._weights[i : i + self._depth] for i in parts]
         bands, names = np.stack(weighted, axis=1), names or Names()
-        said = np.zeros(len(bands), np.uint64)
-        for row in np.flatnonzero((_buckets(bands) >= 0).any(axis=1)).tolist():
+        said = np.zeros((len(bands), 1), np.uint64)
+        for row in _shared(_buckets(bands)):
             said[row] = facts(self._keys[row], names)
-        buckets = _buckets(bands ^ said[:, None])  # rows of other facts are not even compared
+        buckets = _buckets(bands ^ said)  # rows of other facts are not even compared
         members: dict[int, list[int]] = defaultdict(list)  # the kept rows of each bucket
-        grams_of = lru_cache(1024)(lambda row: grams(self._keys[row]))
+        grams_of = lru_cache(1024)(self._grams)
         found = []
-        for row in np.flatnonzero((buckets >= 0).any(axis=1)).tolist():
+        for row in _shared(buckets):
             own = [members[bucket] for bucket in set(buckets[row].tolist()) - {-1}]
-            shared = Counter(chain.from_iterable(rows[-CANDIDATES:] for rows in own))
-            for other, _ in shared.most_common(COMPARED):
-                if (similarity := jaccard(grams_of(row), grams_of(other))) >= self.threshold:
+            likely = Counter(chain.from_iterable(rows[-CANDIDATES:] for rows in own))
+            for other, _ in likely.most_common(COMPARED):
+                shared = len(grams_of(row) & grams_of(other))
+                similarity = shared / (len(grams_of(row)) + len(grams_of(other)) - shared)
+                if similarity >= self.threshold:
                     found.append((row, other, similarity))
                     break
             else:
@@ -164,21 +152,13 @@ class NearDuplicates:
                     rows.append(row)
         return found
 
-    def _sign(self) -> None:
-        if not self._batch:
-            return
-        lengths = np.array([len(key) for key in self._batch])
-        inside = np.ones(lengths.sum(), bool)  # grams that do not reach into the next row
-        inside[(np.cumsum(lengths)[:, None] - np.arange(1, GRAM)).ravel()] = False
-        hashes = (gram_hashes("".join(self._batch), GRAM) >> np.uint64(32)).astype(np.uint32)[inside[: 1 - GRAM]]
-        starts = np.cumsum(lengths - GRAM + 1) - (lengths - GRAM + 1)
-        least = [np.minimum.reduceat(hashes * factor, starts) for factor in self._factors]
-        self._signatures += np.stack(least, axis=1).astype(np.uint16).tobytes()  # the low halves agree as often
-        self._batch, self._waiting = [], 0
-
     def close(self) -> None:
         """Delete the temporary file."""
         self._keys.close()
+
+    def _grams(self, row: int) -> set[str]:
+        key = self._keys[row]
+        return {key[i : i + GRAM] for i in range(len(key) - GRAM + 1)}
 
 
 def _buckets(bands: U64) -> npt.NDArray[np.int32]:
@@ -189,3 +169,8 @@ def _buckets(bands: U64) -> npt.NDArray[np.int32]:
         buckets[:, band] = np.where(size > 1, np.cumsum(size > 1) - 1 + total, -1)[label]
         total += int((size > 1).sum())
     return buckets
+
+
+def _shared(buckets: npt.NDArray[np.int32]) -> list[int]:
+    """The rows that share a bucket."""
+    return np.flatnonzero((buckets >= 0).any(axis=1)).tolist()

@@ -10,8 +10,8 @@ from datetime import date
 from functools import cache
 from html.entities import html5
 
-from pedgpt.corpus.rows import pattern, question, templates, texts
-from pedgpt.data.records import Conversation, Document, PreferencePair, Record
+from pedgpt.corpus.rows import answers, pattern, question, templates, texts
+from pedgpt.data.records import Document, PreferencePair, Record
 
 TOO_SHORT, TOO_LONG, NOT_CHINESE = "too short", "too long", "not Chinese"
 BROKEN, NO_QUESTION = "broken text", "empty question"
@@ -53,14 +53,9 @@ def normalize(text: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    text = _SPACES.sub(r"\1", _TAG.sub("\n", _ENTITY.sub(_character, text)))
-    return _REPEATED.sub(lambda match: match[match.lastindex or 0], text)
-
-
-def _character(match: re.Match[str]) -> str:
     # Of names only those that are one: unescape() takes &ampamp; for &amp and amp;
-    name = match[1]
-    return html.unescape(f"&{name};") if name[0] == "#" or f"{name};" in html5 else match[0]
+    text = _ENTITY.sub(lambda m: html.unescape(f"&{m[1]};") if m[1][0] == "#" or f"{m[1]};" in html5 else m[0], text)
+    return _REPEATED.sub(lambda match: match[match.lastindex or 0], _SPACES.sub(r"\1", _TAG.sub("\n", text)))
 
 
 _HAN = re.compile("[々〆\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]+")
@@ -99,16 +94,11 @@ def scrub(text: str) -> tuple[str, Counter[str]]:
 @cache
 def _rules() -> list[tuple[re.Pattern[str], list[tuple[str, re.Pattern[str]]]]]:
     """Where each group of kinds is sought, and the kinds with their patterns."""
-    lists = templates("quality") | {"end": r"(?!\d|[-.]\d)", "compound": "|".join(templates("quality")["compound"])}
-    lists["surnames"] = "".join(lists["surnames"].split())
-
-    def filled(form: str) -> re.Pattern[str]:
-        return re.compile(re.sub("<([a-z]+)>", lambda name: lists.get(name[1], name[0]), form))
-
-    return [
-        (re.compile(rule["where"]), [(kind, filled(form)) for kind, form in rule["kinds"]])
-        for rule in templates("quality")["personal"]
-    ]
+    words, found = templates("quality"), []
+    for rule in words["personal"]:
+        forms = ((kind, re.sub("<([a-z]+)>", lambda m: words.get(m[1], m[0]), form)) for kind, form in rule["kinds"])
+        found.append((re.compile(rule["where"]), [(kind, re.compile(form)) for kind, form in forms]))
+    return found
 
 
 def simplified(text: str) -> str:
@@ -122,17 +112,17 @@ def _simple_forms() -> dict[int, int]:
     return half | str.maketrans(templates("quality")["traditional"], templates("quality")["simplified"])
 
 
+def _is_amount(match: re.Match[str]) -> bool:
+    return bool(pattern("quality", "amount").match(match.string, match.end("value")))
+
+
 def _is_of_a_person(match: re.Match[str]) -> bool:
     before = match.string[max(0, match.start("value") - 60) : match.start("value")]
     if pattern("quality", "of_a_thing").search(before) or _is_amount(match):
         return False
-    round_number = re.sub(r"\D", "", match["value"]).endswith("000000")
-    counted = round_number or pattern("quality", "amount_of").search(before)
-    return bool(not counted or pattern("quality", "called").search(before[-8:]))
-
-
-def _is_amount(match: re.Match[str]) -> bool:
-    return bool(pattern("quality", "amount").match(match.string, match.end("value")))
+    is_round = re.sub(r"\D", "", match["value"]).endswith("000000")
+    is_count = is_round or pattern("quality", "amount_of").search(before)
+    return not is_count or bool(pattern("quality", "called").search(before[-8:]))
 
 
 def _is_identity(match: re.Match[str]) -> bool:
@@ -170,20 +160,16 @@ def fault(record: Record, *, min_characters: int, max_characters: int, min_chine
     reply. `max_characters` is of a whole conversation, or a pair with its longer reply; `min_chinese` as in
     chinese_share.
     """
-    said = texts(record)
-    learnt, whole = len(said[0]), sum(map(len, said))
+    said, lengths = texts(record), [len(text) for text in answers(record)]
+    learnt, whole = sum(lengths), sum(map(len, said))
     if isinstance(record, PreferencePair):
-        learnt = min(map(len, said[-2:]))
-        whole -= learnt
-    elif isinstance(record, Conversation):
-        learnt = sum(len(message.content) for message in record.messages if message.role == "assistant")
-    if not isinstance(record, Document):
-        if not any(map(str.isalnum, question(record))):
-            return NO_QUESTION, repr(question(record)[:20])
-        if blank := [i for i, text in enumerate(said, 1) if not text.strip()]:
-            return EMPTY, f"text {blank[0]} of {len(said)}"
-        if isinstance(record, PreferencePair) and record.chosen.strip() == record.rejected.strip():
+        learnt, whole = min(lengths), whole - min(lengths)
+        if record.chosen.strip() == record.rejected.strip():
             return EQUAL, repr(record.chosen[:40])
+    if not isinstance(record, Document) and not any(map(str.isalnum, question(record))):
+        return NO_QUESTION, repr(question(record)[:20])
+    if blank := [i for i, text in enumerate(said, 1) if not text.strip()]:
+        return EMPTY, f"text {blank[0]} of {len(said)}"
     if learnt < min_characters:
         return TOO_SHORT, f"{learnt} characters, fewer than {min_characters}"
     if whole > max_characters and not isinstance(record, Document):
@@ -191,8 +177,8 @@ def fault(record: Record, *, min_characters: int, max_characters: int, min_chine
     for text in said:
         if match := pattern("quality", "broken").search(text):
             return BROKEN, repr(text[max(0, match.start() - 5) : match.end() + 5])
-        character, times = Counter(text).most_common(1)[0] if len(text) >= 10 else ("", 0)
-        if character not in _DRAWN and not character.isspace() and 2 * times > len(text):
+        character, times = Counter(text).most_common(1)[0]
+        if len(text) >= 10 and 2 * times > len(text) and character not in _DRAWN and not character.isspace():
             return BROKEN, f"{character!r} {times} times in {len(text)} characters"
     share = chinese_share("\n".join(said))
     return (NOT_CHINESE, f"{share:.0%} Chinese, less than {min_chinese:.0%}") if share < min_chinese else None

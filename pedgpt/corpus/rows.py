@@ -35,7 +35,8 @@ class Dropped:
 
 
 Row = Built | Dropped
-# A teacher: chat messages and the wanted fields in, those of its JSON answer out; raises Unusable if none is usable.
+# A teacher: chat messages and the wanted fields in, those of its JSON answer out, of their types and the first one not
+# blank; raises Unusable if there are none.
 Ask = Callable[[str, str, Mapping[str, type]], dict[str, Any]]
 
 
@@ -60,21 +61,8 @@ def builder(build: Callable[..., Built | None]) -> Callable[..., Iterator[Row]]:
 
 
 def answered(ask: Ask, prompts: Mapping[str, str], fields: Mapping[str, type], **values: str) -> dict[str, Any]:
-    """A teacher's answer to `prompts` filled with `values`, as `wanted` gives it."""
-    return wanted(ask(prompts["system"].format(**values), prompts["user"].format(**values), fields), fields)
-
-
-def wanted(said: Mapping[str, Any], fields: Mapping[str, type]) -> dict[str, Any]:
-    """The fields of an answer, texts stripped; Unusable if one is of another type, or the first one blank."""
-    found: dict[str, Any] = {name: said.get(name) for name in fields}
-    for i, (name, kind) in enumerate(fields.items()):
-        if isinstance(found[name], str):
-            found[name] = found[name].strip()
-        elif kind is float and type(found[name]) is int:
-            found[name] = float(found[name])
-        if type(found[name]) is not kind or (i == 0 and found[name] == ""):
-            raise Unusable(f"{name} is {found[name]!r:.80}, expected {kind.__name__}")
-    return found
+    """A teacher's answer to `prompts` filled with `values`."""
+    return ask(prompts["system"].format(**values), prompts["user"].format(**values), fields)
 
 
 def spoken(*turns: str, source: str, task: str, disease: str = "", department: str = "") -> Conversation:
@@ -83,37 +71,48 @@ def spoken(*turns: str, source: str, task: str, disease: str = "", department: s
     return Conversation(messages, source, task, disease, department)
 
 
+def turns(record: Record) -> tuple[Message, ...]:
+    """The messages of a conversation, or of a pair's prompt; running text has none."""
+    if isinstance(record, Document):
+        return ()
+    return record.prompt if isinstance(record, PreferencePair) else record.messages
+
+
+def asked(record: Record) -> list[str]:
+    """What the user says, turn by turn."""
+    return [message.content for message in turns(record) if message.role == "user"]
+
+
+def answers(record: Record) -> list[str]:
+    """What is learnt: the doctor's turns of a conversation, both replies of a pair, or the whole text."""
+    if isinstance(record, Conversation):
+        return [message.content for message in record.messages if message.role == "assistant"]
+    return [record.text] if isinstance(record, Document) else [record.chosen, record.rejected]
+
+
 def texts(record: Record) -> list[str]:
     """All texts of a record, in order; an answer includes its reasoning, and a title does not count."""
-    if isinstance(record, Document):
-        return [record.text]
-    if isinstance(record, Conversation):
-        return [message.written for message in record.messages]
-    return [*(message.written for message in record.prompt), record.chosen, record.rejected]
-
-
-def map_texts(record: Record, change: Callable[[str], str]) -> Record:
-    """The record with each of its texts changed, the title and the reasoning included."""
-
-    def changed(message: Message) -> Message:
-        reasoning = change(message.reasoning) if message.reasoning else ""
-        return replace(message, content=change(message.content), reasoning=reasoning)
-
-    if isinstance(record, Document):
-        return replace(record, text=change(record.text), title=change(record.title))
-    if isinstance(record, Conversation):
-        return replace(record, messages=tuple(map(changed, record.messages)))
-    prompt = tuple(map(changed, record.prompt))
-    return replace(record, prompt=prompt, chosen=change(record.chosen), rejected=change(record.rejected))
+    written = [message.written for message in turns(record)]
+    return written if isinstance(record, Conversation) else written + answers(record)
 
 
 def question(record: Record) -> str:
     """What a record is asked: a conversation's first user message, a pair's last; a document's title or text."""
     if isinstance(record, Document):
         return record.title or record.text
-    if isinstance(record, PreferencePair):
-        return record.prompt[-1].content
-    return next(message.content for message in record.messages if message.role == "user")
+    return asked(record)[-1 if isinstance(record, PreferencePair) else 0]
+
+
+def map_texts(record: Record, change: Callable[[str], str]) -> Record:
+    """The record with each of its texts changed; titles, reasoning, diseases and departments are texts, too."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, str):
+            return change(value) if value else ""
+        return tuple(replace(turn, content=change(turn.content), reasoning=changed(turn.reasoning)) for turn in value)
+
+    names = ("text", "title", "messages", "prompt", "chosen", "rejected", "disease", "department")
+    return replace(record, **{name: changed(getattr(record, name)) for name in names if hasattr(record, name)})
 
 
 @cache

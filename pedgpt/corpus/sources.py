@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "safety": ("", (), ()),
     "self_cognition": ("", (), ()),
 }
-_KIND_FOUND = {
-    "documents": "encyclopedia",
-    "triples": "knowledge_graph",
-    "conversations": "instructions",
-    "preferences": "preferences",
-}
+_KIND_FOUND = {"documents": "encyclopedia", "triples": "knowledge_graph"}  # of files that no listing names
+_KIND_FOUND |= {"conversations": "instructions", "preferences": "preferences"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Source:
     kind: str  # one of KINDS
     name: str = ""  # names its files in the corpus; by default the file's stem, or the kind
     files: tuple[Path, ...] = ()  # key "file": a file or folder beside the TOML, or a list of them
-    domain: str = PEDIATRIC  # pediatric, general_medical or general; empty if found by content: see `in_domain`
+    domain: str = PEDIATRIC  # pediatric, general_medical or general; empty: each row's own words tell it
     task: str = ""  # conversations only: what they are; empty: by each row's own task, or its words
     columns: Mapping[str, str] = field(default_factory=dict)  # key: ["question=ask", …], if names are unknown
     licence: str = "not stated"
@@ -52,7 +48,7 @@ class Source:
     build: tuple[str, ...] = ()  # builders; by default those of its kind
     assistant: str = "儿科小助手"  # self_cognition only
     developer: str = "PedGPT 研究项目"  # self_cognition only
-    root: Path | None = None  # the folder in which it was found by content; places name files from there
+    root: Path = Path()  # the folder of the TOML, or that in which it was found; places name files from there
 
     @property
     def reads(self) -> str:
@@ -61,78 +57,75 @@ class Source:
 
 
 def read_listing(
-    path: Path, columns: Mapping[str, str] | None = None, left_out: dict[Path, str] | None = None
+    path: Path, columns: Mapping[str, str] | None = None, left_out: dict[Path, str] | None = None, domain: str = ""
 ) -> list[Source]:
     """The sources that a TOML file lists, or those of a folder: its corpus.toml, or else its files by their content.
 
-    A single data file is read like a folder that holds nothing else. `columns` is for files that are found by content;
-    those of them that hold no data are put into `left_out` with the reason. Raises ValueError for a wrong listing,
-    naming the table and the key, and one about all files whose data cannot be used.
+    A single data file is read like a folder that holds nothing else. `columns` and `domain` are for files that are
+    found by content; those of them that hold no data are put into `left_out` with the reason. Raises ValueError for a
+    wrong listing, naming the table and the key, and one about all files whose data cannot be used.
     """
     if (path / "corpus.toml").is_file():
         path = path / "corpus.toml"
     if not path.exists():
         raise ValueError(f"--source {path}: no such file or folder")
     if path.suffix.lower() != ".toml":
-        return _found(path, columns or {}, {} if left_out is None else left_out)
-    if columns:
-        raise ValueError(f"--columns is for files that are found by content; write `columns` in {path}")
+        return _found(path, columns or {}, {} if left_out is None else left_out, domain)
+    if columns or domain:
+        raise ValueError(f"--columns and --domain are for files that are found by content; write `domain` in {path}")
     listing = read_toml(path)
     entries = listing.get("source")
     if [*listing] != ["source"] or not isinstance(entries, list) or {*map(type, entries)} != {dict}:
         raise ValueError(f"{path}: expected [[source]] tables alone, each with a kind and, but for templates, a file")
     sources: dict[str, Source] = {}
     for number, entry in enumerate(entries, 1):
-        source = _source(entry, path.parent, f"{path}: source {number}")
-        if source.name in sources:
-            raise ValueError(f"{path}: source {number}: the name {source.name!r} is taken; give it another `name`")
+        try:
+            source = _source(entry, path.parent)
+            if source.name in sources:
+                raise ValueError(f"the name {source.name!r} is taken; give it another `name`")
+        except ValueError as error:
+            raise ValueError(f"{path}: source {number}: {error}") from None
         sources[source.name] = source
     return list(sources.values())
 
 
-def _source(entry: dict[str, Any], folder: Path, place: str) -> Source:
+def _source(entry: dict[str, Any], folder: Path) -> Source:
     def expect(key: str, fits: Any, expected: str) -> None:
         if not fits:
-            raise ValueError(f"{place}: {key} is {entry.get(key)!r}, expected {expected}")
+            raise ValueError(f"{key} is {entry.get(key)!r}, expected {expected}")
 
-    known = {f.name for f in fields(Source)} - {"files", "root"} | {"file"}
-    for key in entry.keys() - known:
-        raise ValueError(f"{place}: unknown key {key!r}; {nearest(key, sorted(known), 'keys')}")
-    expect("kind", entry.get("kind") in [*KINDS], f"one of {', '.join(KINDS)}")
+    known = {"file", *(f.name for f in fields(Source))} - {"files", "root"}
+    for key, value in entry.items():
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}; {nearest(key, sorted(known), 'keys')}")
+        if key in ("weight", "epochs"):
+            expect(key, type(value) in (int, float) and 0 <= value < math.inf, "a number of at least 0")
+        elif isinstance(value, list) and key in ("file", "build", "columns"):
+            expect(key, all(value) and {*map(type, value)} <= {str}, "a list of texts")
+        else:
+            expect(key, isinstance(value, str) and key not in ("build", "columns"), "a list of texts or some text")
+            expect(key, value.strip() or key in ("name", "task"), "some text")
+    expect("kind", entry.get("kind") in KINDS, f"one of {', '.join(KINDS)}")
     reads, default, more = KINDS[entry["kind"]]
-    told: dict[str, Any] = {f.name: f.default for f in fields(Source)}
-    told |= {"file": [], "columns": [], "build": list(default)} | entry
-    names = [told["file"]] if isinstance(told["file"], str) else told["file"]
-    for key, value in (("file", names), ("build", told["build"]), ("columns", told["columns"])):
-        expect(key, isinstance(value, list) and all(value) and {*map(type, value)} <= {str}, "a list of texts")
-    for key in ("name", "task", "licence", "assistant", "developer"):
-        expect(key, isinstance(told[key], str), "some text")
-    for key in ("weight", "epochs"):
-        expect(key, type(told[key]) in (int, float) and 0 <= told[key] < math.inf, "a number of at least 0")
+    told: dict[str, Any] = {"file": [], "columns": [], "build": default, "domain": PEDIATRIC} | entry
+    names = told.pop("file")
+    files = tuple(folder / name for name in ([names] if isinstance(names, str) else names))
     expect("domain", told["domain"] in DOMAINS, f"one of {', '.join(DOMAINS)}")
     among = ", ".join((*default, *more)) or "none for this kind"
     expect("build", {*told["build"]} <= {*default, *more}, f"a list of builders among {among}")
-    expect("file", bool(names) == bool(reads), "a path or a list of paths" if reads else "none for this kind")
-    files = tuple(folder / name for name in names)
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"{place}: {file}: no such file or folder; paths are relative to the TOML file")
-    told["name"] = told["name"] or (stem_of(files[0]) if files else told["kind"])
+    expect("file", bool(files) == bool(reads), "a path or a list of paths" if reads else "none for this kind")
+    files_of(files)  # which raises an error about those that are not there
+    told["name"] = told.get("name") or (stem_of(files[0]) if files else told["kind"])
     for key in ("name", "task"):
-        if told[key] and not is_name(told[key]):
-            raise ValueError(f"{place}: {key} {told[key]!r} cannot name a file; choose another")
-    try:
-        columns = parse_columns(told["columns"])
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-    texts = {key: told[key] for key in ("kind", "name", "domain", "task", "licence", "assistant", "developer")}
-    weight, epochs = float(told["weight"]), float(told["epochs"])
-    return Source(files=files, columns=columns, weight=weight, epochs=epochs, build=tuple(told["build"]), **texts)
+        expect(key, is_name(told.get(key) or "-"), "letters, digits, _, - and & only, as it names a file")
+    told |= {"columns": parse_columns(told["columns"]), "build": tuple(told["build"])}
+    return Source(files=files, root=folder, **told)
 
 
-def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) -> list[Source]:
+def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str], domain: str) -> list[Source]:
     """Every file of a folder, or the one file, as what its first rows show it to be."""
     files, others = files_in(folder) if folder.is_dir() else (files_of(folder), {})
+    root = folder if folder.is_dir() else folder.parent
     built = {path.parent for path in files if path.name == "manifest.json" and is_corpus(path.parent)}
     left_out |= {path: reason for path, reason in others.items() if built.isdisjoint(path.parents)}
     left_out |= dict.fromkeys(built, "a corpus that was built from sources")
@@ -140,19 +133,24 @@ def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) 
     problems = []
     for path in (path for path in files if built.isdisjoint(path.parents)):
         try:
-            kind = _KIND_FOUND[detect_kind(path, columns)]
+            reads = detect_kind(path, columns)
         except NoData as reason:
             left_out[path] = str(reason).removeprefix(f"{path}: ")
             continue
         except (ValueError, OSError) as problem:
             problems.append(str(problem))
             continue
-        if kind == "instructions" and _are_consultations(path, columns):
-            kind = "dialogues"
-        stem = re.sub(r"[^\w&-]", "_", _inside(path.with_name(stem_of(path)), folder))[-50:]
+        kind, about = _KIND_FOUND[reads], domain
+        records = iter_records(path, reads, on_bad_row="skip", columns=columns)
+        if reads == "documents":
+            about = domain or domain_of_texts(records)
+        elif reads == "conversations":  # most of the first ones have several turns and speak of medicine
+            first = list(islice(records, 20))
+            talks = sum(len(row.messages) > 3 and classify(row) != GENERAL for row in first)
+            kind = "dialogues" if 2 * talks > len(first) else kind
+        stem = re.sub(r"[^\w&-]", "_", inside(path.with_name(stem_of(path)), folder))[-50:]
         name = next(name for name in chain([stem], (f"{stem}_{n}" for n in count(2))) if name not in sources)
-        root = folder if folder.is_dir() else None
-        sources[name] = Source(kind, name, (path,), "", root=root, columns=columns, build=KINDS[kind][1])
+        sources[name] = Source(kind, name, (path,), about, root=root, columns=columns, build=KINDS[kind][1])
     if not sources and not problems:
         problems = [f"found no data; {_shown(left_out, folder)}"]
     if problems:
@@ -160,32 +158,16 @@ def _found(folder: Path, columns: Mapping[str, str], left_out: dict[Path, str]) 
     return list(sources.values())
 
 
-def _are_consultations(path: Path, columns: Mapping[str, str]) -> bool:
-    """Whether most of a file's first conversations have several turns and speak of medicine."""
-    first = list(islice(iter_records(path, "conversations", on_bad_row="skip", columns=columns), 20))
-    return 2 * sum(len(row.messages) > 3 and classify(row) != GENERAL for row in first) > len(first)
-
-
-def in_domain(source: Source, stated: str = "") -> Source:
-    """The source with a domain, if it was found by content: the `stated` one, or for running text that of its words.
-
-    Conversations without a stated domain keep none, because each row is classified by its own words.
-    """
-    if source.domain or not (stated or source.reads == "documents"):
-        return source
-    texts = iter_records(source.files, "documents", on_bad_row="skip", columns=source.columns)
-    return replace(source, domain=stated or domain_of_texts(texts))
-
-
-def describe_sources(sources: list[Source], folder: Path, left_out: Mapping[Path, str] | None = None) -> str:
+def describe_sources(sources: list[Source], folder: Path, left_out: Mapping[Path, str]) -> str:
     """A table of how each file is read, field by field, and of the files that are not read."""
     lines = []
     for source in sources:
-        lines.append(f"{source.name}: {source.kind}, {', '.join(source.build) or 'as it is'}; licence {source.licence}")
+        domain, build = source.domain or "each row of the domain that its words tell", ", ".join(source.build)
+        lines.append(f"{source.name}: {source.kind}, {domain}, {build or 'as it is'}; licence {source.licence}")
         for file in source.files:
             mapping = field_mapping(file, source.reads, source.columns) if file.is_file() else "every file in it"
-            lines.append(f"  {_inside(file, folder)}: {mapping}")
-    return printable("\n".join([*lines, *([_shown(left_out, folder)] if left_out else [])]))
+            lines.append(f"  {inside(file, folder)}: {mapping}")
+    return printable("\n".join([*lines, _shown(left_out, folder)]))
 
 
 def _shown(left_out: Mapping[Path, str], folder: Path) -> str:
@@ -193,12 +175,12 @@ def _shown(left_out: Mapping[Path, str], folder: Path) -> str:
     lines, seen = [], Counter[str]()
     for path, reason in left_out.items():
         seen[reason] += 1
-        lines += [f"{_inside(path, folder)}: not read: {reason}"] if seen[reason] <= 10 else []
+        lines += [f"{inside(path, folder)}: not read: {reason}"] if seen[reason] <= 10 else []
     lines += [f"… and {files - 10:,} more files: not read: {reason}" for reason, files in seen.items() if files > 10]
     return "\n".join(lines)
 
 
-def _inside(path: Path, folder: Path) -> str:
+def inside(path: Path, folder: Path) -> str:
     """A file's path in a folder; its name if it lies elsewhere."""
     return str(path.relative_to(folder)) if folder in path.parents else path.name
 

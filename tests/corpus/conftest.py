@@ -31,8 +31,8 @@ def assembled(tmp_path):
             assembly.take(steps, source)
         if after:
             after(assembly)
-        corpus = assembly.finish(share)
-        return assembly, corpus, read(folder), listed(folder)
+        assembly.finish(share)
+        return assembly, read(folder), listed(folder)
 
     return run
 

@@ -104,7 +104,7 @@ def random_inputs(rng, count):
 def test_every_row_is_written_or_listed_once_and_no_heldout_row_leaks(assembled, seed, share, threshold):
     inputs = list(random_inputs(random.Random(seed), 40))
     split = Split([name for name in DISEASES if name], heldout_share=share, seed=seed % 7)
-    assembly, corpus, rows, left = assembled(inputs, split=split, near_duplicate=threshold)
+    assembly, rows, left = assembled(inputs, split=split, near_duplicate=threshold)
     steps = [step for taken in inputs for step in taken]
     place = {id(step): (step.row.record.source if isinstance(step.row, Built) else step.row.source) for step in steps}
     written = [(side, row) for (side, _, _), found in rows.items() for row in found]
@@ -112,7 +112,7 @@ def test_every_row_is_written_or_listed_once_and_no_heldout_row_leaks(assembled,
     assert written_places + Counter(row["place"] for row in left) == Counter(place.values())
     assert assembly.built["talk"] == len(written) + len(left) == len(steps)
     assert Counter(row["reason"] for row in left) == {reason: n for (_, reason), n in assembly.dropped.items()}
-    assert sum(file["rows"] for file in corpus.files) == len(written)
+    assert sum(file["rows"] for file in assembly.files) == len(written)
 
     for taken in inputs:  # nothing stays of what is built from a row that is left out
         for step in taken:
@@ -170,7 +170,7 @@ def test_of_two_rows_alike_on_both_sides_one_stays(assembled, disease, held_firs
         trained = next(name for name in names if split.side(f"disease/{name}") == "train")
     answer = words("answer", 200)
     rows = [talk(words(name, 8), answer, source=f"in:{name}", disease=name) for name in (held, trained)]
-    _, _, rows, left = assembled([[Step("", Built(row))] for row in (rows if held_first else rows[::-1])], split=split)
+    _, rows, left = assembled([[Step("", Built(row))] for row in (rows if held_first else rows[::-1])], split=split)
     assert sum(map(len, rows.values())) == 1 and [row["reason"] for row in left] == ["near duplicate"]
     assert {side for side, *_ in rows} == {"heldout" if held_first else "train"}
 
@@ -188,7 +188,7 @@ def test_child_of_a_row_that_is_left_out_at_once_or_in_the_end_is_left_out(assem
          Step("evidiag", Built(talk(words(10), words(11), source="d:3")), 1),
          Step("preferences", Built(pair(words(12), words(13), words(14), source="d:4")), 2)],
     ]  # fmt: skip
-    _, _, rows, left = assembled(inputs, source=TEXTS)
+    _, rows, left = assembled(inputs, source=TEXTS)
     assert [row["origin"]["place"] for row in rows["train", "text/pediatric", "book"]] == ["a:1", "c:2", "d:1"]
     assert sum(map(len, rows.values())) == 3
     parent = "built from a row that was left out"
@@ -204,7 +204,7 @@ def test_four_doses_in_answer_to_one_question_are_all_kept(assembled):
     answer = "按体重用布洛芬混悬液，每次{}毫升，两次之间至少隔六小时，注意多喝水，精神不好就到医院看。"
     asked, doses = "孩子发热，布洛芬混悬液每次喝多少？", ("4.7", "47", "3", "6")
     doses = [talk(asked, answer.format(dose), source=f"in:{dose}") for dose in doses]
-    _, _, rows, left = assembled([[Step("", Built(row))] for row in doses])
+    _, rows, left = assembled([[Step("", Built(row))] for row in doses])
     assert not left and sum(map(len, rows.values())) == 4
 
 
@@ -212,7 +212,7 @@ def test_rows_that_name_another_drug_of_a_graph_or_a_heading_are_no_near_duplica
     said = "孩子发热，家长先不要着急，让孩子多休息，多喝温开水，穿宽松的衣服，再用{}，观察精神和食欲，" + words(0, 60)
     inputs = [Built(Document(said.format(name), f"in:{name}")) for name in ("甲芬", "乙芬", "丙芬", "丁芬")]
     inputs.append(Built(Document(words(1), "book.md:1 › 第一章 退热药 › 乙芬 › 用法", "用法")))
-    _, _, _, left = assembled(
+    _, _, left = assembled(
         [[Step("", row)] for row in inputs], source=TEXTS, before=lambda assembly: assembly.names.add("甲芬")
     )
     assert [row["place"] for row in left] == ["in:丁芬"]  # 丙芬 and 丁芬 are names to nobody
@@ -223,7 +223,7 @@ def test_an_evaluation_row_with_a_stock_answer_removes_no_training_row(assembled
     asked = ["咳嗽两周", "嘴角起泡", "夜里磨牙", "走路内八字", "头发稀黄", "耳朵流水"]
     inputs = [[Step("", Built(talk(f"孩子{name}怎么办？", stock, source=name)))] for name in [*asked, "总揉眼睛"]]
     evaluation = [talk("孩子总揉眼睛怎么办？", stock, source="e:1")]
-    _, _, rows, left = assembled(inputs, before=lambda assembly: assembly.protect(evaluation))
+    _, rows, left = assembled(inputs, before=lambda assembly: assembly.protect(evaluation))
     assert [row["place"] for row in left] == ["总揉眼睛"]  # the one that asks the same
 
 
@@ -238,7 +238,7 @@ def test_question_of_a_heldout_row_is_asked_of_no_other_disease_in_training(asse
             pair(question.replace("，", " "), words(5), words(6), source="in:2", disease=other)]  # fmt: skip
     inputs = [*asks, talk(words(7), words(8), source="in:3", disease=other)]
     steps = [[Step("", Built(row))] for row in inputs] + [[Step(builder, Built(made[builder != "preferences"]))]]
-    _, _, rows, left = assembled(steps, split=split)
+    _, rows, left = assembled(steps, split=split)
     assert sorted(row["place"] for row in left) == ["in:1", "in:2"]
     assert sorted(side for side, *_ in rows) == ["heldout", "train"]
 
@@ -260,7 +260,7 @@ def test_no_training_row_holds_what_is_evaluated(assembled, kind):
     item, rows = EVALUATED[kind]
     free = [talk(words(100 + i), words(200 + i), source=f"free:{i}") for i in range(4)]
     mixed = [row for two in zip(free, (rows * 4)[:4], strict=True) for row in two]
-    _, _, written, left = assembled([[Step("", Built(row))] for row in mixed], before=lambda a: a.protect([item]))
+    _, written, left = assembled([[Step("", Built(row))] for row in mixed], before=lambda a: a.protect([item]))
     assert [row["origin"]["place"] for rows in written.values() for row in rows] == [f"free:{i}" for i in range(4)]
     assert "overlaps with evaluation or held-out rows" in {row["reason"] for row in left}
 
@@ -271,7 +271,7 @@ def test_evaluated_rows_may_be_held_out_and_what_a_patient_says_later_is_anybody
     item = talk(words("q", 20), words("a", 30), "好的，谢谢医生的耐心解答和建议", words("b", 30), disease=held)
     other = {"肺炎": "水痘", "水痘": "肺炎"}[held]
     other = talk(words(1), words(2), "好的，谢谢医生的耐心解答和建议", words(3), source="in:2", disease=other)
-    _, _, rows, left = assembled(
+    _, rows, left = assembled(
         [[Step("", Built(item))], [Step("", Built(other))]], split=split, before=lambda a: a.protect([item])
     )
     assert not left and {side for side, *_ in rows} == {"heldout", "train"}
@@ -281,7 +281,7 @@ def test_evaluated_rows_may_be_held_out_and_what_a_patient_says_later_is_anybody
 def test_sample_for_stage_two_is_spread_evenly_over_each_task(assembled, share):
     inputs = [[Step("", Built(talk(words(i), words(-i), source=f"in:{i}", task=task)))]
               for i, task in zip(range(1, 61), ("MedKQ&A", "TreRecom", "safety") * 20, strict=True)]  # fmt: skip
-    _, corpus, rows, _ = assembled(inputs, share=share)
+    _, rows, _ = assembled(inputs, share=share)
     numbers = {row["origin"]["place"]: row["task"] for row in rows.get(("train", "tasks_sample", "talk"), [])}
     assert Counter(numbers.values()) == {t: n for t in ("MedKQ&A", "TreRecom") if (n := round(20 * share))}
     for task, first in (("MedKQ&A", 1), ("TreRecom", 2)):

@@ -91,10 +91,10 @@ def test_records_come_back_as_they_were_with_all_fields(assembled, data):
     assume(all(fault(r, min_characters=1, max_characters=5000, min_chinese=0) is None for r in records))
     details = {"versions": [{"answer": text()}], "support": 0.5, "none": None}
     steps = [[Step("", Built(record, details)) for record in records]]
-    assembly, corpus, rows, left = assembled(steps, near_duplicate=1.0)
+    assembly, rows, left = assembled(steps, near_duplicate=1.0)
     assert not left
     back = {}
-    for file in corpus.files:
+    for file in assembly.files:
         path = assembly.folder / file["path"]
         (back[file["kind"]],) = iter_records(path, file["kind"])
         (row,) = jsonl(path)
@@ -106,7 +106,7 @@ def test_records_come_back_as_they_were_with_all_fields(assembled, data):
 
 def test_very_long_text_is_written_whole(assembled):
     text = "".join(random.Random(0).choices(HAN + list("，。\n\u2028"), k=400_000))
-    _, _, rows, left = assembled([[Step("", Built(Document(text, "b")))]], source=TEXTS)
+    _, rows, left = assembled([[Step("", Built(Document(text, "b")))]], source=TEXTS)
     assert not left  # running text may be of any length
     assert rows["train", "text/pediatric", "book"][0]["text"] == text
 
@@ -208,26 +208,25 @@ def test_shards_checksums_and_statistics_by_hand(assembled):
         talk(words(1, 10), words(2, 20), disease=other),
         PreferencePair((*system, Message("user", "天地")), "玄黄宇", "宙", "p:1", disease=other),
     ]
-    assembly, corpus, _, left = assembled([[Step("", Built(row))] for row in rows], split=split, shard_rows=2)
+    assembly, _, left = assembled([[Step("", Built(row))] for row in rows], split=split, shard_rows=2)
     assert not left
-    assert [(file["path"], file["rows"], file["side"], file["stages"], file["kind"]) for file in corpus.files] == [
+    assert [(file["path"], file["rows"], file["side"], file["stages"], file["kind"]) for file in assembly.files] == [
         ("heldout/tasks/medkqa/talk-00000.jsonl", 1, "heldout", [1, 4], "conversations"),
         ("train/preferences/talk-00000.jsonl", 1, "train", [3], "preferences"),
         ("train/tasks/medkqa/talk-00000.jsonl", 2, "train", [1, 4], "conversations"),
         ("train/tasks/medkqa/talk-00001.jsonl", 1, "train", [1, 4], "conversations"),
     ]
-    for file in corpus.files:
+    for file in assembly.files:
         data = (assembly.folder / file["path"]).read_bytes()
         assert hashlib.sha256(data).hexdigest() == file["sha256"] and data.count(b"\n") == file["rows"]
     (last,) = jsonl(assembly.folder / "train/tasks/medkqa/talk-00001.jsonl")
     assert [message["content"] for message in last["messages"]] == [words(1, 10), words(2, 20)]
     counted = ("rows", "heldout", "turns", "asked", "answered")
-    found = {name: tuple(s[each] for each in counted) for name, s in corpus.statistics.items()}
+    found = {name: tuple(s[each] for each in counted) for name, s in assembly.statistics.items()}
     assert found == {
         ("tasks/medkqa", "talk"): (4, 1, 5, 3 + 3 + 4 + 10, 5 + 4 + 1 + 20),
         ("preferences", "talk"): (1, 0, 1, 2, 3),
     }
-    assert corpus.topics == {other: 4, held: 1}
 
 
 def test_nothing_but_the_corpus_stays_in_its_folder(assembled):

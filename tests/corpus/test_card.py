@@ -46,12 +46,12 @@ def made(folder, inputs, summaries=None):
     assembly = Assembly(folder, limits, SPLIT)
     for source, row in inputs:
         assembly.take([Step("", row)], source)
-    corpus = assembly.finish(0.5)
+    assembly.finish(0.5)
     summaries = summaries or {source.name: ReadSummary() for source in (TALK, BOOK, TEMPLATES)}
     settings = {"seed": 0, "evaluation": ["e.jsonl"]}
-    written = assembly.write_manifest(corpus, [TALK, BOOK, TEMPLATES], settings, summaries)
-    write_card(corpus, written)
-    return corpus, written
+    written = assembly.write_manifest([TALK, BOOK, TEMPLATES], settings, summaries)
+    write_card(folder, assembly.statistics, written)
+    return assembly, written
 
 
 INPUTS = [
@@ -118,9 +118,6 @@ def test_card_counts_by_hand(corpus):
         ["tasks_sample", "talk", "2", "0", "1.0", "22", "102"],
         ["text/pediatric", "book", "2", "0", "–", "–", "1,250"],
     ]
-    assert cells(card, "Rows by stage") == [
-        ["1 continued pre-training", "8"], ["2 full fine-tuning", "4"], ["3 DFPO", "1"], ["4 experts", "4"],
-    ]  # fmt: skip
     assert [row[:1] + row[3:] for row in cells(card, "Sources")] == [
         ["talk", "8", "1", "7", "2"], ["book", "4", "0", "4", "1.5 epochs"], ["safety", "0", "0", "1", "1"],
     ]  # fmt: skip
@@ -131,7 +128,7 @@ def test_names_with_bars_and_line_breaks_leave_the_tables_whole(corpus):
     folder, *_ = corpus
     card = (folder / "README.md").read_text(encoding="utf-8")
     blocks = [block.splitlines() for block in card.split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 5
+    assert len(blocks) == 3
     for lines in blocks:
         assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
         widths = {line.replace("\\|", "").count("|") for line in lines}
@@ -141,19 +138,10 @@ def test_names_with_bars_and_line_breaks_leave_the_tables_whole(corpus):
 
 
 def test_statistics_of_nothing_and_a_card_without_rows(tmp_path):
-    corpus, written = made(tmp_path / "corpus", [])
-    assert len(statistics_table(corpus).splitlines()) == 2 and written["files"] == []
+    assembly, written = made(tmp_path / "corpus", [])
+    assert len(statistics_table(assembly.statistics).splitlines()) == 2 and written["files"] == []
     card = (tmp_path / "corpus" / "README.md").read_text(encoding="utf-8")
     assert "Nothing." in card and "0 rows for training and 0 held out" in card
-
-
-def test_topics_count_every_row_once_the_most_frequent_first(tmp_path):
-    rows = [Built(talk(20 + i, 100 + i, f"病|{i % 40}")) for i in range(60)]
-    corpus, _ = made(tmp_path / "corpus", [(TALK, row) for row in rows])
-    assert corpus.topics == {f"病|{i}": 2 if i < 20 else 1 for i in range(40)}
-    card = (tmp_path / "corpus" / "README.md").read_text(encoding="utf-8")
-    assert [row for row in cells(card, "Topics")][:20] == [[f"病|{i}", "2"] for i in sorted(range(20), key=str)]
-    assert len(cells(card, "Topics")) == 30 and "0 rows name none, 10 more topics are not shown" in card
 
 
 def talks(rng, count):

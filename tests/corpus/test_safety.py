@@ -2,8 +2,6 @@
 
 import re
 
-import pytest
-
 from pedgpt.corpus.builders.safety import safety, self_cognition
 from pedgpt.corpus.rows import Built
 
@@ -42,13 +40,6 @@ def test_slots_are_filled():
     said = ["".join(pair) for pair in pairs(safety())]
     for slot in ("发烧", "咳嗽", "腹泻", "湿疹"):
         assert sum(text.startswith(("孩子" + slot, "有人说孩子" + slot, "孩子前阵子" + slot)) for text in said) >= 8
-
-
-def test_blank_names_are_errors():
-    with pytest.raises(ValueError, match="assistant: found '', expected a name"):
-        list(self_cognition("", "某实验室"))
-    with pytest.raises(ValueError, match="developer"):
-        list(self_cognition("小测", "\t"))
 
 
 def test_self_cognition_names_whom_it_is_told():

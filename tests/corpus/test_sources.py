@@ -80,8 +80,8 @@ A = "[[source]]\nfile = 'a.jsonl'\n"
         (A + "kind = 'instructions'\nlicense = 'MIT'\n", "unknown key 'license'; did you mean 'licence'"),
         (A + "kind = 'instructions'\ndomain = 'space'\n", "domain is 'space'"),
         (A + "kind = 'instructions'\ndomain = ''\n", "domain is ''"),
-        (A + "kind = 'instructions'\ntask = '../x'\n", "task '../x' cannot name a file"),
-        (A + "kind = 'instructions'\nname = 'a b'\n", "name 'a b' cannot name a file"),
+        (A + "kind = 'instructions'\ntask = '../x'\n", "task is '../x', expected letters"),
+        (A + "kind = 'instructions'\nname = 'a b'\n", "name is 'a b', expected letters"),
         (A + "kind = 'instructions'\nlicence = 3\n", "licence is 3"),
         (A + "kind = 'instructions'\nweight = -1\n", "weight is -1"),
         (A + "kind = 'instructions'\nweight = nan\n", "weight is nan"),
@@ -91,8 +91,10 @@ A = "[[source]]\nfile = 'a.jsonl'\n"
         (A + "kind = 'safety'\n", "file is 'a.jsonl', expected none for this kind"),
         ("[[source]]\nkind = 'instructions'\n", "file is None, expected a path or a list of paths"),
         ("[[source]]\nkind = 'instructions'\nfile = 3\n", "file is 3"),
-        ("[[source]]\nkind = 'instructions'\nfile = 'c.jsonl'\n", "c.jsonl: no such file"),
+        ("[[source]]\nkind = 'instructions'\nfile = 'c.jsonl'\n", "c.jsonl: found no such file"),
         (2 * (A + "kind = 'instructions'\n"), "source 2: the name 'a' is taken"),
+        ("[[source]]\nkind = 'self_cognition'\nassistant = ' '\n", "assistant is ' ', expected some text"),
+        ("[[source]]\nkind = 'self_cognition'\ndeveloper = ''\n", "developer is '', expected some text"),
     ],
 )
 def test_wrong_listing_is_an_error_that_says_where(folder, listing, told):
@@ -134,8 +136,9 @@ def test_folder_without_a_listing_is_read_by_content(folder):
     left_out = {}
     sources = read_listing(folder, left_out=left_out)
     assert {source.name: (source.kind, source.domain) for source in sources} == {
-        "a": ("instructions", ""), "b": ("encyclopedia", ""), "c": ("dialogues", ""), "d": ("instructions", ""),
-        "e": ("preferences", ""), "f_g": ("knowledge_graph", ""), "f_g_2": ("encyclopedia", ""),
+        "a": ("instructions", ""), "b": ("encyclopedia", "pediatric"), "c": ("dialogues", ""),
+        "d": ("instructions", ""), "e": ("preferences", ""), "f_g": ("knowledge_graph", ""),
+        "f_g_2": ("encyclopedia", "pediatric"),
     }  # fmt: skip
     told = describe_sources(sources, folder, left_out)
     assert "README.md: not read" in told and "scan.pdf: not read" in told

@@ -39,7 +39,7 @@ def evidiag_dialogue(conversation: Conversation, ask: Ask | None = None) -> Buil
     said = conversation.messages[len(messages) :]
     kept = _cleaned(list(zip(said[::2], said[1::2], strict=True)))
     text = "".join(message.content for pair in kept for message in pair)
-    medical = len(kept) > 1 or is_evidence(text) or pattern("dialogues", "medical").search(text)
+    medical = len(kept) > 1 or evidence(text) or pattern("dialogues", "medical").search(text)
     if not (medical and any(answer.loss and without_boilerplate(answer.content) for _, answer in kept)):
         raise LeftOut("fewer than two turns after cleaning", "".join(message.content for message in said)[:80])
     rewritten = []
@@ -53,13 +53,8 @@ def evidiag_dialogue(conversation: Conversation, ask: Ask | None = None) -> Buil
 
 
 def evidence(text: str) -> set[str]:
-    """The numbers of a text and its words for symptoms, findings, diseases, drugs and the like."""
+    """The numbers of a text and its words for symptoms, findings, examinations, diagnoses and drugs."""
     return {*NUMBER.findall(text), *pattern("dialogues", "evidence").findall(text)}
-
-
-def is_evidence(text: str) -> bool:
-    """Whether a text holds a symptom, a finding, an examination, a diagnosis, a drug or a digit."""
-    return bool(NUMBER.search(text) or pattern("dialogues", "evidence").search(text))
 
 
 def without_boilerplate(text: str) -> str:
@@ -88,12 +83,14 @@ def _cleaned(pairs: list[tuple[Message, Message]]) -> list[tuple[Message, Messag
         said, answer = pending if pending and courtesy else user.content, without_boilerplate(assistant.content)
         if pending and not courtesy:
             said = re.sub(r"(?<![。！？!?；;，,\s])\s*$", "。", pending).rstrip() + said.lstrip()
-        if answer and not _doctor_says_nothing(answer, user.content):
+        clauses = _clauses(answer)
+        nods = all(_fits("hearing", clause) for clause in clauses) and not (clauses and _ASKING.search(user.content))
+        if answer and not nods:
             kept.append((replace(user, content=said), replace(assistant, content=answer)))
             pending = ""
         elif i + 1 < len(pairs):  # the doctor only nods: the patient speaks on
             pending = said if pending or not courtesy else ""
-        elif (pending or not courtesy) and (is_evidence(said) or _ASKING.search(said)):
+        elif (pending or not courtesy) and (evidence(said) or _ASKING.search(said)):
             kept.append((replace(user, content=said), assistant))  # never lost, even if a courtesy answers it
     return kept
 
@@ -113,7 +110,7 @@ def _stripped(sentence: str) -> str:
 
 def _closings(clauses: list[str]) -> list[bool]:
     """Which clauses only thank, wish or advertise."""
-    plain = [bool(clause) and not is_evidence(clause) for clause in clauses]
+    plain = [bool(clause) and not evidence(clause) for clause in clauses]
     closes = [
         (plain[i] and (_fits("thanks", clause) or _fits("wish", clause)))
         or (_fits("platform", clause) and not NUMBER.search(clause))
@@ -139,14 +136,9 @@ def _clauses(text: str) -> list[str]:
 def _patient_is_courteous(text: str, answers_a_question: bool) -> bool:
     clauses = _clauses(text)
     said = "".join(clauses)
-    if is_evidence(said) or (said and _ASKING.search(text)) or (answers_a_question and not re.search("谢|再见", said)):
+    if evidence(said) or (said and _ASKING.search(text)) or (answers_a_question and not re.search("谢|再见", said)):
         return False
     return all(_fits("wish", clause) or _fits("acknowledging", clause) for clause in clauses)
-
-
-def _doctor_says_nothing(answer: str, patient: str) -> bool:
-    clauses = _clauses(answer)
-    return all(_fits("hearing", clause) for clause in clauses) and not (clauses and _ASKING.search(patient))
 
 
 def _completed(turn: str, before: list[Message], ask: Ask) -> str:
@@ -157,6 +149,6 @@ def _completed(turn: str, before: list[Message], ask: Ask) -> str:
     names = {"system": "说明", "user": "患者", "assistant": "医生"}
     dialogue = "\n".join(f"{names[message.role]}：{message.content}" for message in before)
     answer = answered(ask, prompts, {"answer": str}, dialogue=dialogue, turn=turn)["answer"]
-    diagnoses = filter(is_evidence, whole_sentences(turn))
+    diagnoses = filter(evidence, whole_sentences(turn))
     survives = all(said.strip(_EDGES) in answer for said in diagnoses) and evidence(answer) <= evidence(dialogue + turn)
     return answer if survives and len(answer) >= len(turn) else turn

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, islice, permutations
+from itertools import chain, combinations, islice, permutations, product
 from typing import Any
 
 from pedgpt.corpus.rows import number, pick, spoken, templates
@@ -16,7 +16,7 @@ from pedgpt.data.records import Conversation, Document, Triple
 from pedgpt.data.tasks import EVIDIAG, MEDKQA, TRERECOM
 
 SYMPTOM, AGE, EXAMINATION = "症状", "好发年龄", "检查"
-TREATMENT, PREVENTION, COMPLICATION = "治疗", "预防", "并发症"
+_CARE = TREATMENT, PREVENTION, COMPLICATION = "治疗", "预防", "并发症"
 _FORMS = templates("knowledge_graph")
 
 
@@ -66,10 +66,10 @@ def medkqa(disease: Disease) -> Iterator[Conversation]:
 
 def trerecom(disease: Disease) -> Iterator[Conversation]:
     """Treatment recommendations: a question in every phrasing, answered with treatment, care and warning signs."""
-    if disease.has(SYMPTOM, TREATMENT, PREVENTION, COMPLICATION):
+    if disease.has(SYMPTOM, *_CARE):
         forms, symptoms = _FORMS["trerecom"], disease.facts[SYMPTOM]
         for i in range(len(forms["questions"])):
-            values = {"first": symptoms[i % len(symptoms)], "second": symptoms[(i + 1) % len(symptoms)]}
+            values = _named([symptoms[i % len(symptoms)], symptoms[(i + 1) % len(symptoms)]])
             yield _row(TRERECOM, disease, _rotated(forms, i), values | _care(disease))
 
 
@@ -78,7 +78,7 @@ def evidiag(disease: Disease) -> Iterator[Conversation]:
 
     Neighbouring orderings differ in the last symptom only.
     """
-    if disease.has(SYMPTOM, AGE, EXAMINATION, TREATMENT, PREVENTION, COMPLICATION):
+    if disease.has(SYMPTOM, AGE, EXAMINATION, *_CARE):
         exam, *_ = disease.facts[EXAMINATION]
         fixed = {"age": disease.facts[AGE][0], "exam": exam, "exams": disease.listed(EXAMINATION)} | _care(disease)
         for i, triple in enumerate(islice(permutations(disease.facts[SYMPTOM], 3), 0, 24, 3)):
@@ -105,10 +105,10 @@ def two_hop(diseases: Sequence[Disease], *, most: int = 4) -> Iterator[Conversat
         known = [named[tail] for tail in disease.facts.get(COMPLICATION, []) if tail in named and tail != disease.name]
         # With one complication of the list the question need not name it; with more, it could mean any.
         kind = forms["complication" if len(known) == 1 else "complications"]
-        hops = [(other, relation) for relation in (PREVENTION, TREATMENT) for other in known if other.has(relation)]
-        for other, relation in hops:
-            values = {"complication": other.name, "all": disease.listed(COMPLICATION), "tails": other.listed(relation)}
-            rows.append(_picked(kind[relation], disease, relation, values))
+        for relation, other in product((PREVENTION, TREATMENT), known):
+            if other.has(relation):
+                tails = {"all": disease.listed(COMPLICATION), "tails": other.listed(relation)}
+                rows.append(_picked(kind[relation], disease, relation, {"complication": other.name} | tails))
         yield from rows[:most]
 
 
@@ -125,22 +125,20 @@ def negative(diseases: Sequence[Disease], *, most: int = 2) -> Iterator[Conversa
         tails[relation] += facts
     for disease in diseases:
         asked = disease.facts.keys() - {AGE, COMPLICATION, TREATMENT}
-        ordered = sorted(asked, key=lambda relation: (number(disease.name, relation), relation))
-        pairs = (
-            (relation, foreign) for relation in ordered for foreign in _foreign(tails[relation], relation, disease)
-        )
-        for relation, foreign in islice(pairs, most):
+        strangers = {relation: _foreign(tails[relation], relation, disease) for relation in asked}
+        ordered = sorted(filter(strangers.get, asked), key=lambda relation: (number(disease.name, relation), relation))
+        for relation in ordered[:most]:
             true = pick(disease.facts[relation], disease.name, relation)
             others = "、".join(tail for tail in disease.facts[relation] if tail != true)
             values = {"relation": relation, "tails": disease.listed(relation), "others": others}
-            answers = [(true, "yes" if others else "only"), (foreign, "no")]
+            answers = [(true, "yes" if others else "only"), (strangers[relation], "no")]
             for tail, answer in answers if number(disease.name) % 2 else answers[::-1]:
                 turns = {"questions": forms.get(relation, forms["generic"]), "answers": forms[answer]}
                 yield _picked(turns, disease, relation, {"tail": tail} | values)
 
 
-def _foreign(tails: Sequence[str], relation: str, disease: Disease) -> list[str]:
-    """One of the facts that the disease lacks, if a few draws find one, so that the time is linear in the graph.
+def _foreign(tails: Sequence[str], relation: str, disease: Disease) -> str:
+    """A fact that the disease lacks, or "" if a few draws find none, so that the time is linear in the graph.
 
     It shares less than half of its characters with each fact of the disease, and a finding's last one with none: 咳嗽
     is no stranger to 剧烈咳嗽, 避免烟草烟雾 none to 避免被动吸烟, 高热 none to 发热.
@@ -150,8 +148,8 @@ def _foreign(tails: Sequence[str], relation: str, disease: Disease) -> list[str]
     for tail in (pick(tails, disease.name, relation, str(i)) for i in range(20)):
         alike = any(2 * len(fact & set(tail)) >= min(len(fact), len(set(tail))) for fact in facts)
         if tail[-1] not in ends and not alike:
-            return [tail]
-    return []
+            return tail
+    return ""
 
 
 def _holders(diseases: Sequence[Disease]) -> dict[str, set[str]]:
@@ -176,7 +174,7 @@ def _ordered(disease: Disease) -> list[str]:
 
 
 def _named(symptoms: Sequence[str]) -> dict[str, str]:
-    return dict(zip(("first", "second", "third"), symptoms, strict=True))
+    return dict(zip(("first", "second", "third"), symptoms, strict=False))
 
 
 def _care(disease: Disease) -> dict[str, str]:

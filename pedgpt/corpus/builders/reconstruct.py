@@ -36,18 +36,18 @@ def reconstruct(conversation: Conversation, ask: Ask | None = None) -> Built:
     `details["versions"]` holds, for the judgement and each step that changed something, the answer before it and why;
     `details["refused"]`, if there, a teacher's answers that were not taken.
     """
-    asked = "\n".join(message.content for message in conversation.messages if message.role == "user")
+    question = "\n".join(message.content for message in conversation.messages if message.role == "user")
     *context, last = conversation.messages
     answer, refused = last.content, []
-    versions = [{"step": "judge", "answer": answer, "reason": _judged(asked, answer, ask)}]
+    versions = [{"step": "judge", "answer": answer, "reason": _judged(question, answer, ask)}]
     for step in ("enrich", "reorganise"):
         if ask:
-            form, reason = _asked(step, asked, answer, ask, answer=str, reason=str)
+            form, reason = _asked(step, question, answer, ask, answer=str, reason=str)
         elif step == "enrich":
-            form, reason = _enrich(asked, answer)
+            form, reason = _enrich(question, answer)
         else:
             form, reason = reorganise(answer), "forum headings, boilerplate, lists and punctuation put in order"
-        if fault := _fault(asked, answer, form) if ask else "":
+        if fault := _fault(question, answer, form) if ask else "":
             refused.append({"step": step, "answer": form, "reason": fault})
         elif form != answer:
             versions.append({"step": step, "answer": answer, "reason": reason})
@@ -56,30 +56,31 @@ def reconstruct(conversation: Conversation, ask: Ask | None = None) -> Built:
     return Built(replace(conversation, messages=(*context, replace(last, content=answer))), details)
 
 
-def _asked(step: str, asked: str, before: str, ask: Ask, **fields: type) -> Iterable[Any]:
+def _asked(step: str, question: str, before: str, ask: Ask, **fields: type) -> Iterable[Any]:
     """The fields of a teacher's answer, in order."""
-    return answered(ask, _FORMS["teacher"][step], fields, question=asked, answer=before).values()
+    return answered(ask, _FORMS["teacher"][step], fields, question=question, answer=before).values()
 
 
-def _judged(asked: str, answer: str, ask: Ask | None) -> str:
+def _judged(question: str, answer: str, ask: Ask | None) -> str:
     """The score of the answer and why; left out if it is too low."""
     if ask:
-        score, reason = _asked("judge", asked, answer, ask, score=int, reason=str)
+        score, reason = _asked("judge", question, answer, ask, score=int, reason=str)
         if not 1 <= score <= 5:
             raise Unusable(f"judged {score!r}, expected a whole number from 1 to 5")
         if score < _FORMS["teacher"]["judge"]["lowest"]:
             raise LeftOut("judged unusable: by the teacher", f"score {score}: {reason}: {answer[:60]}")
         return f"score {score}: {reason}"
     said = reorganise(answer)
+    sentences = [sentence.strip("，,。！？!? ") for sentence in whole_sentences(said)]
+    refers = all(not s or (len(s) <= 60 and pattern("reconstruct", "referral").fullmatch(s)) for s in sentences)
     faults = {
         "too terse": len(re.sub(r"[\W_]", "", without_greeting(said))) < _FORMS["terse"],
         "promotional": _has("promotional", answer),
-        "only refers to a doctor": not _has("see_doctor_asked", asked) and _only_refers(said),
+        "only refers to a doctor": refers and not _has("see_doctor_asked", question),
         "rude": _has("rude", answer),
     }
-    for fault, found in faults.items():
-        if found:
-            raise LeftOut(f"judged unusable: {fault}", answer[:60])
+    if fault := next((fault for fault, found in faults.items() if found), ""):
+        raise LeftOut(f"judged unusable: {fault}", answer[:60])
     return "no fault"
 
 
@@ -88,13 +89,13 @@ def _has(words: str, text: str) -> bool:
     return bool(pattern("reconstruct", words).search(text))
 
 
-def _fault(asked: str, before: str, after: str) -> str:
+def _fault(question: str, before: str, after: str) -> str:
     """Why a teacher's version is refused, or ""."""
-    old, new = _numbers(before), _numbers(after)
-    if old - new:
-        return f"loses the number {min(old - new)}"
-    if new - old - _numbers(asked):
-        return f"adds the number {min(new - old - _numbers(asked))}"
+    asked, old, new = map(_numbers, (question, before, after))
+    if lost := old - new:
+        return f"loses the number {min(lost)}"
+    if added := new - old - asked:
+        return f"adds the number {min(added)}"
     return "loses more than half of the answer" if len(after) < len(before) / 2 else ""
 
 
@@ -103,12 +104,12 @@ def _numbers(text: str) -> set[str]:
     return set(NUMBER.findall("\n".join(re.sub(r"^\d{1,2}[.、](?!\d)", "", body) for _, body in _items(text))))
 
 
-def _enrich(asked: str, answer: str) -> tuple[str, str]:
-    if not _has("treatment", asked) or _has("sees_doctor", answer):
+def _enrich(question: str, answer: str) -> tuple[str, str]:
+    if not _has("treatment", question) or _has("sees_doctor", answer):
         return answer, ""
     forms = _FORMS["enrich"]
     names = ["ask_about_drugs", "see_doctor"] if _has("names_drug", answer) else ["see_doctor"]
-    added = "".join(pick(forms[name], asked) for name in names)
+    added = "".join(pick(forms[name], question) for name in names)
     return f"{_ended(answer)}\n{added}", "; ".join(forms[f"{name}_reason"] for name in names)
 
 
@@ -150,8 +151,3 @@ def _clean(text: str) -> str:
 def _ended(text: str) -> str:
     text = text.rstrip("，,、；;. ")
     return text if not text or text[-1] in "。！？!?：…" else text + "。"
-
-
-def _only_refers(answer: str) -> bool:
-    said = [sentence.strip("，,。！？!? ") for sentence in whole_sentences(answer)]
-    return bool(said) and all(not s or (len(s) <= 60 and pattern("reconstruct", "referral").fullmatch(s)) for s in said)

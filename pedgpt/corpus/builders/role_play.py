@@ -56,9 +56,8 @@ def subject(passage: Document) -> str:
 def _templated(passage: Document, name: str, aspect: str, text: str) -> Built:
     forms, body = _ASPECTS[aspect], re.sub(f"^(?:{_FORMS['pronouns']})", lambda _: name, text)
     body = re.sub(f"^{_FORMS['possessive']}", lambda _: f"{name}的", body)
-    role, closing = pick(ROLES, passage.text, aspect), ""
-    question = pick(forms[role], passage.text, aspect, "question").format(subject=name)
-    tone = role
+    tone = role = pick(ROLES, passage.text, aspect)
+    question, closing = pick(forms[role], passage.text, aspect, "question").format(subject=name), ""
     if role == "parent":
         body = rewritten(body, _FORMS["to_parents"])
         closing = pick(forms["closings"], passage.text, aspect, "closing")
@@ -108,17 +107,14 @@ def _asked(passage: Document, ask: Ask, role: str, known: set[str]) -> Built:
         raise LeftOut("question repeats another role's", question)
     known.add(question)
     said = answered(ask, prompts["answer"], {"answer": str, "evidence": str}, question=question, **values)
-    answer, evidence, text = said["answer"], said["evidence"], _letters(passage.text)
-    if not _letters(evidence) or any(_letters(part) not in text for part in sentences(evidence)):
+    answer, evidence, marks = said["answer"], said["evidence"], re.compile(r"[\W_]+")
+    quoted = [marks.sub("", part) for part in sentences(evidence)]
+    if not any(quoted) or any(part not in marks.sub("", passage.text) for part in quoted):
         raise LeftOut("evidence is not in its passage", evidence)
     if pointing.search(answer):
         raise LeftOut("answer points at its passage", answer)
     aspect = _best(_scores(question, values["title"], "")) or _best(_scores(answer, values["title"], ""))
     return _checked(passage, question, answer, aspect, role, answer, evidence=evidence)
-
-
-def _letters(text: str) -> str:
-    return re.sub(r"[\W_]+", "", text)
 
 
 def _best(scores: dict[str, int]) -> str:

@@ -20,10 +20,7 @@ def safety() -> Iterator[Built]:
 
 
 def self_cognition(assistant: str, developer: str) -> Iterator[Built]:
-    """What the assistant of that name, by that developer, is and is not. A blank name is a ValueError."""
-    for key, name in (("assistant", assistant), ("developer", developer)):
-        if not name.strip():
-            raise ValueError(f"{key}: found {name!r}, expected a name")
+    """What the assistant of that name, by that developer, is and is not."""
     for topic in templates("safety")["self"]:
         for question, answer in topic["rows"]:
             named = answer.format(assistant=assistant.strip(), developer=developer.strip())

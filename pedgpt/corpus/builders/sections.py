@@ -65,8 +65,6 @@ def passages(document: Document, *, max_characters: int = 1200) -> Iterator[Docu
     .txt or .md, else the document's own source before the headings. `title` is the nearest heading without its number,
     or the document's title. A short document without headings is returned as it is.
     """
-    if max_characters < 1:
-        raise ValueError(f"max_characters is {max_characters}, expected 1 or more")
     text = document.text
     lines = text.split("\n")  # and at nothing else, as the readers count lines
     headings = _headings([line.strip() for line in lines])

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from fractions import Fraction
 
 from pedgpt.corpus.rows import either, pattern, templates
@@ -46,20 +47,18 @@ class Support:
     """How well a passage supports an answer."""
 
     share: float  # of the answer's content (pairs of Chinese characters, Latin words) that the passage has, 0 to 1
-    missing_numbers: tuple[str, ...]  # with their units, that the passage does not give
-    missing_terms: tuple[str, ...]  # names of drugs, and Latin names with a digit, that the passage does not name
-    flips: tuple[str, ...]  # advice that the passage gives the other way round
     weakest: float  # the lowest share of a sentence of medicine of at least eight pairs; 1 if there is none
+    # "numbers" with their units and "terms" (names of drugs, Latin names with a digit) that the passage does not give,
+    # and advice that it gives the other way round ("turned round").
+    missing: dict[str, list[str]]
 
     def ok(self, min_share: float = 0.6) -> bool:
         """Nothing missing or turned round, `min_share` of the whole supported, and half that of every sentence."""
-        nothing = not (self.missing_numbers or self.missing_terms or self.flips)
-        return nothing and self.share >= min_share and self.weakest >= min_share / 2
+        return not any(self.missing.values()) and self.share >= min_share and self.weakest >= min_share / 2
 
     def describe(self) -> str:
         """What is missing, in one line."""
-        found = {"numbers": self.missing_numbers, "terms": self.missing_terms, "turned round": self.flips}
-        named = [f"{name}: {'、'.join(values)}" for name, values in found.items() if values]
+        named = [f"{name}: {'、'.join(values)}" for name, values in self.missing.items() if values]
         return "; ".join([f"share {self.share:.2f}, weakest sentence {self.weakest:.2f}", *named])
 
 
@@ -77,7 +76,7 @@ def support(answer: str, passage: str, *, question: str = "") -> Support:
     )
     drugs = [match[0] for match in pattern("support", "drugs").finditer(answer)]
     named = drugs + [word for word in _LATIN.findall(answer) if re.search(r"\d", word)]  # B12, EV71
-    given = f"{passage}\n{question}".casefold()
+    given = f"{passage}\n{question}"
     known, asked = ({*_grams(text), *_grams(_PARTICLES.sub("", text))} for text in (passage, question))
     have, total, weakest = 0, 0, 1.0
     for sentence in _SENTENCE.findall(answer):
@@ -88,27 +87,23 @@ def support(answer: str, passage: str, *, question: str = "") -> Support:
         have, total = have + supported, total + len(content)
         if len(content) >= 8 and pattern("support", "medical").search(sentence):
             weakest = min(weakest, supported / len(content))
-    return Support(
-        share=have / total if total else 0.0,
-        missing_numbers=tuple(_missing_numbers(answer, f"{passage}\n{question}")),
-        missing_terms=tuple(name for name in dict.fromkeys(named) if name.casefold() not in given),
-        flips=tuple(_flips(answer, passage)),
-        weakest=weakest,
-    )
+    # Without a unit on either side, the value alone counts.
+    meant = {meaning for _, value, unit in numbers(given) for meaning in [("any", value), meaning_of(value, unit)]}
+    missing = {
+        "numbers": [
+            written for written, value, unit in numbers(answer)
+            if meant.isdisjoint([("", value), meaning_of(value, unit)] if unit else [("any", value)])
+        ],
+        "terms": [name for name in dict.fromkeys(named) if name.casefold() not in given.casefold()],
+        "turned round": list(_flips(answer, passage)),
+    }  # fmt: skip
+    return Support(have / total if total else 0.0, weakest, missing)
 
 
 def _grams(text: str) -> list[str]:
     """Latin words and pairs of neighbouring Chinese characters."""
     pairs = [run[i : i + 2] for run in _HAN.findall(text) for i in range(len(run) - 1)]
     return [word.casefold() for word in _LATIN.findall(text)] + pairs
-
-
-def _missing_numbers(answer: str, given: str) -> Iterator[str]:
-    known = {meaning for _, value, unit in numbers(given) for meaning in [("any", value), meaning_of(value, unit)]}
-    for written, value, unit in numbers(answer):
-        # Without a unit on either side, the value alone counts.
-        if known.isdisjoint([("", value), meaning_of(value, unit)] if unit else [("any", value)]):
-            yield written
 
 
 def meaning_of(value: Fraction, unit: str) -> tuple[str, Fraction]:
@@ -161,7 +156,8 @@ def _flips(answer: str, passage: str) -> Iterator[str]:
     for advice, positive, aim in _advices(answer):
         overlap = {True: 0, False: 0}
         for _, other, other_aim in given:
-            overlap[other != positive] = max(overlap[other != positive], _common(aim, other_aim))
+            common = SequenceMatcher(None, aim, other_aim, autojunk=False).find_longest_match().size
+            overlap[other != positive] = max(overlap[other != positive], common)
         if overlap[True] >= min(3, len(aim)) and overlap[True] > overlap[False]:
             yield advice
 
@@ -171,12 +167,3 @@ def _advices(text: str) -> Iterator[tuple[str, bool, str]]:
     for match in (match for sentence in _SENTENCE.findall(text) for match in _ADVICE.finditer(sentence)):
         turned = re.findall(f"{_WORDS['forbidding']}|{_WORDS['negations']}", match["words"])
         yield match[0], len(turned) % 2 == 0, match["aim"]
-
-
-def _common(a: str, b: str) -> int:
-    """The length of the longest text that occurs in both."""
-    best = 0
-    for i in range(len(a)):
-        while i + best < len(a) and a[i : i + best + 1] in b:
-            best += 1
-    return best
