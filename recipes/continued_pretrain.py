@@ -32,7 +32,6 @@ from pedgpt.data import (
     write_tokens,
 )
 from pedgpt.data.manifest import DOMAIN, GENERAL, INSTRUCTIONS
-from pedgpt.kernels.cpu import products
 from pedgpt.losses import next_token_loss
 from pedgpt.models import ModelConfig
 from pedgpt.training.plan import print_plan
@@ -90,13 +89,13 @@ def main(config: Config) -> None:
         print(read_summary(store, heldout).describe(), mixture.describe(), rows.describe(), sep="\n")
         if rows.utilization < 0.99:
             print("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
-    choices = training.run_choices(config.output, world, products.settle, products.use)
+    training.run_choices(config.output, world)
 
     model, loss_function = model_and_loss(config, world)
     stage.fill(model, config, world)
 
     evaluate = training.evaluation(model, heldout_rows, loss_function, config, world)
-    run = {"evaluate": evaluate, "fingerprint": data, "choices": choices}
+    run = {"evaluate": evaluate, "fingerprint": data}
     training.train(model, plan, rows.batch, loss_function, config, world, **run)
 
     stage.save_result(model, config, world, tokenizer.save)

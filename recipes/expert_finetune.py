@@ -15,7 +15,6 @@ from typing import Literal
 
 from pedgpt import stage, training
 from pedgpt.data import ChatSettings, discards_tokens, full_rows, packed_chats, read_summary
-from pedgpt.kernels.cpu import products
 from pedgpt.losses import next_token_loss
 from pedgpt.models import ModelConfig
 from pedgpt.training.plan import print_plan
@@ -49,7 +48,7 @@ def main(config: Config) -> None:
     data = f"{rows.fingerprint} on {stage.origin(config)}"
     if training.is_finished(config, plan, data, world):
         return
-    choices = training.run_choices(config.output, world, products.settle, products.use)
+    training.run_choices(config.output, world)
 
     if world.is_main:
         print(read_summary(rows.store, heldout_rows.store).describe())
@@ -59,7 +58,7 @@ def main(config: Config) -> None:
     stage.fill(model, config, world)
 
     evaluate = training.evaluation(model, heldout_rows, loss_function, config, world)
-    run = {"evaluate": evaluate, "fingerprint": data, "choices": choices}
+    run = {"evaluate": evaluate, "fingerprint": data}
     training.train(model, plan, rows.batch, loss_function, config, world, **run)
 
     stage.save_result(model, config, world, chat.save)

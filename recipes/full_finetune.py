@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from pedgpt import stage, training
 from pedgpt.data import ChatSettings, discards_tokens, full_rows, packed_chats, read_summary
-from pedgpt.kernels.cpu import products
 from pedgpt.losses import next_token_loss
 from pedgpt.models import ModelConfig
 from pedgpt.training.plan import print_plan
@@ -49,13 +48,13 @@ def main(config: Config) -> None:
     if world.is_main:
         print(read_summary(rows.store, heldout_rows.store).describe())
         print(rows.describe())
-    choices = training.run_choices(config.output, world, products.settle, products.use)
+    training.run_choices(config.output, world)
 
     model, loss_function = model_and_loss(config, world)
     stage.fill(model, config, world)
 
     evaluate = training.evaluation(model, heldout_rows, loss_function, config, world)
-    run = {"evaluate": evaluate, "fingerprint": data, "choices": choices}
+    run = {"evaluate": evaluate, "fingerprint": data}
     training.train(model, plan, rows.batch, loss_function, config, world, **run)
 
     stage.save_result(model, config, world, chat.save)

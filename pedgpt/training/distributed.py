@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
 
@@ -89,6 +89,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def first_row(tensor: Tensor) -> int:
+    """Where in the whole tensor this rank's rows begin; FSDP2 splits rows as `torch.chunk` does."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    assert tensor.placements == (Shard(0),)
+    mesh, rows = tensor.device_mesh, len(tensor)
+    return min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
+
+
 def reshard(model: nn.Module) -> None:
     """Make `model.parameters()` the sharded ones again: a forward without a backward leaves the root's gathered."""
     if isinstance(model, FSDPModule):
@@ -143,15 +152,6 @@ def run_on_main(steps: Iterator[int], world: World) -> None:
                 done = next(steps, 0) if world.is_main else 0
             bar.update(done)
             (done,) = sum_over_ranks([done], world)
-
-
-def gather_rows(values: Tensor, world: World) -> Tensor:
-    """All ranks' rows, where rank r holds rows r, r + size, r + 2·size, … of the result; equal counts on all ranks."""
-    if world.size == 1:
-        return values
-    parts = [torch.empty_like(values) for _ in range(world.size)]
-    dist.all_gather(parts, values.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)
 
 
 def barrier(world: World) -> None:

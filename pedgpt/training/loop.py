@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pedgpt.files import sync, write_json
+from pedgpt.files import read_object, write_json
+from pedgpt.kernels.cpu import products
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, all_values, autocast, barrier, local, reshard, sum_over_ranks, trained
-from pedgpt.training.keeping import Checkpoints, StopRequest
+from pedgpt.training.keeping import Checkpoints, end_by_signal, noting_signals
 from pedgpt.training.metrics import Report
 from pedgpt.training.optim import build_optimizer, learning_rate
 
@@ -51,7 +52,6 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,
     fingerprint: str = "",
     watch: Callable[[dict[str, float]], str | None] | None = None,
-    choices: Mapping[str, bool] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Train what is not frozen, from the last checkpoint in `settings.output` if there is one.
@@ -59,9 +59,9 @@ def train(
     Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks
     or of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
     Writes a line per step to metrics.jsonl; the main rank gives it to `watch`, and shows the text that this returns as
-    a warning. `choices`, from `run_choices`, go into the checkpoints. The settings set the learning rate of any
-    `optimizer`; None is AdamW. With `keep_best` the model ends as the best evaluation found it. SIGTERM and Ctrl-C end
-    the run after the step, by SystemExit(128 + signal). Raises ValueError for numbers that are not finite.
+    a warning. The settings set the learning rate of any `optimizer`; None is AdamW. With `keep_best` the model ends as
+    the best evaluation found it. SIGTERM and Ctrl-C end the run after the step, by SystemExit(128 + signal). Raises
+    ValueError for numbers that are not finite.
     """
     if settings.keep_best and evaluate is None:
         raise ValueError("keep_best needs rows to evaluate on; give held-out files")
@@ -69,35 +69,37 @@ def train(
     optimizer = optimizer or build_optimizer(model, settings)
     run = describe_run(settings, plan, fingerprint)
     del run["save_dtype"]  # only the result is written in it, so until then a run may go on with another one
-    checkpoints = Checkpoints(settings, model, optimizer, run, world, choices)
-    first, total, sent = checkpoints.resume(plan.total_steps), plan.total_steps, 0
+    checkpoints = Checkpoints(settings, model, optimizer, run, world)
+    first, total, stopped = checkpoints.resume(plan.total_steps), plan.total_steps, 0.0
     model.train()
-    with StopRequest(world) as stop:
+    with noting_signals(world) as noted:
         with closing(Report(settings, run, first, total, world, watch)) as report:
-            checkpoints.best = all_values(report.log and report.log.best, world)[0]
             for step in range(first, total):
-                began = time.perf_counter()
-                rate = _prepare(step, plan, optimizer, settings, world)
+                began, last, every = time.perf_counter(), step + 1 == total, settings.evaluate_every
+                # What is random depends on the step alone, so that a resumed run repeats it.
+                torch.manual_seed(settings.seed + 1_000_003 * (step * world.size + world.rank + 1))
+                rate = learning_rate(step, total, settings)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
                 batches = [make_batch(rows, ids) for rows, ids in plan.micro_batches(step, world.rank, world.size)]
                 metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world)
+                spent = time.perf_counter() - began
                 record = {"step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm}
-                record |= report.spent(num_tokens, time.perf_counter() - began)
-                last, every = step + 1 == total, settings.evaluate_every
                 if evaluate and (last or (every and (step + 1) % every == 0)):
                     record |= {f"eval_{name}": value for name, value in evaluate().items()}
                     model.train()
                     reshard(model)
                     checkpoints.keep_best(step + 1, record.get("eval_loss", math.inf))
-                report.write(record)
-                due, sent = stop.agree(checkpoints.due(step + 1))
-                if due or last or sent:
-                    if report.log:
-                        sync(report.log.path)  # a checkpoint's steps are in the log, whatever happens
-                    saved = checkpoints.save(step + 1, ending=bool(last or sent))
-                if sent:
+                report.write(record, num_tokens, spent)
+                # Every rank gets the same answer: else one would wait for the others for ever.
+                due, stopped = sum_over_ranks([world.is_main and checkpoints.due(step + 1), len(noted)], world)
+                if due or last or stopped:
+                    report.sync()
+                    checkpoints.save(step + 1)
+                if stopped:
                     break
-        if sent:
-            stop.leave(sent, f"{settings.output}: step {step + 1} of {total}", saved)
+        if stopped:
+            end_by_signal(noted, f"{settings.output}: step {step + 1} of {total}", world)
     checkpoints.load_best()
     model.eval()
 
@@ -105,36 +107,29 @@ def train(
 def evaluation(
     model: nn.Module, heldout: Any, loss_function: LossFunction, settings: TrainingSettings, world: World
 ) -> Callable[[], dict[str, float]] | None:
-    """`mean_loss` over held-out rows, which have a length and `batch`, as `train` takes it; None without rows."""
-    if not len(heldout):
-        return None
-    return lambda: mean_loss(model, len(heldout), heldout.batch, loss_function, settings, world)
+    """What computes the loss and its metrics over held-out rows, in evaluation mode; None if there are no rows.
 
+    `heldout` has a length and `batch`, as `train` takes it.
+    """
 
-def mean_loss(
-    model: nn.Module,
-    num_rows: int,
-    make_batch: MakeBatch,
-    loss_function: LossFunction,
-    settings: TrainingSettings,
-    world: World,
-) -> dict[str, float]:
-    """The loss and its metrics over all held-out rows, in evaluation mode, without gradients."""
-    training = model.training
-    model.eval()
-    sums: dict[str, Any] = {}
-    weight = 0
-    with torch.no_grad():
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        training = model.training
+        model.eval()
+        sums: dict[str, Any] = {}
+        weight = 0
         # Every rank makes the same number of forward passes, perhaps empty ones: sharded weights are gathered together.
         width = settings.micro_batch_size * world.size
-        for start in range(0, num_rows, width):
-            rows = list(range(start, min(start + width, num_rows)))[world.rank :: world.size]
-            batch = make_batch(rows, rows)
+        for start in range(0, len(heldout), width):
+            rows = list(range(start, min(start + width, len(heldout))))[world.rank :: world.size]
+            batch = heldout.batch(rows, rows)
             with autocast(world, getattr(torch, settings.dtype)):
                 _add(sums, *loss_function(model, batch.to(world.device)))
             weight += batch.weight
-    model.train(training)
-    return _means(sums, weight, world)
+        model.train(training)
+        return _means(sums, weight, world)
+
+    return evaluate if len(heldout) else None
 
 
 def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) -> dict[str, Any]:
@@ -154,50 +149,35 @@ def run_date(output: str | Path, world: World) -> str:
     return all_values(found, world)[0]
 
 
-def run_choices(
-    output: str | Path,
-    world: World,
-    settle: Callable[[], dict[str, bool]],
-    use: Callable[[dict[str, bool]], None],
-) -> dict[str, bool]:
-    """Which form of each operator this run computes with on the CPU, for `train`; called before any forward pass.
+def run_choices(output: str | Path, world: World) -> None:
+    """Settle which form of each operator this run computes with on the CPU; called before any forward pass.
 
     They are those of the last checkpoint in `output`, because other forms round differently, and the rest is settled by
     the main rank for all ranks. On a GPU there is nothing to choose.
     """
-    if world.device.type != "cpu":
-        return {}
-    use({})  # raises on every rank what it may raise
-    if world.is_main:
-        use(_remembered(Path(output)).get("choices") or {})
-    found = all_values(settle() if world.is_main else {}, world)[0]
-    use(found)
-    return found
+    if world.device.type == "cpu":
+        products.use(_remembered(Path(output)).get("choices") or {})
+        products.use(all_values(products.settle() if world.is_main else {}, world)[0])
 
 
 def _remembered(output: Path) -> dict[str, Any]:
     """What a finished run, or its last checkpoint, says of it; a fault in these files is told where all is read."""
     with suppress(Exception):
-        if (done := output / "done.json").is_file():
-            return dict(json.loads(done.read_bytes()))
+        if done := read_object(output, "done.json"):
+            return done
         state = json.loads(((latest_checkpoint(output / "checkpoints") or output) / "state.json").read_bytes())
-        return {**state["run"], "choices": state.get("choices")}
+        return {**state["run"], "choices": state["choices"]}
     return {}
 
 
 def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> bool:
     """Whether `settings.output` holds this very run, complete, and say so; ValueError if it holds another one."""
-    path = Path(settings.output) / "done.json"
-    if not path.exists():
+    output = Path(settings.output)
+    if not (saved := read_object(output, "done.json")):
         return False
-    try:
-        saved = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); delete it to train again") from None
-    saved.pop("result", None)  # a list of files, from older versions
-    refuse_changes(saved, describe_run(settings, plan, fingerprint), path.parent)
+    refuse_changes(saved, describe_run(settings, plan, fingerprint), output)
     if world.is_main:
-        _tidy(path.parent)
+        _tidy(output)
         print(f"{settings.output}: finished already")
     return True
 
@@ -214,20 +194,8 @@ def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world:
 def _tidy(output: Path) -> None:
     """Delete what a finished run no longer needs, and what a process that was killed left half written."""
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    for file in (*output.glob(".*.tmp"), *output.glob("*/.*.tmp")):
-        if file.is_file():
-            file.unlink()
-
-
-def _prepare(
-    step: int, plan: BatchPlan, optimizer: torch.optim.Optimizer, settings: TrainingSettings, world: World
-) -> float:
-    """Seed what is random from the step alone, so that a resumed run repeats it; set and return the learning rate."""
-    torch.manual_seed(settings.seed + 1_000_003 * (step * world.size + world.rank + 1))
-    rate = learning_rate(step, plan.total_steps, settings)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
+    for file in output.rglob(".*.tmp"):
+        file.unlink()
 
 
 def _step(

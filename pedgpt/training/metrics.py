@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pedgpt.files import naming_full_disk, write_text
+from pedgpt.files import naming_full_disk, sync, write_text
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World
 
@@ -21,35 +21,12 @@ from pedgpt.training.distributed import World
 Tracker = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]
 
 
-class MetricsLog:
-    """Appends to a file of one JSON line per step; on resuming, lines after the checkpoint's step are dropped.
-
-    Raises ValueError naming the file and the line if one of a step before the checkpoint is damaged.
-    """
-
-    def __init__(self, path: Path, after_step: int = 0) -> None:
-        self.path = path
-        self.tokens, self.seconds = 0, 0.0  # spent so far
-        self.best = math.inf  # the lowest held-out loss so far
-        kept = []
-        for number, line in enumerate(path.read_bytes().splitlines()[:after_step] if path.exists() else (), 1):
-            try:
-                record = json.loads(line)
-                if record["step"] <= after_step:
-                    kept.append(json.dumps(record) + "\n")
-                    self.tokens, self.seconds = record["tokens"], record["seconds"]
-                    self.best = min(self.best, record.get("eval_loss", math.inf))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f"{path}:{number}: not the record of a step ({error}); delete the line to go on without it"
-                ) from None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(kept))
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one step."""
-        with naming_full_disk(self.path), open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+def cut_log(path: Path, steps: int) -> dict[str, Any]:
+    """Keep the lines of the first `steps` steps, and return the last of them; a run that resumes writes the others."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:steps] if steps and path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(f"{line}\n" for line in lines))
+    return json.loads(lines[-1]) if lines else {"tokens": 0, "seconds": 0.0}
 
 
 def _tensorboard(output: Path, after_step: int, settings: Mapping[str, Any]) -> Tracker:
@@ -92,38 +69,39 @@ class Report:
         world: World,
         watch: Callable[[dict[str, float]], str | None] | None,
     ) -> None:
-        output, self.watch = Path(settings.output), watch
-        self.log = MetricsLog(output / "metrics.jsonl", after_step=first) if world.is_main else None
-        self.tokens, self.seconds = (self.log.tokens, self.log.seconds) if self.log else (0, 0.0)
-        self.trackers = [_TRACKERS[name](output, first, run) for name in settings.log_to if world.is_main]
-        interactive = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total, initial=first, unit="step", desc=output.name, disable=not world.is_main,
-            dynamic_ncols=interactive, mininterval=0.2 if interactive else 10, file=sys.stderr,
-        )  # fmt: skip
+        output = Path(settings.output)
+        self.path, self.watch, self.told = output / "metrics.jsonl", watch, world.is_main
+        self.last = cut_log(self.path, first) if self.told else {}
+        self.trackers = [_TRACKERS[name](output, first, run) for name in settings.log_to if self.told]
+        often = 0.2 if sys.stderr.isatty() else 10
+        bar = {"unit": "step", "desc": output.name, "dynamic_ncols": True, "mininterval": often, "file": sys.stderr}
+        self.bar = tqdm(total=total, initial=first, disable=not self.told, **bar)
 
     def close(self) -> None:
         """End the bar and the trackers."""
         self.bar.close()
-        for _tell, end in self.trackers:
+        for _, end in self.trackers:
             end()
 
-    def spent(self, num_tokens: int, seconds: float) -> dict[str, float]:
-        """The entries of a record that say what the step and the run so far have taken."""
-        self.tokens, self.seconds = self.tokens + num_tokens, self.seconds + seconds
-        return {"tokens": self.tokens, "tokens_per_second": num_tokens / seconds, "seconds": self.seconds}
+    def sync(self) -> None:
+        """Wait until the steps of a checkpoint are in the log, whatever happens."""
+        if self.told:
+            sync(self.path)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any], num_tokens: int, seconds: float) -> None:
         """Tell one step everywhere; what `watch` warns of is printed above the bar."""
-        if self.log is None:
+        if not self.told:
             return
-        self.log.write(record)
+        speed = num_tokens / seconds
+        spent = {"tokens": self.last["tokens"] + num_tokens, "seconds": self.last["seconds"] + seconds}
+        self.last = {**record, "tokens_per_second": speed, **spent}
+        with naming_full_disk(self.path), open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(self.last) + "\n")
         for tell, _ in self.trackers:
-            tell(record)
-        speed = f"{record['tokens_per_second']:,.0f} tokens/s"
-        self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed}", refresh=False)
+            tell(self.last)
+        self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update()
-        if self.watch and (warning := self.watch(record)):
+        if self.watch and (warning := self.watch(dict(self.last))):
             tqdm.write(f"warning: {warning}", file=sys.stderr)
 
 

@@ -193,8 +193,8 @@ class Died(Exception): pass
 for path, arguments, die_after in json.loads(sys.argv[1]):
     recipe = runpy.run_path(path)
     real = keeping.save_checkpoint
-    def save(folder, step, *rest):
-        real(folder, step, *rest)
+    def save(folder, step, *rest, **named):
+        real(folder, step, *rest, **named)
         if step == die_after:
             raise Died
     try:
@@ -212,8 +212,8 @@ os._exit(0)  # as run_recipe does
 def dying_after(step: int | None):
     real = training.keeping.save_checkpoint
 
-    def save(folder, at, *rest):
-        real(folder, at, *rest)
+    def save(folder, at, *rest, **named):
+        real(folder, at, *rest, **named)
         if at == step:
             raise Died
 

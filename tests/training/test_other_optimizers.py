@@ -163,4 +163,4 @@ def test_another_optimizer_or_another_setting_of_it_is_refused(tmp_path, other, 
         load_checkpoint(tmp_path / "step_0000001", made, other(made.parameters()), {}, WORLD)
     assert torch.equal(made.weight, before)
     other_rate = torch.optim.SGD(made.parameters(), lr=0.7, momentum=0.9)  # that of the schedule counts
-    assert load_checkpoint(tmp_path / "step_0000001", made, other_rate, {}, WORLD) == 1
+    assert load_checkpoint(tmp_path / "step_0000001", made, other_rate, {}, WORLD)["step"] == 1
