@@ -68,6 +68,7 @@ def main(config: Config) -> None:
     if not config.corpus and not config.text and config.instruction_share < 1:
         raise ValueError("missing setting: text; give --text and --instructions with files, or --corpus with a folder")
     world = training.start(config.device)
+    training.settle_run(config.output, world)
 
     # Data: each source as token ids on disk, mixed by share, packed into rows.
     tokenizer = load_tokenizer(config.model)
@@ -89,7 +90,6 @@ def main(config: Config) -> None:
         print(read_summary(store, heldout).describe(), mixture.describe(), rows.describe(), sep="\n")
         if rows.utilization < 0.99:
             print("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
-    training.run_choices(config.output, world)
 
     model, loss_function = model_and_loss(config, world)
     stage.fill(model, config, world)

@@ -101,8 +101,8 @@ def main(config: Config) -> None:
 
     # Data: token ids on disk, made by the first rank and mapped by all.
     cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
-    today = config.template_date or training.run_date(config.output, world)
-    chat = config.load_chat(today, ModelConfig.from_hf)
+    today = training.settle_run(config.output, world)
+    chat = config.load_chat(config.template_date or today, ModelConfig.from_hf)
     files = {"train": config.preferences, "heldout": config.heldout_preferences}
     tokens = Path(config.output) / "tokens"
     training.run_on_main(write_chats(tokens, "preferences", files, chat, config), world)
@@ -117,7 +117,6 @@ def main(config: Config) -> None:
     if world.is_main:
         print(read_summary(pairs.store, heldout_pairs.store).describe())
         print(f"{len(pairs):,} pairs, {len(heldout_pairs):,} held out")
-    training.run_choices(config.output, world)
 
     model, loss_function = model_and_loss(config, world)
     stage.fill(model, config, world)

@@ -40,15 +40,14 @@ def main(config: Config) -> None:
     world = training.start(config.device)
 
     # Data: token ids on disk, made by the first rank and mapped by all, packed into rows, as in stage 2.
-    today = config.template_date or training.run_date(config.output, world)
-    chat = config.load_chat(today, ModelConfig.from_hf)
+    today = training.settle_run(config.output, world)
+    chat = config.load_chat(config.template_date or today, ModelConfig.from_hf)
     files = {"train": config.instructions, "heldout": config.heldout_instructions}
     rows, heldout_rows = packed_chats(config, chat, lambda steps: training.run_on_main(steps, world), **files)
     plan = training.BatchPlan.from_settings(len(rows), config)
     data = f"{rows.fingerprint} on {stage.origin(config)}"
     if training.is_finished(config, plan, data, world):
         return
-    training.run_choices(config.output, world)
 
     if world.is_main:
         print(read_summary(rows.store, heldout_rows.store).describe())

@@ -37,8 +37,8 @@ def main(config: Config) -> None:
     world = training.start(config.device)
 
     # Data: token ids on disk, made by the first rank and mapped by all, packed into rows.
-    today = config.template_date or training.run_date(config.output, world)
-    chat = config.load_chat(today, ModelConfig.from_hf)
+    today = training.settle_run(config.output, world)
+    chat = config.load_chat(config.template_date or today, ModelConfig.from_hf)
     files = {"train": config.instructions, "heldout": config.heldout_instructions}
     rows, heldout_rows = packed_chats(config, chat, lambda steps: training.run_on_main(steps, world), **files)
     plan = training.BatchPlan.from_settings(len(rows), config)
@@ -48,7 +48,6 @@ def main(config: Config) -> None:
     if world.is_main:
         print(read_summary(rows.store, heldout_rows.store).describe())
         print(rows.describe())
-    training.run_choices(config.output, world)
 
     model, loss_function = model_and_loss(config, world)
     stage.fill(model, config, world)

@@ -3,7 +3,7 @@
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.config import TrainingSettings, make_printable, parse_settings, run_recipe
 from pedgpt.training.distributed import World, gather_weights, run_on_main, shard, start, stop
-from pedgpt.training.loop import evaluation, finish, is_finished, run_choices, run_date, train
+from pedgpt.training.loop import evaluation, finish, is_finished, settle_run, train
 from pedgpt.training.metrics import ChosenLikelihoodWatch
 
 __all__ = [
@@ -17,10 +17,9 @@ __all__ = [
     "is_finished",
     "make_printable",
     "parse_settings",
-    "run_choices",
-    "run_date",
     "run_on_main",
     "run_recipe",
+    "settle_run",
     "shard",
     "start",
     "stop",

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,74 +33,86 @@ _PLACES = {"model", "from_adapter", "corpus", "text", "general_text", "instructi
 _CONTENT = "rows_and_base_model"
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    run: Mapping[str, Any],
-    world: World,
-    notes: Mapping[str, Any] | None = None,
-    keep: int = 2,
-) -> None:
-    """Write `folder`/step_N with every trained tensor, the optimizer's state and `run`, what must match on resuming.
+@dataclass
+class Checkpoints:
+    """Checkpoints of one run in a folder, of which the last `keep` stay. All ranks call the same methods.
 
-    `notes` go into its state.json, too. Without an optimizer the checkpoint holds weights only. The folder gets its
-    name only when it is complete and on disk, so that a run that dies at any moment leaves the one before. Then all but
-    the last `keep` checkpoints are deleted. Called on all ranks; each writes its own part.
+    `run` is what must match on resuming. Without an optimizer they hold weights only.
     """
-    target = folder / f"step_{step:07d}"
-    temporary = folder / f".{target.name}.tmp"
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier(world)
-    file = temporary / f"rank_{world.rank:05d}.pt"
-    values = {name: found[key] for name, (found, key) in _contents(model, optimizer).items()}
-    part = {name: local(value) for name, value in values.items() if world.is_main or isinstance(value, DTensor)}
-    state = {"step": step, "run": run, "optimizer": _settings(optimizer), **(notes or {})}
-    try:
-        with together(world, DiskFull(f"{target}: cannot be written; another rank says why")):
-            with naming_full_disk(file), open(file, "wb") as handle:
-                torch.save(part, handle)
-            sync(file)
-        sums = dict(all_values((file.name, _checksum(file)), world))
-        with together(world, DiskFull(f"{target}: cannot be written; the first rank says why")):
-            if world.is_main:
-                write_json(temporary / _STATE, state)
-                write_json(temporary / _SUMS, {**sums, _STATE: _checksum(temporary / _STATE)})
-                remove_checkpoint(target)
-                publish(temporary, target)
-                prune_checkpoints(folder, keep)
-    finally:
+
+    folder: Path
+    keep: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    run: Mapping[str, Any]
+    world: World
+
+    def __post_init__(self) -> None:
+        self.run = {**self.run, **_settings(self.optimizer)}
+
+    def save(self, step: int, **notes: Any) -> None:
+        """Write `folder`/step_N with every trained tensor and the optimizer's state; `notes` go into its state.json.
+
+        The folder gets its name only when it is complete and on disk, so that a run that dies at any moment leaves the
+        one before. Each rank writes its own part.
+        """
+        world, target = self.world, self.folder / f"step_{step:07d}"
+        temporary = target.with_name(f".{target.name}.tmp")
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        barrier(world)
+        file = temporary / f"rank_{world.rank:05d}.pt"
+        values = {name: found[key] for name, (found, key) in self._contents().items()}
+        part = {name: local(value) for name, value in values.items() if world.is_main or isinstance(value, DTensor)}
+        try:
+            with together(world, DiskFull(f"{target}: cannot be written; another rank says why")):
+                with naming_full_disk(file), open(file, "wb") as handle:
+                    torch.save(part, handle)
+                sync(file)
+            sums = dict(all_values((file.name, _checksum(file)), world))
+            with together(world, DiskFull(f"{target}: cannot be written; the first rank says why")):
+                if world.is_main:
+                    write_json(temporary / _STATE, {"step": step, "run": self.run, **notes})
+                    write_json(temporary / _SUMS, {**sums, _STATE: _checksum(temporary / _STATE)})
+                    remove_checkpoint(target)
+                    publish(temporary, target)
+                    prune_checkpoints(self.folder, self.keep)
+        finally:
+            if world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
 
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Fill the trained tensors and the optimizer from a checkpoint; returns its state, with "step" and the notes.
 
-def load_checkpoint(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, run: Mapping[str, Any], world: World
-) -> dict[str, Any]:
-    """Fill the model's trained tensors and the optimizer from a checkpoint; returns its state, with "step" and notes.
+        Works with another number of ranks. Raises ValueError if a file of the checkpoint is damaged, and if the run or
+        the optimizer differs from what it was written with, naming each difference.
+        """
+        world, state = self.world, read_state(checkpoint)
+        refuse_changes(state["run"], self.run, checkpoint)  # before gigabytes are read: it is the user's mistake
+        contents = self._contents()
+        with together(world, ValueError(f"{checkpoint}: cannot be read; another rank says why")), _naming(checkpoint):
+            files = sorted(json.loads((checkpoint / _SUMS).read_bytes()).keys() - {_STATE})
+            for name in files[world.rank :: world.size]:  # The ranks share the reading.
+                _verify(checkpoint, name)
+            parts = [torch.load(checkpoint / name, "cpu", weights_only=True, mmap=True) for name in files]
+            for name, (values, key) in contents.items():
+                found = [part[name] for part in parts if name in part]
+                if isinstance(values[key], Tensor):
+                    _fill(name, values[key], found)
+                else:
+                    (values[key],) = found
+        return state
 
-    Works with another number of ranks. Raises ValueError if a file of the checkpoint is damaged, and if `run` or the
-    optimizer differs from what the checkpoint was written with, naming each difference.
-    """
-    state = read_state(checkpoint)
-    # Before gigabytes are read: other settings are the user's mistake.
-    refuse_changes({**state["run"], **state["optimizer"]}, {**run, **_settings(optimizer)}, checkpoint)
-    contents = _contents(model, optimizer)
-    with together(world, ValueError(f"{checkpoint}: cannot be read; another rank says why")), _naming(checkpoint):
-        files = sorted(json.loads((checkpoint / _SUMS).read_bytes()).keys() - {_STATE})
-        for name in files[world.rank :: world.size]:  # The ranks share the reading.
-            _verify(checkpoint, name)
-        parts = [torch.load(checkpoint / name, "cpu", weights_only=True, mmap=True) for name in files]
-        for name, (values, key) in contents.items():
-            found = [part[name] for part in parts if name in part]
-            if isinstance(values[key], Tensor):
-                _fill(name, values[key], found)
-            else:
-                (values[key],) = found
-    return state
+    def _contents(self) -> dict[str, tuple[dict[str, Any], str]]:
+        """Where each value of a checkpoint lies, by its name there: a dictionary and a key."""
+        weights = {name: parameter.data for name, parameter in trained(self.model).items()}
+        places = {f"model.{name}": (weights, name) for name in weights}
+        # NOTE: these are the optimizer's own dictionaries, made now if there are none yet. torch's function that loads
+        # such a state would round moments to the dtype of their parameters.
+        optimizer = self.optimizer
+        moments: Any = get_optimizer_state_dict(self.model, optimizer)["state"] if optimizer else {}
+        return places | {f"optimizer.{name}.{key}": (found, key) for name, found in moments.items() for key in found}
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -107,16 +120,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     with _naming(checkpoint):
         _verify(checkpoint, _STATE)
         return json.loads((checkpoint / _STATE).read_bytes())
-
-
-def _contents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, tuple[dict[str, Any], str]]:
-    """Where each value of a checkpoint lies, by its name there: a dictionary and a key."""
-    weights = {name: parameter.data for name, parameter in trained(model).items()}
-    places = {f"model.{name}": (weights, name) for name in weights}
-    # NOTE: these are the optimizer's own dictionaries, made now if there are none yet. torch's function that loads such
-    # a state would round moments to the dtype of their parameters.
-    moments: Any = get_optimizer_state_dict(model, optimizer)["state"] if optimizer else {}
-    return places | {f"optimizer.{name}.{key}": (values, key) for name, values in moments.items() for key in values}
 
 
 def _fill(name: str, tensor: Tensor, parts: Sequence[Tensor]) -> None:

@@ -7,9 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,48 +18,39 @@ from tqdm import tqdm
 
 from pedgpt.files import DiskFull
 from pedgpt.kernels.cpu import products
-from pedgpt.training.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    read_state,
-    save_checkpoint,
-)
+from pedgpt.training.checkpoint import Checkpoints, latest_checkpoint, prune_checkpoints, read_state
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, local, sum_over_ranks, trained
+from pedgpt.training.distributed import World
 
 # checkpoint_every = "auto" waits _SECONDS, or _TIMES as long as writing takes (5 % of the time) if that is longer.
 _SECONDS, _TIMES = 600.0, 20
 
 
-@dataclass
-class Checkpoints:
-    """The checkpoints of one run. All ranks call the same methods."""
+class Keeper:
+    """Decides when a run writes checkpoints, keeps its best weights apart, and goes on from what is there."""
 
-    settings: TrainingSettings
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    run: Mapping[str, Any]
-    world: World
-    best: float = math.inf  # the lowest held-out loss so far
-    written: float = field(default_factory=time.monotonic)  # when the last one was complete
-    seconds: float = 0.0  # how long that took
-
-    def __post_init__(self) -> None:
-        self.folder = Path(self.settings.output) / "checkpoints"
+    def __init__(
+        self, settings: TrainingSettings, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any, world: World
+    ) -> None:
+        self.settings, self.world = settings, world
+        folder = Path(settings.output) / "checkpoints"
+        self.last = Checkpoints(folder, settings.keep_checkpoints, model, optimizer, run, world)
+        self.best = Checkpoints(folder / "best", 1, model, None, run, world)
+        self.lowest = math.inf  # of the held-out losses so far
+        self.written, self.seconds = time.monotonic(), 0.0  # when the last one was complete, and how long it took
 
     def resume(self, total_steps: int) -> int:
         """Load the last checkpoint, if there is one, and return the step to go on from."""
-        checkpoint, best = latest_checkpoint(self.folder), latest_checkpoint(self.folder / "best")
-        if checkpoint is None:
+        last, best = latest_checkpoint(self.last.folder), latest_checkpoint(self.best.folder)
+        if last is None:
             if self.world.is_main:  # what a run with perhaps other settings found best
-                prune_checkpoints(self.folder / "best", 0)
+                prune_checkpoints(self.best.folder, 0)
             return 0
         if best:
-            self.best = read_state(best)["loss"]
-        step = load_checkpoint(checkpoint, self.model, self.optimizer, self.run, self.world)["step"]
+            self.lowest = read_state(best)["loss"]
+        step = self.last.load(last)["step"]
         if self.world.is_main:
-            print(f"resuming from {checkpoint} at step {step} of {total_steps}", file=sys.stderr)
+            print(f"resuming from {last} at step {step} of {total_steps}", file=sys.stderr)
         return step
 
     def due(self, step: int) -> bool:
@@ -71,15 +61,12 @@ class Checkpoints:
 
     def save(self, step: int) -> None:
         """Write a checkpoint, if the run has any. On a full disk a warning says so, and the last good one stays."""
-        require_finite(self.model, step, self.world)
         if not self.settings.checkpoint_every:
             return
-        # The forms of operators on a CPU: others round differently.
-        notes = {"choices": products.settle() if self.world.device.type == "cpu" else {}}
         began = time.monotonic()
-        keep = self.settings.keep_checkpoints
         try:
-            save_checkpoint(self.folder, step, self.model, self.optimizer, self.run, self.world, notes, keep)
+            # The forms of operators on a CPU belong to the run, because others round differently.
+            self.last.save(step, choices=products.settle() if self.world.device.type == "cpu" else {})
         except DiskFull as error:
             if self.world.is_main:
                 tqdm.write(f"warning: no checkpoint after step {step}: {error}", file=sys.stderr)
@@ -88,27 +75,16 @@ class Checkpoints:
 
     def keep_best(self, step: int, loss: float) -> None:
         """Write the weights in place of the best ones so far, if this held-out loss is lower."""
-        if self.settings.keep_best and loss < self.best:
-            self.best = loss
-            save_checkpoint(self.folder / "best", step, self.model, None, self.run, self.world, {"loss": loss}, keep=1)
+        if self.settings.keep_best and loss < self.lowest:
+            self.lowest = loss
+            self.best.save(step, loss=loss)
 
     def load_best(self) -> None:
         """Make the model the best one of the run."""
-        if best := latest_checkpoint(self.folder / "best"):
-            step = load_checkpoint(best, self.model, None, self.run, self.world)["step"]
+        if best := latest_checkpoint(self.best.folder):
+            step = self.best.load(best)["step"]
             if self.world.is_main:
                 print(f"{self.settings.output}: the result is the model after step {step}, of the lowest held-out loss")
-
-
-def require_finite(model: nn.Module, step: int, world: World) -> None:
-    """ValueError, on every rank, if a weight that trains is infinite or not a number."""
-    tensors = {name: local(parameter.detach()) for name, parameter in trained(model).items()}
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if sum_over_ranks([len(bad)], world)[0]:
-        raise ValueError(
-            f"the weights are no longer finite after step {step}{', first ' + bad[0] if bad else ''}: nothing was "
-            "saved over the last good checkpoint; lower learning_rate or max_grad_norm, or use float32"
-        )
 
 
 @contextmanager

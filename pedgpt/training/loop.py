@@ -23,7 +23,7 @@ from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, all_values, autocast, barrier, local, reshard, sum_over_ranks, trained
-from pedgpt.training.keeping import Checkpoints, end_by_signal, noting_signals
+from pedgpt.training.keeping import Keeper, end_by_signal, noting_signals
 from pedgpt.training.metrics import Report
 from pedgpt.training.optim import build_optimizer, learning_rate
 
@@ -69,8 +69,8 @@ def train(
     optimizer = optimizer or build_optimizer(model, settings)
     run = describe_run(settings, plan, fingerprint)
     del run["save_dtype"]  # only the result is written in it, so until then a run may go on with another one
-    checkpoints = Checkpoints(settings, model, optimizer, run, world)
-    first, total, stopped = checkpoints.resume(plan.total_steps), plan.total_steps, 0.0
+    keeper = Keeper(settings, model, optimizer, run, world)
+    first, total, stopped = keeper.resume(plan.total_steps), plan.total_steps, 0.0
     model.train()
     with noting_signals(world) as noted:
         with closing(Report(settings, run, first, total, world, watch)) as report:
@@ -89,18 +89,18 @@ def train(
                     record |= {f"eval_{name}": value for name, value in evaluate().items()}
                     model.train()
                     reshard(model)
-                    checkpoints.keep_best(step + 1, record.get("eval_loss", math.inf))
+                    keeper.keep_best(step + 1, record.get("eval_loss", math.inf))
                 report.write(record, num_tokens, spent)
                 # Every rank gets the same answer: else one would wait for the others for ever.
-                due, stopped = sum_over_ranks([world.is_main and checkpoints.due(step + 1), len(noted)], world)
+                due, stopped = sum_over_ranks([world.is_main and keeper.due(step + 1), len(noted)], world)
                 if due or last or stopped:
                     report.sync()
-                    checkpoints.save(step + 1)
+                    keeper.save(step + 1)
                 if stopped:
                     break
         if stopped:
             end_by_signal(noted, f"{settings.output}: step {step + 1} of {total}", world)
-    checkpoints.load_best()
+    keeper.load_best()
     model.eval()
 
 
@@ -139,35 +139,26 @@ def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) 
     return {**chosen, "total_steps": plan.total_steps, "rows_and_base_model": fingerprint}
 
 
-def run_date(output: str | Path, world: World) -> str:
-    """The day for chat templates that write one, like "2026-03-31", fixed for the whole run.
+def settle_run(output: str | Path, world: World) -> str:
+    """Decide what holds for a whole run, before it reads its data; returns the day for chat templates that write one.
 
-    It is the day of the run in `output` if that is finished or has a checkpoint, else today. The main rank decides
-    for all ranks, because midnight may pass while they start.
+    The day is like "2026-03-31". On a CPU it is also decided which form of each operator the run computes with, because
+    other forms round differently. What the finished run in `output`, or its last checkpoint, was computed with counts;
+    the rest the main rank decides for all ranks, because midnight may pass while they start.
     """
-    found = _remembered(Path(output)).get("template_date") or date.today().isoformat()
-    return all_values(found, world)[0]
-
-
-def run_choices(output: str | Path, world: World) -> None:
-    """Settle which form of each operator this run computes with on the CPU; called before any forward pass.
-
-    They are those of the last checkpoint in `output`, because other forms round differently, and the rest is settled by
-    the main rank for all ranks. On a GPU there is nothing to choose.
-    """
-    if world.device.type == "cpu":
-        products.use(_remembered(Path(output)).get("choices") or {})
-        products.use(all_values(products.settle() if world.is_main else {}, world)[0])
-
-
-def _remembered(output: Path) -> dict[str, Any]:
-    """What a finished run, or its last checkpoint, says of it; a fault in these files is told where all is read."""
-    with suppress(Exception):
-        if done := read_object(output, "done.json"):
-            return done
-        state = json.loads(((latest_checkpoint(output / "checkpoints") or output) / "state.json").read_bytes())
-        return {**state["run"], "choices": state["choices"]}
-    return {}
+    found: dict[str, Any] = {}
+    with suppress(Exception):  # A fault in these files is told where all is read.
+        checkpoint = latest_checkpoint(Path(output) / "checkpoints")
+        state = json.loads((checkpoint / "state.json").read_bytes()) if checkpoint else {"run": {}, "choices": {}}
+        found = {"choices": state["choices"], **state["run"], **read_object(Path(output), "done.json")}
+    on_cpu = world.device.type == "cpu"
+    if on_cpu:
+        products.use(found.get("choices") or {})
+    choices = products.settle() if on_cpu and world.is_main else {}
+    day, choices = all_values((found.get("template_date") or date.today().isoformat(), choices), world)[0]
+    if on_cpu:
+        products.use(choices)
+    return day
 
 
 def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> bool:

@@ -16,16 +16,18 @@ from torch import nn
 from pedgpt.files import DiskFull
 from pedgpt.training import World, shard
 from pedgpt.training import checkpoint as checkpoints
-from pedgpt.training.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    refuse_changes,
-    save_checkpoint,
-)
+from pedgpt.training.checkpoint import Checkpoints, latest_checkpoint, prune_checkpoints, refuse_changes
 
 WORLD = World(0, 1, torch.device("cpu"))
 RUN = {"seed": 1, "数据": "甲"}
+
+
+def save_checkpoint(folder, step, model, optimizer, run, world):
+    Checkpoints(folder, 2, model, optimizer, run, world).save(step)
+
+
+def load_checkpoint(checkpoint, model, optimizer, run, world):
+    return Checkpoints(checkpoint.parent, 2, model, optimizer, run, world).load(checkpoint)
 
 
 def make(seed, steps=3, width=5):
@@ -293,5 +295,4 @@ def test_a_checkpoint_of_another_model_is_refused(saved, chosen, named):
 
 def test_the_state_is_readable(saved):
     state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
-    assert state.pop("optimizer")["optimizer"] == "AdamW"
-    assert state == {"step": 3, "run": RUN}
+    assert state["run"].items() >= {**RUN, "optimizer": "AdamW"}.items() and state["step"] == 3

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pedgpt.kernels.cpu import products
-from pedgpt.training import World, run_choices
+from pedgpt.training import World, settle_run
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -20,7 +20,7 @@ def chosen(output, world=WORLD, settled=None):
     used = []
     settle = lambda: {"new float32 small": True, **used[-1]} if settled is None else settled  # noqa: E731
     with patch.multiple(products, settle=settle, use=used.append):
-        run_choices(output, world)
+        settle_run(output, world)
     return used[-1], used
 
 
@@ -52,7 +52,7 @@ def test_on_a_gpu_nothing_is_measured(tmp_path):
         raise AssertionError
 
     with patch.multiple(products, settle=never, use=never):
-        run_choices(tmp_path, World(0, 1, torch.device("cuda", 0)))
+        settle_run(tmp_path, World(0, 1, torch.device("cuda", 0)))
 
 
 def worker(rank, folder):
