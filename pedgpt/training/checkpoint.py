@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from pedgpt.files import DiskFull, naming_full_disk, publish, sync, write_json
+from pedgpt.kernels.cpu import products
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, all_values, barrier, first_row, local, together, trained
 
@@ -31,6 +36,8 @@ _NAME = "step_" + 7 * "[0-9]"
 # Settings that only say where the data and the base model lie: they may change if the fingerprint is the same.
 _PLACES = {"model", "from_adapter", "corpus", "text", "general_text", "instructions", "preferences"}
 _CONTENT = "rows_and_base_model"
+# checkpoint_every = "auto" waits _SECONDS, or _TIMES as long as writing takes (5 % of the time) if that is longer.
+_SECONDS, _TIMES = 600.0, 20
 
 
 @dataclass
@@ -115,6 +122,67 @@ class Checkpoints:
         return places | {f"optimizer.{name}.{key}": (found, key) for name, found in moments.items() for key in found}
 
 
+class Keeper:
+    """Decides when a run writes checkpoints, keeps its best weights apart, and goes on from what is there."""
+
+    def __init__(
+        self, settings: TrainingSettings, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any, world: World
+    ) -> None:
+        self.settings, self.world = settings, world
+        folder = Path(settings.output) / "checkpoints"
+        self.last = Checkpoints(folder, settings.keep_checkpoints, model, optimizer, run, world)
+        self.best = Checkpoints(folder / "best", 1, model, None, run, world)
+        self.lowest = math.inf  # of the held-out losses so far
+        self.written, self.seconds = time.monotonic(), 0.0  # when the last one was complete, and how long it took
+
+    def resume(self, total_steps: int) -> int:
+        """Load the last checkpoint, if there is one, and return the step to go on from."""
+        last, best = latest_checkpoint(self.last.folder), latest_checkpoint(self.best.folder)
+        if last is None:
+            if self.world.is_main:  # what a run with perhaps other settings found best
+                prune_checkpoints(self.best.folder, 0)
+            return 0
+        if best:
+            self.lowest = read_state(best)["loss"]
+        step = self.last.load(last)["step"]
+        if self.world.is_main:
+            print(f"resuming from {last} at step {step} of {total_steps}", file=sys.stderr)
+        return step
+
+    def due(self, step: int) -> bool:
+        """Whether the schedule asks for a checkpoint after this step."""
+        if self.settings.checkpoint_every == "auto":
+            return time.monotonic() - self.written >= max(_SECONDS, _TIMES * self.seconds)
+        return bool(self.settings.checkpoint_every) and step % int(self.settings.checkpoint_every) == 0
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, if the run has any. On a full disk a warning says so, and the last good one stays."""
+        if not self.settings.checkpoint_every:
+            return
+        began = time.monotonic()
+        try:
+            # The forms of operators on a CPU belong to the run, because others round differently.
+            self.last.save(step, choices=products.settle() if self.world.device.type == "cpu" else {})
+        except DiskFull as error:
+            if self.world.is_main:
+                tqdm.write(f"warning: no checkpoint after step {step}: {error}", file=sys.stderr)
+        self.written = time.monotonic()
+        self.seconds = self.written - began
+
+    def keep_best(self, step: int, loss: float) -> None:
+        """Write the weights in place of the best ones so far, if this held-out loss is lower."""
+        if self.settings.keep_best and loss < self.lowest:
+            self.lowest = loss
+            self.best.save(step, loss=loss)
+
+    def load_best(self) -> None:
+        """Make the model the best one of the run."""
+        if best := latest_checkpoint(self.best.folder):
+            step = self.best.load(best)["step"]
+            if self.world.is_main:
+                print(f"{self.settings.output}: the result is the model after step {step}, of the lowest held-out loss")
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: "step", "run" and notes. Raises ValueError if that is damaged."""
     with _naming(checkpoint):
@@ -169,12 +237,9 @@ def refuse_changes(saved: Mapping[str, Any], run: Mapping[str, Any], where: Path
     Where files lie does not matter as long as their content is the same.
     """
     moved = _PLACES if saved.get(_CONTENT) == run.get(_CONTENT) else set()
-    changed = []
-    for key in sorted({*saved, *run} - moved):
-        # A setting that did not exist yet had its default, or was off, or empty.
-        was, now = saved.get(key, getattr(TrainingSettings, key, None)), run.get(key)
-        if (was or False) != (now or False):
-            changed.append(f"{key} was {was!r}, is {now!r}")
+    pairs = {key: (saved.get(key), run.get(key)) for key in sorted({*saved, *run} - moved)}
+    # A setting that did not exist yet was off, or empty.
+    changed = [f"{key} was {was!r}, is {now!r}" for key, (was, now) in pairs.items() if (was or 0) != (now or 0)]
     if changed:
         raise ValueError(
             f"{where} belongs to a run with other settings: {'; '.join(changed)}. "

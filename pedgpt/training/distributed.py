@@ -39,7 +39,7 @@ def start(device: str = "auto") -> World:
         raise ValueError(f'device must be "auto", "cpu" or "cuda", found {device!r}')
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees no CUDA device; use --device cpu or auto")
-    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    on_cuda = device != "cpu" and torch.cuda.is_available()
     target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
     if "RANK" not in os.environ:
         return World(0, 1, target)
@@ -169,14 +169,12 @@ def gather_weights(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Call `write` on the main rank with (name, whole tensor on the CPU), one at a time; called on all ranks."""
-    trainable = trained(model)
 
     def gathered() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in model.state_dict().items():
-            if trainable_only and name not in trainable:
-                continue
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            yield name, whole.detach().to(device="cpu", dtype=dtype or whole.dtype)
+        for name, tensor in (trained(model) if trainable_only else model.state_dict()).items():
+            part = tensor.detach()
+            whole = part.full_tensor() if isinstance(part, DTensor) else part
+            yield name, whole.to(device="cpu", dtype=dtype or whole.dtype)
 
     if world.is_main:
         write(gathered())

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
+import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +23,10 @@ from torch.distributed.tensor import DTensor
 from pedgpt.files import read_object, write_json
 from pedgpt.kernels.cpu import products
 from pedgpt.training.batches import BatchPlan
-from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
+from pedgpt.training.checkpoint import Keeper, latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World, all_values, autocast, barrier, local, reshard, sum_over_ranks, trained
-from pedgpt.training.keeping import Keeper, end_by_signal, noting_signals
-from pedgpt.training.metrics import Report
+from pedgpt.training.metrics import Report, Watch
 from pedgpt.training.optim import build_optimizer, learning_rate
 
 # Settings that change neither the data nor the weights, so a run may be resumed with others; held-out files too.
@@ -51,7 +53,7 @@ def train(
     *,
     evaluate: Callable[[], dict[str, float]] | None = None,
     fingerprint: str = "",
-    watch: Callable[[dict[str, float]], str | None] | None = None,
+    watch: Watch | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Train what is not frozen, from the last checkpoint in `settings.output` if there is one.
@@ -73,7 +75,7 @@ def train(
     first, total, stopped = keeper.resume(plan.total_steps), plan.total_steps, 0.0
     model.train()
     with noting_signals(world) as noted:
-        with closing(Report(settings, run, first, total, world, watch)) as report:
+        with closing(Report(settings, first, total, world, watch)) as report:
             for step in range(first, total):
                 began, last, every = time.perf_counter(), step + 1 == total, settings.evaluate_every
                 # What is random depends on the step alone, so that a resumed run repeats it.
@@ -94,7 +96,6 @@ def train(
                 # Every rank gets the same answer: else one would wait for the others for ever.
                 due, stopped = sum_over_ranks([world.is_main and keeper.due(step + 1), len(noted)], world)
                 if due or last or stopped:
-                    report.sync()
                     keeper.save(step + 1)
                 if stopped:
                     break
@@ -102,6 +103,38 @@ def train(
             end_by_signal(noted, f"{settings.output}: step {step + 1} of {total}", world)
     keeper.load_best()
     model.eval()
+
+
+@contextmanager
+def noting_signals(world: World) -> Iterator[list[int]]:
+    r"""In this block SIGTERM and Ctrl-C only add their number to the list: the wish to stop after this step.
+
+    Ctrl-\ ends the run at once. What comes again is the same wish, because `timeout` and service managers send their
+    signal to every process, and torchrun passes it on to those that already have it.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if world.is_main and not noted:  # A `print` here could interrupt another one.
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: the run ends after this step; Ctrl-\\ ends it at once\n".encode())
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_by_signal(noted: list[int], place: str, world: World) -> NoReturn:
+    """Say how the run goes on, and end with the exit code of the signal."""
+    number = signal.Signals(noted[0] if noted else signal.SIGTERM)  # Perhaps only another rank has got one.
+    if world.is_main:
+        how = "the same command goes on from the last checkpoint, or starts anew if there is none"
+        print(f"{place}: stopped by {number.name}; {how}", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
 
 
 def evaluation(
@@ -151,13 +184,10 @@ def settle_run(output: str | Path, world: World) -> str:
         checkpoint = latest_checkpoint(Path(output) / "checkpoints")
         state = json.loads((checkpoint / "state.json").read_bytes()) if checkpoint else {"run": {}, "choices": {}}
         found = {"choices": state["choices"], **state["run"], **read_object(Path(output), "done.json")}
-    on_cpu = world.device.type == "cpu"
-    if on_cpu:
-        products.use(found.get("choices") or {})
-    choices = products.settle() if on_cpu and world.is_main else {}
+    products.use(found.get("choices") or {})
+    choices = products.settle() if world.device.type == "cpu" and world.is_main else {}
     day, choices = all_values((found.get("template_date") or date.today().isoformat(), choices), world)[0]
-    if on_cpu:
-        products.use(choices)
+    products.use(choices)
     return day
 
 

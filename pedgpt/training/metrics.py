@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import secrets
@@ -13,10 +14,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pedgpt.files import naming_full_disk, sync, write_text
+from pedgpt.files import naming_full_disk, write_text
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World
 
+# From the record of a step to a warning, if there is one.
+Watch = Callable[[dict[str, Any]], str | None]
 # What a tracker is given at each step, and what ends it.
 Tracker = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]
 
@@ -29,11 +32,11 @@ def cut_log(path: Path, steps: int) -> dict[str, Any]:
     return json.loads(lines[-1]) if lines else {"tokens": 0, "seconds": 0.0}
 
 
-def _tensorboard(output: Path, after_step: int, settings: Mapping[str, Any]) -> Tracker:
-    """Event files in `output`/tensorboard; those of steps after the checkpoint are hidden."""
+def _tensorboard(settings: TrainingSettings, first: int) -> Tracker:
+    """Event files in OUTPUT/tensorboard; those of steps after the checkpoint are hidden."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(output / "tensorboard"), purge_step=after_step + 1)
+    writer = SummaryWriter(f"{settings.output}/tensorboard", purge_step=first + 1)
 
     def write(record: dict[str, Any]) -> None:
         for name in record.keys() - {"step"}:
@@ -42,37 +45,28 @@ def _tensorboard(output: Path, after_step: int, settings: Mapping[str, Any]) -> 
     return write, writer.close
 
 
-def _wandb(output: Path, after_step: int, settings: Mapping[str, Any]) -> Tracker:
-    """A run named as the folder; what resumes from a checkpoint goes on under the id in `output`/wandb_id.txt."""
+def _wandb(settings: TrainingSettings, first: int) -> Tracker:
+    """A run named as the folder; what resumes from a checkpoint goes on under the id in OUTPUT/wandb_id.txt."""
     import wandb
 
+    output = Path(settings.output)
     file = output / "wandb_id.txt"
-    if not (after_step and file.exists()):
+    if not (first and file.exists()):
         write_text(file, secrets.token_hex(4))
-    name = file.read_text(encoding="utf-8")
-    run = wandb.init(id=name, resume="allow", name=output.name, dir=str(output), config=dict(settings))
+    about = {"id": file.read_text(encoding="utf-8"), "name": output.name, "config": dataclasses.asdict(settings)}
+    run = wandb.init(resume="allow", dir=str(output), **about)
     return lambda record: run.log(record, step=record["step"]), run.finish
-
-
-_TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard}
 
 
 class Report:
     """What a run tells of itself, on the main rank only: metrics.jsonl, trackers, a progress bar, warnings."""
 
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        run: Mapping[str, Any],
-        first: int,
-        total: int,
-        world: World,
-        watch: Callable[[dict[str, float]], str | None] | None,
-    ) -> None:
+    def __init__(self, settings: TrainingSettings, first: int, total: int, world: World, watch: Watch | None) -> None:
         output = Path(settings.output)
         self.path, self.watch, self.told = output / "metrics.jsonl", watch, world.is_main
         self.last = cut_log(self.path, first) if self.told else {}
-        self.trackers = [_TRACKERS[name](output, first, run) for name in settings.log_to if self.told]
+        made = {"wandb": _wandb, "tensorboard": _tensorboard}
+        self.trackers = [made[name](settings, first) for name in settings.log_to if self.told]
         often = 0.2 if sys.stderr.isatty() else 10
         bar = {"unit": "step", "desc": output.name, "dynamic_ncols": True, "mininterval": often, "file": sys.stderr}
         self.bar = tqdm(total=total, initial=first, disable=not self.told, **bar)
@@ -82,11 +76,6 @@ class Report:
         self.bar.close()
         for _, end in self.trackers:
             end()
-
-    def sync(self) -> None:
-        """Wait until the steps of a checkpoint are in the log, whatever happens."""
-        if self.told:
-            sync(self.path)
 
     def write(self, record: dict[str, Any], num_tokens: int, seconds: float) -> None:
         """Tell one step everywhere; what `watch` warns of is printed above the bar."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pedgpt.files import sole_writer
-from pedgpt.training import keeping, loop
+from pedgpt.training import checkpoint, loop
 
 RECIPES = ("continued_pretrain", "full_finetune", "dfpo", "expert_finetune")
 FULL = r"cannot be written \(File too large\): ([\d,.]+ MB needed, )?[\d,.]+ MB free$"
@@ -85,19 +85,19 @@ def test_a_checkpoint_that_the_disk_does_not_take_is_a_warning(lab, tmp_path):
 
 
 def test_checkpoints_are_written_by_the_clock(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(keeping, "_SECONDS", 0.0)
-    monkeypatch.setattr(keeping, "_TIMES", 0)
+    monkeypatch.setattr(checkpoint, "_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "_TIMES", 0)
     saved = []
-    real = keeping.Checkpoints.save
+    real = checkpoint.Checkpoints.save
 
     def save(self, step, **notes):
         real(self, step, **notes)
         saved.append(step)
 
-    monkeypatch.setattr(keeping.Checkpoints, "save", save)
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
     assert lab.run("full_finetune", tmp_path / "often").code == 0
     assert saved == [1, 2, 3, 4, 5]
-    monkeypatch.setattr(keeping, "_SECONDS", 600.0)
+    monkeypatch.setattr(checkpoint, "_SECONDS", 600.0)
     assert lab.run("full_finetune", tmp_path / "end").code == 0
     assert saved[5:] == [5]  # before the result is saved
     assert lab.run("full_finetune", tmp_path / "never", checkpoint_every=0).code == 0

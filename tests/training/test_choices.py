@@ -48,10 +48,10 @@ def test_a_checkpoint_without_choices_or_with_none_that_can_be_read_settles_anew
 
 
 def test_on_a_gpu_nothing_is_measured(tmp_path):
-    def never(*_):
+    def never():
         raise AssertionError
 
-    with patch.multiple(products, settle=never, use=never):
+    with patch.multiple(products, settle=never):
         settle_run(tmp_path, World(0, 1, torch.device("cuda", 0)))
 
 
