@@ -109,7 +109,7 @@ class ChosenLikelihoodWatch:
         self.done = self.beta == 0  # then rewards are 0, whatever happens
         self.steps: list[tuple[float, float]] = []  # (chosen, margin) of the window that is not full yet
         self.lowest = self.highest = 0.0  # mean of chosen, of margin, over all windows
-        self.before: tuple[float, float] | None = None  # means of the window before, if it was a bad one
+        self.bad = False  # whether the window before was one
 
     def __call__(self, record: Mapping[str, float]) -> str | None:
         """The warning, at the step at which it is due."""
@@ -123,14 +123,13 @@ class ChosenLikelihoodWatch:
         bad = -chosen > max(self.beta, 2 * error) and chosen < self.lowest and margin > self.highest
         self.lowest, self.highest = min(self.lowest, chosen), max(self.highest, margin)
         self.steps.clear()
-        before, self.before = self.before, (chosen, margin) if bad else None
-        if before is None or not bad:
+        before, self.bad = self.bad, bad
+        if not (before and bad):
             return None
         self.done = True
-        was, now = ([reward / self.beta for reward in means] for means in (before, (chosen, margin)))
         remedy = f"raise mu (now {self.mu})" + (f" or beta (now {self.beta})" if self.mu >= 1 else "")
         return (
             f"the chosen answers become less likely while the margin grows: over the last {self.window} steps they "
-            f"were {-now[0]:.2f} nats per answer less likely than under the reference ({-was[0]:.2f} over the "
-            f"{self.window} before), the margin was {now[1]:.2f} nats ({was[1]:.2f} before); {remedy}"
+            f"were {-chosen / self.beta:.2f} nats per answer less likely than under the reference, and the margin was "
+            f"{margin / self.beta:.2f} nats; {remedy}"
         )

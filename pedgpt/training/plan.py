@@ -211,50 +211,50 @@ def count(build: Build, make_batch: MakeBatch, settings: S) -> dict[str, int]:
 
 
 def print_plan(settings: S, build: Build, make_batch: MakeBatch) -> None:
-    """Print what a step holds on each card of `settings.plan`, and which single change would make it fit.
+    """Print what a step holds on each card of `settings.plan`, and the cheapest change that would make it fit.
 
     `build` makes the model, split over the ranks and on the meta device, and its loss; `make_batch` a batch of so many
     rows. Raises SystemExit with the code 1 if it does not fit.
     """
-    ranks, size = cards(settings.plan)
+    _, size = cards(settings.plan)
     with torch.device("meta"):
         model, _ = build(settings, World(0, 1, torch.device("cpu")))
     everything, some = parameter_count(model), sum(parameter.numel() for parameter in trained(model).values())
     print(f"{everything:,} parameters, {some:,} train ({some / everything:.2%}); {settings.dtype}\n")
     parts = count(build, make_batch, settings)
     total = sum(parts.values())
-    for part, held in [*((part, parts[part]) for part in PARTS if part in parts), ("total", total)]:
-        print(f"{part:<26}{held / GB:>10.2f} GB")
-
-    def tried(old: Any, change: dict[str, Any], total: int) -> tuple[Any, int]:
-        """The settings after a change and the bytes that they take, printed; the old ones if it saves nothing."""
-        new = {name: value for name, value in change.items() if getattr(old, name) != value}
-        changed, held = dataclasses.replace(old, **new), total
-        with suppress(ValueError):  # The model cannot be changed so: its folder is quantised already, for example.
-            held = sum(count(build, make_batch, changed).values()) if new else total
-        if held > 0.995 * total:
-            return old, total
-        flags = " ".join(f"--{name} {value}" for name, value in new.items())
-        print(f"  {flags:<68}{held / GB:>8.2f} GB{'  fits' * (held <= size * GB)}", flush=True)
-        return changed, held
-
+    for part in PARTS:
+        if part in parts:
+            print(f"{part:<26}{parts[part] / GB:>10.2f} GB")
+    print(f"{'total':<26}{total / GB:>10.2f} GB\n")
     if total <= size * GB:
-        print(f"\nfits: {total / GB:.2f} of {size:g} GB")
+        print(f"fits: {total / GB:.2f} of {size:g} GB")
         return
-    does_not = f"does not fit: {total / GB:.2f} of {size:g} GB"
-    print(f"\n{does_not}; the cheapest change that makes it, and more cards", flush=True)
-    changes = _changes(settings, saving_activations=total - parts.get(ACTIVATIONS, 0) < size * GB)
-    found = any(tried(settings, change, total)[1] <= size * GB for change in changes)
-    more = [{"plan": f"{ranks * factor}x{size:g}"} for factor in (2, 4, 8) if total / factor < size * GB]
-    any(tried(settings, change, total)[1] <= size * GB for change in more)
-    if not found:
-        print("one after another", flush=True)
-        changed: Any = settings
-        for change in _changes(settings):
-            if total > size * GB:
-                changed, total = tried(changed, change, total)
-        print("all of these together do" if total <= size * GB else "even together they are not enough")
+    print(f"does not fit: {total / GB:.2f} of {size:g} GB; the cheapest change that makes it", flush=True)
+    changed: Any = settings
+    for change in _changes(settings, saving_activations=total - parts.get(ACTIVATIONS, 0) < size * GB):
+        if _try(settings, change, total, build, make_batch)[1] <= size * GB:
+            raise SystemExit(1)
+    print("one after another", flush=True)
+    for change in _changes(settings):
+        changed, total = _try(changed, change, total, build, make_batch)
+        if total <= size * GB:
+            break
+    print("all of these together do" if total <= size * GB else "even together they are not enough")
     raise SystemExit(1)
+
+
+def _try(old: Any, change: dict[str, Any], total: int, build: Build, make_batch: MakeBatch) -> tuple[Any, int]:
+    """The settings after a change and the bytes that they take, printed; the old ones if it saves nothing."""
+    new = {name: value for name, value in change.items() if getattr(old, name) != value}
+    changed, held = dataclasses.replace(old, **new), total
+    with suppress(ValueError):  # The model cannot be changed so: its folder is quantised already, for example.
+        held = sum(count(build, make_batch, changed).values()) if new else total
+    if held > 0.995 * total:
+        return old, total
+    fits = "  fits" if held <= cards(old.plan)[1] * GB else ""
+    print(f"  {' '.join(f'--{name} {value}' for name, value in new.items()):<68}{held / GB:>8.2f} GB{fits}", flush=True)
+    return changed, held
 
 
 def _changes(settings: Any, saving_activations: bool = True) -> Iterator[dict[str, Any]]:

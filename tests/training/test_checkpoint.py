@@ -30,10 +30,10 @@ def load_checkpoint(checkpoint, model, optimizer, run, world):
     return Checkpoints(checkpoint.parent, 2, model, optimizer, run, world).load(checkpoint)
 
 
-def make(seed, steps=3, width=5):
+def make(seed, steps=3, width=5, classes=3):
     """A model with a frozen part, and its optimizer after some steps."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, width).requires_grad_(False), nn.Linear(width, 3, bias=seed != 99))
+    model = nn.Sequential(nn.Linear(4, width).requires_grad_(False), nn.Linear(width, classes, bias=seed != 99))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
     for _ in range(steps):
         model(torch.randn(2, 4)).square().sum().backward()
@@ -283,7 +283,10 @@ def test_a_checkpoint_of_three_ranks_serves_two_and_one_bit_for_bit(tmp_path, st
     assert all(torch.equal(three[name], two[name]) and torch.equal(three[name], one[name]) for name in three)
 
 
-@pytest.mark.parametrize(("chosen", "named"), [({"width": 6}, "1.weight"), ({"seed": 99}, None)])
+@pytest.mark.parametrize(
+    ("chosen", "named"),
+    [({"width": 6}, "must match"), ({"classes": 2}, "1.weight has 2 rows, and 3 are saved"), ({"seed": 99}, None)],
+)
 def test_a_checkpoint_of_another_model_is_refused(saved, chosen, named):
     other = make(**{"seed": 1, "steps": 0, **chosen})
     if named is None:  # fewer tensors than saved: the rest is left alone

@@ -62,8 +62,7 @@ def test_the_warning_says_what_happened_in_nats_per_answer_and_what_to_raise():
     assert step == 20
     assert text == (
         "the chosen answers become less likely while the margin grows: over the last 10 steps they were 12.50 nats per "
-        "answer less likely than under the reference (5.00 over the 10 before), the margin was 30.00 nats (10.00 "
-        "before); raise mu (now 0.1)"
+        "answer less likely than under the reference, and the margin was 30.00 nats; raise mu (now 0.1)"
     )
     for mu, beta, remedy in (
         (0, 0.1, "raise mu (now 0.0)"),
@@ -73,7 +72,7 @@ def test_the_warning_says_what_happened_in_nats_per_answer_and_what_to_raise():
     ):
         ((_, text),) = warnings(chosen, margins, mu=mu, beta=beta)
         assert text.endswith(f"; {remedy}")
-    assert "5.00 nats per answer less likely than under the reference (2.00 over" in text
+    assert "5.00 nats per answer less likely than under the reference" in text
 
 
 SLOW = [0.0] * 20 + ramp(-0.01, 480)
