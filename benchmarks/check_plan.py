@@ -95,7 +95,7 @@ def child(name: str, flags: list[str]) -> None:
     toy = Path(config.output) / "toy"
     if world.is_main:
         save_model(Transformer(ModelConfig.from_hf(TOY)), toy)
-    training.distributed.barrier(world)
+    training.distributed.all_values(None, world)  # wait for the first rank
 
     def train(settings) -> None:
         model, loss_function = module.model_and_loss(settings, world)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from pedgpt.files import DiskFull, naming_full_disk, publish, sync, write_json
 from pedgpt.kernels.cpu import products
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, all_values, barrier, first_row, local, together, trained
+from pedgpt.training.distributed import World, all_values, first_row, local, together, trained
 
 _STATE, _SUMS = "state.json", "checksums.json"
 _NAME = "step_" + 7 * "[0-9]"
@@ -65,24 +65,26 @@ class Checkpoints:
         """
         world, target = self.world, self.folder / f"step_{step:07d}"
         temporary = target.with_name(f".{target.name}.tmp")
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        barrier(world)
+        elsewhere = DiskFull(f"{target}: cannot be written; another rank says why")
+        with together(world, elsewhere):
+            if world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
         file = temporary / f"rank_{world.rank:05d}.pt"
         values = {name: found[key] for name, (found, key) in self._contents().items()}
         part = {name: local(value) for name, value in values.items() if world.is_main or isinstance(value, DTensor)}
         try:
-            with together(world, DiskFull(f"{target}: cannot be written; another rank says why")):
+            with together(world, elsewhere):
                 with naming_full_disk(file), open(file, "wb") as handle:
                     torch.save(part, handle)
                 sync(file)
             sums = dict(all_values((file.name, _checksum(file)), world))
-            with together(world, DiskFull(f"{target}: cannot be written; the first rank says why")):
+            with together(world, elsewhere):
                 if world.is_main:
                     write_json(temporary / _STATE, {"step": step, "run": self.run, **notes})
                     write_json(temporary / _SUMS, {**sums, _STATE: _checksum(temporary / _STATE)})
-                    remove_checkpoint(target)
+                    if target.exists():
+                        _hide(target)
                     publish(temporary, target)
                     prune_checkpoints(self.folder, self.keep)
         finally:
@@ -216,18 +218,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the last `keep` checkpoints, and what an interrupted save left."""
     for path in sorted(folder.glob(_NAME), reverse=True)[keep:]:
-        remove_checkpoint(path)
+        _hide(path)
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path)
 
 
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint so that no death in between leaves half of one under its name."""
-    if checkpoint.exists():
-        away = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
-        shutil.rmtree(away, ignore_errors=True)
-        os.replace(checkpoint, away)
-        shutil.rmtree(away)
+def _hide(checkpoint: Path) -> None:
+    """Take its name from a checkpoint that is to be deleted, so that no death leaves half of one under the name."""
+    os.replace(checkpoint, checkpoint.with_name(f".{checkpoint.name}.old.tmp"))
 
 
 def refuse_changes(saved: Mapping[str, Any], run: Mapping[str, Any], where: Path) -> None:

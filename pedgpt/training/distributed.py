@@ -18,6 +18,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
+# Takes the name and the content of each weight, one after the other.
+Write = Callable[[Iterator[tuple[str, Tensor]]], object]
+
 
 @dataclass(frozen=True)
 class World:
@@ -154,19 +157,8 @@ def run_on_main(steps: Iterator[int], world: World) -> None:
             (done,) = sum_over_ranks([done], world)
 
 
-def barrier(world: World) -> None:
-    """Wait until every rank is here."""
-    if world.size > 1:
-        dist.barrier()
-
-
 def gather_weights(
-    model: nn.Module,
-    world: World,
-    write: Callable[[Iterator[tuple[str, Tensor]]], object],
-    *,
-    trainable_only: bool = False,
-    dtype: torch.dtype | None = None,
+    model: nn.Module, world: World, write: Write, *, trainable_only: bool = False, dtype: torch.dtype | None = None
 ) -> None:
     """Call `write` on the main rank with (name, whole tensor on the CPU), one at a time; called on all ranks."""
 

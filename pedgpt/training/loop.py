@@ -25,7 +25,7 @@ from pedgpt.kernels.cpu import products
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.checkpoint import Keeper, latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, all_values, autocast, barrier, local, reshard, sum_over_ranks, trained
+from pedgpt.training.distributed import World, all_values, autocast, local, reshard, sum_over_ranks, together, trained
 from pedgpt.training.metrics import Report, Watch
 from pedgpt.training.optim import build_optimizer, learning_rate
 
@@ -205,11 +205,11 @@ def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, w
 
 def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> None:
     """Mark the run complete, once its result is saved, and delete the checkpoints that it no longer needs."""
-    if world.is_main:
-        output = Path(settings.output)
-        write_json(output / "done.json", describe_run(settings, plan, fingerprint))
-        _tidy(output)
-    barrier(world)
+    output = Path(settings.output)
+    with together(world, OSError(f"{output}: cannot be written; the first rank says why")):
+        if world.is_main:
+            write_json(output / "done.json", describe_run(settings, plan, fingerprint))
+            _tidy(output)
 
 
 def _tidy(output: Path) -> None:
