@@ -25,7 +25,6 @@ C = TypeVar("C")
 Recompute = Literal["none", "selective", "block", "offload"]
 Schedule = Literal["cosine", "constant", "linear", "wsd"]
 Dtype = Literal["float32", "bfloat16"]
-Tracker = Literal["wandb", "tensorboard"]
 
 
 @dataclass
@@ -56,7 +55,7 @@ class TrainingSettings:
     keep_best: bool = False  # the result is the model of the lowest held-out loss, not the last one
     checkpoint_every: int | str = "auto"  # steps between checkpoints; auto: about 5 % of the time goes to them; 0: none
     keep_checkpoints: int = 2  # how many of the last checkpoints stay on disk
-    log_to: list[Tracker] = field(default_factory=list)  # besides metrics.jsonl: wandb, tensorboard
+    log_to: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)  # besides metrics.jsonl
     seed: int = 0  # of the data order, the initial adapters and all noise
     device: str = "auto"  # auto, cpu or cuda
     plan: str = ""  # 24 or 8x80: only say what a step takes on a card of 24 GB, or on each of 8 of 80 GB

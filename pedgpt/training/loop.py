@@ -34,7 +34,7 @@ _FREE = {
     "output", "micro_batch_size", "activation_checkpointing", "evaluate_every", "checkpoint_every", "keep_checkpoints",
     "device", "reference_logps", "shared_prompt", "log_to", "plan", "quantized_copy",
 }  # fmt: skip
-
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # From rows and their ids to a batch, which has `weight` in the loss, `num_tokens` and `to(device)`; empty lists give a
 # batch of weight 0.
@@ -107,7 +107,7 @@ def train(
 
 @contextmanager
 def noting_signals(world: World) -> Iterator[list[int]]:
-    r"""In this block SIGTERM and Ctrl-C only add their number to the list: the wish to stop after this step.
+    r"""In this block SIGTERM, Ctrl-C and a closed terminal only add their number to the list: the wish to stop soon.
 
     Ctrl-\ ends the run at once. What comes again is the same wish, because `timeout` and service managers send their
     signal to every process, and torchrun passes it on to those that already have it.
@@ -117,10 +117,14 @@ def noting_signals(world: World) -> Iterator[list[int]]:
     def note(number: int, frame: object) -> None:
         if world.is_main and not noted:  # A `print` here could interrupt another one.
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: the run ends after this step; Ctrl-\\ ends it at once\n".encode())
+            try:
+                os.write(2, f"\n{name}: the run ends after this step; Ctrl-\\ ends it at once\n".encode())
+            except OSError:  # the terminal is gone, so nothing can be written to it any more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         noted.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield noted
     finally:

@@ -83,10 +83,11 @@ class Counter(TorchDispatchMode):
         self.alive[key] = weakref.ref(storage, lambda _: self.remove(key)), held
         self.events.append((held, 1))
         self.total += held.size
-        self.peak = max(self.peak, (self.total, len(self.events)), key=lambda peak: peak[0])
+        if self.total > self.peak[0]:
+            self.begin()
 
     def begin(self) -> None:
-        """Forget the peak so far."""
+        """Take what is alive for the peak, whatever was before."""
         self.peak = self.total, len(self.events)
 
     def remove(self, key: int) -> None:

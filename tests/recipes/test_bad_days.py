@@ -156,6 +156,26 @@ def test_a_signal_that_comes_twice_is_one_wish_to_stop(lab, tmp_path, monkeypatc
     lab.assert_as_if_nothing_happened(tmp_path, lab.reference("full_finetune"))
 
 
+def test_a_closed_terminal_is_survived(lab, tmp_path, monkeypatch):
+    real, stderr = loop._step, os.dup(2)
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def step(*arguments):
+        os.dup2(writer, 2)  # what is written to it fails from now on
+        os.kill(os.getpid(), signal.SIGHUP)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "_step", step)
+    try:
+        assert lab.run("full_finetune", tmp_path).code == 128 + signal.SIGHUP
+        assert os.write(2, b"lost") == 4
+    finally:
+        os.dup2(stderr, 2)
+    monkeypatch.undo()
+    assert "at step 1 of 5" in lab.run("full_finetune", tmp_path).err
+
+
 def test_without_checkpoints_a_signal_says_what_is_lost(lab, tmp_path, monkeypatch):
     real = loop._step
     monkeypatch.setattr(loop, "_step", lambda *rest: (os.kill(os.getpid(), signal.SIGTERM), real(*rest))[1])
