@@ -25,6 +25,7 @@ C = TypeVar("C")
 Recompute = Literal["none", "selective", "block", "offload"]
 Schedule = Literal["cosine", "constant", "linear", "wsd"]
 Dtype = Literal["float32", "bfloat16"]
+Tracker = Literal["wandb", "tensorboard"]
 
 
 @dataclass
@@ -49,13 +50,13 @@ class TrainingSettings:
     weight_dtype: Dtype = "float32"  # of a model that trains (adapters: float32); bfloat16 is rounded stochastically
     optimizer_state: Dtype = "float32"  # of AdamW's two moments; bfloat16 is rounded stochastically too
     accumulate_in_float32: bool = False  # add up micro-batches' gradients in float32, not in the weights' dtype
-    save_dtype: Literal[Dtype, ""] = ""  # of the trained weights on disk; empty: dtype, for adapters float32
+    save_dtype: Literal[Dtype, ""] = ""  # of the result: float32 or bfloat16; empty: dtype, for adapters float32
     activation_checkpointing: Recompute = "none"  # computed again to save memory: none, selective, block, offload
     evaluate_every: int = 0  # steps between evaluations on held-out rows; 0: only at the end
     keep_best: bool = False  # the result is the model of the lowest held-out loss, not the last one
     checkpoint_every: int | str = "auto"  # steps between checkpoints; auto: about 5 % of the time goes to them; 0: none
     keep_checkpoints: int = 2  # how many of the last checkpoints stay on disk
-    log_to: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)  # besides metrics.jsonl
+    log_to: list[Tracker] = field(default_factory=list)  # besides metrics.jsonl: wandb, tensorboard
     seed: int = 0  # of the data order, the initial adapters and all noise
     device: str = "auto"  # auto, cpu or cuda
     plan: str = ""  # 24 or 8x80: only say what a step takes on a card of 24 GB, or on each of 8 of 80 GB

@@ -21,7 +21,7 @@ from pedgpt.training.distributed import World
 # From the record of a step to a warning, if there is one.
 Watch = Callable[[dict[str, Any]], str | None]
 # What a tracker is given at each step, and what ends it.
-Tracker = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]
+Sink = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]
 
 
 def cut_log(path: Path, steps: int) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def cut_log(path: Path, steps: int) -> dict[str, Any]:
     return json.loads(lines[-1]) if lines else {"tokens": 0, "seconds": 0.0}
 
 
-def _tensorboard(settings: TrainingSettings, first: int) -> Tracker:
+def _tensorboard(settings: TrainingSettings, first: int) -> Sink:
     """Event files in OUTPUT/tensorboard; those of steps after the checkpoint are hidden."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -45,7 +45,7 @@ def _tensorboard(settings: TrainingSettings, first: int) -> Tracker:
     return write, writer.close
 
 
-def _wandb(settings: TrainingSettings, first: int) -> Tracker:
+def _wandb(settings: TrainingSettings, first: int) -> Sink:
     """A run named as the folder; what resumes from a checkpoint goes on under the id in OUTPUT/wandb_id.txt."""
     import wandb
 
