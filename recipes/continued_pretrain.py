@@ -31,7 +31,6 @@ from pedgpt.data import (
     write_tokens,
 )
 from pedgpt.data.manifest import DOMAIN, GENERAL, INSTRUCTIONS
-from pedgpt.kernels.cpu import products
 from pedgpt.losses import next_token_loss
 from pedgpt.models import ModelConfig
 from pedgpt.training.plan import print_plan
@@ -68,6 +67,7 @@ def main(config: Config) -> None:
     if not config.corpus and not config.text and config.instruction_share < 1:
         raise ValueError("missing setting: text; give --text and --instructions with files, or --corpus with a folder")
     world = training.start(config.device)
+    training.settle_run(config.output, world)
 
     # Data: each source as token ids on disk, mixed by share, packed into rows.
     tokenizer = load_tokenizer(config.model)
@@ -89,13 +89,12 @@ def main(config: Config) -> None:
         print((store.summary + heldout.summary).describe(), mixture.describe(), rows.describe(), sep="\n")
         if rows.utilization < 0.99:
             print("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
-    choices = training.run_choices(config.output, world, products.settle, products.use)
 
     model, loss_function = model_and_loss(config, world)
     stage.fill(model, config, world)
 
     evaluate = training.evaluation(model, heldout_rows, loss_function, config, world)
-    run = {"evaluate": evaluate, "fingerprint": data, "choices": choices}
+    run = {"evaluate": evaluate, "fingerprint": data}
     training.train(model, plan, rows.batch, loss_function, config, world, **run)
 
     stage.save_result(model, config, world, tokenizer.save)

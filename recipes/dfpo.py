@@ -28,10 +28,9 @@ from pedgpt.data import (
     save_reference,
     write_chats,
 )
-from pedgpt.kernels.cpu import products
 from pedgpt.losses import check_dfpo_settings, linear_dfpo_loss, linear_sequence_logps
 from pedgpt.models import ModelConfig
-from pedgpt.training.distributed import autocast, gather_rows, sum_over_ranks
+from pedgpt.training.distributed import all_values, autocast, sum_over_ranks
 from pedgpt.training.plan import print_plan
 
 METRICS = (  # means over pairs; the last two over both responses of a pair, each the mean of its tokens
@@ -101,8 +100,8 @@ def main(config: Config) -> None:
 
     # Data: token ids on disk, made by the first rank and mapped by all.
     cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
-    today = config.template_date or training.run_date(config.output, world)
-    chat = config.load_chat(today, ModelConfig.from_hf)
+    today = training.settle_run(config.output, world)
+    chat = config.load_chat(config.template_date or today, ModelConfig.from_hf)
     files = {"train": config.preferences, "heldout": config.heldout_preferences}
     tokens = Path(config.output) / "tokens"
     training.run_on_main(write_chats(tokens, "preferences", files, chat, config), world)
@@ -117,7 +116,6 @@ def main(config: Config) -> None:
     if world.is_main:
         print((pairs.store.summary + heldout_pairs.store.summary).describe())
         print(f"{len(pairs):,} pairs, {len(heldout_pairs):,} held out")
-    choices = training.run_choices(config.output, world, products.settle, products.use)
 
     model, loss_function = model_and_loss(config, world)
     stage.fill(model, config, world)
@@ -132,8 +130,9 @@ def main(config: Config) -> None:
                 logps = response_logps(model, pairs.batch(mine, range(len(mine))).to(world.device))
                 part = logps.new_zeros(config.micro_batch_size, 2)
                 part[: len(mine)] = logps[: 2 * len(mine)].view(2, len(mine)).T
-                parts.append(gather_rows(part, world))
-        return torch.cat(parts).cpu()[: len(pairs)] if parts else torch.zeros(0, 2)
+                parts.append(part)
+        mine = torch.cat(parts).cpu() if parts else torch.zeros(0, 2)
+        return torch.stack(all_values(mine, world), 1).flatten(0, 1)[: len(pairs)]
 
     stored = config.stored_dtype
     stream = dtype if world.size > 1 else stored  # FSDP2 gathers weights in `dtype`, which the key must say
@@ -152,7 +151,7 @@ def main(config: Config) -> None:
 
     evaluate = training.evaluation(model, heldout_pairs, loss_function, config, world)
     watch = training.ChosenLikelihoodWatch(beta=config.beta, mu=config.mu, window=max(10, plan.total_steps // 20))
-    run = {"evaluate": evaluate, "fingerprint": data, "choices": choices, "watch": watch}
+    run = {"evaluate": evaluate, "fingerprint": data, "watch": watch}
     training.train(model, plan, pairs.batch, loss_function, config, world, **run)
     stage.save_result(model, config, world, chat.save)
     training.finish(config, plan, data, world)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from pedgpt import stage, training
 from pedgpt.data import ChatSettings, discards_tokens, full_rows, packed_chats
-from pedgpt.kernels.cpu import products
 from pedgpt.losses import next_token_loss
 from pedgpt.models import ModelConfig
 from pedgpt.training.plan import print_plan
@@ -38,8 +37,8 @@ def main(config: Config) -> None:
     world = training.start(config.device)
 
     # Data: token ids on disk, made by the first rank and mapped by all, packed into rows.
-    today = config.template_date or training.run_date(config.output, world)
-    chat = config.load_chat(today, ModelConfig.from_hf)
+    today = training.settle_run(config.output, world)
+    chat = config.load_chat(config.template_date or today, ModelConfig.from_hf)
     files = {"train": config.instructions, "heldout": config.heldout_instructions}
     rows, heldout_rows = packed_chats(config, chat, lambda steps: training.run_on_main(steps, world), **files)
     plan = training.BatchPlan.from_settings(len(rows), config)
@@ -49,13 +48,12 @@ def main(config: Config) -> None:
     if world.is_main:
         print((rows.store.summary + heldout_rows.store.summary).describe())
         print(rows.describe())
-    choices = training.run_choices(config.output, world, products.settle, products.use)
 
     model, loss_function = model_and_loss(config, world)
     stage.fill(model, config, world)
 
     evaluate = training.evaluation(model, heldout_rows, loss_function, config, world)
-    run = {"evaluate": evaluate, "fingerprint": data, "choices": choices}
+    run = {"evaluate": evaluate, "fingerprint": data}
     training.train(model, plan, rows.batch, loss_function, config, world, **run)
 
     stage.save_result(model, config, world, chat.save)
