@@ -56,9 +56,10 @@ def train_and_evaluate(run: Path, output: Path, arm: str, seed: int) -> None:
         del settings["num_specific_experts"]
     if settings.get("adapter") == "none":
         del settings["rank"], settings["alpha"]
-    rows = [str(path) for path in (run / "corpus/train/tasks", run / "corpus/train/generalist/general_medical")]
+    rows = [run / "corpus/train/tasks", run / "corpus/train/generalist/general_medical"]
     settings |= {"seed": seed, "evaluate_every": 0, "device": "cpu", "model": str(run / "dfpo/model")}
-    stage.main(stage.Config(**settings, instructions=[path for path in rows if Path(path).exists()], output=str(output)))
+    settings |= {"instructions": [str(path) for path in rows if path.exists()], "output": str(output)}
+    stage.main(stage.Config(**settings))
     trained = "model" if settings.get("adapter") == "none" else "adapter"
     system = {"model": str(run / "dfpo/model"), trained: str(output / trained)}
     settings = read_toml(ROOT / "recipes/configs/demo/evaluate.toml") | {"heldout": str(run / "corpus/heldout")}

@@ -109,7 +109,7 @@ class ExpertLoRALinear(AdaptedLinear):
         gate: dict[str, Any] = {"gates": self.gates(x)}
         if gate["gates"] is None:
             gate = {"router": self.router, "router_noise": self.router_noise, "noise": self.noise(x)}
-        y, _, totals = lora_linear(
+        y, gates, totals = lora_linear(
             x, self.base_weight, self.bias, self.lora_A, self.lora_B,
             scaling=self.scaling, **gate, universal=self.num_universal_experts, top_k=self.top_k,
             dropped=self.dropped(x), count=self.gate_record is not None and self.gate_record.where,
@@ -117,7 +117,7 @@ class ExpertLoRALinear(AdaptedLinear):
         )  # fmt: skip
         if self.gate_record is not None:
             assert totals is not None
-            self.gate_record.add(totals)
+            self.gate_record.add(totals, gates)
         return y
 
     def noise(self, x: Tensor) -> Tensor | NoiseStream | None:
@@ -136,12 +136,15 @@ class ExpertLoRALinear(AdaptedLinear):
 class GateRecord:
     """Sums over tokens of one layer's gates and of their entropy, on the layer's device until they are read."""
 
-    def __init__(self, where: Tensor | None = None) -> None:
+    def __init__(self, where: Tensor | None = None, keep: bool = False) -> None:
         self.where = True if where is None else where  # [...] bool: the tokens that count
+        self.kept: list[Tensor] | None = [] if keep else None  # the gates [..., N] of every pass
         self.totals: Tensor | None = None  # [N + 2] float64: gates, entropy, number of tokens
 
-    def add(self, totals: Tensor) -> None:
+    def add(self, totals: Tensor, gates: Tensor | None = None) -> None:
         """Add what `lora_linear` counted in one pass."""
+        if self.kept is not None and gates is not None:
+            self.kept.append(gates.detach())
         self.totals = totals if self.totals is None else self.totals + totals
 
     @property
@@ -164,16 +167,18 @@ class GateRecord:
 
 
 @contextmanager
-def record_gates(model: nn.Module, where: Tensor | None = None) -> Iterator[dict[str, GateRecord]]:
+def record_gates(
+    model: nn.Module, where: Tensor | None = None, *, keep: bool = False
+) -> Iterator[dict[str, GateRecord]]:
     """Within the context, collect every expert layer's gates by module name, without waiting for the device.
 
-    `where` [B, T] (bool) chooses the tokens that count. What activation checkpointing computes again is not counted
-    again if the backward pass runs outside of the context.
+    `where` [B, T] (bool) chooses the tokens that count; `keep` also keeps each token's gates. What activation
+    checkpointing computes again is not counted again if the backward pass runs outside of the context.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, ExpertLoRALinear)}
     if not layers:
         raise ValueError("the model has no expert layers; inject_experts or load_adapter first")
-    records = {name: GateRecord(where) for name in layers}
+    records = {name: GateRecord(where, keep) for name in layers}
     with temporarily(list(layers.values()), "gate_record", list(records.values())):
         yield records
 

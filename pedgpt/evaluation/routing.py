@@ -30,11 +30,11 @@ def token_gates(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     """The gates [T, N] (float32, on the CPU) of every expert layer for one row of token ids [T], by module name."""
     with record_gates(model, keep=True) as records:
         model(tokens[None])
-    return {name: torch.cat(record.kept).cpu() for name, record in records.items() if record.kept}
+    return {name: record.kept[0][0].float().cpu() for name, record in records.items() if record.kept}
 
 
 def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
-    """The text that each token adds; empty for one that only begins a character of several bytes."""
+    """The text that each token adds; empty for a special token, and for the first ones of a character of several."""
     decoder = StreamDecoder(tokenizer)
     return [decoder.push(token) for token in tokens]
 
@@ -46,7 +46,8 @@ def expert_similarity(layer: ExpertLoRALinear) -> Tensor:
 
     so no matrix as large as the weight is made.
     """
-    A, B = (torch.stack(parts).detach().double() for parts in zip(*layer.experts, strict=True))
+    experts = [*layer.universal_experts, *layer.specific_experts]
+    A, B = (torch.stack(parts).detach().double() for parts in zip(*experts, strict=True))
     inner = torch.einsum("ixd,jyd->ijxy", A, A).mul_(torch.einsum("iox,joy->ijxy", B, B)).sum((-2, -1))
     norms = inner.diagonal().clamp(min=0).sqrt()
     return torch.nan_to_num(inner / norms[:, None] / norms, nan=0.0).float()
@@ -64,7 +65,7 @@ def unused_experts(means: Mapping[str, Sequence[float]]) -> list[str]:
             which = ", ".join(f"expert {number} ({weights[number - 1]:.1%})" for number in few)
             found.append(f"{layer}: {which} of the weight, where an equal share is {share:.1%}")
     if found:
-        found.append("Such experts cost time and change nothing: train with --balance 0.01, or with fewer experts there.")
+        found.append("Such experts cost time and change nothing: train with --balance 0.01, or give fewer experts.")
     return found
 
 
