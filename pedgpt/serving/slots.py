@@ -1,0 +1,95 @@
+"""Keys and values of many conversations at once: each has a slot, and slots are read and written independently.
+
+Letters: L layers, B slots, G key-value heads, S tokens of a slot, K head_dim, D hidden.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pedgpt.kernels.attention import Layout
+
+
+class SlotCache:
+    """Keys and values [L, B, G, S, K]; slot b holds those of the tokens `ids[b]`, at positions 0, 1, 2 …
+
+    A forward pass reads either a piece of one slot's text (`read`) or one token of each of several slots (`step`).
+    `Transformer.hidden_states` calls `extend` once and `append` in each layer, as with `models.KVCache`.
+    """
+
+    def __init__(self, model: Any, slots: int, capacity: int) -> None:
+        config, weight = model.config, model.model.embed_tokens.weight
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # zeros, because NaN would spread
+        self.values = torch.zeros_like(self.keys)
+        self.ids: list[list[int]] = [[] for _ in range(slots)]
+        self.index = torch.arange(capacity, device=weight.device)
+        self.rows: list[int] = []  # the slots of the forward pass that runs
+        self.start, self.stop = 0, 0  # of a piece of text; the number of keys that a step reads
+        self.places: tuple[Tensor, Tensor] | None = None  # slots and positions of a step's new tokens
+
+    def fork(self, slot: int, prompt: Sequence[int], sources: Iterable[int]) -> int:
+        """Let a slot begin with what one of `sources` shares with the prompt; returns how many tokens that are.
+
+        The last token of the prompt is never among them, because what follows it must be computed.
+        """
+        count, source = max(((shared(self.ids[one], prompt), one) for one in sources), default=(0, slot))
+        if source != slot and count > (own := shared(self.ids[slot], prompt)):
+            for held in (self.keys, self.values):
+                held[:, slot, :, own:count] = held[:, source, :, own:count]
+        self.ids[slot] = list(prompt[:count])
+        return count
+
+    def read(self, model: Any, slot: int, tokens: Sequence[int]) -> Tensor:
+        """Read tokens at the end of a slot; the last one's hidden state [1, D]."""
+        self.rows, self.places, self.start = [slot], None, len(self.ids[slot])
+        self.stop = self.start + len(tokens)
+        positions = self.index[None, self.start : self.stop]
+        hidden = model.hidden_states(self.index.new_tensor(tokens)[None], positions=positions, cache=self)
+        self.ids[slot] += tokens
+        return hidden[:, -1]
+
+    def step(self, model: Any, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Read one token at the end of each of the slots `rows`; their hidden states [rows, D]."""
+        lengths = [len(self.ids[row]) for row in rows]
+        self.rows, self.stop = list(rows), max(lengths) + 1
+        inputs, positions, slots = self.index.new_tensor([list(tokens), lengths, self.rows])
+        self.places = (slots, positions)
+        hidden = model.hidden_states(inputs[:, None], positions=positions[:, None], cache=self)
+        for row, token in zip(rows, tokens, strict=True):
+            self.ids[row].append(token)
+        return hidden[:, -1]
+
+    def extend(self, shape: torch.Size, positions: Tensor, documents: None, slopes: Tensor | None) -> Layout:
+        """Who sees whom in this pass: in a step a slot's token sees what the slot holds, and itself."""
+        assert documents is None and shape[0] == len(self.rows)
+        keys = self.index[None, : self.stop]
+        if self.places is None:
+            return Layout(positions, keys, slopes=slopes, first=self.start)
+        ahead = keys > positions  # what an earlier conversation left there
+        return Layout(positions, keys.expand_as(ahead), positions * 0, ahead.long(), slopes=slopes, first=self.stop - 1)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values [B, G, T, K]; returns all that are read, [B, G, S, K]."""
+        return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
+
+    def _write(self, held: Tensor, new: Tensor) -> Tensor:
+        first = self.rows[0]
+        if self.places is None:
+            held[first, :, self.start : self.stop] = new[0]
+            return held[first : first + 1, :, : self.stop]
+        slots, positions = self.places
+        held[slots, :, positions] = new[:, :, 0].to(held.dtype)
+        if self.rows == list(range(first, first + len(self.rows))):  # Slots side by side are read where they lie.
+            return held[first : first + len(self.rows), :, : self.stop]
+        return held[slots, :, : self.stop]
+
+
+def shared(held: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many tokens at the beginning of a prompt are held; the last one never counts."""
+    return len(os.path.commonprefix([list(held), list(prompt[:-1])]))  # which compares any two lists
