@@ -145,7 +145,10 @@ def _message(given: Any, number: int) -> Message:
         raise ApiError(f"{name}.role must be system, user or assistant", f"{name}.role")
     content = given.get("content")
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
+        if not all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        ):
             raise ApiError(f"{name}.content may hold only parts of text", f"{name}.content")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str) or not content.strip():

@@ -155,7 +155,8 @@ class Scheduler:
         ids, mine = self.cache.ids, [slot for slot, owner in enumerate(self.owner) if owner == request.model]
         # The slot of the same conversation, of which most is in the prompt, or else the one that waits longest.
         slot = request.slot = max(
-            free, key=lambda one: (one in mine and 2 * shared(ids[one], request.prompt) > len(ids[one]), -self.used[one])
+            free,
+            key=lambda one: (one in mine and 2 * shared(ids[one], request.prompt) > len(ids[one]), -self.used[one]),
         )
         request.cached = self.cache.fork(slot, request.prompt, mine)
         self.owner[slot] = request.model

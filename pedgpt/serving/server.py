@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -25,7 +27,7 @@ from pedgpt.serving.api import CHAT, COMPLETION, ApiError, Served, prompt_of, re
 from pedgpt.serving.replies import Reply
 from pedgpt.serving.scheduler import Piece, QueueFullError, Request, Scheduler
 
-LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1")
+LOCAL = ["127.0.0.1", "localhost"]
 
 
 class Limits(NamedTuple):
@@ -39,7 +41,10 @@ class Limits(NamedTuple):
 class Server:
     """The routes over a scheduler and the models that it serves by name; `key` "" lets everyone in."""
 
-    def __init__(self, scheduler: Scheduler, served: Mapping[str, Served], *, key: str = "", limits: Limits = Limits()) -> None:
+    def __init__(
+        self, scheduler: Scheduler, served: Mapping[str, Served], *, key: str = "", local: bool = True,
+        limits: Limits = Limits(),
+    ) -> None:  # fmt: skip
         self.scheduler, self.served, self.key, self.limits = scheduler, served, key, limits
         self.began = int(time.time())
         routes = {
@@ -47,9 +52,13 @@ class Server:
             "/v1/completions": ("POST", self.answer), "/metrics": ("GET", self.metrics),
         }  # fmt: skip
         guarded = [Route(path, self._guarded(handle), methods=[method]) for path, (method, handle) in routes.items()]
-        self.app = Starlette(routes=[*guarded, Route("/", self.page), Route("/health", self.health)])
+        # NOTE: another site could let its own name point to this machine, so that a browser takes them for one.
+        hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL)] if local else []
+        self.app = Starlette(routes=[*guarded, Route("/", self.page), Route("/health", self.health)], middleware=hosts)
 
-    def _guarded(self, handle: Callable[[HttpRequest], Awaitable[Response]]) -> Callable[[HttpRequest], Awaitable[Response]]:
+    def _guarded(
+        self, handle: Callable[[HttpRequest], Awaitable[Response]]
+    ) -> Callable[[HttpRequest], Awaitable[Response]]:
         """The handler behind the key; what goes wrong becomes an error in OpenAI's form, without the content."""
 
         async def run(request: HttpRequest) -> Response:
@@ -81,10 +90,16 @@ class Server:
     async def metrics(self, _: HttpRequest) -> Response:
         """Prometheus' text format."""
         scheduler = self.scheduler
-        lines = [f'pedgpt_tokens_total{{kind="{kind}"}} {scheduler.counts[kind]}' for kind in ("prompt", "cached", "generated")]
+        lines = [
+            f'pedgpt_tokens_total{{kind="{kind}"}} {scheduler.counts[kind]}'
+            for kind in ("prompt", "cached", "generated")
+        ]
         ends = ("stop", "length", "error", "cancelled")
         lines += [f'pedgpt_requests_total{{finish="{kind}"}} {scheduler.counts[kind]}' for kind in ends]
-        lines += [f"pedgpt_requests_waiting {len(scheduler.waiting)}", f"pedgpt_requests_active {len(scheduler.active)}"]
+        lines += [
+            f"pedgpt_requests_waiting {len(scheduler.waiting)}",
+            f"pedgpt_requests_active {len(scheduler.active)}",
+        ]
         waits = sorted(scheduler.waits)
         for share in (0.5, 0.9, 0.99) if waits else ():
             lines.append(f'pedgpt_first_token_seconds{{quantile="{share}"}} {waits[int(share * (len(waits) - 1))]:.4f}')
@@ -96,7 +111,9 @@ class Server:
         fields = read_fields(await self._body(http), CHAT if chat else COMPLETION)
         served = self.served.get(fields["model"] or "")
         if served is None:
-            raise ApiError(f"there is no model {fields['model']!r}; GET /v1/models lists them", "model", 404, "model_not_found")
+            raise ApiError(
+                f"there is no model {fields['model']!r}; GET /v1/models lists them", "model", 404, "model_not_found"
+            )
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         requests = self._requests(fields, served, pieces)
         try:
@@ -107,14 +124,17 @@ class Server:
             raise ApiError("too many requests wait; try again", status=429, code="queue_full", retry=2) from None
         reply = Reply(chat, fields, served, requests)
         if fields["stream"]:
-            return StreamingResponse(self._events(reply, pieces), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        watcher = asyncio.ensure_future(self._gone(http))
-        try:
-            async for number, piece in self._pieces(requests, pieces, watcher):
-                reply.add(number, piece)
-        finally:
-            watcher.cancel()
-        return JSONResponse(reply.whole())
+            return StreamingResponse(
+                self._events(reply, pieces), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+            )
+        task, gone = asyncio.ensure_future(self._whole(reply, pieces)), asyncio.ensure_future(_gone(http))
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            self.scheduler.cancel(requests)
+            task.cancel()
+            raise ClientDisconnect
+        gone.cancel()
+        return task.result()
 
     async def _body(self, http: HttpRequest) -> Any:
         if http.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
@@ -158,34 +178,27 @@ class Server:
             for number in range(fields["n"])
         ]  # fmt: skip
 
-    async def _pieces(
-        self, requests: list[Request], pieces: asyncio.Queue, watcher: asyncio.Future | None = None
-    ) -> AsyncIterator[tuple[int, Piece]]:
-        """The pieces of all answers as they come; requests are cancelled where the client or the time is gone."""
-        left = len(requests)
+    async def _pieces(self, requests: list[Request], pieces: asyncio.Queue) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all answers as they come; what is not finished is cancelled when the caller leaves."""
+        left, until = len(requests), time.monotonic() + self.limits.seconds
         try:
-            async with asyncio.timeout(self.limits.seconds):
-                while left:
-                    getter = asyncio.ensure_future(pieces.get())
-                    await asyncio.wait({getter, watcher} if watcher else {getter}, return_when=asyncio.FIRST_COMPLETED)
-                    if not getter.done():
-                        getter.cancel()
-                        raise ClientDisconnect
-                    number, piece = getter.result()
-                    left -= piece.finish is not None
-                    if piece.finish in ("error", "cancelled"):
-                        stopping = self.scheduler.closing
-                        message = "the server is stopping" if stopping else "the answer could not be computed"
-                        raise ApiError(message, status=503 if stopping else 500, code="stopping" if stopping else None)
-                    yield number, piece
+            while left:
+                number, piece = await asyncio.wait_for(pieces.get(), until - time.monotonic())
+                left -= piece.finish is not None
+                if piece.finish in ("error", "cancelled"):
+                    if self.scheduler.closing:
+                        raise ApiError("the server is stopping", status=503, code="stopping")
+                    raise ApiError("the answer could not be computed", status=500)
+                yield number, piece
         except TimeoutError:
             raise ApiError(f"the answer took more than {self.limits.seconds:.0f} seconds", status=504) from None
         finally:
-            self.scheduler.cancel(requests)  # which does nothing to those that are finished
+            self.scheduler.cancel(requests)
 
-    async def _gone(self, http: HttpRequest) -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
+    async def _whole(self, reply: Reply, pieces: asyncio.Queue) -> Response:
+        async for number, piece in self._pieces(reply.requests, pieces):
+            reply.add(number, piece)
+        return JSONResponse(reply.whole())
 
     async def _events(self, reply: Reply, pieces: asyncio.Queue) -> AsyncIterator[str]:
         """Server-sent events; an error after the first of them is an event too."""
@@ -206,3 +219,9 @@ class Server:
 
 def _event(content: Any) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+async def _gone(http: HttpRequest) -> None:
+    """Returns when the client has left."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass

@@ -36,12 +36,13 @@ class SlotCache:
     def fork(self, slot: int, prompt: Sequence[int], sources: Iterable[int]) -> int:
         """Let a slot begin with what one of `sources` shares with the prompt; returns how many tokens that are.
 
-        The last token of the prompt is never among them, because what follows it must be computed.
+        The sources were read by the model that reads the prompt. The prompt's last token is never shared, because what
+        follows it must be computed.
         """
-        count, source = max(((shared(self.ids[one], prompt), one) for one in sources), default=(0, slot))
-        if source != slot and count > (own := shared(self.ids[slot], prompt)):
+        count, _, source = max(((shared(self.ids[one], prompt), one == slot, one) for one in sources), default=(0, 0, slot))
+        if source != slot:
             for held in (self.keys, self.values):
-                held[:, slot, :, own:count] = held[:, source, :, own:count]
+                held[:, slot, :, :count] = held[:, source, :, :count]
         self.ids[slot] = list(prompt[:count])
         return count
 
