@@ -1,7 +1,6 @@
 """An OpenAI-compatible server over the scheduler: chat, completions, models, metrics and one page.
 
-It is safe to leave running: it logs no content, allows no other site, bounds bodies, tokens and time, and asks for a key
-where others can reach it.
+It is safe to leave running: it logs no content, allows no other site, and bounds bodies, tokens and time.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -43,7 +43,7 @@ class Server:
 
     def __init__(
         self, scheduler: Scheduler, served: Mapping[str, Served], *, key: str = "", local: bool = True,
-        limits: Limits = Limits(),
+        limits: Limits,
     ) -> None:  # fmt: skip
         self.scheduler, self.served, self.key, self.limits = scheduler, served, key, limits
         self.began = int(time.time())
@@ -72,6 +72,9 @@ class Server:
                 return JSONResponse(error.body, error.status, headers)
             except ClientDisconnect:
                 return Response(status_code=499)
+            except Exception as error:  # A traceback could show what a client wrote.
+                print(f"{request.url.path} failed: {type(error).__name__}", file=sys.stderr, flush=True)
+                return JSONResponse(ApiError("the server failed", status=500).body, 500)
 
         return run
 
@@ -146,7 +149,9 @@ class Server:
                     found += chunk
                     if len(found) > self.limits.body:
                         raise ApiError(f"the body has more than {self.limits.body} bytes", status=413)
-            return json.loads(found)
+            body = json.loads(found)
+            json.dumps(body, ensure_ascii=False).encode()  # fails at half of a surrogate pair, which is no text
+            return body
         except TimeoutError:
             raise ApiError("the body did not arrive in time", status=408) from None
         except (ValueError, RecursionError):

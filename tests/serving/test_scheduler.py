@@ -44,7 +44,7 @@ def prompts(count, seed=0):
 def test_greedy_answers_equal_those_of_each_request_alone(models, make_scheduler, make_request):
     """Slots, chunks, shared beginnings and two models: an answer does not depend on who else is served."""
     scheduler, rng = make_scheduler(slots=5, queue=200, chunk=16), random.Random(1)
-    requests = [make_request(p, rng.randrange(1, 40), rng.choice(("base", "experts"))) for p in prompts(120)]
+    requests = [make_request(p, rng.randrange(1, 40), rng.choice(("base", "experts"))) for p in prompts(60)]
     clients = [threading.Thread(target=lambda part: [scheduler.submit([r]) for r in part], args=(requests[i::4],)) for i in range(4)]
     for client in clients:
         client.start()
@@ -54,7 +54,7 @@ def test_greedy_answers_equal_those_of_each_request_alone(models, make_scheduler
         assert [token for token in request.answer if token != 2] == alone
         assert end == ("stop" if request.answer[-1] == 2 else "length")
     assert scheduler.counts["generated"] == sum(len(request.answer) for request in requests)
-    assert scheduler.counts["cached"] > 500
+    assert scheduler.counts["cached"] > 250
 
 
 def test_a_cancelled_request_frees_its_slot_within_a_step(make_scheduler, make_request):
