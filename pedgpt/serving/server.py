@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -79,8 +80,10 @@ class Server:
         return run
 
     async def page(self, _: HttpRequest) -> Response:
-        policy = "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'"
-        text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+        nonce = secrets.token_urlsafe(16)  # Only the page's own script runs, whatever a model writes.
+        text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8").replace("{{nonce}}", nonce)
+        policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; connect-src 'self'; "
+        policy += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         return HTMLResponse(text, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
     async def health(self, _: HttpRequest) -> Response:

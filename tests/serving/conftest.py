@@ -77,10 +77,10 @@ def make_scheduler(models):
 class Running:
     """A server on a port of its own, as `with Running(...) as server`."""
 
-    def __init__(self, scheduler, chat, *, key="", limits=None, defaults=None):
+    def __init__(self, scheduler, chat, *, key="", limits=None):
         self.scheduler = scheduler
         stops = frozenset(chat.stop_tokens)
-        served = {name: Served(chat, stops, defaults or {}, 300, f"print of {name}") for name in scheduler.models}
+        served = {name: Served(chat, stops, {"temperature": 0.0}, 300, f"print of {name}") for name in scheduler.models}
         app = Server(scheduler, served, key=key, limits=limits or Limits()).app
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
