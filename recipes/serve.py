@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     window = models["base"].config.max_position_embeddings
     capacity = min(config.context or 4096, window)
     scheduler = Scheduler(models, slots=config.slots, capacity=capacity, queue=config.queue, chunk=config.chunk)
-    server = Server(scheduler, served, key=key, local=local, limits=Limits(seconds=config.timeout))
+    server = Server(scheduler, served, Limits(seconds=config.timeout), key=key, local=local)
     settings = {"host": config.host, "port": config.port, "log_level": "warning", "access_log": False}
 
     class Graceful(uvicorn.Server):

@@ -39,7 +39,9 @@ class SlotCache:
         The sources were read by the model that reads the prompt. The prompt's last token is never shared, because what
         follows it must be computed.
         """
-        count, _, source = max(((shared(self.ids[one], prompt), one == slot, one) for one in sources), default=(0, 0, slot))
+        count, _, source = max(
+            ((shared(self.ids[one], prompt), one == slot, one) for one in sources), default=(0, 0, slot)
+        )
         if source != slot:
             for held in (self.keys, self.values):
                 held[:, slot, :, :count] = held[:, source, :, :count]

@@ -81,7 +81,7 @@ class Running:
         self.scheduler = scheduler
         stops = frozenset(chat.stop_tokens)
         served = {name: Served(chat, stops, {"temperature": 0.0}, 300, f"print of {name}") for name in scheduler.models}
-        app = Server(scheduler, served, key=key, limits=limits or Limits()).app
+        app = Server(scheduler, served, limits or Limits(), key=key).app
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 

@@ -54,7 +54,7 @@ def test_greedy_answers_equal_those_of_each_request_alone(models, make_scheduler
         assert [token for token in request.answer if token != 2] == alone
         assert end == ("stop" if request.answer[-1] == 2 else "length")
     assert scheduler.counts["generated"] == sum(len(request.answer) for request in requests)
-    assert scheduler.counts["cached"] > 250
+    assert scheduler.counts["cached"] > 150
 
 
 def test_a_cancelled_request_frees_its_slot_within_a_step(make_scheduler, make_request):
