@@ -12,6 +12,7 @@ import dataclasses
 import ipaddress
 import os
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from pedgpt.adapters import adapter_base, load_adapter, pack_adapters
 from pedgpt.evaluation.system import SystemSettings
 from pedgpt.models import generation_defaults
 from pedgpt.training import run_recipe, start
+
+DISCLAIMER = "仅供研究演示，不能代替医生。For research only; no substitute for a doctor."
 
 
 @dataclass(kw_only=True)
@@ -45,9 +48,11 @@ def main(config: Config) -> None:
     local = config.host == "localhost" or ipaddress.ip_address(config.host).is_loopback
     if not local and not key:
         raise ValueError(f"--host {config.host} lets others in; set PEDGPT_API_KEY, a secret that clients must give")
-    named = dict(one.split("=", 1) if "=" in one else (name_of(one), one) for one in config.adapters)
-    if len(named) < len(config.adapters) or "base" in named:
+    given = [*filter(None, [config.adapter]), *config.adapters]
+    named = dict(one.split("=", 1) if "=" in one else (name_of(one), one) for one in given)
+    if len(named) < len(given) or "base" in named:
         raise ValueError(f"--adapters: two have one name, or one is called base; give name=folder ({', '.join(named)})")
+    config.adapter = ""
     if not config.model and named:
         config.model = adapter_base(next(iter(named.values())))
 
@@ -74,10 +79,12 @@ def main(config: Config) -> None:
             threading.Thread(target=scheduler.close, args=(config.grace,)).start()
             super().handle_exit(*signal)
 
+    print(DISCLAIMER)
     print(
-        f"serving {', '.join(models)} at http://{config.host}:{config.port} ({config.slots} at a time, {capacity} tokens)"
+        f"{', '.join(models)} at http://{config.host}:{config.port}, {config.slots} answers of up to {capacity} tokens"
     )
-    Graceful(uvicorn.Config(server.app, **settings, timeout_graceful_shutdown=int(config.grace) + 5)).run()
+    with suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends.
+        Graceful(uvicorn.Config(server.app, **settings, timeout_graceful_shutdown=int(config.grace) + 5)).run()
 
 
 def name_of(folder: str) -> str:

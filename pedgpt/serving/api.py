@@ -1,4 +1,4 @@
-"""OpenAI's API: what a client asks for, checked field by field, and what it gets, whole or as the chunks of a stream."""
+"""OpenAI's API: what a client asks for, checked field by field, and what it gets, whole or as a stream's chunks."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ class Field(NamedTuple):
     most: float = math.inf
 
 
+NUMBER = int | float
 COMMON = {
     "model": Field(str), "max_tokens": Field(int, None, 1), "n": Field(int, 1, 1, 16), "stop": Field(str | list, []),
-    "temperature": Field(int | float, None, 0, 2), "top_p": Field(int | float, None, 1e-6, 1), "top_k": Field(int, None, 0),
-    "repetition_penalty": Field(int | float, None, 1e-3, 100), "seed": Field(int, None, -(2**63), 2**63 - 1),
+    "temperature": Field(NUMBER, None, 0, 2), "top_p": Field(NUMBER, None, 1e-6, 1), "top_k": Field(int, None, 0),
+    "repetition_penalty": Field(NUMBER, None, 1e-3, 100), "seed": Field(int, None, -(2**63), 2**63 - 1),
     "stream": Field(bool, False), "stream_options": Field(dict, {}),
 }  # fmt: skip
 COMPLETION = COMMON | {"prompt": Field(str | list)}

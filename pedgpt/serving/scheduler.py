@@ -32,8 +32,8 @@ class Piece(NamedTuple):
     text: str  # it may be empty: characters of several tokens, and what may begin a stop string, are held back
     token: int | None = None  # None where the answer ends without a token of its own
     logprob: float = 0.0
-    top: tuple[tuple[int, float], ...] = ()  # the most probable tokens and their log-probabilities
-    finish: str | None = None  # "stop", "length", or "error"
+    top: Sequence[tuple[int, float]] = ()  # the most probable tokens and their log-probabilities
+    finish: str | None = None  # "stop", "length", "error" or "cancelled"
 
 
 @dataclass(eq=False)
@@ -73,7 +73,7 @@ class Scheduler:
         self.models, self.queue, self.chunk, self.capacity = dict(models), queue, chunk, capacity
         first = next(iter(self.models.values()))
         self.cache = SlotCache(first, slots, capacity)
-        self.heads = {name: model.head_weight() for name, model in self.models.items()}
+        self.head = first.head_weight()  # which adapters leave as it is
         self.owner: list[str | None] = [None] * slots  # the model whose keys a slot holds
         self.used = [0] * slots  # the turn in which a slot was used last
         self.waiting: deque[Request] = deque()
@@ -83,7 +83,7 @@ class Scheduler:
         self.waits: deque[float] = deque(maxlen=1000)  # seconds to the first token of the latest requests
         self.changed = threading.Condition()
         weights = [layer.weight for layer in first.model.modules() if isinstance(layer, nn.Linear)]
-        self.packed = PackedWeights([*weights, *self.heads.values()], slots)
+        self.packed = PackedWeights([*weights, self.head], slots)
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.thread.start()
 
@@ -123,14 +123,14 @@ class Scheduler:
         for request in [one for one in (*self.active, *self.waiting) if one.cancelled]:
             self._finish(request, Piece("", finish="cancelled"))
         room = self.chunk
-        while room > 0 and (request := self._next_to_read()) is not None:
-            held = self.cache.ids[request.slot]
-            tokens = request.prompt[len(held) :][:room]
+        while room > 0 and (reading := self._next_to_read()) is not None:
+            held = self.cache.ids[reading.slot]
+            tokens = reading.prompt[len(held) :][:room]
             room -= len(tokens)
-            with self._told([request]):
-                hidden = self.cache.read(self.models[request.model], request.slot, tokens)
-                if len(held) == len(request.prompt):
-                    self._choose([request], hidden)
+            with self._told([reading]):
+                hidden = self.cache.read(self.models[reading.model], reading.slot, tokens)
+                if len(held) == len(reading.prompt):
+                    self._choose([reading], hidden)
         for name, model in self.models.items():
             running = sorted((one for one in self.active if one.model == name and one.answer), key=lambda one: one.slot)
             if running:
@@ -154,50 +154,42 @@ class Scheduler:
             self.active.append(request)
         ids, mine = self.cache.ids, [slot for slot, owner in enumerate(self.owner) if owner == request.model]
         # The slot of the same conversation, of which most is in the prompt, or else the one that waits longest.
-        slot = request.slot = max(
-            free,
-            key=lambda one: (one in mine and 2 * shared(ids[one], request.prompt) > len(ids[one]), -self.used[one]),
-        )
-        request.cached = self.cache.fork(slot, request.prompt, mine)
-        self.owner[slot] = request.model
+        again = [one for one in free if one in mine and 2 * shared(ids[one], request.prompt) > len(ids[one])]
+        request.slot = min(again or free, key=self.used.__getitem__)
+        request.cached = self.cache.fork(request.slot, request.prompt, mine)
+        self.owner[request.slot] = request.model
         self.counts["prompt"] += len(request.prompt)
         self.counts["cached"] += request.cached
         return request
 
     def _choose(self, requests: Sequence[Request], hidden: Tensor) -> None:
         """Choose the next token of each request from its hidden state [requests, D], and deliver it."""
-        logits = linear(hidden, self.heads[requests[0].model]).float()
+        logits = linear(hidden, self.head).float()
         if not logits.isfinite().all():
             raise ValueError("the model computes logits that are not finite; load it in float32 or bfloat16")
         greedy = logits.argmax(-1).tolist()
-        for request, row, best in zip(requests, logits, greedy, strict=True):
-            token = best
+        for request, row, token in zip(requests, logits, greedy, strict=True):
             if request.temperature or request.repetition_penalty != 1.0:
                 token = _drawn(request, row)
-            logprob, top = 0.0, ()
+            logprob, top = 0.0, []
             if request.top_logprobs is not None:
                 logps = row.log_softmax(-1)
-                values, ids = logps.topk(max(1, request.top_logprobs))
-                logprob = logps[token].item()
-                top = tuple(zip(ids.tolist(), values.tolist(), strict=True))[: request.top_logprobs]
-            self._deliver(request, token, logprob, top)
-
-    def _deliver(self, request: Request, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
-        if not request.answer:
-            self.waits.append(time.monotonic() - request.arrived)
-        request.answer.append(token)
-        self.counts["generated"] += 1
-        text, finish = "", None
-        if token not in request.stop_tokens:
-            text = request.decoder.push(token)
-        if token in request.stop_tokens or request.decoder.stopped:
-            finish = "stop"
-        elif len(request.answer) == request.max_tokens:
-            finish = "length"
-        if finish is None:
-            request.deliver(Piece(text, token, logprob, top))
-        else:
-            self._finish(request, Piece(text + request.decoder.finish(), token, logprob, top, finish))
+                found = logps.topk(request.top_logprobs)
+                logprob, top = (
+                    logps[token].item(),
+                    list(zip(found.indices.tolist(), found.values.tolist(), strict=True)),
+                )
+            if not request.answer:
+                self.waits.append(time.monotonic() - request.arrived)
+            request.answer.append(token)
+            self.counts["generated"] += 1
+            ends = token in request.stop_tokens
+            text = "" if ends else request.decoder.push(token)
+            if ends or request.decoder.stopped or len(request.answer) == request.max_tokens:
+                finish = "stop" if ends or request.decoder.stopped else "length"
+                self._finish(request, Piece(text + request.decoder.finish(), token, logprob, top, finish))
+            else:
+                request.deliver(Piece(text, token, logprob, top))
 
     def _finish(self, request: Request, last: Piece) -> None:
         """Free the request's slot and tell its client the end."""

@@ -12,6 +12,7 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +92,8 @@ class Server:
 
     async def metrics(self, _: HttpRequest) -> Response:
         """Counters in Prometheus' text format."""
-        found = {"waiting": len(self.scheduler.waiting), "active": len(self.scheduler.active)} | self.scheduler.counts
+        found: dict[str, float] = {"waiting": len(self.scheduler.waiting), "active": len(self.scheduler.active)}
+        found |= self.scheduler.counts
         waits = sorted(self.scheduler.waits)
         for share in (50, 90, 99) if waits else ():
             found[f"first_token_seconds_p{share}"] = waits[share * (len(waits) - 1) // 100]
@@ -157,7 +159,8 @@ class Server:
             decoder = StreamDecoder(served.chat.tokenizer, fields["stop"])
 
             def deliver(piece: Piece, number: int = number) -> None:
-                loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
+                with suppress(RuntimeError):  # The loop is closed where the server has ended.
+                    loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
 
             one = Request(fields["model"], prompt, asked or room, decoder, served.stop_tokens, deliver, **sampling)
             one.seed = None if fields["seed"] is None else (fields["seed"] + number) % 2**63

@@ -12,7 +12,7 @@ from pedgpt.data import StreamDecoder
 from pedgpt.models import generate
 from pedgpt.serving.scheduler import QueueFullError, Request
 
-from .conftest import CAPACITY
+from .conftest import CAPACITY, tiny
 
 
 @pytest.fixture
@@ -38,16 +38,21 @@ def finished(request):
 def prompts(count, seed=0):
     rng = random.Random(seed)
     shared = [rng.randrange(5, 300) for _ in range(20)]
-    return [shared[: rng.choice((0, 20))] + [rng.randrange(5, 300) for _ in range(rng.randrange(1, 40))] for _ in range(count)]
+    ends = ([rng.randrange(5, 300) for _ in range(rng.randrange(1, 40))] for _ in range(count))
+    return [shared[: rng.choice((0, 20))] + end for end in ends]
 
 
 def test_greedy_answers_equal_those_of_each_request_alone(models, make_scheduler, make_request):
     """Slots, chunks, shared beginnings and two models: an answer does not depend on who else is served."""
     scheduler, rng = make_scheduler(slots=5, queue=200, chunk=16), random.Random(1)
     requests = [make_request(p, rng.randrange(1, 40), rng.choice(("base", "experts"))) for p in prompts(60)]
-    clients = [threading.Thread(target=lambda part: [scheduler.submit([r]) for r in part], args=(requests[i::4],)) for i in range(4)]
-    for client in clients:
-        client.start()
+
+    def client(part):
+        for request in part:
+            scheduler.submit([request])
+
+    for number in range(4):
+        threading.Thread(target=client, args=(requests[number::4],)).start()
     for request in requests:
         end = finished(request)[-1].finish
         (alone,) = generate(models[request.model], [request.prompt], max_new_tokens=request.max_tokens, stop_tokens={2})
@@ -101,7 +106,8 @@ def test_log_probabilities_match_the_models_own(models, make_scheduler, make_req
 def test_what_fails_ends_alone_and_the_others_go_on(models, make_scheduler, make_request, capsys):
     scheduler = make_scheduler()
     good, bad = make_request([5, 6], 60), make_request([5, 6], 60, "experts")
-    scheduler.heads["experts"] = torch.full_like(scheduler.heads["experts"], float("nan"))
+    scheduler.models["experts"] = tiny()
+    torch.nn.init.constant_(scheduler.models["experts"].model.norm.weight, float("nan"))
     scheduler.submit([good, bad])
     assert finished(bad)[-1].finish == "error"
     assert finished(good)[-1].finish in ("length", "stop")

@@ -19,6 +19,7 @@ from pedgpt.serving import Limits, Scheduler
 from .conftest import CAPACITY, Running
 
 openai = pytest.importorskip("openai")
+JSON = {"Content-Type": "application/json"}
 SECRET = "独一无二的内容 7731"
 
 
@@ -111,8 +112,8 @@ def test_log_probabilities_are_the_models_own(client, models, chat):
     prompt, ids, _ = alone(models, chat, ["感冒"], 6)
     settings = {"model": "base", "messages": said("感冒"), "max_tokens": 6, "temperature": 0, "logprobs": True}
     found = client.chat.completions.create(**settings, top_logprobs=2).choices[0].logprobs.content
-    streamed = [chunk.choices[0].logprobs for chunk in client.chat.completions.create(**settings, top_logprobs=2, stream=True)]
-    assert [one.content[0] for one in streamed if one] == found
+    chunks = client.chat.completions.create(**settings, top_logprobs=2, stream=True)
+    assert [chunk.choices[0].logprobs.content[0] for chunk in chunks] == found
     with torch.no_grad():
         logps = models["base"](torch.tensor([[*prompt, *ids]]))[0].log_softmax(-1)
     for count, (token, told) in enumerate(zip(ids, found, strict=False)):
@@ -156,19 +157,19 @@ def test_a_wrong_request_is_refused_in_openais_form(server, case):
     change, status, param = WRONG[case]
     body = {"model": "base", "messages": said("感冒"), "max_tokens": 4, **change}
     content = json.dumps(body).encode()  # httpx would refuse NaN and surrogates itself
-    found = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
+    found = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=JSON)
     assert (found.status_code, found.json()["error"]["param"]) == (status, param)
     assert found.json()["error"]["message"] and found.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_fields_that_change_nothing_are_accepted(server):
-    extra = {"user": "u", "presence_penalty": 0, "tools": [], "response_format": {"type": "text"}, "logit_bias": {}, "stop": None}
-    assert server.ask(**extra).status_code == 200
+    extra = {"user": "u", "presence_penalty": 0, "tools": [], "response_format": {"type": "text"}, "logit_bias": {}}
+    assert server.ask(**extra, stop=None).status_code == 200
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"\xff"', b"[" * 100_000, b'{"model": "\xc3\x28"}'])
 def test_bodies_that_are_no_json_object_are_refused(server, content):
-    found = httpx.post(f"{server.url}/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    found = httpx.post(f"{server.url}/v1/completions", content=content, headers=JSON)
     assert found.status_code == 400 and "body" in found.json()["error"]["message"]
 
 
@@ -176,8 +177,9 @@ def test_another_site_cannot_ask(server):
     """Its form can send only simple content types, its script no JSON without our leave, its name is not ours."""
     body = json.dumps({"model": "base", "messages": said("感冒")})
     assert server.ask().headers.keys().isdisjoint({"access-control-allow-origin"})
-    assert httpx.post(f"{server.url}/v1/chat/completions", content=body, headers={"Content-Type": "text/plain"}).status_code == 415
-    assert httpx.options(f"{server.url}/v1/chat/completions").status_code == 405
+    path = f"{server.url}/v1/chat/completions"
+    assert httpx.post(path, content=body, headers={"Content-Type": "text/plain"}).status_code == 415
+    assert httpx.options(path).status_code == 405
     assert server.post(json.loads(body), headers={"Host": "evil.example"}).status_code == 400
 
 
@@ -211,7 +213,7 @@ def until(condition, seconds=10.0):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot(start, stream):
     server = start(slots=1)
-    body = json.dumps({"model": "base", "messages": said("感冒"), "max_tokens": 110, "temperature": 0, "stream": stream})
+    body = json.dumps({"model": "base", "messages": said("感冒"), "max_tokens": 110, "stream": stream})
     before, head = server.scheduler.counts["cancelled"], "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
     real = server.scheduler.cache.step
     server.scheduler.cache.step = lambda *arguments: (time.sleep(0.02), real(*arguments))[1]
@@ -250,7 +252,8 @@ def test_bad_clients_harm_nobody_and_nothing_is_logged(start, models, chat, capf
         raw.close()
     assert until(lambda: not server.scheduler.active)
     out, err = capfd.readouterr()
-    logged = "".join(record.getMessage() for record in caplog.records if record.name.startswith(("uvicorn", "starlette", "asyncio")))
+    records = [one for one in caplog.records if one.name.startswith(("uvicorn", "starlette", "asyncio"))]
+    logged = "".join(one.getMessage() for one in records)
     for told in (out, err, logged):
         assert SECRET not in told and "Traceback" not in told and json.dumps(SECRET)[1:-1] not in told
 
@@ -262,7 +265,8 @@ def test_a_body_that_does_not_arrive_and_an_answer_that_takes_too_long_end(start
     assert server.ask(max_tokens=100).status_code == 504
     assert until(lambda: server.scheduler.counts["cancelled"] == 1)
     with socket.create_connection(("127.0.0.1", server.port)) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        raw.sendall(head + b"Content-Length: 9\r\n\r\n{")
         raw.settimeout(5)
         assert b"408" in raw.recv(200)
 
@@ -293,7 +297,8 @@ def test_metrics_count_what_was_done(start):
 
 def test_many_requests_in_random_order_equal_their_answers_alone(server, models, chat):
     rng = random.Random(3)
-    jobs = [("".join(rng.sample("感冒发烧咳嗽孩子怎么办多喝水", 6)), rng.randrange(1, 30), rng.choice(list(models))) for _ in range(60)]
+    texts = ["".join(rng.sample("感冒发烧咳嗽孩子怎么办多喝水", 6)) for _ in range(60)]
+    jobs = [(text, rng.randrange(1, 30), rng.choice(list(models))) for text in texts]
     expected = [alone(models, chat, [text], count, model)[2] for text, count, model in jobs]
 
     def ask(job):
