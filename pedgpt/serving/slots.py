@@ -5,6 +5,7 @@ Letters: L layers, B slots, G key-value heads, S tokens of a slot, K head_dim, D
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pedgpt.kernels.attention import Layout
+from pedgpt.models.cache import BUCKET, record_graph
 
 
 class SlotCache:
@@ -32,6 +34,9 @@ class SlotCache:
         self.rows: list[int] = []  # the slots of the forward pass that runs
         self.start, self.stop = 0, 0  # of a piece of text; the number of keys that a step reads
         self.places: tuple[Tensor, Tensor] | None = None  # slots and positions of a step's new tokens
+        self.records = weight.is_cuda  # steps as graphs, by model and number of keys
+        self.graphs: dict[tuple[int, int], tuple[Any, Tensor]] = {}
+        self.inputs = torch.zeros(slots, 3, dtype=torch.long, device=weight.device)
 
     def fork(self, slot: int, prompt: Sequence[int], sources: Iterable[int]) -> int:
         """Let a slot begin with what one of `sources` shares with the prompt; returns how many tokens that are.
@@ -58,15 +63,35 @@ class SlotCache:
         return hidden[:, -1]
 
     def step(self, model: Any, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Read one token at the end of each of the slots `rows`; their hidden states [rows, D]."""
-        lengths = [len(self.ids[row]) for row in rows]
-        self.rows, self.stop = list(rows), max(lengths) + 1
-        inputs, positions, slots = self.index.new_tensor([list(tokens), lengths, self.rows])
-        self.places = (slots, positions)
-        hidden = model.hidden_states(inputs[:, None], positions=positions[:, None], cache=self)
-        for row, token in zip(rows, tokens, strict=True):
+        """Read one token at the end of each of the slots `rows`; their hidden states [rows, D].
+
+        On CUDA a graph does it, for all slots: what it writes into the others lies behind their text and is written
+        again before anything reads it.
+        """
+        stop, asked = max(len(self.ids[row]) for row in rows) + 1, dict(zip(rows, tokens, strict=True))
+        self.rows = list(range(len(self.ids)) if self.records else rows)
+        inputs = [[asked.get(row, 0), len(self.ids[row]), row] for row in self.rows]
+        for row, token in asked.items():
             self.ids[row].append(token)
-        return hidden[:, -1]
+        if not self.records:
+            return self._read_tokens(model, self.index.new_tensor(inputs), stop)
+        stop = min(BUCKET * math.ceil(stop / BUCKET), len(self.index))
+        self.inputs.copy_(torch.tensor(inputs))
+        if (key := (id(model), stop)) not in self.graphs:
+            found = record_graph(lambda: self._read_tokens(model, self.inputs, stop), self.index.device)
+            self.graphs[key] = found or (None, self.keys)
+        graph, hidden = self.graphs[key]
+        if graph is None:
+            hidden = self._read_tokens(model, self.inputs, stop)
+        else:
+            graph.replay()
+        return hidden[list(rows)]
+
+    def _read_tokens(self, model: Any, inputs: Tensor, stop: int) -> Tensor:
+        """Hidden states [B, D] for tokens, positions and slots, `inputs` [B, 3], of which `stop` keys are read."""
+        tokens, positions, slots = inputs.unbind(1)
+        self.places, self.stop = (slots, positions), stop
+        return model.hidden_states(tokens[:, None], positions=positions[:, None], cache=self)[:, -1]
 
     def extend(self, shape: torch.Size, positions: Tensor, documents: None, slopes: Tensor | None) -> Layout:
         """Who sees whom in this pass: in a step a slot's token sees what the slot holds, and itself."""
