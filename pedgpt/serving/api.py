@@ -59,13 +59,9 @@ CHAT = COMMON | {
     "messages": Field(list), "max_completion_tokens": Field(int, None, 1), "logprobs": Field(bool, False),
     "top_logprobs": Field(int, 0, 0, 20),
 }  # fmt: skip
-# These change nothing, or nothing with one of these values.
+# These change nothing here. Any other field is refused unless it is as good as absent.
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],), "best_of": (1,),
-    "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
-    "suffix": ("",), "echo": (False,),
-}  # fmt: skip
+ABSENT: tuple[Any, ...] = (None, 0, "", [], {}, "none", "auto", {"type": "text"}, ["text"])
 
 
 def read_fields(body: Any, known: Mapping[str, Field]) -> dict[str, Any]:
@@ -74,7 +70,7 @@ def read_fields(body: Any, known: Mapping[str, Field]) -> dict[str, Any]:
         raise ApiError("the body must be a JSON object")
     found = {name: expected.default for name, expected in known.items()}
     for name, value in body.items():
-        if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
+        if value is None or name in HARMLESS or (name not in known and value in ABSENT):
             continue
         if (expected := known.get(name)) is None:
             raise ApiError(f"{name} is not supported by this server; leave it out", name, code="unsupported_parameter")

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -52,20 +50,21 @@ class Server:
     def __init__(
         self, scheduler: Scheduler, served: Mapping[str, Served], limits: Limits, *, key: str = "", local: bool = True
     ) -> None:
-        self.scheduler, self.served, self.key, self.limits = scheduler, served, key, limits
+        self.scheduler, self.served, self.limits, self.key, self.local = scheduler, served, limits, key, local
         self.began = int(time.time())
-        hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])] if local else []
         guarded = {"/v1/models": self.models, "/metrics": self.metrics}
         routes = [Route(path, self._guarded(handler)) for path, handler in guarded.items()]
         for path, known in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)):
             routes.append(Route(path, self._guarded(partial(self.answer, known)), methods=["POST"]))
-        self.app = Starlette(routes=[*routes, Route("/", self.page)], middleware=hosts)
+        self.app = Starlette(routes=[*routes, Route("/", self.page)])
 
     def _guarded(self, handler: Handler) -> Handler:
         """The handler behind the key; what goes wrong becomes an error in OpenAI's form, without the content."""
 
         async def run(http: HttpRequest) -> Response:
             try:
+                if self.local and http.url.hostname not in ("127.0.0.1", "localhost"):
+                    raise ApiError("this server answers only to this machine's own name", status=403)
                 given = http.headers.get("authorization", "").removeprefix("Bearer ")
                 if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
                     raise ApiError("the API key is missing or wrong", status=401, code="invalid_api_key")
@@ -117,13 +116,9 @@ class Server:
         if fields["stream"]:
             events, headers = self._events(reply, pieces, fields["stream_options"]), {"Cache-Control": "no-store"}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        task, gone = asyncio.ensure_future(self._whole(reply, pieces)), asyncio.ensure_future(_left(http))
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        for one in {task, gone}:
-            one.cancel()
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
+        async for number, piece in self._pieces(reply, pieces, http):
+            reply.add(number, piece)
+        return JSONResponse(reply.whole())
 
     async def _body(self, http: HttpRequest) -> Any:
         if http.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
@@ -168,27 +163,29 @@ class Server:
             requests.append(one)
         return requests
 
-    async def _pieces(self, reply: Reply, pieces: Pieces) -> AsyncIterator[tuple[int, Piece]]:
-        """The pieces of all answers as they come; what is not finished is cancelled when the caller leaves."""
+    async def _pieces(
+        self, reply: Reply, pieces: Pieces, http: HttpRequest | None = None
+    ) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all answers as they come; the rest is cancelled when the caller or the client `http` leaves."""
         left, until = len(reply.requests), time.monotonic() + self.limits.seconds
         try:
             while left:
-                number, piece = await asyncio.wait_for(pieces.get(), until - time.monotonic())
+                if http is not None and await http.is_disconnected():
+                    raise ClientDisconnect
+                if time.monotonic() > until:
+                    raise ApiError(f"the answer took more than {self.limits.seconds:.0f} seconds", status=504)
+                try:
+                    number, piece = await asyncio.wait_for(pieces.get(), 0.2)
+                except TimeoutError:
+                    continue
                 left -= piece.finish is not None
                 if piece.finish in ("error", "cancelled"):
                     if self.scheduler.closing:
                         raise ApiError("the server is stopping", status=503, code="stopping")
                     raise ApiError("the answer could not be computed", status=500)
                 yield number, piece
-        except TimeoutError:
-            raise ApiError(f"the answer took more than {self.limits.seconds:.0f} seconds", status=504) from None
         finally:
             self.scheduler.cancel(reply.requests)
-
-    async def _whole(self, reply: Reply, pieces: Pieces) -> Response:
-        async for number, piece in self._pieces(reply, pieces):
-            reply.add(number, piece)
-        return JSONResponse(reply.whole())
 
     async def _events(self, reply: Reply, pieces: Pieces, options: Mapping[str, Any]) -> AsyncIterator[str]:
         """Server-sent events; an error after the first of them is an event too."""
@@ -207,9 +204,3 @@ class Server:
 
 def _event(content: Any) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-async def _left(http: HttpRequest) -> None:
-    """Returns when the client has left."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
