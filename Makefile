@@ -1,6 +1,7 @@
 # make demo                        train a tiny model through all four stages on the sample corpus
 # make demo CORPUS=path/to/folder  the same on your own files (any format that pedgpt reads)
 # make chat                        talk to the model that the demo trained
+# make serve                       the same in the browser, and for OpenAI's clients
 # make test                        lint, types and tests, on two cores; JOBS=4 takes four
 # make docs                        the API reference, from the docstrings, in build/api/index.html
 SHELL  := /bin/bash
@@ -11,13 +12,16 @@ CORPUS ?= recipes/sample_corpus
 RUN    ?= $(if $(filter recipes/sample_corpus,$(CORPUS)),runs/demo,runs/$(notdir $(abspath $(CORPUS))))
 bin    := $(VENV)/bin
 
-.PHONY: demo chat trained test docs format clean
+.PHONY: demo chat serve trained test docs format clean
 
 demo: $(VENV)/.demo
 	PATH="$(abspath $(bin)):$$PATH" CORPUS="$(CORPUS)" RUN="$(RUN)" bash recipes/pipeline.sh
 
 chat: trained $(VENV)/.demo
 	$(bin)/python recipes/chat.py --adapter "$(RUN)/experts/adapter"
+
+serve: trained $(VENV)/.serve
+	$(bin)/python recipes/serve.py --adapters "$(RUN)/experts/adapter"
 
 trained:
 	$(if $(shell test -f "$(RUN)/experts/adapter/adapter_config.json" && echo yes),@:,$(error there is no trained model in $(RUN) yet; run "make demo$(if $(filter command line,$(origin CORPUS)), CORPUS=$(CORPUS))" first))
@@ -41,6 +45,10 @@ clean:
 # A marker for each set of extras, remade when the dependencies change.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(bin)/python
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,plot]"
+	touch $@
+
+$(VENV)/.serve: $(VENV)/.demo
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[serve]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(bin)/python

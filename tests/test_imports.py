@@ -16,6 +16,7 @@ ALLOWED = {
     "corpus": {"data", "endpoint"},
     "training": {"kernels"},  # the optimizer's update
     "evaluation": {"models", "adapters", "data", "kernels", "endpoint"},
+    "serving": {"models", "data", "kernels"},
     "stage": {"adapters", "kernels", "losses", "models", "training"},
     "files": set(),
     "endpoint": {"ordered"},

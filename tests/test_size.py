@@ -12,7 +12,7 @@ GOAL = 10_500  # lines of the library
 # What each folder may have; `files` are those of the folder pedgpt itself.
 GOALS = {
     "kernels": 2_000, "losses": 300, "adapters": 900, "models": 1_300, "data": 2_350, "corpus": 2_100,
-    "training": 850, "evaluation": 1_200, "files": 400,
+    "training": 850, "evaluation": 1_200, "serving": 600, "files": 400,
 }  # fmt: skip
 # Where a goal is not reached yet: what there is now. No number here may grow, and one that is no longer needed goes.
 # What takes less memory came last: frozen weights in 8 and 4 bits, training in bfloat16, adapters in every stage.

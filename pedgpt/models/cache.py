@@ -100,6 +100,7 @@ class StaticStep:
         self.step, self.cache, self.bucket = step, cache, 0
         self.cursor, self.records = cache.positions.new_zeros(1), cache.positions.is_cuda
         self.inputs: list[Tensor] = []
+        self.logits = self.cursor  # until the first step
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -112,7 +113,9 @@ class StaticStep:
             self.bucket = min(-(-(5 * cache.length // 4 + 1) // BUCKET) * BUCKET, cache.capacity)
             for held in (cache.keys, cache.values):  # What is read before it is written may be anything but NaN.
                 held[:, :, :, cache.length : self.bucket] = 0
-            self.graph = self._record() if self.records else None
+            found = record_graph(self._run, self.cursor.device) if self.records else None
+            self.records = found is not None
+            self.graph, self.logits = found or (None, self.logits)
         if self.graph is not None:
             self.graph.replay()
         else:
@@ -127,23 +130,23 @@ class StaticStep:
         finally:
             self.cache.cursor = None
 
-    def _record(self) -> torch.cuda.CUDAGraph | None:
-        """A graph that leaves its result in `self.logits`; None, now and later, if the step cannot be recorded."""
-        mode, main = torch.cuda.get_sync_debug_mode(), torch.cuda.current_stream(self.cursor.device)
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.cursor.device)
-        side.wait_stream(main)
-        try:
-            with torch.cuda.stream(side):
-                self._run()  # Compiles kernels and takes workspaces, which cannot be recorded.
-                torch.cuda.set_sync_debug_mode("error")  # What waits for the device cannot be recorded either.
-                self._run()
-            torch.cuda.set_sync_debug_mode(mode)
-            with torch.cuda.device(self.cursor.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.logits = self._run()
-            return graph
-        except RuntimeError:
-            self.records = False
-            return None
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-            main.wait_stream(side)
+
+def record_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+    """A graph of `run` and the tensor that each replay fills; None if it cannot be recorded."""
+    mode, main = torch.cuda.get_sync_debug_mode(), torch.cuda.current_stream(device)
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    side.wait_stream(main)
+    try:
+        with torch.cuda.stream(side):
+            run()  # Compiles kernels and takes workspaces, which cannot be recorded.
+            torch.cuda.set_sync_debug_mode("error")  # What waits for the device cannot be recorded either.
+            run()
+        torch.cuda.set_sync_debug_mode(mode)
+        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            found = run()
+        return graph, found
+    except RuntimeError:
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+        main.wait_stream(side)

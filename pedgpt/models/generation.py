@@ -201,7 +201,7 @@ def _choose(
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     finite = (logits.abs().amax(-1) / (temperature or 1.0)).isfinite()  # NaN is the largest of all
     logits = logits.where(finite[:, None], 0.0)  # Rows that have stopped no longer count.
-    chosen = _sample(logits, temperature, *others)
+    chosen = sample(logits, temperature, *others)
     if penalty != 1.0:
         seen.scatter_(1, chosen[:, None], True)
     ids, fine = torch.stack((chosen, finite.long())).tolist()  # together, to wait for the device once
@@ -212,7 +212,7 @@ def _choose(
     return chosen, ids
 
 
-def _sample(
+def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """Ids [B] drawn from logits [B, V] (float32)."""

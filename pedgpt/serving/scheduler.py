@@ -1,0 +1,225 @@
+"""One thread that computes for all clients: requests join and leave between two tokens.
+
+Each turn reads up to `chunk` tokens of prompts, so that a long one does not stall the others, and then one token of
+every answer, one model after the other. Base and adapters are models that share the base's weights.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pedgpt.data import StreamDecoder
+from pedgpt.kernels import linear
+from pedgpt.kernels.cpu.products import PackedWeights
+from pedgpt.models import Transformer
+from pedgpt.models.generation import sample
+from pedgpt.serving.slots import SlotCache, shared
+
+
+class Piece(NamedTuple):
+    """What one token adds to an answer, or its end."""
+
+    text: str  # it may be empty: characters of several tokens, and what may begin a stop string, are held back
+    token: int | None = None  # None where the answer ends without a token of its own
+    logprob: float = 0.0
+    top: Sequence[tuple[int, float]] = ()  # the most probable tokens and their log-probabilities
+    finish: str | None = None  # "stop", "length", "error" or "cancelled"
+
+
+@dataclass(eq=False)
+class Request:
+    """One answer to compute. The scheduler calls `deliver` with each piece, from its own thread."""
+
+    model: str
+    prompt: list[int]
+    max_tokens: int
+    decoder: StreamDecoder
+    stop_tokens: frozenset[int]
+    deliver: Callable[[Piece], None]
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    top_logprobs: int | None = None  # how many; None: no log-probabilities
+    cancelled: bool = False
+    slot: int = -1  # from the moment in which it has one
+    cached: int = 0  # tokens of the prompt that a slot held already
+    answer: list[int] = field(default_factory=list)
+    arrived: float = field(default_factory=time.monotonic)
+    generator: torch.Generator | None = None
+
+
+class QueueFullError(Exception):
+    """As many requests wait as may wait."""
+
+
+class Scheduler:
+    """Computes requests for the models by name, `slots` at a time; `queue` more may wait."""
+
+    def __init__(
+        self, models: Mapping[str, Transformer], *, slots: int, capacity: int, queue: int = 64, chunk: int = 256
+    ) -> None:
+        self.models, self.queue, self.chunk, self.capacity = dict(models), queue, chunk, capacity
+        first = next(iter(self.models.values()))
+        self.cache = SlotCache(first, slots, capacity)
+        self.head = first.head_weight()  # which adapters leave as it is
+        self.owner: list[str | None] = [None] * slots  # the model whose keys a slot holds
+        self.used = [0] * slots  # the turn in which a slot was used last
+        self.waiting: deque[Request] = deque()
+        self.active: list[Request] = []
+        self.turn, self.closing = 0, False
+        self.counts = dict.fromkeys(("prompt", "cached", "generated", "stop", "length", "error", "cancelled"), 0)
+        self.waits: deque[float] = deque(maxlen=1000)  # seconds to the first token of the latest requests
+        self.changed = threading.Condition()
+        weights = [layer.weight for layer in first.model.modules() if isinstance(layer, nn.Linear)]
+        self.packed = PackedWeights([*weights, self.head], slots)
+        self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self.thread.start()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests, all or none; QueueFullError if there is no room, or no more are taken."""
+        with self.changed:
+            if self.closing or len(self.waiting) + len(requests) > self.queue:
+                raise QueueFullError
+            self.waiting.extend(requests)
+            self.changed.notify()
+
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """Forget requests: their slots are free before the next token."""
+        for request in requests:
+            request.cancelled = True
+
+    def close(self, seconds: float) -> None:
+        """Take no more requests, finish those that are here, and after `seconds` tell the rest that they end."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        self.thread.join(seconds)
+        self.cancel([*self.waiting, *self.active])
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.active or self.closing)
+                if not (self.waiting or self.active):
+                    return
+            with torch.no_grad(), self.packed:
+                self._take_turn()
+
+    def _take_turn(self) -> None:
+        """Read some of the prompts, then a token of each answer."""
+        self.turn += 1
+        for request in [one for one in (*self.active, *self.waiting) if one.cancelled]:
+            self._finish(request, Piece("", finish="cancelled"))
+        room = self.chunk
+        while room > 0 and (reading := self._next_to_read()) is not None:
+            held = self.cache.ids[reading.slot]
+            tokens = reading.prompt[len(held) :][:room]
+            room -= len(tokens)
+            with self._told([reading]):
+                hidden = self.cache.read(self.models[reading.model], reading.slot, tokens)
+                if len(held) == len(reading.prompt):
+                    self._choose([reading], hidden)
+        for name, model in self.models.items():
+            running = sorted((one for one in self.active if one.model == name and one.answer), key=lambda one: one.slot)
+            if running:
+                with self._told(running):
+                    slots = [one.slot for one in running]
+                    self._choose(running, self.cache.step(model, slots, [one.answer[-1] for one in running]))
+
+    def _next_to_read(self) -> Request | None:
+        """The first request whose prompt is not read to its end; a free slot takes one that waits."""
+        for request in self.active:
+            if not request.answer:
+                return request
+        taken = {one.slot for one in self.active}
+        free = [slot for slot in range(len(self.owner)) if slot not in taken]
+        if not free:
+            return None
+        with self.changed:
+            if not self.waiting:
+                return None
+            request = self.waiting.popleft()
+            self.active.append(request)
+        ids, mine = self.cache.ids, [slot for slot, owner in enumerate(self.owner) if owner == request.model]
+        # The slot of the same conversation, of which most is in the prompt, or else the one that waits longest.
+        again = [one for one in free if one in mine and 2 * shared(ids[one], request.prompt) > len(ids[one])]
+        request.slot = min(again or free, key=self.used.__getitem__)
+        request.cached = self.cache.fork(request.slot, request.prompt, mine)
+        self.owner[request.slot] = request.model
+        self.counts["prompt"] += len(request.prompt)
+        self.counts["cached"] += request.cached
+        return request
+
+    def _choose(self, requests: Sequence[Request], hidden: Tensor) -> None:
+        """Choose the next token of each request from its hidden state [requests, D], and deliver it."""
+        logits = linear(hidden, self.head).float()
+        if not logits.isfinite().all():
+            raise ValueError("the model computes logits that are not finite; load it in float32 or bfloat16")
+        greedy = logits.argmax(-1).tolist()
+        for request, row, token in zip(requests, logits, greedy, strict=True):
+            if request.temperature or request.repetition_penalty != 1.0:
+                token = _drawn(request, row)
+            logprob, top = 0.0, []
+            if request.top_logprobs is not None:
+                logps = row.log_softmax(-1)
+                found = logps.topk(request.top_logprobs)
+                logprob, top = (
+                    logps[token].item(),
+                    list(zip(found.indices.tolist(), found.values.tolist(), strict=True)),
+                )
+            if not request.answer:
+                self.waits.append(time.monotonic() - request.arrived)
+            request.answer.append(token)
+            self.counts["generated"] += 1
+            ends = token in request.stop_tokens
+            text = "" if ends else request.decoder.push(token)
+            if ends or request.decoder.stopped or len(request.answer) == request.max_tokens:
+                finish = "stop" if ends or request.decoder.stopped else "length"
+                self._finish(request, Piece(text + request.decoder.finish(), token, logprob, top, finish))
+            else:
+                request.deliver(Piece(text, token, logprob, top))
+
+    def _finish(self, request: Request, last: Piece) -> None:
+        """Free the request's slot and tell its client the end."""
+        with self.changed:
+            (self.active if request in self.active else self.waiting).remove(request)
+        if request.slot >= 0:
+            self.used[request.slot] = self.turn
+        assert last.finish is not None
+        self.counts[last.finish] += 1
+        request.deliver(last)
+
+    @contextmanager
+    def _told(self, requests: Sequence[Request]) -> Iterator[None]:
+        """An error ends these requests and tells their clients; the others go on."""
+        try:
+            yield
+        except Exception as error:
+            print(f"a pass over {len(requests)} requests failed: {type(error).__name__}", file=sys.stderr, flush=True)
+            for request in requests:
+                if request in self.active:
+                    self.owner[request.slot], self.cache.ids[request.slot] = None, []
+                    self._finish(request, Piece("", finish="error"))
+
+
+def _drawn(request: Request, logits: Tensor) -> int:
+    """A token drawn from logits [V] as the request asks; equal for an equal seed, whoever else is being served."""
+    if request.repetition_penalty != 1.0:
+        seen = torch.tensor(request.prompt + request.answer, device=logits.device)
+        found, penalty = logits[seen], request.repetition_penalty
+        logits = logits.index_put((seen,), torch.where(found > 0, found / penalty, found * penalty))
+    if request.generator is None and request.seed is not None:
+        request.generator = torch.Generator(logits.device).manual_seed(request.seed)
+    return int(sample(logits[None], request.temperature, request.top_k, request.top_p, request.generator))

@@ -1,0 +1,206 @@
+"""An OpenAI-compatible server over the scheduler: chat, completions, models, metrics and one page.
+
+It is safe to leave running: it logs no content, allows no other site, and bounds bodies, tokens and time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import secrets
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from pedgpt.data import StreamDecoder
+from pedgpt.serving.api import CHAT, COMPLETION, ApiError, Reply, Served, prompt_of, read_fields
+from pedgpt.serving.scheduler import Piece, QueueFullError, Request, Scheduler
+
+Handler = Callable[[HttpRequest], Awaitable[Response]]
+Pieces = asyncio.Queue[tuple[int, Piece]]  # with the numbers of their choices
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'"
+
+
+class Limits(NamedTuple):
+    """What one request may take."""
+
+    body: int = 4 << 20  # bytes
+    body_seconds: float = 30.0  # until the body is here
+    seconds: float = 600.0  # for the whole answer
+
+
+class Server:
+    """The routes over a scheduler and the models that it serves by name; with a `key`, for those who give it.
+
+    `local` serves only requests to this machine's own name: another site could let its name point here, so that a
+    browser takes both for one.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, served: Mapping[str, Served], limits: Limits, *, key: str = "", local: bool = True
+    ) -> None:
+        self.scheduler, self.served, self.limits, self.key, self.local = scheduler, served, limits, key, local
+        self.began = int(time.time())
+        guarded = {"/v1/models": self.models, "/metrics": self.metrics}
+        routes = [Route(path, self._guarded(handler)) for path, handler in guarded.items()]
+        for path, known in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)):
+            routes.append(Route(path, self._guarded(partial(self.answer, known)), methods=["POST"]))
+        self.app = Starlette(routes=[*routes, Route("/", self.page)])
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """The handler behind the key; what goes wrong becomes an error in OpenAI's form, without the content."""
+
+        async def run(http: HttpRequest) -> Response:
+            try:
+                if self.local and http.url.hostname not in ("127.0.0.1", "localhost"):
+                    raise ApiError("this server answers only to this machine's own name", status=403)
+                given = http.headers.get("authorization", "").removeprefix("Bearer ")
+                if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
+                    raise ApiError("the API key is missing or wrong", status=401, code="invalid_api_key")
+                return await handler(http)
+            except ApiError as error:
+                return JSONResponse(error.body, error.status, error.headers)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception as error:  # A traceback could show what a client wrote.
+                print(f"{http.url.path} failed: {type(error).__name__}", file=sys.stderr, flush=True)
+                return JSONResponse(ApiError("the server failed", status=500).body, 500)
+
+        return run
+
+    async def page(self, _: HttpRequest) -> Response:
+        nonce = secrets.token_urlsafe(16)  # Only the page's own script runs, whatever a model writes.
+        text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8").replace("{{nonce}}", nonce)
+        policy = f"{_POLICY}; frame-ancestors 'none'; script-src 'nonce-{nonce}'"
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
+
+    async def models(self, _: HttpRequest) -> Response:
+        rows = [{"id": name, "object": "model", "created": self.began, "owned_by": "pedgpt"} for name in self.served]
+        return JSONResponse({"object": "list", "data": rows})
+
+    async def metrics(self, _: HttpRequest) -> Response:
+        """Counters in Prometheus' text format."""
+        found: dict[str, float] = {"waiting": len(self.scheduler.waiting), "active": len(self.scheduler.active)}
+        found |= self.scheduler.counts
+        waits = sorted(self.scheduler.waits)
+        for share in (50, 90, 99) if waits else ():
+            found[f"first_token_seconds_p{share}"] = waits[share * (len(waits) - 1) // 100]
+        return PlainTextResponse("".join(f"pedgpt_{name} {value:g}\n" for name, value in found.items()))
+
+    async def answer(self, known: Mapping[str, Any], http: HttpRequest) -> Response:
+        """One or several answers to a conversation or a text, whole or as a stream."""
+        fields = read_fields(await self._body(http), known)
+        if (served := self.served.get(fields["model"] or "")) is None:
+            missing = f"there is no model {fields['model']!r}; GET /v1/models lists them"
+            raise ApiError(missing, "model", 404, "model_not_found")
+        pieces: Pieces = asyncio.Queue()
+        requests = self._requests(fields, served, pieces)
+        try:
+            self.scheduler.submit(requests)
+        except QueueFullError:
+            if self.scheduler.closing:
+                raise ApiError("the server is stopping", status=503, code="stopping", retry=10) from None
+            raise ApiError("too many requests wait; try again", status=429, code="queue_full", retry=2) from None
+        reply = Reply(fields, served, requests)
+        if fields["stream"]:
+            events, headers = self._events(reply, pieces, fields["stream_options"]), {"Cache-Control": "no-store"}
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        async for number, piece in self._pieces(reply, pieces, http):
+            reply.add(number, piece)
+        return JSONResponse(reply.whole())
+
+    async def _body(self, http: HttpRequest) -> Any:
+        if http.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise ApiError("Content-Type must be application/json", status=415)  # which no other site's form can send
+        found = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                async for chunk in http.stream():
+                    found += chunk
+                    if len(found) > self.limits.body:
+                        raise ApiError(f"the body has more than {self.limits.body} bytes", status=413)
+            body = json.loads(found)
+            json.dumps(body, ensure_ascii=False).encode()  # fails at half of a surrogate pair, which is no text
+            return body
+        except TimeoutError:
+            raise ApiError("the body did not arrive in time", status=408) from None
+        except (ValueError, RecursionError):
+            raise ApiError("the body is not JSON in UTF-8") from None
+
+    def _requests(self, fields: Mapping[str, Any], served: Served, pieces: Pieces) -> list[Request]:
+        """A request for each choice, all with one prompt."""
+        prompt = prompt_of(fields, served)
+        room = self.scheduler.capacity - len(prompt)
+        asked = fields.get("max_completion_tokens") or fields["max_tokens"]
+        if room < max(1, asked or 1):
+            found = f"the prompt has {len(prompt)} tokens" + f" and max_tokens is {asked}" * bool(asked)
+            raise ApiError(f"{found}, but the context holds {self.scheduler.capacity}", code="context_length_exceeded")
+        names = ("temperature", "top_p", "top_k", "repetition_penalty")
+        sampling = {**served.defaults, **{name: fields[name] for name in names if fields[name] is not None}}
+        sampling |= {"top_k": sampling.get("top_k") or None}
+        loop, requests = asyncio.get_running_loop(), []
+        for number in range(fields["n"]):
+            decoder = StreamDecoder(served.chat.tokenizer, fields["stop"])
+
+            def deliver(piece: Piece, number: int = number) -> None:
+                with suppress(RuntimeError):  # The loop is closed where the server has ended.
+                    loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
+
+            one = Request(fields["model"], prompt, asked or room, decoder, served.stop_tokens, deliver, **sampling)
+            one.seed = None if fields["seed"] is None else (fields["seed"] + number) % 2**63
+            one.top_logprobs = fields["top_logprobs"] if fields.get("logprobs") else None
+            requests.append(one)
+        return requests
+
+    async def _pieces(
+        self, reply: Reply, pieces: Pieces, http: HttpRequest | None = None
+    ) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all answers as they come; the rest is cancelled when the caller or the client `http` leaves."""
+        left, until = len(reply.requests), time.monotonic() + self.limits.seconds
+        try:
+            while left:
+                if http is not None and await http.is_disconnected():
+                    raise ClientDisconnect
+                if time.monotonic() > until:
+                    raise ApiError(f"the answer took more than {self.limits.seconds:.0f} seconds", status=504)
+                try:
+                    number, piece = await asyncio.wait_for(pieces.get(), 0.2)
+                except TimeoutError:
+                    continue
+                left -= piece.finish is not None
+                if piece.finish in ("error", "cancelled"):
+                    if self.scheduler.closing:
+                        raise ApiError("the server is stopping", status=503, code="stopping")
+                    raise ApiError("the answer could not be computed", status=500)
+                yield number, piece
+        finally:
+            self.scheduler.cancel(reply.requests)
+
+    async def _events(self, reply: Reply, pieces: Pieces, options: Mapping[str, Any]) -> AsyncIterator[str]:
+        """Server-sent events; an error after the first of them is an event too."""
+        try:
+            async for number, piece in self._pieces(reply, pieces):
+                if chunk := reply.add(number, piece):
+                    yield _event(chunk)
+            if options.get("include_usage"):
+                yield _event({**reply.head, "choices": [], "usage": reply.usage()})
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield _event(error.body)
+        finally:
+            self.scheduler.cancel(reply.requests)
+
+
+def _event(content: Any) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

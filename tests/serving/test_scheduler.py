@@ -1,0 +1,167 @@
+"""The scheduler against `generate`, one prompt at a time."""
+
+import queue
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+from pedgpt.data import StreamDecoder
+from pedgpt.models import generate
+from pedgpt.serving.scheduler import QueueFullError, Request
+
+from .conftest import CAPACITY, tiny
+
+
+@pytest.fixture
+def make_request(tokenizer):
+    def make(prompt, max_tokens=20, model="base", stops=(), **settings):
+        pieces = queue.Queue()
+        decoder = StreamDecoder(tokenizer, stops)
+        request = Request(model, list(prompt), max_tokens, decoder, frozenset({2}), pieces.put, **settings)
+        request.pieces = pieces
+        return request
+
+    return make
+
+
+def finished(request):
+    """All pieces of a request, once it has ended."""
+    found = [request.pieces.get(timeout=60)]
+    while found[-1].finish is None:
+        found.append(request.pieces.get(timeout=60))
+    return found
+
+
+def prompts(count, seed=0):
+    rng = random.Random(seed)
+    shared = [rng.randrange(5, 300) for _ in range(20)]
+    ends = ([rng.randrange(5, 300) for _ in range(rng.randrange(1, 40))] for _ in range(count))
+    return [shared[: rng.choice((0, 20))] + end for end in ends]
+
+
+def test_greedy_answers_equal_those_of_each_request_alone(models, make_scheduler, make_request):
+    """Slots, chunks, shared beginnings and two models: an answer does not depend on who else is served."""
+    scheduler, rng = make_scheduler(slots=5, queue=200, chunk=16), random.Random(1)
+    requests = [make_request(p, rng.randrange(1, 40), rng.choice(("base", "experts"))) for p in prompts(60)]
+
+    def client(part):
+        for request in part:
+            scheduler.submit([request])
+
+    for number in range(4):
+        threading.Thread(target=client, args=(requests[number::4],)).start()
+    for request in requests:
+        end = finished(request)[-1].finish
+        (alone,) = generate(models[request.model], [request.prompt], max_new_tokens=request.max_tokens, stop_tokens={2})
+        assert [token for token in request.answer if token != 2] == alone
+        assert end == ("stop" if request.answer[-1] == 2 else "length")
+    assert scheduler.counts["generated"] == sum(len(request.answer) for request in requests)
+    assert scheduler.counts["cached"] > 150
+
+
+def test_a_cancelled_request_frees_its_slot_within_a_step(make_scheduler, make_request):
+    scheduler = make_scheduler(slots=1)
+    long, short = make_request([5, 6], 120), make_request([7, 8], 1)
+    scheduler.submit([long])
+    long.pieces.get(timeout=10)
+    scheduler.submit([short])
+    before = len(long.answer)
+    scheduler.cancel([long])
+    assert finished(short)[-1].finish in ("length", "stop")
+    assert len(long.answer) <= before + 2 and finished(long)[-1].finish == "cancelled"
+
+
+def test_sampled_answers_depend_on_the_seed_alone(make_scheduler, make_request):
+    settings = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2}
+    answers = []
+    for others in (0, 3):
+        scheduler = make_scheduler()
+        requests = [make_request([5, 6, 7], 15, seed=3, **settings)]
+        requests += [make_request([8 + i], 30, seed=i, **settings) for i in range(others)]
+        scheduler.submit(requests)
+        finished(requests[0])
+        answers.append(requests[0].answer)
+    assert answers[0] == answers[1]
+    other = make_request([5, 6, 7], 15, seed=4, **settings)
+    scheduler.submit([other])
+    finished(other)
+    assert other.answer != answers[0]
+
+
+def test_log_probabilities_match_the_models_own(models, make_scheduler, make_request):
+    request = make_request([5, 6, 7, 8], 10, "experts", top_logprobs=3)
+    make_scheduler().submit([request])
+    for count, piece in enumerate(finished(request)):
+        with torch.no_grad():
+            text = torch.tensor([[*request.prompt, *request.answer[:count]]])
+            expected = models["experts"](text)[0, -1].log_softmax(-1)
+        assert piece.logprob == pytest.approx(expected[piece.token].item(), abs=1e-4)
+        assert [token for token, _ in piece.top] == expected.topk(3).indices.tolist()
+        assert [value for _, value in piece.top] == pytest.approx(expected.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_what_fails_ends_alone_and_the_others_go_on(models, make_scheduler, make_request, capsys):
+    scheduler = make_scheduler()
+    good, bad = make_request([5, 6], 60), make_request([5, 6], 60, "experts")
+    scheduler.models["experts"] = tiny()
+    torch.nn.init.constant_(scheduler.models["experts"].model.norm.weight, float("nan"))
+    scheduler.submit([good, bad])
+    assert finished(bad)[-1].finish == "error"
+    assert finished(good)[-1].finish in ("length", "stop")
+    assert capsys.readouterr().err == "a pass over 1 requests failed: ValueError\n"
+    (alone,) = generate(models["base"], [[5, 6]], max_new_tokens=60, stop_tokens={2})
+    assert [token for token in good.answer if token != 2] == alone
+
+
+def test_a_long_prompt_does_not_stall_the_others(make_scheduler, make_request):
+    scheduler = make_scheduler(chunk=8, slots=2)
+    talking, long = make_request([5, 6], 100), make_request(range(5, 5 + 96), 2)
+    scheduler.submit([talking])
+    talking.pieces.get(timeout=10)
+    at = len(talking.answer)
+    scheduler.submit([long])
+    finished(long)
+    assert len(talking.answer) - at >= 96 // 8 - 3 or talking.answer[-1] == 2
+
+
+def test_the_queue_has_an_end_and_a_closing_scheduler_takes_nothing(make_scheduler, make_request):
+    scheduler = make_scheduler(slots=1, queue=2)
+    running = make_request([5], 100)
+    scheduler.submit([running])
+    running.pieces.get(timeout=10)
+    waiting = [make_request([6], 1) for _ in range(2)]
+    scheduler.submit(waiting)
+    with pytest.raises(QueueFullError):
+        scheduler.submit([make_request([7], 1)])
+    scheduler.close(60)
+    assert all(finished(one)[-1].finish in ("length", "stop") for one in (running, *waiting))
+    with pytest.raises(QueueFullError):
+        scheduler.submit([make_request([7], 1)])
+
+
+def test_a_scheduler_that_must_stop_tells_everyone(make_scheduler, make_request):
+    scheduler = make_scheduler(slots=1)
+    requests = [make_request([5], 120), make_request([6], 120)]
+    scheduler.submit(requests)
+    requests[0].pieces.get(timeout=10)
+    scheduler.close(0)
+    assert [finished(one)[-1].finish for one in requests][1] == "cancelled"
+
+
+def test_the_next_turn_of_a_conversation_reads_only_what_is_new(make_scheduler, make_request):
+    scheduler = make_scheduler(slots=2)
+    first = make_request(range(5, 45), 10)
+    scheduler.submit([first])
+    finished(first)
+    other = make_request([200] * 30, 3)
+    scheduler.submit([other])
+    finished(other)
+    held = [*first.prompt, *first.answer[:-1]]
+    second = make_request([*held, 7, 8, 9], 5)
+    scheduler.submit([second])
+    finished(second)
+    assert second.cached == len(held) and second.slot == first.slot != other.slot
+    assert CAPACITY > len(second.prompt) + 5 and time.monotonic() > second.arrived
