@@ -71,8 +71,10 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         file = temporary / f"rank_{world.rank:05d}.pt"
-        values = {name: found[key] for name, (found, key) in self._contents().items()}
-        part = {name: local(value) for name, value in values.items() if world.is_main or isinstance(value, DTensor)}
+        part = {
+            name: {key: local(value) for key, value in values.items() if world.is_main or isinstance(value, DTensor)}
+            for name, values in self._contents().items()
+        }
         try:
             with together(world, elsewhere):
                 with naming_full_disk(file), open(file, "wb") as handle:
@@ -105,23 +107,23 @@ class Checkpoints:
             for name in files[world.rank :: world.size]:  # The ranks share the reading.
                 _verify(checkpoint, name)
             parts = [torch.load(checkpoint / name, "cpu", weights_only=True, mmap=True) for name in files]
-            for name, (values, key) in contents.items():
-                found = [part[name] for part in parts if name in part]
-                if isinstance(values[key], Tensor):
-                    _fill(name, values[key], found)
-                else:
-                    (values[key],) = found
+            for name, values in contents.items():
+                for key, value in values.items():
+                    found = [part[name][key] for part in parts if key in part[name]]
+                    if isinstance(value, Tensor):
+                        _fill(f"{name} {key}", value, found)
+                    else:
+                        (values[key],) = found
         return state
 
-    def _contents(self) -> dict[str, tuple[dict[str, Any], str]]:
-        """Where each value of a checkpoint lies, by its name there: a dictionary and a key."""
+    def _contents(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint keeps: the weights by name, and the optimizer's state of each of them."""
         weights = {name: parameter.data for name, parameter in trained(self.model).items()}
-        places = {f"model.{name}": (weights, name) for name in weights}
         # NOTE: these are the optimizer's own dictionaries, made now if there are none yet. torch's function that loads
         # such a state would round moments to the dtype of their parameters.
         optimizer = self.optimizer
         moments: Any = get_optimizer_state_dict(self.model, optimizer)["state"] if optimizer else {}
-        return places | {f"optimizer.{name}.{key}": (found, key) for name, found in moments.items() for key in found}
+        return {"the weights": weights, **moments}  # no parameter has a name with a space
 
 
 class Keeper:

@@ -194,17 +194,14 @@ def count(build: Build, make_batch: MakeBatch, settings: S) -> dict[str, int]:
             # NOTE: DTensor tries each kind of operation once on whole tensors, which must not be counted later.
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
+            counter.claim(tree_leaves(list(optimizer.state.values())), "AdamW's state")
             rows = -(-settings.global_batch_size // ranks)
             if rows <= settings.micro_batch_size:
                 optimizer.zero_grad(set_to_none=True)
             elif settings.accumulate_in_float32:
                 loop.widen_gradients(model)
-
-            def before_update(*_: Any) -> None:
-                counter.claim((parameter.grad for parameter in parameters), "gradients")
-                counter.claim(tree_leaves(list(optimizer.state.values())), "AdamW's state")
-
-            optimizer.register_step_pre_hook(before_update)
+            gradients = (parameter.grad for parameter in parameters)  # read before the update, when they are there
+            optimizer.register_step_pre_hook(lambda *_: counter.claim(gradients, "gradients"))
             batch = make_batch(settings, min(rows, settings.micro_batch_size))
             counter.begin()
             loop._step(model.train(), optimizer, [batch], loss_function, settings, world)
