@@ -16,7 +16,7 @@ ALLOWED = {
     "corpus": {"data", "endpoint"},
     "training": {"kernels"},  # the optimizer's update
     "evaluation": {"models", "adapters", "data", "kernels", "endpoint"},
-    "stage": {"adapters", "kernels", "losses", "models", "training"},
+    "stage": {"adapters", "data", "kernels", "losses", "models", "training"},
     "files": set(),
     "endpoint": {"ordered"},
     "ordered": set(),

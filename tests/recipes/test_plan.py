@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pedgpt.adapters import inject_experts, inject_lora, pack_adapters, set_noise_rows
+from pedgpt.data import full_pairs, full_rows
 from pedgpt.kernels import linear_logps
 from pedgpt.losses import linear_cross_entropy, linear_sequence_logps
 from pedgpt.models import ModelConfig, Transformer
@@ -35,7 +36,7 @@ def planned(lab, tmp_path, stage, shape, changed, ranks=1):
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, **shape}))
     config = parse_settings(module.Config, ["--model", str(tmp_path), "--plan", "1", "--device", "cpu"])
     config = replace(config, **{"row_length": 128, "micro_batch_size": 2, "global_batch_size": 2, **changed})
-    make_batch = module.full_pairs if stage == "dfpo" else module.full_rows
+    make_batch = full_pairs if stage == "dfpo" else full_rows
     return count(module.model_and_loss, make_batch, config, ranks), config
 
 
