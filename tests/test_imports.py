@@ -18,8 +18,7 @@ ALLOWED = {
     "evaluation": {"models", "adapters", "data", "kernels", "endpoint"},
     "stage": {"adapters", "data", "kernels", "losses", "models", "training"},
     "files": set(),
-    "endpoint": {"ordered"},
-    "ordered": set(),
+    "endpoint": set(),
     "__init__": set(),
     "__main__": set(),
 }
