@@ -81,7 +81,9 @@ class EndpointSettings:
         name = self.key_variable
         key = os.environ.get(name, "")
         if name and not re.fullmatch(r"[!-~]+", key):  # an error of the client would show it
-            raise ValueError(f'the environment variable {name} holds no key; give key_variable = "" if none is wanted')
+            raise ValueError(
+                f'the environment variable {name} is not set to a key; give key_variable = "" if none is wanted'
+            )
         return key
 
 
