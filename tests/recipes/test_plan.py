@@ -160,10 +160,11 @@ def counted_once():
     """A step of the same settings is counted once for all commands of this file: counting takes most of its time."""
     known, real = {}, plan.count
 
-    def count_once(build, make_batch, settings, ranks=1):
-        key = repr((build.__module__, replace(settings, plan=""), ranks))
+    def count_once(build, make_batch, settings, *ranks):
+        number, _ = plan.cards(settings.plan)
+        key = repr((build.__module__, replace(settings, plan=""), number, ranks))
         if key not in known:
-            known[key] = real(build, make_batch, settings, ranks)
+            known[key] = real(build, make_batch, settings, *ranks)
         return known[key]
 
     with patch.object(plan, "count", count_once):
