@@ -100,8 +100,8 @@ def expert_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def quantized_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    for kind in quantized.FORMATS:
-        layer = quantized.QuantizedLinear(5120, 13696, bias=False, kind=kind, dtype=dtype)
+    for kind in ("int8", "nf4"):
+        layer = quantized.QuantizedLinear(torch.nn.Linear(5120, 13696, bias=False, dtype=dtype), kind)
         layer.impl = "triton"
         for tokens in (1, quantized.FEW, TOKENS):
             yield f"{kind}, {tokens} tokens", trained(layer, random(tokens, 5120, dtype=dtype))

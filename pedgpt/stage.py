@@ -40,7 +40,6 @@ class StageSettings(training.TrainingSettings):
     dropout: float = 0.0  # on the adapter's input
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # names or patterns of linear layers
     quantize: Literal["none", "int8", "nf4"] = "none"  # the frozen linear layers in 8 bits, in 4 bits, or as they are
-    quantized_copy: str = ""  # folder that keeps the quantised model, so that further runs need not make it
 
     def check(self) -> None:
         super().check()
@@ -49,8 +48,6 @@ class StageSettings(training.TrainingSettings):
             raise ValueError(f"{changed[0]} is set, but all parameters train; give --adapter lora or experts")
         if self.adapter == "lora" and "num_specific_experts" in changed:
             raise ValueError("num_specific_experts is set, but a LoRA has none; give --adapter experts")
-        if self.quantized_copy and self.quantize == "none":
-            raise ValueError("quantized_copy is set, but nothing is quantised; give --quantize int8 or nf4")
 
     def changed(self, *names: str) -> list[str]:
         """Those of these settings that are not what they are by default."""
@@ -103,8 +100,7 @@ def _add_adapter(model: nn.Module, config: Any, told: bool) -> None:
 
 def fill(model: models.Transformer, config: Any, world: World) -> None:
     """Read the model's weights; each rank keeps its own part. Frozen ones are quantised on the way, if asked for."""
-    copy = config.quantized_copy or None
-    models.load_weights(model, config.model, dtype=config.stored_dtype, device=world.device, quantized_copy=copy)
+    models.load_weights(model, config.model, dtype=config.stored_dtype, device=world.device)
 
 
 def gated(loss_function: LossFunction, config: Any) -> LossFunction:

@@ -258,13 +258,13 @@ def _detach(layer: AdaptedLinear) -> None:
 def _plain(current: nn.Linear, merged: nn.Parameter | None = None) -> nn.Linear:
     """A layer without adapter in the place of `current`, of the type that it had at first, or over a merged weight."""
     kind: Any = current.base_type if isinstance(current, AdaptedLinear) else type(current)
-    quantization, settings = quantization_of(current), {}
-    if quantization is not None:
-        kind, settings = (Linear, {}) if merged is not None else (QuantizedLinear, {"kind": quantization.kind})
-    plain = kind(current.in_features, current.out_features, bias=current.bias is not None, device="meta", **settings)
-    plain.weight, plain.bias = current.weight if merged is None else merged, current.bias
-    if settings:
+    quantization = quantization_of(current)
+    kind = kind if quantization is None else Linear
+    plain = kind(current.in_features, current.out_features, bias=current.bias is not None, device="meta")
+    if quantization is not None and merged is None:
+        plain = QuantizedLinear(plain, quantization.kind)
         plain.quantization = quantization
+    plain.weight, plain.bias = current.weight if merged is None else merged, current.bias
     return plain.train(current.training)
 
 

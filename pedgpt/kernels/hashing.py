@@ -19,9 +19,9 @@ def hash_bits(x: Any) -> Any:
     return x ^ shift_right(x, 31)
 
 
-def shift_right(x: Any, bits: int) -> Any:
-    """x >> bits on the 64 bits as they stand; torch's own shift repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def shift_right(x: Any, bits: int, width: int = 64) -> Any:
+    """x >> bits on the 64 bits, or so many, as they stand; torch's own shift repeats the sign."""
+    return (x >> bits) & ((1 << (width - bits)) - 1)
 
 
 def signed(x: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pedgpt.kernels._dispatch import by_triton, tl, triton, without_numbers
-from pedgpt.kernels.hashing import hash_bits, signed
+from pedgpt.kernels.hashing import hash_bits, shift_right, signed
 
 if triton is not None:
     from pedgpt.kernels.hashing import hash_bits_triton
@@ -30,16 +30,11 @@ def _random(offsets: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
     """Three numbers of 16 random bits, in int32, for each offset in one part: a 32-bit hash (Wellons 2018) of it."""
     low, high = (signed(bits << 32) >> 32 for bits in (key, key >> 32))
     x = (offsets * high).add_(low)
-    x = x.bitwise_xor_(_upper(x, 16)).mul_(0x7FEB352D)
-    x = x.bitwise_xor_(_upper(x, 15)).mul_(0x846CA68B - 2**32)
-    first = _upper(x, 16)
+    x = x.bitwise_xor_(shift_right(x, 16, 32)).mul_(0x7FEB352D)
+    x = x.bitwise_xor_(shift_right(x, 15, 32)).mul_(0x846CA68B - 2**32)
+    first = shift_right(x, 16, 32)
     x ^= first
-    return first, x & 0xFFFF, _upper(x.mul_(0x9E3779B1 - 2**32), 16)
-
-
-def _upper(x: Tensor, bits: int) -> Tensor:
-    """x >> bits on the 32 bits as they stand; torch's own shift repeats the sign."""
-    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+    return first, x & 0xFFFF, shift_right(x.mul_(0x9E3779B1 - 2**32), 16, 32)
 
 
 def _store(target: Tensor, value: Tensor, random: Tensor) -> None:

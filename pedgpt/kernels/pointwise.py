@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pedgpt.kernels import naive
 from pedgpt.kernels._dispatch import autocast_dtype, by_triton, tl, transformed, triton, without_numbers
+from pedgpt.kernels.cpu.products import refuse_create_graph
 from pedgpt.kernels.recompute import recomputable
 
 SMALL = 2**20  # numbers, for which one call of torch's operator is the fastest without gradients
@@ -42,16 +43,6 @@ def _norm_backward(dy: Tensor, dtotal: Any, total: Tensor, weight: Tensor, scale
     inner = (along @ weight.to(scale.dtype)).view_as(scale).mul_(scale.square()).div_(-width)
     dx = (dy * weight).to(scale.dtype).addcmul_(wide, inner).mul_(scale)
     return dx if dtotal is None else dx.to(total.dtype).add_(dtotal), dweight
-
-
-def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`naive.rotary` of q and k, with half as many passes over memory."""
-    cos, sin, half = cos.transpose(1, 2), sin.transpose(1, 2), q.shape[-1] // 2
-    found = q * cos, k * cos
-    for x, turned in zip((q, k), found, strict=True):
-        turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return found[0].to(q.dtype), found[1].to(k.dtype)
 
 
 if triton is not None:
@@ -184,56 +175,44 @@ def _swiglu_triton(gate: Tensor, up: Tensor, dout: Tensor | None = None) -> Any:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Under create_graph=True or torch.func its backward pass, and those below, differentiate the naive forms."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Any, weight: Tensor, eps: float, dtype: torch.dtype, form: Any) -> Any:
         y, total, scale = form(x, residual, weight, eps, dtype)
         ctx.save_for_backward(total, weight, scale)
-        ctx.eps, ctx.backward = eps, _norm_backward if form is _norm else _norm_backward_triton
+        ctx.backward = _norm_backward if form is _norm else _norm_backward_triton
         return y if residual is None else (y, total)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        refuse_create_graph("rms_norm")
         (total, weight, scale), (_, both, trains, *_) = ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled() or transformed():
-            form = lambda x, weight: naive.rms_norm(x, weight, ctx.eps).to(dy.dtype)  # noqa: E731
-            dx, dweight = torch.func.vjp(form, total, weight)[1](dy)
-            dx = dx if dtotal is None else dx + dtotal
-        else:
-            dx, dweight = ctx.backward(dy, dtotal, total, weight, scale, trains)
+        dx, dweight = ctx.backward(dy, dtotal, total, weight, scale, trains)
         return dx, dx if both else None, dweight, None, None, None  # autograd converts each to its dtype
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        ctx.form = form
-        return form(q, k, cos, sin)
+        return _rotary_triton(q, k, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        (cos, sin), again = ctx.saved_tensors, torch.is_grad_enabled() or transformed()
-        impl = "torch" if ctx.form is _rotary else "triton"
-        return *(rotary(dq, dk, cos, -sin, impl) if again else ctx.form(dq, dk, cos, -sin)), None, None, None
+        refuse_create_graph("rotary")
+        cos, sin = ctx.saved_tensors
+        return *_rotary_triton(dq, dk, cos, -sin), None, None
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, silu: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate, up, silu)
-        return _swiglu_triton(gate, up) if silu is None else silu * up
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _swiglu_triton(gate, up)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, silu = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed():
-            return *torch.func.vjp(naive.swiglu, gate, up)[1](dout), None
-        if silu is None:
-            return *_swiglu_triton(gate, up, dout), None
-        dgate = dout * up
-        return torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate), dout * silu, None
+        refuse_create_graph("swiglu")
+        return _swiglu_triton(*ctx.saved_tensors, dout)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str | None = None) -> Tensor:
@@ -270,12 +249,10 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str | None = No
 
     cos and sin [B, 1, T, K] have two equal halves and get no gradient.
     """
-    form, grad = _rotary_triton if not transformed() and by_triton(impl, q) else _rotary, torch.is_grad_enabled()
-    # `_rotary` makes fewer passes than the naive form, which is faster only with gradients and heads of 64 or more.
-    if transformed() or (form is _rotary and not (grad and q.shape[-1] >= 64)):
+    if transformed() or not by_triton(impl, q):
         cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
         return naive.rotary(q, cos, sin), naive.rotary(k, cos, sin)
-    return _Rotary.apply(q, k, cos, sin, form) if grad else form(q, k, cos, sin)
+    return (_Rotary.apply if torch.is_grad_enabled() else _rotary_triton)(q, k, cos, sin)
 
 
 def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
@@ -285,9 +262,8 @@ def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
     if by_triton(impl, gate) or (impl is None and gate.is_cuda and without_numbers()):
         if not torch.is_grad_enabled():
             return _swiglu_triton(gate, up)
-        return recomputable(_SwiGLU.apply(gate, up, None), _swiglu_triton, gate, up)
+        return recomputable(_SwiGLU.apply(gate, up), _swiglu_triton, gate, up)
     if not torch.is_grad_enabled():
         return F.silu(gate).mul_(up)
-    small = gate.numel() < SMALL
-    silu = recomputable(F.silu(gate if small else gate.detach()), F.silu, gate)
-    return recomputable(silu * up if small else _SwiGLU.apply(gate, up, silu), torch.mul, silu, up)
+    silu = recomputable(F.silu(gate), F.silu, gate)
+    return recomputable(silu * up, torch.mul, silu, up)

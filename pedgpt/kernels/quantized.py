@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from pedgpt.kernels._dispatch import autocast_dtype, by_triton, tl, transformed, triton, without_numbers
 from pedgpt.kernels.cpu.products import product, refuse_create_graph
 
-FORMATS = ("int8", "nf4")
 BLOCK, NESTED_BLOCK = 64, 256
 FEW = 16  # rows of x, as in decoding, for which a product in Triton reads the codes and never writes W
 # The quantiles of a normal distribution, scaled to [-1, 1]; the first half of a byte is the earlier code.
@@ -109,16 +108,14 @@ class Quantization(nn.Module):
         found, first = [], 0
         for part in rows:
             blocks = part.to(codes.device, torch.float32)
-            target = codes[first : first + len(part)]
+            target, first = codes[first : first + len(part)], first + len(part)
             if self.kind == "int8":
-                found.append(blocks.abs().amax(1))
-                target.copy_((blocks * (127 / found[-1].clamp(min=1e-36))[:, None]).round_())
+                largest = blocks.abs().amax(1)
+                target.copy_((blocks * (127 / largest.clamp(min=1e-36))[:, None]).round_())
             else:
                 nearest, largest = _nearest(blocks.reshape(-1, BLOCK), _tables(codes.device)[0])
-                found.append(largest)
                 target.copy_((nearest[:, ::2] << 4 | nearest[:, 1::2]).view_as(target))
-            first += len(part)
-        assert first == len(codes), f"expected {len(codes)} rows, found {first}"
+            found.append(largest)
         largest = torch.cat(found)
         if self.kind == "int8":
             self.scale.copy_(largest)
@@ -133,11 +130,11 @@ class Quantization(nn.Module):
     def dense(self, codes: Tensor, dtype: torch.dtype, out: Tensor | None = None, impl: str | None = None) -> Tensor:
         """W [O, D] of its codes: computed in float32 and rounded once to `dtype`; into `out`, if it is given."""
         shape = Quantized(codes, self).shape
-        if codes.is_meta or without_numbers():
-            return codes.new_empty(shape, dtype=dtype) if out is None else out
         if transformed():
             return self._values(codes, self._scales()).to(dtype)
         out = codes.new_empty(shape, dtype=dtype) if out is None else out
+        if codes.is_meta or without_numbers():
+            return out
         if by_triton(impl, out):
             grid = triton.cdiv(shape[1], BLOCK), triton.cdiv(shape[0], 64)
             dense_kernel[grid](*Quantized(codes, self).operands(), out, *shape, BLOCK_O=64, enable_fp_fusion=False)
@@ -302,28 +299,22 @@ class _QuantizedLinear(torch.autograd.Function):
 class QuantizedLinear(nn.Linear):
     """y = x Wᵀ (+ b) over codes of W, which are frozen: `weight` is int8 [O, D], or for nf4 uint8 [O, D / 2].
 
-    Differentiable once, in x and b. Products are made in the dtype of x, or in autocast's. `dtype` is that of the bias.
-    Raises ValueError for a format that is unknown, and for nf4 if D is no multiple of 64.
+    It takes the place of `base`, whose bias it takes over; the codes are empty. Differentiable once, in x and b.
+    Products are made in the dtype of x, or in autocast's. Raises ValueError for nf4 if D is no multiple of 64.
     """
 
     impl: str | None = None  # "torch", "triton", or None for what suits the device
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, kind: str, device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        if kind not in FORMATS:
-            raise ValueError(f"a quantised weight is in one of {', '.join(FORMATS)}, found {kind!r}")
-        if kind == "nf4" and in_features % BLOCK:
-            raise ValueError(f"nf4 needs in_features that {BLOCK} divides, found {in_features}; take int8")
-        super().__init__(in_features, out_features, bias=False, device="meta")
-        dtype = dtype or torch.get_default_dtype()
-        shape, stored = (in_features, torch.int8) if kind == "int8" else (in_features // 2, torch.uint8)
-        codes = torch.empty(out_features, shape, dtype=stored, device=device)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
-        self.quantization = Quantization(kind, out_features, in_features, dtype, device)
+    def __init__(self, base: nn.Linear, kind: str) -> None:
+        rows, columns = base.weight.shape
+        if kind == "nf4" and columns % BLOCK:
+            raise ValueError(f"nf4 needs in_features that {BLOCK} divides, found {columns}; take int8")
+        super().__init__(columns, rows, bias=False, device="meta")
+        width, stored = (columns, torch.int8) if kind == "int8" else (columns // 2, torch.uint8)
+        self.weight = nn.Parameter(base.weight.new_empty(rows, width, dtype=stored), requires_grad=False)
+        self.bias = base.bias
+        self.quantization = Quantization(kind, rows, columns, base.weight.dtype, base.weight.device)
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = autocast_dtype(x, x.dtype)
@@ -336,20 +327,7 @@ class QuantizedLinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def quantized_layer(base: nn.Linear, kind: str) -> QuantizedLinear:
-    """An empty layer to take the place of `base`, whose bias it takes over; ValueError as for `QuantizedLinear`."""
-    place: Any = {"device": base.weight.device, "dtype": base.weight.dtype}
-    layer = QuantizedLinear(base.in_features, base.out_features, False, kind=kind, **place)
-    layer.bias = base.bias
-    return layer.train(base.training)
-
-
 def parameter_count(model: nn.Module) -> int:
-    """How many weights a model has; a quantised one counts as the numbers that its codes stand for."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    for layer in model.modules():
-        quantization: Any = getattr(layer, "quantization", None)
-        if isinstance(quantization, Quantization) and isinstance(layer, nn.Linear):
-            stored = [layer.weight, *quantization.parameters()]
-            total += layer.in_features * layer.out_features - sum(tensor.numel() for tensor in stored)
-    return total
+    """How many weights a model has; codes of 4 bits count as two a byte, and what scales them does not count."""
+    found = [(name, p.numel() * (2 if p.dtype == torch.uint8 else 1)) for name, p in model.named_parameters()]
+    return sum(count for name, count in found if not name.endswith("quantization.absmax"))

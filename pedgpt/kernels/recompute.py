@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -38,17 +38,20 @@ def selective(enabled: bool = True) -> Iterator[None]:
         _results.reset(outer)
 
 
-@contextmanager
-def offloaded(enabled: bool = True) -> Iterator[None]:
-    """In here, what the graph keeps of a GPU's tensors waits in the host's pinned memory; on a CPU nothing changes.
+# NOTE: one pair of hooks for all calls, because torch.compile compiles again for every new pair.
+_save_on_cpu = functools.cache(torch.autograd.graph.save_on_cpu)
 
-    A stream of its own copies it while the GPU computes. The backward pass copies it back when it needs it.
-    """
+
+def offloaded(enabled: bool = True) -> AbstractContextManager:
+    """In here, what the graph keeps of a GPU's tensors waits in the host's pinned memory; on a CPU nothing changes."""
     if not enabled or transformed():
-        yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
-        yield
+        return nullcontext()
+    if without_numbers():  # A plan counts nothing of a GPU's tensors that wait in the host.
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: torch.empty_like(tensor, device="meta") if tensor.is_cuda else tensor,
+            lambda kept: torch.empty_like(kept, device="cpu"),
+        )
+    return _save_on_cpu(torch.cuda.is_available())
 
 
 def recomputable(result: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -61,7 +64,7 @@ def recomputable(result: Tensor, function: Callable[..., Tensor], *tensors: Tens
     return result
 
 
-# NOTE: these hooks are functions of the module, because torch.compile compiles again for every new pair of hooks.
+# NOTE: these hooks are functions of the module for the same reason.
 def _pack(tensor: Tensor) -> tuple[Any, ...]:
     result, version, compute = (_results.get() or {}).get(tensor.untyped_storage()._cdata, (tensor, None, None))
     if tensor._version == version and tensor.dtype == result.dtype:
@@ -77,31 +80,3 @@ def _unpack(packed: tuple[Any, ...]) -> Tensor:
     if [kept._version] != place:
         raise RuntimeError(f"a tensor {list(kept.shape)} of the graph was modified by an inplace operation")
     return kept
-
-
-def _to_host(tensor: Tensor) -> Any:
-    if not tensor.is_cuda:
-        return tensor
-    if without_numbers():
-        return tensor.size(), tensor.dtype
-    stream = _copying(tensor.device)
-    stream.wait_stream(torch.cuda.current_stream(tensor.device))
-    with torch.cuda.stream(stream):
-        host = torch.empty(tensor.size(), dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-    tensor.record_stream(stream)  # Its memory is not reused before it has been copied.
-    return host, stream.record_event(), tensor.device
-
-
-def _from_host(packed: Any) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    if without_numbers():
-        return torch.empty(packed[0], dtype=packed[1])
-    host, copied, device = packed
-    torch.cuda.current_stream(device).wait_event(copied)
-    return host.to(device, non_blocking=True)
-
-
-@functools.cache
-def _copying(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

@@ -16,34 +16,32 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pedgpt.files import naming_full_disk, own_file, settle, sole_writer, sync, write_json
+from pedgpt.files import naming_full_disk, settle, sync, write_json
 from pedgpt.kernels.linear_logps import SHORTEST
 from pedgpt.kernels.quantized import Quantization, QuantizedLinear
 from pedgpt.models import quantized
 from pedgpt.models.config import ModelConfig
 from pedgpt.models.quantized import PART, stored_format, stored_key, weight_key
 from pedgpt.models.transformer import Transformer
-from pedgpt.models.weight_files import HEAD, INDEX, READ_BYTES, WEIGHTS, Weights, model_fingerprint, weight_files
+from pedgpt.models.weight_files import HEAD, INDEX, READ_BYTES, WEIGHTS, Weights, weight_files
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 2**30
 COMPARED = 2**20  # numbers of a trained tensor that are compared with those before training
 QUANTIZED_BYTES = 2**19  # that a CPU quantises at once: larger pieces leave freed memory in the heap while loading
-COPY_OF = "pedgpt_quantized_from"  # the key in config.json with the fingerprint of the model that a copy was made from
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
-    quantize: str = "none", quantized_copy: str | Path | None = None,
-) -> Transformer:  # fmt: skip
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", quantize: str = "none"
+) -> Transformer:
     """The model of an HF folder (safetensors, or else .bin), in evaluation mode; no code of the checkpoint is run.
 
     `dtype` None keeps the stored one: on the CPU, weights then stay mapped from their files, so loading is lazy and
     processes share them; otherwise they are copied piece by piece. `quantize` "int8" or "nf4" stores the blocks' linear
-    layers in 8 or 4 bits, row block by row block while they are read; a folder in one of these formats stays in it.
-    `quantized_copy` is as in `load_weights`. With `device="meta"` only config.json is read, for `load_weights` to fill
-    the model later. Raises ValueError that names the file and the keys that are at fault.
+    layers in 8 or 4 bits, row block by row block while they are read; a folder in one of these formats stays in it, as
+    `save_model` writes it. With `device="meta"` only config.json is read, for `load_weights` to fill the model later.
+    Raises ValueError that names the file and the keys that are at fault.
     """
     config = ModelConfig.from_hf(folder)
     if quantize not in ("none", stored := stored_format(config.quantization_config)):
@@ -53,7 +51,7 @@ def load_model(
         config = replace(config, quantization_config=quantized.SETTINGS[quantize])
     model = _empty(config, dtype)
     if torch.device(device).type != "meta":
-        load_weights(model, folder, dtype=dtype, device=device, quantized_copy=quantized_copy)
+        load_weights(model, folder, dtype=dtype, device=device)
     return model.eval()
 
 
@@ -64,17 +62,13 @@ def weights_format(folder: str | Path, quantize: str = "none") -> str:
 
 
 def load_weights(
-    model: Transformer, folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
-    quantized_copy: str | Path | None = None,
-) -> None:  # fmt: skip
+    model: Transformer, folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> None:
     """Fill a model as `load_model` would. It may be on the meta device; the adapters that it carries stay as they are.
 
     A model that `fully_shard` split over ranks gets only its own rows on each: no rank holds the whole, and none reads
-    it but to quantise it. `quantized_copy` is a folder for the quantised model: what it holds is read, and if there is
-    none, the main process writes it first. Raises ValueError if that is another model's.
+    it but to quantise it.
     """
-    if quantized_copy is not None:
-        folder = _quantized_copy(model.config, Path(folder), Path(quantized_copy), torch.device(device))
     stored, empty = Weights(Path(folder)), _empty(model.config)
     tied, weights, places = model.config.tie_word_embeddings, {}, {0}
     for key, tensor in _read_all(stored, empty, model.state_dict(), dtype, torch.device(device)):
@@ -94,11 +88,8 @@ def load_weights(
     lengths = torch.cat([torch.linalg.vector_norm(rows.float(), dim=-1) for rows in head.split(1024)])
     if ids := [first + row for row in (lengths < SHORTEST).nonzero().flatten().tolist()]:
         named = f"{', '.join(map(str, ids[:5]))}{', …' * (len(ids) > 5)} ({len(ids)} in all)"
-        warnings.warn(
-            f"{folder}: the rows of lm_head.weight for the tokens {named} are zeros. A normalised head gives them the "
-            "logit 0 and cannot train them. Fill those of new tokens, with the mean of the other rows for example",
-            stacklevel=2,
-        )
+        told = f"{folder}: the rows of lm_head.weight for the tokens {named} are zeros, which a normalised head cannot "
+        warnings.warn(f"{told}train. Fill those of new tokens, with the mean of the others for example", stacklevel=2)
 
 
 def save_model(
@@ -182,28 +173,22 @@ def round_weights(weights: NamedTensors, dtype: torch.dtype, *, since: str | Pat
 
     It is measured against the folder `since`, from which the training began, in a sample of the rows of large tensors.
     """
-    start, totals = None, torch.zeros(4, dtype=torch.float64)
+    start, moved, lost = None, 0.0, 0.0
     with suppress(ValueError, OSError):  # the result is saved even where this cannot be measured
         start = Weights(Path(since))
     for name, trained in weights:
-        saved, stored = trained.to(dtype), start.tensors.get(name) if start else None
-        fits = stored is not None and stored.shape == trained.shape and stored.is_floating_point()
-        if start and fits and saved.dtype != trained.dtype:
+        saved = trained.to(dtype)
+        if start and saved.dtype != trained.dtype and name in start.tensors:
             step = max(1, min(len(trained), trained.numel() // COMPARED))
-            with suppress(ValueError, OSError):
-                before, after, rounded = (x[::step].to(trained.dtype) for x in (start.whole(name), trained, saved))
-                changed = after != before
-                undone = changed & (rounded == before.to(dtype).to(trained.dtype))
-                parts = (after - before).square(), (rounded - after).square(), changed, undone
-                totals += step * torch.stack([part.sum(dtype=torch.float64) for part in parts])
+            with suppress(ValueError, OSError, RuntimeError):  # RuntimeError where the shapes differ
+                before, after, rounded = (x[::step].double() for x in (start.whole(name), trained, saved))
+                moved += step * (after - before).square().sum().item()
+                lost += step * (rounded - after).square().sum().item()
         yield name, saved
-    moved, lost, changed, undone = totals.tolist()
     if moved:
-        share, kind = (lost / moved) ** 0.5, str(dtype).removeprefix("torch.")
-        print(
-            f"saved in {kind}: rounding moved the weights by {share:.0%} of what training moved them, and "
-            f"{undone / changed:.0%} of the trained numbers are saved as if untrained; --save_dtype float32 keeps them"
-        )
+        kind, share = str(dtype).removeprefix("torch."), (lost / moved) ** 0.5
+        told = f"saved in {kind}: rounding moved the weights by {share:.0%} of what training moved them"
+        print(f"{told}; --save_dtype float32 keeps them")
 
 
 def _empty(config: ModelConfig, dtype: torch.dtype | None = None) -> Transformer:
@@ -296,24 +281,6 @@ def _quantize(
             _local(own)[0].copy_(whole[first : first + len(local)])
             whole = own
         yield name, whole
-
-
-def _quantized_copy(config: ModelConfig, folder: Path, target: Path, device: torch.device) -> Path:
-    """The folder of a quantised copy of a model, which the main process writes if it is not there."""
-    kind, source = stored_format(config.quantization_config), model_fingerprint(folder)
-    if kind == "none":
-        raise ValueError(f'{target}: a quantised copy needs quantize="int8" or "nf4"')
-    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if own_file(target, "config.json") is None and not (ranks and torch.distributed.get_rank()):
-        empty, named = _empty(config), replace(config, extra={**config.extra, COPY_OF: source})
-        with sole_writer(target, beside=True):
-            save_model(empty, target, _read_all(Weights(folder), empty, empty.state_dict(), None, device), named)
-    if ranks:
-        torch.distributed.barrier()
-    found = ModelConfig.from_hf(target)
-    if (found.extra.get(COPY_OF), stored_format(found.quantization_config)) != (source, kind):
-        raise ValueError(f"{target}: holds another model than {folder} in {kind}; name another folder, or remove it")
-    return target
 
 
 def _read(stored: Weights, key: str, target: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:

@@ -73,15 +73,14 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
-        """Read a checkpoint folder, a config.json, or its dictionary.
+        """Read a checkpoint folder, or the dictionary of its config.json.
 
         Raises ValueError, which says what to change, for a broken file and for a feature that may not be ignored.
         """
         if not isinstance(source, Mapping):
-            path = Path(source, "config.json") if Path(source).is_dir() else Path(source)
-            if own_file(path.parent, path.name) is None:
-                raise ValueError(f"{path}: no such file; expected a model folder with config.json")
-            source = read_object(path.parent, path.name)
+            if own_file(Path(source), "config.json") is None:
+                raise ValueError(f"{Path(source, 'config.json')}: no such file; expected a model folder")
+            source = read_object(Path(source), "config.json")
         name: Any = source.get("model_type")
         _require(name in [*FAMILIES], f"model_type {name!r} is not supported; expected one of {', '.join(FAMILIES)}")
         missing = [key for key in REQUIRED if key not in source]

@@ -194,9 +194,9 @@ def _choose(
 ) -> tuple[Tensor, list[int]]:
     """Ids [B] from logits [B, V], also as a list; `seen` [B, V] marks the tokens so far, and is kept.
 
-    ValueError names the rows that run on and whose scores are not finite, and whether model or settings did it.
+    ValueError names the rows that run on and whose scores are not finite.
     """
-    given = logits = logits.float()
+    logits = logits.float()
     if penalty != 1.0:
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     finite = (logits.abs().amax(-1) / (temperature or 1.0)).isfinite()  # NaN is the largest of all
@@ -205,13 +205,10 @@ def _choose(
     if penalty != 1.0:
         seen.scatter_(1, chosen[:, None], True)
     ids, fine = torch.stack((chosen, finite.long())).tolist()  # together, to wait for the device once
-    rows = [row for row, goes_on in enumerate(running) if goes_on and not fine[row]]
-    if broken := [row for row in rows if not given[row].isfinite().all()]:
-        found = f"the model computes logits that are not finite for prompts {broken} (counted from 0)"
-        raise ValueError(f"{found}: its weights are damaged, or too large for float16; load float32 or bfloat16")
-    if rows:
-        cause = f"temperature={temperature}, repetition_penalty={penalty} makes the logits of prompts {rows}"
-        raise ValueError(f"{cause} (counted from 0) overflow; temperature 0 always takes the most probable token")
+    if rows := [row for row, goes_on in enumerate(running) if goes_on and not fine[row]]:
+        causes = f"{temperature=} or repetition_penalty={penalty} makes them overflow, the weights are damaged"
+        found = f"logits that are not finite for prompts {rows} (counted from 0)"
+        raise ValueError(f"{found}: {causes}, or they are too large for float16; load float32 or bfloat16")
     return chosen, ids
 
 

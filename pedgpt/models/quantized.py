@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pedgpt.kernels.quantized import DYNAMIC, NF4, quantized_layer
+from pedgpt.kernels.quantized import DYNAMIC, NF4, QuantizedLinear
 from pedgpt.models.weight_files import Weights
 
 PART = ".quantization."  # between a layer's name and the name of a tensor of its Quantization
@@ -57,10 +57,8 @@ def settings_of(weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """The quantization_config that tells which layers of a state dict are quantised, and how; None if none is."""
     matrices = {key: tensor.dtype for key, tensor in weights.items() if re.fullmatch(_MATRIX, key) and tensor.ndim == 2}
     plain = [key.removesuffix(".weight") for key, dtype in matrices.items() if dtype not in CODES]
-    kinds = {CODES[dtype] for dtype in matrices.values() if dtype in CODES}
-    if len(kinds) > 1:
-        raise ValueError("some layers are in int8 and others in nf4, which no config.json can tell")
-    return {**SETTINGS[kinds.pop()], PLAIN: ["lm_head", *plain]} if kinds else None
+    kind = next((CODES[dtype] for dtype in matrices.values() if dtype in CODES), None)
+    return None if kind is None else {**SETTINGS[kind], PLAIN: ["lm_head", *plain]}
 
 
 def quantize_layers(model: nn.Module, settings: Mapping[str, Any]) -> None:
@@ -70,7 +68,7 @@ def quantize_layers(model: nn.Module, settings: Mapping[str, Any]) -> None:
         # As transformers reads these names: as whole parts from the start, or as the end of a name.
         kept = any(f"{name}.".startswith(f"{key}.") or name.endswith(key) for key in plain)
         if isinstance(layer, nn.Linear) and not kept:
-            model.set_submodule(name, quantized_layer(layer, kind))
+            model.set_submodule(name, QuantizedLinear(layer, kind))
 
 
 def weight_key(key: str) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import pickle
 import pickletools
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,9 +88,6 @@ class _BinReader(dict[str, Tensor]):
     offset_keys, get_tensor, get_slice = dict.keys, dict.__getitem__, dict.__getitem__
 
     def __init__(self, file: Path) -> None:
-        with zipfile.ZipFile(file) as archive:
-            if any(info.compress_type for info in archive.infolist()):  # mapped, they would be read as they lie there
-                raise ValueError("its parts are compressed")
         pickled = torch._C.PyTorchFileReader(str(file)).get_record("data.pkl")
         called = [str(argument) for opcode, argument, _ in pickletools.genops(pickled) if opcode.name == "GLOBAL"]
         if not all(map(_PLAIN_GLOBALS.fullmatch, called)):

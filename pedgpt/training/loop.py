@@ -29,7 +29,7 @@ from pedgpt.training.optim import build_optimizer, learning_rate
 # Settings that change neither the data nor the weights, so a run may be resumed with others; held-out files too.
 _FREE = {
     "output", "micro_batch_size", "activation_checkpointing", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-    "device", "reference_logps", "shared_prompt", "log_to", "plan", "quantized_copy",
+    "device", "reference_logps", "shared_prompt", "log_to", "plan",
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from pedgpt.adapters import (
     set_adapter,
     unmerge_lora,
 )
-from pedgpt.kernels import Linear, QuantizedLinear, quantized_layer
+from pedgpt.kernels import Linear, QuantizedLinear
 from pedgpt.models import ModelConfig, Transformer
 
 SIZES = {
@@ -45,7 +45,7 @@ def base():
         model = Transformer(ModelConfig.from_hf(SIZES)).to(dtype).eval()
         for name, layer in list(model.model.layers.named_modules()):
             if isinstance(layer, nn.Linear):
-                quantized = quantized_layer(layer, kind)
+                quantized = QuantizedLinear(layer, kind)
                 quantized.quantization.quantize_(quantized.weight, layer.weight.detach().split(7))
                 model.model.layers.set_submodule(name, quantized)
         return model.requires_grad_(False)
@@ -237,7 +237,7 @@ def two_layers(kind):
     model = nn.Sequential()
     for size_in, size_out in ((64, 192), (192, 65)):
         layer = nn.Linear(size_in, size_out, dtype=torch.bfloat16)
-        quantized = quantized_layer(layer, kind)
+        quantized = QuantizedLinear(layer, kind)
         quantized.quantization.quantize_(quantized.weight, layer.weight.detach().split(7))
         model.append(nn.Sequential(quantized, nn.Tanh()))
     inject_experts(model, rank=3)

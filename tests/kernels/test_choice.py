@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 
 import pytest
 import torch
@@ -12,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pedgpt.kernels import linear
 from pedgpt.kernels.cpu import products
 
-KIND = products.KINDS[0]
+
+def prefers():
+    return products.settle()[products.LIBRARY]
 
 
 @pytest.fixture(autouse=True)
@@ -27,26 +28,21 @@ def measured(monkeypatch):
 
 
 class Clock:
-    """A clock that only the forms move on, and forms that take so many seconds."""
+    """Takes the place of `timeit`: the forms take so many seconds, or what a function of the count of calls says."""
 
     def __init__(self, monkeypatch, ours, torchs):
-        self.now, self.made, self.threads = 0.0, 0, set()
-        self.rounds = []
+        self.threads, self.rounds = set(), []
         self.seconds = {"ours": ours, "torch's": torchs}
-        monkeypatch.setattr(products.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(products, "_forms", self.forms)
+        monkeypatch.setattr(products, "timeit", self.timeit)
 
-    def forms(self, kind):
-        self.made += 1
-        return (lambda: self.run("ours")), (lambda: self.run("torch's"))
-
-    def run(self, form):
-        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    def timeit(self, form, number):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and number == 1
         assert not torch.is_autocast_enabled("cpu") and type(torch.zeros(1)) is torch.Tensor
         self.threads.add(torch.get_num_threads())
-        self.rounds.append(form)
-        seconds = self.seconds[form]
-        self.now += seconds(len(self.rounds)) if callable(seconds) else seconds
+        name = "ours" if form.func is products._onednn else "torch's"
+        self.rounds.append(name)
+        seconds = self.seconds[name]
+        return seconds(len(self.rounds)) if callable(seconds) else seconds
 
 
 @pytest.mark.parametrize(
@@ -55,13 +51,20 @@ class Clock:
 )
 def test_ours_must_win_by_a_tenth(ours, torchs, wins, monkeypatch):
     clock = Clock(monkeypatch, ours, torchs)
-    assert products.prefer(KIND) is wins and products.prefer(KIND) is wins
-    assert clock.made == 1 and clock.rounds == ["ours", "torch's"] * products.ROUNDS  # in turn
+    assert prefers() is wins and prefers() is wins
+    assert clock.rounds == ["ours", "torch's"] * products.ROUNDS * (2 if wins else 1)  # in turn
+
+
+@pytest.mark.parametrize("slow", [0, 1], ids=["x W^T", "dy W"])
+def test_ours_must_win_both_kinds_of_product(slow, monkeypatch):
+    later = 2 * products.ROUNDS
+    Clock(monkeypatch, lambda call: 2.0 if (call > later) == bool(slow) else 1.0, 1.5)
+    assert not prefers()
 
 
 def test_the_first_round_and_rounds_that_were_disturbed_do_not_count(monkeypatch):
-    Clock(monkeypatch, lambda round: 50.0 if round in (1, 5) else 1.0, lambda round: 1.2)
-    assert products.prefer(KIND)
+    Clock(monkeypatch, lambda call: 50.0 if call in (1, 5) else 1.0, lambda call: 1.2)
+    assert prefers()
 
 
 def test_it_measures_with_the_threads_of_the_program(monkeypatch):
@@ -70,22 +73,10 @@ def test_it_measures_with_the_threads_of_the_program(monkeypatch):
         for threads in (1, 2):
             products.use({})
             torch.set_num_threads(threads)
-            assert products.prefer(KIND) and torch.get_num_threads() == threads
+            assert prefers() and torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     assert clock.threads == {1, 2}
-
-
-def test_threads_that_ask_at_once_measure_once(monkeypatch):
-    clock, found = Clock(monkeypatch, 1.0, 2.0), []
-    threads = [threading.Thread(target=lambda: found.append(products.prefer(KIND))) for _ in range(8)]
-    numbers = torch.get_num_threads()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    torch.set_num_threads(numbers)
-    assert found == [True] * 8 and clock.made == 1
 
 
 class Anything(TorchDispatchMode):
@@ -96,23 +87,24 @@ class Anything(TorchDispatchMode):
 def test_what_is_at_work_where_it_is_asked_does_not_reach_the_measurement(monkeypatch):
     Clock(monkeypatch, 1.0, 2.0)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch._subclasses.FakeTensorMode():
-        assert products.prefer(KIND)
+        assert prefers()
     products.use({})
     with torch.no_grad(), torch.device("meta"), Anything():
-        assert products.prefer(KIND)
+        assert prefers()
 
 
 def test_measuring_draws_no_random_number():
     before = torch.get_rng_state()
-    assert set(products.settle()) == set(products.KINDS)
+    assert set(products.settle()) == {products.LIBRARY}
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_form_that_does_not_run_on_this_machine_is_torchs(monkeypatch):
-    clock = Clock(monkeypatch, 1.0, 2.0)
-    monkeypatch.setattr(clock, "run", lambda form: 1 / 0)
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    assert products.prefer(KIND) is False
+    def lacks(form, number):
+        raise RuntimeError("no such form")
+
+    monkeypatch.setattr(products, "timeit", lacks)
+    assert prefers() is False
 
 
 def test_compilers_and_torch_func_do_not_measure(monkeypatch):
@@ -121,55 +113,52 @@ def test_compilers_and_torch_func_do_not_measure(monkeypatch):
     torch._dynamo.reset()
     torch.compile(linear, fullgraph=True, backend="aot_eager")(x.requires_grad_(), weight).sum().backward()
     torch.func.grad(lambda x: linear(x, weight).sum())(x.detach())
-    assert clock.made == 0
+    with torch._subclasses.FakeTensorMode() as mode:
+        linear(mode.from_tensor(x), mode.from_tensor(weight))
+    assert not clock.rounds
     linear(x, weight)
-    assert clock.made == 1
+    assert clock.rounds
 
 
 @pytest.mark.parametrize("value", ["always", "never"])
 def test_the_environment_decides_without_a_measurement(value, monkeypatch):
     clock = Clock(monkeypatch, 1.0, 1.0)
     monkeypatch.setenv("PEDGPT_CPU", value)
-    assert products.prefer(KIND) is (value == "always")
-    products.use({KIND: value == "never"})
-    assert set(products.settle().values()) == {value == "always"} and clock.made == 0
+    assert prefers() is (value == "always")
+    products.use({products.LIBRARY: value == "never"})
+    assert prefers() is (value == "always") and not clock.rounds
     monkeypatch.setattr(products, "AVAILABLE", False)
     products.use({})
-    assert set(products.settle().values()) == {False}
+    assert not prefers()
 
 
 @pytest.mark.parametrize("value", ["1", "Always", "sometimes"])
 def test_another_word_in_the_environment_is_refused_with_the_two(value, monkeypatch):
     monkeypatch.setenv("PEDGPT_CPU", value)
-    for ask in (lambda: products.prefer(KIND), products.settle, lambda: products.use({})):
+    for ask in (products.settle, lambda: products.use({})):
         with pytest.raises(ValueError, match=f"PEDGPT_CPU must be \"always\" or \"never\".*found '{value}'"):
             ask()
 
 
-def test_choices_come_back_through_json_and_are_followed(monkeypatch, capsys):
+def test_choices_come_back_through_json_and_are_followed(monkeypatch):
     clock = Clock(monkeypatch, 1.0, 2.0)
     found = json.loads(json.dumps(products.settle()))
-    assert found == dict.fromkeys(products.KINDS, True) and clock.made == 2
-    given = {**dict.fromkeys(products.KINDS, False), "gone": False}
-    products.use(given)
-    assert products.settle() == dict.fromkeys(products.KINDS, False) and clock.made == 2
-    del given[KIND]  # of an older version: chosen anew, in silence
-    products.use(given)
-    assert products.prefer(KIND) and clock.made == 3 and not capsys.readouterr().err
-
-
-def test_a_choice_that_this_machine_lacks_is_warned_of_once(monkeypatch, capsys):
-    products.use({"gone": True, "gone too": True})
-    assert capsys.readouterr().err.count("warning") == 1
+    assert found == {products.LIBRARY: True}
+    clock.rounds.clear()
+    products.use({products.LIBRARY: False, "gone": True})
+    assert products.settle() == {products.LIBRARY: False} and not clock.rounds
+    products.use({"gone": True})  # of an older version: chosen anew
+    assert prefers() and clock.rounds
     monkeypatch.setattr(products, "AVAILABLE", False)
-    products.use({KIND: True})
-    assert KIND in capsys.readouterr().err and not products.prefer(KIND)
+    products.use({products.LIBRARY: True})
+    assert not prefers()
 
 
-@pytest.mark.parametrize("kind", products.KINDS)
-def test_both_forms_of_a_product_compute_the_same(kind):
-    ours, torchs = (form() for form in products._forms(kind))
-    torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_both_forms_of_a_product_compute_the_same(transposed):
+    x, weight = torch.randn(128, 512), torch.randn(3072, 512)
+    weight = weight.t().contiguous().t() if transposed else weight
+    torch.testing.assert_close(products._onednn(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-4)
 
 
 def test_linear_follows_the_choice(monkeypatch):
@@ -177,7 +166,7 @@ def test_linear_follows_the_choice(monkeypatch):
     for ours in (True, False):
         calls = []
         monkeypatch.setattr(products, "_onednn", lambda x, w, b, calls=calls: calls.append(1) or F.linear(x, w, b))
-        products.use(dict.fromkeys(products.KINDS, ours))
+        products.use({products.LIBRARY: ours})
         linear(x, weight)
         assert bool(calls) == ours
         calls.clear()

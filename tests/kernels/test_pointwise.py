@@ -5,7 +5,7 @@ The Triton forms run compiled where there is a GPU and under Triton's interprete
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 
 from pedgpt.kernels import add_rms_norm, pointwise, rms_norm, rotary, swiglu
 
@@ -179,34 +179,23 @@ def plain_rotary_in_float64(dtype):
 
 
 @all_operators
-@pytest.mark.filterwarnings("ignore:There is a performance drop because")
-def test_gradients_and_their_gradients_match_finite_differences(name):
+def test_gradients_match_finite_differences(name):
     shape = (2, 2, 2, 1, 4) if name == "rotary" else (3, 2, 5)
     leaves = [value.requires_grad_() for value in draw(OPERATORS[name][3](shape), torch.float64)]
-    function = OPERATORS[name][0]("torch")
-    assert gradcheck(function, leaves) and gradgradcheck(function, leaves)
-    out = function(*leaves)[0]
-    each = torch.eye(out.numel(), dtype=torch.float64, device=DEVICE).view(-1, *out.shape)
-    many = torch.vmap(lambda v: torch.autograd.grad(out, leaves[0], v, retain_graph=True)[0])(each)
-    one = torch.stack([torch.autograd.grad(out, leaves[0], v, retain_graph=True)[0] for v in each])
-    torch.testing.assert_close(many, one)
+    assert gradcheck(OPERATORS[name][0]("torch"), leaves)
 
 
-@needs_triton
+@both_impls
 @all_operators
-def test_second_derivatives_of_the_triton_form_match_float64(name):
+def test_second_derivatives_are_refused(name, impl):
     shape = (2, 3, 2, 1, 4) if name == "rotary" else (4, 6)
-    inputs = draw(OPERATORS[name][3](shape), torch.float32)
-
-    def second(function, inputs):
-        leaves = [value.clone().requires_grad_() for value in inputs]
-        loss = sum((out**3).sum() for out in function(*leaves))
-        first = torch.autograd.grad(loss, leaves, create_graph=True)
-        return torch.autograd.grad(sum((g * g).sum() for g in first), leaves)
-
-    truth = second(OPERATORS[name][2], [value.double() for value in inputs])
-    for found, exact in zip(second(OPERATORS[name][0]("triton"), inputs), truth, strict=True):
-        assert (found.double() - exact).norm() <= 2e-6 * max(1.0, float(exact.norm()))
+    leaves = [value.requires_grad_() for value in draw(OPERATORS[name][3](shape), torch.float32)]
+    out = OPERATORS[name][0](impl)(*leaves)[0]
+    if impl == "torch" and name in ("rotary", "swiglu"):  # these are left to autograd
+        assert torch.autograd.grad(out.sum(), leaves[0], create_graph=True)[0].shape == leaves[0].shape
+        return
+    with pytest.raises(RuntimeError, match="is differentiable once: no create_graph=True"):
+        torch.autograd.grad(out.sum(), leaves, create_graph=True)
 
 
 @both_impls

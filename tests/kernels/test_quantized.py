@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pedgpt.kernels import Linear, Quantized, QuantizedLinear, lora_linear, quantized, quantized_layer
-from pedgpt.kernels.quantized import DYNAMIC, FORMATS, NF4, Quantization
+from pedgpt.kernels import Linear, Quantized, QuantizedLinear, lora_linear, quantized
+from pedgpt.kernels.quantized import DYNAMIC, NF4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = quantized.triton is not None and DEVICE == "cpu"
 needs_triton = pytest.mark.skipif(quantized.triton is None, reason="needs Triton")
 both_impls = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
-all_kinds = pytest.mark.parametrize("kind", FORMATS)
+all_kinds = pytest.mark.parametrize("kind", ["int8", "nf4"])
 all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 # Rows and columns: fewer than a tile, odd numbers of rows, more blocks than one of the second quantisation.
 SHAPES = [("int8", 1, 1), ("int8", 65, 70), ("int8", 9, 515), ("nf4", 1, 64), ("nf4", 67, 192), ("nf4", 35, 1088)]
@@ -37,7 +37,7 @@ def make(kind, rows, columns, dtype=torch.float32, bias=True, impl=None):
     base = nn.Linear(columns, rows, bias=bias, dtype=dtype, device=DEVICE)
     with torch.no_grad():
         base.weight.copy_(0.02 * random(rows, columns))
-    layer = quantized_layer(base, kind)
+    layer = QuantizedLinear(base, kind)
     layer.quantization.quantize_(layer.weight, base.weight.detach().split(7))
     layer.impl = impl
     return layer
@@ -88,7 +88,7 @@ def weights(rows, columns, dtype):
 def test_nf4_matches_bitsandbytes(rows, columns, dtype):
     bnb = pytest.importorskip("bitsandbytes.functional")
     w = weights(rows, columns, dtype)
-    layer = quantized_layer(nn.Linear(columns, rows, dtype=dtype), "nf4")
+    layer = QuantizedLinear(nn.Linear(columns, rows, dtype=dtype), "nf4")
     q, codes = layer.quantization, layer.weight
     q.quantize_(codes, w.split(7))
     theirs, their_state = bnb.quantize_4bit(w, compress_statistics=True, quant_type="nf4")
@@ -118,7 +118,7 @@ def test_nf4_matches_bitsandbytes(rows, columns, dtype):
 def test_int8_matches_bitsandbytes(rows, columns, dtype):
     bnb = pytest.importorskip("bitsandbytes.functional")
     w = weights(rows, columns, dtype)
-    layer = quantized_layer(nn.Linear(columns, rows, dtype=dtype), "int8")
+    layer = QuantizedLinear(nn.Linear(columns, rows, dtype=dtype), "int8")
     q, codes = layer.quantization, layer.weight
     q.quantize_(codes, w.split(7))
     theirs, scale, _ = bnb.int8_vectorwise_quant(w)
@@ -133,7 +133,7 @@ def test_the_tables_are_those_of_bitsandbytes():
 
 
 def test_int8_matches_hand_arithmetic():
-    layer = quantized_layer(nn.Linear(3, 2), "int8")
+    layer = QuantizedLinear(nn.Linear(3, 2), "int8")
     layer.quantization.quantize_(layer.weight, [torch.tensor([[1.0, -2.0, 0.51]]), torch.tensor([[0.0, 0.0, 4.0]])])
     assert layer.weight.tolist() == [[64, -127, 32], [0, 0, 127]]  # 63.5 goes to the even number
     assert layer.quantization.scale.tolist() == [2.0, 4.0]
@@ -143,7 +143,7 @@ def test_int8_matches_hand_arithmetic():
 
 def test_nf4_matches_hand_arithmetic():
     """Two blocks, whose largest numbers are 1 and 3: their mean is 2, and what is left is −1 and 1 times 1."""
-    layer = quantized_layer(nn.Linear(128, 1), "nf4")
+    layer = QuantizedLinear(nn.Linear(128, 1), "nf4")
     row = torch.zeros(1, 128)
     row[0, :4], row[0, 64:67] = torch.tensor([1.0, -1.0, 0.75, 0.04]), torch.tensor([-3.0, 0.75, 3 * 0.33])
     layer.quantization.quantize_(layer.weight, [row])
@@ -162,7 +162,7 @@ def test_codes_do_not_depend_on_the_blocks_in_which_rows_come(kind, rows, column
     w = random(rows, columns)
     found = []
     for size in (1, 2, 7, rows):
-        layer = quantized_layer(nn.Linear(columns, rows, device=DEVICE), kind)
+        layer = QuantizedLinear(nn.Linear(columns, rows, device=DEVICE), kind)
         layer.quantization.quantize_(layer.weight, (part for part in w.split(size)))
         found.append(state(layer))
     for other in found[1:]:
@@ -174,7 +174,7 @@ def test_the_threads_that_sum_change_no_bit():
     w, found = 0.02 * random(1024, 4096, seed=1).cpu(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        layer = quantized_layer(nn.Linear(4096, 1024, bias=False), "nf4")
+        layer = QuantizedLinear(nn.Linear(4096, 1024, bias=False), "nf4")
         layer.quantization.quantize_(layer.weight, w.split(512))
         found.append(state(layer))
     torch.set_num_threads(1)
@@ -184,7 +184,7 @@ def test_the_threads_that_sum_change_no_bit():
 
 @all_kinds
 def test_rows_of_zeros_and_of_the_smallest_numbers_stay_small(kind):
-    layer = quantized_layer(nn.Linear(64, 3, device=DEVICE), kind)
+    layer = QuantizedLinear(nn.Linear(64, 3, device=DEVICE), kind)
     w = random(3, 64) * torch.tensor([[0.0], [1e-38], [1e-42]], device=DEVICE)
     layer.quantization.quantize_(layer.weight, [w])
     assert not layer.weight[0].any() or kind == "nf4" and (layer.weight[0] == 0x77).all()
@@ -193,15 +193,15 @@ def test_rows_of_zeros_and_of_the_smallest_numbers_stay_small(kind):
 
 @all_kinds
 def test_rows_that_are_missing_are_noticed(kind):
-    layer = quantized_layer(nn.Linear(64, 5), kind)
-    with pytest.raises(AssertionError, match="expected 5 rows, found 4"):
+    layer = QuantizedLinear(nn.Linear(64, 5), kind)
+    with pytest.raises(RuntimeError):
         layer.quantization.quantize_(layer.weight, random(4, 64).cpu().split(2))
 
 
 @all_kinds
 def test_no_more_than_half_a_step_is_lost(kind):
     w = 0.02 * random(64, 512).double()
-    layer = quantized_layer(nn.Linear(512, 64, device=DEVICE), kind)
+    layer = QuantizedLinear(nn.Linear(512, 64, device=DEVICE), kind)
     layer.quantization.quantize_(layer.weight, [w.float()])
     lost = (definition(layer) - w).abs()
     if kind == "int8":
@@ -458,7 +458,7 @@ def test_activation_checkpointing_gives_the_same(kind, use_reentrant):
 def test_tensors_without_numbers_have_the_right_shapes(kind, no_scratch):
     """A plan of memory runs the code with shapes only; the layer may stay on the meta device, but for its codes."""
     with torch.device("meta"):
-        layer = quantized_layer(nn.Linear(64, 9), kind)
+        layer = QuantizedLinear(nn.Linear(64, 9), kind)
     assert {p.device.type for p in (*layer.parameters(), *layer.buffers())} == {"meta"}
     x = torch.randn(3, 5, 64, device="meta", requires_grad=True)
     layer(x).sum().backward()
@@ -502,7 +502,7 @@ def test_the_state_dict_has_these_keys(kind):
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in layer.state_dict().items()}
     assert found == parts | {"bias": ((9,), torch.bfloat16)}
     with torch.device("meta"):
-        empty = quantized_layer(nn.Linear(128, 9), kind)
+        empty = QuantizedLinear(nn.Linear(128, 9), kind)
     empty.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(dense(empty), dense(layer))
     assert {n for n, p in empty.named_parameters() if not p.requires_grad} == parts.keys() & {
@@ -535,15 +535,13 @@ def test_copies_compute_the_same(kind):
 @pytest.mark.parametrize("layer_type", [nn.Linear, Linear])
 def test_it_takes_the_place_of_a_layer(layer_type):
     base = layer_type(64, 9, dtype=torch.bfloat16, device=DEVICE).eval()
-    layer = quantized_layer(base, "nf4")
+    layer = QuantizedLinear(base, "nf4")
     assert layer.bias is base.bias and not layer.training and layer.quantization.dtype == torch.bfloat16
     assert (layer.in_features, layer.out_features) == (64, 9) and layer.weight.device == base.weight.device
-    assert isinstance(layer, nn.Linear) and quantized_layer(nn.Linear(64, 9, bias=False), "int8").bias is None
+    assert isinstance(layer, nn.Linear) and QuantizedLinear(nn.Linear(64, 9, bias=False), "int8").bias is None
 
 
 def test_what_cannot_be_quantised_is_refused():
-    with pytest.raises(ValueError, match="one of int8, nf4, found 'fp4'"):
-        quantized_layer(nn.Linear(64, 9), "fp4")
     with pytest.raises(ValueError, match="nf4 needs in_features that 64 divides, found 65; take int8"):
-        QuantizedLinear(65, 9, kind="nf4")
-    assert isinstance(QuantizedLinear(65, 9, kind="int8").quantization, Quantization)
+        QuantizedLinear(nn.Linear(65, 9), "nf4")
+    assert QuantizedLinear(nn.Linear(65, 9), "int8").weight.shape == (9, 65)

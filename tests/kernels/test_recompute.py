@@ -232,7 +232,7 @@ def test_a_compiled_function_is_compiled_once_whatever_hooks_a_step_has(how):
 
 
 def test_only_block_inputs_are_offloaded_and_gradients_stay(monkeypatch):
-    """On a CPU nothing is copied, so the two hooks are replaced by some that count and copy."""
+    """On a CPU nothing is copied, so torch's two hooks are replaced by some that count and copy."""
     config = {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24}
     config |= {"num_hidden_layers": 3, "num_attention_heads": 2}
     model, tokens = Transformer(ModelConfig.from_hf(config)), torch.arange(14).view(2, 7)
@@ -246,8 +246,8 @@ def test_only_block_inputs_are_offloaded_and_gradients_stay(monkeypatch):
         back.append(tuple(tensor.shape))
         return tensor
 
-    monkeypatch.setattr(recompute, "_to_host", to_host)
-    monkeypatch.setattr(recompute, "_from_host", from_host)
+    hooks = torch.autograd.graph.saved_tensors_hooks(to_host, from_host)
+    monkeypatch.setattr(recompute, "_save_on_cpu", lambda pin_memory: hooks)
     gradients = []
     for model.activation_checkpointing in ("none", "block", "offload"):
         model.zero_grad()

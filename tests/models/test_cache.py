@@ -95,8 +95,6 @@ def test_a_cache_that_was_cut_back_and_enlarged_goes_on_as_if_new(make_model, ra
         cache.truncate(0)  # no document ids are left, nor positions
         torch.testing.assert_close(model(tokens, cache=cache), model(tokens), atol=1e-5, rtol=0)
     assert (cache.length, cache.capacity, cache.keys.shape[3]) == (12, 12, 12)
-    with pytest.raises(ValueError, match="holds 12 tokens; asked to keep 13"):
-        cache.truncate(13)
 
 
 def test_reserve_takes_nothing_where_there_is_room(make_model):

@@ -117,11 +117,8 @@ def test_the_user_is_told_what_rounding_did_to_the_training(make_model, tmp_path
     k = torch.cat([step.flatten() for name, step in steps.items() if name != "lm_head.weight"]).double()
     rounded = torch.where(k < 3, 0.0, 4.0)  # k = 2 is half-way, and goes to the even one
     share = ((rounded - k).square().sum() / k.square().sum()).sqrt()
-    undone = ((k > 0) & (rounded == 0)).sum() / (k > 0).sum()
-    told = r"rounding moved the weights by (\d+)% of what training moved them, and (\d+)% of the trained numbers"
-    figures = [100 * share.item(), 100 * undone.item()]
-    found = [int(figure) for figure in re.search(told, capsys.readouterr().out).groups()]
-    assert found == pytest.approx(figures, abs=0.5 if compared == 2**20 else 2)
+    found = int(re.search(r"moved the weights by (\d+)% of what training moved them", capsys.readouterr().out)[1])
+    assert found == pytest.approx(100 * share.item(), abs=0.5 if compared == 2**20 else 2)
     # No figure where nothing is rounded or nothing is left to compare with, but always the weights.
     assert all(torch.equal(v, trained[n]) for n, v in round_weights(trained.items(), torch.float32, since=tmp_path))
     assert len(dict(round_weights(trained.items(), torch.bfloat16, since=tmp_path / "gone"))) == len(trained)

@@ -207,10 +207,10 @@ def test_a_switch_that_is_no_truth_value_is_refused(raw_config):
             ModelConfig.from_hf({**raw_config("llama"), key: "false"})
 
 
-def test_config_is_read_from_folder_file_and_dictionary(tmp_path):
+def test_config_is_read_from_folder_and_dictionary(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B))
     expected = ModelConfig.from_hf(QWEN3_06B)
-    for source in (tmp_path, str(tmp_path), tmp_path / "config.json"):
+    for source in (tmp_path, str(tmp_path)):
         assert ModelConfig.from_hf(source) == expected
 
 

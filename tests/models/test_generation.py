@@ -303,7 +303,7 @@ def test_settings_out_of_range_are_errors(make_model, prompts, settings, message
     ("settings", "message"),
     [
         ({"temperature": 1e-38}, "temperature must be 0, .* or at least 1e-20, found 1e-38"),
-        ({"repetition_penalty": 1e39}, "repetition_penalty=1e.39 makes the logits of prompts .* overflow"),
+        ({"repetition_penalty": 1e39}, "not finite for prompts .*repetition_penalty=1e.39 makes them overflow"),
     ],
 )
 def test_a_setting_that_makes_logits_overflow_is_an_error(make_model, settings, message):

@@ -360,12 +360,12 @@ class Call:
         return self.call
 
 
-def with_pickle(file, code, compression=zipfile.ZIP_STORED):
+def with_pickle(file, code):
     """A torch.save file whose data.pkl is `code`."""
     buffer = io.BytesIO()
     torch.save({"a": torch.zeros(4, 4)}, buffer)
     source = zipfile.ZipFile(buffer)
-    with zipfile.ZipFile(file, "w", compression) as target:
+    with zipfile.ZipFile(file, "w") as target:
         for name in source.namelist():
             target.writestr(name, code if name.endswith("data.pkl") else source.read(name))
 
@@ -488,13 +488,6 @@ def test_the_pickles_that_lie_lie_in_one_thing_only(tmp_path):
     with_pickle(tmp_path / "pytorch_model.bin", state_dict(tensor()))
     found = Weights(tmp_path).tensors
     assert {key: (t.shape, t.dtype) for key, t in found.items()} == {"lm_head.weight": ((4, 4), torch.float32)}
-
-
-def test_a_compressed_bin_is_refused(folder):
-    (folder / "model.safetensors").unlink()
-    with_pickle(folder / "pytorch_model.bin", state_dict(tensor()), zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin: .*compressed"):
-        load_model(folder)
 
 
 @pytest.mark.parametrize(

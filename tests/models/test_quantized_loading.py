@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pedgpt.adapters import inject_lora
-from pedgpt.kernels.quantized import QuantizedLinear, quantized_layer
+from pedgpt.kernels.quantized import QuantizedLinear
 from pedgpt.models import (
     ModelConfig,
     checkpoint,
@@ -129,7 +129,7 @@ def test_layers_are_quantised_while_they_are_read(folder, monkeypatch, kind, sto
     found = model.state_dict()
     for name, layer in plain.named_modules():
         if isinstance(layer, nn.Linear) and name != "lm_head":
-            expected = quantized_layer(layer, kind)
+            expected = QuantizedLinear(layer, kind)
             expected.quantization.quantize_(expected.weight, [layer.weight])
             assert_equal({key: found.pop(f"{name}.{key}") for key in expected.state_dict()}, expected.state_dict())
             assert not model.get_submodule(name).weight.requires_grad
@@ -204,14 +204,14 @@ def test_memory_peaks_at_the_quantised_model(folder, tmp_path, kind, stored):
     assert 0.9 * size < peak < 1.05 * size + 16 * 2**20
 
 
-def worker(rank, folder, kind, copy, results):
+def worker(rank, folder, kind, results):
     dist.init_process_group("gloo", init_method=f"file://{results}/meeting", rank=rank, world_size=2)
     model = load_model(folder, dtype=torch.float32, device="meta", quantize=kind)
     mesh = init_device_mesh("cpu", (2,))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    load_weights(model, folder, dtype=torch.float32, quantized_copy=copy)
+    load_weights(model, folder, dtype=torch.float32)
     local = {key: getattr(tensor, "_local_tensor", tensor) for key, tensor in model.state_dict().items()}
     torch.save({"local": local, "logits": logits(model)}, f"{results}/{rank}.pt")
     while not os.path.exists(f"{results}/{1 - rank}.pt"):  # a rank that left early would break the other's collectives
@@ -219,12 +219,14 @@ def worker(rank, folder, kind, copy, results):
     os._exit(0)
 
 
-@pytest.mark.parametrize("source", ["plain", "copy"])
+@pytest.mark.parametrize("source", ["plain", "codes"])
 def test_two_ranks_hold_their_rows_of_the_codes(make_model, tmp_path, start_ranks, source):
     save_model(make_model("qwen2", **SIZES), tmp_path / "model")
     whole = load_model(tmp_path / "model", quantize="nf4")
-    copy = tmp_path / "copy" if source == "copy" else None
-    start_ranks(worker, str(tmp_path / "model"), "nf4", copy, str(tmp_path))
+    if source == "codes":
+        save_model(whole, tmp_path / "codes")
+    folder, kind = (tmp_path / "codes", "none") if source == "codes" else (tmp_path / "model", "nf4")
+    start_ranks(worker, str(folder), kind, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     parameters = dict(whole.named_parameters(remove_duplicate=False))
     for key, tensor in whole.state_dict().items():
@@ -233,30 +235,6 @@ def test_two_ranks_hold_their_rows_of_the_codes(make_model, tmp_path, start_rank
             assert rank["local"][key].dtype == part.dtype and torch.equal(rank["local"][key], part), key
     for rank in ranks:
         torch.testing.assert_close(rank["logits"], logits(whole), atol=1e-6, rtol=0)
-    assert copy is None or isinstance(load_model(copy).get_submodule(Q), QuantizedLinear)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_copy_is_written_once_and_belongs_to_one_model(folder, make_model, tmp_path, monkeypatch, kind):
-    copy = tmp_path / "copy"
-    expected = load_model(folder, quantize=kind).state_dict()
-    assert_equal(load_model(folder, quantize=kind, quantized_copy=copy).state_dict(), expected)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_quantize", None)  # is not called again
-        model = load_model(folder, quantize=kind, device="meta")
-        load_weights(model, folder, quantized_copy=copy)
-        assert_equal(model.state_dict(), expected)
-        assert_equal(load_model(copy).state_dict(), expected)
-    other = "int8" if kind == "nf4" else "nf4"
-    with pytest.raises(ValueError, match=rf"copy: holds another model than .*plain in {other}"):
-        load_model(folder, quantize=other, quantized_copy=copy)
-    with pytest.raises(ValueError, match="copy: .*needs quantize"):
-        load_model(folder, quantized_copy=copy)
-    with pytest.raises(ValueError, match="plain: holds another model"):
-        load_model(folder, quantize=kind, quantized_copy=folder)
-    save_model(make_model("llama", seed=3, **SIZES).bfloat16(), folder)
-    with pytest.raises(ValueError, match="copy: holds another model"):
-        load_model(folder, quantize=kind, quantized_copy=copy)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -100,7 +100,7 @@ def test_what_is_no_llama_is_refused(lab, folder, tmp_path):
 
 def test_a_quantised_model_is_refused(lab, folder, tmp_path):
     codes = tmp_path / "codes"
-    load_model(folder, quantize="int8", quantized_copy=codes)
+    save_model(load_model(folder, quantize="int8"), codes)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (codes / file).write_bytes((folder / file).read_bytes())
     result = lab.call("export_llama", ["--model", str(codes), "--output", str(tmp_path / "llama")])

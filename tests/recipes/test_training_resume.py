@@ -175,16 +175,16 @@ def test_a_run_goes_on_with_the_forms_that_it_began_with(lab, tmp_path, monkeypa
     monkeypatch.delenv("PEDGPT_CPU")
     output, expected = tmp_path / "killed", tmp_path / "whole"
     with monkeypatch.context() as patched:
-        patched.setattr(products, "_measured", lambda kind: kind != "dy W")
+        patched.setattr(products, "_measured", lambda: True)
         assert lab.run("dfpo", expected, checkpoint_every=5, die_after=5).code == -9
         assert lab.run("dfpo", output, checkpoint_every=2, die_after=2).code == -9
     with monkeypatch.context() as patched:
-        patched.setattr(products, "_measured", lambda kind: kind == "dy W")
+        patched.setattr(products, "_measured", lambda: False)
         assert lab.run("dfpo", output, checkpoint_every=5, die_after=5).code == -9
     products.use({})
     states = [json.loads((folder / "checkpoints/step_0000005/state.json").read_text()) for folder in (output, expected)]
     assert states[0] == states[1]
-    assert states[0]["choices"] == {kind: kind != "dy W" for kind in products.KINDS}
+    assert states[0]["choices"] == {products.LIBRARY: True}
     parts = [(folder / "checkpoints/step_0000005/__0_0.distcp").read_bytes() for folder in (output, expected)]
     assert parts[0] == parts[1]
 

@@ -6,6 +6,7 @@ Called once for whole rows with a mask, the kernel would compute all T² scores;
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -14,13 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pedgpt.kernels._dispatch import without_numbers
-from pedgpt.kernels.cpu.products import refuse_create_graph
 
 SHORTEST = 384  # Rows of fewer tokens go to one call with a mask, because splitting them gains no time.
 LONGEST = 512  # torch's kernel skips keys only in blocks of 512, so longer documents skip some without halves.
-
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Tensor | None:
@@ -43,11 +40,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Tensor | None:
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention within one document; without a mask it is causal."""
     (_, heads, tokens, size), groups = q.shape, k.shape[1]
-    # Heads of a few numbers gain nothing, and the operator below, unlike torch's function, takes no other strides.
-    plain = size >= 16 and all(x.stride(-1) == 1 for x in (q, k, v))
-    if mask is not None or not SHORTEST <= tokens <= LONGEST or not plain or without_numbers():
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=heads != groups)
-    return _Halves.apply(q, k, v)
+    attend = functools.partial(F.scaled_dot_product_attention, enable_gqa=heads != groups)
+    # Heads of a few numbers gain nothing from halves.
+    if mask is not None or not SHORTEST <= tokens <= LONGEST or size < 16 or without_numbers():
+        return attend(q, k, v, mask, is_causal=mask is None)
+    # The first half of the queries sees half of the keys, so that a quarter of the scores is not computed.
+    half = tokens // 2
+    early = attend(q[:, :, :half], k[:, :, :half], v[:, :, :half], is_causal=True)
+    late = attend(q[:, :, half:], k, v, q.new_full((tokens - half, tokens), -torch.inf).triu_(half + 1))
+    # The result lies in memory as [B, T, H, K], like that of torch's kernel.
+    return torch.cat((early.transpose(1, 2), late.transpose(1, 2)), dim=1).transpose(1, 2)
 
 
 def _documents(layout: Any, dtype: torch.dtype) -> list[tuple[int, Tensor | None]]:
@@ -64,41 +66,3 @@ def _documents(layout: Any, dtype: torch.dtype) -> list[tuple[int, Tensor | None
             own = type(layout)(at, at, None, None, branches, layout.slopes)
             found.append((stop - start, None if own.plain else own.mask(dtype)))
     return found
-
-
-class _Halves(torch.autograd.Function):
-    """The first half of the queries sees half of the keys, so that a quarter of the scores is not computed."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        first, second, hidden = _halves(q)
-        early, early_sums = _attend(q[first], k[first], v[first], is_causal=True)
-        late, late_sums = _attend(q[second], k, v, attn_mask=hidden)
-        out = _joined(early, late)
-        ctx.save_for_backward(q, k, v, out, early_sums, late_sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
-        refuse_create_graph("attention")
-        q, k, v, out, early_sums, late_sums = ctx.saved_tensors
-        first, second, hidden = _halves(q)
-        early = dout[first], q[first], k[first], v[first], out[first], early_sums
-        late = dout[second], q[second], k, v, out[second], late_sums
-        early_dq, early_dk, early_dv = _attend_backward(*early, 0.0, True)
-        late_dq, dk, dv = _attend_backward(*late, 0.0, False, attn_mask=hidden)
-        dk[first] += early_dk
-        dv[first] += early_dv
-        return _joined(early_dq, late_dq), dk, dv
-
-
-def _halves(q: Tensor) -> tuple[Any, Any, Tensor]:
-    """The slices of both halves, and the mask that the second half adds to its scores to hide later keys."""
-    tokens, half = q.shape[2], q.shape[2] // 2
-    hidden = q.new_full((tokens - half, tokens), -torch.inf).triu_(half + 1)
-    return (..., slice(half), slice(None)), (..., slice(half, None), slice(None)), hidden
-
-
-def _joined(early: Tensor, late: Tensor) -> Tensor:
-    """Joins the halves to [B, H, T, K], which lies in memory as [B, T, H, K] like the result of torch's kernel."""
-    return torch.cat((early.transpose(1, 2), late.transpose(1, 2)), dim=1).transpose(1, 2)

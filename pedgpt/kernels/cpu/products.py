@@ -1,9 +1,9 @@
 """Products on the CPU by oneDNN: in float32 where it is the faster library, and from weights in its blocked layout.
 
-torch uses MKL for products in float32. Which library is faster depends on the processor and on the transposed operand
-(`python benchmarks/bench_operators.py`). So the first use of each kind of product measures both, in a new thread that
-neither a compiler nor autograd sees. The libraries round differently: a run that must repeat its bits saves the result
-of `settle()` and passes it to `use`. PEDGPT_CPU=always (oneDNN) or =never in the environment skips the measurement.
+torch uses MKL for products in float32. Which library is faster depends on the processor
+(`python benchmarks/bench_operators.py`). So the first large product measures both, in a new thread that neither a
+compiler nor autograd sees. The libraries round differently: a run that must repeat its bits saves the result of
+`settle()` and passes it to `use`. PEDGPT_CPU=always (oneDNN) or =never in the environment skips the measurement.
 
 Decoding reads weights more than it computes. The layout lets a processor read them in order, which makes products of a
 few rows up to twice as fast (`bench_generate.py`).
@@ -11,11 +11,12 @@ few rows up to twice as fast (`bench_generate.py`).
 
 from __future__ import annotations
 
+import functools
 import os
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -23,17 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pedgpt.files import available_memory
-from pedgpt.kernels._dispatch import transformed, without_numbers
+from pedgpt.kernels._dispatch import transformed
 
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _multiply: Any = torch.ops.mkldnn._linear_pointwise.default if AVAILABLE else None
-KINDS = ("x W^T", "dy W")  # dyᵀ x is missing: torch computes it, because oneDNN was no faster there
+LIBRARY = "oneDNN"  # computes x Wᵀ and dy W. dyᵀ x is left to torch, because oneDNN was no faster there.
 GAIN, ROUNDS = 1.1, 8  # oneDNN's fastest round must take 1/1.1 of the time of torch's; the first does not count.
 # torch computes products of fewer multiplications, or of fewer rows, for which it does not pay to rearrange a weight.
 FEWEST, FEWEST_ROWS = 2**26, 8
 MAX_ROWS = 64  # With more rows, arithmetic bounds the products and the layout gains little.
 LEAST = 2**17  # numbers of a weight, because for fewer the call costs what the layout gains
 CACHED = 2**22  # numbers; fewer in all weights stay in the processor's cache, and one row gains nothing from the layout
+_choice: dict[str, bool] = {}  # whether LIBRARY is used, once that is known
 _ACTIVE = threading.local()  # `copies` of the weights: by address and shape, each with its weight
 
 
@@ -50,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return found
     trains, fits = torch.is_grad_enabled(), bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1])
     fits = fits and _suits(x, weight) and not torch.is_autocast_enabled("cpu")
-    if not fits or not any(map(prefer, KINDS if trains else KINDS[:1])):
+    if not fits or not (_choice or settle())[LIBRARY]:
         return F.linear(x, weight, bias)  # It raises the error if shapes or dtypes do not fit.
     multiply = _Linear.apply if trains else _onednn
     return multiply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
@@ -60,7 +62,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b) [T, O] for x [T, D] and W [O, D], either of which may be transposed in memory; without autograd."""
     if (found := packed_product(x, weight, bias)) is not None:
         return found
-    if _suits(x, weight) and prefer(KINDS[0 if weight.is_contiguous() else 1]):
+    if _suits(x, weight) and (_choice or settle())[LIBRARY]:
         return _onednn(x, weight, bias)
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
@@ -117,37 +119,19 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _multiply(x.contiguous(), weight, None if bias is None else bias.contiguous(), "none", [], "")
 
 
-_decided: dict[str, bool] = {}
-_lock = threading.Lock()
-
-
-def prefer(kind: str) -> bool:
-    """Whether oneDNN computes this kind of product: False under a compiler or torch.func, True for fake tensors."""
-    if transformed() or without_numbers():
-        return not transformed()
-    with _lock:  # Several threads of autograd may ask at once.
-        if kind not in _decided:
-            _decided[kind] = AVAILABLE and (_measured(kind) if (fixed := _fixed()) is None else fixed)
-        return _decided[kind]
-
-
 def settle() -> dict[str, bool]:
-    """For every kind of product, whether oneDNN computes it; a kind without a decision is measured now."""
-    return {kind: prefer(kind) for kind in KINDS}
+    """Whether oneDNN computes large products, which the first call measures unless PEDGPT_CPU decides."""
+    if not _choice:
+        fixed = _fixed()
+        _choice[LIBRARY] = AVAILABLE and (_measured() if fixed is None else fixed)
+    return dict(_choice)
 
 
 def use(choices: dict[str, bool]) -> None:
-    """Replace all decisions by `choices`, unless PEDGPT_CPU decides; kinds not named are measured at their next use.
-
-    A warning names a choice that this machine cannot follow: results then differ from that run's in the last bits.
-    """
-    known = choices.keys() & set(KINDS) if AVAILABLE else set[str]()
-    if lacking := {kind for kind, ours in choices.items() if ours} - known:
-        print(f"warning: {min(lacking)}: this machine lacks the form of the run; last bits differ", file=sys.stderr)
-    fixed = _fixed()
-    with _lock:
-        _decided.clear()
-        _decided.update({kind: choices[kind] for kind in known if fixed is None})
+    """Follow what `settle` gave elsewhere, unless PEDGPT_CPU decides; what it does not name is measured when needed."""
+    _choice.clear()
+    if _fixed() is None and LIBRARY in choices:
+        _choice[LIBRARY] = AVAILABLE and choices[LIBRARY]
 
 
 def _fixed() -> bool | None:
@@ -157,33 +141,25 @@ def _fixed() -> bool | None:
     return value == "always" if value else None
 
 
-def _measured(kind: str) -> bool:
-    seconds: tuple[list[float], list[float]] = [], []  # of oneDNN and of torch
-    threads = torch.get_num_threads()
-
-    def measure() -> None:
-        torch.set_num_threads(threads)  # A new thread would use the environment's number of threads.
-        forms = _forms(kind)
-        for _ in range(ROUNDS):
-            for form, found in zip(forms, seconds, strict=True):
-                began = time.perf_counter()
-                form()
-                found.append(time.perf_counter() - began)
-
-    thread = threading.Thread(target=measure)
-    thread.start()
-    thread.join()
-    if len(seconds[1]) < ROUNDS:  # A form does not run on this machine, and the thread has printed why.
-        return False
-    ours, torchs = (min(found[1:]) for found in seconds)  # The minimum, because other processes only add time.
-    return torchs >= GAIN * ours
+def _measured() -> bool:
+    # A new thread would use the environment's number of threads.
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as thread:
+        try:
+            return thread.submit(_wins).result()
+        except RuntimeError:  # This machine lacks a form.
+            return False
 
 
-def _forms(kind: str) -> tuple[Callable[[], object], Callable[[], object]]:
-    """One product of the kind by oneDNN, and the same by torch."""
-    x, weight = torch.full((128, 512), 0.5, dtype=torch.float32), torch.full((3072, 512), 0.5, dtype=torch.float32)
-    weight = weight if kind == KINDS[0] else weight.t().contiguous().t()
-    return (lambda: _onednn(x, weight)), (lambda: x @ weight.t())
+def _wins() -> bool:
+    """Whether oneDNN is faster than torch in x Wᵀ and in dy W."""
+    x, weight = (torch.full((rows, 512), 0.5, dtype=torch.float32, device="cpu") for rows in (128, 3072))
+    for w in (weight, weight.t().contiguous().t()):
+        forms = functools.partial(_onednn, x, w), functools.partial(torch.mm, x, w.t())
+        rounds = [[timeit(form, number=1) for form in forms] for _ in range(ROUNDS)]
+        ours, torchs = map(min, zip(*rounds[1:], strict=True))  # because other processes only add time
+        if torchs < GAIN * ours:
+            return False
+    return True
 
 
 class PackedWeights:
@@ -221,7 +197,7 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: 
     if onto is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, onto, copy, None, "add")
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "none", [], "")
+    return _multiply(x, copy, bias, "none", [], "")
 
 
 def _pays(weight: Tensor, rows: int) -> bool:
@@ -229,7 +205,7 @@ def _pays(weight: Tensor, rows: int) -> bool:
     if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or not weight.is_contiguous():
         return False
     known = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bfloat16())
-    return known and rows <= MAX_ROWS and weight.numel() >= LEAST and torch.backends.mkldnn.is_available()
+    return known and rows <= MAX_ROWS and weight.numel() >= LEAST and AVAILABLE
 
 
 def multiplies_bfloat16() -> bool:
