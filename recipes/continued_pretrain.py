@@ -27,7 +27,6 @@ from pedgpt.data import (
     mix,
     parse_columns,
     part_shares,
-    read_summary,
     stage_sources,
     write_tokens,
 )
@@ -81,7 +80,7 @@ def main(config: Config) -> None:
     mixture = mix(store.sources, store.sizes(), shares, total_tokens=config.total_tokens, seed=config.seed)
     rows = PackedRows(store, mixture.order, config.row_length)
     heldout_rows = PackedRows(heldout, None, config.row_length)
-    about = [read_summary(store, heldout).describe(), mixture.describe(), rows.describe()]
+    about = [(store.summary + heldout.summary).describe(), mixture.describe(), rows.describe()]
     if rows.utilization < 0.99:
         about.append("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
 
@@ -96,7 +95,7 @@ def write_stores(config: Config, tokenizer: Tokenizer, folder: Path) -> Iterator
     sources = [TextSource("files", part, kind, tuple(paths)) for part, kind, paths in lists if paths]
     heldout = config.heldout_text
     if config.corpus:
-        sources = stage_sources(config.corpus, stage=1)
+        sources = stage_sources(config.corpus)
         heldout = heldout or heldout_files(config.corpus, "text/pediatric")
     share = config.instruction_share
     used = [source for source in sources if (share if source.part == INSTRUCTIONS else 1 - share) > 0]

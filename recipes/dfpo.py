@@ -111,7 +111,7 @@ def main(config: Config) -> None:
         data.StoredPairs(data.TokenStore(tokens / part), shared_prompt=config.shared_prompt) for part in files
     )
     about = [
-        data.read_summary(pairs.store, heldout_pairs.store).describe(),
+        (pairs.store.summary + heldout_pairs.store.summary).describe(),
         f"{len(pairs):,} pairs, {len(heldout_pairs):,} held out",
     ]
 

@@ -108,7 +108,7 @@ def main(config: Config) -> None:
         "seconds": time.perf_counter() - began,
         "tasks": scores,
         "perplexity": {name: float(mean_perplexity(found.numpy())) for name, found in losses.items()},
-        "tokens": {name: sum(len(row.tokens) for row in packed) for name, packed in rows.items()},
+        "tokens": {name: sum(len(one.tokens) for row in packed for one in row) for name, packed in rows.items()},
         "preference": preference,
         "intervals": intervals_of(values),
         "gates": gates or None,

@@ -16,8 +16,8 @@ from typing import ClassVar
 from pedgpt.corpus import Decontaminator
 from pedgpt.corpus.assemble import messages
 from pedgpt.data import iter_records
-from pedgpt.data.inputs import files_of
 from pedgpt.data.readers import detect_kind
+from pedgpt.data.tables import files_of
 from pedgpt.endpoint import Endpoint, in_order, load_endpoint
 from pedgpt.evaluation import exams, judging
 from pedgpt.evaluation.responses import Question, check_output, read_systems

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from pedgpt.data import chat_format, load_tokenizer
+from pedgpt.data import Tokenizer, chat_format, load_tokenizer
 from pedgpt.data.chat import BUILT_IN
 from pedgpt.data.chat_template import read_template
+from pedgpt.data.tokenizer import NAMED
 from pedgpt.models import ModelConfig, Transformer, load_model, save_model
 from pedgpt.training import run_recipe
 
@@ -32,7 +33,11 @@ def main(config: Config) -> None:
     speaks = own or any(tokenizer.has(*kind.role_tokens) for kind in BUILT_IN.values())
     chat = chat_format(tokenizer) if speaks else None
     save_model(model, config.output, llama_weights(model), llama_config(model.config))
-    tokenizer.save(config.output, convert=True, chat_template=own[0] if own else chat and chat.jinja)
+    settings = {key: tokenizer.config[key] for key in NAMED if key in tokenizer.config}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if template := own[0] if own else chat and chat.jinja:
+        settings["chat_template"] = template
+    Tokenizer(tokenizer.backend, settings).save(config.output)
     if chat:
         chat.save_ends(config.output)
     print(f"{config.output}: a Llama of {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -12,7 +12,7 @@ Token ids lie on disk, in OUTPUT/tokens, until the run is finished.
 from dataclasses import dataclass, field
 
 from pedgpt import stage, training
-from pedgpt.data import ChatSettings, discards_tokens, full_rows, read_summary
+from pedgpt.data import ChatSettings, discards_tokens, full_rows
 from pedgpt.losses import next_token_loss
 from pedgpt.training.plan import print_plan
 
@@ -37,7 +37,7 @@ def main(config: Config) -> None:
 
     # Data: conversations as token ids on disk, packed into rows.
     chat, rows, heldout_rows = stage.chat_rows(config, world)
-    about = [read_summary(rows.store, heldout_rows.store).describe(), rows.describe()]
+    about = [(rows.store.summary + heldout_rows.store.summary).describe(), rows.describe()]
 
     # The model, its loss, the loop from the last checkpoint on, and the result.
     stage.train(config, world, rows, heldout_rows, model_and_loss, chat.save, about=about)

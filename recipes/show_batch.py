@@ -2,27 +2,21 @@
 
     python recipes/show_batch.py --model runs/demo/base --instructions runs/demo/corpus/train/generalist
     python recipes/show_batch.py --model runs/demo/base --text runs/demo/corpus/train/text \\
-        --preferences runs/demo/corpus/train/preferences --rows 1 --row_length 1024 --color never
+        --preferences runs/demo/corpus/train/preferences --rows 1 --row_length 1024
 
 Rows are made as the training recipes make them: instructions as in full_finetune.py and expert_finetune.py, text as in
 continued_pretrain.py (without its mixing), preferences as in dfpo.py (but the prompt before each answer). Of the model
 only the tokenizer's files are read.
 """
 
-import itertools
-import os
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 from pedgpt.data import (
-    Batch,
     ChatSettings,
+    Example,
     ReadSummary,
     Tokenizer,
-    chat_format,
-    collate,
-    collate_pairs,
     encode_conversations,
     encode_document,
     encode_pairs,
@@ -32,22 +26,11 @@ from pedgpt.data import (
     read_conversations,
     read_documents,
     read_preferences,
-    utilization,
 )
 from pedgpt.data.chat import IGNORE_INDEX
-from pedgpt.files import printable
-from pedgpt.training import make_printable, run_recipe
+from pedgpt.training import run_recipe
 
-# How a span begins, by (a special token, carries loss).
-COLORS = {
-    (False, True): "\033[32m",  # green
-    (False, False): "\033[2m",  # dim
-    (True, True): "\033[1;30;42m",  # black on green
-    (True, False): "\033[35m",  # magenta
-}
-RESET = "\033[0m"
-RULE = "─"
-Span = tuple[str, bool, bool]  # text, whether it is a special token's name, whether it carries loss
+LEGEND = "«…» carries loss, ⟦…⟧ special token, ⟦→…⟧ to be predicted but not in the input, ↵ line break"
 
 
 @dataclass(kw_only=True)
@@ -60,7 +43,6 @@ class Config(ChatSettings):
     row_length: int = 512  # tokens a packed row
     template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today
     on_long_row: str = "skip"  # "truncate" shows rows that do not fit as training cuts them; else they are only counted
-    color: str = "auto"  # auto: on a terminal, unless NO_COLOR is set; always; never
 
 
 def main(config: Config) -> None:
@@ -68,159 +50,88 @@ def main(config: Config) -> None:
         raise ValueError("nothing to show; give --instructions, --text or --preferences")
     if config.rows < 1 or config.row_length < 1:
         raise ValueError(f"rows and row_length must be at least 1, found {config.rows} and {config.row_length}")
-    if config.color not in ("auto", "always", "never"):
-        raise ValueError(f'color must be "auto", "always" or "never", found {config.color!r}')
-    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    paint = in_color if config.color == "always" or (config.color == "auto" and wanted) else in_marks
-    make_printable(sys.stdout, "\x1b")  # lets colours through; the text between them is made printable below
-    tokenizer = load_tokenizer(config.model)
-    summary = ReadSummary()
+    tokenizer, length, summary = load_tokenizer(config.model), config.row_length, ReadSummary()
     policy = {"on_bad_row": config.on_bad_row, "summary": summary}
     read = {"columns": parse_columns(config.columns), **policy}
-    if config.on_long_row == "error":  # what would stop a training run is only counted here
-        config.on_long_row = "skip"
-    length = config.row_length
+    # A row that is too long would stop a training run; here it is only counted.
+    fit = {**policy, "on_long_row": "skip" if config.on_long_row == "error" else config.on_long_row}
 
-    shown: list[tuple[str, Batch, list[list[str]]]] = []  # heading, rows, and the sources in each row
-
-    def add(kind: str, examples: list) -> None:
-        rows = pack(examples, length)
-        tokens, taught = sum(len(e.tokens) for e in examples), sum(e.supervised for e in examples)
-        heading = f"{kind}: {len(examples):,} documents in {len(rows):,} rows of {length} tokens, "
-        heading += f"{utilization(rows, length):.1%} used; {tokens:,} tokens, {share(taught, tokens)} supervised"
-        chosen = spread(len(rows), config.rows)
-        shown.append((heading, collate([rows[i] for i in chosen], chosen), [rows[i].sources for i in chosen]))
-
+    shown: dict[str, list[list[Example]]] = {}  # rows by kind
     if config.instructions or config.preferences:
-        chat = chat_format(tokenizer, config.chat_format, config.enable_thinking, config.template_date)
-        ends = " or ".join(map(name_of(tokenizer), chat.stop_tokens))
-        print(f"{type(chat).__name__}; an answer ends at {printable(ends)}\n")
+        chat = config.format(tokenizer)
+        ends = " or ".join(tokenizer.backend.id_to_token(token) for token in chat.stop_tokens)
+        print(f"chat format {chat.template.file.name}; an answer ends at {ends}\n")
     if config.instructions:
         conversations = read_conversations(config.instructions, **read)
-        add("instructions", encode_conversations(conversations, chat, length, on_long_row=config.on_long_row, **policy))
+        shown["instructions"] = pack(encode_conversations(conversations, chat, length, **fit), length)
     if config.text:
-        add("text", [
-            piece
-            for row in read_documents(config.text, **read)
-            for piece in encode_document(
-                tokenizer.encode(row.text), tokenizer.eos_id, length, row.source, tokenizer.document_prefix
-            )
-        ])  # fmt: skip
+        around = {"eos_id": tokenizer.eos_id, "prefix": tokenizer.document_prefix, "row_length": length}
+        texts = read_documents(config.text, **read)
+        pieces = [encode_document(tokenizer.encode(row.text), source=row.source, **around) for row in texts]
+        shown["text"] = pack([one for examples in pieces for one in examples], length)
     if config.preferences:
-        found = read_preferences(config.preferences, **read)
-        pairs = encode_pairs(found, chat, length, on_long_row=config.on_long_row, **policy)
-        chosen = spread(len(pairs), config.rows)
-        names = [[f"{pairs[i].chosen.source} {side}"] for side in ("chosen", "rejected") for i in chosen]
-        batch = collate_pairs([pairs[i] for i in chosen], chosen, shared_prompt=False)  # easier to read
-        shown.append((f"preferences: {len(pairs):,} pairs, chosen before rejected", batch, names))
+        pairs = encode_pairs(read_preferences(config.preferences, **read), chat, length, **fit)
+        shown["preferences"] = [
+            [
+                replace(one, source=f"{one.source} {name}")
+                for name, one in zip(("chosen", "rejected"), both, strict=True)
+            ]
+            for both in ((pair.chosen, pair.rejected) for pair in pairs)
+        ]
 
-    print(f"{printable(summary.describe())}\n\n{legend(paint)}")
-    for heading, batch, sources in shown:
-        print(f"\n{heading}")
-        for number, names in enumerate(sources):  # none where there are no rows
-            show_row(batch, number, names, tokenizer, paint)
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """Up to `wanted` of `count` rows: packing puts the longest documents first, so not just the first rows."""
-    wanted = min(count, wanted)
-    return [i * count // wanted for i in range(wanted)]
-
-
-def share(part: int, whole: int) -> str:
-    return f"{part:,} ({part / max(1, whole):.1%})"
-
-
-def legend(paint: Callable[[list[Span]], str]) -> str:
-    seen = [
-        paint([span])
-        for span in (
-            ("carries loss", False, True), ("no loss", False, False), ("special token", True, True),
-            ("special token", True, False), ("→token", True, True),
-        )
-    ]  # fmt: skip
-    return (
-        f"{seen[0]}, {seen[1]}, {seen[2]} with loss, {seen[3]} without, {seen[4]} to be predicted but not in the input,"
-        " ↵ line break"
-    )
+    print(f"{summary.describe()}\n\n{LEGEND}")
+    for kind, rows in shown.items():
+        total = sum(len(one.tokens) for row in rows for one in row)
+        used = f"{len(rows):,} rows of {length} tokens, {total / max(1, len(rows) * length):.1%} used"
+        used = f"{len(rows):,} pairs" if kind == "preferences" else used
+        print(f"\n{kind}: {sum(map(len, rows)):,} documents in {used}; {counts([one for row in rows for one in row])}")
+        wanted = min(len(rows), config.rows)
+        for number in (i * len(rows) // wanted for i in range(wanted)):  # the longest documents stand in the first rows
+            row = rows[number]
+            print(f"\nrow {number + 1}: {counts(row)}, {len(row)} document{'s' * (len(row) != 1)}")
+            for place, one in enumerate(row, 1):
+                print(f"── {place} ─ {one.source} ─ {counts([one])} ".ljust(100, "─"))
+                print(marked(one, tokenizer))
 
 
-def show_row(
-    batch: Batch, number: int, sources: list[str], tokenizer: Tokenizer, paint: Callable[[list[Span]], str]
-) -> None:
-    """The row's counts, then each of its documents under a line that names it."""
-    tokens, labels, documents = (x[number].tolist() for x in (batch.tokens, batch.labels, batch.documents))
-    used = sum(document >= 0 for document in documents)
-    taught = share(sum(label != IGNORE_INDEX for label in labels), used)
-    counts = f"{used} tokens, {taught} supervised, {len(sources)} document{'s' * (len(sources) != 1)}"
-    print(f"\nrow {int(batch.row_ids[number]) + 1}: {counts}, {len(tokens) - used} padding")
-    for document, source in enumerate(sources):
-        mine = [t for t, owner in enumerate(documents) if owner == document]
-        part, targets = [tokens[t] for t in mine], [labels[t] for t in mine]
-        taught = share(sum(label != IGNORE_INDEX for label in targets), len(part))
-        heading = (
-            f"{RULE * 2} {document + 1} {RULE} {printable(source)} {RULE} {len(part)} tokens, {taught} supervised "
-        )
-        print(printable(heading) + RULE * max(2, 100 - len(heading)))
-        print(paint(spans(part, targets, tokenizer)))
+def counts(examples: list[Example]) -> str:
+    tokens, taught = sum(len(one.tokens) for one in examples), sum(one.supervised for one in examples)
+    return f"{tokens:,} tokens, {taught:,} ({taught / max(1, tokens):.1%}) supervised"
 
 
-def spans(tokens: list[int], labels: list[int], tokenizer: Tokenizer) -> list[Span]:
-    """What a document holds, in order; a character whose bytes are several tokens is one, marked as its last token."""
-    special = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+def marked(example: Example, tokenizer: Tokenizer) -> str:
+    """A document's text with marks; a character whose bytes are several tokens is one, marked as its last token."""
+    special = set(tokenizer.special.values())
     # A position's label is what it predicts: a token is learnt if the position before it has it as label.
     items: list[tuple[int, bool, str]] = []
-    for token, label in zip([*tokens, None], [IGNORE_INDEX, *labels], strict=True):
+    for token, label in zip([*example.tokens, None], [IGNORE_INDEX, *example.labels], strict=True):
         if label not in (IGNORE_INDEX, token):
             items.append((label, True, "→"))
         if token is not None:
             items.append((token, label == token, ""))
-    found: list[Span] = []
+    found: list[tuple[bool, str]] = []
     pending: list[int] = []
     before: list[int] = []  # what stands in front, lest a space between words be taken for one at the beginning
     for (token, learnt, arrow), following in zip(items, [*items[1:], None], strict=True):
         if token in special or arrow:
-            name = name_of(tokenizer)(token) if token in special else tokenizer.decode([token])
-            found.append((arrow + name, True, learnt))
+            name = tokenizer.backend.id_to_token(token) if token in special else tokenizer.decode([token])
+            found.append((learnt, f"⟦{arrow}{visible(name)}⟧"))
             before = []
             continue
         pending.append(token)
         text = tokenizer.decode(before + pending)[len(tokenizer.decode(before)) :]
         if text.endswith("\ufffd") and following and following[0] not in special and not following[2]:
             continue
-        if found and found[-1][1:] == (False, learnt):
-            text = found.pop()[0] + text
-        found.append((text, False, learnt))
+        found.append((learnt, visible(text)))
         before, pending = pending, []
-    return found
-
-
-def in_color(spans: list[Span]) -> str:
-    text = ""
-    for seen, special, learnt in spans:
-        color = COLORS[special, learnt]
-        # A colour ends with its line, so that pagers keep it right.
-        text += color + visible(seen).replace("\n", f"{RESET}\n{color}") + RESET
-    return text
-
-
-def in_marks(spans: list[Span]) -> str:
-    """Without colours: « and » around what carries loss, ⟦ and ⟧ around special tokens."""
-    text = ""
-    for learnt, group in itertools.groupby(spans, key=lambda span: span[2]):
-        seen = "".join(f"⟦{visible(name)}⟧" if special else visible(name) for name, special, _ in group)
-        text += f"«{seen}»" if learnt else seen
-    return text
+    runs = [(learnt, "".join(text for _, text in run)) for learnt, run in groupby(found, key=lambda item: item[0])]
+    return "".join(f"«{text}»" if learnt else text for learnt, text in runs)
 
 
 def visible(text: str) -> str:
-    """`text` with its line breaks shown and made, and other control characters, as of terminals, only shown."""
+    """`text` with its line breaks shown and made, and control characters, as of terminals, only shown."""
     shown = "".join(chr(0x2400 + ord(char)) if char < " " and char not in "\n\t" else char for char in text)
-    return printable(shown).replace("\n", "↵\n")
-
-
-def name_of(tokenizer: Tokenizer) -> Callable[[int], str]:
-    return lambda token: tokenizer.backend.id_to_token(token) or f"<{token}>"
+    return shown.replace("\n", "↵\n")
 
 
 if __name__ == "__main__":

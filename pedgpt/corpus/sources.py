@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pedgpt.corpus.classify import DOMAINS, GENERAL, PEDIATRIC, classify, domain_of_texts
-from pedgpt.data.inputs import files_in, files_of, stem_of
 from pedgpt.data.readers import NoData, detect_kind, field_mapping, iter_records, parse_columns
+from pedgpt.data.tables import files_in, files_of, stem_of
 from pedgpt.files import nearest, printable, read_toml
 
 # A kind of source: how its files are read, and what may be built from it; what is built by default comes first.

@@ -1,10 +1,10 @@
 """Chat formats: how a family writes roles, with a loss mask that is exact because it is made piece by piece."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import groupby, pairwise
 from operator import attrgetter
@@ -13,7 +13,7 @@ from typing import Any
 
 from pedgpt.data.chat_template import TEMPLATE_FILE, ChatTemplate, Part, opens_thought, read_template, text_of
 from pedgpt.data.records import Message
-from pedgpt.data.tokenizer import Tokenizer, token_name
+from pedgpt.data.tokenizer import Tokenizer, load_tokenizer, token_name
 from pedgpt.files import read_object, write_json, write_text
 
 IGNORE_INDEX = -100
@@ -39,14 +39,13 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer, enable_thinking: bool | None = None, today: str = "") -> None:
         self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
         own = (self.jinja, Path(type(self).__name__)) if self.jinja else None
-        found = own or read_template(tokenizer.config, tokenizer.folder)
-        if found is None:
+        if not (found := own or read_template(tokenizer.config, tokenizer.folder)):
             lacking = f"no chat_template, and no tokens like {BUILT_IN['chatml'].role_tokens[0]} that tell its format"
             raise ValueError(f"{tokenizer.folder}: it has {lacking}; set chat_format to one of {', '.join(BUILT_IN)}")
         special = tokenizer.special | {role: tokenizer.token_id(role) for role in self.role_tokens}
-        given: dict[str, Any] = {"enable_thinking": enable_thinking}
-        given |= {key: token_name(value) for key, value in tokenizer.config.items() if key.endswith("_token")}
-        given = {key: value for key, value in given.items() if value is not None}
+        names = ((key, token_name(value)) for key, value in tokenizer.config.items() if key.endswith("_token"))
+        given: dict[str, Any] = {key: name for key, name in names if name is not None}
+        given |= {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         day = date.fromisoformat(today) if today else date.today()
         self.template = ChatTemplate(*found, given, special, day)
         self.thinks, self.today = self.template.thinks, self.template.today
@@ -68,6 +67,8 @@ class ChatFormat:
 
         Raises ValueError naming the template if it cannot write these messages, or cannot teach these answers.
         """
+        if self.enable_thinking is False:
+            messages = [replace(message, reasoning="") for message in messages]
         parts = self.template.parts(messages, generation_prompt)
         ends = {part.speaker: part.token for part in parts}
         if any(ends.get(i) is None for i in supervised):
@@ -78,13 +79,12 @@ class ChatFormat:
         tokens: list[int] = []
         targets: list[int] = []
         before = None
-        runs = groupby([part for part in parts if part.text], key=attrgetter("speaker", "token"))
-        for at, ((speaker, token), group) in enumerate(runs):
+        for (speaker, token), group in groupby(filter(attrgetter("text"), parts), key=attrgetter("speaker", "token")):
             run = list(group)
             if token is not None:
                 ids = [token] * len(run)
                 taught = ids if self.answer_end is None else [self.answer_end] * len(run)
-            elif self.prefixes and at and (before is None or not self.prefixes_after_special):
+            elif self.prefixes and tokens and (before is None or not self.prefixes_after_special):
                 ids = taught = self._inside(text_of(run))
             else:
                 ids = taught = self.tokenizer.encode(text_of(run))
@@ -92,6 +92,12 @@ class ChatFormat:
             targets += taught if speaker in supervised else [IGNORE_INDEX] * len(ids)
             before = token
         return tokens, targets
+
+    @property
+    def fingerprint(self) -> str:
+        """The format's name, and one of its template with the special tokens' names and settings given to it."""
+        given = json.dumps([self.template.source, self.template.variables], sort_keys=True)
+        return f"{type(self).__name__} {hashlib.sha256(given.encode()).hexdigest()[:16]}"
 
     def read_answer(self, text: str) -> Message:
         """What a model wrote after a prompt, as a message; its content is empty if the reasoning never ended."""
@@ -120,17 +126,14 @@ class ChatFormat:
 
     def _stop_tokens(self) -> tuple[int, ...]:
         """What ends an answer in the template, the end of a text, and the ends of generation_config.json, each once."""
-        tokenizer = self.tokenizer
         ends: list[int | None] = []
         with suppress(ValueError):  # a template for another kind of conversation: whoever renders one will be told
             self.opens_thought = opens_thought(self.template.parts(_PROBE[:1], True))
-            parts = self.template.parts(_PROBE, False)
-            for part, after in pairwise([*parts, Part("")]):
+            for part, after in pairwise([*self.template.parts(_PROBE, False), Part("")]):
                 if part.speaker not in (None, after.speaker):
                     ends.insert(0, after.token if part.token is None else part.token)
-        ends.append(tokenizer.eos_id)
-        if tokenizer.folder:
-            ends += _ends_of(read_object(tokenizer.folder, GENERATION_FILE))
+        folder = self.tokenizer.folder
+        ends += [self.tokenizer.eos_id, *(_ends_of(read_object(folder, GENERATION_FILE)) if folder else [])]
         return tuple(end for end in dict.fromkeys(ends) if end is not None)
 
     def _inside(self, text: str) -> list[int]:
@@ -187,10 +190,6 @@ class Llama3Chat(ChatFormat):
     )
 
 
-class TemplateChat(ChatFormat):
-    """The checkpoint's own Jinja template, rendered in a sandbox; see `ChatTemplate` for what carries loss."""
-
-
 BUILT_IN = {"baichuan2": Baichuan2Chat, "chatml": ChatML, "llama3": Llama3Chat}
 
 
@@ -211,7 +210,43 @@ def chat_format(
         for known, kind in BUILT_IN.items():
             if kind.jinja == own[0] if own else tokenizer.has(*kind.role_tokens):
                 name = known
-    return BUILT_IN.get(name, TemplateChat)(tokenizer, enable_thinking, today)
+    return BUILT_IN.get(name, ChatFormat)(tokenizer, enable_thinking, today)
+
+
+@dataclass(kw_only=True)
+class FormatSettings:
+    """How conversations are written."""
+
+    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
+    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
+    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today, or when a run began
+
+    def format(self, tokenizer: Tokenizer) -> ChatFormat:
+        """The chat format of a tokenizer."""
+        return chat_format(tokenizer, self.chat_format, self.enable_thinking, self.template_date)
+
+
+@dataclass(kw_only=True)
+class ChatSettings(FormatSettings):
+    """How a stage reads conversations or preference pairs, and writes them as tokens."""
+
+    model: str  # folder of the model
+    row_length: int = 4096  # tokens in a packed row; for pairs, the most tokens of a prompt with one of its answers
+    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
+    on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
+    on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
+
+    def load_chat(self, today: str, read_sizes: Callable[[str], Any]) -> ChatFormat:
+        """The model's chat format; its day is kept as `template_date`, so that the run goes on with it on another.
+
+        Raises ValueError if its tokens or `row_length` do not fit the ModelConfig that `read_sizes` reads.
+        """
+        self.template_date = today
+        chat, sizes = self.format(load_tokenizer(self.model)), read_sizes(self.model)
+        chat.tokenizer.check_fits(sizes.vocab_size, self.model)
+        sizes.check_length(self.row_length)
+        self.template_date = chat.today
+        return chat
 
 
 def _ends_of(settings: dict[str, Any]) -> list[int]:

@@ -8,8 +8,6 @@ templates leave it out of earlier answers. Qwen3's writes it in the last answer.
 prompt ends with `<think>`: here its last answer is what a model writes after that, reasoning, `</think>` and answer.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """What is learnt from a row: tokens with aligned labels, cut where they are too long, and a report of what is not."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,10 +50,9 @@ def encode_conversation(messages: Messages, chat: ChatFormat, *, last_only: bool
     reasoning is left out here: `lessons` gives it a separate example. Raises ValueError naming `source` if the format
     cannot write the conversation.
     """
-    messages = _as_thought(messages, chat)
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    taught = [i for i in answers if i == answers[-1] or not (last_only or messages[i].reasoning)]
-    supervised = {i for i in taught if messages[i].loss}
+    without = [i for i in answers[:-1] if last_only or (messages[i].reasoning and chat.enable_thinking is not False)]
+    supervised = {i for i in answers if messages[i].loss}.difference(without)
     try:
         tokens, targets = chat.render(messages, supervised, generation_prompt=False)
     except ValueError as error:
@@ -81,7 +78,7 @@ def lessons(conversation: Conversation, chat: ChatFormat) -> list[Conversation]:
 
 def encode_prompt(messages: Messages, chat: ChatFormat) -> list[int]:
     """Tokens after which the model writes the next assistant message."""
-    return chat.render(_as_thought(messages, chat), set(), generation_prompt=True)[0]
+    return chat.render(messages, set(), generation_prompt=True)[0]
 
 
 def encode_rows(
@@ -99,7 +96,12 @@ def encode_rows(
     long, longest = list[str](), 0
     for row in rows:
         try:
-            encoded = _encoded(row, chat)
+            if isinstance(row, PreferencePair):
+                both = [(*row.prompt, Message("assistant", answer)) for answer in (row.chosen, row.rejected)]
+                encoded = [[encode_conversation(talk, chat, last_only=True, source=row.source) for talk in both]]
+            else:
+                talks = [part.messages for part in lessons(row, chat)]
+                encoded = [[encode_conversation(talk, chat, source=row.source)] for talk in talks]
         except ValueError as error:
             if on_bad_row == "error":
                 raise ValueError(f'{error}; fix it, or set on_bad_row = "skip"') from None
@@ -124,26 +126,6 @@ def encode_rows(
         raise ValueError(f'{long[0]}: {found}; raise row_length, or set on_long_row = "skip" or "truncate"')
 
 
-def _encoded(row: Conversation | PreferencePair, chat: ChatFormat) -> list[list[Example]]:
-    """The examples that a row becomes, both of a pair together."""
-    if isinstance(row, PreferencePair):
-        answers = [Message("assistant", text) for text in (row.chosen, row.rejected)]
-        return [encode_answers(row.prompt, answers, True, chat, row.source)]
-    return [[encode_conversation(one.messages, chat, source=row.source)] for one in lessons(row, chat)]
-
-
 def encode_conversations(*arguments: Any, **settings: Any) -> list[Example]:
     """All that `encode_rows` gives of conversations."""
     return [example for (example,) in encode_rows(*arguments, **settings)]
-
-
-def encode_answers(
-    prompt: Messages, answers: Messages, last_only: bool, chat: ChatFormat, source: str
-) -> list[Example]:
-    """One prompt with each of its answers, as in `encode_conversation`."""
-    return [encode_conversation([*prompt, one], chat, last_only=last_only, source=source) for one in answers]
-
-
-def _as_thought(messages: Messages, chat: ChatFormat) -> Messages:
-    """The messages, without reasoning where thinking is off."""
-    return [replace(m, reasoning="") for m in messages] if chat.enable_thinking is False else messages

@@ -7,8 +7,6 @@ The data never lies in memory: `stage_sources` says which files there are, `writ
 (a `TokenStore`), `mix` draws documents by their lengths, and `PackedRows` makes the rows that a step asks for.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -95,32 +93,25 @@ def mix(
     tokens: dict[tuple[str, str], int] = {}
     epochs: dict[tuple[str, str], float] = {}
     for part, inside in members.items():
-        budgets = _budgets(part, [sources[i] for i in inside], [held[i] for i in inside],
-                           round(total_tokens * shares[part] / total_share), total_tokens)  # fmt: skip
-        for i, budget in zip(inside, budgets, strict=True):
+        budget = round(total_tokens * shares[part] / total_share)
+        fixed = {i: round(sources[i].epochs * held[i]) for i in inside if sources[i].epochs}
+        weights = {i: sources[i].weight * held[i] for i in inside if i not in fixed}
+        rest, slack = budget - sum(fixed.values()), len(inside)  # each is rounded
+        if rest < -slack or (rest > max(slack, budget // 100) and not any(weights.values())):
+            asked = ", ".join(f"{sources[i].name} {sources[i].epochs:g} x {held[i]:,}" for i in fixed)
+            raise ValueError(
+                f"the mixture gives {part!r} {budget:,} of {total_tokens:,} tokens, but the fixed epochs of its "
+                f"sources take {sum(fixed.values()):,} ({asked}); change one of these, or give a source a weight"
+            )
+        scale = max(0, rest) / (sum(weights.values()) or 1)
+        for i in inside:
             key = (part, sources[i].name)
-            picked = _draw(sizes[i], budget, (seed, *key))
+            picked = _draw(sizes[i], fixed[i] if i in fixed else round(weights[i] * scale), (seed, *key))
             drawn.append(first[i] + picked)
             tokens[key] = int(sizes[i][picked].sum())
             epochs[key] = tokens[key] / max(1, held[i])
     order = np.concatenate(drawn)
     return Mixture(order[_shuffled(len(order), (seed, "order"))], tokens, epochs)
-
-
-def _budgets(part: str, sources: list[TextSource], held: list[int], budget: int, total_tokens: int) -> list[int]:
-    """The tokens to draw from each source of a part, in its order."""
-    fixed = [round(source.epochs * tokens) for source, tokens in zip(sources, held, strict=True)]
-    weights = [0.0 if s.epochs else s.weight * tokens for s, tokens in zip(sources, held, strict=True)]
-    rest = budget - sum(fixed)
-    slack = len(sources)  # each is rounded
-    if rest < -slack or (rest > max(slack, budget // 100) and not any(weights)):
-        asked = [f"{s.name} {s.epochs:g} x {n:,}" for s, n in zip(sources, held, strict=True) if s.epochs]
-        raise ValueError(
-            f"the mixture gives {part!r} {budget:,} of {total_tokens:,} tokens, but the fixed epochs of its sources "
-            f"take {sum(fixed):,} ({', '.join(asked)}); change one of these, or give a source a weight"
-        )
-    scale = max(0, rest) / (sum(weights) or 1)
-    return [tokens or round(weight * scale) for tokens, weight in zip(fixed, weights, strict=True)]
 
 
 def _draw(sizes: Numbers, budget: int, key: tuple[int | str, ...]) -> Numbers:

@@ -1,7 +1,5 @@
 """A corpus' manifest.json: how it is written, and which files a stage reads, checked against what is in the folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform
@@ -64,8 +62,8 @@ def write_manifest(
     return manifest
 
 
-def stage_sources(folder: str | Path, stage: int = 1) -> list[TextSource]:
-    """The training files of a stage in the corpus at `folder`, by part and source, as its manifest.json lists them.
+def stage_sources(folder: str | Path) -> list[TextSource]:
+    """The training files of stage 1 in the corpus at `folder`, by part and source, as its manifest.json lists them.
 
     Raises ValueError naming the file if the manifest is missing or damaged, or a file of the stage is missing or has
     another SHA-256 than the manifest says.
@@ -73,23 +71,22 @@ def stage_sources(folder: str | Path, stage: int = 1) -> list[TextSource]:
     with _manifest(folder) as manifest:
         grouped: dict[tuple[str, str], list[str]] = {}
         for entry in manifest["files"]:
-            if entry["side"] == "train" and stage in entry["stages"]:
+            if entry["side"] == "train" and 1 in entry["stages"]:
                 part = INSTRUCTIONS if entry["kind"] == "conversations" else _TEXT_TABLES[entry["table"]]
                 grouped.setdefault((part, entry["source"]), []).append(_checked(Path(folder), entry))
         sources = []
         for (part, name), paths in sorted(grouped.items()):
-            about = manifest["sources"][name]
+            about = {"weight": 1.0, "epochs": 0.0} | manifest["sources"][name]
             kind = "conversations" if part == INSTRUCTIONS else "documents"
-            weight, epochs = float(about.get("weight", 1.0)), float(about.get("epochs", 0.0))
-            sources.append(TextSource(name, part, kind, tuple(paths), weight, epochs))
+            sources.append(TextSource(name, part, kind, tuple(paths), float(about["weight"]), float(about["epochs"])))
         return sources
 
 
 def heldout_files(folder: str | Path, table: str) -> list[str]:
     """The held-out files of a table in the corpus at `folder`; checked, and raises, as in `stage_sources`."""
     with _manifest(folder) as manifest:
-        entries = manifest["files"]
-        return [_checked(Path(folder), e) for e in entries if (e["side"], e["table"]) == ("heldout", table)]
+        entries = [e for e in manifest["files"] if (e["side"], e["table"]) == ("heldout", table)]
+        return [_checked(Path(folder), entry) for entry in entries]
 
 
 @contextmanager

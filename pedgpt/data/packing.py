@@ -1,10 +1,8 @@
-"""Documents into fixed rows, and rows into batches of tensors. Letters: B batch, T tokens."""
-
-from __future__ import annotations
+"""Examples into fixed rows, and rows into batches of tensors. Letters: B batch, T tokens."""
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Self
 
@@ -17,34 +15,15 @@ from pedgpt.data.chat import IGNORE_INDEX
 from pedgpt.data.examples import Example
 
 PADDING_DOCUMENT = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Several documents end to end; `documents[t]` numbers the one that token t belongs to, `sources` names them."""
-
-    tokens: list[int]
-    labels: list[int]
-    documents: list[int]
-    sources: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, examples: Sequence[Example]) -> Self:
-        """These examples end to end."""
-        return cls(
-            [token for example in examples for token in example.tokens],
-            [label for example in examples for label in example.labels],
-            [number for number, example in enumerate(examples) for _ in example.tokens],
-            [example.source for example in examples],
-        )
+Row = list[Example]  # end to end; each example is a document of its own
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one forward pass needs: tensors [B, T] (int64), `row_ids` [B], and `weight`, the supervised tokens in it.
 
-    `row_ids` number the rows over the whole training, whatever the ranks: random numbers that are drawn by row id do
-    not depend on how a batch is split.
+    `documents` numbers, within a row, the document that each token belongs to. `row_ids` number the rows over the whole
+    training, whatever the ranks: random numbers that are drawn by row id do not depend on how a batch is split.
     """
 
     tokens: Tensor
@@ -74,7 +53,7 @@ def pack(examples: Sequence[Example], row_length: int) -> list[Row]:
     for example, size in zip(examples, sizes, strict=True):
         if size > row_length:
             raise ValueError(f"{example.source}: {size} tokens do not fit a row of {row_length}; raise row_length")
-    return [Row.of([examples[i] for i in members]) for members in best_fit(sizes, row_length)]
+    return [[examples[i] for i in members] for members in best_fit(sizes, row_length)]
 
 
 def best_fit(sizes: ArrayLike, row_length: int) -> list[list[int]]:
@@ -116,15 +95,12 @@ def collate(rows: Sequence[Row], row_ids: Sequence[int]) -> Batch:
 
     No rows at all give a batch of one padding token and weight 0, for a rank that has nothing left to do in a step.
     """
-    if not rows:
-        rows, row_ids = [Row([0], [IGNORE_INDEX], [PADDING_DOCUMENT])], [0]
-    width = max(len(row.tokens) for row in rows)
-    labels = padded([row.labels for row in rows], width, IGNORE_INDEX)
+    labels = padded([[label for one in row for label in one.labels] for row in rows], IGNORE_INDEX)
     return Batch(
-        tokens=padded([row.tokens for row in rows], width, 0),
+        tokens=padded([[token for one in row for token in one.tokens] for row in rows], 0),
         labels=labels,
-        documents=padded([row.documents for row in rows], width, PADDING_DOCUMENT),
-        row_ids=torch.tensor(row_ids),
+        documents=padded([[i for i, one in enumerate(row) for _ in one.tokens] for row in rows], PADDING_DOCUMENT),
+        row_ids=torch.tensor(row_ids if rows else [0]),
         weight=int((labels != IGNORE_INDEX).sum()),
     )
 
@@ -132,14 +108,10 @@ def collate(rows: Sequence[Row], row_ids: Sequence[int]) -> Batch:
 def full_rows(settings: Any, count: int) -> Batch:
     """So many rows of one document of `settings.row_length` tokens each, of which all are learnt, for a plan."""
     zeros = [0] * settings.row_length
-    return collate([Row(zeros, zeros, zeros)] * count, range(count))
+    return collate([[Example(zeros, zeros)]] * count, range(count))
 
 
-def utilization(rows: Sequence[Row], row_length: int) -> float:
-    """The share of positions that hold a token."""
-    return sum(len(row.tokens) for row in rows) / max(1, len(rows) * row_length)
-
-
-def padded(values: Sequence[list[int]], width: int, filler: int) -> Tensor:
-    """Lists as one tensor [B, width], filled up on the right."""
-    return torch.tensor([row + [filler] * (width - len(row)) for row in values])
+def padded(values: Sequence[list[int]], filler: int) -> Tensor:
+    """Lists as one tensor [B, T], filled up on the right to the longest; at least [1, 1]."""
+    width = max([1, *map(len, values)])
+    return torch.tensor([row + [filler] * (width - len(row)) for row in values or [[]]])

@@ -1,7 +1,5 @@
 """Preference pairs as batches: chosen and rejected answers to the same prompt, which is computed once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from pedgpt.data.chat import IGNORE_INDEX
 from pedgpt.data.examples import Example, encode_rows
-from pedgpt.data.packing import Batch, Row, best_fit, collate, padded
+from pedgpt.data.packing import Batch, best_fit, collate, padded
 from pedgpt.data.store import TokenStore
 
 
@@ -52,7 +50,7 @@ def encode_pairs(*arguments: Any, **settings: Any) -> list[EncodedPair]:
 
     A row's length bounds each answer with its prompt, not both together.
     """
-    return [EncodedPair(chosen, rejected) for chosen, rejected in encode_rows(*arguments, **settings)]
+    return [EncodedPair(*answers) for answers in encode_rows(*arguments, **settings)]
 
 
 class StoredPairs:
@@ -70,8 +68,7 @@ class StoredPairs:
 
     def __getitem__(self, number: int) -> EncodedPair:
         starts = self.store.offsets[2 * number : 2 * number + 3].tolist()
-        chosen, rejected = (self.store.example(start, end - start) for start, end in pairwise(starts))
-        return EncodedPair(chosen, rejected)
+        return EncodedPair(*(self.store.example(start, end - start) for start, end in pairwise(starts)))
 
     def batch(self, numbers: Sequence[int], row_ids: Sequence[int]) -> PreferenceBatch:
         """The pairs of these numbers, as `collate_pairs` joins them."""
@@ -93,29 +90,28 @@ def collate_pairs(
     Otherwise 2P rows, all chosen first, then all rejected, with ids 2i and 2i + 1. No pairs: one row of padding,
     weight 0.
     """
+    count = len(pairs)
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    # A part of a document is an answer's number, where it begins and ends there, and its branch.
     if shared_prompt:
-        trees = [_tree(pair, i, len(pairs) + i) for i, pair in enumerate(pairs)]
-        members = best_fit([len(tree) for tree in trees], max(map(len, trees), default=0))
+        forks = enumerate(pair.shared for pair in pairs)
+        trees = [_tree(answers, [(i, 0, n, 0), (i, n, None, 1), (count + i, n, None, 2)]) for i, n in forks]
+        sizes = [len(tokens) for tokens, *_ in trees]
+        members = best_fit(sizes, max(sizes, default=0))
         ids = [row_ids[row[0]] for row in members]
     else:
-        trees = [_part(answer, slice(None), 0, i) for i, answer in enumerate(answers)]
-        members = [[i] for i in range(len(trees))]
+        trees = [_tree(answers, [(i, 0, None, 0)]) for i in range(2 * count)]
+        members = [[i] for i in range(2 * count)]
         ids = [2 * i for i in row_ids] + [2 * i + 1 for i in row_ids]
-    rows, branches, sequences = [], [], []
-    for row in members:
-        tokens, labels, branch, sequence = map(list, zip(*(place for i in row for place in trees[i]), strict=True))
-        rows.append(Row(tokens, labels, [number for number, i in enumerate(row) for _ in trees[i]]))
-        branches.append(branch)
-        sequences.append(sequence)
-    batch = vars(collate(rows, ids)) | {"weight": len(pairs)}
-    width = batch["tokens"].shape[1]
+    batch = vars(collate([[Example(trees[i][0], trees[i][1]) for i in row] for row in members], ids)) | {
+        "weight": count
+    }
     if reference_logps is None or not pairs:
-        reference_logps = torch.zeros(max(1, len(pairs)), 2)
+        reference_logps = torch.zeros(max(1, count), 2)
     return PreferenceBatch(
         **batch,
-        branches=padded(branches or [[]], width, 0),
-        sequences=padded(sequences or [[]], width, 0),
+        branches=padded([[branch for i in row for branch in trees[i][2]] for row in members], 0),
+        sequences=padded([[answer for i in row for answer in trees[i][3]] for row in members], 0),
         counts=torch.tensor([answer.supervised for answer in answers] or [0, 0]),
         reference_logps=reference_logps.T.reshape(-1),
     )
@@ -127,14 +123,11 @@ def full_pairs(settings: Any, count: int) -> PreferenceBatch:
     return collate_pairs([pair] * count, range(count), shared_prompt=settings.shared_prompt)
 
 
-def _tree(pair: EncodedPair, chosen: int, rejected: int) -> list[tuple[int, int, int, int]]:
-    """What both answers share, then the rest of each, as in `_part`; `chosen` and `rejected` number the answers."""
-    trunk, rest = slice(pair.shared), slice(pair.shared, None)
-    both = _part(pair.chosen, rest, 1, chosen) + _part(pair.rejected, rest, 2, rejected)
-    return _part(pair.chosen, trunk, 0, 0) + both
-
-
-def _part(example: Example, where: slice, branch: int, answer: int) -> list[tuple[int, int, int, int]]:
-    """(token, label, branch, answer) at each of these places of an example; answer 0 where there is no label."""
-    pairs = zip(example.tokens[where], example.labels[where], strict=True)
-    return [(token, label, branch, answer if label != IGNORE_INDEX else 0) for token, label in pairs]
+def _tree(answers: Sequence[Example], parts: Sequence[tuple[int, int, int | None, int]]) -> list[list[int]]:
+    """Of a document's places the tokens, labels, branches, and answers, which are 0 where there is no label."""
+    places = [
+        (token, label, branch, number if label != IGNORE_INDEX else 0)
+        for number, start, end, branch in parts
+        for token, label in zip(answers[number].tokens[start:end], answers[number].labels[start:end], strict=True)
+    ]
+    return [list(column) for column in zip(*places, strict=True)]

@@ -1,8 +1,8 @@
 """Readers of every input format: documents, conversations, preference pairs and knowledge-graph triples.
 
-A path names a file, or a folder, which stands for all files of data in it and in its subfolders. `inputs.py` finds the
-files, `tables.py` cuts them into rows, and `records.py` makes a record of a row. Blank lines are no rows; every other
-row is returned or reported. A path or file that cannot be read and a wrong setting are a ValueError.
+A path names a file, or a folder, which stands for all files of data in it and in its subfolders. `tables.py` finds the
+files and cuts them into rows, and `records.py` makes a record of a row. Blank lines are no rows; every other row is
+returned or reported. A path or file that cannot be read and a wrong setting are a ValueError.
 """
 
 import warnings
@@ -11,9 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pedgpt.data.inputs import TEXTS, PathLike, Paths, files_of, format_of
-from pedgpt.data.records import KINDS, Conversation, Document, PreferencePair, ReadSummary, Triple, fields_of, names_of
-from pedgpt.data.tables import Unfit, read_rows
+from pedgpt.data.records import KINDS, Conversation, Document, PreferencePair, ReadSummary, fields_of, names_of
+from pedgpt.data.tables import TEXTS, PathLike, Paths, Unfit, files_of, format_of, read_rows
 from pedgpt.files import nearest
 
 Columns = Mapping[str, str] | None
@@ -50,11 +49,6 @@ def read_preferences(paths: Paths, **settings: Any) -> list[PreferencePair]:
     return _read(paths, "preferences", **settings)
 
 
-def read_triples(paths: Paths, **settings: Any) -> list[Triple]:
-    """Read TSV of head, relation, tail (# begins a comment, quotes are text), or rows with those keys."""
-    return _read(paths, "triples", **settings)
-
-
 def _read(paths: Paths, kind: str, summary: ReadSummary | None = None, **settings: Any) -> list[Any]:
     told = summary or ReadSummary()
     records = list(iter_records(paths, kind, summary=told, **settings))
@@ -66,10 +60,11 @@ def _read(paths: Paths, kind: str, summary: ReadSummary | None = None, **setting
 def iter_records(
     paths: Paths, kind: str, *, on_bad_row: str = "error", summary: ReadSummary | None = None, columns: Columns = None
 ) -> Iterator[Any]:
-    """What the reader of a kind ("documents") returns, one by one, in the memory of a row; a JSON list is held whole.
+    """The records of a kind ("documents"), one by one, in the memory of a row; only a JSON list is held whole.
 
-    A bad row raises BadRow, or is counted in the summary if `on_bad_row` is "skip". `columns` names the column of each
-    field whose column has no known name, {"question": "ask"}; a row with none of them is read by its own names.
+    "triples" are TSV of head, relation, tail (# begins a comment, quotes are text), or rows with those keys. A bad row
+    raises BadRow, or is counted in the summary if `on_bad_row` is "skip". `columns` names the column of each field
+    whose column has no known name, {"question": "ask"}; a row with none of them is read by its own names.
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row is {on_bad_row!r}, expected "error" or "skip"')
@@ -124,22 +119,20 @@ def detect_kind(path: PathLike, columns: Columns = None) -> str:
     Of a folder the first file counts. Raises ValueError if no kind has all its fields, and NoData if none has any.
     """
     file = files_of(path)[0]
-    faults, names, some = list[str](), list[str](), False
+    faults, names, some = list[ValueError](), tuple[str, ...](), False
     for kind, (_, needed, fields) in KINDS.items():
-        own = _own(columns, fields)
         try:
             for _, row in islice(read_rows(file, triples=kind == "triples"), 20):
-                names = [key for key in row if row[key] is not None] if isinstance(row, dict) else names
-                found = set(names_of(tuple(names), fields, own).values())
+                names = tuple(key for key in row if row[key] is not None) if isinstance(row, dict) else names
+                found = set(names_of(names, fields, _own(columns, fields)).values())
                 if any(group <= found for group in needed):
                     return kind
                 some = some or any(group & found for group in needed)
-        except ValueError as error:  # a first row of triples may be no header
-            faults.append(str(error))
-    if faults:
-        raise ValueError(faults[0])
+        except ValueError as fault:  # a first row of triples may be no header
+            faults.append(fault)
     told = f"rows of no known kind, found the fields {', '.join(names[:20]) or '(none)'}"
-    raise (ValueError if some else NoData)(f"{file}: {told}; if it is data, name its fields by `columns`")
+    unknown = (ValueError if some else NoData)(f"{file}: {told}; if it is data, name its fields by `columns`")
+    raise faults[0] if faults else unknown
 
 
 def field_mapping(path: PathLike, kind: str, columns: Columns = None) -> str:

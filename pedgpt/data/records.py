@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pedgpt.data.tables import LONE_SURROGATE, Unfit
 
@@ -128,6 +128,10 @@ class ReadSummary:
     rows: dict[str, int] = field(default_factory=dict)
     skipped: list[SkippedRow] = field(default_factory=list)
     shortened: list[str] = field(default_factory=list)  # sources of rows that were cut to fit
+
+    def __add__(self, other: Self) -> Self:
+        """Both together."""
+        return type(self)(self.rows | other.rows, self.skipped + other.skipped, self.shortened + other.shortened)
 
     def skip(self, source: str, reason: str) -> None:
         """Count one row left out; `source` is "file:line" or "file"."""

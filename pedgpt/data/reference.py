@@ -1,9 +1,6 @@
 """The frozen reference's log-probabilities of preference pairs, kept in a file from one run to the next."""
 
-from __future__ import annotations
-
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pedgpt.data.chat import ChatFormat, TemplateChat
+from pedgpt.data.chat import ChatFormat
 from pedgpt.files import atomic_write
 
 _NAME = "logps"
@@ -22,18 +19,9 @@ def reference_key(*, model: str, chat: ChatFormat, data: str, dtype: str) -> dic
 
     `model` is the reference's fingerprint, `data` that of the pairs, `dtype` that of the computation.
     """
-    return {
-        "model": model, "tokenizer": _short(chat.tokenizer.description()), "chat_format": chat_fingerprint(chat),
-        "data": data, "dtype": dtype, **({"template_date": chat.today} if chat.today else {}),
-    }  # fmt: skip
-
-
-def chat_fingerprint(chat: ChatFormat) -> str:
-    """The format's name; of a Jinja template, its text and the special tokens' names that it is given as well."""
-    name = type(chat).__name__
-    if not isinstance(chat, TemplateChat):
-        return name
-    return f"{name} {_short(json.dumps([chat.template.source, chat.template.variables], sort_keys=True))}"
+    tokenizer = hashlib.sha256(chat.tokenizer.description().encode()).hexdigest()[:16]
+    key = {"model": model, "tokenizer": tokenizer, "chat_format": chat.fingerprint, "data": data, "dtype": dtype}
+    return key | ({"template_date": chat.today} if chat.today else {})
 
 
 def save_reference(path: str | Path, logps: Tensor, key: Mapping[str, str]) -> None:
@@ -68,7 +56,3 @@ def load_reference(path: str | Path, key: Mapping[str, str], num_pairs: int, *, 
     if must_fit:
         raise ValueError(f"{path}: {fault}; delete the file, or give another path via --reference_logps")
     return None
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -27,7 +27,7 @@ SETTINGS: dict[tuple[int, int], tuple[str, Any, Any]] = {
     (2, 44): ("unk_surface", UNKNOWN_TEXT.encode(), UNKNOWN_TEXT.encode()),
     (3, 2): ("charsmap", b"", b""),
     (3, 3): ("add_dummy_prefix", 1, None),
-    (3, 4): ("remove_extra_whitespaces", 1, None),
+    (3, 4): ("remove_extra_whitespaces", 1, 0),
     (3, 5): ("escape_whitespaces", 1, 1),
     (5, 2): ("denormalizer", b"", b""),
 }
@@ -58,24 +58,19 @@ def convert_sentencepiece(path: str | Path) -> Tokenizer:
         )
     [unknown] = [piece for piece, _, kind in pieces if kind == UNKNOWN]
     ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}
-    names = ("byte_fallback", "add_dummy_prefix", "remove_extra_whitespaces")
-    fallback, prefix, squeeze = (bool(settings[name]) for name in names)
+    fallback, prefix = bool(settings["byte_fallback"]), bool(settings["add_dummy_prefix"])
     tokenizer = Tokenizer(BPE(ids, _merges(pieces, ids), unk_token=unknown, fuse_unk=True, byte_fallback=fallback))
-    strip = [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")] * squeeze
-    trail = [normalizers.Replace(Regex(rf"{SPACE}+\z"), "")] * squeeze  # also a ▁ of the text itself
     spaces = [normalizers.Prepend(SPACE)] * prefix + [normalizers.Replace(" ", SPACE)]
-    tokenizer.normalizer = normalizer = normalizers.Sequence([*strip, *spaces, *trail])
+    tokenizer.normalizer = normalizer = normalizers.Sequence(spaces)
     # Unknown pieces become their text; the space of the prefix is taken off before a ▁ becomes a space.
     surface = decoders.Replace(Regex(rf"\A{re.escape(unknown)}\z"), UNKNOWN_TEXT)
-    leading = [decoders.Replace(Regex(rf"\A{SPACE}" + "+" * squeeze), "")] * (prefix or squeeze)
+    leading = [decoders.Replace(Regex(rf"\A{SPACE}"), "")] * prefix
     steps = [surface, *[decoders.ByteFallback()] * fallback, decoders.Fuse(), *leading, decoders.Replace(SPACE, " ")]
     tokenizer.decoder = decoders.Sequence(steps)
     added = []
     for piece, _, kind in pieces:
         if kind == UNUSED or (kind == USER_DEFINED and normalizer.normalize_str(piece) != piece):
-            raise ValueError(
-                f"its piece {piece!r} of type {kind} cannot be kept as it is; use a tokenizer.json instead"
-            )
+            raise ValueError(f"its piece {piece!r} of type {kind} cannot be kept; use a tokenizer.json instead")
         if kind in (CONTROL, USER_DEFINED):
             added.append(AddedToken(piece, special=kind == CONTROL, normalized=kind == USER_DEFINED))
     tokenizer.add_tokens(added)

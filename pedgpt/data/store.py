@@ -1,7 +1,5 @@
 """Token ids on disk, made once by one process and mapped by all, and the rows of a step made from them."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -9,7 +7,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,60 +15,21 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pedgpt.data.chat import ChatFormat, chat_format
+from pedgpt.data.chat import ChatFormat, ChatSettings
 from pedgpt.data.examples import Example, document_stream, encode_rows
 from pedgpt.data.hybrid import SURFACE_FORMS, Numbers, as_completion
-from pedgpt.data.inputs import files_of
 from pedgpt.data.manifest import TextSource
-from pedgpt.data.packing import Batch, Row, best_fit_arrays, collate
+from pedgpt.data.packing import Batch, best_fit_arrays, collate
 from pedgpt.data.readers import iter_records, parse_columns
 from pedgpt.data.records import Conversation, ReadSummary, SkippedRow
-from pedgpt.data.reference import chat_fingerprint
-from pedgpt.data.tokenizer import Tokenizer, load_tokenizer
+from pedgpt.data.tables import files_of
+from pedgpt.data.tokenizer import Tokenizer
 from pedgpt.files import publish, sync, write_text
 
 _VERSION = 2
 _LABEL = np.dtype("<i4")
 T = TypeVar("T")
-# Documents, batch by batch: the ids of each, and the labels of each or, for running text, None.
-Documents = Iterator[tuple[list[list[int]], list[list[int]] | None]]
-Encode = Callable[[TextSource, ReadSummary], Documents]
-
-
-@dataclass(kw_only=True)
-class FormatSettings:
-    """How conversations are written."""
-
-    chat_format: str = "auto"  # auto, baichuan2, chatml, llama3, or template (the model's own)
-    enable_thinking: bool | None = None  # of a thinking model: false leaves reasoning out; unset, the template decides
-    template_date: str = ""  # the day that a dated template writes, like 2026-03-31; empty: today, or when a run began
-
-    def format(self, tokenizer: Tokenizer) -> ChatFormat:
-        """The chat format of a tokenizer."""
-        return chat_format(tokenizer, self.chat_format, self.enable_thinking, self.template_date)
-
-
-@dataclass(kw_only=True)
-class ChatSettings(FormatSettings):
-    """How a stage reads conversations or preference pairs, and writes them as tokens."""
-
-    model: str  # folder of the model
-    row_length: int = 4096  # tokens in a packed row; for pairs, the most tokens of a prompt with one of its answers
-    columns: list[str] = field(default_factory=list)  # field=column, e.g. question=ask, if the column's name is unknown
-    on_bad_row: str = "error"  # "error" stops at a bad row, "skip" counts it and goes on
-    on_long_row: str = "error"  # rows that do not fit: "error" names them, "skip" leaves them out, "truncate" cuts them
-
-    def load_chat(self, today: str, read_sizes: Callable[[str], Any]) -> ChatFormat:
-        """The model's chat format; its day is kept as `template_date`, so that the run goes on with it on another.
-
-        Raises ValueError if its tokens or `row_length` do not fit the ModelConfig that `read_sizes` reads.
-        """
-        self.template_date = today
-        chat, sizes = self.format(load_tokenizer(self.model)), read_sizes(self.model)
-        chat.tokenizer.check_fits(sizes.vocab_size, self.model)
-        sizes.check_length(self.row_length)
-        self.template_date = chat.today
-        return chat
+Encode = Callable[[TextSource, ReadSummary], Iterator[list[Example]]]  # a source's documents, batch by batch
 
 
 def write_tokens(
@@ -84,7 +43,7 @@ def write_tokens(
 ) -> Iterator[int]:
     """Make `folder` the token store of these sources as running text, as `_write` does."""
 
-    def encode(source: TextSource, summary: ReadSummary) -> Documents:
+    def encode(source: TextSource, summary: ReadSummary) -> Iterator[list[Example]]:
         records = iter_records(source.paths, source.kind, on_bad_row=on_bad_row, summary=summary, columns=columns)
         # A hash chooses the form. Taken in turn, forms would be tied to kinds of rows where these alternate.
         texts = (
@@ -94,7 +53,7 @@ def write_tokens(
             for number, record in enumerate(records)
         )
         for batch in _batches(texts, len):
-            yield [document_stream(ids, *around) for ids in tokenizer.encode_batch(batch)], None
+            yield [Example(document_stream(ids, *around), []) for ids in tokenizer.encode_batch(batch)]
 
     around = tokenizer.eos_id, tokenizer.document_prefix
     made_of = [SURFACE_FORMS, *around, seed, on_bad_row, columns or {}]
@@ -111,29 +70,16 @@ def write_chats(
     columns, tokenizer = parse_columns(settings.columns), chat.tokenizer
     length, bad, long = settings.row_length, settings.on_bad_row, settings.on_long_row
 
-    def encode(source: TextSource, summary: ReadSummary) -> Documents:
+    def encode(source: TextSource, summary: ReadSummary) -> Iterator[list[Example]]:
         rows = iter_records(source.paths, kind, on_bad_row=bad, summary=summary, columns=columns)
         fitting = encode_rows(rows, chat, length, bad, summary, long)
         for batch in _batches(fitting, lambda examples: sum(len(one.tokens) for one in examples)):
-            examples = list(chain.from_iterable(batch))
-            yield [one.tokens for one in examples], [one.labels for one in examples]
+            yield list(chain.from_iterable(batch))
 
-    made_of = [
-        chat_fingerprint(chat), chat.enable_thinking, chat.today, tokenizer.bos_id, tokenizer.eos_id,
-        length, bad, long, columns,
-    ]  # fmt: skip
+    made_of = [chat.fingerprint, chat.today, length, bad, long, columns]
     for name, files in paths.items():
         source = TextSource("files", kind, kind, tuple(map(str, files)))
         yield from _write(Path(folder) / name, [source], tokenizer, made_of, encode, labelled=True)
-
-
-def packed_chats(
-    settings: Any, chat: ChatFormat, run: Callable[[Iterator[int]], None], **files: Any
-) -> list[PackedRows]:
-    """The `PackedRows` of each list of conversations, whose token stores `run` makes in settings.output/tokens."""
-    folder = Path(settings.output) / "tokens"
-    run(write_chats(folder, "conversations", files, chat, settings))
-    return [PackedRows(TokenStore(folder / name), None, settings.row_length) for name in files]
 
 
 def _write(
@@ -168,17 +114,16 @@ def _write(
         files[1].write(np.zeros(1, "<i8").tobytes())
         for source in sources:
             counts.append(0)
-            for documents, labels in encode(source, summary):
-                ends = end + np.cumsum([len(ids) for ids in documents], dtype="<i8")
-                arrays = [np.fromiter(chain.from_iterable(documents), dtype), ends]
-                if labels is not None:
-                    arrays.append(np.fromiter(chain.from_iterable(labels), _LABEL))
-                for file, array in zip(files, arrays, strict=True):
+            for examples in encode(source, summary):
+                ids = np.fromiter(chain.from_iterable(one.tokens for one in examples), dtype)
+                ends = end + np.cumsum([len(one.tokens) for one in examples], dtype="<i8")
+                labels = np.fromiter(chain.from_iterable(one.labels for one in examples), _LABEL)
+                for file, array in zip(files, (ids, ends, labels), strict=False):
                     file.write(array.tobytes())
                     digest.update(array.tobytes())
-                counts[-1] += len(documents)
+                counts[-1] += len(examples)
                 end = int(ends[-1])
-                yield len(documents)
+                yield len(examples)
     for name in names:
         sync(temporary / name)
     store = {
@@ -235,16 +180,6 @@ class TokenStore:
         return Example(self.tokens[here].tolist(), self.labels[here].tolist())
 
 
-def read_summary(*stores: TokenStore) -> ReadSummary:
-    """Which rows were read and skipped when these stores were made."""
-    whole = ReadSummary()
-    for store in stores:
-        whole.rows |= store.summary.rows
-        whole.skipped += store.summary.skipped
-        whole.shortened += store.summary.shortened
-    return whole
-
-
 def discards_tokens(main: Callable[[Any], None]) -> Callable[[Any], None]:
     """Decorate a recipe: delete OUTPUT/tokens when it is finished, or when the start that made it ends by a mistake."""
 
@@ -287,11 +222,10 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.rows) - 1
 
-    def row(self, number: int) -> Row:
+    def row(self, number: int) -> list[Example]:
         """The documents of row `number`."""
         here = slice(*self.rows[number : number + 2])
-        pieces = zip(self.starts[here].tolist(), self.lengths[here].tolist(), strict=True)
-        return Row.of([self.store.example(start, length) for start, length in pieces])
+        return [*map(self.store.example, self.starts[here].tolist(), self.lengths[here].tolist())]
 
     def batch(self, numbers: Sequence[int], row_ids: Sequence[int]) -> Batch:
         """The rows of these numbers, as `collate` joins them."""
@@ -313,6 +247,15 @@ class PackedRows:
         for part in (self.rows, self.starts, self.lengths):
             digest.update(part.tobytes())
         return digest.hexdigest()[:16]
+
+
+def packed_chats(
+    settings: Any, chat: ChatFormat, run: Callable[[Iterator[int]], None], **files: Any
+) -> list[PackedRows]:
+    """The `PackedRows` of each list of conversations, whose token stores `run` makes in settings.output/tokens."""
+    folder = Path(settings.output) / "tokens"
+    run(write_chats(folder, "conversations", files, chat, settings))
+    return [PackedRows(TokenStore(folder / name), None, settings.row_length) for name in files]
 
 
 def _batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:

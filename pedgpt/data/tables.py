@@ -1,4 +1,4 @@
-"""Files as rows: how each format is opened, decoded and cut into rows.
+"""Files as rows: which files a path names, and how each format is opened, decoded and cut into rows.
 
 Text may be gzipped (.gz) and is UTF-8, UTF-16 with its mark, or GB18030. JSON is one object a line, one list, or an
 object whose `data` is the list, under either name; a table's cells are separated by the sign that its header contains
@@ -9,6 +9,7 @@ import codecs
 import csv
 import gzip
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -18,8 +19,13 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from pedgpt.data.inputs import TEXTS, format_of
+PathLike = str | os.PathLike[str]
+Paths = PathLike | Iterable[PathLike]
 
+TEXTS = (".txt", ".md")
+SUFFIXES = (*TEXTS, ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx")
+# Files beside the data: notes for people, and what other projects write about their data.
+NOTES = re.compile(r"(readme|licen[cs]e|changelog|requirements|dataset_infos?)(?![a-z]).*", re.IGNORECASE)
 BLOCK = 2**18  # bytes by which an encoding is recognised
 HEADING = re.compile(r"#{1,6}[ \t]+(\S.*?)([ \t]+#+)?\s*$")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -33,6 +39,59 @@ class Unfit(ValueError):
     def __init__(self, fault: str, found: str, expected: str, fix: str = "fix or delete the row") -> None:
         reason = f"{fault}: found {found}, expected {expected}; {fix}"
         super().__init__(reason.encode(errors="backslashreplace").decode())  # a broken key must not break the report
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without its suffix, and without .gz."""
+    return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
+
+
+def format_of(path: Path) -> str:
+    """The format that a file's name tells: ".csv" for a.CSV and for a.csv.gz; empty if it is none of `SUFFIXES`."""
+    suffix = Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower()
+    return suffix if suffix in SUFFIXES else ""
+
+
+def files_in(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """The files in a folder and its subfolders that may hold data, sorted, and why others are left out.
+
+    Hidden and temporary files are passed over.
+    """
+    files: list[Path] = []
+    left_out: dict[Path, str] = {}
+    for path in sorted(folder.rglob("*")):
+        hidden = any(name.startswith((".", "~$", "__MACOSX")) for name in path.relative_to(folder).parts)
+        if hidden or (path.is_dir() and not path.is_symlink()):
+            continue
+        if NOTES.fullmatch(path.name) and path.suffix.lower() in ("", ".json", *TEXTS):
+            left_out[path] = "about the data, not data"
+        elif not path.is_file() or not format_of(path):
+            left_out[path] = "no file of a format that is read"
+        elif not path.stat().st_size:
+            left_out[path] = "empty"
+        else:
+            files.append(path)
+    return files, left_out
+
+
+def files_of(paths: Paths, left_out: dict[Path, str] | None = None) -> list[Path]:
+    """The files that paths name, sorted within a folder; what a folder leaves out goes into `left_out` with the reason.
+
+    Raises one ValueError about all paths that are missing, of no known format, or folders without data.
+    """
+    files: list[Path] = []
+    problems: list[str] = []
+    for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
+        found, others = files_in(path) if path.is_dir() else ([path] if path.exists() and format_of(path) else [], {})
+        if not found:
+            what = f"file ending in {' '.join(SUFFIXES)}" if path.exists() else "such file or folder"
+            problems.append(f"{path}: found no {what}; check the path")
+        files += found
+        if left_out is not None:
+            left_out |= others
+    if problems:
+        raise ValueError("\n".join(problems))
+    return files
 
 
 def read_rows(path: Path, *, triples: bool = False) -> Rows:
@@ -80,18 +139,17 @@ def open_text(path: Path) -> TextIO:
 
 
 def _encoding(sample: bytes) -> str:
-    """The encoding of a file by its first bytes: the one in which fewer of those beyond ASCII are broken."""
+    """The encoding of a file by its first bytes: the first in which few of those beyond ASCII are broken."""
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     beyond = b" ".join(re.findall(rb"[\x80-\xff]+", sample))
     # GB2312 has the characters of simplified Chinese, which Big5 or broken UTF-8 rarely seem to be.
     utf8, simplified = (beyond.decode(name, errors="replace") for name in ("utf-8", "gb2312"))
     broken = simplified.count("\ufffd")
-    if b"\0" not in sample:
-        if utf8.count("\ufffd") <= broken + 1:  # the sample's end may cut a character
-            return "utf-8-sig"
-        if broken < 0.1 * len(simplified):
-            return "gb18030"
+    if b"\0" not in sample and utf8.count("\ufffd") <= broken + 1:  # the sample's end may cut a character
+        return "utf-8-sig"
+    if b"\0" not in sample and broken < 0.1 * len(simplified):
+        return "gb18030"
     raise ValueError("found neither UTF-8 nor UTF-16 nor GB18030; convert it, perhaps by iconv -f BIG5 -t UTF-8")
 
 

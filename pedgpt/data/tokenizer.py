@@ -1,7 +1,5 @@
 """Text to token ids and back, over the `tokenizers` library."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ _COMPANIONS = (
     JSON_FILE, MODEL_FILE, CONFIG_FILE, ADDED_FILE, NAMES_FILE, "vocab.json", "merges.txt", "chat_template.jinja",
     "generation_config.json",
 )  # fmt: skip
-_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 _CONTROL = re.compile(r"<[^<>\s]+>$")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>$")
@@ -36,7 +34,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path | None = None) -> None:
         self.backend, self.config, self.folder = backend, config, folder
-        names = [token_name(config.get(key)) for key in _NAMED[:3]]
+        names = [token_name(config.get(key)) for key in NAMED[:3]]
         named = [None if name is None else self.token_id(name) for name in names]
         self.bos_id, self.eos_id, self.pad_id = named
         lists = [config[key] for key in _LISTED if isinstance(config.get(key), list)]
@@ -96,19 +94,13 @@ class Tokenizer:
             sizes = f"the model has a vocabulary of {vocab_size} tokens, its tokenizer needs {self.vocab_size}"
             raise ValueError(f"{folder}: {sizes}; they do not belong together")
 
-    def save(self, folder: str | Path, *, convert: bool = False, chat_template: str | None = None) -> None:
-        """Copy the files that the tokenizer came with; without such, write tokenizer.json and tokenizer_config.json.
-
-        `convert` writes these two in any case, for tools that need no vendor code, with `chat_template` if given.
-        """
+    def save(self, folder: str | Path) -> None:
+        """Copy the files that the tokenizer came with; without such, write tokenizer.json and tokenizer_config.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.folder is None or convert:
+        if self.folder is None:
             write_text(folder / JSON_FILE, self.backend.to_str(pretty=True))
-            made = {"tokenizer_class": "PreTrainedTokenizerFast"}
-            made |= {"chat_template": chat_template} if chat_template else {}
-            config = {key: self.config[key] for key in _NAMED if key in self.config}
-            write_json(folder / CONFIG_FILE, config | made if convert else self.config)
+            write_json(folder / CONFIG_FILE, self.config)
         elif self.folder.resolve() != folder.resolve():
             # Code that auto_map names is copied, for tools that run it; pedgpt does not.
             for name in (*_COMPANIONS, *(path.name for path in self.folder.glob("*.py"))):
@@ -129,10 +121,9 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
         self.stop_ids = tokenizer.stop_ids(stop_strings)
         self.tokenizer, self.stop_strings, self.stopped = tokenizer, tuple(stop_strings), False
-        # Ids whose text was given, `given` of them, are decoded again so that spacing between tokens is right.
+        # Their first `given` characters were given: the last id is decoded again, so that spacing after it is right.
         self.ids: list[int] = []
-        self.given = 0
-        self.held = ""
+        self.given, self.held = 0, ""
 
     def push(self, token: int) -> str:
         """The text that this id completes, perhaps empty."""
@@ -143,24 +134,19 @@ class StreamDecoder:
         if self.stopped or name is None or name in self.tokenizer.special:
             return ""
         self.ids.append(token)
-        before, text = self._decoded()
+        text, last = self.tokenizer.decode(self.ids), self.tokenizer.decode([token])
         if _BYTE.match(name) or text.endswith("\ufffd"):  # one wrong byte spoils the whole run
             return ""
-        if before and self.tokenizer.decode(self.ids[self.given :]):  # what begins a text may lose its space
-            self.ids = self.ids[self.given :]
-        self.given = len(self.ids)
-        return self._release(text)
+        new, self.given = text[self.given :], len(text)
+        if last:  # else what follows would be taken for the beginning of a text, which may lose its space
+            self.ids, self.given = [token], len(last)
+        return self._release(new)
 
     def finish(self) -> str:
         """What is left at the end, broken characters included."""
-        text = "" if self.stopped else self._release(self._decoded()[1]) + self.held
+        text = "" if self.stopped else self._release(self.tokenizer.decode(self.ids)[self.given :]) + self.held
         self.ids, self.given, self.held = [], 0, ""
         return text
-
-    def _decoded(self) -> tuple[str, str]:
-        """The text that was given, of the ids that are kept, and that after it."""
-        before = self.tokenizer.decode(self.ids[: self.given])
-        return before, self.tokenizer.decode(self.ids)[len(before) :]
 
     def _release(self, text: str) -> str:
         """What cannot be part of a stop string any more."""
@@ -178,13 +164,13 @@ class StreamDecoder:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder: tokenizer.json, or else tokenizer.model (SentencePiece BPE, converted).
 
-    added_tokens.json and tokenizer_config.json's added_tokens_decoder complete the latter. special_tokens_map.json
-    names what tokenizer_config.json does not. Raises ValueError naming the file if there is no tokenizer, or a file is
-    broken, contradicts another, or is a link that leaves the folder (a hub cache's links to its blobs are fine).
+    special_tokens_map.json names what tokenizer_config.json does not. Raises ValueError naming the file if there is no
+    tokenizer, a file is broken, a tokenizer.model lacks tokens that the files beside it add, or a file is a link that
+    leaves the folder (a hub cache's links to its blobs are fine).
     """
     folder = Path(folder)
     config, names = read_object(folder, CONFIG_FILE), read_object(folder, NAMES_FILE)
-    config |= {key: names[key] for key in (*_NAMED, *_LISTED) if key in names and key not in config}
+    config |= {key: names[key] for key in (*NAMED, *_LISTED) if key in names and key not in config}
     path = own_file(folder, JSON_FILE) or own_file(folder, MODEL_FILE)
     if path is None:
         raise ValueError(f"{folder}: no tokenizer; expected {JSON_FILE} or {MODEL_FILE}")
@@ -192,8 +178,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if path.name == JSON_FILE:
             backend = tokenizers.Tokenizer.from_file(str(path))
         else:
-            backend = convert_sentencepiece(path)
-            _add_tokens(backend, read_object(folder, ADDED_FILE), config.get("added_tokens_decoder", {}))
+            backend, added = convert_sentencepiece(path), read_object(folder, ADDED_FILE)
+            added |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+            if lost := [name for name, i in added.items() if backend.token_to_id(name) != i]:
+                where = f"{ADDED_FILE} or {CONFIG_FILE} declares {lost[0]!r} with id {added[lost[0]]}"
+                raise ValueError(f"{where}, which is not in {MODEL_FILE}; save the tokenizer as {JSON_FILE}")
     except Exception as error:  # the library raises bare Exception over a broken file
         fault = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: not a usable tokenizer with the files beside it ({fault})") from None
@@ -242,23 +231,3 @@ def _protect_special_tokens(backend: tokenizers.Tokenizer, named: set[int]) -> N
     for token in tokens:
         token.special = True
     backend.add_tokens(tokens)
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, added: dict[str, int], decoder: dict[str, Any]) -> None:
-    """Add the tokens of added_tokens.json {"token": id} and of added_tokens_decoder {"id": {"content": …, flags}}.
-
-    They go by their ids. No normalizer is for them, because a tokenizer.model's may put a prefix before a token.
-    """
-    declared: dict[str, tuple[int, dict[str, Any]]] = {name: (i, {}) for name, i in added.items()}
-    declared |= {token["content"]: (int(i), token) for i, token in decoder.items()}
-    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    for name, (i, token) in sorted(declared.items(), key=lambda item: item[1][0]):
-        old = known.get(name, AddedToken(name, normalized=False))
-        flags = {flag: token.get(flag, False) for flag in ("lstrip", "rstrip", "single_word")}
-        special = old.special or token.get("special", False)
-        backend.add_tokens([AddedToken(name, special=special, normalized=old.normalized, **flags)])
-        if (found := backend.token_to_id(name)) != i:  # the library does not mind another id
-            raise ValueError(
-                f"{ADDED_FILE} or {CONFIG_FILE}: token {name!r} is declared with id {i}, but becomes {found}: added"
-                " tokens must follow the vocabulary without holes, each with an id and a name of its own"
-            )

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from pedgpt.data.chat import ChatFormat
-from pedgpt.data.inputs import files_of, format_of
 from pedgpt.data.records import Message
-from pedgpt.data.tables import Unfit, read_rows
+from pedgpt.data.tables import Unfit, files_of, format_of, read_rows
 from pedgpt.evaluation.agreement import LIMITS, bootstrap, resampled_means
 from pedgpt.evaluation.likelihood import option_logps
 from pedgpt.evaluation.responses import Question

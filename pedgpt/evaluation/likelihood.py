@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pedgpt.data.chat import IGNORE_INDEX, ChatFormat
-from pedgpt.data.examples import Messages, encode_conversation
+from pedgpt.data.examples import Example, Messages, encode_conversation
 from pedgpt.data.packing import Batch, Row, collate, padded
 from pedgpt.data.preference import EncodedPair, PreferenceBatch, collate_pairs
 from pedgpt.data.records import Message
@@ -64,16 +64,16 @@ def option_logps(
             examples = [encode_conversation(talk, chat, last_only=True) for talk in talks]
             # The last token before an option predicts its first one, so each branch begins with that token.
             shared = next(i for i, label in enumerate(examples[0].labels) if label != IGNORE_INDEX)
-            row, branch = Row(examples[0].tokens[:shared], [IGNORE_INDEX] * shared, []), [0] * shared
+            row, branch = Example(examples[0].tokens[:shared], [IGNORE_INDEX] * shared), [0] * shared
             for number, one in enumerate(examples, 1):
                 labels = [IGNORE_INDEX if label in chat.stop_tokens else label for label in one.labels[shared:]]
                 row.tokens.extend(one.tokens[shared:])
                 row.labels.extend(labels)
                 branch += [number] * len(labels)
-            rows.append(Row(row.tokens, row.labels, [0] * len(branch)))
+            rows.append([row])
             branches.append(branch)
         batch = collate(rows, range(len(rows)))
-        tree = padded(branches, batch.tokens.shape[1], 0)
+        tree = padded(branches, 0)
         logps = _token_logps(model, batch, tree).cpu().double()
         for number, (_, options) in enumerate(chunk):
             sums = torch.zeros(len(options) + 1, dtype=torch.float64).index_add_(0, tree[number], logps[number])

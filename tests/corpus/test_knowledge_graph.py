@@ -16,7 +16,7 @@ from pedgpt.corpus.builders.knowledge_graph import (
     two_hop,
     verbalize,
 )
-from pedgpt.data import Triple, read_triples
+from pedgpt.data import Triple, iter_records
 from pedgpt.data.tasks import EVIDIAG, MEDKQA, TRERECOM
 
 SAMPLE = Path(__file__).resolve().parents[2] / "recipes" / "sample_corpus" / "knowledge_graph.tsv"
@@ -160,7 +160,7 @@ def test_no_placeholder_is_left_and_the_same_graph_gives_the_same_rows():
 
 @pytest.fixture(scope="module")
 def sample():
-    return diseases(read_triples(SAMPLE))
+    return diseases(list(iter_records(SAMPLE, "triples")))
 
 
 def test_two_hops_from_symptoms_that_one_disease_alone_has(sample):

@@ -7,12 +7,17 @@ import pytest
 
 from pedgpt.data.readers import (
     BadRow,
+    iter_records,
     read_conversations,
     read_documents,
     read_preferences,
-    read_triples,
 )
 from pedgpt.data.records import ReadSummary
+
+
+def read_triples(path, **settings):
+    return list(iter_records(path, "triples", **settings))
+
 
 READERS = {
     "documents": read_documents,

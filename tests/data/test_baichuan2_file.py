@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pedgpt.data import Message, chat_format, encode_prompt, load_tokenizer
+from pedgpt.data import Message, Tokenizer, chat_format, encode_prompt, load_tokenizer
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
@@ -67,7 +67,7 @@ def test_reserved_pieces_decode_to_nothing_and_all_others_to_their_text(ours, or
 
 
 def test_the_llama_export_gives_the_same_ids(ours, tmp_path):
-    ours.save(tmp_path, convert=True)
+    Tokenizer(ours.backend, ours.config).save(tmp_path)
     exported = load_tokenizer(tmp_path)
     for text in (" Treasearch", "孩子发烧38.5度，咳嗽三天", "▁experienceed 😀", "</s><reserved_107>"):
         assert exported.encode(text) == ours.encode(text)

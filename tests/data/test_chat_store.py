@@ -17,7 +17,6 @@ from pedgpt.data import (
     StoredPairs,
     TokenStore,
     chat_format,
-    read_summary,
     write_chats,
 )
 from pedgpt.data.chat import IGNORE_INDEX
@@ -95,6 +94,12 @@ def packed_by_insertion(examples, row_length):
     return rows
 
 
+def columns(row):
+    """Tokens, labels and documents of a row's examples end to end."""
+    numbers = [number for number, one in enumerate(row) for _ in one.tokens]
+    return [token for one in row for token in one.tokens], [label for one in row for label in one.labels], numbers
+
+
 @pytest.mark.parametrize("row_length", [24, 40, 96])
 def test_rows_match_lists_in_memory_packed_by_insertion(tmp_path, chat, row_length):
     talks = talks_of(random.Random(row_length), 2500)  # more than one batch
@@ -105,7 +110,7 @@ def test_rows_match_lists_in_memory_packed_by_insertion(tmp_path, chat, row_leng
     (opened, none), _ = made(tmp_path, "conversations", {"train": paths, "heldout": []}, chat, **settings)
     rows = PackedRows(opened, None, row_length)
     found = [rows.row(i) for i in range(len(rows))]
-    assert [(row.tokens, row.labels, row.documents) for row in found] == expected and len(found) > 100
+    assert [columns(row) for row in found] == expected and len(found) > 100
     assert len(PackedRows(none, None, row_length)) == 0
     batch = rows.batch([3, 0], [7, 8])
     assert batch.row_ids.tolist() == [7, 8] and batch.tokens[1, : len(expected[0][0])].tolist() == expected[0][0]
@@ -138,8 +143,9 @@ def test_a_token_takes_at_most_eight_bytes(tmp_path, chat, monkeypatch, name, by
 def test_a_store_is_used_again_exactly_if_nothing_it_depends_on_has_changed(tmp_path, chat, tokenizers_by_name):
     paths = [write(tmp_path / "a.jsonl", talks_of(random.Random(2), 9))]
     other = chat_format(tokenizers_by_name["qwen"])
-    silent, ended = chat_format(tokenizers_by_name["baichuan"]), chat_format(tokenizers_by_name["baichuan"])
-    silent.enable_thinking, ended.today = False, "2026-03-31"
+    silent = chat_format(tokenizers_by_name["baichuan"], enable_thinking=False)
+    ended = chat_format(tokenizers_by_name["baichuan"])
+    ended.today = "2026-03-31"
     usual = {"kind": "conversations", "files": {"train": paths}, "chat": chat}
 
     def done(**changes):
@@ -222,7 +228,7 @@ def test_what_was_skipped_and_cut_is_told_again_by_a_store_that_was_there(tmp_pa
     for expected in (5 if kind == "conversations" else 10, 0):
         stores, done = made(tmp_path, kind, {"train": [path], "heldout": []}, chat, **settings)
         assert done == expected
-        told.append(read_summary(*stores).describe())
+        told.append((stores[0].summary + stores[1].summary).describe())
     assert told[0] == told[1] and re.search(rf"{path} +5 +1\n1 skipped, .*{path}:2\n", told[0])
     assert told[0].endswith(f"1 over-long, cut to fit: {path}:6")
     with pytest.raises(ValueError, match=f"{path}:2: "):

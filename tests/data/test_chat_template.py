@@ -358,15 +358,15 @@ def test_empty_system_text_gives_what_transformers_gives(cases):
 AUTO = {  # tokenizer, template, the format that is picked
     "no template": ("chatml", None, "ChatML"),
     "the template that a run wrote": ("chatml", BUILT_IN["chatml"].jinja, "ChatML"),
-    "template of the same ids": ("chatml", GENERATION, "TemplateChat"),
-    "llama 3's own": ("llama3", LLAMA3, "TemplateChat"),
-    "default system text": ("chatml", QWEN25, "TemplateChat"),
-    "stub only in the last answer": ("chatml", QWEN3, "TemplateChat"),
-    "dates": ("llama3", LLAMA31, "TemplateChat"),
-    "role tokens, but a template that trims": ("chatml", GENERATION.replace("] }}", "] | trim }}"), "TemplateChat"),
-    "no role tokens": ("llama2_first", LLAMA2, "TemplateChat"),
-    "no role tokens, no system text": ("llama2_prepend", MISTRAL, "TemplateChat"),
-    "a template that fails": ("chatml", "{{ raise_exception('no') }}", "TemplateChat"),
+    "template of the same ids": ("chatml", GENERATION, "ChatFormat"),
+    "llama 3's own": ("llama3", LLAMA3, "ChatFormat"),
+    "default system text": ("chatml", QWEN25, "ChatFormat"),
+    "stub only in the last answer": ("chatml", QWEN3, "ChatFormat"),
+    "dates": ("llama3", LLAMA31, "ChatFormat"),
+    "role tokens, but a template that trims": ("chatml", GENERATION.replace("] }}", "] | trim }}"), "ChatFormat"),
+    "no role tokens": ("llama2_first", LLAMA2, "ChatFormat"),
+    "no role tokens, no system text": ("llama2_prepend", MISTRAL, "ChatFormat"),
+    "a template that fails": ("chatml", "{{ raise_exception('no') }}", "ChatFormat"),
 }
 
 

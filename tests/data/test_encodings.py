@@ -8,11 +8,16 @@ import pytest
 from pedgpt.data.readers import (
     BadRow,
     detect_kind,
+    iter_records,
     read_conversations,
     read_documents,
-    read_triples,
 )
 from pedgpt.data.records import Conversation, Document, Message, ReadSummary, Triple
+
+
+def read_triples(path, **settings):
+    return list(iter_records(path, "triples", **settings))
+
 
 QA = [{"question": f"第{n}个问题：孩子发烧怎么办？", "answer": f"第{n}个回答：多喝水，观察体温。"} for n in range(3)]
 SAID = [(row["question"], row["answer"]) for row in QA]

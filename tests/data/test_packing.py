@@ -21,9 +21,8 @@ from pedgpt.data import (
     encode_conversations,
     encode_document,
     pack,
-    utilization,
 )
-from pedgpt.data.packing import Row, best_fit, best_fit_arrays
+from pedgpt.data.packing import best_fit, best_fit_arrays
 
 IGNORED, PADDING = -100, -1
 
@@ -38,13 +37,8 @@ def examples_of(lengths):
 
 
 def parts(row):
-    """(tokens, labels) of each document of a row, by its document ids."""
-    numbers = sorted(set(row.documents))
-    return [
-        tuple(tuple(value for value, d in zip(values, row.documents, strict=True) if d == number)
-              for values in (row.tokens, row.labels))
-        for number in numbers
-    ]  # fmt: skip
+    """(tokens, labels) of each document of a row."""
+    return [(tuple(one.tokens), tuple(one.labels)) for one in row]
 
 
 def sorted_rows(rows):
@@ -116,11 +110,12 @@ def test_every_example_is_in_exactly_one_row_and_whole(case):
     packed = Counter(part for row in rows for part in parts(row))
     assert packed == Counter((tuple(e.tokens), tuple(e.labels)) for e in examples if e.tokens)
     for row in rows:
-        assert 0 < len(row.tokens) == len(row.labels) == len(row.documents) <= row_length
-        numbers = [number for number, _ in itertools.groupby(row.documents)]
+        batch = collate([row], [0])
+        assert 0 < batch.tokens.shape[1] == batch.labels.shape[1] == batch.documents.shape[1] <= row_length
+        numbers = [number for number, _ in itertools.groupby(batch.documents[0].tolist())]
         assert numbers == list(range(len(numbers)))  # contiguous, counted from 0
     assert rows == pack(examples, row_length)
-    members = sorted(sorted(Counter(row.documents).values()) for row in rows)
+    members = sorted(sorted(len(one.tokens) for one in row) for row in rows)
     assert members == best_fit_decreasing(lengths, row_length)
 
 
@@ -129,9 +124,7 @@ def test_rows_are_well_used_on_realistic_lengths():
     for row_length, median in ((4096, 300), (512, 90), (2048, 700)):
         lengths = [min(row_length, int(rng.lognormvariate(0, 0.9) * median) + 1) for _ in range(1500)]
         rows = pack(examples_of(lengths), row_length)
-        assert utilization(rows, row_length) == sum(lengths) / (len(rows) * row_length) >= 0.97
-    assert utilization([], 8) == 0
-    assert utilization([Row([1, 2], [3, 4], [0, 0]), Row([5], [6], [0])], 4) == 3 / 8
+        assert sum(lengths) / (len(rows) * row_length) >= 0.97
 
 
 def test_too_long_example_is_an_error_that_names_it():
@@ -170,7 +163,7 @@ def test_documents_by_hand(ids, eos, row_length, expected):
 
 
 def test_collate_pads_on_the_right_with_a_document_of_its_own():
-    rows = [Row([5, 6, 7], [6, IGNORED, 8], [0, 0, 1]), Row([9], [10], [0])]
+    rows = [[Example([5, 6], [6, IGNORED]), Example([7], [8])], [Example([9], [10])]]
     batch = collate(rows, [40, 17])
     assert batch.tokens.tolist() == [[5, 6, 7], [9, 0, 0]]
     assert batch.labels.tolist() == [[6, IGNORED, 8], [10, IGNORED, IGNORED]]
@@ -181,13 +174,13 @@ def test_collate_pads_on_the_right_with_a_document_of_its_own():
 
 
 def test_collate_leaves_the_rows_alone():
-    rows = [Row([5, 6], [6, 7], [0, 0]), Row([9], [10], [0])]
+    rows = [[Example([5, 6], [6, 7])], [Example([9], [10])]]
     collate(rows, [0, 1])
-    assert rows[1] == Row([9], [10], [0])
+    assert rows[1] == [Example([9], [10])]
 
 
 def test_batch_moves_every_tensor():
-    batch = collate([Row([5, 6], [6, 7], [0, 0])], [3]).to(torch.device("meta"))
+    batch = collate([[Example([5, 6], [6, 7])]], [3]).to(torch.device("meta"))
     assert {batch.tokens.device.type, batch.labels.device.type} == {"meta"}
     assert {batch.documents.device.type, batch.row_ids.device.type} == {"meta"}
     assert batch.weight == 2

@@ -8,12 +8,17 @@ import pytest
 from pedgpt.data.readers import (
     BadRow,
     detect_kind,
+    iter_records,
     read_conversations,
     read_documents,
     read_preferences,
-    read_triples,
 )
 from pedgpt.data.records import Conversation, Document, Message, PreferencePair, ReadSummary, Triple
+
+
+def read_triples(path, **settings):
+    return list(iter_records(path, "triples", **settings))
+
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 READERS = {

@@ -29,7 +29,7 @@ from pedgpt.data import (
 )
 from pedgpt.data import store as token_store
 from pedgpt.data.preference import EncodedPair
-from pedgpt.data.reference import chat_fingerprint, load_reference, reference_key, save_reference
+from pedgpt.data.reference import load_reference, reference_key, save_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = {"model": "0123", "tokenizer": "4567", "chat_format": "ChatML", "data": "89ab", "dtype": "float32"}
@@ -212,7 +212,7 @@ def fingerprint(pairs, tokenizer):
 
     def encode(source, summary):
         if examples:
-            yield [one.tokens for one in examples], [one.labels for one in examples]
+            yield examples
 
     with tempfile.TemporaryDirectory() as folder:
         source = TextSource("files", "preferences", "preferences", ())
@@ -231,7 +231,7 @@ def test_each_part_of_the_key_changes_with_its_own_cause(folder, path):
     chat = chat_format(load_tokenizer(folder), "chatml")
     first, second = encoded(chat)
     key = key_of(folder, pairs=[first, second])
-    assert key["chat_format"] == "ChatML" and key["dtype"] == "float32" and key["model"] == "m"
+    assert key["chat_format"].startswith("ChatML ") and key["dtype"] == "float32" and key["model"] == "m"
     assert differing(key, key_of(folder)) == set()
 
     assert differing(key, key_of(folder, model="other")) == {"model"}
@@ -297,16 +297,16 @@ def test_the_text_of_a_template_counts_not_its_file(folder):
         if name == "jinja":
             file.write_text(text, encoding="utf-8")
         changed_json(config, lambda state: state.update(chat_template="unused" if name == "jinja" else text))
-        return chat_fingerprint(chat_format(load_tokenizer(folder), "template"))
+        return chat_format(load_tokenizer(folder), "template").fingerprint
 
     here = template(TEMPLATE)
-    assert here.startswith("TemplateChat ") and template(TEMPLATE, "jinja") == here == template(TEMPLATE)
+    assert here.startswith("ChatFormat ") and template(TEMPLATE, "jinja") == here == template(TEMPLATE)
     # The same tokens for these conversations, and perhaps not for others.
     others = [template(TEMPLATE + "{# #}"), template(TEMPLATE.replace(": ", " : "))]
     assert len({here, *others}) == 3
     changed_json(config, lambda state: state.update(chat_template=TEMPLATE, bos_token="<|endoftext|>"))
-    assert chat_fingerprint(chat_format(load_tokenizer(folder), "template")) != here
-    assert chat_fingerprint(chat_format(load_tokenizer(folder), "chatml")) == "ChatML"
+    assert chat_format(load_tokenizer(folder), "template").fingerprint != here
+    assert chat_format(load_tokenizer(folder), "chatml").fingerprint.startswith("ChatML ")
 
 
 @pytest.mark.parametrize("name", ["chatml", "template"])

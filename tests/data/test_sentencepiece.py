@@ -36,10 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "user_defined_symbols": ["<reserved_106>", "<reserved_107>", "<sep>", "<sep>x", "\n\n", "▁▁▁"],
     },
     "llama2": IDENTITY | EXACT_SPACES | {"split_digits": True, "byte_fallback": True, "pad_id": 3},
-    "identity_squeezed": IDENTITY | {"byte_fallback": True},
-    "user_squeezed": IDENTITY | {"add_dummy_prefix": False, "user_defined_symbols": ["<sep>", "\n\n"]},
     "across_words": IDENTITY | EXACT_SPACES | {"split_by_whitespace": False, "split_by_unicode_script": False},
-    "default": IDENTITY | {"control_symbols": ["[INST]"]},
+    "no_bytes": IDENTITY | EXACT_SPACES | {"control_symbols": ["[INST]"]},
 }
 
 
@@ -116,7 +114,7 @@ def test_ids_and_text_match_sentencepiece(train: Callable[..., Path], name: str)
 
 
 def test_special_ids_and_unknown_pieces_decode_as_in_sentencepiece(train: Callable[..., Path]) -> None:
-    for name in ("baichuan2", "llama2", "default"):
+    for name in ("baichuan2", "llama2", "no_bytes"):
         oracle = sentencepiece.SentencePieceProcessor(model_file=str(train(name)))
         tokenizer = convert_sentencepiece(train(name))
         words = oracle.encode("宝宝 fever")
@@ -184,6 +182,7 @@ REFUSED = {
     "unescaped spaces": (HEAD + TAIL + field(3, field(5, 0)), "escape_whitespaces"),
     "another unknown text": (HEAD + TAIL + field(2, field(44, b"?")), "its unk_surface is b'.'"),
     "characters that change": (HEAD + TAIL + field(3, field(2, b"\x00\x04\x00\x00abc")), "its charsmap is"),
+    "spaces that are removed": (HEAD + TAIL + field(3, field(4, 1)), "its remove_extra_whitespaces is 1"),
     "denormalizer": (HEAD + TAIL + field(5, field(2, b"xxxx")), "denormalizer"),
     "unused pieces": (HEAD + LETTERS + piece("ab", -1.0, kind=5) + TAIL, "piece 'ab' of type 5"),
     "a letter that is no piece": (HEAD + LETTERS + piece("abc") + TAIL, "'c', which is not a piece"),

@@ -25,13 +25,12 @@ from pedgpt.data import (
     part_shares,
     read_conversations,
     read_documents,
-    read_triples,
     train_tokenizer,
     write_tokens,
 )
 from pedgpt.data.hybrid import SURFACE_FORMS, as_completion
 from pedgpt.data.manifest import DOMAIN, INSTRUCTIONS
-from pedgpt.data.readers import detect_kind
+from pedgpt.data.readers import detect_kind, iter_records
 from pedgpt.training import BatchPlan
 
 SAMPLE = Path(__file__).parents[2] / "recipes" / "sample_corpus"
@@ -71,12 +70,8 @@ def store_of(folder, sources, tokenizer=None, **settings):
 
 
 def parts(row):
-    """(tokens, labels) of each document of a row, by its document ids."""
-    return [
-        tuple(tuple(value for value, d in zip(values, row.documents, strict=True) if d == number)
-              for values in (row.tokens, row.labels))
-        for number in sorted(set(row.documents))
-    ]  # fmt: skip
+    """(tokens, labels) of each document of a row."""
+    return [(tuple(one.tokens), tuple(one.labels)) for one in row]
 
 
 @given(
@@ -101,9 +96,8 @@ def test_documents_come_out_whole_once_in_some_row(counts, row_length, eos, pref
             expected[tuple(piece[:-1]), tuple(piece[1:])] += 1
     assert Counter(part for row in found for part in parts(row)) == expected
     for row in found:
-        assert 0 < len(row.tokens) == len(row.labels) == len(row.documents) <= row_length
-        assert row.documents == sorted(row.documents)
-    total = sum(len(row.tokens) for row in found)
+        assert 0 < sum(len(one.tokens) for one in row) == sum(len(one.labels) for one in row) <= row_length
+    total = sum(len(one.tokens) for row in found for one in row)
     assert rows.utilization == pytest.approx(total / max(1, len(found) * row_length))
 
 
@@ -112,8 +106,8 @@ def test_a_token_takes_two_bytes_where_the_vocabulary_allows(tmp_path, vocab_siz
     store, _ = store_of(tmp_path, documents_of(tmp_path, [(vocab_size - 3, 3)]), Counting(vocab_size))
     assert store.tokens.tolist() == [vocab_size - 3, vocab_size - 2, vocab_size - 1, EOS]
     assert (tmp_path / "store" / "tokens.bin").stat().st_size == 4 * bytes_each
-    row = PackedRows(store, np.array([0]), 9).row(0)
-    assert (row.tokens, row.labels) == ([vocab_size - 3, vocab_size - 2, vocab_size - 1],
+    (one,) = PackedRows(store, np.array([0]), 9).row(0)
+    assert (one.tokens, one.labels) == ([vocab_size - 3, vocab_size - 2, vocab_size - 1],
                                         [vocab_size - 2, vocab_size - 1, EOS])  # fmt: skip
 
 
@@ -138,7 +132,8 @@ def test_rows_are_well_used_on_realistic_lengths(tmp_path):
 
 def test_rows_of_the_sample_corpus_are_well_used(tmp_path):
     """Its text, conversations, and triples as short sentences, as build_corpus.py makes such of them too."""
-    facts = [f"{fact.head}的{fact.relation}：{fact.tail}。" for fact in read_triples(SAMPLE / "knowledge_graph.tsv")]
+    triples = iter_records(SAMPLE / "knowledge_graph.tsv", "triples")
+    facts = [f"{fact.head}的{fact.relation}：{fact.tail}。" for fact in triples]
     (tmp_path / "facts.jsonl").write_text("".join(f'{{"text": "{fact}"}}\n' for fact in facts), encoding="utf-8")
     kinds = {path: detect_kind(path) for path in (*sorted(SAMPLE.glob("*.jsonl")), tmp_path / "facts.jsonl")}
     parts = {"documents": DOMAIN, "conversations": INSTRUCTIONS}
@@ -290,7 +285,7 @@ def step_of(plan, rows, step, size):
     batches = [batch for rank in range(size) for batch in plan.micro_batches(step, rank, size)]
     read = {i: rows.row(row) for numbers, ids in batches for row, i in zip(numbers, ids, strict=True)}
     assert len(read) == sum(len(numbers) for numbers, _ in batches)  # none twice
-    return [(i, row.tokens, row.labels, row.documents) for i, row in sorted(read.items())]
+    return [(i, parts(row)) for i, row in sorted(read.items())]
 
 
 def test_a_run_resumed_at_any_step_on_any_number_of_ranks_reads_exactly_the_rest(tmp_path):
@@ -354,7 +349,7 @@ store = TokenStore(folder)
 mixture = mix(store.sources, store.sizes(), part_shares(0.0, 9.0, store.parts()), total_tokens=0, seed=0)
 rows = PackedRows(store, mixture.order, 4096)
 assert sum(store.counts) == count and rows.utilization > 0.99
-tokens = sum(len(rows.row(i).tokens) for i in range(0, len(rows), 4))
+tokens = sum(len(one.tokens) for i in range(0, len(rows), 4) for one in rows.row(i))
 assert 4 * tokens > 0.98 * sum(mixture.tokens.values()) and sum(mixture.tokens.values()) > 20 * count
 print(written - before, peak() - before)
 """

@@ -6,9 +6,7 @@ import math
 import pytest
 import torch
 
-from pedgpt.data import Message, chat_format, encode_prompt, train_tokenizer
-from pedgpt.data.examples import Example
-from pedgpt.data.packing import Row, pack
+from pedgpt.data import Example, Message, chat_format, encode_prompt, pack, train_tokenizer
 from pedgpt.data.preference import EncodedPair
 from pedgpt.evaluation.likelihood import document_losses, option_logps, pair_logps, perplexity, preference_scores
 from pedgpt.models import ModelConfig, Transformer
@@ -57,7 +55,7 @@ def some_examples(lengths, seed=0):
 def test_perplexity_matches_float64_by_hand(model, batch_size):
     examples = some_examples([7, 12, 1, 5, 20, 3, 9, 16, 2])
     rows = pack(examples, 20)
-    assert max(len(set(row.documents)) for row in rows) > 2 and len({len(row.tokens) for row in rows}) > 1
+    assert max(map(len, rows)) > 2 and len({sum(len(one.tokens) for one in row) for row in rows}) > 1
     logps = [value for example in examples for value in logps_by_hand(model, example)]
     expected = math.exp(-sum(logps) / len(logps))
     assert perplexity(model, rows, batch_size) == pytest.approx(expected, rel=2e-6)
@@ -75,7 +73,7 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary(model):
     assert perplexity(uniform, pack(some_examples([5, 9]), 16)) == pytest.approx(VOCABULARY, rel=1e-6)
 
 
-@pytest.mark.parametrize("rows", [[], [Row([1, 2], [IGNORED, IGNORED], [0, 0])]])
+@pytest.mark.parametrize("rows", [[], [[Example([1, 2], [IGNORED, IGNORED])]]])
 def test_perplexity_of_nothing_is_an_error(model, rows):
     with pytest.raises(ValueError, match="supervised token"):
         perplexity(model, rows)
