@@ -97,7 +97,7 @@ def child(name: str, flags: list[str]) -> None:
     toy = Path(config.output) / "toy"
     if world.is_main:
         save_model(Transformer(ModelConfig.from_hf(TOY)), toy)
-    training.distributed.barrier(world)
+    training.distributed.all_values(None, world)  # wait for the first rank
 
     def train(settings) -> None:
         model, loss_function = module.model_and_loss(settings, world)
@@ -127,7 +127,7 @@ def main() -> None:
 
     from pedgpt.models import ModelConfig, Transformer, save_model
     from pedgpt.training import parse_settings
-    from pedgpt.training.plan import LIBRARIES, cards, count, peak
+    from pedgpt.training.plan import LIBRARIES, cards, count
 
     off, allowed = 0, 0.05 if arguments.billion else 0.1
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -145,7 +145,7 @@ def main() -> None:
             module, make_batch = recipe(name)
             config = parse_settings(module.Config, flags)
             ranks, _ = cards(config.plan)
-            planned = peak(count(module.model_and_loss, make_batch, config, ranks)) - LIBRARIES
+            planned = sum(count(module.model_and_loss, make_batch, config).values()) - LIBRARIES
             launch = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split() * (ranks > 1)
             command = [sys.executable, *launch, __file__, "--child", name, *flags]
             done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -31,12 +31,12 @@ COLUMNS = {  # title: (recipe, flags)
 def gigabytes(model: str, name: str, flags: str) -> float:
     """The peak of a step on one card."""
     from pedgpt.training import parse_settings
-    from pedgpt.training.plan import GB, count, peak
+    from pedgpt.training.plan import GB, count
 
     module, make_batch = recipe(name)
     place = f"--model {ROOT / 'recipes/configs' / model} --plan 1 --device cuda --dtype bfloat16"
     config = parse_settings(module.Config, f"{place} {COMMON} {flags}".split())
-    return peak(count(module.model_and_loss, make_batch, config)) / GB
+    return sum(count(module.model_and_loss, make_batch, config).values()) / GB
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from pedgpt import adapters, models, training
 from pedgpt.data import ChatFormat, PackedRows, packed_chats
-from pedgpt.kernels.cpu import products
 from pedgpt.kernels.quantized import QuantizedLinear, parameter_count
 from pedgpt.losses import IGNORE_INDEX
 from pedgpt.training import World
@@ -127,8 +126,8 @@ def chat_rows(config: Any, world: World) -> tuple[ChatFormat, PackedRows, Packed
 
     The first rank makes the token ids, and all ranks map them.
     """
-    today = config.template_date or training.run_date(config.output, world)
-    chat = config.load_chat(today, models.ModelConfig.from_hf)
+    today = training.settle_run(config.output, world)
+    chat = config.load_chat(config.template_date or today, models.ModelConfig.from_hf)
     files = {"train": config.instructions, "heldout": config.heldout_instructions}
     rows, heldout = packed_chats(config, chat, lambda steps: training.run_on_main(steps, world), **files)
     return chat, rows, heldout
@@ -156,7 +155,6 @@ def train(
     if config.from_adapter and not config.any_base:
         kind = models.weights_format(config.model, config.quantize)
         adapters.check_base(config.from_adapter, config.model, base, kind)
-    choices = training.run_choices(config.output, world, products.settle, products.use)
 
     model, loss_function = model_and_loss(config, world)
     fill(model, config, world)
@@ -164,7 +162,7 @@ def train(
         prepare(model, name)
 
     evaluate = training.evaluation(model, heldout, loss_function, config, world)
-    run = {"evaluate": evaluate, "fingerprint": data, "choices": choices, **options}
+    run = {"evaluate": evaluate, "fingerprint": data, **options}
     training.train(model, plan, rows.batch, loss_function, config, world, **run)
 
     folder = Path(config.output) / ("model" if whole else "adapter")

@@ -67,6 +67,7 @@ def main(config: Config) -> None:
     if not config.corpus and not config.text and config.instruction_share < 1:
         raise ValueError("missing setting: text; give --text and --instructions with files, or --corpus with a folder")
     world = training.start(config.device)
+    training.settle_run(config.output, world)
 
     # Data: each source as token ids on disk, mixed by share, packed into rows.
     tokenizer = load_tokenizer(config.model)

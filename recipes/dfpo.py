@@ -19,7 +19,7 @@ import torch
 from pedgpt import data, stage, training
 from pedgpt.losses import check_dfpo_settings, linear_dfpo_loss, linear_sequence_logps
 from pedgpt.models import ModelConfig
-from pedgpt.training.distributed import autocast, gather_rows, sum_over_ranks
+from pedgpt.training.distributed import all_values, autocast, sum_over_ranks
 from pedgpt.training.plan import print_plan
 
 METRICS = (  # means over pairs; the last two over both responses of a pair, each the mean of its tokens
@@ -88,8 +88,9 @@ def reference_logps(model, pairs, config: Config, world: training.World):
             logps = response_logps(model, pairs.batch(mine, range(len(mine))).to(world.device))
             part = logps.new_zeros(config.micro_batch_size, 2)
             part[: len(mine)] = logps[: 2 * len(mine)].view(2, len(mine)).T
-            parts.append(gather_rows(part, world))
-    return torch.cat(parts).cpu()[: len(pairs)] if parts else torch.zeros(0, 2)
+            parts.append(part)
+    mine = torch.cat(parts).cpu() if parts else torch.zeros(0, 2)
+    return torch.stack(all_values(mine, world), 1).flatten(0, 1)[: len(pairs)]
 
 
 @data.discards_tokens
@@ -102,8 +103,8 @@ def main(config: Config) -> None:
     dtype = getattr(torch, config.dtype)
 
     # Data: token ids on disk, made by the first rank and mapped by all.
-    today = config.template_date or training.run_date(config.output, world)
-    chat = config.load_chat(today, ModelConfig.from_hf)
+    today = training.settle_run(config.output, world)
+    chat = config.load_chat(config.template_date or today, ModelConfig.from_hf)
     files = {"train": config.preferences, "heldout": config.heldout_preferences}
     tokens = Path(config.output) / "tokens"
     training.run_on_main(data.write_chats(tokens, "preferences", files, chat, config), world)

@@ -2,8 +2,8 @@
 
 from pedgpt.training.batches import BatchPlan
 from pedgpt.training.config import TrainingSettings, make_printable, parse_settings, run_recipe
-from pedgpt.training.distributed import World, gather_rows, gather_weights, run_on_main, shard, start, stop
-from pedgpt.training.loop import evaluation, finish, is_finished, mean_loss, run_choices, run_date, train
+from pedgpt.training.distributed import World, gather_weights, run_on_main, shard, start, stop
+from pedgpt.training.loop import evaluation, finish, is_finished, settle_run, train
 from pedgpt.training.metrics import ChosenLikelihoodWatch
 
 __all__ = [
@@ -13,16 +13,13 @@ __all__ = [
     "World",
     "evaluation",
     "finish",
-    "gather_rows",
     "gather_weights",
     "is_finished",
     "make_printable",
-    "mean_loss",
     "parse_settings",
-    "run_choices",
-    "run_date",
     "run_on_main",
     "run_recipe",
+    "settle_run",
     "shard",
     "start",
     "stop",

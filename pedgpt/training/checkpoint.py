@@ -1,112 +1,206 @@
-"""Checkpoints to resume from: torch.distributed.checkpoint, written aside, renamed when complete, checked when read.
+"""Checkpoints to resume from: each rank's tensors, written aside, renamed when complete, checked when read.
 
-A checkpoint is a folder step_N with one `.distcp` file a rank, their index `.metadata`, `state.json` with what must
-match on resuming, and `checksums.json` with the size and the CRC-32 of each of them.
+A checkpoint is a folder step_N. The file of a rank holds its rows of every tensor that is split over the ranks; the
+first one also holds what is not split. `state.json` says what must match on resuming, and `checksums.json` has the
+SHA-256 of all these files. They are read with `weights_only=True`, so nothing in them is run as code.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
+import math
 import os
-import pickle
 import shutil
-import warnings
-import zlib
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
-from pedgpt.files import DiskFull, naming_full_disk, publish, write_json
+from pedgpt.files import DiskFull, naming_full_disk, publish, sync, write_json
+from pedgpt.kernels.cpu import products
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, all_values, barrier, together, trained
+from pedgpt.training.distributed import World, all_values, first_row, local, together, trained
 
-_STATE, _INDEX, _SUMS = "state.json", ".metadata", "checksums.json"
+_STATE, _SUMS = "state.json", "checksums.json"
+_NAME = "step_" + 7 * "[0-9]"
 # Settings that only say where the data and the base model lie: they may change if the fingerprint is the same.
 _PLACES = {"model", "from_adapter", "corpus", "text", "general_text", "instructions", "preferences"}
 _CONTENT = "rows_and_base_model"
+# checkpoint_every = "auto" waits _SECONDS, or _TIMES as long as writing takes (5 % of the time) if that is longer.
+_SECONDS, _TIMES = 600.0, 20
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    run: Mapping[str, Any],
-    world: World,
-    choices: Mapping[str, bool] | None = None,
-) -> None:
-    """Write `folder`/step_N with every trained tensor, the optimizer's state and `run`, what must match on resuming.
+@dataclass
+class Checkpoints:
+    """Checkpoints of one run in a folder, of which the last `keep` stay. All ranks call the same methods.
 
-    `choices` is kept beside it, for `run_choices`. Without an optimizer the checkpoint holds weights only.
-    The folder gets its name only when it is complete and on disk, so that a run that dies at any moment leaves the one
-    before. Called on all ranks; each writes its own part.
+    `run` is what must match on resuming. Without an optimizer they hold weights only.
     """
-    target = folder / f"step_{step:07d}"
-    temporary = folder / f".{target.name}.tmp"
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier(world)
-    tensors, places = _contents(model, optimizer)
-    numbers = {name: values[key] for name, (values, key) in places.items()}
-    state = {"step": step, "run": run, "choices": choices or {}, "optimizer": _settings(optimizer), "numbers": numbers}
-    try:
-        with _plain_errors():
-            dcp.save(tensors, checkpoint_id=temporary, storage_writer=_Writer(temporary), no_dist=world.size == 1)
-        written = {file.name: _checksum(file) for file in temporary.glob(f"__{world.rank}_*")}
-        sums = {name: pair for files in all_values(written, world) for name, pair in files.items()}
-        with together(world, DiskFull(f"{target}: cannot be written; the first rank says why")):
+
+    folder: Path
+    keep: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    run: Mapping[str, Any]
+    world: World
+
+    def __post_init__(self) -> None:
+        self.run = {**self.run, **_settings(self.optimizer)}
+
+    def save(self, step: int, **notes: Any) -> None:
+        """Write `folder`/step_N with every trained tensor and the optimizer's state; `notes` go into its state.json.
+
+        The folder gets its name only when it is complete and on disk, so that a run that dies at any moment leaves the
+        one before. Each rank writes its own part.
+        """
+        world, target = self.world, self.folder / f"step_{step:07d}"
+        temporary = target.with_name(f".{target.name}.tmp")
+        elsewhere = DiskFull(f"{target}: cannot be written; another rank says why")
+        with together(world, elsewhere):
             if world.is_main:
-                write_json(temporary / _STATE, state)
-                write_json(temporary / _SUMS, sums | {name: _checksum(temporary / name) for name in (_INDEX, _STATE)})
-                remove_checkpoint(target)
-                publish(temporary, target)
-    finally:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        file = temporary / f"rank_{world.rank:05d}.pt"
+        values = {name: found[key] for name, (found, key) in self._contents().items()}
+        part = {name: local(value) for name, value in values.items() if world.is_main or isinstance(value, DTensor)}
+        try:
+            with together(world, elsewhere):
+                with naming_full_disk(file), open(file, "wb") as handle:
+                    torch.save(part, handle)
+                sync(file)
+            sums = dict(all_values((file.name, _checksum(file)), world))
+            with together(world, elsewhere):
+                if world.is_main:
+                    write_json(temporary / _STATE, {"step": step, "run": self.run, **notes})
+                    write_json(temporary / _SUMS, {**sums, _STATE: _checksum(temporary / _STATE)})
+                    if target.exists():
+                        _hide(target)
+                    publish(temporary, target)
+                    prune_checkpoints(self.folder, self.keep)
+        finally:
+            if world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Fill the trained tensors and the optimizer from a checkpoint; returns its state, with "step" and the notes.
+
+        Works with another number of ranks. Raises ValueError if a file of the checkpoint is damaged, and if the run or
+        the optimizer differs from what it was written with, naming each difference.
+        """
+        world, state = self.world, read_state(checkpoint)
+        refuse_changes(state["run"], self.run, checkpoint)  # before gigabytes are read: it is the user's mistake
+        contents = self._contents()
+        with together(world, ValueError(f"{checkpoint}: cannot be read; another rank says why")), _naming(checkpoint):
+            files = sorted(json.loads((checkpoint / _SUMS).read_bytes()).keys() - {_STATE})
+            for name in files[world.rank :: world.size]:  # The ranks share the reading.
+                _verify(checkpoint, name)
+            parts = [torch.load(checkpoint / name, "cpu", weights_only=True, mmap=True) for name in files]
+            for name, (values, key) in contents.items():
+                found = [part[name] for part in parts if name in part]
+                if isinstance(values[key], Tensor):
+                    _fill(name, values[key], found)
+                else:
+                    (values[key],) = found
+        return state
+
+    def _contents(self) -> dict[str, tuple[dict[str, Any], str]]:
+        """Where each value of a checkpoint lies, by its name there: a dictionary and a key."""
+        weights = {name: parameter.data for name, parameter in trained(self.model).items()}
+        places = {f"model.{name}": (weights, name) for name in weights}
+        # NOTE: these are the optimizer's own dictionaries, made now if there are none yet. torch's function that loads
+        # such a state would round moments to the dtype of their parameters.
+        optimizer = self.optimizer
+        moments: Any = get_optimizer_state_dict(self.model, optimizer)["state"] if optimizer else {}
+        return places | {f"optimizer.{name}.{key}": (found, key) for name, found in moments.items() for key in found}
 
 
-def load_checkpoint(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, run: Mapping[str, Any], world: World
-) -> int:
-    """Fill the model's trained tensors and the optimizer from a checkpoint; returns the step to go on from.
+class Keeper:
+    """Decides when a run writes checkpoints, keeps its best weights apart, and goes on from what is there."""
 
-    Works with another number of ranks. Raises ValueError if a file of the checkpoint is damaged, and if `run` or the
-    optimizer differs from what the checkpoint was written with, naming each difference.
-    """
-    state = _verify(checkpoint, run, optimizer, world)
-    tensors, places = _contents(model, optimizer)
-    with _naming(checkpoint), _plain_errors():
-        # NOTE: this fills the optimizer too, because the tensors and the dictionaries are its own;
-        # `set_optimizer_state_dict` would round moments to the dtype of their parameters.
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=world.size == 1)
-        for name, (values, key) in places.items():
-            values[key] = state["numbers"][name]
-    return state["step"]
+    def __init__(
+        self, settings: TrainingSettings, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any, world: World
+    ) -> None:
+        self.settings, self.world = settings, world
+        folder = Path(settings.output) / "checkpoints"
+        self.last = Checkpoints(folder, settings.keep_checkpoints, model, optimizer, run, world)
+        self.best = Checkpoints(folder / "best", 1, model, None, run, world)
+        self.lowest = math.inf  # of the held-out losses so far
+        self.written, self.seconds = time.monotonic(), 0.0  # when the last one was complete, and how long it took
+
+    def resume(self, total_steps: int) -> int:
+        """Load the last checkpoint, if there is one, and return the step to go on from."""
+        last, best = latest_checkpoint(self.last.folder), latest_checkpoint(self.best.folder)
+        if last is None:
+            if self.world.is_main:  # what a run with perhaps other settings found best
+                prune_checkpoints(self.best.folder, 0)
+            return 0
+        if best:
+            self.lowest = read_state(best)["loss"]
+        step = self.last.load(last)["step"]
+        if self.world.is_main:
+            print(f"resuming from {last} at step {step} of {total_steps}", file=sys.stderr)
+        return step
+
+    def due(self, step: int) -> bool:
+        """Whether the schedule asks for a checkpoint after this step."""
+        if self.settings.checkpoint_every == "auto":
+            return time.monotonic() - self.written >= max(_SECONDS, _TIMES * self.seconds)
+        return bool(self.settings.checkpoint_every) and step % int(self.settings.checkpoint_every) == 0
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, if the run has any. On a full disk a warning says so, and the last good one stays."""
+        if not self.settings.checkpoint_every:
+            return
+        began = time.monotonic()
+        try:
+            # The forms of operators on a CPU belong to the run, because others round differently.
+            self.last.save(step, choices=products.settle() if self.world.device.type == "cpu" else {})
+        except DiskFull as error:
+            if self.world.is_main:
+                tqdm.write(f"warning: no checkpoint after step {step}: {error}", file=sys.stderr)
+        self.written = time.monotonic()
+        self.seconds = self.written - began
+
+    def keep_best(self, step: int, loss: float) -> None:
+        """Write the weights in place of the best ones so far, if this held-out loss is lower."""
+        if self.settings.keep_best and loss < self.lowest:
+            self.lowest = loss
+            self.best.save(step, loss=loss)
+
+    def load_best(self) -> None:
+        """Make the model the best one of the run."""
+        if best := latest_checkpoint(self.best.folder):
+            step = self.best.load(best)["step"]
+            if self.world.is_main:
+                print(f"{self.settings.output}: the result is the model after step {step}, of the lowest held-out loss")
 
 
-def _contents(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> tuple[dict[str, Tensor], dict[str, tuple[dict[str, Any], str]]]:
-    """The tensors of a checkpoint, and where the optimizer has anything else: DCP would pickle it."""
-    tensors: dict[str, Tensor] = {f"model.{name}": parameter.data for name, parameter in trained(model).items()}
-    places = {}
-    moments: Any = get_optimizer_state_dict(model, optimizer)["state"] if optimizer else {}  # made if there is none yet
-    for name, values in moments.items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{name}.{key}"] = value
-            else:
-                places[f"{name}.{key}"] = values, key
-    return tensors, places
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: "step", "run" and notes. Raises ValueError if that is damaged."""
+    with _naming(checkpoint):
+        _verify(checkpoint, _STATE)
+        return json.loads((checkpoint / _STATE).read_bytes())
+
+
+def _fill(name: str, tensor: Tensor, parts: Sequence[Tensor]) -> None:
+    """Copy into this rank's rows of a tensor the same rows of the saved one, which are split over `parts`."""
+    mine, first, rows = local(tensor), first_row(tensor), []
+    if tensor.ndim and sum(map(len, parts)) != len(tensor):
+        raise ValueError(f"{name} has {len(tensor)} rows, and {sum(map(len, parts))} are saved")
+    for part in parts if tensor.ndim else ():
+        rows.append(part[max(first, 0) : max(first + len(mine), 0)])
+        first -= len(part)
+    mine.copy_(torch.cat(rows) if rows else parts[0])
 
 
 def _settings(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -118,29 +212,20 @@ def _settings(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step in `folder`."""
-    return max(all_checkpoints(folder), default=None)
-
-
-def all_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, the last one last."""
-    return sorted(folder.glob("step_" + 7 * "[0-9]"))
+    return max(folder.glob(_NAME), default=None)
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the last `keep` checkpoints, and what an interrupted save left."""
-    for path in all_checkpoints(folder)[::-1][keep:]:
-        remove_checkpoint(path)
+    for path in sorted(folder.glob(_NAME), reverse=True)[keep:]:
+        _hide(path)
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path)
 
 
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint so that no death in between leaves half of one under its name."""
-    if checkpoint.exists():
-        away = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
-        shutil.rmtree(away, ignore_errors=True)
-        os.replace(checkpoint, away)
-        shutil.rmtree(away)
+def _hide(checkpoint: Path) -> None:
+    """Take its name from a checkpoint that is to be deleted, so that no death leaves half of one under the name."""
+    os.replace(checkpoint, checkpoint.with_name(f".{checkpoint.name}.old.tmp"))
 
 
 def refuse_changes(saved: Mapping[str, Any], run: Mapping[str, Any], where: Path) -> None:
@@ -149,12 +234,9 @@ def refuse_changes(saved: Mapping[str, Any], run: Mapping[str, Any], where: Path
     Where files lie does not matter as long as their content is the same.
     """
     moved = _PLACES if saved.get(_CONTENT) == run.get(_CONTENT) else set()
-    changed = []
-    for key in sorted({*saved, *run} - moved):
-        # A setting that did not exist yet had its default, or was off, or empty.
-        was, now = saved.get(key, getattr(TrainingSettings, key, None)), run.get(key)
-        if (was or False) != (now or False):
-            changed.append(f"{key} was {was!r}, is {now!r}")
+    pairs = {key: (saved.get(key), run.get(key)) for key in sorted({*saved, *run} - moved)}
+    # A setting that did not exist yet was off, or empty.
+    changed = [f"{key} was {was!r}, is {now!r}" for key, (was, now) in pairs.items() if (was or 0) != (now or 0)]
     if changed:
         raise ValueError(
             f"{where} belongs to a run with other settings: {'; '.join(changed)}. "
@@ -162,45 +244,19 @@ def refuse_changes(saved: Mapping[str, Any], run: Mapping[str, Any], where: Path
         )
 
 
-def _verify(
-    checkpoint: Path, run: Mapping[str, Any], optimizer: torch.optim.Optimizer | None, world: World
-) -> dict[str, Any]:
-    """Check that every byte of a checkpoint is what was written; returns its state. The ranks share the reading."""
-    with _naming(checkpoint):
-        sums = json.loads((checkpoint / _SUMS).read_bytes())
-        _check_sum(checkpoint, _STATE, sums)
-        state = json.loads((checkpoint / _STATE).read_bytes())
-        saved = {**state["run"], **state["optimizer"]}
-    # Before gigabytes are read: other settings are the user's mistake.
-    refuse_changes(saved, {**run, **_settings(optimizer)}, checkpoint)
-    with together(world, ValueError(f"{checkpoint}: cannot be read; another rank says why")), _naming(checkpoint):
-        files = sorted({*sums, _INDEX} - {_STATE})  # in the same order on every rank
-        for name in files[world.rank :: world.size]:
-            _check_sum(checkpoint, name, sums)
-        index = _Index(io.BytesIO((checkpoint / _INDEX).read_bytes())).load()
-        for name, stored in index.state_dict_metadata.items():
-            if not isinstance(stored, TensorStorageMetadata):
-                raise pickle.UnpicklingError(f"{name} is no tensor, so DCP would unpickle it, which runs code")
-    return state
+def _verify(checkpoint: Path, name: str) -> None:
+    if _checksum(checkpoint / name) != json.loads((checkpoint / _SUMS).read_bytes())[name]:
+        raise OSError(f"{name} is not what was written: its checksum differs")
 
 
-def _check_sum(checkpoint: Path, name: str, sums: Mapping[str, list[int]]) -> None:
-    if _checksum(checkpoint / name) != sums[name]:
-        raise OSError(f"{name} is not what was written: its size or checksum differs")
-
-
-def _checksum(path: Path) -> list[int]:
-    """[size, CRC-32] of a file."""
-    size = checksum = 0
-    with open(path, "rb") as handle:
-        while block := handle.read(2**20):
-            size, checksum = size + len(block), zlib.crc32(block, checksum)
-    return [size, checksum]
+def _checksum(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 @contextmanager
 def _naming(checkpoint: Path) -> Iterator[None]:
-    """Say what to do about a checkpoint that cannot be used: damaged JSON and pickles raise almost anything."""
+    """Say what to do about a checkpoint that cannot be used: damaged files raise almost anything."""
     try:
         yield
     except Exception as error:
@@ -209,41 +265,3 @@ def _naming(checkpoint: Path) -> Iterator[None]:
             f"{checkpoint}: cannot be read ({reason}); delete it to go on from the one before, or to start anew if "
             f"there is none: rm -r '{checkpoint}'"
         ) from None
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """DCP hides the cause in a table of all ranks; and it warns that a single process is a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            yield
-        except dcp.CheckpointException as error:  # on every rank
-            raise next(iter(error.failures.values()))[0] from None
-
-
-class _Writer(dcp.FileSystemWriter):
-    """DCP's writer, which reports a full disk: torch's error speaks only of a wrong position in the file."""
-
-    def write_data(self, *args: Any) -> Any:
-        with naming_full_disk(str(self.path)):
-            return super().write_data(*args)
-
-
-class _Index(pickle.Unpickler):
-    """Reads DCP's index, and makes nothing but what such an index is made of."""
-
-    allowed = {
-        "torch.distributed.checkpoint.metadata": "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties"
-        " ChunkStorageMetadata MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
-        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
-        "torch": "Size float64 float32 bfloat16 float16 int64 int32 int16 int8 uint8 bool",
-        "torch.serialization": "_get_layout",
-        "pathlib": "PosixPath",
-        "pathlib._local": "PosixPath",
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in self.allowed.get(module, "").split():
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"the index names {module}.{name}, which is not allowed")

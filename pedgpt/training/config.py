@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import inspect
@@ -23,6 +24,8 @@ from pedgpt.training.distributed import stop
 C = TypeVar("C")
 Recompute = Literal["none", "selective", "block", "offload"]
 Schedule = Literal["cosine", "constant", "linear", "wsd"]
+Dtype = Literal["float32", "bfloat16"]
+Tracker = Literal["wandb", "tensorboard"]
 
 
 @dataclass
@@ -43,45 +46,35 @@ class TrainingSettings:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not at all
-    dtype: str = "float32"  # of the computation: float32 or bfloat16
-    weight_dtype: str = "float32"  # of a model that trains (adapters: float32); bfloat16 is rounded stochastically
-    optimizer_state: str = "float32"  # of AdamW's two moments; bfloat16 is rounded stochastically too
+    dtype: Dtype = "float32"  # of the computation: float32 or bfloat16
+    weight_dtype: Dtype = "float32"  # of a model that trains (adapters: float32); bfloat16 is rounded stochastically
+    optimizer_state: Dtype = "float32"  # of AdamW's two moments; bfloat16 is rounded stochastically too
     accumulate_in_float32: bool = False  # add up micro-batches' gradients in float32, not in the weights' dtype
-    save_dtype: str = ""  # of the trained weights on disk: float32 or bfloat16; empty: dtype, for adapters float32
+    save_dtype: Literal[Dtype, ""] = ""  # of the result: float32 or bfloat16; empty: dtype, for adapters float32
     activation_checkpointing: Recompute = "none"  # computed again to save memory: none, selective, block, offload
     evaluate_every: int = 0  # steps between evaluations on held-out rows; 0: only at the end
     keep_best: bool = False  # the result is the model of the lowest held-out loss, not the last one
     checkpoint_every: int | str = "auto"  # steps between checkpoints; auto: about 5 % of the time goes to them; 0: none
     keep_checkpoints: int = 2  # how many of the last checkpoints stay on disk
-    log_to: list[str] = field(default_factory=list)  # besides metrics.jsonl: wandb, tensorboard
+    log_to: list[Tracker] = field(default_factory=list)  # besides metrics.jsonl: wandb, tensorboard
     seed: int = 0  # of the data order, the initial adapters and all noise
     device: str = "auto"  # auto, cpu or cuda
     plan: str = ""  # 24 or 8x80: only say what a step takes on a card of 24 GB, or on each of 8 of 80 GB
 
     def check(self) -> None:
         """Raise ValueError for a value out of range or a package that is not there, before anything is loaded."""
-        floats = " ".join(f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), float))
-        dtypes = "dtype weight_dtype optimizer_state"
         rules: list[tuple[str, Callable[[Any], bool], str]] = [
-            ("be a finite number", math.isfinite, floats),
-            ("be at least 1", lambda x: x >= 1, "global_batch_size micro_batch_size keep_checkpoints"),
-            ("not be negative", lambda x: x >= 0, "max_steps evaluate_every max_grad_norm weight_decay"),
-            ("be positive", lambda x: x > 0, "epochs learning_rate"),
-            ("be between 0 and 1", lambda x: 0 <= x <= 1, "warmup_ratio final_learning_rate_ratio decay_ratio"),
-            ("be at least 0 and below 1", lambda x: 0 <= x < 1, "beta1 beta2"),
-            ('be "float32" or "bfloat16"', lambda x: x in ("float32", "bfloat16"), dtypes),
-            ('be "float32" or "bfloat16"', lambda x: x in ("", "float32", "bfloat16"), "save_dtype"),
-            (
-                'be "auto" or a number of steps',
-                lambda x: x == "auto" or (type(x) is int and x >= 0),
-                "checkpoint_every",
-            ),
-            ("name wandb or tensorboard", lambda x: {*x} <= {"wandb", "tensorboard"}, "log_to"),
+            ("at least 1", lambda x: x >= 1, "global_batch_size micro_batch_size keep_checkpoints"),
+            ("0 or more", lambda x: 0 <= x < math.inf, "max_steps evaluate_every max_grad_norm weight_decay"),
+            ("positive and finite", lambda x: 0 < x < math.inf, "epochs learning_rate"),
+            ("between 0 and 1", lambda x: 0 <= x <= 1, "warmup_ratio final_learning_rate_ratio decay_ratio"),
+            ("at least 0 and below 1", lambda x: 0 <= x < 1, "beta1 beta2"),
+            ('"auto" or a number of steps', lambda x: x == "auto" or (type(x) is int and x >= 0), "checkpoint_every"),
         ]
         for what, holds, names in rules:
             for name in names.split():
                 if not holds(value := getattr(self, name)):
-                    raise ValueError(f"{name} must {what}, found {value!r}")
+                    raise ValueError(f"{name} must be {what}, found {value!r}")
         if self.keep_best and not self.evaluate_every:
             raise ValueError("keep_best compares evaluations during training; set evaluate_every to a number of steps")
         if self.weight_dtype == "bfloat16" != self.dtype:
@@ -99,45 +92,35 @@ def parse_settings(cls: type[C], arguments: Sequence[str]) -> C:
     """
     kinds = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    needed = [name for name, f in fields.items() if f.default is f.default_factory is MISSING]
     found: dict[str, Any] = {}
 
-    def check_name(name: str, place: str) -> None:
+    def take(place: str, name: str, value: Any) -> None:
         if name not in fields:
             raise ValueError(f"{place} is no setting of this recipe; {nearest(name, fields, 'settings')}")
+        found[name] = _convert(place, value, kinds[name])
 
-    flags = _split_flags(arguments)
-    if "config" in flags:
-        file = _from_words("config", flags.pop("config"), str)
-        for name, value in read_toml(file).items():
-            place = f"{toml_place(file, name)}: {name}"
-            check_name(name, place)
-            found[name] = _convert(place, value, kinds[name])
-    for name, words in flags.items():
-        check_name(name, f"--{name}")
-        found[name] = _convert(f"--{name}", _from_words(name, words, kinds[name]), kinds[name])
-    required = [name for name, f in fields.items() if f.default is f.default_factory is MISSING]
-    missing = [name for name in required if found.get(name, "") == ""]  # "" would be the folder of the command
-    if found.get("plan"):  # It reads neither data nor weights, and writes nothing.
-        found |= {name: (typing.get_origin(kinds[name]) or kinds[name])() for name in missing if name != "model"}
-        missing = [name for name in missing if name == "model"]
-    if missing:
-        raise ValueError(f"missing setting: {', '.join(missing)}; give --{missing[0]} or set it in the --config file")
-    return cls(**found)
-
-
-def _split_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """The words after each flag; of a repeated flag the last counts."""
     flags: dict[str, list[str]] = {}
-    words: list[str] | None = None
     for argument in arguments:
-        if re.match(r"--[A-Za-z]", argument):
+        if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             words = flags[name.replace("-", "_")] = [value] if equals else []
-        elif words is None:
+        elif not flags:
             raise ValueError(f"unexpected argument {argument!r}; settings are given as --key value")
         else:
             words.append(argument)
-    return flags
+    if "config" in flags:
+        file = _from_words("config", flags.pop("config"), str)
+        for name, value in read_toml(file).items():
+            take(f"{toml_place(file, name)}: {name}", name, value)
+    for name, words in flags.items():
+        take(f"--{name}", name, _from_words(name, words, kinds.get(name, list[str])))
+    if found.get("plan"):  # It reads neither data nor weights, and writes nothing.
+        found, needed = dict.fromkeys(needed, "") | found, ["model"]
+    missing = [name for name in needed if found.get(name, "") == ""]  # "" would be the folder of the command
+    if missing:
+        raise ValueError(f"missing setting: {', '.join(missing)}; give --{missing[0]} or set it in the --config file")
+    return cls(**found)
 
 
 def _from_words(name: str, words: list[str], kind: Any) -> Any:
@@ -148,25 +131,21 @@ def _from_words(name: str, words: list[str], kind: Any) -> Any:
         return True
     if len(words) != 1:
         raise ValueError(f"--{name} takes one value, found {len(words)}")
-    for option in typing.get_args(kind) or (kind,):
-        if option in (int, float, bool):
-            with suppress(ValueError, KeyError):
-                return {"true": True, "false": False}[words[0].lower()] if option is bool else option(words[0])
+    if {int, float, bool} & {kind, *typing.get_args(kind)}:
+        with suppress(ValueError, SyntaxError):
+            return ast.literal_eval(words[0].title())  # "true" as Python writes it
     return words[0]
 
 
 def _convert(place: str, value: Any, kind: Any) -> Any:
-    """A TOML value as the type of its field; ValueError names the place."""
-    options = typing.get_args(kind) or (kind,)
-    if typing.get_origin(kind) is list:
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{place} must be a list of strings, found {value!r:.100}")
-    elif typing.get_origin(kind) is Literal:
-        if value not in options:
-            raise ValueError(f"{place} must be one of {', '.join(options)}, found {value!r:.100}")
-    else:
-        value = toml_value(place, value, *(option for option in options if option is not types.NoneType))
+    """A TOML value as the type of its field, one alone also as a list; ValueError names the place."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind) or (kind,)
+    if origin is list:
+        return [_convert(place, item, *options) for item in (value if isinstance(value, list) else [value])]
+    if origin is not Literal:
+        return toml_value(place, value, *(option for option in options if option is not types.NoneType))
+    if value not in options:
+        raise ValueError(f"{place} must be one of {', '.join(filter(None, options))}, found {value!r:.100}")
     return value
 
 
@@ -219,17 +198,15 @@ def explain(error: BaseException) -> int:
     """Say in one line what ended a recipe, and return its exit code; a bug is raised with its traceback."""
     if isinstance(error, SystemExit) and isinstance(error.code, int):  # whoever stopped the run has said so
         return error.code
-    code, line = 2, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
-        code, line = 130, "stopped by Ctrl-C; the same command goes on, or starts anew"
-    elif isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error)):
-        line = "error: another process of this run has ended, and says why"
-    elif not isinstance(error, ValueError | OSError):
+        print("stopped by Ctrl-C; the same command goes on, or starts anew", file=sys.stderr)
+        return 130
+    left = isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error))
+    if os.environ.get("PEDGPT_TRACEBACK") or not (left or isinstance(error, ValueError | OSError)):
         raise error
-    if code == 2 and os.environ.get("PEDGPT_TRACEBACK"):
-        raise error
-    print(printable(line), file=sys.stderr, flush=True)
-    return code
+    line = "another process of this run has ended, and says why" if left else error
+    print(printable(f"error: {line}"), file=sys.stderr, flush=True)
+    return 2
 
 
 def make_printable(stream: Any, kept: str = "") -> None:

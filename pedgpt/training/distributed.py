@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
+
+# Takes the name and the content of each weight, one after the other.
+Write = Callable[[Iterator[tuple[str, Tensor]]], object]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def start(device: str = "auto") -> World:
         raise ValueError(f'device must be "auto", "cpu" or "cuda", found {device!r}')
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees no CUDA device; use --device cpu or auto")
-    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    on_cuda = device != "cpu" and torch.cuda.is_available()
     target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
     if "RANK" not in os.environ:
         return World(0, 1, target)
@@ -87,6 +90,15 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be split."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """Where in the whole tensor this rank's rows begin; FSDP2 splits rows as `torch.chunk` does."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    assert tensor.placements == (Shard(0),)
+    mesh, rows = tensor.device_mesh, len(tensor)
+    return min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
 
 
 def reshard(model: nn.Module) -> None:
@@ -145,38 +157,16 @@ def run_on_main(steps: Iterator[int], world: World) -> None:
             (done,) = sum_over_ranks([done], world)
 
 
-def gather_rows(values: Tensor, world: World) -> Tensor:
-    """All ranks' rows, where rank r holds rows r, r + size, r + 2·size, … of the result; equal counts on all ranks."""
-    if world.size == 1:
-        return values
-    parts = [torch.empty_like(values) for _ in range(world.size)]
-    dist.all_gather(parts, values.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)
-
-
-def barrier(world: World) -> None:
-    """Wait until every rank is here."""
-    if world.size > 1:
-        dist.barrier()
-
-
 def gather_weights(
-    model: nn.Module,
-    world: World,
-    write: Callable[[Iterator[tuple[str, Tensor]]], object],
-    *,
-    trainable_only: bool = False,
-    dtype: torch.dtype | None = None,
+    model: nn.Module, world: World, write: Write, *, trainable_only: bool = False, dtype: torch.dtype | None = None
 ) -> None:
     """Call `write` on the main rank with (name, whole tensor on the CPU), one at a time; called on all ranks."""
-    trainable = trained(model)
 
     def gathered() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in model.state_dict().items():
-            if trainable_only and name not in trainable:
-                continue
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            yield name, whole.detach().to(device="cpu", dtype=dtype or whole.dtype)
+        for name, tensor in (trained(model) if trainable_only else model.state_dict()).items():
+            part = tensor.detach()
+            whole = part.full_tensor() if isinstance(part, DTensor) else part
+            yield name, whole.to(device="cpu", dtype=dtype or whole.dtype)
 
     if world.is_main:
         write(gathered())

@@ -5,25 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
+import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pedgpt.files import sync, write_json
+from pedgpt.files import read_object, write_json
+from pedgpt.kernels.cpu import products
 from pedgpt.training.batches import BatchPlan
-from pedgpt.training.checkpoint import latest_checkpoint, refuse_changes
+from pedgpt.training.checkpoint import Keeper, latest_checkpoint, refuse_changes
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import World, all_values, autocast, barrier, local, reshard, sum_over_ranks, trained
-from pedgpt.training.keeping import Checkpoints, StopRequest
-from pedgpt.training.metrics import Report
+from pedgpt.training.distributed import World, all_values, autocast, local, reshard, sum_over_ranks, together, trained
+from pedgpt.training.metrics import Report, Watch
 from pedgpt.training.optim import build_optimizer, learning_rate
 
 # Settings that change neither the data nor the weights, so a run may be resumed with others; held-out files too.
@@ -31,7 +34,7 @@ _FREE = {
     "output", "micro_batch_size", "activation_checkpointing", "evaluate_every", "checkpoint_every", "keep_checkpoints",
     "device", "reference_logps", "shared_prompt", "log_to", "plan",
 }  # fmt: skip
-
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # From rows and their ids to a batch, which has `weight` in the loss, `num_tokens` and `to(device)`; empty lists give a
 # batch of weight 0.
@@ -50,8 +53,7 @@ def train(
     *,
     evaluate: Callable[[], dict[str, float]] | None = None,
     fingerprint: str = "",
-    watch: Callable[[dict[str, float]], str | None] | None = None,
-    choices: Mapping[str, bool] | None = None,
+    watch: Watch | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Train what is not frozen, from the last checkpoint in `settings.output` if there is one.
@@ -59,9 +61,9 @@ def train(
     Each step's gradient is Σ loss / Σ weight over the whole global batch, so it does not depend on the number of ranks
     or of accumulation steps. `fingerprint` names the training data; a checkpoint of other data or settings is refused.
     Writes a line per step to metrics.jsonl; the main rank gives it to `watch`, and shows the text that this returns as
-    a warning. `choices`, from `run_choices`, go into the checkpoints. The settings set the learning rate of any
-    `optimizer`; None is AdamW. With `keep_best` the model ends as the best evaluation found it. SIGTERM and Ctrl-C end
-    the run after the step, by SystemExit(128 + signal). Raises ValueError for numbers that are not finite.
+    a warning. The settings set the learning rate of any `optimizer`; None is AdamW. With `keep_best` the model ends as
+    the best evaluation found it. SIGTERM and Ctrl-C end the run after the step, by SystemExit(128 + signal). Raises
+    ValueError for numbers that are not finite.
     """
     if settings.keep_best and evaluate is None:
         raise ValueError("keep_best needs rows to evaluate on; give held-out files")
@@ -69,72 +71,102 @@ def train(
     optimizer = optimizer or build_optimizer(model, settings)
     run = describe_run(settings, plan, fingerprint)
     del run["save_dtype"]  # only the result is written in it, so until then a run may go on with another one
-    checkpoints = Checkpoints(settings, model, optimizer, run, world, choices)
-    first, total, sent = checkpoints.resume(plan.total_steps), plan.total_steps, 0
+    keeper = Keeper(settings, model, optimizer, run, world)
+    first, total, stopped = keeper.resume(plan.total_steps), plan.total_steps, 0.0
     model.train()
-    with StopRequest(world) as stop:
-        with closing(Report(settings, run, first, total, world, watch)) as report:
-            checkpoints.best = all_values(report.log and report.log.best, world)[0]
+    with noting_signals(world) as noted:
+        with closing(Report(settings, first, total, world, watch)) as report:
             for step in range(first, total):
-                began = time.perf_counter()
-                rate = _prepare(step, plan, optimizer, settings, world)
+                began, last, every = time.perf_counter(), step + 1 == total, settings.evaluate_every
+                # What is random depends on the step alone, so that a resumed run repeats it.
+                torch.manual_seed(settings.seed + 1_000_003 * (step * world.size + world.rank + 1))
+                rate = learning_rate(step, total, settings)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
                 batches = [make_batch(rows, ids) for rows, ids in plan.micro_batches(step, world.rank, world.size)]
                 metrics, num_tokens, norm = _step(model, optimizer, batches, loss_function, settings, world)
+                spent = time.perf_counter() - began
                 record = {"step": step + 1, **metrics, "learning_rate": rate, "grad_norm": norm}
-                record |= report.spent(num_tokens, time.perf_counter() - began)
-                last, every = step + 1 == total, settings.evaluate_every
                 if evaluate and (last or (every and (step + 1) % every == 0)):
                     record |= {f"eval_{name}": value for name, value in evaluate().items()}
                     model.train()
                     reshard(model)
-                    checkpoints.keep_best(step + 1, record.get("eval_loss", math.inf))
-                report.write(record)
-                due, sent = stop.agree(checkpoints.due(step + 1))
-                if due or last or sent:
-                    if report.log:
-                        sync(report.log.path)  # a checkpoint's steps are in the log, whatever happens
-                    saved = checkpoints.save(step + 1, ending=bool(last or sent))
-                if sent:
+                    keeper.keep_best(step + 1, record.get("eval_loss", math.inf))
+                report.write(record, num_tokens, spent)
+                # Every rank gets the same answer: else one would wait for the others for ever.
+                due, stopped = sum_over_ranks([world.is_main and keeper.due(step + 1), len(noted)], world)
+                if due or last or stopped:
+                    keeper.save(step + 1)
+                if stopped:
                     break
-        if sent:
-            stop.leave(sent, f"{settings.output}: step {step + 1} of {total}", saved)
-    checkpoints.load_best()
+        if stopped:
+            end_by_signal(noted, f"{settings.output}: step {step + 1} of {total}", world)
+    keeper.load_best()
     model.eval()
+
+
+@contextmanager
+def noting_signals(world: World) -> Iterator[list[int]]:
+    r"""In this block SIGTERM, Ctrl-C and a closed terminal only add their number to the list: the wish to stop soon.
+
+    Ctrl-\ ends the run at once. What comes again is the same wish, because `timeout` and service managers send their
+    signal to every process, and torchrun passes it on to those that already have it.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if world.is_main and not noted:  # A `print` here could interrupt another one.
+            name = signal.Signals(number).name
+            try:
+                os.write(2, f"\n{name}: the run ends after this step; Ctrl-\\ ends it at once\n".encode())
+            except OSError:  # the terminal is gone, so nothing can be written to it any more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        noted.append(number)
+
+    heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_by_signal(noted: list[int], place: str, world: World) -> NoReturn:
+    """Say how the run goes on, and end with the exit code of the signal."""
+    number = signal.Signals(noted[0] if noted else signal.SIGTERM)  # Perhaps only another rank has got one.
+    if world.is_main:
+        how = "the same command goes on from the last checkpoint, or starts anew if there is none"
+        print(f"{place}: stopped by {number.name}; {how}", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
 
 
 def evaluation(
     model: nn.Module, heldout: Any, loss_function: LossFunction, settings: TrainingSettings, world: World
 ) -> Callable[[], dict[str, float]] | None:
-    """`mean_loss` over held-out rows, which have a length and `batch`, as `train` takes it; None without rows."""
-    if not len(heldout):
-        return None
-    return lambda: mean_loss(model, len(heldout), heldout.batch, loss_function, settings, world)
+    """What computes the loss and its metrics over held-out rows, in evaluation mode; None if there are no rows.
 
+    `heldout` has a length and `batch`, as `train` takes it.
+    """
 
-def mean_loss(
-    model: nn.Module,
-    num_rows: int,
-    make_batch: MakeBatch,
-    loss_function: LossFunction,
-    settings: TrainingSettings,
-    world: World,
-) -> dict[str, float]:
-    """The loss and its metrics over all held-out rows, in evaluation mode, without gradients."""
-    training = model.training
-    model.eval()
-    sums: dict[str, Any] = {}
-    weight = 0
-    with torch.no_grad():
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        training = model.training
+        model.eval()
+        sums: dict[str, Any] = {}
+        weight = 0
         # Every rank makes the same number of forward passes, perhaps empty ones: sharded weights are gathered together.
         width = settings.micro_batch_size * world.size
-        for start in range(0, num_rows, width):
-            rows = list(range(start, min(start + width, num_rows)))[world.rank :: world.size]
-            batch = make_batch(rows, rows)
+        for start in range(0, len(heldout), width):
+            rows = list(range(start, min(start + width, len(heldout))))[world.rank :: world.size]
+            batch = heldout.batch(rows, rows)
             with autocast(world, getattr(torch, settings.dtype)):
                 _add(sums, *loss_function(model, batch.to(world.device)))
             weight += batch.weight
-    model.train(training)
-    return _means(sums, weight, world)
+        model.train(training)
+        return _means(sums, weight, world)
+
+    return evaluate if len(heldout) else None
 
 
 def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) -> dict[str, Any]:
@@ -144,90 +176,51 @@ def describe_run(settings: TrainingSettings, plan: BatchPlan, fingerprint: str) 
     return {**chosen, "total_steps": plan.total_steps, "rows_and_base_model": fingerprint}
 
 
-def run_date(output: str | Path, world: World) -> str:
-    """The day for chat templates that write one, like "2026-03-31", fixed for the whole run.
+def settle_run(output: str | Path, world: World) -> str:
+    """Decide what holds for a whole run, before it reads its data; returns the day for chat templates that write one.
 
-    It is the day of the run in `output` if that is finished or has a checkpoint, else today. The main rank decides
-    for all ranks, because midnight may pass while they start.
+    The day is like "2026-03-31". On a CPU it is also decided which form of each operator the run computes with, because
+    other forms round differently. What the finished run in `output`, or its last checkpoint, was computed with counts;
+    the rest the main rank decides for all ranks, because midnight may pass while they start.
     """
-    found = _remembered(Path(output)).get("template_date") or date.today().isoformat()
-    return all_values(found, world)[0]
-
-
-def run_choices(
-    output: str | Path,
-    world: World,
-    settle: Callable[[], dict[str, bool]],
-    use: Callable[[dict[str, bool]], None],
-) -> dict[str, bool]:
-    """Which form of each operator this run computes with on the CPU, for `train`; called before any forward pass.
-
-    They are those of the last checkpoint in `output`, because other forms round differently, and the rest is settled by
-    the main rank for all ranks. On a GPU there is nothing to choose.
-    """
-    if world.device.type != "cpu":
-        return {}
-    use({})  # raises on every rank what it may raise
-    if world.is_main:
-        use(_remembered(Path(output)).get("choices") or {})
-    found = all_values(settle() if world.is_main else {}, world)[0]
-    use(found)
-    return found
-
-
-def _remembered(output: Path) -> dict[str, Any]:
-    """What a finished run, or its last checkpoint, says of it; a fault in these files is told where all is read."""
-    with suppress(Exception):
-        if (done := output / "done.json").is_file():
-            return dict(json.loads(done.read_bytes()))
-        state = json.loads(((latest_checkpoint(output / "checkpoints") or output) / "state.json").read_bytes())
-        return {**state["run"], "choices": state.get("choices")}
-    return {}
+    found: dict[str, Any] = {}
+    with suppress(Exception):  # A fault in these files is told where all is read.
+        checkpoint = latest_checkpoint(Path(output) / "checkpoints")
+        state = json.loads((checkpoint / "state.json").read_bytes()) if checkpoint else {"run": {}, "choices": {}}
+        found = {"choices": state["choices"], **state["run"], **read_object(Path(output), "done.json")}
+    products.use(found.get("choices") or {})
+    choices = products.settle() if world.device.type == "cpu" and world.is_main else {}
+    day, choices = all_values((found.get("template_date") or date.today().isoformat(), choices), world)[0]
+    products.use(choices)
+    return day
 
 
 def is_finished(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> bool:
     """Whether `settings.output` holds this very run, complete, and say so; ValueError if it holds another one."""
-    path = Path(settings.output) / "done.json"
-    if not path.exists():
+    output = Path(settings.output)
+    if not (saved := read_object(output, "done.json")):
         return False
-    try:
-        saved = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); delete it to train again") from None
-    saved.pop("result", None)  # a list of files, from older versions
-    refuse_changes(saved, describe_run(settings, plan, fingerprint), path.parent)
+    refuse_changes(saved, describe_run(settings, plan, fingerprint), output)
     if world.is_main:
-        _tidy(path.parent)
+        _tidy(output)
         print(f"{settings.output}: finished already")
     return True
 
 
 def finish(settings: TrainingSettings, plan: BatchPlan, fingerprint: str, world: World) -> None:
     """Mark the run complete, once its result is saved, and delete the checkpoints that it no longer needs."""
-    if world.is_main:
-        output = Path(settings.output)
-        write_json(output / "done.json", describe_run(settings, plan, fingerprint))
-        _tidy(output)
-    barrier(world)
+    output = Path(settings.output)
+    with together(world, OSError(f"{output}: cannot be written; the first rank says why")):
+        if world.is_main:
+            write_json(output / "done.json", describe_run(settings, plan, fingerprint))
+            _tidy(output)
 
 
 def _tidy(output: Path) -> None:
     """Delete what a finished run no longer needs, and what a process that was killed left half written."""
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    for file in (*output.glob(".*.tmp"), *output.glob("*/.*.tmp")):
-        if file.is_file():
-            file.unlink()
-
-
-def _prepare(
-    step: int, plan: BatchPlan, optimizer: torch.optim.Optimizer, settings: TrainingSettings, world: World
-) -> float:
-    """Seed what is random from the step alone, so that a resumed run repeats it; set and return the learning rate."""
-    torch.manual_seed(settings.seed + 1_000_003 * (step * world.size + world.rank + 1))
-    rate = learning_rate(step, plan.total_steps, settings)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
+    for file in output.rglob(".*.tmp"):
+        file.unlink()
 
 
 def _step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import secrets
@@ -17,46 +18,25 @@ from pedgpt.files import naming_full_disk, write_text
 from pedgpt.training.config import TrainingSettings
 from pedgpt.training.distributed import World
 
+# From the record of a step to a warning, if there is one.
+Watch = Callable[[dict[str, Any]], str | None]
 # What a tracker is given at each step, and what ends it.
-Tracker = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]
+Sink = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]
 
 
-class MetricsLog:
-    """Appends to a file of one JSON line per step; on resuming, lines after the checkpoint's step are dropped.
-
-    Raises ValueError naming the file and the line if one of a step before the checkpoint is damaged.
-    """
-
-    def __init__(self, path: Path, after_step: int = 0) -> None:
-        self.path = path
-        self.tokens, self.seconds = 0, 0.0  # spent so far
-        self.best = math.inf  # the lowest held-out loss so far
-        kept = []
-        for number, line in enumerate(path.read_bytes().splitlines()[:after_step] if path.exists() else (), 1):
-            try:
-                record = json.loads(line)
-                if record["step"] <= after_step:
-                    kept.append(json.dumps(record) + "\n")
-                    self.tokens, self.seconds = record["tokens"], record["seconds"]
-                    self.best = min(self.best, record.get("eval_loss", math.inf))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f"{path}:{number}: not the record of a step ({error}); delete the line to go on without it"
-                ) from None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(kept))
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one step."""
-        with naming_full_disk(self.path), open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+def cut_log(path: Path, steps: int) -> dict[str, Any]:
+    """Keep the lines of the first `steps` steps, and return the last of them; a run that resumes writes the others."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:steps] if steps and path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(f"{line}\n" for line in lines))
+    return json.loads(lines[-1]) if lines else {"tokens": 0, "seconds": 0.0}
 
 
-def _tensorboard(output: Path, after_step: int, settings: Mapping[str, Any]) -> Tracker:
-    """Event files in `output`/tensorboard; those of steps after the checkpoint are hidden."""
+def _tensorboard(settings: TrainingSettings, first: int) -> Sink:
+    """Event files in OUTPUT/tensorboard; those of steps after the checkpoint are hidden."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(output / "tensorboard"), purge_step=after_step + 1)
+    writer = SummaryWriter(f"{settings.output}/tensorboard", purge_step=first + 1)
 
     def write(record: dict[str, Any]) -> None:
         for name in record.keys() - {"step"}:
@@ -65,65 +45,52 @@ def _tensorboard(output: Path, after_step: int, settings: Mapping[str, Any]) -> 
     return write, writer.close
 
 
-def _wandb(output: Path, after_step: int, settings: Mapping[str, Any]) -> Tracker:
-    """A run named as the folder; what resumes from a checkpoint goes on under the id in `output`/wandb_id.txt."""
+def _wandb(settings: TrainingSettings, first: int) -> Sink:
+    """A run named as the folder; what resumes from a checkpoint goes on under the id in OUTPUT/wandb_id.txt."""
     import wandb
 
+    output = Path(settings.output)
     file = output / "wandb_id.txt"
-    if not (after_step and file.exists()):
+    if not (first and file.exists()):
         write_text(file, secrets.token_hex(4))
-    name = file.read_text(encoding="utf-8")
-    run = wandb.init(id=name, resume="allow", name=output.name, dir=str(output), config=dict(settings))
+    about = {"id": file.read_text(encoding="utf-8"), "name": output.name, "config": dataclasses.asdict(settings)}
+    run = wandb.init(resume="allow", dir=str(output), **about)
     return lambda record: run.log(record, step=record["step"]), run.finish
-
-
-_TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard}
 
 
 class Report:
     """What a run tells of itself, on the main rank only: metrics.jsonl, trackers, a progress bar, warnings."""
 
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        run: Mapping[str, Any],
-        first: int,
-        total: int,
-        world: World,
-        watch: Callable[[dict[str, float]], str | None] | None,
-    ) -> None:
-        output, self.watch = Path(settings.output), watch
-        self.log = MetricsLog(output / "metrics.jsonl", after_step=first) if world.is_main else None
-        self.tokens, self.seconds = (self.log.tokens, self.log.seconds) if self.log else (0, 0.0)
-        self.trackers = [_TRACKERS[name](output, first, run) for name in settings.log_to if world.is_main]
-        interactive = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total, initial=first, unit="step", desc=output.name, disable=not world.is_main,
-            dynamic_ncols=interactive, mininterval=0.2 if interactive else 10, file=sys.stderr,
-        )  # fmt: skip
+    def __init__(self, settings: TrainingSettings, first: int, total: int, world: World, watch: Watch | None) -> None:
+        output = Path(settings.output)
+        self.path, self.watch, self.told = output / "metrics.jsonl", watch, world.is_main
+        self.last = cut_log(self.path, first) if self.told else {}
+        made = {"wandb": _wandb, "tensorboard": _tensorboard}
+        self.trackers = [made[name](settings, first) for name in settings.log_to if self.told]
+        often = 0.2 if sys.stderr.isatty() else 10
+        bar = {"unit": "step", "desc": output.name, "dynamic_ncols": True, "mininterval": often, "file": sys.stderr}
+        self.bar = tqdm(total=total, initial=first, disable=not self.told, **bar)
 
     def close(self) -> None:
         """End the bar and the trackers."""
         self.bar.close()
-        for _tell, end in self.trackers:
+        for _, end in self.trackers:
             end()
 
-    def spent(self, num_tokens: int, seconds: float) -> dict[str, float]:
-        """The entries of a record that say what the step and the run so far have taken."""
-        self.tokens, self.seconds = self.tokens + num_tokens, self.seconds + seconds
-        return {"tokens": self.tokens, "tokens_per_second": num_tokens / seconds, "seconds": self.seconds}
-
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any], num_tokens: int, seconds: float) -> None:
         """Tell one step everywhere; what `watch` warns of is printed above the bar."""
-        if self.log is None:
+        if not self.told:
             return
-        self.log.write(record)
+        speed = num_tokens / seconds
+        spent = {"tokens": self.last["tokens"] + num_tokens, "seconds": self.last["seconds"] + seconds}
+        self.last = {**record, "tokens_per_second": speed, **spent}
+        with naming_full_disk(self.path), open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(self.last) + "\n")
         for tell, _ in self.trackers:
-            tell(record)
-        speed = f"{record['tokens_per_second']:,.0f} tokens/s"
-        self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed}", refresh=False)
+            tell(self.last)
+        self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update()
-        if self.watch and (warning := self.watch(record)):
+        if self.watch and (warning := self.watch(dict(self.last))):
             tqdm.write(f"warning: {warning}", file=sys.stderr)
 
 
@@ -142,7 +109,7 @@ class ChosenLikelihoodWatch:
         self.done = self.beta == 0  # then rewards are 0, whatever happens
         self.steps: list[tuple[float, float]] = []  # (chosen, margin) of the window that is not full yet
         self.lowest = self.highest = 0.0  # mean of chosen, of margin, over all windows
-        self.before: tuple[float, float] | None = None  # means of the window before, if it was a bad one
+        self.bad = False  # whether the window before was one
 
     def __call__(self, record: Mapping[str, float]) -> str | None:
         """The warning, at the step at which it is due."""
@@ -156,14 +123,13 @@ class ChosenLikelihoodWatch:
         bad = -chosen > max(self.beta, 2 * error) and chosen < self.lowest and margin > self.highest
         self.lowest, self.highest = min(self.lowest, chosen), max(self.highest, margin)
         self.steps.clear()
-        before, self.before = self.before, (chosen, margin) if bad else None
-        if before is None or not bad:
+        before, self.bad = self.bad, bad
+        if not (before and bad):
             return None
         self.done = True
-        was, now = ([reward / self.beta for reward in means] for means in (before, (chosen, margin)))
         remedy = f"raise mu (now {self.mu})" + (f" or beta (now {self.beta})" if self.mu >= 1 else "")
         return (
             f"the chosen answers become less likely while the margin grows: over the last {self.window} steps they "
-            f"were {-now[0]:.2f} nats per answer less likely than under the reference ({-was[0]:.2f} over the "
-            f"{self.window} before), the margin was {now[1]:.2f} nats ({was[1]:.2f} before); {remedy}"
+            f"were {-chosen / self.beta:.2f} nats per answer less likely than under the reference, and the margin was "
+            f"{margin / self.beta:.2f} nats; {remedy}"
         )

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch import nn
 
 from pedgpt.kernels.hashing import hash_bits, signed
 from pedgpt.kernels.optimizer import adamw_
 from pedgpt.training.config import TrainingSettings
-from pedgpt.training.distributed import local, trained
+from pedgpt.training.distributed import first_row, local, trained
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -47,16 +46,8 @@ class StochasticAdamW(torch.optim.Optimizer):
             key = hash_bits(signed(hash_bits(signed(group["seed"])) + number)) + state["step"]
             tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
             settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-            adamw_(*map(local, tensors), step=state["step"], key=key, first=first_number(parameter), **settings)
-
-
-def first_number(parameter: Tensor) -> int:
-    """Where in the whole parameter this rank's part begins; FSDP2 splits rows as `torch.chunk` does."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    assert parameter.placements == (Shard(0),)
-    mesh, rows = parameter.device_mesh, len(parameter)
-    return min(rows, mesh.get_local_rank() * -(-rows // mesh.size())) * (parameter.numel() // rows)
+            first = first_row(parameter) * math.prod(parameter.shape[1:])
+            adamw_(*map(local, tensors), step=state["step"], key=key, first=first, **settings)
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

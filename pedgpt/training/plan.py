@@ -14,7 +14,7 @@ import re
 import weakref
 from collections import Counter as Sums
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -37,7 +37,6 @@ GB = 10**9
 LIBRARIES = 600 * 2**20
 ACTIVATIONS, EXCHANGED = "activations, logits", "exchanged by the cards"
 PARTS = ("weights", "gradients", "AdamW's state", EXCHANGED, ACTIVATIONS, "libraries")
-Moments = dict[str, dict[str, int]]  # bytes by part
 S = TypeVar("S", bound=TrainingSettings)
 Build = Callable[[S, World], tuple[nn.Module, loop.LossFunction]]
 MakeBatch = Callable[[S, int], Any]  # a batch of so many full rows
@@ -53,18 +52,14 @@ class Held:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the storages that are alive: `events` has each that comes, with 1, or goes, with -1.
-
-    `peaks[moment]` is the highest sum of that moment, and the number of events at that time.
-    """
+    """Counts the storages that are alive: `events` has each that comes, with 1, or goes, with -1."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.moment = ""
         self.total = 0
         self.alive: dict[int, tuple[Any, Held]] = {}  # by address: a weak reference to the storage, and what it holds
         self.events: list[tuple[Held, int]] = []
-        self.peaks: dict[str, tuple[int, int]] = {}
+        self.peak = (0, 0)  # the highest total, and the number of events at that time
 
     def __torch_dispatch__(self, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -77,7 +72,7 @@ class Counter(TorchDispatchMode):
             if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self.alive:
                 self.add(value.untyped_storage())
         if function.namespace in ("fsdp", "c10d"):
-            self.claim(tree_leaves((args, kwargs, result)), EXCHANGED, of=ACTIVATIONS)
+            self.claim(tree_leaves((args, kwargs, result)), EXCHANGED)
         return result
 
     def add(self, storage: Any, part: str = ACTIVATIONS) -> None:
@@ -88,13 +83,12 @@ class Counter(TorchDispatchMode):
         self.alive[key] = weakref.ref(storage, lambda _: self.remove(key)), held
         self.events.append((held, 1))
         self.total += held.size
-        self.begin(self.moment)
+        if self.total > self.peak[0]:
+            self.begin()
 
-    def begin(self, moment: str) -> None:
-        """From here on peaks are recorded under the name of this moment."""
-        self.moment = moment
-        if (self.total,) > self.peaks.get(moment, ())[:1]:
-            self.peaks[moment] = self.total, len(self.events)
+    def begin(self) -> None:
+        """Take what is alive for the peak, whatever was before."""
+        self.peak = self.total, len(self.events)
 
     def remove(self, key: int) -> None:
         """Count the storage with this address no more, if it was counted."""
@@ -102,17 +96,17 @@ class Counter(TorchDispatchMode):
             self.events.append((found[1], -1))
             self.total -= found[1].size
 
-    def claim(self, values: Iterable[Any], part: str, of: str = "") -> None:
-        """Give the tensors among these to `part`, if they belong to `of`; this changes the peaks before, too."""
+    def claim(self, values: Iterable[Any], part: str) -> None:
+        """Give the tensors among these to `part`, in the peak before, too; only activations are still exchanged."""
         for value in values:
             if isinstance(value, Tensor) and (found := self.alive.get(local(value).untyped_storage()._cdata)):
-                if of in ("", found[1].part):
+                if part != EXCHANGED or found[1].part == ACTIVATIONS:
                     found[1].part = part
 
-    def parts(self, moment: str) -> dict[str, int]:
-        """Bytes by part at the peak of this moment."""
+    def parts(self) -> dict[str, int]:
+        """Bytes by part at the peak."""
         sums = Sums[str]()
-        for held, sign in self.events[: self.peaks[moment][1]]:
+        for held, sign in self.events[: self.peak[1]]:
             sums[held.part] += sign * held.size
         return dict(+sums)
 
@@ -154,19 +148,17 @@ def counting(*, on_gpu: bool = False) -> Iterator[Counter]:
 
 def on_shapes(model: nn.Module) -> None:
     """Replace what is on the meta device by fake tensors of the same shape, which the counter sees."""
-    made: dict[Tensor, nn.Parameter] = {}  # a tied parameter stays one
-    for name, old in list(model.named_parameters(remove_duplicate=False)):
+    made: dict[Tensor, Tensor] = {}  # a tied parameter stays one
+    for name, old in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if old not in made:
-            new = torch.empty(local(old).shape, dtype=old.dtype)
+            made[old] = torch.empty(local(old).shape, dtype=old.dtype)
             if isinstance(old, DTensor):
                 sizes: Any = {"shape": old.shape, "stride": old.stride()}
-                new = DTensor.from_local(new, old.device_mesh, old.placements, run_check=False, **sizes)
-            made[old] = nn.Parameter(new, old.requires_grad)
+                made[old] = DTensor.from_local(made[old], old.device_mesh, old.placements, run_check=False, **sizes)
+            if isinstance(old, nn.Parameter):
+                made[old] = nn.Parameter(made[old], old.requires_grad)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, made[old])
-    for name, buffer in list(model.named_buffers()):
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 @contextmanager
@@ -182,12 +174,13 @@ def processes(count: int) -> Iterator[World]:
         stop()
 
 
-def count(build: Build, make_batch: MakeBatch, settings: S, ranks: int = 1) -> Moments:
-    """Bytes by part at the peak of a step's "forward", "backward" and "update", on each of `ranks` cards.
+def count(build: Build, make_batch: MakeBatch, settings: S) -> dict[str, int]:
+    """Bytes by part at the peak of a step, on each of the cards of `settings.plan`.
 
     It is a step of the training loop that finds the optimizer's state there, and where it accumulates, the gradients of
     an earlier micro-batch.
     """
+    ranks, _ = cards(settings.plan)
     with processes(ranks) as world:
         with torch.device("meta"):
             model, loss_function = build(settings, world)
@@ -207,108 +200,78 @@ def count(build: Build, make_batch: MakeBatch, settings: S, ranks: int = 1) -> M
             elif settings.accumulate_in_float32:
                 loop.widen_gradients(model)
 
-            def moments(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-                counter.begin("forward")
-                found = loss_function(model, batch)
-                counter.begin("backward")
-                return found
-
             def before_update(*_: Any) -> None:
                 counter.claim((parameter.grad for parameter in parameters), "gradients")
                 counter.claim(tree_leaves(list(optimizer.state.values())), "AdamW's state")
-                counter.begin("update")
 
             optimizer.register_step_pre_hook(before_update)
             batch = make_batch(settings, min(rows, settings.micro_batch_size))
-            loop._step(model.train(), optimizer, [batch], moments, settings, world)
-    return {moment: {**counter.parts(moment), "libraries": LIBRARIES} for moment in counter.peaks if moment}
+            counter.begin()
+            loop._step(model.train(), optimizer, [batch], loss_function, settings, world)
+    return {**counter.parts(), "libraries": LIBRARIES}
 
 
 def print_plan(settings: S, build: Build, make_batch: MakeBatch) -> None:
-    """Print what a step holds on each card of `settings.plan`, and which single change would make it fit.
+    """Print what a step holds on each card of `settings.plan`, and the cheapest change that would make it fit.
 
     `build` makes the model, split over the ranks and on the meta device, and its loss; `make_batch` a batch of so many
     rows. Raises SystemExit with the code 1 if it does not fit.
     """
-    ranks, size = cards(settings.plan)
+    _, size = cards(settings.plan)
     with torch.device("meta"):
         model, _ = build(settings, World(0, 1, torch.device("cpu")))
     everything, some = parameter_count(model), sum(parameter.numel() for parameter in trained(model).values())
-    print(f"{everything:,} parameters, {some:,} train ({some / everything:.2%}); {settings.dtype}")
-    moments = count(build, make_batch, settings, ranks)
-    print(f"\n{'GB on a card, at most in':<26}" + "".join(f"{moment:>10}" for moment in moments))
-    for part in (*PARTS, "total"):
-        values = [parts.get(part, 0) if part in PARTS else sum(parts.values()) for parts in moments.values()]
-        if any(values):
-            print(f"{part:<26}" + "".join(f"{value / GB:>10.2f}" for value in values))
-    total = peak(moments)
+    print(f"{everything:,} parameters, {some:,} train ({some / everything:.2%}); {settings.dtype}\n")
+    parts = count(build, make_batch, settings)
+    total = sum(parts.values())
+    for part in PARTS:
+        if part in parts:
+            print(f"{part:<26}{parts[part] / GB:>10.2f} GB")
+    print(f"{'total':<26}{total / GB:>10.2f} GB\n")
     if total <= size * GB:
-        print(f"\nfits: {total / GB:.2f} of {size:g} GB")
+        print(f"fits: {total / GB:.2f} of {size:g} GB")
         return
-    print(
-        f"\ndoes not fit: {total / GB:.2f} of {size:g} GB; the cheapest change that makes it, and more cards",
-        flush=True,
-    )
-    activations = max(parts.get(ACTIVATIONS, 0) for parts in moments.values())
-    changes = [change for cheap, change in _changes(settings) if not cheap or total - activations < size * GB]
-    fits = [held <= size * GB for _, held in _tried(build, make_batch, settings, changes, total)]
-    factors = [factor for factor in (2, 4, 8) if total / factor < size * GB]
-    more: list[dict[str, Any]] = [{"plan": f"{ranks * factor}x{size:g}"} for factor in factors]
-    list(_tried(build, make_batch, settings, more, total))
-    if not any(fits):
-        print("one after another", flush=True)
-        for _, change in _changes(settings):
-            for changed, held in _tried(build, make_batch, settings, [change], total):
-                settings, total = changed, held
-            if total <= size * GB:
-                break
-        print("all of these together do" if total <= size * GB else "even together they are not enough")
+    print(f"does not fit: {total / GB:.2f} of {size:g} GB; the cheapest change that makes it", flush=True)
+    changed: Any = settings
+    for change in _changes(settings, saving_activations=total - parts.get(ACTIVATIONS, 0) < size * GB):
+        if _try(settings, change, total, build, make_batch)[1] <= size * GB:
+            raise SystemExit(1)
+    print("one after another", flush=True)
+    for change in _changes(settings):
+        changed, total = _try(changed, change, total, build, make_batch)
+        if total <= size * GB:
+            break
+    print("all of these together do" if total <= size * GB else "even together they are not enough")
     raise SystemExit(1)
 
 
-def _changes(settings: Any) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """Changes that take less memory, the cheapest first; true says that one saves activations only, and costs time."""
-    yield True, {"micro_batch_size": 1}
-    for name in ("selective", "block", "offload"):
-        yield True, {"activation_checkpointing": name}
-    yield False, {"dtype": "bfloat16"}
-    if getattr(settings, "adapter", "none") == "none":
-        yield False, {"dtype": "bfloat16", "weight_dtype": "bfloat16"}
-        yield False, {"dtype": "bfloat16", "weight_dtype": "bfloat16", "optimizer_state": "bfloat16"}
+def _try(old: Any, change: dict[str, Any], total: int, build: Build, make_batch: MakeBatch) -> tuple[Any, int]:
+    """The settings after a change and the bytes that they take, printed; the old ones if it saves nothing."""
+    new = {name: value for name, value in change.items() if getattr(old, name) != value}
+    changed, held = dataclasses.replace(old, **new), total
+    with suppress(ValueError):  # The model cannot be changed so: its folder is quantised already, for example.
+        held = sum(count(build, make_batch, changed).values()) if new else total
+    if held > 0.995 * total:
+        return old, total
+    fits = "  fits" if held <= cards(old.plan)[1] * GB else ""
+    print(f"  {' '.join(f'--{name} {value}' for name, value in new.items()):<68}{held / GB:>8.2f} GB{fits}", flush=True)
+    return changed, held
+
+
+def _changes(settings: Any, saving_activations: bool = True) -> Iterator[dict[str, Any]]:
+    """Changes that take less memory, the cheapest first."""
+    if saving_activations:  # These cost time only.
+        yield {"micro_batch_size": 1}
+        yield from ({"activation_checkpointing": name} for name in ("selective", "block", "offload"))
+    short, weights, state = {"dtype": "bfloat16"}, {"weight_dtype": "bfloat16"}, {"optimizer_state": "bfloat16"}
+    yield short
+    if settings.adapter == "none":
+        yield from (short | weights, short | weights | state)
     else:
-        yield False, {"quantize": "int8"}
-        yield False, {"quantize": "nf4"}
-    yield False, {"row_length": max(1, getattr(settings, "row_length", 1) // 2)}
-    if getattr(settings, "adapter", "") == "none":
-        for name in ("none", "int8", "nf4"):
-            yield False, {"adapter": "lora", "dtype": "bfloat16", "quantize": name}
-
-
-def _tried(
-    build: Build, make_batch: MakeBatch, settings: Any, changes: Iterable[dict[str, Any]], total: int
-) -> Iterator[tuple[Any, int]]:
-    """(settings, bytes) of each change that is new and saves memory, printed when it is known; until one fits."""
-    for change in changes:
-        new = {name: value for name, value in change.items() if getattr(settings, name, value) != value}
-        if not new:
-            continue
-        changed = dataclasses.replace(settings, **new)
-        ranks, size = cards(changed.plan)
-        try:
-            held = peak(count(build, make_batch, changed, ranks))
-        except ValueError:  # The model cannot be changed so: its folder is quantised already, for example.
-            continue
-        if held < 0.995 * total:
-            flags = " ".join(f"--{name} {value}" for name, value in new.items())
-            print(f"  {flags:<68}{held / GB:>8.2f} GB{'  fits' * (held <= size * GB)}", flush=True)
-            yield changed, held
-        if held <= size * GB:
-            return
-
-
-def peak(moments: Moments) -> int:
-    """Bytes at the highest of the moments."""
-    return max(sum(parts.values()) for parts in moments.values())
+        yield from ({"quantize": name} for name in ("int8", "nf4"))
+    yield {"row_length": max(1, settings.row_length // 2)}
+    if settings.adapter == "none":
+        yield from ({"adapter": "lora", "quantize": name, **short} for name in ("none", "int8", "nf4"))
 
 
 def cards(plan: str) -> tuple[int, float]:

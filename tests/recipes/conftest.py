@@ -186,19 +186,19 @@ JOBS = """
 import json, os, runpy, sys
 from unittest.mock import patch
 from pedgpt import training
-from pedgpt.training import keeping
+from pedgpt.training import checkpoint
 
 class Died(Exception): pass
 
 for path, arguments, die_after in json.loads(sys.argv[1]):
     recipe = runpy.run_path(path)
-    real = keeping.save_checkpoint
-    def save(folder, step, *rest):
-        real(folder, step, *rest)
+    real = checkpoint.Checkpoints.save
+    def save(self, step, **notes):
+        real(self, step, **notes)
         if step == die_after:
             raise Died
     try:
-        with patch.object(keeping, "save_checkpoint", save):
+        with patch.object(checkpoint.Checkpoints, "save", save):
             recipe["main"](training.parse_settings(recipe["Config"], arguments))
     except Died:
         print("died as asked")
@@ -210,14 +210,14 @@ os._exit(0)  # as run_recipe does
 
 @contextlib.contextmanager
 def dying_after(step: int | None):
-    real = training.keeping.save_checkpoint
+    real = training.checkpoint.Checkpoints.save
 
-    def save(folder, at, *rest):
-        real(folder, at, *rest)
+    def save(self, at, **notes):
+        real(self, at, **notes)
         if at == step:
             raise Died
 
-    with patch.object(training.keeping, "save_checkpoint", save):
+    with patch.object(training.checkpoint.Checkpoints, "save", save):
         yield
 
 

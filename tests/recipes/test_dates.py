@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pedgpt.data import Message, chat_format, encode_prompt, load_tokenizer
-from pedgpt.training import World, loop, run_date
+from pedgpt.training import World, loop, settle_run
 
 DATED = (  # as Llama 3.1's: the day stands in a system text that is always there
     "{{ strftime_now('%d %b %Y') + '\n' }}{% for m in messages %}"
@@ -98,9 +98,9 @@ def test_midnight_between_two_ranks_does_not_part_them(clock, monkeypatch, tmp_p
     monkeypatch.setattr(loop, "all_values", all_values)
     device = torch.device("cpu")
     clock("2026-03-31")
-    first = run_date(tmp_path, World(0, 2, device))
+    first = settle_run(tmp_path, World(0, 2, device))
     clock("2026-04-01")
-    assert first == run_date(tmp_path, World(1, 2, device)) == "2026-03-31"
+    assert first == settle_run(tmp_path, World(1, 2, device)) == "2026-03-31"
 
 
 def test_formats_without_a_date_keep_none_and_older_runs_are_still_theirs(lab, clock, tmp_path):

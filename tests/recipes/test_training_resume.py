@@ -17,14 +17,14 @@ KILLED_WHILE_SAVING = """
 import os, runpy, signal, sys
 from pathlib import Path
 from pedgpt.training import checkpoint
-real, saves = checkpoint.dcp.save, []
-def save(tensors, checkpoint_id, **rest):
-    saves.append(checkpoint_id)
+real, saves = checkpoint.torch.save, []
+def save(tensors, handle):
+    saves.append(handle)
     if len(saves) == 2:
-        (Path(checkpoint_id) / "__0_0.distcp").write_bytes(b"half")
+        handle.write(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
-    real(tensors, checkpoint_id=checkpoint_id, **rest)
-checkpoint.dcp.save = save
+    real(tensors, handle)
+checkpoint.torch.save = save
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -154,11 +154,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(lab, tmp_path):
     settings = {"checkpoint_every": 2, "keep_checkpoints": 2}
     assert lab.run("full_finetune", tmp_path, die_after=4, **settings).code == -9
     last = tmp_path / "checkpoints" / "step_0000004"
-    (file,) = last.glob("*.distcp")
+    (file,) = last.glob("*.pt")
     file.write_bytes(file.read_bytes()[:1000])
     result = lab.run("full_finetune", tmp_path, **settings)
     assert result.code == 2 and len(result.err.splitlines()) == 1
-    assert f"{last}: cannot be read (__0_0.distcp is not what was written: its size or checksum differs)" in result.err
+    assert f"{last}: cannot be read (rank_00000.pt is not what was written: its checksum differs)" in result.err
     assert f"; delete it to go on from the one before, or to start anew if there is none: rm -r '{last}'" in result.err
     shutil.rmtree(last)
     assert "at step 2 of 5" in lab.run("full_finetune", tmp_path, **settings).err
@@ -185,7 +185,7 @@ def test_a_run_goes_on_with_the_forms_that_it_began_with(lab, tmp_path, monkeypa
     states = [json.loads((folder / "checkpoints/step_0000005/state.json").read_text()) for folder in (output, expected)]
     assert states[0] == states[1]
     assert states[0]["choices"] == {products.LIBRARY: True}
-    parts = [(folder / "checkpoints/step_0000005/__0_0.distcp").read_bytes() for folder in (output, expected)]
+    parts = [(folder / "checkpoints/step_0000005/rank_00000.pt").read_bytes() for folder in (output, expected)]
     assert parts[0] == parts[1]
 
 

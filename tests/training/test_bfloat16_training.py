@@ -290,7 +290,7 @@ def test_a_plan_counts_what_there_is(ranks, chosen, state, gradients):
     def loss(made, batch):
         return made(torch.zeros(2, 64, dtype=torch.bfloat16)).float().sum(), {}
 
-    found = count(build, lambda how, rows: Batch([0]), settings("", **chosen), ranks)
+    found = count(build, lambda how, rows: Batch([0]), settings("", plan=f"{ranks}x1", **chosen))
     numbers = 2 * 64 * 64 // ranks
-    assert found["update"]["weights"] == 2 * numbers and found["update"]["gradients"] == gradients * numbers
-    assert found["update"]["AdamW's state"] == state * numbers
+    assert found["weights"] == 2 * numbers and found["gradients"] == gradients * numbers
+    assert found["AdamW's state"] == state * numbers

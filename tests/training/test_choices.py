@@ -3,21 +3,25 @@
 import json
 import os
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from pedgpt.training import World, run_choices
+from pedgpt.kernels.cpu import products
+from pedgpt.training import World, settle_run
 
 WORLD = World(0, 1, torch.device("cpu"))
 
 
 def chosen(output, world=WORLD, settled=None):
     """(what the run computes with, all that `use` was given)."""
-    used = [{}]
+    used = []
     settle = lambda: {"new float32 small": True, **used[-1]} if settled is None else settled  # noqa: E731
-    return run_choices(output, world, settle, used.append), used[1:]
+    with patch.multiple(products, settle=settle, use=used.append):
+        settle_run(output, world)
+    return used[-1], used
 
 
 def store(output, state):
@@ -27,16 +31,16 @@ def store(output, state):
 
 
 def test_without_a_checkpoint_all_is_settled_anew(tmp_path):
-    assert chosen(tmp_path) == (new := {"new float32 small": True}, [{}, {}, new])
+    assert chosen(tmp_path) == (new := {"new float32 small": True}, [{}, new])
 
 
 def test_those_of_the_last_checkpoint_are_followed_and_the_rest_is_settled(tmp_path):
     stored = {"a float32 small": False, "b float32 small": True}
     store(tmp_path, json.dumps({"step": 3, "run": {}, "choices": stored}))
-    assert chosen(tmp_path) == (found := {"new float32 small": True, **stored}, [{}, stored, found])
+    assert chosen(tmp_path) == (found := {"new float32 small": True, **stored}, [stored, found])
 
 
-@pytest.mark.parametrize("state", ['{"step": 3, "run": {}}', '{"choices": 3}', '{"choices": {"a": "yes"}}', "{", "[]"])
+@pytest.mark.parametrize("state", ['{"step": 3, "run": {}}', '{"choices": 3}', "{", "[]"])
 def test_a_checkpoint_without_choices_or_with_none_that_can_be_read_settles_anew_in_silence(tmp_path, state, capfd):
     store(tmp_path, state)
     assert chosen(tmp_path)[0] == {"new float32 small": True}
@@ -44,10 +48,11 @@ def test_a_checkpoint_without_choices_or_with_none_that_can_be_read_settles_anew
 
 
 def test_on_a_gpu_nothing_is_measured(tmp_path):
-    def never(*_):
+    def never():
         raise AssertionError
 
-    assert run_choices(tmp_path, World(0, 1, torch.device("cuda", 0)), never, never) == {}
+    with patch.multiple(products, settle=never):
+        settle_run(tmp_path, World(0, 1, torch.device("cuda", 0)))
 
 
 def worker(rank, folder):

@@ -66,7 +66,7 @@ def test_flags_win_over_the_file_and_dashes_equal_underscores(tmp_path):
         (["--setps", "1"], "--setps is no setting of this recipe; did you mean 'steps'?"),
         (["--zzz", "1"], "--zzz is no setting of this recipe; known settings: model, data, steps"),
         (["--steps", "many"], "--steps must be an integer, found 'many'"),
-        (["--steps", "1.5"], "--steps must be an integer, found '1.5'"),
+        (["--steps", "1.5"], "--steps must be an integer, found 1.5"),
         (["--rate", "fast"], "--rate must be a number, found 'fast'"),
         (["--fast", "perhaps"], "--fast must be true or false, found 'perhaps'"),
         (["--steps"], "--steps takes one value, found 0"),
@@ -88,8 +88,8 @@ def test_mistaken_flags_are_named(flags, message):
         (b"\n[steps]\na = 1", "c.toml line 2: steps must be an integer, found {'a': 1}"),
         (b"steps.a.b = 1", "c.toml line 1: steps must be an integer, found {'a': {'b': 1}}"),
         (b"steps = {a = 1}", "c.toml line 1: steps must be an integer, found {'a': 1}"),
-        (b"rate = 1\n[[names]]\na = 1", "c.toml line 2: names must be a list of strings, found [{'a': 1}]"),
-        (b"[names]\na = 1", "c.toml line 1: names must be a list of strings, found {'a': 1}"),
+        (b"rate = 1\n[[names]]\na = 1", "c.toml line 2: names must be a string, found {'a': 1}"),
+        (b"[names]\na = 1", "c.toml line 1: names must be a string, found {'a': 1}"),
         (b"[training]\na = 1", "c.toml line 1: training is no setting"),
         (b'steps = "7"', "c.toml line 1: steps must be an integer, found '7'"),
         (b"steps = 7.0", "steps must be an integer, found 7.0"),
@@ -99,7 +99,7 @@ def test_mistaken_flags_are_named(flags, message):
         (b"limit = [1]", "c.toml line 1: limit must be an integer, found [1]"),
         (b"names = " + b"[" * 5000, "c.toml: not valid TOML ("),
         (b"fast = 1", "fast must be true or false, found 1"),
-        (b"names = [1]", "names must be a list of strings, found [1]"),
+        (b"names = [1]", "names must be a string, found 1"),
         (b"model = 3", "model must be a string, found 3"),
         (b"steps = = 7", "c.toml: not valid TOML (Invalid value (at line 1, column 9))"),
         (b'model = "\xff"', "c.toml: not valid TOML ("),
@@ -160,8 +160,8 @@ def test_missing_settings_and_stray_arguments_are_named():
         ("evaluate_every", -1), ("checkpoint_every", -2), ("max_grad_norm", -1.0), ("weight_decay", -0.1),
         ("epochs", 0.0),
         ("learning_rate", 0.0), ("learning_rate", float("nan")), ("epochs", float("inf")), ("beta2", float("nan")),
-        ("warmup_ratio", 1.1), ("final_learning_rate_ratio", -0.1), ("dtype", "float16"), ("save_dtype", "float16"),
-        ("beta1", 1.0), ("beta2", -0.1), ("decay_ratio", 1.5), ("weight_dtype", "float16"), ("optimizer_state", "int8"),
+        ("warmup_ratio", 1.1), ("final_learning_rate_ratio", -0.1), ("beta1", 1.0), ("beta2", -0.1),
+        ("decay_ratio", 1.5), ("checkpoint_every", "often"), ("checkpoint_every", 1.5),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(name, value):
@@ -176,6 +176,14 @@ def test_weights_in_bfloat16_need_a_computation_in_bfloat16():
         TrainingSettings("out", weight_dtype="bfloat16").check()
 
 
+@pytest.mark.parametrize("name", ["dtype", "weight_dtype", "optimizer_state", "save_dtype"])
+def test_a_dtype_is_one_of_two_words(name):
+    with pytest.raises(ValueError) as error:
+        parse_settings(TrainingSettings, ["--output", "o", f"--{name}", "float16"])
+    assert str(error.value) == f"--{name} must be one of float32, bfloat16, found 'float16'"
+    assert getattr(parse_settings(TrainingSettings, ["--output", "o", f"--{name}", "bfloat16"]), name) == "bfloat16"
+
+
 def test_a_schedule_is_one_of_four_words(tmp_path):
     with pytest.raises(ValueError) as error:
         parse_settings(TrainingSettings, ["--output", "o", "--schedule", "cosin"])
@@ -186,8 +194,8 @@ def test_a_schedule_is_one_of_four_words(tmp_path):
 
 
 def test_trackers_and_the_best_model_need_what_they_are_made_of(monkeypatch):
-    with pytest.raises(ValueError, match=r"log_to must name wandb or tensorboard, found \['mlflow'\]"):
-        TrainingSettings("out", log_to=["mlflow"]).check()
+    with pytest.raises(ValueError, match="--log_to must be one of wandb, tensorboard, found 'mlflow'"):
+        parse_settings(TrainingSettings, ["--output", "o", "--log_to", "wandb", "mlflow"])
     for name in ("wandb", "tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ValueError, match=rf"log_to names {name}, .* pip install 'pedgpt\[{name}\]'"):

@@ -110,16 +110,21 @@ def test_a_step_that_is_not_finite_stops_before_it_changes_the_weights(tmp_path,
     assert not (tmp_path / "checkpoints").exists()
 
 
+class Rows(list):
+    def batch(self, rows, ids):
+        return Batch(rows)
+
+
 def test_held_out_loss_is_the_weighted_mean_in_evaluation_mode(tmp_path):
     made = nn.Sequential(model(), nn.Dropout(0.9)).train()
     for size in (1, 2, 4, 50):
         settings = TrainingSettings(str(tmp_path), micro_batch_size=size)
-        found = training.mean_loss(made, len(X), lambda rows, ids: Batch(rows), loss_function, settings, WORLD)
+        found = training.evaluation(made, Rows(X), loss_function, settings, WORLD)()
         squares = (X.double() @ torch.tensor([0.3, -0.2]).double()) ** 2
         expected = float((squares * WEIGHTS).sum() / WEIGHTS.sum())
         assert found == {"loss": pytest.approx(expected), "twice": pytest.approx(2 * expected)}
     assert made.training and made[0].weight.grad is None
-    assert training.mean_loss(made, 0, lambda rows, ids: Batch(rows), loss_function, settings, WORLD) == {}
+    assert training.evaluation(made, Rows(), loss_function, settings, WORLD) is None
 
 
 def test_evaluation_is_written_when_asked_and_at_the_end(tmp_path):
@@ -240,7 +245,8 @@ def test_watch_goes_on_from_a_checkpoint(tmp_path):
 
 
 def test_watch_is_called_on_the_main_rank_alone(tmp_path, capsys):
-    watched(tmp_path, World(1, 1, torch.device("cpu")), lambda record: pytest.fail("not the main rank"))
+    other = World(1, 1, torch.device("cpu"))
+    watched(tmp_path, other, lambda record: pytest.fail("not the main rank"), checkpoint_every=0)
     assert capsys.readouterr().err == "" and not (tmp_path / "metrics.jsonl").exists()
 
 

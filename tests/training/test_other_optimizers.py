@@ -11,7 +11,7 @@ from torch import nn
 
 from pedgpt import training
 from pedgpt.training import BatchPlan, TrainingSettings, World
-from pedgpt.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from pedgpt.training.checkpoint import Checkpoints, latest_checkpoint
 
 WORLD = World(0, 1, torch.device("cpu"))
 X = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 2.0], [3.0, 1.0, -1.0], [-2.0, 0.5, 1.0], [1.0, 1.0, 0.0]])
@@ -127,7 +127,7 @@ def trained_on_another(output, world):
     checkpoint = latest_checkpoint(training.loop.Path(output) / "checkpoints")
     made = training.shard(model(), [], world, torch.float32)
     optimizer = OPTIMIZERS["adamw"]([parameter for parameter in made.parameters() if parameter.requires_grad])
-    load_checkpoint(checkpoint, made, optimizer, saved_run(checkpoint), world)
+    Checkpoints(checkpoint.parent, 2, made, optimizer, saved_run(checkpoint), world).load(checkpoint)
 
 
 def saved_run(checkpoint):
@@ -157,10 +157,10 @@ def test_another_optimizer_or_another_setting_of_it_is_refused(tmp_path, other, 
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1, momentum=0.9)
     made(X).sum().backward()
     optimizer.step()
-    save_checkpoint(tmp_path, 1, made, optimizer, {}, WORLD)
+    Checkpoints(tmp_path, 2, made, optimizer, {}, WORLD).save(1)
     before = made.weight.detach().clone()
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(tmp_path / "step_0000001", made, other(made.parameters()), {}, WORLD)
+        Checkpoints(tmp_path, 2, made, other(made.parameters()), {}, WORLD).load(tmp_path / "step_0000001")
     assert torch.equal(made.weight, before)
     other_rate = torch.optim.SGD(made.parameters(), lr=0.7, momentum=0.9)  # that of the schedule counts
-    assert load_checkpoint(tmp_path / "step_0000001", made, other_rate, {}, WORLD) == 1
+    assert Checkpoints(tmp_path, 2, made, other_rate, {}, WORLD).load(tmp_path / "step_0000001")["step"] == 1

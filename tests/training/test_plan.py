@@ -13,14 +13,13 @@ from pedgpt.training.plan import ACTIVATIONS, EXCHANGED, cards, counting, on_sha
 
 def test_what_is_alive_counts_until_nothing_refers_to_it():
     with counting() as counter:
-        counter.begin("first")
         kept = torch.empty(100)
         view = torch.zeros(50, dtype=torch.float64).view(5, 10)  # one storage of 400 bytes
         del view
-        counter.begin("second")
+        assert counter.total == 400 and counter.parts() == {ACTIVATIONS: 800}
+        counter.begin()
         kept.add_(1)  # in place: nothing new
-        assert counter.total == 400
-    assert counter.parts("first") == {ACTIVATIONS: 800} and counter.parts("second") == {ACTIVATIONS: 400}
+        assert counter.parts() == {ACTIVATIONS: 400}
 
 
 def test_what_is_claimed_later_has_its_part_in_earlier_peaks_too():
@@ -29,10 +28,10 @@ def test_what_is_claimed_later_has_its_part_in_earlier_peaks_too():
     with counting() as counter:
         on_shapes(model)
         counter.claim(model.parameters(), "weights")
-        counter.begin("step")
+        counter.begin()
         model(torch.empty(2, 8)).sum().backward()
         counter.claim([model.weight.grad, None], "gradients")
-    found = counter.parts("step")
+    found = counter.parts()
     assert found["weights"] == found["gradients"] == 128 and found[ACTIVATIONS] >= 64
 
 
@@ -42,9 +41,9 @@ def test_a_storage_that_is_resized_counts_with_its_new_size():
         gathered = torch.empty(100)
         gathered.untyped_storage().resize_(0)
         assert counter.total == 0
-        counter.begin("again")
+        counter.begin()
         gathered.untyped_storage().resize_(400)
-    assert counter.parts("again") == {EXCHANGED: 400}
+    assert counter.parts() == {EXCHANGED: 400}
 
 
 def test_questions_about_values_get_the_answers_of_a_step_that_goes_well():
@@ -80,11 +79,11 @@ def test_no_memory_is_taken():
 
     with counting() as counter:
         before = resident()
-        counter.begin("step")
+        counter.begin()
         matrix = torch.zeros(2**17, 2**13)  # 4 GiB
         (matrix @ matrix.t()).exp()  # 64 GiB each
         assert resident() - before < 2**28
-    assert counter.parts("step") == {ACTIVATIONS: 4 * 2**30 + 2 * 64 * 2**30}
+    assert counter.parts() == {ACTIVATIONS: 4 * 2**30 + 2 * 64 * 2**30}
     gc.collect()
 
 
