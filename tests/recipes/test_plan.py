@@ -178,10 +178,10 @@ def called(lab, stage, *flags, folder="baichuan2_7b"):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The demo model's config.json."""
+    """A folder with the demo model's config.json."""
     file = tmp_path_factory.mktemp("demo") / "config.json"
     file.write_text(json.dumps({**SHAPE, **tomllib.loads((CONFIGS / "demo" / "base.toml").read_text("utf-8"))}))
-    return file
+    return file.parent
 
 
 def test_demo_fits_and_the_table_is_complete(lab, demo):
@@ -207,7 +207,7 @@ def short(tmp_path_factory):
     file = tmp_path_factory.mktemp("short") / "config.json"
     sizes = json.loads((CONFIGS / "baichuan2_7b/config.json").read_text("utf-8"))
     file.write_text(json.dumps({**sizes, "num_hidden_layers": 2}))
-    return file
+    return file.parent
 
 
 def test_what_does_not_fit_is_told_what_helps(lab, short):
@@ -239,7 +239,7 @@ def test_where_no_change_is_enough_several_together_are_proposed(lab, demo, tmp_
     flags = " ".join(changes(together)).split()
     assert called(lab, "sft", "--model", demo, "--plan", "0.68", "--device", "cpu", *flags, folder="demo").code == 0
 
-    (tmp_path / "config.json").write_text(json.dumps({**json.loads(demo.read_text()), "num_hidden_layers": 1}))
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads((demo / "config.json").read_text()), "num_hidden_layers": 1}))
     none = called(lab, "sft", "--model", tmp_path, "--plan", "0.01", "--device", "cpu", folder="demo")
     assert none.code == 1 and none.out.endswith("even together they are not enough\n") and "  fits" not in none.out
 
