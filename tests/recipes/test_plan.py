@@ -239,7 +239,8 @@ def test_where_no_change_is_enough_several_together_are_proposed(lab, demo, tmp_
     flags = " ".join(changes(together)).split()
     assert called(lab, "sft", "--model", demo, "--plan", "0.68", "--device", "cpu", *flags, folder="demo").code == 0
 
-    (tmp_path / "config.json").write_text(json.dumps({**json.loads((demo / "config.json").read_text()), "num_hidden_layers": 1}))
+    sizes = json.loads((demo / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "num_hidden_layers": 1}))
     none = called(lab, "sft", "--model", tmp_path, "--plan", "0.01", "--device", "cpu", folder="demo")
     assert none.code == 1 and none.out.endswith("even together they are not enough\n") and "  fits" not in none.out
 
