@@ -71,10 +71,12 @@ OF_A_BILLION = [
 
 
 def recipe(name: str):
+    from pedgpt.data import full_pairs, full_rows
+
     spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module, getattr(module, "full_rows", None) or module.full_pairs
+    return module, full_pairs if name == "dfpo" else full_rows
 
 
 def resident(peak: bool = False) -> int:

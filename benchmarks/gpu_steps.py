@@ -122,8 +122,10 @@ def recipe_steps(
                  for word in (f"--{name}", value)]  # fmt: skip
         config = parse_settings(module.Config, flags)
         constant = dict.fromkeys(("model_fingerprint", "weights_fingerprint"), lambda folder: "random weights")
-        nothing = {"load_weights": random_weights, "gather_weights": lambda *_, **__: None}
-        with patch.multiple(module.stage, **nothing, **constant):
+        with (
+            patch.multiple(module.stage.models, load_weights=random_weights, **constant),
+            patch.object(module.stage.training, "gather_weights", lambda *_, **__: None),
+        ):
             module.main(config)
         lines = (Path(output) / "run/metrics.jsonl").read_text("utf-8").splitlines()
         rates = [json.loads(line)["tokens_per_second"] for line in lines][3:]

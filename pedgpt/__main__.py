@@ -23,14 +23,14 @@ RECIPES = next(folder for base in Path(__file__).parents[:2] if (folder := base 
 def main(arguments: list[str]) -> None:
     """Run the command; SystemExit for an unknown one, with the nearest name that is known."""
     recipes = {file.stem: file for file in sorted(RECIPES.glob("*.py"))}
-    command, rest = (arguments or ["--help"])[0], arguments[1:]
+    command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
         print(f"{__doc__}\nRecipes:")
         for name, file in recipes.items():
-            docstring = file.read_text(encoding="utf-8").split('"""')[1]
-            print(f"  {name:20} {docstring.splitlines()[0]}")
+            print(f"  {name:20} {file.read_text(encoding='utf-8').splitlines()[0][3:]}")
     elif command == "copy":
-        copy(recipes, rest)
+        for name in rest or [""]:
+            copy(name, recipes | {"all": RECIPES})
     elif command == "demo":
         os.execvpe("bash", ["bash", str(RECIPES / "pipeline.sh"), *rest], os.environ | {"PYTHON": sys.executable})
     elif command in recipes:
@@ -40,19 +40,15 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"error: unknown recipe {command!r}; {nearest(command, [*recipes, 'copy', 'demo'], 'names')}")
 
 
-def copy(recipes: dict[str, Path], names: list[str]) -> None:
-    """Copy recipes into the working folder, or all of them into its folder `recipes`; nothing is written over."""
-    if not names or not {*names} <= {*recipes, "all"}:
-        raise SystemExit(f"error: copy takes names of recipes, or all; known: {', '.join(recipes)}")
-    for name in names:
-        source, target = (RECIPES, Path("recipes")) if name == "all" else (recipes[name], Path(f"{name}.py"))
-        if target.exists():
-            raise SystemExit(f"error: {target} exists; move it away first, because copying would replace it")
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copyfile(source, target)
-        print(f"copied {target}")
+def copy(name: str, known: dict[str, Path]) -> None:
+    """Copy a recipe, or the folder of all, into the working folder; nothing is written over."""
+    if name not in known:
+        raise SystemExit(f"error: copy takes names of recipes, or all; known: {', '.join(known)}")
+    source, target = known[name], Path(known[name].name)
+    if target.exists():
+        raise SystemExit(f"error: {target} exists; move it away first, because copying would replace it")
+    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+    print(f"copied {target}")
 
 
 if __name__ == "__main__":

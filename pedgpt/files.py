@@ -15,9 +15,7 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import sys
-import time
 import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -71,8 +69,7 @@ def settle(temporary: str | Path, path: str | Path) -> None:
     umask = os.umask(0o077)
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)  # safetensors' save_file leaves a file that only its owner can read
-    with naming_full_disk(path, os.stat(temporary).st_size):
-        publish(temporary, path)
+    publish(temporary, path)
 
 
 def publish(temporary: str | Path, path: str | Path) -> None:
@@ -111,21 +108,17 @@ def naming_full_disk(path: str | Path, size: int = 0) -> Iterator[None]:
         raise DiskFull(f"{path}: cannot be written ({reason}): {needed}{free / 1e6:,.1f} MB free") from error
 
 
-def _full_disk(error: BaseException) -> str | None:
-    """What the system said, if an error, or one that led to it, comes from a full disk."""
-    cause: BaseException | None = error
-    while cause is not None:
-        said = "" if isinstance(cause, ValueError) else str(cause)  # a ValueError is ours, and may quote anything
-        for reason in _FULL:
-            if reason in said:
-                return reason
-        cause = cause.__cause__ or cause.__context__
-    return None
+def _full_disk(error: BaseException | None) -> str:
+    """What the system said, if an error, or one that led to it, comes from a full disk; else an empty text."""
+    if error is None:
+        return ""
+    said = "" if isinstance(error, ValueError) else str(error)  # a ValueError is ours, and may quote anything
+    return next((reason for reason in _FULL if reason in said), "") or _full_disk(error.__cause__ or error.__context__)
 
 
 @contextmanager
 def sole_writer(output: str | Path, *, beside: bool = False) -> Iterator[None]:
-    """Hold a lock on `output` in this block; ValueError names the process, the host and the time if another holds it.
+    """Hold a lock on `output` in this block; ValueError if another process holds it.
 
     The lock is `flock` on a file in the folder, or `beside` it, so it ends with the process, whatever kills that.
     A folder that was made for the lock is removed if the block leaves it empty.
@@ -134,19 +127,14 @@ def sole_writer(output: str | Path, *, beside: bool = False) -> Iterator[None]:
     file = path.with_name(f".{path.name}.lock") if beside else path / ".lock"
     made = not file.parent.exists()
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+", encoding="utf-8") as lock:
+    with open(file, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            holder = printable(lock.read(200)) or "another process"
-            raise ValueError(
-                f"{output} is in use by {holder}; wait for its end, stop it, or choose another --output"
-            ) from None
+            how = "wait for its end, stop it, or choose another --output"
+            raise ValueError(f"{output} is in use by another run; {how}") from None
         except OSError:  # NOTE: a disk that cannot lock anything is written without a lock.
             pass
-        lock.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}", end="", file=lock, flush=True)
         try:
             yield
         finally:

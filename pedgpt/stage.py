@@ -1,10 +1,8 @@
-"""What the four stages share: the model with what trains in it, split over the ranks, and the result on disk."""
+"""What the four stages share: the model with what trains in it, split over the ranks; the run; the result on disk."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,41 +10,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pedgpt.adapters import (
-    ExpertLoRALinear,
-    adapted_layers,
-    adapter_fingerprint,
-    check_base,
-    gate_metrics,
-    inject_experts,
-    inject_lora,
-    load_adapter,
-    pack_adapters,
-    record_gates,
-    save_adapter,
-    set_noise_rows,
-)
+from pedgpt import adapters, models, training
+from pedgpt.data import ChatFormat, PackedRows, packed_chats
 from pedgpt.kernels.quantized import QuantizedLinear, parameter_count
 from pedgpt.losses import IGNORE_INDEX
-from pedgpt.models import (
-    Transformer,
-    load_model,
-    load_weights,
-    model_fingerprint,
-    round_weights,
-    save_model,
-    weights_fingerprint,
-    weights_format,
-)
-from pedgpt.training import TrainingSettings, World, gather_weights, shard
+from pedgpt.training import World
 from pedgpt.training.loop import LossFunction
 
 # These settings make a new adapter. One that training goes on from brings its own.
 _OF_ADAPTERS = ("rank", "alpha", "rslora", "num_specific_experts", "dropout", "target_modules")
+ModelAndLoss = Callable[[Any, World], tuple[models.Transformer, LossFunction]]
+SaveTokenizer = Callable[[Path], None]
 
 
 @dataclass(kw_only=True)
-class StageSettings(TrainingSettings):
+class StageSettings(training.TrainingSettings):
     """A stage trains all parameters of a model, or an adapter while the model is frozen."""
 
     model: str  # folder of the model to start from
@@ -64,16 +42,16 @@ class StageSettings(TrainingSettings):
 
     def check(self) -> None:
         super().check()
-        names = ("from_adapter", "any_base", *_OF_ADAPTERS, "quantize")
-        changed = [name for name in names if getattr(self, name) != self._default(name)]
+        changed = self.changed("from_adapter", "any_base", *_OF_ADAPTERS, "quantize")
         if self.adapter == "none" and changed:
             raise ValueError(f"{changed[0]} is set, but all parameters train; give --adapter lora or experts")
         if self.adapter == "lora" and "num_specific_experts" in changed:
             raise ValueError("num_specific_experts is set, but a LoRA has none; give --adapter experts")
 
-    def _default(self, name: str) -> Any:
-        (found,) = [f for f in dataclasses.fields(self) if f.name == name]
-        return found.default if found.default is not dataclasses.MISSING else found.default_factory()  # type: ignore
+    def changed(self, *names: str) -> list[str]:
+        """Those of these settings that are not what they are by default."""
+        defaults = {"target_modules": ["all-linear"], **vars(StageSettings)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -81,65 +59,47 @@ class StageSettings(TrainingSettings):
         return getattr(torch, self.weight_dtype if self.adapter == "none" else self.dtype)
 
 
-@functools.cache
-def _base_weights(folder: str) -> str:
-    """The fingerprint, kept from before training, because the folder may be gone when the result is saved."""
-    return weights_fingerprint(folder)
-
-
-def build(config: Any, world: World) -> Transformer:
+def build(config: Any, world: World) -> models.Transformer:
     """The model on the meta device, with its adapter, split over the ranks; `fill` gives it the model's weights."""
-    model = load_model(config.model, dtype=config.stored_dtype, device="meta", quantize=config.quantize)
+    model = models.load_model(config.model, dtype=config.stored_dtype, device="meta", quantize=config.quantize)
     model.config.check_length(config.row_length)
     if config.adapter == "none" and any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError(f"{config.model} is quantised, so its weights cannot train; give --adapter lora or experts")
     if config.adapter != "none":
         _add_adapter(model, config, told=world.is_main and not config.plan)
     model.activation_checkpointing = config.activation_checkpointing
-    try:
-        shard(model, model.model.layers, world, getattr(torch, config.dtype))
-    except RuntimeError as error:  # An older FSDP2 wants gradients of all parameters, and codes have none.
-        if "floating point" not in str(error):
-            raise
-        found = f"torch {torch.__version__} cannot split a quantised model over ranks"
-        raise ValueError(f"{found}; update torch, train on one process, or give --quantize none") from None
+    training.shard(model, model.model.layers, world, getattr(torch, config.dtype))
     return model
 
 
 def _add_adapter(model: nn.Module, config: Any, told: bool) -> None:
     """Freeze the model and give it a new adapter, or the one to go on from; say so if it is to be `told`."""
-    if config.from_adapter:
-        if not (config.any_base or config.plan):
-            kind = weights_format(config.model, config.quantize)
-            check_base(config.from_adapter, config.model, _base_weights(config.model), kind)
-        names = load_adapter(model, config.from_adapter)
-        layer: Any = next(iter(adapted_layers(model).values()))
-        kind = "experts" if isinstance(layer, ExpertLoRALinear) else "lora"
-        if kind != config.adapter:
-            way = f"give --adapter {kind}" + ", or merge it with merge_lora.py first" * (kind == "lora")
-            raise ValueError(f"{config.from_adapter} holds {kind}, but adapter is {config.adapter}; {way}")
-        for name in _OF_ADAPTERS:
-            own: Any = names if name == "target_modules" else getattr(layer, name, None)
-            if (asked := getattr(config, name)) not in (config._default(name), own):
-                there = "others" if name == "target_modules" else own
-                raise ValueError(f"{name} is {asked}, but {config.from_adapter} has {there}; leave out {name}")
+    lora = config.adapter == "lora"
+    if folder := config.from_adapter:
+        names = adapters.load_adapter(model, folder)
+        layer: Any = next(iter(adapters.adapted_layers(model).values()))
+        if lora == isinstance(layer, adapters.ExpertLoRALinear):
+            kind, merged = ("experts", "") if lora else ("lora", ", or merge it with merge_lora.py first")
+            raise ValueError(f"{folder} holds {kind}, but adapter is {config.adapter}; give --adapter {kind}{merged}")
+        for name in config.changed(*_OF_ADAPTERS):
+            asked, own = getattr(config, name), names if name == "target_modules" else getattr(layer, name)
+            if asked != own:
+                raise ValueError(f"{name} is {asked}, but {folder} has {own!s:.80}; leave out {name}")
     else:
         torch.manual_seed(config.seed)
-        settings = {name: getattr(config, name) for name in _OF_ADAPTERS}
-        if config.adapter == "lora":
-            del settings["num_specific_experts"]
-        names = (inject_lora if config.adapter == "lora" else inject_experts)(model, **settings)
+        settings = {name: getattr(config, name) for name in _OF_ADAPTERS if not (lora and name.startswith("num_"))}
+        names = (adapters.inject_lora if lora else adapters.inject_experts)(model, **settings)
     if told:
         trains = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         share = trains / parameter_count(model)
         kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-        title = {"lora": "LoRA", "experts": "experts"}[config.adapter]
+        title = "LoRA" if lora else "experts"
         print(f"{title} on {len(names)} layers ({kinds}), {trains:,} trainable parameters ({share:.2%})")
 
 
-def fill(model: Transformer, config: Any, world: World) -> None:
+def fill(model: models.Transformer, config: Any, world: World) -> None:
     """Read the model's weights; each rank keeps its own part. Frozen ones are quantised on the way, if asked for."""
-    load_weights(model, config.model, dtype=config.stored_dtype, device=world.device)
+    models.load_weights(model, config.model, dtype=config.stored_dtype, device=world.device)
 
 
 def gated(loss_function: LossFunction, config: Any) -> LossFunction:
@@ -150,41 +110,72 @@ def gated(loss_function: LossFunction, config: Any) -> LossFunction:
 
     def with_gates(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if config.adapter != "none":
-            pack_adapters(model)
+            adapters.pack_adapters(model)
         if config.adapter != "experts":
             return loss_function(model, batch)
-        set_noise_rows(model, config.seed, batch.row_ids)
-        with record_gates(model, where=batch.labels != IGNORE_INDEX) as gates:
+        adapters.set_noise_rows(model, config.seed, batch.row_ids)
+        with adapters.record_gates(model, where=batch.labels != IGNORE_INDEX) as gates:
             loss, metrics = loss_function(model, batch)
-        return loss, gate_metrics(gates, batch.weight) | metrics
+        return loss, adapters.gate_metrics(gates, batch.weight) | metrics
 
     return with_gates
 
 
-def origin(config: Any) -> str:
-    """A short name of the weights that training starts from."""
-    found = model_fingerprint(config.model)
-    _base_weights.cache_clear()  # A folder that was written again has other weights.
-    if config.adapter != "none":
-        _base_weights(config.model)
-    if not config.from_adapter:
-        return found
-    return f"{found}+{adapter_fingerprint(config.from_adapter)}"
+def chat_rows(config: Any, world: World) -> tuple[ChatFormat, PackedRows, PackedRows]:
+    """The chat format, and the conversations to train on and those held out: token ids on disk, packed into rows.
+
+    The first rank makes the token ids, and all ranks map them.
+    """
+    today = training.settle_run(config.output, world)
+    chat = config.load_chat(config.template_date or today, models.ModelConfig.from_hf)
+    files = {"train": config.instructions, "heldout": config.heldout_instructions}
+    rows, heldout = packed_chats(config, chat, lambda steps: training.run_on_main(steps, world), **files)
+    return chat, rows, heldout
 
 
-def save_result(model: Transformer, config: Any, world: World, save_tokenizer: Callable[[Path], None]) -> None:
-    """Write the trained model to OUTPUT/model, or the adapter to OUTPUT/adapter, with its tokenizer and chat format."""
-    whole = config.adapter == "none"
+def train(
+    config: Any, world: World, rows: Any, heldout: Any, model_and_loss: ModelAndLoss, save_tokenizer: SaveTokenizer,
+    *, about: Iterable[str], prepare: Callable[[models.Transformer, str], None] | None = None, **options: Any,
+) -> None:  # fmt: skip
+    """Train on `rows`, evaluate on `heldout`, and write the result; nothing is done in a run that is finished already.
+
+    `rows` have a length, `batch` and `fingerprint`. The main rank prints `about` first. `prepare` is called with the
+    model as it comes in and its short name; `options` are those of `training.train`. The result is the trained model in
+    OUTPUT/model, or the adapter in OUTPUT/adapter, with the tokenizer.
+    """
+    plan, whole = training.BatchPlan.from_settings(len(rows), config), config.adapter == "none"
+    name = models.model_fingerprint(config.model)
+    name += f"+{adapters.adapter_fingerprint(config.from_adapter)}" if config.from_adapter else ""
+    data = f"{rows.fingerprint} on {name}"
+    if training.is_finished(config, plan, data, world):
+        return
+    if world.is_main:
+        print(*about, sep="\n")
+    base = "" if whole else models.weights_fingerprint(config.model)  # the folder may be gone when the result is saved
+    if config.from_adapter and not config.any_base:
+        kind = models.weights_format(config.model, config.quantize)
+        adapters.check_base(config.from_adapter, config.model, base, kind)
+
+    model, loss_function = model_and_loss(config, world)
+    fill(model, config, world)
+    if prepare:
+        prepare(model, name)
+
+    evaluate = training.evaluation(model, heldout, loss_function, config, world)
+    run = {"evaluate": evaluate, "fingerprint": data, **options}
+    training.train(model, plan, rows.batch, loss_function, config, world, **run)
+
     folder = Path(config.output) / ("model" if whole else "adapter")
 
     def write(weights: Any) -> None:
         if whole:
-            rounded = round_weights(weights, getattr(torch, config.save_dtype or config.dtype), since=config.model)
-            save_model(model, folder, rounded)
+            dtype = getattr(torch, config.save_dtype or config.dtype)
+            models.save_model(model, folder, models.round_weights(weights, dtype, since=config.model))
         else:
-            base = {"base_model": config.model, "base_weights": _base_weights(config.model)}
-            save_adapter(model, folder, **base, state_dict=dict(weights))
+            about_base = {"base_model": config.model, "base_weights": base}
+            adapters.save_adapter(model, folder, **about_base, state_dict=dict(weights))
         save_tokenizer(folder)
 
     dtype = None if whole else getattr(torch, config.save_dtype or "float32")
-    gather_weights(model, world, write, trainable_only=not whole, dtype=dtype)
+    training.gather_weights(model, world, write, trainable_only=not whole, dtype=dtype)
+    training.finish(config, plan, data, world)

@@ -81,24 +81,12 @@ def main(config: Config) -> None:
     mixture = mix(store.sources, store.sizes(), shares, total_tokens=config.total_tokens, seed=config.seed)
     rows = PackedRows(store, mixture.order, config.row_length)
     heldout_rows = PackedRows(heldout, None, config.row_length)
-    plan = training.BatchPlan.from_settings(len(rows), config)
-    data = f"{rows.fingerprint} on {stage.origin(config)}"
-    if training.is_finished(config, plan, data, world):
-        return
-    if world.is_main:
-        print((store.summary + heldout.summary).describe(), mixture.describe(), rows.describe(), sep="\n")
-        if rows.utilization < 0.99:
-            print("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
+    about = [(store.summary + heldout.summary).describe(), mixture.describe(), rows.describe()]
+    if rows.utilization < 0.99:
+        about.append("warning: rows below 99 % waste time; a longer row_length or more text fills them better")
 
-    model, loss_function = model_and_loss(config, world)
-    stage.fill(model, config, world)
-
-    evaluate = training.evaluation(model, heldout_rows, loss_function, config, world)
-    run = {"evaluate": evaluate, "fingerprint": data}
-    training.train(model, plan, rows.batch, loss_function, config, world, **run)
-
-    stage.save_result(model, config, world, tokenizer.save)
-    training.finish(config, plan, data, world)
+    # The model, its loss, the loop from the last checkpoint on, and the result.
+    stage.train(config, world, rows, heldout_rows, model_and_loss, tokenizer.save, about=about)
 
 
 def write_stores(config: Config, tokenizer: Tokenizer, folder: Path) -> Iterator[int]:

@@ -16,18 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pedgpt import stage, training
-from pedgpt.data import (
-    ChatSettings,
-    StoredPairs,
-    TokenStore,
-    discards_tokens,
-    full_pairs,
-    load_reference,
-    reference_key,
-    save_reference,
-    write_chats,
-)
+from pedgpt import data, stage, training
 from pedgpt.losses import check_dfpo_settings, linear_dfpo_loss, linear_sequence_logps
 from pedgpt.models import ModelConfig
 from pedgpt.training.distributed import all_values, autocast, sum_over_ranks
@@ -42,7 +31,7 @@ METRICS = (  # means over pairs; the last two over both responses of a pair, eac
 
 
 @dataclass(kw_only=True)
-class Config(ChatSettings, stage.StageSettings):
+class Config(data.ChatSettings, stage.StageSettings):
     preferences: list[str]  # pairs to train on: files or folders
     heldout_preferences: list[str] = field(default_factory=list)  # for the evaluation during training
     beta: float = 0.1  # how strongly the policy is held to the reference
@@ -89,72 +78,68 @@ def response_logps(model, batch):
     return linear_sequence_logps(*operands, num_sequences=len(batch.counts), **settings)[0]
 
 
-@discards_tokens
+def reference_logps(model, pairs, config: Config, world: training.World):
+    """Log-probabilities of the chosen and the rejected responses, [pairs, 2]: each rank computes a part of them."""
+    parts = []
+    width = world.size * config.micro_batch_size
+    with torch.no_grad(), autocast(world, getattr(torch, config.dtype)):
+        for start in range(0, len(pairs), width):
+            mine = range(start, min(start + width, len(pairs)))[world.rank :: world.size]
+            logps = response_logps(model, pairs.batch(mine, range(len(mine))).to(world.device))
+            part = logps.new_zeros(config.micro_batch_size, 2)
+            part[: len(mine)] = logps[: 2 * len(mine)].view(2, len(mine)).T
+            parts.append(part)
+    mine = torch.cat(parts).cpu() if parts else torch.zeros(0, 2)
+    return torch.stack(all_values(mine, world), 1).flatten(0, 1)[: len(pairs)]
+
+
+@data.discards_tokens
 def main(config: Config) -> None:
     config.check()
     check_dfpo_settings(config.beta, config.mu, config.label_smoothing)
     if config.plan:
-        return print_plan(config, model_and_loss, full_pairs)
+        return print_plan(config, model_and_loss, data.full_pairs)
     world = training.start(config.device)
     dtype = getattr(torch, config.dtype)
 
     # Data: token ids on disk, made by the first rank and mapped by all.
-    cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
     today = training.settle_run(config.output, world)
     chat = config.load_chat(config.template_date or today, ModelConfig.from_hf)
     files = {"train": config.preferences, "heldout": config.heldout_preferences}
     tokens = Path(config.output) / "tokens"
-    training.run_on_main(write_chats(tokens, "preferences", files, chat, config), world)
+    training.run_on_main(data.write_chats(tokens, "preferences", files, chat, config), world)
     pairs, heldout_pairs = (
-        StoredPairs(TokenStore(tokens / part), shared_prompt=config.shared_prompt) for part in files
+        data.StoredPairs(data.TokenStore(tokens / part), shared_prompt=config.shared_prompt) for part in files
     )
-    plan = training.BatchPlan.from_settings(len(pairs), config)
-    origin = stage.origin(config)
-    data = f"{pairs.fingerprint} on {origin}"
-    if training.is_finished(config, plan, data, world):
-        return
-    if world.is_main:
-        print((pairs.store.summary + heldout_pairs.store.summary).describe())
-        print(f"{len(pairs):,} pairs, {len(heldout_pairs):,} held out")
-
-    model, loss_function = model_and_loss(config, world)
-    stage.fill(model, config, world)
+    about = [
+        (pairs.store.summary + heldout_pairs.store.summary).describe(),
+        f"{len(pairs):,} pairs, {len(heldout_pairs):,} held out",
+    ]
 
     # Reference log-probabilities, [pairs, 2]: of the model as it comes in, with its adapter if it goes on from one.
-    def reference_logps(pairs):
-        parts = []
-        width = world.size * config.micro_batch_size
-        with torch.no_grad(), autocast(world, dtype):
-            for start in range(0, len(pairs), width):
-                mine = range(start, min(start + width, len(pairs)))[world.rank :: world.size]
-                logps = response_logps(model, pairs.batch(mine, range(len(mine))).to(world.device))
-                part = logps.new_zeros(config.micro_batch_size, 2)
-                part[: len(mine)] = logps[: 2 * len(mine)].view(2, len(mine)).T
-                parts.append(part)
-        mine = torch.cat(parts).cpu() if parts else torch.zeros(0, 2)
-        return torch.stack(all_values(mine, world), 1).flatten(0, 1)[: len(pairs)]
+    def add_reference(model, origin):
+        stored = config.stored_dtype
+        stream = dtype if world.size > 1 else stored  # FSDP2 gathers weights in `dtype`, which the key must say
+        dtypes = f"products {dtype}, weights {stored}, residual stream {stream}"
+        dtypes += f", base in {config.quantize}" * (config.quantize != "none")
+        key = data.reference_key(model=origin, chat=chat, data=pairs.fingerprint, dtype=dtypes)
+        # A file that --reference_logps names must fit this run. The one in OUTPUT is made anew if it does not.
+        cache = Path(config.reference_logps or Path(config.output) / "reference_logps.safetensors")
+        reference = data.load_reference(cache, key, len(pairs), must_fit=bool(config.reference_logps))
+        if sum_over_ranks([reference is None], world)[0]:  # if one rank has none, all compute: they share the model
+            reference = reference_logps(model, pairs, config, world)
+            if world.is_main:
+                data.save_reference(cache, reference, key)
+        elif world.is_main:
+            print(f"reference log-probabilities from {cache}")
+        pairs.reference_logps = reference
+        heldout_pairs.reference_logps = reference_logps(model, heldout_pairs, config, world)
 
-    stored = config.stored_dtype
-    stream = dtype if world.size > 1 else stored  # FSDP2 gathers weights in `dtype`, which the key must say
-    dtypes = f"products {dtype}, weights {stored}, residual stream {stream}"
-    dtypes += f", base in {config.quantize}" * (config.quantize != "none")
-    key = reference_key(model=origin, chat=chat, data=pairs.fingerprint, dtype=dtypes)
-    # A file that --reference_logps names must fit this run. The one in OUTPUT is made anew if it does not.
-    reference = load_reference(cache, key, len(pairs), must_fit=bool(config.reference_logps))
-    if sum_over_ranks([reference is None], world)[0]:  # if one rank has none, all compute: they share the model
-        reference = reference_logps(pairs)
-        if world.is_main:
-            save_reference(cache, reference, key)
-    elif world.is_main:
-        print(f"reference log-probabilities from {cache}")
-    pairs.reference_logps, heldout_pairs.reference_logps = reference, reference_logps(heldout_pairs)
-
-    evaluate = training.evaluation(model, heldout_pairs, loss_function, config, world)
-    watch = training.ChosenLikelihoodWatch(beta=config.beta, mu=config.mu, window=max(10, plan.total_steps // 20))
-    run = {"evaluate": evaluate, "fingerprint": data, "watch": watch}
-    training.train(model, plan, pairs.batch, loss_function, config, world, **run)
-    stage.save_result(model, config, world, chat.save)
-    training.finish(config, plan, data, world)
+    # The model, its loss, the reference, the loop from the last checkpoint on, and the result.
+    steps = training.BatchPlan.from_settings(len(pairs), config).total_steps
+    watch = training.ChosenLikelihoodWatch(beta=config.beta, mu=config.mu, window=max(10, steps // 20))
+    run = {"about": about, "prepare": add_reference, "watch": watch}
+    stage.train(config, world, pairs, heldout_pairs, model_and_loss, chat.save, **run)
 
 
 if __name__ == "__main__":

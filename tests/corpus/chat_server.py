@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -126,8 +125,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(200, BODIES[fault])
             elif fault in ("429 retry-after", "503 later"):
                 self.send(int(fault[:3]), self.error(fault), {"Retry-After": server.retry_after})
-            elif fault == "429 date":
-                self.send(429, self.error(fault), {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
             elif fault in ENDLESS:
                 for part in ENDLESS[fault]():
                     self.wfile.write(part)

@@ -16,8 +16,6 @@ _OBJECT = re.compile(r'\{\s*["}].*\}', re.DOTALL)  # with what stands around it,
 class Teacher(Endpoint):
     """An endpoint that builders ask for JSON; what it has answered is kept in its cache."""
 
-    title = "teacher"
-
     def __call__(self, system: str, user: str, fields: Mapping[str, type]) -> dict[str, Any]:
         """The wanted fields of the JSON object that the teacher answers with; Unusable if three answers have none."""
         messages = [{"role": role, "content": text} for role, text in (("system", system), ("user", user)) if text]
