@@ -212,7 +212,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         refuse_create_graph("swiglu")
-        return _swiglu_triton(*ctx.saved_tensors, dout)
+        gate, up = ctx.saved_tensors
+        return _swiglu_triton(gate, up, dout)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str | None = None) -> Tensor:

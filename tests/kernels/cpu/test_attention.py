@@ -160,7 +160,8 @@ def test_documents_are_as_close_to_float64_as_a_mask(shape, layout, dtype, masks
     q, k, v, dout = operands(*shape, dtype)
     layout = make_layout(name, B, T, H)
     attention(q, k, v, layout)
-    assert any(mask is not None and mask.shape[-1] == T for mask in masks) == (name in ("returning", "alibi"))
+    whole = any(mask is not None and mask.shape[-2:] == (T, T) for mask in masks)
+    assert whole == (name in ("returning", "alibi"))
     check(attention, q, k, v, layout, dout)
 
 
@@ -323,4 +324,5 @@ def test_halves_keep_no_copies_of_shared_heads():
             function(q, k, v, None)
         return sum(kept.values())
 
-    assert kept_by(attention) <= kept_by(torchs) < 2 * sum(x.nbytes for x in (q, k, v))
+    mask = 256 * 512 * q.itemsize  # of the second half
+    assert kept_by(attention) <= kept_by(torchs) + mask < 2 * sum(x.nbytes for x in (q, k, v)) + mask
