@@ -96,22 +96,20 @@ def collate_pairs(
     if shared_prompt:
         forks = enumerate(pair.shared for pair in pairs)
         trees = [_tree(answers, [(i, 0, n, 0), (i, n, None, 1), (count + i, n, None, 2)]) for i, n in forks]
-        sizes = [len(tokens) for tokens, *_ in trees]
+        sizes = [len(document.tokens) for document, *_ in trees]
         members = best_fit(sizes, max(sizes, default=0))
         ids = [row_ids[row[0]] for row in members]
     else:
         trees = [_tree(answers, [(i, 0, None, 0)]) for i in range(2 * count)]
         members = [[i] for i in range(2 * count)]
         ids = [2 * i for i in row_ids] + [2 * i + 1 for i in row_ids]
-    batch = vars(collate([[Example(trees[i][0], trees[i][1]) for i in row] for row in members], ids)) | {
-        "weight": count
-    }
+    batch = vars(collate([[trees[i][0] for i in row] for row in members], ids)) | {"weight": count}
     if reference_logps is None or not pairs:
         reference_logps = torch.zeros(max(1, count), 2)
     return PreferenceBatch(
         **batch,
-        branches=padded([[branch for i in row for branch in trees[i][2]] for row in members], 0),
-        sequences=padded([[answer for i in row for answer in trees[i][3]] for row in members], 0),
+        branches=padded([[branch for i in row for branch in trees[i][1]] for row in members], 0),
+        sequences=padded([[answer for i in row for answer in trees[i][2]] for row in members], 0),
         counts=torch.tensor([answer.supervised for answer in answers] or [0, 0]),
         reference_logps=reference_logps.T.reshape(-1),
     )
@@ -123,11 +121,14 @@ def full_pairs(settings: Any, count: int) -> PreferenceBatch:
     return collate_pairs([pair] * count, range(count), shared_prompt=settings.shared_prompt)
 
 
-def _tree(answers: Sequence[Example], parts: Sequence[tuple[int, int, int | None, int]]) -> list[list[int]]:
-    """Of a document's places the tokens, labels, branches, and answers, which are 0 where there is no label."""
+def _tree(
+    answers: Sequence[Example], parts: Sequence[tuple[int, int, int | None, int]]
+) -> tuple[Example, list[int], list[int]]:
+    """The document of these parts, and of each place its branch and its answer, which is 0 where there is no label."""
     places = [
         (token, label, branch, number if label != IGNORE_INDEX else 0)
         for number, start, end, branch in parts
         for token, label in zip(answers[number].tokens[start:end], answers[number].labels[start:end], strict=True)
     ]
-    return [list(column) for column in zip(*places, strict=True)]
+    tokens, labels, branches, numbers = map(list, zip(*places, strict=True))
+    return Example(tokens, labels), branches, numbers
