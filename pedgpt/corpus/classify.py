@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
-from functools import cache
 from itertools import islice
 
 from pedgpt.corpus.quality import chinese_share, simplified
-from pedgpt.corpus.rows import answers, asked, templates
+from pedgpt.corpus.rows import answers, asked, pattern, templates
 from pedgpt.data.records import Conversation, Document
 from pedgpt.data.tasks import EVIDIAG, MEDKQA, TRERECOM
 
 DOMAINS = PEDIATRIC, GENERAL_MEDICAL, GENERAL = "pediatric", "general_medical", "general"
 
 _WINDOW = 300  # how many characters of the question, and of the answer, are looked at
+# The points of each list's words anywhere, in a question, and in an answer; those of general chat are negative.
+_LISTS = [
+    {"weak": 1, "words": 2, "firm": 4},
+    {"general": -6, "role_play": -20, "translated": -1},
+    {"general": -2, "translated": -3},
+]
+_POINTS = [
+    {word: n for name, n in lists.items() for word in simplified(templates("classify")[name]).split()}
+    for lists in _LISTS
+]
 
 
 def classify(conversation: Conversation, pediatric: bool = False) -> str:
@@ -34,7 +42,7 @@ def classify(conversation: Conversation, pediatric: bool = False) -> str:
         return domain
     if len(turns) > 1:
         return EVIDIAG
-    return TRERECOM if _pattern("treatment").search(simplified("\n".join(turns))) else MEDKQA
+    return TRERECOM if pattern("classify", "treatment").search(simplified("\n".join(turns))) else MEDKQA
 
 
 def domain_of(question: str, answer: str) -> str:
@@ -46,13 +54,13 @@ def domain_of(question: str, answer: str) -> str:
     question, answer = (simplified(text).lower() for text in (question, answer))
     begins = [question[:_WINDOW], answer[:_WINDOW]]
     score = 0
-    for words, text in zip(_points(), ("\n".join(begins), *begins), strict=True):
-        score += sum(points for word, points in words if word in text)
+    for words, text in zip(_POINTS, ("\n".join(begins), *begins), strict=True):
+        score += sum(points for word, points in words.items() if word in text)
     if min(chinese_share(begins[0]), chinese_share("".join(begins))) < 0.5:
         score -= 20  # a general assistant is asked in any language; a report of letters and digits has more points
     if score < 4:
         return GENERAL
-    child, grown, age = (_pattern(name).search(question or answer) for name in ("child", "grown", "age"))
+    child, grown, age = (pattern("classify", name).search(question or answer) for name in ("child", "grown", "age"))
     return PEDIATRIC if child and (age or not grown) else GENERAL_MEDICAL
 
 
@@ -68,17 +76,3 @@ def domain_of_texts(documents: Iterable[Document], most: int = 200) -> str:
     if 2 * medical < found.total():
         return GENERAL
     return PEDIATRIC if 3 * found[PEDIATRIC] >= medical else GENERAL_MEDICAL
-
-
-@cache
-def _points() -> list[list[tuple[str, int]]]:
-    """The points of each word anywhere, in a question, and in an answer; those of general chat are negative."""
-    anywhere = {"weak": 1, "words": 2, "firm": 4}
-    points = anywhere, {"general": -6, "role_play": -20, "translated": -1}, {"general": -2, "translated": -3}
-    lists = {name: simplified(words).split() for name, words in templates("classify").items()}
-    return [[*{word: n for name, n in counts.items() for word in lists[name]}.items()] for counts in points]
-
-
-@cache
-def _pattern(name: str) -> re.Pattern[str]:
-    return re.compile("".join(templates("classify")[name].split()))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
 from pedgpt.corpus.duplicates import gram_hashes
-from pedgpt.corpus.rows import templates
+from pedgpt.corpus.rows import either, templates
 from pedgpt.corpus.split import Names, question_key
 
 # An item of 13 or more characters with a tenth of them changed keeps a run of six; one of eight it may lose.
@@ -24,6 +23,7 @@ SHARE = 0.8  # of its characters that must be there in runs of three or more; wi
 # Characters outside of boilerplate. In a shorter item one changed run is another subject, so its edits are counted.
 SHORT = 36
 ALL_OWN = 0.9  # with this share of its own characters an answer is recognised even without its stock phrases
+_STOCK = re.compile(either(map(question_key, templates("support")["manners"] + templates("decontaminate")["stock"])))
 
 
 class Decontaminator:
@@ -163,16 +163,10 @@ def _digits(key: str) -> npt.NDArray[np.bool_]:
     return np.array([character in "0123456789" for character in key], bool)
 
 
-@cache
-def _stock() -> re.Pattern[str]:
-    phrases = templates("support")["manners"] + templates("decontaminate")["stock"]
-    return re.compile("|".join(sorted(map(question_key, phrases), key=len, reverse=True)))
-
-
 def _said(key: str) -> npt.NDArray[np.bool_]:
     """Which characters of a key are neither digits nor of stock phrases."""
     own = ~_digits(key)
-    for match in _stock().finditer(key):
+    for match in _STOCK.finditer(key):
         own[match.start() : match.end()] = False
     return own
 

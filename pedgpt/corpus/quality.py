@@ -103,13 +103,11 @@ def _rules() -> list[tuple[re.Pattern[str], list[tuple[str, re.Pattern[str]]]]]:
 
 def simplified(text: str) -> str:
     """The text, of equal length, in simplified characters and half width: for comparisons only, never to be stored."""
-    return text.translate(_simple_forms())
+    return text.translate(_SIMPLE)
 
 
-@cache
-def _simple_forms() -> dict[int, int]:
-    half = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x3000: 0x20, 0x2010: 0x2D, 0x2013: 0x2D, 0x2014: 0x2D}
-    return half | str.maketrans(templates("quality")["traditional"], templates("quality")["simplified"])
+_SIMPLE = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x3000: 0x20, 0x2010: 0x2D, 0x2013: 0x2D, 0x2014: 0x2D}
+_SIMPLE |= str.maketrans(templates("quality")["traditional"], templates("quality")["simplified"])
 
 
 def _is_amount(match: re.Match[str]) -> bool:

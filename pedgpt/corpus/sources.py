@@ -167,7 +167,7 @@ def describe_sources(sources: list[Source], folder: Path, left_out: Mapping[Path
         for file in source.files:
             mapping = field_mapping(file, source.reads, source.columns) if file.is_file() else "every file in it"
             lines.append(f"  {inside(file, folder)}: {mapping}")
-    return printable("\n".join([*lines, _shown(left_out, folder)]))
+    return printable("\n".join(filter(None, [*lines, _shown(left_out, folder)])))
 
 
 def _shown(left_out: Mapping[Path, str], folder: Path) -> str:
