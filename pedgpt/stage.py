@@ -18,7 +18,8 @@ from pedgpt.training import World
 from pedgpt.training.loop import LossFunction
 
 # These settings make a new adapter. One that training goes on from brings its own.
-_OF_ADAPTERS = ("rank", "alpha", "rslora", "num_specific_experts", "dropout", "target_modules")
+_OF_EXPERTS = ("num_specific_experts", "num_universal_experts", "top_k", "shared_A")
+_OF_ADAPTERS = ("rank", "alpha", "rslora", "dropout", "target_modules", *_OF_EXPERTS)
 ModelAndLoss = Callable[[Any, World], tuple[models.Transformer, LossFunction]]
 SaveTokenizer = Callable[[Path], None]
 
@@ -35,18 +36,24 @@ class StageSettings(training.TrainingSettings):
     rank: int = 8  # of the LoRA, or of each expert
     alpha: float = 16.0  # the adapter is scaled by alpha / rank
     rslora: bool = False  # by alpha / sqrt(rank) instead
-    num_specific_experts: int = 3  # behind the gate, beside the universal one
+    num_specific_experts: int | dict = 3  # behind the gate; or by layers, as { "*.layers.[0-9].*" = 2, "*" = 4 }
+    num_universal_experts: int = 1  # always on, beside those
+    top_k: int = 0  # specific experts of a token that have a weight; 0: all
+    shared_A: bool = False  # all experts of a layer have one A
+    balance: float = 0.0  # weight, in the loss, of how unequal the experts' shares of a micro-batch are; 0: none
     dropout: float = 0.0  # on the adapter's input
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # names or patterns of linear layers
     quantize: Literal["none", "int8", "nf4"] = "none"  # the frozen linear layers in 8 bits, in 4 bits, or as they are
 
     def check(self) -> None:
         super().check()
-        changed = self.changed("from_adapter", "any_base", *_OF_ADAPTERS, "quantize")
+        changed = self.changed("from_adapter", "any_base", *_OF_ADAPTERS, "balance", "quantize")
         if self.adapter == "none" and changed:
             raise ValueError(f"{changed[0]} is set, but all parameters train; give --adapter lora or experts")
-        if self.adapter == "lora" and "num_specific_experts" in changed:
-            raise ValueError("num_specific_experts is set, but a LoRA has none; give --adapter experts")
+        if self.adapter == "lora" and (wrong := [name for name in changed if name in (*_OF_EXPERTS, "balance")]):
+            raise ValueError(f"{wrong[0]} is set, but a LoRA has none; give --adapter experts")
+        if self.balance < 0:
+            raise ValueError(f"balance must not be negative, found {self.balance}")
 
     def changed(self, *names: str) -> list[str]:
         """Those of these settings that are not what they are by default."""
@@ -77,17 +84,20 @@ def _add_adapter(model: nn.Module, config: Any, told: bool) -> None:
     lora = config.adapter == "lora"
     if folder := config.from_adapter:
         names = adapters.load_adapter(model, folder)
-        layer: Any = next(iter(adapters.adapted_layers(model).values()))
-        if lora == isinstance(layer, adapters.ExpertLoRALinear):
+        layers: list[Any] = list(adapters.adapted_layers(model).values())
+        if lora == isinstance(layers[0], adapters.ExpertLoRALinear):
             kind, merged = ("experts", "") if lora else ("lora", ", or merge it with merge_lora.py first")
             raise ValueError(f"{folder} holds {kind}, but adapter is {config.adapter}; give --adapter {kind}{merged}")
         for name in config.changed(*_OF_ADAPTERS):
-            asked, own = getattr(config, name), names if name == "target_modules" else getattr(layer, name)
-            if asked != own:
-                raise ValueError(f"{name} is {asked}, but {folder} has {own!s:.80}; leave out {name}")
+            found = [names] if name == "target_modules" else list({getattr(layer, name) for layer in layers})
+            if found != [asked := getattr(config, name)]:
+                there = f"{found[0]!s:.80}" if len(found) == 1 else "several numbers"
+                raise ValueError(f"{name} is {asked}, but {folder} has {there}; leave out {name}")
     else:
         torch.manual_seed(config.seed)
-        settings = {name: getattr(config, name) for name in _OF_ADAPTERS if not (lora and name.startswith("num_"))}
+        settings = {name: getattr(config, name) for name in _OF_ADAPTERS if not (lora and name in _OF_EXPERTS)}
+        if not lora:
+            settings["top_k"] = config.top_k or None
         names = (adapters.inject_lora if lora else adapters.inject_experts)(model, **settings)
     if told:
         trains = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -116,7 +126,11 @@ def gated(loss_function: LossFunction, config: Any) -> LossFunction:
         adapters.set_noise_rows(model, config.seed, batch.row_ids)
         with adapters.record_gates(model, where=batch.labels != IGNORE_INDEX) as gates:
             loss, metrics = loss_function(model, batch)
-        return loss, adapters.gate_metrics(gates, batch.weight) | metrics
+        metrics = adapters.gate_metrics(gates, batch.weight) | metrics
+        if config.balance and model.training:
+            balance = adapters.balance_loss(gates) * batch.weight
+            loss, metrics["gates/balance"] = loss + (config.balance * balance).to(loss.dtype), balance.detach()
+        return loss, metrics
 
     return with_gates
 
