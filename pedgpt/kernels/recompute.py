@@ -48,8 +48,8 @@ def offloaded(enabled: bool = True) -> AbstractContextManager:
         return nullcontext()
     if without_numbers():  # A plan counts nothing of a GPU's tensors that wait in the host.
         return torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: torch.empty_like(tensor, device="meta") if tensor.is_cuda else tensor,
-            lambda kept: torch.empty_like(kept, device="cpu"),
+            lambda tensor: (tensor.size(), tensor.dtype) if tensor.is_cuda else tensor,
+            lambda kept: kept if isinstance(kept, Tensor) else torch.empty(kept[0], dtype=kept[1]),
         )
     return _save_on_cpu(torch.cuda.is_available())
 

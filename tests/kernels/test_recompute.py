@@ -257,3 +257,24 @@ def test_only_block_inputs_are_offloaded_and_gradients_stay(monkeypatch):
     assert large == [(2, 7, 16)] * 3 and back.count((2, 7, 16)) == 3
     for others in gradients[1:]:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(others, gradients[0], strict=True))
+
+
+def test_a_plan_does_not_count_what_a_gpu_offloads():
+    from pedgpt.training.plan import counting, on_shapes
+
+    config = {"model_type": "llama", "vocab_size": 50, "hidden_size": 64, "intermediate_size": 96}
+    config |= {"num_hidden_layers": 4, "num_attention_heads": 2}
+    held = {}
+    for gpu in (True, False):
+        for how in ("block", "offload"):
+            with torch.device("meta"):
+                model = Transformer(ModelConfig.from_hf(config))
+            model.activation_checkpointing = how
+            with counting(on_gpu=gpu) as counter:
+                on_shapes(model)
+                states = model.hidden_states(torch.zeros(1, 100, dtype=torch.int64))
+                held[gpu, how] = counter.total
+                states.sum().backward()
+    inputs = 100 * 64 * 4  # bytes of one block's input
+    assert held[True, "block"] - held[True, "offload"] >= 3 * inputs
+    assert held[False, "block"] == held[False, "offload"]
