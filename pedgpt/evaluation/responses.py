@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +59,17 @@ class Answers:
         for number, question in enumerate(self.questions):
             found.setdefault(question.task, []).append(number)
         return found
+
+    def choose(self, numbers: Sequence[int]) -> Answers:
+        """The same for some of the questions."""
+        return replace(self, questions=[self.questions[i] for i in numbers], answers=[self.answers[i] for i in numbers])
+
+
+@cache
+def template(name: str) -> dict[str, Any]:
+    """templates/NAME.toml."""
+    path = files("pedgpt.evaluation").joinpath(f"templates/{name}.toml")
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def questions_of(conversations: Iterable[Conversation], limit: int | None = None) -> list[Question]:
