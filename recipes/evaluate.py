@@ -19,9 +19,10 @@ import torch
 from pedgpt import adapters, data
 from pedgpt.evaluation.generation_metrics import score_answers, signature
 from pedgpt.evaluation.heldout import read_heldout
-from pedgpt.evaluation.likelihood import document_losses, mean_perplexity, pair_logps, perplexity, preference_scores
+from pedgpt.evaluation.likelihood import document_losses, pair_logps, preference_values
+from pedgpt.evaluation.report import between
 from pedgpt.evaluation.responses import Answers, answer, questions_of, read_answers, write_answers
-from pedgpt.evaluation.run import intervals_of
+from pedgpt.evaluation.run import figures_of
 from pedgpt.evaluation.system import SystemSettings
 from pedgpt.files import write_json
 from pedgpt.models import ModelConfig, load_model
@@ -89,28 +90,27 @@ def main(config: Config) -> None:
         "conversations": {task: numbered(found.pop("conversations")) for task, found in scores.items()},
         "perplexity": {name: found.tolist() for name, found in losses.items()},
     }
+    if pairs:
+        values["preference"] = preference_values(pair_logps(model, pairs, config.batch_size), pairs, reference_logps)
     gates, entropy = {}, {}
     if any(isinstance(layer, adapters.ExpertLoRALinear) for layer in model.modules()):
         for name, packed in task_rows.items():
             if packed:
                 gates[name], entropy[name] = expert_weights(model, packed)
-    preference = None
-    if pairs:
-        found = preference_scores(pair_logps(model, pairs, config.batch_size), pairs, reference_logps)
-        preference = dataclasses.asdict(found)
-        values["preference"] = preference.pop("values")
-    for task, found in values["tasks"].items():
-        scores[task] |= {name: math.fsum(column) / len(column) for name, column in found.items()}
+    figures = figures_of(values)
+    first = {part: {name: one[0] for name, one in figures[part].items()} for part in ("perplexity", "preference")}
+    for task, found in figures["tasks"].items():
+        scores[task] |= {name: one[0] for name, one in found.items()}
     results = {
         **about,
         "signature": scored_with,
         "template_date": chat.today or None,
         "seconds": time.perf_counter() - began,
         "tasks": scores,
-        "perplexity": {name: float(mean_perplexity(found.numpy())) for name, found in losses.items()},
+        "perplexity": first["perplexity"],
         "tokens": {name: sum(len(row.tokens) for row in packed) for name, packed in rows.items()},
-        "preference": preference,
-        "intervals": intervals_of(values),
+        "preference": {"pairs": len(pairs), "reward_accuracy": None, **first["preference"]} if pairs else None,
+        "figures": figures,
         "gates": gates or None,
         "gate_entropy": entropy or None,
         "skipped": len(summary.skipped),
@@ -168,27 +168,23 @@ def expert_weights(model, rows) -> tuple[list[float], float]:
     A row at a time, so that no padding is counted.
     """
     with adapters.record_gates(model) as records:
-        perplexity(model, rows, batch_size=1)
+        document_losses(model, rows, batch_size=1)
     weights = torch.tensor([record.mean() for record in records.values()]).mean(0).tolist()
     return weights, sum(record.entropy() for record in records.values()) / len(records)
 
 
 def print_table(results: dict) -> None:
-    def shown(part, name, value, digits=2, metric=None):
-        ends = results["intervals"][part][name]
-        low, high = ends[metric] if metric else ends
-        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
     print(f"{results['model']}{' + ' + results['adapter'] if results['adapter'] else ''}; 95 % intervals in brackets")
-    for name, found in results["tasks"].items():
-        scores = (f"{metric} {shown('tasks', name, found[metric], metric=metric)}" for metric in PRINTED)
-        print(f"  {name}, {found['rows']} questions, {found['empty']} empty answers: {', '.join(scores)}")
+    figures = results["figures"]
+    for name, found in figures["tasks"].items():
+        scores = ", ".join(f"{metric} {between(found[metric], digits=2)}" for metric in PRINTED)
+        about = results["tasks"][name]
+        print(f"  {name}, {about['rows']} questions, {about['empty']} empty answers: {scores}")
     print(f"  {results['signature']}")
-    for name, value in results["perplexity"].items():
-        print(f"  perplexity of {name}: {shown('perplexity', name, value)}")
-    for name in results["intervals"].get("preference", ()):
-        about = f"{name.replace('_', ' ')}, {results['preference']['pairs']} pairs"
-        print(f"  {about}: {shown('preference', name, results['preference'][name], 3)}")
+    for name, found in figures["perplexity"].items():
+        print(f"  perplexity of {name}: {between(found, digits=2)}")
+    for name, found in figures["preference"].items():
+        print(f"  {name.replace('_', ' ')}, {results['preference']['pairs']} pairs: {between(found, digits=3)}")
     for name, weights in (results["gates"] or {}).items():
         shares, most = " ".join(f"{weight:.3f}" for weight in weights), math.log(len(weights))
         print(

@@ -43,11 +43,11 @@ def between(figures: Sequence[float | None] | None, scale: float = 1, digits: in
 
 def plus_minus(stage: Stage, *keys: str, scale: float = 1, digits: int = 1) -> str:
     """A stage's number with half of its 95 % interval, where that is known."""
-    value, ends = stage.at(*keys), stage.at("intervals", *keys)
-    if value is None or ends is None:
+    value, figures = stage.at(*keys), stage.at("figures", *keys)
+    if value is None or figures is None:
         return show(None if value is None else scale * value, digits)
     digits = digits if abs(value) < 1000 else 0
-    return f"{show(scale * value, digits)} ± {show(scale * (ends[1] - ends[0]) / 2, digits)}"
+    return f"{show(scale * value, digits)} ± {show(scale * (figures[2] - figures[1]) / 2, digits)}"
 
 
 def escape(text: str) -> str:

@@ -2,7 +2,7 @@
 
 <run>/<stage>/metrics.jsonl      training, one JSON object per logged step
 <run>/evaluation/<stage>.json    "tasks", "perplexity", "preference", "gates", "gate_entropy", "samples", "seconds", …
-                                 "values" of single questions, documents and pairs, and the "intervals" made of them
+                                 "values" of single questions, documents and pairs, and their "figures" with intervals
 <run>/answers/<system>.jsonl     written by answer.py or evaluate.py
 <run>/exams/<name>.json          written by exam.py
 <run>/judge/<name>.json          written by judge.py
@@ -118,20 +118,19 @@ def _quotient(values: Array, weights: Array) -> Array:
     return found[:, 1] / found[:, 0]
 
 
-def intervals_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The 95 % intervals of the means, and of the perplexities, of `values` as an evaluation file holds them.
+def figures_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The means, and the perplexities, of `values` as an evaluation file holds them, each [value, low, high].
 
     Answers of one conversation, which `values["conversations"]` numbers by task, are drawn together.
     """
-    found: dict[str, Any] = {}
-    for part in values.keys() - {"conversations"}:
-        for name, value in values[part].items():
-            if part == "tasks":
-                rows = bootstrap(np.array([*value.values()]).T, values.get("conversations", {}).get(name))
-                ends: Any = {metric: row[1:] for metric, row in zip(value, rows, strict=True)}
-            else:
-                ends = bootstrap(value, statistic=perplexity_of if part == "perplexity" else mean)[1:]
-            found.setdefault(part, {})[name] = ends
+    found: dict[str, Any] = {"tasks": {}, "perplexity": {}, "preference": {}}
+    for task, scores in values["tasks"].items():
+        rows = bootstrap(np.array([*scores.values()]).T, values.get("conversations", {}).get(task))
+        found["tasks"][task] = dict(zip(scores, rows, strict=True))
+    for name, losses in values["perplexity"].items():
+        found["perplexity"][name] = bootstrap(losses, statistic=perplexity_of)
+    for name, of_pairs in values.get("preference", {}).items():
+        found["preference"][name] = bootstrap(of_pairs)
     return found
 
 
