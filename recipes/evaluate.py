@@ -17,12 +17,12 @@ from typing import ClassVar
 import torch
 
 from pedgpt import adapters, data
-from pedgpt.evaluation.generation_metrics import score_answers, signature
+from pedgpt.evaluation.generation_metrics import signature
 from pedgpt.evaluation.heldout import read_heldout
 from pedgpt.evaluation.likelihood import document_losses, pair_logps, preference_values
 from pedgpt.evaluation.report import between
 from pedgpt.evaluation.responses import Answers, answer, questions_of, read_answers, write_answers
-from pedgpt.evaluation.run import figures_of
+from pedgpt.evaluation.run import scored
 from pedgpt.evaluation.system import SystemSettings
 from pedgpt.files import write_json
 from pedgpt.models import ModelConfig, load_model
@@ -51,7 +51,7 @@ class Config(SystemSettings):
 def main(config: Config) -> None:
     if min(config.batch_size, config.generation_batch_size, config.limit, config.text_limit) < 1:
         raise ValueError("batch_size, generation_batch_size, limit and text_limit must be at least 1")
-    scored_with = signature()  # fails at once without the packages
+    signature()  # fails at once without the packages
     began = time.perf_counter()
     heldout = Path(config.heldout)
     if not heldout.is_dir():
@@ -83,13 +83,8 @@ def main(config: Config) -> None:
     model = config.load_model(device)
 
     said = answer_tasks(model, chat, tasks, config)
-    scores = score_answers(said)
     losses = {name: document_losses(model, packed, config.batch_size) for name, packed in rows.items() if packed}
-    values = {
-        "tasks": {task: found.pop("values") for task, found in scores.items()},
-        "conversations": {task: numbered(found.pop("conversations")) for task, found in scores.items()},
-        "perplexity": {name: found.tolist() for name, found in losses.items()},
-    }
+    values = {"perplexity": {name: found.tolist() for name, found in losses.items()}}
     if pairs:
         values["preference"] = preference_values(pair_logps(model, pairs, config.batch_size), pairs, reference_logps)
     gates, entropy = {}, {}
@@ -97,26 +92,11 @@ def main(config: Config) -> None:
         for name, packed in task_rows.items():
             if packed:
                 gates[name], entropy[name] = expert_weights(model, packed)
-    figures = figures_of(values)
-    first = {part: {name: one[0] for name, one in figures[part].items()} for part in ("perplexity", "preference")}
-    for task, found in figures["tasks"].items():
-        scores[task] |= {name: one[0] for name, one in found.items()}
-    results = {
-        **about,
-        "signature": scored_with,
-        "template_date": chat.today or None,
-        "seconds": time.perf_counter() - began,
-        "tasks": scores,
-        "perplexity": first["perplexity"],
-        "tokens": {name: sum(len(row.tokens) for row in packed) for name, packed in rows.items()},
-        "preference": {"pairs": len(pairs), "reward_accuracy": None, **first["preference"]} if pairs else None,
-        "figures": figures,
-        "gates": gates or None,
-        "gate_entropy": entropy or None,
-        "skipped": len(summary.skipped),
-        "samples": samples(said),
-        "values": values,
-    }
+    results = {**about, "template_date": chat.today or None, **scored(said, **values)}
+    results["preference"] = {"pairs": len(pairs), "reward_accuracy": None, **results["preference"]} if pairs else None
+    results |= {"seconds": time.perf_counter() - began, "gates": gates or None, "gate_entropy": entropy or None}
+    results["tokens"] = {name: sum(len(row.tokens) for row in packed) for name, packed in rows.items()}
+    results["skipped"] = len(summary.skipped)
     print_table(results)
     if config.answers and said.questions:  # before the results, whose presence says that all is done
         Path(config.answers).parent.mkdir(parents=True, exist_ok=True)
@@ -144,22 +124,6 @@ def answer_tasks(model, chat, tasks, config: Config) -> Answers:
         "decoding": {**room, "temperature": 0},
     }
     return Answers(Path(config.answers).stem, questions, answers, about)
-
-
-def numbered(names: list[str]) -> list[int]:
-    """Equal names by equal numbers."""
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return [numbers[name] for name in names]
-
-
-def samples(said: Answers) -> list[dict]:
-    """Three questions of each task, with the answers."""
-    return [
-        {"task": task, "question": said.questions[i].text, "reference": said.questions[i].reference}
-        | {"answer": said.answers[i].content}
-        for task, numbers in said.tasks().items()
-        for i in numbers[:: max(1, len(numbers) // 3)][:3]
-    ]
 
 
 def expert_weights(model, rows) -> tuple[list[float], float]:

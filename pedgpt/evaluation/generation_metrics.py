@@ -39,18 +39,19 @@ def answer_scores(references: Sequence[str], hypotheses: Sequence[str]) -> dict[
 def score_answers(found: Answers) -> dict[str, dict[str, Any]]:
     """By task: the questions ("rows"), the empty answers, and the `METRICS` of each answer that has a reference.
 
-    "conversations" names the one that each answer belongs to.
+    "conversations" numbers the one that each answer belongs to.
     """
     scores: dict[str, dict[str, Any]] = {}
     for task, numbers in found.tasks().items():
-        known = [i for i in numbers if _has_rouge_words(found.questions[i].reference)]
-        if known:
-            texts = [found.answers[i].content for i in known]
-            values = answer_scores([found.questions[i].reference for i in known], texts)
+        known = found.choose([i for i in numbers if _has_rouge_words(found.questions[i].reference)])
+        if known.questions:
+            texts = [said.content for said in known.answers]
+            values = answer_scores([question.reference for question in known.questions], texts)
             empty = sum(not text.strip() for text in texts)
-            asked = set_hash(found.questions[i] for i in known)
-            told = {"rows": len(known), "empty": empty, "question_set": asked, "values": values}
-            scores[task] = {**told, "conversations": [found.questions[i].conversation for i in known]}
+            talks = {question.conversation: None for question in known.questions}
+            order = {talk: number for number, talk in enumerate(talks)}
+            told = {"rows": len(texts), "empty": empty, "question_set": set_hash(known.questions), "values": values}
+            scores[task] = {**told, "conversations": [order[question.conversation] for question in known.questions]}
     return scores
 
 

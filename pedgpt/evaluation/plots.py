@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,18 +28,7 @@ STYLE: Any = {
     "ytick.color": INK, "ytick.major.size": 0, "ytick.minor.size": 0,
     "figure.constrained_layout.h_pad": 0.1, "figure.constrained_layout.w_pad": 0.1,
 }  # fmt: skip
-# (title, unit, metrics), each a panel of one stage's training; those with eval_ are measured on held-out data.
-Panels = Sequence[tuple[str, str, Sequence[str]]]
-DFPO: Panels = (
-    ("Log-probability of the responses", "nats per response", ("logps/chosen", "logps/rejected")),
-    ("Reward margin, chosen − rejected", "β × nats", ("rewards/margins",)),
-    ("Pairs in which chosen wins", "share of pairs", ("rewards/accuracies", "eval_rewards/accuracies")),
-    ("The two parts of the loss", "nats", ("loss/preference", "loss/regularization")),
-)
-ROUTING: Panels = (
-    ("Mean gate weight", "share", [f"gates/expert_{number}" for number in range(1, 9)]),
-    ("Entropy of a token's gates", "nats", ("gates/entropy",)),
-)
+COUNTERS = {"step", "tokens", "seconds", "tokens_per_second", "learning_rate", "grad_norm"}
 
 
 def draw(run: Run) -> list[str] | None:
@@ -64,42 +53,30 @@ def draw(run: Run) -> list[str] | None:
     return drawn
 
 
-def _paint_curves(figure: Figure, panels: Sequence[tuple[Any, str, str, Sequence[str]]]) -> bool:
-    """A panel for each (stage, title, unit, metrics): a running mean over the faint raw values, and held-out points."""
-    columns = min(3 if len(panels) > 4 else 2, len(panels))
-    rows = math.ceil(len(panels) / max(1, columns))
-    figure.set_size_inches(4.2 * columns, 2.9 * rows)
-    for number, (stage, title, unit, metrics) in enumerate(panels, 1):
-        axes = figure.add_subplot(rows, columns, number, title=title, xlabel="step", ylabel=unit)
-        for key in metrics:
-            steps, values = stage.series(key)
-            name, index = key.rpartition("/")[2].replace("_", " "), np.arange(len(values))
+def _paint_training(run: Run, figure: Figure) -> bool:
+    """A panel for each stage and group of metrics, such as loss/… or gates/…; points are measured on held-out data."""
+    panels: dict[tuple[str, str], dict[str, tuple[list[float], list[float]]]] = {}
+    for stage in run.stages.values():
+        for key in sorted({key for row in stage.metrics for key in row} - COUNTERS):
+            group = key.removeprefix("eval_").partition("/")[0]
+            panels.setdefault((stage.label, group), {})[key] = stage.series(key)
+    rows = math.ceil(len(panels) / 3)
+    figure.set_size_inches(12, 2.9 * max(1, rows))
+    for place, ((label, group), series) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, 3, place, title=f"{label}: {group}", xlabel="step")
+        for key, (steps, values) in series.items():
             if key.startswith("eval_"):
                 axes.plot(steps, values, "o", markeredgecolor="white", label="held out")
-            elif values:
-                half = np.minimum(len(values) // 40, index)  # narrow at first, so that a steep start isn't flattened
-                total = np.concatenate([[0.0], np.cumsum(values)])
+            elif values:  # a running mean over the faint raw values, narrow at first so that a steep start stays one
+                index, total = np.arange(len(values)), np.concatenate([[0.0], np.cumsum(values)])
+                half = np.minimum(len(values) // 40, index)
                 start, stop = index - half, np.minimum(index + half + 1, len(values))
-                (line,) = axes.plot(steps, (total[stop] - total[start]) / (stop - start), label=name, marker="")
-                axes.plot(steps, values, "." if len(values) == 1 else "-", color=line.get_color(), alpha=0.25)
-        if len(axes.get_legend_handles_labels()[0]) > 1:
+                means = (total[stop] - total[start]) / (stop - start)
+                (line,) = axes.plot(steps, means, "." if len(values) == 1 else "-", label=key.rpartition("/")[2])
+                axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
+        if len(series) > 1:
             axes.legend(loc="best")
     return bool(panels)
-
-
-def _paint_losses(run: Run, figure: Figure) -> bool:
-    stages = [stage for stage in run.stages.values() if stage.series("loss")[0]]
-    return _paint_curves(figure, [(stage, stage.label, "loss [nats]", ("loss", "eval_loss")) for stage in stages])
-
-
-def _paint_stage(panels: Panels) -> Callable[[Run, Figure], bool]:
-    """Paint the first stage that logged the last of the metrics."""
-
-    def paint(run: Run, figure: Figure) -> bool:
-        stages = [stage for stage in run.stages.values() if stage.series(panels[-1][2][-1])[0]][:1]
-        return _paint_curves(figure, [(stage, *panel) for stage in stages for panel in panels])
-
-    return paint
 
 
 def _paint_metrics(run: Run, figure: Figure) -> bool:
@@ -165,9 +142,7 @@ def _paint_calibration(run: Run, figure: Figure) -> bool:
 
 PLOTS: dict[str, tuple[str, str, Callable[[Run, Figure], bool]]] = {  # what it shows, and in which section
     "metrics_by_stage.png": ("ROUGE-L and perplexity after each stage", "stages", _paint_metrics),
-    "loss_by_stage.png": ("Training loss of each stage", "training", _paint_losses),
-    "dfpo.png": ("DFPO: log-probabilities, margin, accuracy and loss", "training", _paint_stage(DFPO)),
-    "routing.png": ("Gate weights and entropy while the experts train", "training", _paint_stage(ROUTING)),
+    "training.png": ("Losses, rewards and gates while training", "training", _paint_training),
     "calibration.png": ("Calibration on the exam", "exams", _paint_calibration),
     "verdicts.png": ("Win, tie and loss by judge and doctors", "verdicts", _paint_verdicts),
 }

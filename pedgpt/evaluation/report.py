@@ -16,11 +16,9 @@ from operator import gt, le, lt
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pedgpt.data.tasks import TASKS
 from pedgpt.evaluation.agreement import MEASURES, agreement, bootstrap
-from pedgpt.evaluation.generation_metrics import METRICS, signature
+from pedgpt.evaluation.generation_metrics import METRICS
 from pedgpt.evaluation.plots import PLOTS, draw
 from pedgpt.evaluation.run import PERPLEXITIES, STAGE_LABELS, Run, Stage, ordered
 from pedgpt.files import write_text
@@ -129,28 +127,23 @@ def _compared(
     return Check(label, False if False in results else None if None in results else True, ", ".join(parts))
 
 
-def stage_table(run: Run) -> str:
-    """The stage-by-stage table as aligned plain text."""
-    header, *rows = _stage_rows(run)
-    heads = [cell.split("\n") for cell in header]
-    tall = max(map(len, heads))
-    lines = [*zip(*([""] * (tall - len(head)) + head for head in heads), strict=True), *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    lines.insert(tall, tuple("-" * width for width in widths))
-    aligned = ([f"{line[0]:<{widths[0]}}", *map(str.rjust, line[1:], widths[1:])] for line in lines)
-    return "\n".join("  ".join(line).rstrip() for line in aligned)
-
-
-def _stage_rows(run: Run) -> list[list[str]]:
-    tasks, texts = run.names("tasks", TASKS), run.names("perplexity", PERPLEXITIES)
-    heads = ["stage", *(f"ROUGE-L\n{task}" for task in tasks)]
-    heads += ["\n".join(["perplexity", *textwrap.wrap(name.replace("_", " "), 12)]) for name in texts]
-    rows = [heads + ["preferred\nby reward [%]", "preferred\nby likelihood [%]", "chosen\nlog-prob\nper token"]]
-    for stage in run.stages.values():
-        scores = [plus_minus(stage, "tasks", task, "rouge-l") for task in tasks]
-        scores += [plus_minus(stage, "perplexity", name) for name in texts]
-        kinds = [plus_minus(stage, "preference", f"{kind}_accuracy", scale=100) for kind in ("reward", "likelihood")]
-        rows.append([stage.label, *scores, *kinds, plus_minus(stage, "preference", "chosen_logp_per_token", digits=3)])
+def stage_rows(run: Run) -> list[list[str]]:
+    """The table of all stages and other systems, header first; what was measured of none has no column."""
+    columns: dict[str, tuple[tuple[str, ...], float, int]] = {  # heading -> where it stands, its scale and digits
+        f"ROUGE-L\n{task}": (("tasks", task, "rouge-l"), 1, 1) for task in run.names("tasks", TASKS)
+    }
+    for name in run.names("perplexity", PERPLEXITIES):
+        heading = "\n".join(["perplexity", *textwrap.wrap(name.replace("_", " "), 12)])
+        columns[heading] = ("perplexity", name), 1, 1
+    for kind in ("reward", "likelihood"):
+        columns[f"preferred\nby {kind} [%]"] = ("preference", f"{kind}_accuracy"), 100, 1
+    columns["chosen\nlog-prob\nper token"] = ("preference", "chosen_logp_per_token"), 1, 3
+    stages = run.stages.values()
+    columns = {name: one for name, one in columns.items() if any(stage.at(*one[0]) is not None for stage in stages)}
+    rows = [["stage", *columns]]
+    for stage in stages:
+        cells = [plus_minus(stage, *keys, scale=scale, digits=digits) for keys, scale, digits in columns.values()]
+        rows.append([stage.label, *cells])
     return rows
 
 
@@ -159,7 +152,7 @@ def write_report(run: Run) -> Path:
     drawn = draw(run)
     page = [f"# Run report: {escape(run.folder.resolve().name)}", f"*{DISCLAIMER}*"]
     page += ['No plots: matplotlib is missing, `pip install -e ".[plot]"` brings it.'] if drawn is None else []
-    for section in (_stages, _scores, _gates, _training, _answers, _exams, _verdicts, _doctors, _samples):
+    for section in (_stages, _scores, _differences, _gates, _training, _exams, _verdicts, _doctors):
         page += section(run)
         plots = {name: plot for name, plot in PLOTS.items() if name in (drawn or ())}
         page += [f"![{alt}]({name})" for name, (alt, where, _) in plots.items() if where == section.__name__[1:]]
@@ -172,22 +165,27 @@ def _stages(run: Run) -> list[str]:
     """What each stage was meant to bring, and brought."""
     if not run.stages:
         return []
-    checks = expectations(run)
     sizes = max((stage.at("tokens") or {} for stage in run.stages.values()), key=len)
     measured = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in sizes.items())
-    tally = [sum(check.passed is outcome for check in checks) for outcome in (True, False, None)]
-    return [
+    page = [
         "## Stage by stage",
-        markdown_table(_stage_rows(run)),
+        markdown_table(stage_rows(run)),
         "± is half of a 95 % interval over questions, documents or pairs. ROUGE-L × 100, higher is better; perplexity "
         "per token, lower is better; log-probability in nats. Preference: "
         "share of pairs the chosen answer wins, by *reward* against the reference model or by *likelihood* per token.",
         *([f"Tokens that the perplexities were measured on: {measured}."] if measured else []),
-        "## What to expect, and what came out",
-        f"{tally[0]} of {len(checks)} expectations met, {tally[1]} missed, {tally[2]} not measured or within chance. "
-        "Brackets hold 95 % intervals of differences on the same questions; one that holds no change shows none.",
-        "\n".join(f"- {escape(str(check))}" for check in checks),
     ]
+    if run.stages.keys() & STAGE_LABELS.keys():
+        checks = expectations(run)
+        tally = [sum(check.passed is outcome for check in checks) for outcome in (True, False, None)]
+        page += [
+            "## What to expect, and what came out",
+            f"{tally[0]} of {len(checks)} expectations met, {tally[1]} missed, {tally[2]} not measured or within "
+            "chance. Brackets hold 95 % intervals of differences on the same questions; one that holds no change shows "
+            "none.",
+            "\n".join(f"- {escape(str(check))}" for check in checks),
+        ]
+    return page
 
 
 def _scores(run: Run) -> list[str]:
@@ -203,7 +201,7 @@ def _scores(run: Run) -> list[str]:
         for stage in stages:
             counts = [show(stage.at("tasks", task, name), 0) for name in ("rows", "empty")]
             rows.append([stage.label, *counts, *(plus_minus(stage, "tasks", task, one, digits=2) for one in scores)])
-        page += [f"### {escape(task)}", markdown_table(rows)]
+        page += [f"### {escape(task or 'all')}", markdown_table(rows)]
     return page
 
 
@@ -226,35 +224,25 @@ def _gates(run: Run) -> list[str]:
 def _training(run: Run) -> list[str]:
     rows = [["stage", "steps", "tokens", "median tokens/s", "training, s", "evaluation, s"]]
     for stage in run.stages.values():
-        steps, tokens, seconds = (max(stage.series(key)[1], default=None) for key in ("step", "tokens", "seconds"))
-        speeds = stage.series("tokens_per_second")[1]
-        counts = (steps, tokens, statistics.median(speeds) if speeds else None)
-        times = (seconds, stage.at("seconds"))
-        rows.append([stage.label, *(show(value, 0) for value in counts), *(show(value, 1) for value in times)])
-    return ["## Training", markdown_table(rows)] if run.stages else []
+        if stage.metrics:
+            last = [max(stage.series(key)[1], default=None) for key in ("step", "tokens", "seconds")]
+            speed = statistics.median(stage.series("tokens_per_second")[1] or [math.nan])
+            counts = [show(value, 0) for value in (*last[:2], speed)]
+            rows.append([stage.label, *counts, *(show(value, 1) for value in (last[2], stage.at("seconds")))])
+    return ["## Training", markdown_table(rows)] if len(rows) > 1 else []
 
 
-def _answers(run: Run) -> list[str]:
-    rows, differences = [["system", "task", "questions", "empty", "ROUGE-L", "GLEU"]], []
-    for name, tasks in run.scores.items():
-        for task, scores in tasks.items():
-            talks = scores["conversations"]
-            cells = [between(bootstrap(scores["values"][name], talks)) for name in ("rouge-l", "gleu")]
-            rows.append([name, task or "all", str(scores["rows"]), str(scores["empty"]), *cells])
-    evaluated = {name for name, stage in run.stages.items() if stage.at("tasks")}
-    for one, two in combinations(run.scores, 2):
-        shared = run.scores[one].keys() & run.scores[two].keys() if {one, two} - evaluated else ()
-        for task in sorted(shared):
-            first, second = run.scores[one][task], run.scores[two][task]
-            if first["question_set"] == second["question_set"]:
-                change = np.subtract(first["values"]["rouge-l"], second["values"]["rouge-l"])
-                figures = bootstrap(change, first["conversations"])
-                one_talk = len({*first["conversations"]}) < 2  # its interval has no width
+def _differences(run: Run) -> list[str]:
+    """Each system that is no stage against every other one, on the same questions."""
+    lines = []
+    for one, two in combinations(run.stages, 2):
+        for task in run.names("tasks", TASKS) if {one, two} - STAGE_LABELS.keys() else ():
+            if figures := run.difference(two, one, "tasks", task, "rouge-l"):
+                one_talk = len({*run.number(one, "values", "conversations", task)}) < 2  # its interval has no width
                 told = ": no difference beyond chance" if one_talk or figures[1] <= 0 <= figures[2] else ""
                 about = f"- ROUGE-L on {escape(task or 'all')}, {escape(one)} − {escape(two)}: "
-                differences.append(f"{about}{between(figures)}{told}")
-    page = ["## Answers compared", f"`{signature()}`", markdown_table(rows)] if run.scores else []
-    return [*page, *(["On the same questions:", "\n".join(differences)] if differences else [])]
+                lines.append(f"{about}{between(figures)}{told}")
+    return ["On the same questions:", "\n".join(lines)] if lines else []
 
 
 def _exams(run: Run) -> list[str]:
@@ -350,19 +338,3 @@ def _judge_against(judge: Mapping[str, Any], doctors: Mapping[str, Any]) -> list
                 f"questions ({escape(' : '.join(names[:2]))}), κ {between(kappa, digits=2)}."
             )
     return lines
-
-
-def _samples(run: Run, per_task: int = 3, characters: int = 800) -> list[str]:
-    found: dict[str, dict[str, dict[str, str]]] = {}  # task -> question -> who -> text
-    for name in ("sft", "experts"):
-        for row in run.number(name, "samples") or ():
-            texts = found.setdefault(row["task"], {}).setdefault(row["question"], {"reference": row["reference"]})
-            texts[STAGE_LABELS[name]] = row["answer"]
-    page = ["## Answers side by side"] if found else []
-    for task in ordered(found, TASKS):
-        page.append(f"### {escape(task)}")
-        for question, voices in list(found[task].items())[:per_task]:
-            page.append("\n".join(f"> {escape(line)}  " for line in question.splitlines()))
-            told = {who: " ".join(text.split())[:characters] for who, text in voices.items()}
-            page.append("\n".join(f"- **{who}**: {escape(text) or '*(empty)*'}" for who, text in told.items()))
-    return page

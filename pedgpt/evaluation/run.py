@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from pedgpt.evaluation.agreement import Array, bootstrap, mean, perplexity_of
-from pedgpt.evaluation.generation_metrics import score_answers
-from pedgpt.evaluation.responses import read_answers
+from pedgpt.evaluation.generation_metrics import score_answers, signature
+from pedgpt.evaluation.responses import Answers, read_answers
 from pedgpt.files import read_object
 
 STAGE_LABELS = {
@@ -68,14 +68,10 @@ class Stage:
 
 @dataclass
 class Run:
-    """Stages by name, in the order in which they follow each other, and the results beside them.
-
-    `scores` are those of all files of answers, if some are of no stage that was evaluated.
-    """
+    """Stages by name, in the order in which they follow each other, then other systems, and the results beside them."""
 
     folder: Path
     stages: dict[str, Stage] = field(default_factory=dict)
-    scores: dict[str, Results] = field(default_factory=dict)
     exams: Results = field(default_factory=dict)
     judge: Results = field(default_factory=dict)
     doctors: Results = field(default_factory=dict)
@@ -123,15 +119,25 @@ def figures_of(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Answers of one conversation, which `values["conversations"]` numbers by task, are drawn together.
     """
-    found: dict[str, Any] = {"tasks": {}, "perplexity": {}, "preference": {}}
-    for task, scores in values["tasks"].items():
+    found: dict[str, Any] = {"tasks": {}}
+    for task, scores in values.get("tasks", {}).items():
         rows = bootstrap(np.array([*scores.values()]).T, values.get("conversations", {}).get(task))
         found["tasks"][task] = dict(zip(scores, rows, strict=True))
-    for name, losses in values["perplexity"].items():
-        found["perplexity"][name] = bootstrap(losses, statistic=perplexity_of)
-    for name, of_pairs in values.get("preference", {}).items():
-        found["preference"][name] = bootstrap(of_pairs)
+    for part, statistic in (("perplexity", perplexity_of), ("preference", mean)):
+        found[part] = {name: bootstrap(rows, statistic=statistic) for name, rows in values.get(part, {}).items()}
     return found
+
+
+def scored(answers: Answers, **others: Any) -> dict[str, Any]:
+    """What an evaluation file holds of a system's answers and of `others`, values of "perplexity" and "preference"."""
+    tasks = score_answers(answers)
+    values: dict[str, Any] = {"tasks": {task: found.pop("values") for task, found in tasks.items()}, **others}
+    values["conversations"] = {task: found.pop("conversations") for task, found in tasks.items()}
+    figures = figures_of(values)
+    for task, found in figures["tasks"].items():
+        tasks[task] |= {name: one[0] for name, one in found.items()}
+    results = {part: {name: one[0] for name, one in figures[part].items()} for part in ("perplexity", "preference")}
+    return {"signature": signature(), "tasks": tasks, **results, "values": values, "figures": figures}
 
 
 def load_run(folder: str | Path) -> Run:
@@ -145,6 +151,10 @@ def load_run(folder: str | Path) -> Run:
             stages[path.parent.name] = Stage(path.parent.name, rows)
     for path in sorted(folder.glob("evaluation/*.json")):
         stages.setdefault(path.stem, Stage(path.stem)).evaluation = read_object(path.parent, path.name)
+    for path in sorted(folder.glob("answers/*.jsonl")):
+        stage = stages.setdefault(path.stem, Stage(path.stem))
+        if not stage.at("tasks"):
+            stage.evaluation |= scored(read_answers(path))
     run = Run(folder, {name: stages[name] for name in ordered(stages, tuple(STAGE_LABELS))})
     for name, keys in KEYS.items():
         for path in sorted((folder / name).glob("*.json")):
@@ -155,10 +165,7 @@ def load_run(folder: str | Path) -> Run:
                 recipe = "exam" if name == "exams" else name
                 raise ValueError(f"{path}: not a result of {recipe}.py; move it to another folder")
             getattr(run, name)[path.stem] = result
-    paths = sorted((folder / "answers").glob("*.jsonl"))
-    if {path.stem for path in paths} - {name for name, stage in stages.items() if stage.at("tasks")}:
-        run.scores = {path.stem: score_answers(read_answers(path)) for path in paths}
-    if not (stages or paths or run.exams or run.judge or run.doctors):
+    if not (stages or run.exams or run.judge or run.doctors):
         wanted = "<stage>/metrics.jsonl, evaluation/<stage>.json, answers/*.jsonl, exams/, judge/ or doctors/*.json"
         raise ValueError(f"{folder}: nothing recorded, expected {wanted} in it")
     return run

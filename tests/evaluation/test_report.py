@@ -15,14 +15,14 @@ import pytest
 from pedgpt.data import Message
 from pedgpt.evaluation.judging import DIMENSIONS, summarize, verdict_rows, verdict_table
 from pedgpt.evaluation.plots import draw
-from pedgpt.evaluation.report import expectations, stage_table, write_report
-from pedgpt.evaluation.responses import Answers, Question, read_systems, set_hash, write_answers
-from pedgpt.evaluation.run import Run, figures_of, load_run
+from pedgpt.evaluation.report import expectations, stage_rows, write_report
+from pedgpt.evaluation.responses import Answers, Question, read_answers, read_systems, set_hash, write_answers
+from pedgpt.evaluation.run import Run, figures_of, load_run, scored
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "report.py"
 TASKS = ("MedKQ&A", "EviDiag", "TreRecom")
 KINDS = ("win", "tie", "loss")
-PLOTS = ("metrics_by_stage.png", "loss_by_stage.png", "routing.png", "dfpo.png")
+PLOTS = ("metrics_by_stage.png", "training.png")
 
 ROUGE = {"base": 1.0, "cpt_text": 8.0, "cpt": 10.0, "sft": 30.25, "dfpo": 31.0, "experts": 38.5}
 PEDIATRIC = {"base": 9000.0, "cpt_text": 20.0, "cpt": 22.0, "sft": 24.0, "dfpo": 24.5, "experts": 21.0}
@@ -52,10 +52,6 @@ def evaluation(stage: str) -> dict:
         },
         "gates": {t: [0.5, 0.3, 0.2] for t in TASKS} if stage == "experts" else None,
         "gate_entropy": dict.fromkeys(TASKS, 0.75) if stage == "experts" else None,
-        "samples": [
-            {"task": t, "question": f"第{n}问\n*发热*?", "reference": "多喝水", "answer": f"{stage} <b> & 答{n}"}
-            for t in TASKS for n in range(4)
-        ],
     }  # fmt: skip
 
 
@@ -98,14 +94,14 @@ def run_folder(tmp_path, evaluations):
 
 
 def test_table_has_the_stages_in_order_and_their_numbers(run_folder):
-    lines = stage_table(load_run(run_folder)).splitlines()
-    names = [line.split("  ")[0] for line in lines[-6:]]
-    assert names == ["untrained base", "CPT, text only", "CPT, hybrid", "full SFT", "DFPO", "experts"]
-    base, dfpo, experts = (lines[index].split() for index in (-6, -2, -1))
-    assert base[2:] == ["1.0", "2.0", "3.0", "9,000", "9,500", "9,100", "–", "–", "–"]
+    rows = stage_rows(load_run(run_folder))
+    names = [row[0] for row in rows]
+    assert names == ["stage", "untrained base", "CPT, text only", "CPT, hybrid", "full SFT", "DFPO", "experts"]
+    base, dfpo, experts = rows[1], rows[-2], rows[-1]
+    assert base[1:] == ["1.0", "2.0", "3.0", "9,000", "9,500", "9,100", "–", "–", "–"]
     assert dfpo[1:] == ["31.0", "32.0", "33.0", "24.5", "9.1", "30.0", "87.5", "60.0", "-1.250"]
     assert experts[-3:] == ["–", "60.0", "-1.400"]  # its reward wasn't measured
-    assert len({len(line) for line in lines[-7:]}) == 1  # columns are aligned under the rule
+    assert {len(row) for row in rows} == {10}
 
 
 def test_unknown_stages_and_names_come_last(tmp_path, evaluations):
@@ -115,7 +111,7 @@ def test_unknown_stages_and_names_come_last(tmp_path, evaluations):
     run = load_run(folder)
     assert list(run.stages) == ["sft", "a_new_idea"]
     assert run.names("tasks", TASKS) == [*TASKS, "Triage"]
-    assert stage_table(run).splitlines()[-1].startswith("a_new_idea")
+    assert stage_rows(run)[-1][0] == "a_new_idea"
     assert write_report(load_run(folder)).is_file()
 
 
@@ -167,7 +163,7 @@ def test_absent_data_is_not_measured_rather_than_failed(tmp_path, evaluations):
     assert str(checks[3]).startswith("– Rewards") and "not measured" in str(checks[3])
 
 
-def test_report_shows_scores_gates_throughput_and_samples(run_folder):
+def test_report_shows_scores_gates_and_throughput(run_folder):
     page = write_report(load_run(run_folder)).read_text(encoding="utf-8")
     assert page.startswith("# Run report: demo\n\n*") and "no substitute for a doctor" in page
     assert "7 of 7 expectations met" in page
@@ -175,10 +171,6 @@ def test_report_shows_scores_gates_throughput_and_samples(run_folder):
     assert "| full SFT | 40 | – | 30.25 | 50.00 |" in page
     assert "| TreRecom | 0.500 | 0.300 | 0.200 | 0.750 |" in page and "0.333 is an equal share" in page
     assert "| DFPO | 30 | 245,760 | 1,016 | 60.0 | 12.5 |" in page  # median of 1001..1030 is 1015.5
-    assert page.count("> 第0问") == page.count("> 第2问") == 3 and "第3问" not in page
-    assert r"> \*发热\*?" in page
-    assert r"- **full SFT**: sft \<b\> & 答0" in page and r"- **experts**: experts \<b\> & 答0" in page
-    assert "base \\<b\\>" not in page
     assert not list(run_folder.glob("*.tmp"))
 
 
@@ -247,12 +239,12 @@ def run_recipe(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
 
 
-def test_recipe_prints_the_table_the_checks_and_the_path(run_folder):
+def test_recipe_prints_the_checks_and_the_path(run_folder):
     done = run_recipe("--run", str(run_folder))
     assert (done.returncode, done.stderr) == (0, "")
     run = load_run(run_folder)
     checks = [str(check) for check in expectations(run)]
-    assert done.stdout == "\n".join([stage_table(run), *checks, f"report: {run_folder / 'report.md'}"]) + "\n"
+    assert done.stdout == "\n".join([*checks, f"report: {run_folder / 'report.md'}"]) + "\n"
 
 
 def test_recipe_fails_in_one_line(tmp_path):
@@ -280,10 +272,10 @@ def test_two_files_of_answers_are_compared_by_one_command(tmp_path):
     done = run_recipe("--run", str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "") and time.perf_counter() - began < 60
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
-    rows = re.findall(r"\| (good|worse) \| (\S+) \| 100 \| 0 \| ([\d.]+) \\\[([\d.]+), ([\d.]+)\\\]", page)
-    assert len(rows) == 4
-    for name, _, score, low, high in rows:
-        assert float(low) < float(score) < float(high) and (float(score) > 45) == (name == "good")
+    rows = re.findall(r"\| (good|worse) \| 100 \| 0 \| ([\d.]+) ± ([\d.]+) \|", page)
+    assert len(rows) == 4 and page.startswith("# Run report: ") and "What to expect" not in page
+    for name, score, half in rows:
+        assert 0 < float(half) < 15 and (float(score) > 45) == (name == "good")
     assert "good − worse" in page and "no difference beyond chance" not in page
 
 
@@ -391,16 +383,19 @@ def test_answers_of_a_stage_that_was_not_evaluated_are_scored(tmp_path):
     answers_of(tmp_path, ["sft"], 4)
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
-    assert "| sft | EviDiag | 2 |" in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+    assert load_run(tmp_path).stages["sft"].at("tasks", "EviDiag", "rows") == 2
+    assert "| full SFT | 2 | 0 |" in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
 
 
 def test_another_system_is_compared_with_the_stages(tmp_path, evaluations):
-    write_run(tmp_path, evaluations)
     answers_of(tmp_path, ["sft", "dfpo"], 20)
-    assert "Answers compared" not in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+    for name in ("sft", "dfpo"):
+        evaluations[name] |= scored(read_answers(tmp_path / f"answers/{name}.jsonl"))
+    write_run(tmp_path, evaluations)
+    assert "On the same questions" not in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
     (tmp_path / "answers/other.jsonl").write_bytes((tmp_path / "answers/sft.jsonl").read_bytes())
     page = write_report(load_run(tmp_path)).read_text(encoding="utf-8")
-    assert "other − sft" in page and "dfpo − other" in page and "dfpo − sft" not in page
+    assert "sft − other" in page and "dfpo − other" in page and "dfpo − sft" not in page
 
 
 def test_one_question_shows_no_difference(tmp_path):
