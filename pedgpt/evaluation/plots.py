@@ -28,7 +28,7 @@ STYLE: Any = {
     "ytick.color": INK, "ytick.major.size": 0, "ytick.minor.size": 0,
     "figure.constrained_layout.h_pad": 0.1, "figure.constrained_layout.w_pad": 0.1,
 }  # fmt: skip
-COUNTERS = {"step", "tokens", "seconds", "tokens_per_second", "learning_rate", "grad_norm"}
+LOGGED = ("loss", "logps", "rewards", "gates")  # groups of metrics that are drawn
 
 
 def draw(run: Run) -> list[str] | None:
@@ -57,22 +57,23 @@ def _paint_training(run: Run, figure: Figure) -> bool:
     """A panel for each stage and group of metrics, such as loss/… or gates/…; points are measured on held-out data."""
     panels: dict[tuple[str, str], dict[str, tuple[list[float], list[float]]]] = {}
     for stage in run.stages.values():
-        for key in sorted({key for row in stage.metrics for key in row} - COUNTERS):
-            group = key.removeprefix("eval_").partition("/")[0]
-            panels.setdefault((stage.label, group), {})[key] = stage.series(key)
+        for key in sorted({key for row in stage.metrics for key in row}):
+            if (group := key.removeprefix("eval_").partition("/")[0]) in LOGGED:
+                panels.setdefault((stage.label, group), {})[key] = stage.series(key)
     rows = math.ceil(len(panels) / 3)
     figure.set_size_inches(12, 2.9 * max(1, rows))
     for place, ((label, group), series) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, 3, place, title=f"{label}: {group}", xlabel="step")
         for key, (steps, values) in series.items():
+            name = key.rpartition("/")[2].replace("_", " ")
             if key.startswith("eval_"):
-                axes.plot(steps, values, "o", markeredgecolor="white", label="held out")
+                axes.plot(steps, values, "o", markeredgecolor="white", label=f"held out, {name.removeprefix('eval ')}")
             elif values:  # a running mean over the faint raw values, narrow at first so that a steep start stays one
                 index, total = np.arange(len(values)), np.concatenate([[0.0], np.cumsum(values)])
                 half = np.minimum(len(values) // 40, index)
                 start, stop = index - half, np.minimum(index + half + 1, len(values))
                 means = (total[stop] - total[start]) / (stop - start)
-                (line,) = axes.plot(steps, means, "." if len(values) == 1 else "-", label=key.rpartition("/")[2])
+                (line,) = axes.plot(steps, means, "." if len(values) == 1 else "-", label=name)
                 axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
         if len(series) > 1:
             axes.legend(loc="best")
@@ -116,7 +117,12 @@ def _paint_verdicts(run: Run, figure: Figure) -> bool:
     for kind, color in (("win", COLORS[0]), ("tie", "#C9CFD6"), ("loss", COLORS[1])):
         shares = np.array([100 * row[kind][0] for row in rows])
         bars = axes.barh(range(len(rows)), shares, left=left, color=color, height=0.66, label=kind)
-        axes.bar_label(bars, [f"{share:.0f}" if share >= 5 else "" for share in shares], label_type="center")
+        axes.bar_label(
+            bars,
+            [f"{share:.0f}" if share >= 5 else "" for share in shares],
+            label_type="center",
+            color="white" if kind != "tie" else INK,
+        )
         left += shares
     names = [f"{row['by']}: {row['first']} against {row['second']}, {row['task']} ({row['n']})" for row in rows]
     axes.set_yticks(range(len(rows)), names)
@@ -141,7 +147,11 @@ def _paint_calibration(run: Run, figure: Figure) -> bool:
 
 
 PLOTS: dict[str, tuple[str, str, Callable[[Run, Figure], bool]]] = {  # what it shows, and in which section
-    "metrics_by_stage.png": ("ROUGE-L and perplexity after each stage", "stages", _paint_metrics),
+    "metrics_by_stage.png": (
+        "ROUGE-L and perplexity after each stage; hollow is off the path",
+        "stages",
+        _paint_metrics,
+    ),
     "training.png": ("Losses, rewards and gates while training", "training", _paint_training),
     "calibration.png": ("Calibration on the exam", "exams", _paint_calibration),
     "verdicts.png": ("Win, tie and loss by judge and doctors", "verdicts", _paint_verdicts),
