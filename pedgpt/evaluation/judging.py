@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -48,14 +48,10 @@ def pair_prompts(systems: Sequence[Answers], *, reference: bool) -> list[list[di
 
 
 def score_prompts(systems: Sequence[Answers], points: int) -> list[list[dict[str, str]]]:
-    """The chat messages that ask for the points of each answer, system after system, against the reference."""
+    """The chat messages that ask for the points, 0 to `points`, of each answer, system after system."""
     pairs = [pair for system in systems for pair in zip(system.questions, system.answers, strict=True)]
-    return [score_prompt(question, said.content, points) for question, said in pairs]
-
-
-def score_prompt(question: Question, answer: str, points: int) -> list[dict[str, str]]:
-    """The chat messages that ask for the points of an answer, 0 to `points`, against the question's reference."""
-    return _messages("score", question, True, answer=answer or "（空）", points=str(points))
+    told = [{"answer": said.content or "（空）", "points": str(points)} for _, said in pairs]
+    return [_messages("score", question, True, **one) for (question, _), one in zip(pairs, told, strict=True)]
 
 
 def _messages(kind: str, question: Question, reference: bool, **values: str) -> list[dict[str, str]]:
@@ -135,19 +131,15 @@ def joined(table: Array) -> Array:
 def verdict_rows(systems: Sequence[Answers], said: Sequence[tuple[Verdict | None, str]]) -> dict[str, Any]:
     """ "verdicts", with the chosen system by aspect and what each order said, and those "unreadable"."""
     found: dict[str, Any] = {"verdicts": [], "unreadable": []}
-    names = list(combinations([system.name for system in systems], 2))
-    table = joined(verdict_table([verdict for verdict, _ in said], len(names)))
-    both = iter(zip(said[::2], said[1::2], strict=True))
-    for number, question in enumerate(systems[0].questions):
-        for place, pair in enumerate(names):
-            (one, problem), (two, other) = next(both)
-            row = {"number": number + 1, "task": question.task, "systems": list(pair)}
-            if one and two:
-                chosen = {WIN: pair[0], TIE: "tie", LOSS: pair[1]}
-                verdict = {name: chosen[code] for name, code in zip(DIMENSIONS, table[number, place], strict=True)}
-                found["verdicts"].append({**row, "verdict": verdict, "orders": [one, two]})
-            else:
-                found["unreadable"].append({**row, "problems": [problem, other]})
+    asked = product(enumerate(systems[0].questions, 1), combinations([system.name for system in systems], 2))
+    for ((number, question), pair), (one, problem), (two, other) in zip(asked, said[::2], said[1::2], strict=True):
+        row = {"number": number, "task": question.task, "systems": list(pair)}
+        if one and two:
+            agreed = {("1", "2"): pair[0], ("2", "1"): pair[1]}
+            verdict = {name: agreed.get((one[name], two[name]), "tie") for name in DIMENSIONS}
+            found["verdicts"].append({**row, "verdict": verdict, "orders": [one, two]})
+        else:
+            found["unreadable"].append({**row, "problems": [problem, other]})
     return found
 
 
@@ -156,10 +148,7 @@ def summarize(systems: Sequence[Answers], table: Array, *, seed: int = 0) -> dic
     questions, names = systems[0].questions, [system.name for system in systems]
     found: dict[str, Any] = {"comparisons": [], "pairs": [], "warnings": []}
     decided, lengths = joined(table), np.array([[len(said.content) for said in system.answers] for system in systems])
-    talks, tasks = (
-        np.array([question.conversation for question in questions]),
-        [question.task for question in questions],
-    )
+    talks, tasks = np.array([one.conversation for one in questions]), [one.task for one in questions]
     wins = np.zeros((len(questions), len(systems), len(systems)))
     for number, (a, b) in enumerate(combinations(range(len(systems)), 2)):
         pair = {"first": names[a], "second": names[b]}
@@ -295,13 +284,13 @@ def summarize_scores(
     questions = systems[0].questions
     values = np.array([score for score, _ in said], dtype=float).reshape(len(systems), -1)
     talks = np.array([question.conversation for question in questions])
+    places = product([system.name for system in systems], range(1, len(questions) + 1))
     found: dict[str, Any] = {"points": points, "scores": {}, "unreadable": []}
-    for asked, row in zip(systems, values, strict=True):
-        masks = {task: these & ~np.isnan(row) for task, these in by_task([one.task for one in questions])}
-        scores = {task: bootstrap(row[known], talks[known]) for task, known in masks.items() if known.any()}
-        found["scores"][asked.name] = scores
-    for place, (score, problem) in enumerate(said):
+    for system, row in zip(systems, values, strict=True):
+        known = {task: these & ~np.isnan(row) for task, these in by_task([one.task for one in questions])}
+        scores = {task: bootstrap(row[these], talks[these]) for task, these in known.items() if these.any()}
+        found["scores"][system.name] = scores
+    for (name, number), (score, problem) in zip(places, said, strict=True):
         if score is None:
-            system, number = systems[place // len(questions)].name, place % len(questions) + 1
-            found["unreadable"].append({"system": system, "number": number, "problem": problem})
+            found["unreadable"].append({"system": name, "number": number, "problem": problem})
     return found
