@@ -112,17 +112,12 @@ def answer_tasks(model, chat, tasks, config: Config) -> Answers:
     questions, answers = [], []
     for task, conversations in tasks.items():
         asked = [dataclasses.replace(one, task=task) for one in questions_of(conversations, config.limit)]
-        found = {}
-        for batch in answer(model, chat, asked, **room, batch_size=config.generation_batch_size):
-            found |= batch
+        batches = answer(model, chat, asked, **room, batch_size=config.generation_batch_size)
+        found = {number: said for batch in batches for number, said in batch.items()}
         questions += asked
         answers += [found[i] for i in range(len(asked))]
-    about = {
-        "model": config.model,
-        "adapter": config.adapter or None,
-        "seed": 0,
-        "decoding": {**room, "temperature": 0},
-    }
+    about = {"model": config.model, "adapter": config.adapter or None, "seed": 0}
+    about["decoding"] = {**room, "temperature": 0}
     return Answers(Path(config.answers).stem, questions, answers, about)
 
 
@@ -150,10 +145,8 @@ def print_table(results: dict) -> None:
     for name, found in figures["preference"].items():
         print(f"  {name.replace('_', ' ')}, {results['preference']['pairs']} pairs: {between(found, digits=3)}")
     for name, weights in (results["gates"] or {}).items():
-        shares, most = " ".join(f"{weight:.3f}" for weight in weights), math.log(len(weights))
-        print(
-            f"  expert weights on {name}: {shares}, entropy {results['gate_entropy'][name]:.3f} of at most {most:.3f}"
-        )
+        shares, found = " ".join(f"{weight:.3f}" for weight in weights), results["gate_entropy"][name]
+        print(f"  expert weights on {name}: {shares}, entropy {found:.3f} of at most {math.log(len(weights)):.3f}")
     if results["skipped"]:
         print(f"  {results['skipped']} held-out rows skipped as bad or over-long")
 

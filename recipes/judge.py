@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from pedgpt.endpoint import Endpoint, in_order, load_endpoint
 from pedgpt.evaluation import judging
+from pedgpt.evaluation.report import between
 from pedgpt.evaluation.responses import check_output, read_systems, thin
 from pedgpt.files import write_json
 from pedgpt.training import run_recipe
@@ -71,12 +72,9 @@ def main(config: Config) -> None:
         return
     work = [(prompt, judging.read_verdict) for prompt in checks] + [(prompt, read) for prompt in prompts]
     with Endpoint(settings, f"{config.output}.sqlite") as endpoint:
-        said = list(
-            in_order(
-                work, lambda one: judging.ask_strictly(endpoint.ask, *one), workers=settings.concurrency, desc="judge",
-                endpoints=[endpoint],
-            )
-        )  # fmt: skip
+        ask = partial(judging.ask_strictly, endpoint.ask)
+        bar = {"workers": settings.concurrency, "desc": "judge", "endpoints": [endpoint]}
+        said = list(in_order(work, lambda one: ask(*one), **bar))
         print(endpoint.describe())
         results |= {"judge": settings.model, "usage": asdict(endpoint.usage)}
     if planted:
@@ -106,9 +104,7 @@ def print_plan(settings, prompts) -> None:
 
 
 def percent(figures) -> str:
-    return (
-        "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * x for x in figures)) if figures and figures[0] is not None else "–"
-    )
+    return f"{between(figures, 100, 0)} %"
 
 
 def outcome(row: dict) -> str:
@@ -121,7 +117,7 @@ def print_results(results: dict) -> None:
         print(f"the judge found {percent(planted['right'])} of the right references.")
     for name, tasks in results.get("scores", {}).items():
         for task, found in tasks.items():
-            print("{} {}: {:.2f} ({:.2f} to {:.2f}) points".format(name, task, *found))
+            print(f"{name} {task}: {between(found, digits=2)} points")
     for row in results.get("comparisons", ()):
         print(
             f"{row['first']} against {row['second']}, {row['task']:<10}{row['dimension']:<14}{row['n']:5} ",
@@ -134,7 +130,7 @@ def print_results(results: dict) -> None:
             print(f"  the same for equally long answers: {percent(pair['length_controlled'])}")
             print(f"  changed with the order: {pair['flips']:.0%}; preferred the first: {percent(pair['shown_first'])}")
     for name, strength in results.get("bradley_terry", {}).items():
-        print("  Bradley-Terry strength of {}: {:.2f} ({:.2f} to {:.2f})".format(name, *strength))
+        print(f"  Bradley-Terry strength of {name}: {between(strength, digits=2)}")
     for warning in results.get("warnings", ()):
         print(f"warning: {warning}")
     for one in results["unreadable"][:5]:

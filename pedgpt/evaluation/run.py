@@ -1,7 +1,7 @@
 """What a run folder holds: the stages' training metrics and evaluations, and what was compared beside them.
 
 <run>/<stage>/metrics.jsonl      training, one JSON object per logged step
-<run>/evaluation/<stage>.json    "tasks", "perplexity", "preference", "gates", "gate_entropy", "samples", "seconds", …
+<run>/evaluation/<stage>.json    "tasks", "perplexity", "preference", "gates", "gate_entropy", "seconds", …
                                  "values" of single questions, documents and pairs, and their "figures" with intervals
 <run>/answers/<system>.jsonl     written by answer.py or evaluate.py
 <run>/exams/<name>.json          written by exam.py

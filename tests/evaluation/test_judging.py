@@ -372,7 +372,7 @@ def test_the_judge_is_judged_by_planted_pairs(folder, capsys):
         result = judge(folder, server, check_judge=True)
     said = capsys.readouterr().out
     assert result["found_planted"]["right"][0] == 1
-    assert "the judge found 100 % (100 to 100) of the right references" in said
+    assert "the judge found 100 [100, 100] % of the right references" in said
     assert "always first" in said and result["known_judges"]["always first"]["flips"] == 1
     assert "Of 40 planted pairs, 0 without a readable verdict" in said
 
