@@ -104,7 +104,7 @@ def print_plan(settings, prompts) -> None:
 
 
 def percent(figures) -> str:
-    return f"{between(figures, 100, 0)} %"
+    return between(figures, 100, 0, " %")
 
 
 def outcome(row: dict) -> str:

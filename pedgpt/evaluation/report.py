@@ -31,12 +31,12 @@ def show(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:,.{digits if abs(value) < 1000 else 0}f}"
 
 
-def between(figures: Sequence[float | None] | None, scale: float = 1, digits: int = 1) -> str:
+def between(figures: Sequence[float | None] | None, scale: float = 1, digits: int = 1, unit: str = "") -> str:
     """A figure and its interval, as in 54.2 [48.9, 59.8]."""
     if figures is None or None in figures:
         return "–"
     value, low, high = (f"{scale * (figure or 0):,.{digits}f}" for figure in figures)
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]{unit}"
 
 
 def plus_minus(stage: Stage, *keys: str, scale: float = 1, digits: int = 1) -> str:
@@ -277,7 +277,7 @@ def _verdicts(run: Run) -> list[str]:
         judge = escape(result["judge"])
         for pair in [pair for pair in result.get("pairs", ()) if pair["n"]]:
             habits = ("shown_first", "longer", "win_rate", "length_controlled")
-            first, longer, wins, equal = (f"{between(pair[name], 100)} %" for name in habits)
+            first, longer, wins, equal = (between(pair[name], 100, unit=" %") for name in habits)
             page.append(
                 f"{judge}, {escape(pair['first'])} against {escape(pair['second'])}: {show(100 * pair['flips'], 1)} % "
                 f"of the pairs change with the order. Of its decisions, {first} prefer the answer shown first and "
@@ -290,7 +290,7 @@ def _verdicts(run: Run) -> list[str]:
             page.append(f"- {judge} gives {escape(system)} of {result['points']} points: {told}")
         page += [f"**{escape(warning)}**" for warning in result.get("warnings", ())]
         if planted := result.get("found_planted"):
-            found_right = f"{between(planted['right'], 100)} % of the right references"
+            found_right = f"{between(planted['right'], 100, unit=' %')} of the right references"
             unreadable = f"{planted['unreadable']} without a readable verdict"
             page.append(f"In {planted['pairs']} planted pairs, {unreadable}, the judge found {found_right}.")
     return page
@@ -334,7 +334,7 @@ def _judge_against(judge: Mapping[str, Any], doctors: Mapping[str, Any]) -> list
         if codes and {*names[:2]} <= {*doctors["systems"]}:
             raw, kappa, *_ = bootstrap(codes, statistic=agreement)
             lines.append(
-                f"{escape(judge['judge'])} and the doctors' majority agree on {between(raw, 100)} % of {len(codes)} "
-                f"questions ({escape(' : '.join(names[:2]))}), κ {between(kappa, digits=2)}."
+                f"{escape(judge['judge'])} and the doctors' majority agree on {between(raw, 100, unit=' %')} of "
+                f"{len(codes)} questions ({escape(' : '.join(names[:2]))}), κ {between(kappa, digits=2)}."
             )
     return lines
