@@ -82,7 +82,7 @@ def main(config: Config) -> None:
     if output.exists():
         other = "answers of another system or set, or by other settings"
         raise ValueError(f"{output}: holds {other}; delete it, or give another --output")
-    found = read_part(part, questions, about)
+    found = read_part(part, about)
     with (
         part.open("a", encoding="utf-8") as file,
         tqdm(total=len(questions), initial=len(found), desc=output.stem) as bar,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from pedgpt.evaluation.agreement import MEASURES
 from pedgpt.evaluation.doctors import build_pages, mentions
 from pedgpt.evaluation.responses import check_output, read_systems
 from pedgpt.evaluation.votes import merge, read_key
@@ -76,8 +77,10 @@ def print_results(results: dict) -> None:
     def shown(value: list | float | None, percent: bool = False) -> str:
         if value is None or value == [None] * 3:
             return "–"
-        numbers = [f"{100 * x:.1f}" if percent else f"{x:.2f}" for x in (value if isinstance(value, list) else [value])]
-        return numbers[0] if len(numbers) == 1 else f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+        first, *ends = [
+            f"{100 * x:.1f}" if percent else f"{x:.2f}" for x in (value if isinstance(value, list) else [value])
+        ]
+        return f"{first} [{', '.join(ends)}]" if ends else first
 
     print(f"{results['questions']} questions, raters {', '.join(results['raters'])}")
     if results["missing_raters"]:
@@ -87,11 +90,9 @@ def print_results(results: dict) -> None:
         if row["by"] == "majority" and row["n"]:
             outcome = "".join(f"{shown(row[name], True):>22}" for name in ("win", "tie", "loss"))
             print(f"  {row['task']:12}{row['dimension']:16}{row['n']:5}{outcome}  {row['first']} : {row['second']}")
-    print(f"\n{'agreement':30}{'n':>5}{'raw':>8}{'Cohen κ':>9}{'Fleiss κ':>9}{'Krippendorff α':>22}")
+    print(f"\n{'agreement':30}{'n':>5}{'raw':>22}{'Cohen κ':>22}{'Fleiss κ':>22}{'Krippendorff α':>22}")
     for row in results["agreement"]:
-        figures = (
-            f"{shown(row['raw']):>8}{shown(row['cohen']):>9}{shown(row['fleiss']):>9}{shown(row['krippendorff']):>22}"
-        )
+        figures = "".join(f"{shown(row[name]):>22}" for name in MEASURES)
         print(f"  {row['task']:12}{row['dimension']:16}{row['n']:5}{figures}")
     for name, found in results["strengths"].items():
         listed = ", ".join(f"{system} {shown(value)}" for system, value in found.items())

@@ -17,11 +17,12 @@ from typing import ClassVar
 import torch
 
 from pedgpt import adapters, data
-from pedgpt.evaluation.generation_metrics import score_answers, signature
+from pedgpt.evaluation.generation_metrics import signature
 from pedgpt.evaluation.heldout import read_heldout
-from pedgpt.evaluation.likelihood import document_losses, mean_perplexity, pair_logps, perplexity, preference_scores
+from pedgpt.evaluation.likelihood import document_losses, pair_logps, preference_values
+from pedgpt.evaluation.report import between
 from pedgpt.evaluation.responses import Answers, answer, questions_of, read_answers, write_answers
-from pedgpt.evaluation.run import intervals_of
+from pedgpt.evaluation.run import scored
 from pedgpt.evaluation.system import SystemSettings
 from pedgpt.files import write_json
 from pedgpt.models import ModelConfig, load_model
@@ -50,7 +51,7 @@ class Config(SystemSettings):
 def main(config: Config) -> None:
     if min(config.batch_size, config.generation_batch_size, config.limit, config.text_limit) < 1:
         raise ValueError("batch_size, generation_batch_size, limit and text_limit must be at least 1")
-    scored_with = signature()  # fails at once without the packages
+    signature()  # fails at once without the packages
     began = time.perf_counter()
     heldout = Path(config.heldout)
     if not heldout.is_dir():
@@ -82,41 +83,20 @@ def main(config: Config) -> None:
     model = config.load_model(device)
 
     said = answer_tasks(model, chat, tasks, config)
-    scores = score_answers(said)
     losses = {name: document_losses(model, packed, config.batch_size) for name, packed in rows.items() if packed}
-    values = {
-        "tasks": {task: found.pop("values") for task, found in scores.items()},
-        "conversations": {task: numbered(found.pop("conversations")) for task, found in scores.items()},
-        "perplexity": {name: found.tolist() for name, found in losses.items()},
-    }
+    values = {"perplexity": {name: found.tolist() for name, found in losses.items()}}
+    if pairs:
+        values["preference"] = preference_values(pair_logps(model, pairs, config.batch_size), pairs, reference_logps)
     gates, entropy = {}, {}
     if any(isinstance(layer, adapters.ExpertLoRALinear) for layer in model.modules()):
         for name, packed in task_rows.items():
             if packed:
                 gates[name], entropy[name] = expert_weights(model, packed)
-    preference = None
-    if pairs:
-        found = preference_scores(pair_logps(model, pairs, config.batch_size), pairs, reference_logps)
-        preference = dataclasses.asdict(found)
-        values["preference"] = preference.pop("values")
-    for task, found in values["tasks"].items():
-        scores[task] |= {name: math.fsum(column) / len(column) for name, column in found.items()}
-    results = {
-        **about,
-        "signature": scored_with,
-        "template_date": chat.today or None,
-        "seconds": time.perf_counter() - began,
-        "tasks": scores,
-        "perplexity": {name: float(mean_perplexity(found.numpy())) for name, found in losses.items()},
-        "tokens": {name: sum(len(one.tokens) for row in packed for one in row) for name, packed in rows.items()},
-        "preference": preference,
-        "intervals": intervals_of(values),
-        "gates": gates or None,
-        "gate_entropy": entropy or None,
-        "skipped": len(summary.skipped),
-        "samples": samples(said),
-        "values": values,
-    }
+    results = {**about, "template_date": chat.today or None, **scored(said, **values)}
+    results["preference"] = {"pairs": len(pairs), "reward_accuracy": None, **results["preference"]} if pairs else None
+    results |= {"seconds": time.perf_counter() - began, "gates": gates or None, "gate_entropy": entropy or None}
+    results["tokens"] = {name: sum(len(one.tokens) for row in packed for one in row) for name, packed in rows.items()}
+    results["skipped"] = len(summary.skipped)
     print_table(results)
     if config.answers and said.questions:  # before the results, whose presence says that all is done
         Path(config.answers).parent.mkdir(parents=True, exist_ok=True)
@@ -132,34 +112,13 @@ def answer_tasks(model, chat, tasks, config: Config) -> Answers:
     questions, answers = [], []
     for task, conversations in tasks.items():
         asked = [dataclasses.replace(one, task=task) for one in questions_of(conversations, config.limit)]
-        found = {}
-        for batch in answer(model, chat, asked, **room, batch_size=config.generation_batch_size):
-            found |= batch
+        batches = answer(model, chat, asked, **room, batch_size=config.generation_batch_size)
+        found = {number: said for batch in batches for number, said in batch.items()}
         questions += asked
         answers += [found[i] for i in range(len(asked))]
-    about = {
-        "model": config.model,
-        "adapter": config.adapter or None,
-        "seed": 0,
-        "decoding": {**room, "temperature": 0},
-    }
+    about = {"model": config.model, "adapter": config.adapter or None, "seed": 0}
+    about["decoding"] = {**room, "temperature": 0}
     return Answers(Path(config.answers).stem, questions, answers, about)
-
-
-def numbered(names: list[str]) -> list[int]:
-    """Equal names by equal numbers."""
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return [numbers[name] for name in names]
-
-
-def samples(said: Answers) -> list[dict]:
-    """Three questions of each task, with the answers."""
-    return [
-        {"task": task, "question": said.questions[i].text, "reference": said.questions[i].reference}
-        | {"answer": said.answers[i].content}
-        for task, numbers in said.tasks().items()
-        for i in numbers[:: max(1, len(numbers) // 3)][:3]
-    ]
 
 
 def expert_weights(model, rows) -> tuple[list[float], float]:
@@ -168,32 +127,26 @@ def expert_weights(model, rows) -> tuple[list[float], float]:
     A row at a time, so that no padding is counted.
     """
     with adapters.record_gates(model) as records:
-        perplexity(model, rows, batch_size=1)
+        document_losses(model, rows, batch_size=1)
     weights = torch.tensor([record.mean() for record in records.values()]).mean(0).tolist()
     return weights, sum(record.entropy() for record in records.values()) / len(records)
 
 
 def print_table(results: dict) -> None:
-    def shown(part, name, value, digits=2, metric=None):
-        ends = results["intervals"][part][name]
-        low, high = ends[metric] if metric else ends
-        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
     print(f"{results['model']}{' + ' + results['adapter'] if results['adapter'] else ''}; 95 % intervals in brackets")
-    for name, found in results["tasks"].items():
-        scores = (f"{metric} {shown('tasks', name, found[metric], metric=metric)}" for metric in PRINTED)
-        print(f"  {name}, {found['rows']} questions, {found['empty']} empty answers: {', '.join(scores)}")
+    figures = results["figures"]
+    for name, found in figures["tasks"].items():
+        scores = ", ".join(f"{metric} {between(found[metric], digits=2)}" for metric in PRINTED)
+        about = results["tasks"][name]
+        print(f"  {name}, {about['rows']} questions, {about['empty']} empty answers: {scores}")
     print(f"  {results['signature']}")
-    for name, value in results["perplexity"].items():
-        print(f"  perplexity of {name}: {shown('perplexity', name, value)}")
-    for name in results["intervals"].get("preference", ()):
-        about = f"{name.replace('_', ' ')}, {results['preference']['pairs']} pairs"
-        print(f"  {about}: {shown('preference', name, results['preference'][name], 3)}")
+    for name, found in figures["perplexity"].items():
+        print(f"  perplexity of {name}: {between(found, digits=2)}")
+    for name, found in figures["preference"].items():
+        print(f"  {name.replace('_', ' ')}, {results['preference']['pairs']} pairs: {between(found, digits=3)}")
     for name, weights in (results["gates"] or {}).items():
-        shares, most = " ".join(f"{weight:.3f}" for weight in weights), math.log(len(weights))
-        print(
-            f"  expert weights on {name}: {shares}, entropy {results['gate_entropy'][name]:.3f} of at most {most:.3f}"
-        )
+        shares, found = " ".join(f"{weight:.3f}" for weight in weights), results["gate_entropy"][name]
+        print(f"  expert weights on {name}: {shares}, entropy {found:.3f} of at most {math.log(len(weights)):.3f}")
     if results["skipped"]:
         print(f"  {results['skipped']} held-out rows skipped as bad or over-long")
 

@@ -15,12 +15,12 @@ from typing import ClassVar
 
 from pedgpt.corpus import Decontaminator
 from pedgpt.corpus.assemble import messages
-from pedgpt.data import iter_records
+from pedgpt.data import Message, iter_records
 from pedgpt.data.readers import detect_kind
 from pedgpt.data.tables import files_of
 from pedgpt.endpoint import Endpoint, in_order, load_endpoint
 from pedgpt.evaluation import exams, judging
-from pedgpt.evaluation.responses import Question, check_output, read_systems
+from pedgpt.evaluation.responses import Answers, check_output, read_systems
 from pedgpt.evaluation.system import SystemSettings
 from pedgpt.files import write_json
 from pedgpt.training import run_recipe, start
@@ -89,13 +89,9 @@ def grade_texts(exam, texts, shares, config: Config) -> list[str]:
     unread = []
 
     def grade(i):
-        most = exams.POINTS[exam[i].kind]
-        asked = Question(exams.as_questions([exam[i]])[0].history, exam[i].answer)
-        return judging.ask_strictly(
-            endpoint.ask,
-            judging.score_prompt(asked, texts[i], most),
-            lambda text: judging.read_score(text, most) / most,
-        )
+        asked, most = exams.as_questions([exam[i]]), exams.POINTS[exam[i].kind]
+        (prompt,) = judging.score_prompts([Answers("", asked, [Message("assistant", texts[i])])], most)
+        return judging.ask_strictly(endpoint.ask, prompt, lambda text: judging.read_score(text, most) / most)
 
     with Endpoint(settings, f"{config.output or 'exam.json'}.sqlite") as endpoint:
         graded = in_order(numbers, grade, workers=settings.concurrency, desc="judge", endpoints=[endpoint])

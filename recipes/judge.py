@@ -10,12 +10,15 @@ what that costs at most. With --points 5 each answer gets 0 to 5 points against 
 and the reference of another question, of which it must find the right one.
 """
 
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import ClassVar
 
 from pedgpt.endpoint import Endpoint, in_order, load_endpoint
 from pedgpt.evaluation import judging
-from pedgpt.evaluation.responses import Answers, check_output, read_systems, thin
+from pedgpt.evaluation.report import between
+from pedgpt.evaluation.responses import check_output, read_systems, thin
 from pedgpt.files import write_json
 from pedgpt.training import run_recipe
 
@@ -37,16 +40,14 @@ class Config:
 def main(config: Config) -> None:
     if min(config.limit, config.points) < 0:
         raise ValueError("limit and points must be at least 0")
-    check_output(config.output, *config.answers)
-    systems = read_systems(config.answers)
-    numbers = range(len(systems[0].questions))
-    if config.limit:
-        numbers = thin(numbers, config.limit)
-        systems = [choose(system, numbers) for system in systems]
-    if len(systems) < 2 and not config.points:
-        raise ValueError("--answers: comparing needs two files or more")
     if not config.endpoint and not config.check_judge:
         raise ValueError("give --endpoint, the TOML file of the judge, or --check_judge true")
+    check_output(config.output, *config.answers)
+    systems = read_systems(config.answers)
+    numbers = thin(range(len(systems[0].questions)), config.limit or len(systems[0].questions))
+    systems = [system.choose(numbers) for system in systems]
+    if len(systems) < 2 and not config.points:
+        raise ValueError("--answers: comparing needs two files or more")
     results = {"systems": {system.name: system.about for system in systems}, "reference": config.reference}
     results |= {"template": judging.template_hash(), "question_set": systems[0].about.get("question_set")}
     if config.check_judge and len(systems) > 1:
@@ -59,59 +60,35 @@ def main(config: Config) -> None:
     settings = load_endpoint(config.endpoint)
     settings.temperature = 0.0  # the same answer each time, as far as the server can
     planted = judging.planted_pairs(systems[0]) if config.check_judge else []
-    prompts = questions(systems, config) + [
-        judging.pair_prompt(pair, shown, reference=False) for pair, shown in planted
-    ]
     if config.check_judge and not planted:
         print("The judge itself is not checked: no two questions of one task have references that differ.")
-    print_plan(settings, prompts)
+    checks = [prompt for pair in planted for prompt in judging.pair_prompts(pair, reference=False)]
+    if config.points:
+        prompts, read = judging.score_prompts(systems, config.points), partial(judging.read_score, points=config.points)
+    else:
+        prompts, read = judging.pair_prompts(systems, reference=config.reference), judging.read_verdict
+    print_plan(settings, checks + prompts)
     if config.plan:
         return
-    read = judging.read_verdict if not config.points else lambda text: judging.read_score(text, config.points)
-    readers = [read] * (len(prompts) - len(planted)) + [judging.read_verdict] * len(planted)
+    work = [(prompt, judging.read_verdict) for prompt in checks] + [(prompt, read) for prompt in prompts]
     with Endpoint(settings, f"{config.output}.sqlite") as endpoint:
-        pairs = list(zip(prompts, readers, strict=True))
-        work = in_order(
-            pairs, lambda pair: judging.ask_strictly(endpoint.ask, *pair), workers=settings.concurrency, desc="judge",
-            endpoints=[endpoint],
-        )  # fmt: skip
-        said = list(work)
+        ask = partial(judging.ask_strictly, endpoint.ask)
+        bar = {"workers": settings.concurrency, "desc": "judge", "endpoints": [endpoint]}
+        said = list(in_order(work, lambda one: ask(*one), **bar))
         print(endpoint.describe())
         results |= {"judge": settings.model, "usage": asdict(endpoint.usage)}
     if planted:
-        results["found_planted"] = judging.found_planted(said[-len(planted) :])
-        print(
-            "Of {pairs} planted pairs, {unreadable} without a readable verdict,".format_map(results["found_planted"]),
-            f"the judge found {percent(results['found_planted']['right'])} of the right references.",
-        )
-        said = said[: -len(planted)]
+        results["found_planted"] = judging.found_planted(said[: len(checks)])
+    said = said[len(checks) :]
     if config.points:
         results |= judging.summarize_scores(systems, said, config.points)
-        print_scores(results)
     else:
-        shown = zip(judging.showings(systems), said, strict=True)
-        judged = judging.collect(systems, ((one, verdict, problem) for one, (verdict, problem) in shown))
-        results |= {**judging.summarize(systems, judged, seed=config.seed), "verdicts": judged.rows}
-        for row in (*judged.rows, *judged.unreadable):
+        table = judging.verdict_table([verdict for verdict, _ in said], math.comb(len(systems), 2))
+        results |= judging.summarize(systems, table, seed=config.seed) | judging.verdict_rows(systems, said)
+        for row in (*results["verdicts"], *results["unreadable"]):
             row["number"] = numbers[row["number"] - 1] + 1  # as in the files
-        print_verdicts(results)
+    print_results(results)
     write_json(config.output, results)
-
-
-def choose(system: Answers, numbers) -> Answers:
-    questions, answers = ([column[i] for i in numbers] for column in (system.questions, system.answers))
-    return replace(system, questions=questions, answers=answers)
-
-
-def questions(systems, config: Config) -> list:
-    """What the judge is asked, in the order of `showings`, or with points system after system."""
-    if not config.points:
-        return [judging.pair_prompt(systems, one, reference=config.reference) for one in judging.showings(systems)]
-    return [
-        judging.score_prompt(question, said.content, config.points)
-        for system in systems
-        for question, said in zip(system.questions, system.answers, strict=True)
-    ]
 
 
 def print_plan(settings, prompts) -> None:
@@ -127,51 +104,47 @@ def print_plan(settings, prompts) -> None:
 
 
 def percent(figures) -> str:
-    return "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * x for x in figures)) if figures else "–"
+    return between(figures, 100, 0, " %")
 
 
-def print_verdicts(results: dict) -> None:
-    for pair in results["pairs"]:
-        print(f"\n{' against '.join(pair['systems'])}: {pair['rows']} questions, judged by {results['judge']}")
-        for task, found in pair["tasks"].items():
-            print(f"  {task}, {found['rows']} questions")
-            for name in judging.DIMENSIONS:
-                cells = "".join(f"{kind} {percent(found[name][kind]):<22}" for kind in ("win", "tie", "loss"))
-                print(f"    {name:<14}{cells}".rstrip())
-        if pair["rows"]:
-            print(f"  overall, a tie as half a win: {percent(pair['win_rate'])}")
+def outcome(row: dict) -> str:
+    return "".join(f"{kind} {percent(row.get(kind)):<22}" for kind in ("win", "tie", "loss")).rstrip()
+
+
+def print_results(results: dict) -> None:
+    if planted := results.get("found_planted"):
+        print("Of {pairs} planted pairs, {unreadable} without a readable verdict,".format_map(planted), end=" ")
+        print(f"the judge found {percent(planted['right'])} of the right references.")
+    for name, tasks in results.get("scores", {}).items():
+        for task, found in tasks.items():
+            print(f"{name} {task}: {between(found, digits=2)} points")
+    for row in results.get("comparisons", ()):
+        print(
+            f"{row['first']} against {row['second']}, {row['task']:<10}{row['dimension']:<14}{row['n']:5} ",
+            outcome(row),
+        )
+    for pair in results.get("pairs", ()):
+        print(f"{pair['first']} against {pair['second']}, overall: {pair['n']} questions, judged by {results['judge']}")
+        if pair["n"]:
+            print(f"  a tie as half a win: {percent(pair['win_rate'])}")
             print(f"  the same for equally long answers: {percent(pair['length_controlled'])}")
-            print(f"  verdicts that change with the order: {pair['flips']:.0%}; first shown: {percent(pair['first'])}")
+            print(f"  changed with the order: {pair['flips']:.0%}; preferred the first: {percent(pair['shown_first'])}")
     for name, strength in results.get("bradley_terry", {}).items():
-        print("  Bradley-Terry strength of {}: {:.2f} ({:.2f} to {:.2f})".format(name, *strength))
-    for warning in results["warnings"]:
+        print(f"  Bradley-Terry strength of {name}: {between(strength, digits=2)}")
+    for warning in results.get("warnings", ()):
         print(f"warning: {warning}")
     for one in results["unreadable"][:5]:
-        problem = next(filter(None, one["problems"]))
-        print(f"no readable verdict: question {one['number']}, {' and '.join(one['systems'])}: {problem}")
-    print_more(results["unreadable"][5:])
-
-
-def print_scores(results: dict) -> None:
-    for name, tasks in results["scores"].items():
-        for task, found in tasks.items():
-            print("{} {}: {:.2f} ({:.2f} to {:.2f}) points".format(name, task, *found))
-    for one in results["unreadable"][:5]:
-        print(f"no readable score: question {one['number']} of {one['system']}: {one['problem']}")
-    print_more(results["unreadable"][5:])
-
-
-def print_more(others: list) -> None:
-    if others:
+        who = one.get("system") or " and ".join(one["systems"])
+        problem = one.get("problem") or next(filter(None, one["problems"]))
+        print(f"nothing readable: question {one['number']}, {who}: {problem}")
+    if others := results["unreadable"][5:]:
         print(f"… and {len(others)} more; the results hold them all")
 
 
 def print_known(judges: dict) -> None:
     print("What these figures say of judges with known faults:")
     for name, found in judges.items():
-        overall = found["tasks"]["all"]["overall"]
-        shares = ", ".join(f"{kind} {percent(overall[kind])}" for kind in ("win", "tie", "loss"))
-        print(f"  {name}: {shares}; flips {found['flips']:.0%}, longer preferred {percent(found['longer'])}")
+        print(f"  {name}: {outcome(found)}; flips {found['flips']:.0%}, longer preferred {percent(found['longer'])}")
         if name == "planted":
             print(f"    64 % of the pairs should have the planted winner, which have it: {percent(found['right'])}")
         for warning in found["warned"]:

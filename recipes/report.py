@@ -1,4 +1,4 @@
-"""Write a run's report.md and plots, and print what came out.
+"""Write a run's report.md and plots, and print which expectations were met.
 
     python recipes/report.py --run runs/demo
 
@@ -7,7 +7,7 @@ A folder with answers/*.jsonl and nothing else is enough to compare systems.
 
 from dataclasses import dataclass
 
-from pedgpt.evaluation.report import expectations, stage_table, write_report
+from pedgpt.evaluation.report import expectations, write_report
 from pedgpt.evaluation.run import load_run
 from pedgpt.training import run_recipe
 
@@ -20,8 +20,7 @@ class Config:
 def main(config: Config) -> None:
     run = load_run(config.run)
     path = write_report(run)
-    shown = [stage_table(run), *expectations(run)] if run.stages else []
-    print(*shown, f"report: {path}", sep="\n")
+    print(*(expectations(run) if run.stages else ()), f"report: {path}", sep="\n")
 
 
 if __name__ == "__main__":

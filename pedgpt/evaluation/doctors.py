@@ -43,15 +43,11 @@ def share_out(tasks: Sequence[str], raters: Sequence[str], per_question: int, se
     for number in sorted(range(len(tasks)), key=lambda number: (tasks[number], random.random())):
         chosen: list[str] = []
         for _ in range(per_question):
-            ranks = []
-            for rater in raters:
-                if rater not in chosen:
-                    met = sum(shared[frozenset((rater, other))] for other in chosen)
-                    ranks.append((len(loads[rater]), met, random.random(), rater))
+            met = {rater: sum(shared[frozenset((rater, other))] for other in chosen) for rater in raters}
+            ranks = [(len(loads[rater]), met[rater], random.random(), rater) for rater in raters if rater not in chosen]
             chosen.append(min(ranks)[-1])
+            loads[chosen[-1]].append(number)
         shared.update(map(frozenset, combinations(chosen, 2)))
-        for rater in chosen:
-            loads[rater].append(number)
     return {rater: random.sample(numbers, len(numbers)) for rater, numbers in loads.items()}
 
 
@@ -101,14 +97,8 @@ def build_pages(
     ids = [digest([whole, number])[:10] for number in asked]
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     rows = [{"number": n + 1, "task": q.task, "question": q.text} for n, q in zip(asked, questions, strict=True)]
-    known = systems[0].about.get("question_set")
-    key: dict[str, Any] = {
-        "set": whole,
-        "question_set": known,
-        "systems": names,
-        "questions": dict(zip(ids, rows, strict=True)),
-        "pages": {},
-    }
+    key: dict[str, Any] = {"set": whole, "question_set": systems[0].about.get("question_set"), "systems": names}
+    key |= {"questions": dict(zip(ids, rows, strict=True)), "pages": {}}
     pages = {}
     for rater, numbers in share_out([question.task for question in questions], raters, count, seed).items():
         page = digest([whole, rater])[:16]

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +19,9 @@ import numpy as np
 from pedgpt.data.chat import ChatFormat
 from pedgpt.data.records import Message
 from pedgpt.data.tables import Unfit, files_of, format_of, read_rows
-from pedgpt.evaluation.agreement import LIMITS, bootstrap, resampled_means
+from pedgpt.evaluation.agreement import bootstrap, ratio
 from pedgpt.evaluation.likelihood import option_logps
-from pedgpt.evaluation.responses import Question
+from pedgpt.evaluation.responses import Question, template
 from pedgpt.models.transformer import Transformer
 
 WEIGHTS = {"true_false": 10, "choice": 40, "pairing": 10, "essay": 30, "case": 10}  # of PediaBench's total
@@ -72,6 +68,38 @@ class ExamQuestion:
         return ExamQuestion(self.kind, self.text, moved, self.place, self.group, options)
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of a file, its cells by the names of their columns in small letters."""
+
+    file: Path
+    line: int
+    cells: dict[str, Any]
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.line}"
+
+    def get(self, field: str) -> Any:
+        return next((value for name, value in self.cells.items() if name in NAMES[field]), None)
+
+    def text(self, field: str) -> str:
+        """A field that may not be empty; of a list, such as several letters, all of it."""
+        value = self.get(field)
+        parts = value if isinstance(value, list) else [value]
+        text = "".join("" if part is None else str(part) for part in parts).strip()
+        if not text:
+            found = "empty" if self.cells.keys() & {*NAMES[field]} else f"found columns {', '.join(self.cells)}"
+            raise self.unfit(field, f"{found}, expected {NAMES[field][0]}; fill it in or delete the row")
+        return text
+
+    def unfit(self, field: str, told: str) -> ValueError:
+        """What is wrong with a field, which a workbook calls "cell C7"."""
+        position = next((i for i, name in enumerate(self.cells) if name in NAMES[field]), 26)
+        cell = format_of(self.file) == ".xlsx" and position < 26
+        return ValueError(f"{self.place}: {f'cell {_LETTERS[position]}{self.line}' if cell else field}: {told}")
+
+
 def read_exam(path: str | Path) -> list[ExamQuestion]:
     """The questions of a file, or of all files in a folder; ValueError names the place of what is not understood."""
     found: list[ExamQuestion] = []
@@ -80,86 +108,54 @@ def read_exam(path: str | Path) -> list[ExamQuestion]:
         for line, row in read_rows(file):
             if not str(line).isdecimal():
                 break  # "sheet:line" of a workbook's further sheets
-            if isinstance(row, Unfit) or not isinstance(row, dict):
+            if not isinstance(row, dict):
                 raise ValueError(f"{file}:{line}: {row if isinstance(row, Unfit) else 'expected an object'}")
             if any(value not in (None, "") for value in row.values()):
-                rows.append((int(line), row))
+                rows.append(_Row(file, int(line), {str(name).strip().lower(): value for name, value in row.items()}))
         kind = _kind_of(file, rows)
-        if kind == "pairing":
-            found += _pairing(file, rows)
-        else:
-            found += [_question(file, line, row, kind) for line, row in rows]
+        found += _pairing(rows) if kind == "pairing" else [_question(row, kind) for row in rows]
     if not found:
         raise ValueError(f"{path}: holds no questions")
     return found
 
 
-def _kind_of(file: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> str:
+def _kind_of(file: Path, rows: Sequence[_Row]) -> str:
     """The kind of a file's questions, by its columns, its answers and, for essays and cases, its name."""
-    columns = {str(name).strip().lower() for _, row in rows for name in row}
-    if columns & set(NAMES["disrupted"]):
+    columns = {name for row in rows for name in row.cells}
+    if columns & {*NAMES["disrupted"]}:
         return "pairing"
-    if columns & set(NAMES["options"]):
+    if columns & {*NAMES["options"]}:
         return "choice"
-    answers = [str(_value(row, "answer")[1]).strip() in ("对", "错") for _, row in rows]
+    answers = [str(row.get("answer")).strip() in ("对", "错") for row in rows]
     if sum(answers) > len(answers) / 2:  # a mistake in one of them is refused later, with its place
         return "true_false"
     return "case" if re.search("case|病例", file.name, re.IGNORECASE) else "essay"
 
 
-def _value(row: Mapping[str, Any], field: str) -> tuple[int, Any]:
-    """(position of the column, value) of a field; the position of no column is -1."""
-    for position, name in enumerate(row):
-        if str(name).strip().lower() in NAMES[field]:
-            return position, row[name]
-    return -1, None
-
-
-def _text(file: Path, line: int, row: Mapping[str, Any], field: str) -> str:
-    position, value = _value(row, field)
-    if isinstance(value, list):  # several letters
-        value = "".join(map(str, value))
-    if value is None or not str(value).strip() or str(value) == "nan":
-        there = (
-            f"found columns {', '.join(map(str, row))}" if position < 0 else f"{_place(file, line, row, field)}: empty"
-        )
-        raise ValueError(f"{file}:{line}: {there}, expected {NAMES[field][0]}; fill it in or delete the row")
-    return str(value).strip()
-
-
-def _place(file: Path, line: int, row: Mapping[str, Any], field: str) -> str:
-    """ "cell C7" of a workbook, else the name of the field."""
-    position, _ = _value(row, field)
-    return f"cell {_LETTERS[position]}{line}" if format_of(file) == ".xlsx" and 0 <= position < 26 else field
-
-
-def _question(file: Path, line: int, row: dict[str, Any], kind: str) -> ExamQuestion:
-    text, answer = (_text(file, line, row, field) for field in ("question", "answer"))
-    group, place = str(_value(row, "group")[1] or "").strip(), f"{file}:{line}"
+def _question(row: _Row, kind: str) -> ExamQuestion:
+    text, answer, group = row.text("question"), row.text("answer"), str(row.get("group") or "").strip()
     if kind == "choice":
-        options = _options(_value(row, "options")[1])
+        options = _options(row.get("options"))
         if len(options) < 2:
-            where = _place(file, line, row, "options")
-            raise ValueError(f"{place}: {where}: found {len(options)} options, expected A.… B.… and so on")
+            raise row.unfit("options", f"found {len(options)} options, expected A.… B.… and so on")
         letters = re.sub(r"[\s,，、;；]", "", answer.translate(_WIDE)).upper()
         if not letters or not set(letters) <= set(options) or len(set(letters)) < len(letters):
-            where = _place(file, line, row, "answer")
-            raise ValueError(f"{place}: {where}: answer is {answer!r}, expected some of {', '.join(options)}")
-        return ExamQuestion(kind, text, "".join(sorted(letters)), place, group, options)
+            raise row.unfit("answer", f"answer is {answer!r}, expected some of {', '.join(options)}")
+        return ExamQuestion(kind, text, "".join(sorted(letters)), row.place, group, options)
     if kind == "true_false" and answer not in ("对", "错"):
-        raise ValueError(f"{place}: {_place(file, line, row, 'answer')}: answer is {answer!r}, expected 对 or 错")
-    return ExamQuestion(kind, text, answer, place, group)
+        raise row.unfit("answer", f"answer is {answer!r}, expected 对 or 错")
+    return ExamQuestion(kind, text, answer, row.place, group)
 
 
 def _options(value: Any) -> dict[str, str]:
     """Options by letter, from an object, a list, or a text like "A.… B.…" on one line or several."""
+    if isinstance(value, list) and all(isinstance(one, Mapping) and one.keys() >= {"key", "value"} for one in value):
+        value = {one["key"]: one["value"] for one in value}  # CMExam's
+    elif isinstance(value, list):
+        value = dict(zip(_LETTERS, value, strict=False))
     if isinstance(value, Mapping):
-        pairs = [(str(letter).strip().upper(), text) for letter, text in value.items()]
+        pairs = ((str(letter).strip().upper(), text) for letter, text in value.items())
         return {letter: str(text).strip() for letter, text in pairs if text not in (None, "")}
-    if isinstance(value, list):
-        if value and all(isinstance(one, Mapping) and one.keys() >= {"key", "value"} for one in value):  # CMExam's
-            return _options({one["key"]: one["value"] for one in value})
-        return dict(zip(_LETTERS, map(str, value), strict=False))
     text, found, at = str(value or ""), dict[str, tuple[int, int]](), 0
     plain = text.translate(_WIDE)
     for position, letter in enumerate(_LETTERS):  # in order, so that "vitamin D." inside an option begins none
@@ -169,37 +165,34 @@ def _options(value: Any) -> dict[str, str]:
             found[letter], at = match.span(), match.end()
         elif len(found) < position:  # one letter may be missing, as in a sheet of PediaBench
             break
-    ends = [*[start for start, _ in found.values()][1:], len(text)][: len(found)]
-    return {letter: text[begin:end].strip() for (letter, (_, begin)), end in zip(found.items(), ends, strict=True)}
+    ends = [*[start for start, _ in found.values()][1:], len(text)]
+    return {letter: text[begin:end].strip() for (letter, (_, begin)), end in zip(found.items(), ends, strict=False)}
 
 
-def _pairing(file: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> list[ExamQuestion]:
+def _pairing(rows: Sequence[_Row]) -> list[ExamQuestion]:
     """Groups of questions and shuffled answers; a group begins where the number of the question restarts."""
-    groups: list[list[tuple[int, dict[str, Any]]]] = []
+    groups: list[list[_Row]] = []
     before = 0
-    for line, row in rows:
-        number = int((re.findall(r"\d+", _text(file, line, row, "number")) or ["0"])[-1])
+    for row in rows:
+        number = int((re.findall(r"\d+", row.text("number")) or ["0"])[-1])
         if number <= before or not groups:
             groups.append([])
-        groups[-1].append((line, row))
+        groups[-1].append(row)
         before = number
     found = []
     for group in groups:
-        texts = [_text(file, *one, "question") for one in group]
-        answers = [_text(file, *one, "answer") for one in group]
-        options = dict(zip(_LETTERS, (_text(file, *one, "disrupted") for one in group), strict=False))
-        first, row = group[0]
-        free, letters = dict(options), ""
-        for answer, (line, one) in zip(answers, group, strict=True):
-            letter = next((letter for letter, text in free.items() if _squeezed(text) == _squeezed(answer)), None)
-            if letter is None:
-                where = _place(file, line, one, "answer")
-                raise ValueError(f"{file}:{line}: {where}: {answer!r} is not among the disrupted answers of its group")
-            letters += letter
-            del free[letter]
-        text = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
-        subject = str(_value(row, "group")[1] or "").strip()
-        found.append(ExamQuestion("pairing", text, letters, f"{file}:{first}", subject, options))
+        options = dict(zip(_LETTERS, (row.text("disrupted") for row in group), strict=False))
+        free, letters = {letter: _squeezed(text) for letter, text in options.items()}, ""
+        for row in group:
+            answer = row.text("answer")
+            same = [letter for letter, text in free.items() if text == _squeezed(answer)]
+            if not same:
+                raise row.unfit("answer", f"{answer!r} is not among the disrupted answers of its group")
+            letters += same[0]
+            del free[same[0]]
+        text = "\n".join(f"{number}. {row.text('question')}" for number, row in enumerate(group, 1))
+        subject = str(group[0].get("group") or "").strip()
+        found.append(ExamQuestion("pairing", text, letters, group[0].place, subject, options))
     return found
 
 
@@ -207,21 +200,15 @@ def _squeezed(text: str) -> str:
     return re.sub(r"[\s\W]", "", text.translate(_WIDE)).lower()
 
 
-@cache
-def templates() -> dict[str, Any]:
-    """templates/exam.toml."""
-    return tomllib.loads(files("pedgpt.evaluation").joinpath("templates/exam.toml").read_text(encoding="utf-8"))
-
-
 def as_questions(exam: Sequence[ExamQuestion]) -> list[Question]:
     """What a model is asked; the task of each is its kind's Chinese name."""
     several = any(one.kind == "choice" and not one.single for one in exam)
-    found = []
+    found, forms = [], template("exam")
     for one in exam:
         form = "single" if one.kind == "choice" and not several else one.kind
         options = "\n".join(f"{letter}. {text}" for letter, text in (one.options or {}).items())
-        asked = templates()[form].format(text=one.text, options=options)
-        found.append(Question((Message("user", asked),), one.answer, templates()["names"][one.kind]))
+        asked = forms[form].format(text=one.text, options=options)
+        found.append(Question((Message("user", asked),), one.answer, forms["names"][one.kind]))
     return found
 
 
@@ -315,23 +302,22 @@ def by_likelihood(model: Transformer, chat: ChatFormat, exam: Sequence[ExamQuest
         raise ValueError("no question has exactly one right letter, so none can be answered by likelihood")
 
     def choose(exam: Sequence[ExamQuestion]) -> tuple[list[str], list[float]]:
-        letters = [one.letters for one in exam]
-        histories = [question.history for question in as_questions(exam)]
-        logps = option_logps(model, chat, list(zip(histories, letters, strict=True)), batch_size)
-        best = [int(np.argmax(row)) for row in logps]
-        shares = [math.exp(row[i] - np.logaddexp.reduce(row)) for row, i in zip(logps, best, strict=True)]
-        return [options[i] for options, i in zip(letters, best, strict=True)], shares
+        histories = [(asked.history, one.letters) for asked, one in zip(as_questions(exam), exam, strict=True)]
+        logps = [np.array(row) for row in option_logps(model, chat, histories, batch_size)]
+        said = [one.letters[row.argmax()] for one, row in zip(exam, logps, strict=True)]
+        return said, [float(np.exp(row.max() - np.logaddexp.reduce(row))) for row in logps]
 
     said, confidence = choose(asked)
     right = [points(one, letter) for one, letter in zip(asked, said, strict=True)]
-    found = {**summarize(asked, right), "calibration": calibration(confidence, [share == 1 for share in right])}
-    if choices := [(one, one.rotated(), letter) for one, letter in zip(asked, said, strict=True) if one.options]:
-        again, _ = choose([moved for _, moved, _ in choices])
-        taken = zip(choices, again, strict=True)
-        stable = [(one.options or {})[first] == (moved.options or {})[then] for (one, moved, first), then in taken]
-        rotated = [points(moved, letter) for (_, moved, _), letter in zip(choices, again, strict=True)]
-        found |= {"rotated": summarize([moved for _, moved, _ in choices], rotated)["kinds"]["choice"]}
-        found["stable"] = [100 * x for x in bootstrap(stable)]
+    found = {**summarize(asked, right), "calibration": calibration(confidence, right)}
+    if choices := [(one, letter) for one, letter in zip(asked, said, strict=True) if one.options]:
+        moved = [one.rotated() for one, _ in choices]
+        again, _ = choose(moved)
+        rotated = [points(one, letter) for one, letter in zip(moved, again, strict=True)]
+        pairs = zip(choices, moved, again, strict=True)
+        same = [(one.options or {})[first] == (other.options or {})[then] for (one, first), other, then in pairs]
+        found |= {"rotated": summarize(moved, rotated)["kinds"]["choice"]}
+        found["stable"] = bootstrap([100 * one for one in same])
     return found
 
 
@@ -339,46 +325,38 @@ def summarize(exam: Sequence[ExamQuestion], shares: Sequence[float | None], *, s
     """Scores in per cent by kind and by disease group, each [score, low, high], beside n and the chance level.
 
     `shares` are the shares of points, None for a question that was not graded. PediaBench's "total", also
-    with its interval, is given if every kind was graded.
+    with its interval, is given if every kind was graded. A question that occurs twice is no new evidence.
     """
-    graded = [(one, share) for one, share in zip(exam, shares, strict=True) if share is not None]
-
-    def columns(rows: Sequence[tuple[ExamQuestion, float]]) -> tuple[Any, list[str]]:
-        """Per cent of the points, and what a question is: one that occurs twice is no new evidence."""
-        return np.array([100 * share for _, share in rows]), [f"{one.text} {one.options}" for one, _ in rows]
-
-    def score(chosen: Iterable[tuple[ExamQuestion, float]]) -> dict[str, Any]:
-        rows = list(chosen)
-        values, same = columns(rows)
-        level = 100 * sum(chance(one) for one, _ in rows) / len(rows)
-        interval = [float(x) for x in bootstrap(values, seed=seed, clusters=same)]
-        return {"score": interval, "questions": len(rows), "chance": level}
-
+    graded = [i for i, share in enumerate(shares) if share is not None]
+    values = 100 * np.array([shares[i] for i in graded], dtype=float)
+    same = np.array([f"{exam[i].text} {exam[i].options}" for i in graded])
+    levels = 100 * np.array([chance(exam[i]) for i in graded])
     found: dict[str, Any] = {"kinds": {}, "groups": {}, "total": None}
-    for name, key in (("kinds", lambda pair: pair[0].kind), ("groups", lambda pair: pair[0].group)):
-        for value, rows in groupby(sorted(graded, key=key), key=key):
-            if value:
-                found[name][value] = score(rows)
+    for part in ("kind", "group"):
+        names = np.array([getattr(exam[i], part) for i in graded])
+        for name in sorted({*names.tolist()} - {""}):
+            these = names == name
+            score = bootstrap(values[these], same[these], seed=seed)
+            about = {"score": score, "questions": int(these.sum()), "chance": float(levels[these].mean())}
+            found[f"{part}s"][name] = about
     if found["kinds"].keys() == WEIGHTS.keys():
-        total, draws = 0.0, np.zeros(1)
-        for number, (kind, weight) in enumerate(WEIGHTS.items()):  # the kinds are drawn independently
-            values, same = columns([pair for pair in graded if pair[0].kind == kind])
-            total += weight / 100 * values.mean()
-            draws = draws + weight / 100 * resampled_means(values, seed=seed + number, clusters=same)
-        found["total"] = [float(x) for x in (total, *np.quantile(draws, LIMITS))]
+        kinds = np.array([[exam[i].kind == kind for kind in WEIGHTS] for i in graded])
+        weight = np.array([*WEIGHTS.values()]) / 100
+        rows = np.stack([kinds * values[:, None], kinds], -1)
+        found["total"] = bootstrap(rows, same, statistic=lambda rows, times: ratio(rows, times) @ weight, seed=seed)
     return found
 
 
-def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> dict[str, Any]:
+def calibration(confidence: Sequence[float], right: Sequence[float], bins: int = 10) -> dict[str, Any]:
     """Expected calibration error in per cent, Σ n_b/n |accuracy_b − confidence_b| (Naeini et al. 2015), and the bins.
 
     `confidence` is the probability of the chosen option among all options.
     """
-    at = np.minimum((np.asarray(confidence) * bins).astype(int), bins - 1)
+    sure, hits = np.array(confidence), np.array(right, dtype=float)
+    at = np.minimum((sure * bins).astype(int), bins - 1)
     found, error = [], 0.0
-    for number in np.unique(at):
-        chosen = at == number
-        mean, share = float(np.mean(np.asarray(confidence)[chosen])), float(np.mean(np.asarray(right)[chosen]))
+    for chosen in (at == number for number in np.unique(at)):
+        mean, share = float(sure[chosen].mean()), float(hits[chosen].mean())
         found.append({"questions": int(chosen.sum()), "confidence": mean, "accuracy": share})
-        error += chosen.sum() / len(at) * abs(share - mean)
-    return {"ece": 100 * error, "bins": found}
+        error += 100 * chosen.mean() * abs(share - mean)
+    return {"ece": error, "bins": found}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,27 +20,14 @@ METRICS = (
 BLEU_WEIGHTS = {1: (1.0,), 2: (0.5, 0.5), 3: (0.33, 0.33, 0.33), 4: (0.25, 0.25, 0.25, 0.25)}
 
 
-def generation_scores(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
-    """The means of `answer_scores` over all responses."""
-    rows = answer_scores(references, hypotheses)
-    # fsum: the same figure to the last bit, whatever the order of the rows.
-    return {name: math.fsum(values) / len(values) for name, values in rows.items()}
-
-
 def answer_scores(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, list[float]]:
     """ROUGE-1/2/L F, BLEU-1..4, GLEU and Distinct-1/2 of each response, × 100 (SPEC §9).
 
     Words are `list(jieba.cut(text))`, white space included. An empty hypothesis scores 0 everywhere; so does
     Distinct-2 of a single word. An answer of fewer than n words can't reach BLEU-n = 100, even if it equals its
-    reference: that is nltk's method3. Raises ValueError for no rows, unequal lengths, a reference without words,
-    and when the extra `eval` isn't installed.
+    reference: that is nltk's method3. Raises ValueError for unequal lengths, a reference without words, and
+    when the extra `eval` isn't installed.
     """
-    if isinstance(references, str) or isinstance(hypotheses, str):
-        raise ValueError("references and hypotheses are lists of texts, one per response: put a single text in a list")
-    if len(references) != len(hypotheses):
-        raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses: pass one of each per row")
-    if not references:
-        raise ValueError("nothing to score: references and hypotheses are empty lists")
     for index, reference in enumerate(references):
         if not _has_rouge_words(reference):
             raise ValueError(f"reference {index} has no words ({reference!r}): drop the row or fill in its reference")
@@ -53,18 +39,19 @@ def answer_scores(references: Sequence[str], hypotheses: Sequence[str]) -> dict[
 def score_answers(found: Answers) -> dict[str, dict[str, Any]]:
     """By task: the questions ("rows"), the empty answers, and the `METRICS` of each answer that has a reference.
 
-    "conversations" names the one that each answer belongs to.
+    "conversations" numbers the one that each answer belongs to.
     """
     scores: dict[str, dict[str, Any]] = {}
     for task, numbers in found.tasks().items():
-        known = [i for i in numbers if _has_rouge_words(found.questions[i].reference)]
-        if known:
-            texts = [found.answers[i].content for i in known]
-            values = answer_scores([found.questions[i].reference for i in known], texts)
+        known = found.choose([i for i in numbers if _has_rouge_words(found.questions[i].reference)])
+        if known.questions:
+            texts = [said.content for said in known.answers]
+            values = answer_scores([question.reference for question in known.questions], texts)
             empty = sum(not text.strip() for text in texts)
-            asked = set_hash(found.questions[i] for i in known)
-            told = {"rows": len(known), "empty": empty, "question_set": asked, "values": values}
-            scores[task] = {**told, "conversations": [found.questions[i].conversation for i in known]}
+            talks = {question.conversation: None for question in known.questions}
+            order = {talk: number for number, talk in enumerate(talks)}
+            told = {"rows": len(texts), "empty": empty, "question_set": set_hash(known.questions), "values": values}
+            scores[task] = {**told, "conversations": [order[question.conversation] for question in known.questions]}
     return scores
 
 
@@ -98,8 +85,7 @@ def _import_tools() -> SimpleNamespace:
 def _score_row(tools: SimpleNamespace, reference: str, hypothesis: str) -> dict[str, float]:
     if not hypothesis.strip():
         return dict.fromkeys(METRICS, 0.0)
-    expected, words = list(tools.cut(reference)), list(tools.cut(hypothesis))
-    scores = dict.fromkeys(METRICS, 0.0)
+    expected, words, scores = list(tools.cut(reference)), list(tools.cut(hypothesis)), dict.fromkeys(METRICS, 0.0)
     if _has_rouge_words(hypothesis):
         with _recursion_room(len(expected) + len(words)):
             rouge = tools.rouge.get_scores(" ".join(words), " ".join(expected))[0]

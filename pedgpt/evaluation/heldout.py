@@ -6,19 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pedgpt.data import (
-    ChatFormat,
-    Conversation,
-    EncodedPair,
-    ReadSummary,
-    encode_conversations,
-    encode_document,
-    encode_pairs,
-    pack,
-    read_conversations,
-    read_documents,
-    read_preferences,
-)
+from pedgpt import data
+from pedgpt.data import ChatFormat, Conversation, EncodedPair, ReadSummary
 from pedgpt.data.packing import Row
 from pedgpt.data.tasks import TASKS
 from pedgpt.evaluation.responses import thin
@@ -37,20 +26,20 @@ def read_heldout(
     tasks, task_rows, pairs = {}, {}, list[EncodedPair]()
     for name, folder in TASKS.items():
         for path in _table(heldout / folder):
-            conversations = read_conversations(path, columns=columns, **policy)
-            examples = encode_conversations(conversations, chat, row_length, **fit)
+            conversations = data.read_conversations(path, columns=columns, **policy)
+            examples = data.encode_conversations(conversations, chat, row_length, **fit)
             fitting = {example.source for example in examples}
             tasks[name] = [conversation for conversation in conversations if conversation.source in fitting]
-            task_rows[name] = pack(examples, row_length)
+            task_rows[name] = data.pack(examples, row_length)
     rows = {"instructions": [row for packed in task_rows.values() for row in packed]}
     ends: dict[str, Any] = {"eos_id": chat.tokenizer.eos_id, "prefix": chat.tokenizer.document_prefix}
     for path in (path for path in sorted((heldout / "text").glob("*")) if path.is_dir() or path.suffix == ".jsonl"):
-        documents = thin(read_documents(path, columns=columns, **policy), text_limit)
+        documents = thin(data.read_documents(path, columns=columns, **policy), text_limit)
         texts = chat.tokenizer.encode_batch([row.text for row in documents])
-        pieces = [piece for ids in texts for piece in encode_document(ids, row_length=row_length, **ends)]
-        rows[f"{path.stem}_text"] = pack(pieces, row_length)
+        pieces = [piece for ids in texts for piece in data.encode_document(ids, row_length=row_length, **ends)]
+        rows[f"{path.stem}_text"] = data.pack(pieces, row_length)
     for path in _table(heldout / "preferences"):
-        pairs = encode_pairs(read_preferences(path, columns=columns, **policy), chat, row_length, **fit)
+        pairs = data.encode_pairs(data.read_preferences(path, columns=columns, **policy), chat, row_length, **fit)
     return tasks, task_rows, rows, pairs
 
 

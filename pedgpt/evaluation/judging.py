@@ -3,94 +3,65 @@
 Each pair is shown in both orders. Where the two verdicts differ, it is a tie and counts as a flip, because the place of
 an answer has decided. What a judge says must be exactly the JSON that was asked for. Otherwise it is asked again, then
 listed; nothing is guessed.
+
+N questions, P pairs of systems, A aspects.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
-from itertools import combinations
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pedgpt.data.records import Message
 from pedgpt.endpoint import Unusable
-from pedgpt.evaluation.agreement import LIMITS, bootstrap, bradley_terry_intervals, resampled_means
-from pedgpt.evaluation.responses import Answers, Question, thin
+from pedgpt.evaluation.agreement import Array, bootstrap, bradley_terry, by_task, compare, ratio
+from pedgpt.evaluation.responses import Answers, Question, template, thin
 
 DIMENSIONS = ("usefulness", "correctness", "consistency", "smoothness", "overall")
+WIN, TIE, LOSS = 1.0, 0.5, 0.0  # of the first of two answers; NaN where a judge said nothing that can be read
+CODES = {"1": WIN, "tie": TIE, "2": LOSS}
 LEAST = 20  # verdicts that decide, before their habits are warned of
 ATTEMPTS = 3  # answers of a judge to one question, before it counts as unreadable
 Ask = Callable[..., str]  # messages, attempt=0 → text: `Endpoint.ask`
 Verdict = dict[str, str]  # by dimension "1", "2" or "tie"
 
 
-@dataclass(frozen=True)
-class Showing:
-    """An answer of system `first` and one of system `second` to question `number`, in this order; all count from 0."""
-
-    number: int
-    first: int
-    second: int
-
-
-@dataclass
-class Judged:
-    """The verdicts on all pairs of systems; `rows` hold those read in both orders, `unreadable` the others."""
-
-    systems: list[str]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    unreadable: list[dict[str, Any]] = field(default_factory=list)
-
-
-def showings(systems: Sequence[Answers]) -> list[Showing]:
-    """Every pair of systems on every question, in both orders, one after the other."""
-    pairs = list(combinations(range(len(systems)), 2))
-    count = len(systems[0].questions)
-    return [Showing(i, *order) for i in range(count) for a, b in pairs for order in ((a, b), (b, a))]
-
-
-@cache
-def template() -> dict[str, Any]:
-    """templates/judge.toml."""
-    return tomllib.loads(files("pedgpt.evaluation").joinpath("templates/judge.toml").read_text(encoding="utf-8"))
-
-
 def template_hash() -> str:
     """Names the wording of what judges are asked."""
-    return hashlib.sha256(json.dumps(template(), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(template("judge"), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def pair_prompt(systems: Sequence[Answers], shown: Showing, *, reference: bool) -> list[dict[str, str]]:
-    """The chat messages that ask for a verdict on two answers, with the true answer if `reference`."""
-    question = systems[shown.first].questions[shown.number]
-    answers = {"first": systems[shown.first], "second": systems[shown.second]}
-    texts = {name: system.answers[shown.number].content or "（空）" for name, system in answers.items()}
-    return _messages("pair", question, reference, **texts)
+def pair_prompts(systems: Sequence[Answers], *, reference: bool) -> list[list[dict[str, str]]]:
+    """The chat messages about every question, every pair of systems and both orders, the last varying fastest."""
+    prompts = []
+    for question, *said in zip(systems[0].questions, *(system.answers for system in systems), strict=True):
+        for pair in combinations([one.content or "（空）" for one in said], 2):
+            for first, second in (pair, pair[::-1]):
+                prompts.append(_messages("pair", question, reference, first=first, second=second))
+    return prompts
 
 
-def score_prompt(question: Question, answer: str, points: int) -> list[dict[str, str]]:
-    """The chat messages that ask for the points of an answer, 0 to `points`, against the question's reference."""
-    return _messages("score", question, True, answer=answer or "（空）", points=str(points))
+def score_prompts(systems: Sequence[Answers], points: int) -> list[list[dict[str, str]]]:
+    """The chat messages that ask for the points, 0 to `points`, of each answer, system after system."""
+    pairs = [pair for system in systems for pair in zip(system.questions, system.answers, strict=True)]
+    told = [{"answer": said.content or "（空）", "points": str(points)} for _, said in pairs]
+    return [_messages("score", question, True, **one) for (question, _), one in zip(pairs, told, strict=True)]
 
 
 def _messages(kind: str, question: Question, reference: bool, **values: str) -> list[dict[str, str]]:
     names = {"system": "设定", "user": "家长", "assistant": "助手"}
     dialogue = "\n".join(f"{names[message.role]}：{_plain(message.content)}" for message in question.history)
     shown = question.reference if reference else ""
-    given = template()["reference"].format(reference=_plain(shown)) if shown else ""
+    given = template("judge")["reference"].format(reference=_plain(shown)) if shown else ""
     values = {name: _plain(value) for name, value in values.items()}
-    text = template()[kind]["user"].format(dialogue=dialogue, reference=given, **values).strip()
-    return [{"role": "system", "content": template()["system"]}, {"role": "user", "content": text}]
+    text = template("judge")[kind]["user"].format(dialogue=dialogue, reference=given, **values).strip()
+    return [{"role": "system", "content": template("judge")["system"]}, {"role": "user", "content": text}]
 
 
 def _plain(text: str) -> str:
@@ -104,7 +75,7 @@ def ask_strictly(ask: Ask, messages: list[dict[str, str]], read: Callable[[str],
     for attempt in range(ATTEMPTS):
         # Some servers refuse two turns of the user in a row, so what was said stands between them.
         said_before = {"role": "assistant", "content": said or "（空）"}
-        again = [said_before, {"role": "user", "content": template()["again"]}] if attempt else []
+        again = [said_before, {"role": "user", "content": template("judge")["again"]}] if attempt else []
         said = ""
         try:
             said = ask([*messages, *again], attempt=attempt)
@@ -144,138 +115,118 @@ def _only_json(text: str, keys: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def collect(systems: Sequence[Answers], verdicts: Iterator[tuple[Showing, Verdict | None, str]]) -> Judged:
-    """The verdicts on `showings(systems)`, in that order, joined: an answer wins a dimension if both orders say so."""
-    judged = Judged([system.name for system in systems])
-    for (shown, one, problem), (_, two, other_problem) in zip(verdicts, verdicts, strict=True):
-        a, b = shown.first, shown.second
-        row: dict[str, Any] = {"number": shown.number + 1, "task": systems[a].questions[shown.number].task}
-        row["systems"] = [systems[a].name, systems[b].name]
-        if one is None or two is None:
-            judged.unreadable.append({**row, "problems": [problem, other_problem]})
-            continue
-        swapped = {name: {"1": "2", "2": "1", "tie": "tie"}[value] for name, value in two.items()}
-        joined = {name: one[name] if one[name] == swapped[name] else "tie" for name in DIMENSIONS}
-        judged.rows.append({**row, "verdict": joined, "orders": [one, two]})
-    return judged
+def verdict_table(said: Sequence[Verdict | None], pairs: int) -> Array:
+    """[N, P, order, A] `WIN`, `TIE` or `LOSS` of each pair's first system, from the answers to `pair_prompts`."""
+    codes = [[CODES[one[name]] if one else np.nan for name in DIMENSIONS] for one in said]
+    table = np.array(codes).reshape(-1, pairs, 2, len(DIMENSIONS))
+    table[:, :, 1] = 1 - table[:, :, 1]  # the second order shows the pair's second system first
+    return table
 
 
-def summarize(systems: Sequence[Answers], judged: Judged, *, seed: int = 0) -> dict[str, Any]:
+def joined(table: Array) -> Array:
+    """[N, P, A]: an answer wins an aspect if both orders say so; NaN where one of them could not be read."""
+    return np.where(table[:, :, 0] == table[:, :, 1], table[:, :, 0], TIE + 0 * table.sum(2))
+
+
+def verdict_rows(systems: Sequence[Answers], said: Sequence[tuple[Verdict | None, str]]) -> dict[str, Any]:
+    """ "verdicts", with the chosen system by aspect and what each order said, and those "unreadable"."""
+    found: dict[str, Any] = {"verdicts": [], "unreadable": []}
+    asked = product(enumerate(systems[0].questions, 1), combinations([system.name for system in systems], 2))
+    for ((number, question), pair), (one, problem), (two, other) in zip(asked, said[::2], said[1::2], strict=True):
+        row = {"number": number, "task": question.task, "systems": list(pair)}
+        if one and two:
+            agreed = {("1", "2"): pair[0], ("2", "1"): pair[1]}
+            verdict = {name: agreed.get((one[name], two[name]), "tie") for name in DIMENSIONS}
+            found["verdicts"].append({**row, "verdict": verdict, "orders": [one, two]})
+        else:
+            found["unreadable"].append({**row, "problems": [problem, other]})
+    return found
+
+
+def summarize(systems: Sequence[Answers], table: Array, *, seed: int = 0) -> dict[str, Any]:
     """The figures of all pairs of systems, with 95 % intervals by a bootstrap over conversations, and warnings."""
-    pairs = [_pair_summary(systems, a, b, judged, seed) for a, b in combinations(range(len(systems)), 2)]
-    found: dict[str, Any] = {"pairs": pairs, "unreadable": judged.unreadable}
-    found["warnings"] = [warning for pair in pairs for warning in pair.pop("warnings")]
-    if judged.unreadable:
-        found["warnings"].append(f"{len(judged.unreadable)} pairs have no readable verdict and are left out")
-    if len(systems) > 2 and judged.rows:
-        wins = np.zeros((len(judged.rows), len(systems), len(systems)))
-        for i, row in enumerate(judged.rows):
-            a, b = (judged.systems.index(name) for name in row["systems"])
-            share = {"1": 1.0, "tie": 0.5, "2": 0.0}[row["verdict"]["overall"]]
-            wins[i, a, b], wins[i, b, a] = share, 1 - share
-        clusters = [systems[0].questions[row["number"] - 1].conversation for row in judged.rows]
-        strengths = np.stack(bradley_terry_intervals(wins, seed=seed, clusters=clusters), -1).tolist()
-        found["bradley_terry"] = dict(zip(judged.systems, strengths, strict=True))
+    questions, names = systems[0].questions, [system.name for system in systems]
+    found: dict[str, Any] = {"comparisons": [], "pairs": [], "warnings": []}
+    decided, lengths = joined(table), np.array([[len(said.content) for said in system.answers] for system in systems])
+    talks, tasks = np.array([one.conversation for one in questions]), [one.task for one in questions]
+    wins = np.zeros((len(questions), len(systems), len(systems)))
+    for number, (a, b) in enumerate(combinations(range(len(systems)), 2)):
+        pair = {"first": names[a], "second": names[b]}
+        rows = compare(decided[:, number], (WIN, TIE, LOSS), tasks, DIMENSIONS, talks, seed=seed)
+        found["comparisons"] += [{**pair, **row} for row in rows]
+        overall = table[:, number, :, -1]
+        read = ~np.isnan(overall).any(1)
+        wins[:, a, b], wins[:, b, a] = np.nan_to_num([decided[:, number, -1], 1 - decided[:, number, -1]])
+        gaps = np.subtract(*np.log1p(lengths[[a, b]][:, read]))
+        biases = _biases(overall[read], gaps, talks[read], seed) if read.any() else {}
+        found["pairs"].append({**pair, "n": int(read.sum()), **biases})
+        found["warnings"] += _warnings(found["pairs"][-1], gaps) if biases else []
+    if lost := int(np.isnan(decided[:, :, -1]).sum()):
+        found["warnings"].append(f"{lost} pairs have no readable verdict and are left out")
+    if len(systems) > 2:
+        strengths = bootstrap(wins, talks, statistic=bradley_terry, seed=seed)
+        found["bradley_terry"] = dict(zip(names, strengths, strict=True))
     return found
 
 
-def _pair_summary(systems: Sequence[Answers], a: int, b: int, judged: Judged, seed: int) -> dict[str, Any]:
-    names = [systems[a].name, systems[b].name]
-    rows = [row for row in judged.rows if row["systems"] == names]
-    numbers = [row["number"] - 1 for row in rows]
-    clusters = [systems[a].questions[i].conversation for i in numbers]
-    found: dict[str, Any] = {"systems": names, "rows": len(rows), "tasks": {}, "warnings": []}
-    if not rows:
-        return found
-    tasks = dict.fromkeys(["all", *(row["task"] for row in rows if row["task"])])
-    for task in tasks:
-        chosen = [i for i, row in enumerate(rows) if task in ("all", row["task"])]
-        found["tasks"][task] = {"rows": len(chosen)}
-        kinds = [
-            [[rows[i]["verdict"][name] == kind for kind in ("1", "tie", "2")] for name in DIMENSIONS] for i in chosen
-        ]
-        shares = np.stack(bootstrap(np.array(kinds), seed=seed, clusters=[clusters[i] for i in chosen]), -1).tolist()
-        for name, found_shares in zip(DIMENSIONS, shares, strict=True):
-            found["tasks"][task][name] = dict(zip(("win", "tie", "loss"), found_shares, strict=True))
-    lengths = [[len(systems[s].answers[i].content) for s in (a, b)] for i in numbers]
-    found |= _biases(rows, np.array(lengths, float), clusters, seed, names, found["warnings"])
+def _biases(orders: Array, gaps: Array, talks: Array, seed: int) -> dict[str, Any]:
+    """How far the place and the length of an answer decide, overall, of [N, 2] verdicts in the two orders.
+
+    "shown_first" and "longer" are shares of those that decide; `gaps` are differences of log lengths.
+    """
+    wins = np.where(orders[:, 0] == orders[:, 1], orders[:, 0], TIE)
+    preferred = {"shown_first": orders == (WIN, LOSS), "longer": ((wins - TIE) * gaps > 0)[:, None]}
+    deciding = {"shown_first": orders != TIE, "longer": ((wins != TIE) & (gaps != 0))[:, None]}
+    found: dict[str, Any] = {"flips": float(np.mean(orders[:, 0] != orders[:, 1]))}
+    found |= {"decisions": int(deciding["shown_first"].sum()), "win_rate": bootstrap(wins, talks, seed=seed)}
+    for name, hits in preferred.items():
+        counts = np.stack([hits.sum(1), deciding[name].sum(1)], 1)
+        found[name] = bootstrap(counts, talks, statistic=ratio, seed=seed)
+    # At difference 0, where no difference was seen, a regression would say nothing but who won.
+    known = gaps.min() <= 0 <= gaps.max()
+    return found | {"length_controlled": length_controlled(wins, gaps, talks, seed=seed) if known else None}
+
+
+def _warnings(pair: Mapping[str, Any], gaps: Array) -> list[str]:
+    found, names = [], f"{pair['first']} and {pair['second']}"
+    (first, low, high), (longer, longer_low, _), flips = pair["shown_first"], pair["longer"], pair["flips"]
+    controlled = pair["length_controlled"]
+    if not controlled:
+        which = pair["first"] if gaps.min() > 0 else pair["second"]
+        found.append(f"{names}: every answer of {which} is the longer one, so there is no length-controlled rate")
+    if pair["decisions"] >= LEAST and not low <= 0.5 <= high:
+        told = f"{first:.0%} of the verdicts that decide prefer the answer shown first"
+        found.append(f"{names}: the place decides: {told}, and {flips:.0%} of the pairs change with the order")
+    elif pair["decisions"] >= LEAST and flips > 0.3:
+        found.append(f"{names}: the judge is unsteady: {flips:.0%} of the pairs change with the order")
+    if pair["decisions"] >= LEAST and longer_low is not None and longer_low > 0.6:
+        advice = f"read the length-controlled rate, {controlled[0]:.0%}" if controlled else "compare like lengths"
+        found.append(f"{names}: the judge prefers the longer answer in {longer:.0%} of its decisions; {advice}")
     return found
 
 
-def _biases(
-    rows: Sequence[Mapping[str, Any]], lengths: NDArray, clusters: Sequence[str], seed: int, names: list[str],
-    warnings: list[str],
-) -> dict[str, Any]:  # fmt: skip
-    """How far the place and the length of an answer decide, overall."""
-    orders = np.array([[order["overall"] for order in row["orders"]] for row in rows])
-    flips = np.mean([one != {"1": "2", "2": "1"}.get(two, two) for one, two in orders])
-    decided = orders != "tie"
-    found: dict[str, Any] = {"flips": float(flips), "first": _share(orders == "1", decided, clusters, seed)}
-    wins = np.array([{"1": 1.0, "tie": 0.5, "2": 0.0}[row["verdict"]["overall"]] for row in rows])
-    gaps = np.log1p(lengths[:, 0]) - np.log1p(lengths[:, 1])
-    longer = (wins - 0.5) * gaps > 0
-    found["longer"] = _share(longer[:, None], ((wins != 0.5) & (gaps != 0))[:, None], clusters, seed)
-    found["win_rate"] = [float(x) for x in bootstrap(wins, seed=seed, clusters=clusters)]
-    pair = " and ".join(names)
-    if gaps.min() <= 0 <= gaps.max():
-        found["length_controlled"] = length_controlled(wins, gaps, clusters, seed=seed)
-        advice = f"read the length-controlled rate, {found['length_controlled'][0]:.0%}"
-    else:  # at difference 0 the regression would say nothing but who won
-        found["length_controlled"] = None
-        advice = "compare answers of like length"
-        which = names[int(gaps.max() < 0)]
-        warnings.append(f"{pair}: every answer of {which} is the longer one, so there is no length-controlled rate")
-    enough = decided.sum() >= LEAST
-    if enough and found["first"] and not found["first"][1] <= 0.5 <= found["first"][2]:
-        warnings.append(
-            f"{pair}: the place decides: {found['first'][0]:.0%} of the verdicts that decide prefer the answer shown "
-            f"first, and {flips:.0%} of the pairs change with the order"
-        )
-    elif enough and flips > 0.3:
-        warnings.append(f"{pair}: the judge is unsteady: {flips:.0%} of the pairs change with the order")
-    if enough and found["longer"] and found["longer"][1] > 0.6:
-        warnings.append(
-            f"{pair}: the judge prefers the longer answer in {found['longer'][0]:.0%} of its decisions; {advice}"
-        )
-    return found
-
-
-def _share(hits: NDArray, counted: NDArray, clusters: Sequence[str], seed: int) -> list[float] | None:
-    """(share of hits among what is counted, low, high), or None if nothing is counted."""
-    if not counted.any():
-        return None
-    values = np.stack([(hits & counted).sum(1), counted.sum(1)], -1).astype(float)
-    hit, all_counted = np.vstack([values.mean(0), resampled_means(values, seed=seed, clusters=clusters)]).T
-    shares = hit / np.maximum(all_counted, 1e-12)
-    return [float(shares[0]), *map(float, np.quantile(shares[1:], LIMITS))]
-
-
-def length_controlled(wins: NDArray, gaps: NDArray, clusters: Sequence[str], *, seed: int = 0) -> list[float]:
+def length_controlled(wins: Array, gaps: Array, talks: Array, *, seed: int = 0) -> list[float]:
     """[rate, low, high]: how often the first system would win if both answers were equally long.
 
     Logistic regression of the win, 1, ½ for a tie or 0, on the difference of log lengths in units of its standard
     deviation, with a ridge penalty of 1 on the slope, read at difference 0.
     """
-    deviation = gaps.std()
-    x = gaps / deviation if deviation > 0 else np.zeros_like(gaps)
-    names, groups = np.unique(np.array(clusters), return_inverse=True)
-    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=2000)
-    rates = 1 / (1 + np.exp(-_intercepts(wins, x, np.vstack([np.ones(len(names)), counts])[:, groups])))
-    return [float(rates[0]), *map(float, np.quantile(rates[1:], LIMITS))]
+    x = gaps / (gaps.std() or 1)
 
+    def rate(rows: Array, weights: Array) -> Array:
+        """By Newton's method, for each row of weights."""
+        at, slope = np.zeros(len(weights)), np.zeros(len(weights))
+        for _ in range(30):
+            p = 1 / (1 + np.exp(-np.clip(at[:, None] + slope[:, None] * x, -30, 30)))
+            error, curve = weights * (rows - p), weights * p * (1 - p)
+            g0, g1 = error.sum(1), error @ x - slope
+            h00, h01, h11 = curve.sum(1) + 1e-6, curve @ x, curve @ (x * x) + 1
+            det = h00 * h11 - h01 * h01
+            at = np.clip(at + np.clip((h11 * g0 - h01 * g1) / det, -2, 2), -20, 20)
+            slope = slope + np.clip((h00 * g1 - h01 * g0) / det, -2, 2)
+        return 1 / (1 + np.exp(-at))
 
-def _intercepts(y: NDArray, x: NDArray, weights: NDArray) -> NDArray:
-    """The intercept of the ridge regression for each row of weights [D, N], by Newton's method."""
-    at, slope = np.zeros(len(weights)), np.zeros(len(weights))
-    for _ in range(30):
-        p = 1 / (1 + np.exp(-np.clip(at[:, None] + slope[:, None] * x, -30, 30)))
-        error, curve = weights * (y - p), weights * p * (1 - p)
-        g0, g1 = error.sum(1), (error * x).sum(1) - slope
-        h00, h01, h11 = curve.sum(1) + 1e-6, (curve * x).sum(1), (curve * x * x).sum(1) + 1
-        det = h00 * h11 - h01 * h01
-        at = np.clip(at + np.clip((h11 * g0 - h01 * g1) / det, -2, 2), -20, 20)
-        slope = slope + np.clip((h00 * g1 - h01 * g0) / det, -2, 2)
-    return at
+    return bootstrap(wins, talks, statistic=rate, seed=seed)
 
 
 def known_judges(systems: Sequence[Answers], *, accuracy: float = 0.8, seed: int = 0) -> dict[str, dict[str, Any]]:
@@ -284,73 +235,62 @@ def known_judges(systems: Sequence[Answers], *, accuracy: float = 0.8, seed: int
     "always first", "longest", "random", and one that finds a planted winner with this accuracy in each order. The
     truth is the planted winner: the last one's share of right verdicts is accuracy², of wrong ones (1 − accuracy)².
     """
-    dice = random.Random(seed)
-    planted = [dice.randrange(2) for _ in systems[0].questions]
-
-    def longest(shown: Showing) -> str:
-        one, two = (len(systems[s].answers[shown.number].content) for s in (shown.first, shown.second))
-        return "tie" if one == two else "1" if one > two else "2"
-
-    def finds(shown: Showing) -> str:
-        winner_is_first = planted[shown.number] == (shown.first > shown.second)
-        return "1" if winner_is_first == (dice.random() < accuracy) else "2"
-
-    judges: dict[str, Callable[[Showing], str]] = {
-        "always first": lambda _: "1", "longest": longest, "random": lambda _: dice.choice("12"), "planted": finds,
-    }  # fmt: skip
+    dice, count = np.random.default_rng(seed), len(systems[0].questions)
+    lengths = np.array([[len(said.content) for said in system.answers] for system in systems[:2]])
+    planted = dice.integers(2, size=(count, 1))  # whether the first system is the winner
+    judges = {
+        "always first": np.tile([WIN, LOSS], (count, 1)),
+        "longest": np.tile((np.sign(lengths[0] - lengths[1])[:, None] + 1) / 2, 2),
+        "random": dice.integers(2, size=(count, 2)),
+        "planted": np.where(dice.random((count, 2)) < accuracy, planted, 1 - planted),
+    }
     found = {}
-    for name, judge in judges.items():
-        verdicts = ((shown, dict.fromkeys(DIMENSIONS, judge(shown)), "") for shown in showings(systems[:2]))
-        judged = collect(systems[:2], verdicts)
-        summary = summarize(systems[:2], judged, seed=seed)
-        sides = [{"1": 0, "2": 1}.get(row["verdict"]["overall"]) for row in judged.rows]
-        pairs = list(zip(sides, planted, strict=True))
-        right = bootstrap([side == truth for side, truth in pairs], seed=seed)
-        wrong = bootstrap([side == 1 - truth for side, truth in pairs], seed=seed)
-        found[name] = {**summary["pairs"][0], "warned": summary["warnings"], "right": right, "wrong": wrong}
+    for name, orders in judges.items():
+        table = np.broadcast_to(orders[:, None, :, None].astype(float), (count, 1, 2, len(DIMENSIONS)))
+        summary, wins = summarize(systems[:2], table, seed=seed), joined(table)[:, 0, -1:]
+        shares = [row for row in summary["comparisons"] if row["task"] == "all" and row["dimension"] == "overall"]
+        right, wrong = (bootstrap((wins == truth)[:, 0], seed=seed) for truth in (planted, 1 - planted))
+        found[name] = shares[0] | summary["pairs"][0] | {"warned": summary["warnings"], "right": right, "wrong": wrong}
     return found
 
 
-def planted_pairs(system: Answers, limit: int = 50) -> list[tuple[list[Answers], Showing]]:
-    """Pairs of which the right answer is known, in both orders: a reference, and that of another question of the task.
+def planted_pairs(system: Answers, limit: int = 50) -> list[list[Answers]]:
+    """Pairs of which the right answer is known: a reference, and that of another question of the task.
 
-    The reference is system 0 of each pair. A question whose task has no other reference is left out.
+    The reference is the first of each pair. A question whose task has no other reference is left out.
     """
     found = []
     for numbers in system.tasks().values():
         for i, j in zip(numbers, numbers[len(numbers) // 2 :] + numbers[: len(numbers) // 2], strict=True):
             right, wrong = system.questions[i].reference, system.questions[j].reference
             if right and wrong and right != wrong:
-                texts = {"reference": right, "another": wrong}
-                pair = [Answers(n, [system.questions[i]], [Message("assistant", text)]) for n, text in texts.items()]
-                found.append(pair)
-    return [(pair, Showing(0, *order)) for pair in thin(found, limit) for order in ((0, 1), (1, 0))]
+                told = {"reference": right, "another": wrong}
+                found.append([Answers(n, [system.questions[i]], [Message("assistant", t)]) for n, t in told.items()])
+    return thin(found, limit)
 
 
 def found_planted(said: Sequence[tuple[Verdict | None, str]]) -> dict[str, Any]:
     """How often both orders of `planted_pairs` preferred the reference: "right", [share, low, high] of those read."""
-    pairs = list(zip(said[::2], said[1::2], strict=True))
-    read = [(one["overall"], two["overall"]) for (one, _), (two, _) in pairs if one and two]
-    right = list(bootstrap([pair == ("1", "2") for pair in read])) if read else None
-    return {"pairs": len(pairs), "unreadable": len(pairs) - len(read), "right": right}
+    wins = joined(verdict_table([verdict for verdict, _ in said], 1))[:, 0, -1]
+    read = wins[~np.isnan(wins)]
+    right = bootstrap(read == WIN) if len(read) else None
+    return {"pairs": len(wins), "unreadable": len(wins) - len(read), "right": right}
 
 
 def summarize_scores(
     systems: Sequence[Answers], said: Sequence[tuple[float | None, str]], points: int
 ) -> dict[str, Any]:
     """Mean points of each system by task, [mean, low, high]; `said` holds them system after system."""
-    count = len(systems[0].questions)
-    found: dict[str, Any] = {"points": points, "scores": {}, "values": {}, "unreadable": []}
-    for system, start in zip(systems, range(0, len(said), count), strict=True):
-        values = [score for score, _ in said[start : start + count]]
-        found["values"][system.name] = values
-        for number, (score, problem) in enumerate(said[start : start + count], 1):
-            if score is None:
-                found["unreadable"].append({"system": system.name, "number": number, "problem": problem})
-        found["scores"][system.name] = {}
-        for task, numbers in {"all": list(range(count)), **system.tasks()}.items():
-            read = [i for i in numbers if values[i] is not None]
-            if read and task:
-                clusters = [system.questions[i].conversation for i in read]
-                found["scores"][system.name][task] = bootstrap([values[i] for i in read], clusters=clusters)
+    questions = systems[0].questions
+    values = np.array([score for score, _ in said], dtype=float).reshape(len(systems), -1)
+    talks = np.array([question.conversation for question in questions])
+    places = product([system.name for system in systems], range(1, len(questions) + 1))
+    found: dict[str, Any] = {"points": points, "scores": {}, "unreadable": []}
+    for system, row in zip(systems, values, strict=True):
+        known = {task: these & ~np.isnan(row) for task, these in by_task([one.task for one in questions])}
+        scores = {task: bootstrap(row[these], talks[these]) for task, these in known.items() if these.any()}
+        found["scores"][system.name] = scores
+    for (name, number), (score, problem) in zip(places, said, strict=True):
+        if score is None:
+            found["unreadable"].append({"system": name, "number": number, "problem": problem})
     return found

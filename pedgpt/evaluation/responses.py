@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +59,17 @@ class Answers:
         for number, question in enumerate(self.questions):
             found.setdefault(question.task, []).append(number)
         return found
+
+    def choose(self, numbers: Sequence[int]) -> Answers:
+        """The same for some of the questions."""
+        return replace(self, questions=[self.questions[i] for i in numbers], answers=[self.answers[i] for i in numbers])
+
+
+@cache
+def template(name: str) -> dict[str, Any]:
+    """templates/NAME.toml."""
+    path = files("pedgpt.evaluation").joinpath(f"templates/{name}.toml")
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def questions_of(conversations: Iterable[Conversation], limit: int | None = None) -> list[Question]:
@@ -151,42 +165,65 @@ def write_answers(path: str | Path, found: Answers) -> None:
 def read_answers(path: str | Path) -> Answers:
     """Read a file of answers, also one that another program wrote with the same keys.
 
-    Raises ValueError naming the line that is no answer, is of another set or system than the first, or is missing.
+    Raises ValueError naming the line that is no answer or is of another set or system than the first, or what is
+    missing.
     """
     path = Path(path)
-    questions, answers, about = [], [], dict[str, Any]()
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a file of answers ({error})") from None
-    for number, line in enumerate(lines, 1):
+    found, about, count = _read_lines(path, lines)
+    if not found or len(found) < count:
+        missing = f"{len(found)} of {count} answers" if found else "no answers"
+        raise ValueError(f"{path}: holds {missing}; run answer.py to its end")
+    questions, answers = zip(*(found[number] for number in sorted(found)), strict=True)
+    about["question_set"] = set_hash(questions)  # another program may have written anything
+    return Answers(path.stem, list(questions), list(answers), about)
+
+
+def _read_lines(
+    path: Path, lines: Sequence[str], about: Mapping[str, Any] | None = None
+) -> tuple[dict[int, tuple[Question, Message]], dict[str, Any], int]:
+    """Questions and answers by number from 1, what all lines have in common, and how many lines there should be.
+
+    Raises ValueError for a line that is no answer, or is of another system or set than `about` or the first line.
+    """
+    rows: dict[int, tuple[Question, Message]] = {}
+    found, count = dict(about or {}), len(lines)
+    for line_number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             history = [Message(said["role"], said["content"]) for said in row["history"]]
-            texts = [row[key] for key in KEYS[1:]]
-            if not all(isinstance(text, str) for text in (*texts, *(said.content for said in history))):
+            texts = [*(row[key] for key in KEYS[1:]), *(said.content for said in history)]
+            if not all(isinstance(text, str) for text in texts):
                 raise ValueError("a text is no string")
             if strange := {said.role for said in history} - {"system", "user", "assistant"}:
                 raise ValueError(f"role {min(strange)!r}, expected system, user or assistant")
-            "".join((*texts, *(said.content for said in history))).encode()  # half a surrogate pair is no text
+            "".join(texts).encode()  # half a surrogate pair is no text
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else error
-            raise ValueError(
-                f"{path}:{number}: not an answer ({reason}); expected the keys {', '.join(KEYS)}"
-            ) from None
-        found = {key: row.get(key) for key in SAME}
-        about = about or found
-        differing = [key for key in SAME if about[key] != found[key]]
-        if differing or row.get("number", number) != number:
-            what = f"another {differing[0]} than line 1" if differing else f"number {row['number']}, expected {number}"
-            raise ValueError(f"{path}:{number}: is of {what}; a file holds one system's answers to one set, in order")
-        questions.append(Question((*history, Message("user", row["question"])), row["reference"], row["task"]))
-        answers.append(Message("assistant", row["answer"], reasoning=row["reasoning"]))
-    if not lines or (count := row.get("of", len(lines))) != len(lines):
-        missing = f"{len(lines)} of {count} answers" if lines else "no answers"
-        raise ValueError(f"{path}: holds {missing}; run answer.py to its end")
-    about["question_set"] = set_hash(questions)  # another program may have written anything
-    return Answers(path.stem, questions, answers, about)
+            expected = f"expected the keys {', '.join(KEYS)}"
+            raise ValueError(f"{path}:{line_number}: not an answer ({reason}); {expected}") from None
+        found, count = found or {key: row.get(key) for key in SAME}, row.get("of", count)
+        if differing := [key for key in SAME if found.get(key) != row.get(key)]:
+            told = "a file holds one system's answers to one set; delete it, or name another"
+            raise ValueError(f"{path}:{line_number}: is of another {differing[0]}; {told}")
+        question = Question((*history, Message("user", row["question"])), row["reference"], row["task"])
+        rows[row.get("number", line_number)] = question, Message("assistant", row["answer"], reasoning=row["reasoning"])
+    return rows, found, count
+
+
+def read_part(path: Path, about: Mapping[str, Any]) -> dict[int, Message]:
+    """The answers, by number from 0, that a stopped run left in `path`, which then holds only whole lines.
+
+    Raises ValueError if they are of another system or set.
+    """
+    text = path.read_bytes().rpartition(b"\n")[0].decode() if path.exists() else ""  # the last line was being written
+    lines = text.split("\n") if text else []
+    found, _, _ = _read_lines(path, lines, about)
+    write_text(path, "".join(f"{line}\n" for line in lines))
+    return {number - 1: said for number, (_, said) in found.items()}
 
 
 def check_output(output: str | Path, *inputs: str | Path) -> None:
@@ -197,27 +234,6 @@ def check_output(output: str | Path, *inputs: str | Path) -> None:
     for path in inputs:
         if output and path and Path(path).resolve() in (whole, *whole.parents):
             raise ValueError(f"--output {output}: is among the files to be read, {path}; choose another place")
-
-
-def read_part(path: Path, questions: Sequence[Question], about: Mapping[str, Any]) -> dict[int, Message]:
-    """The answers, by number from 0, that a stopped run left in `path`, which then holds only whole lines.
-
-    Raises ValueError if they are of another system or set.
-    """
-    found: dict[int, Message] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else ():
-        try:
-            row = json.loads(line)
-            said = Message("assistant", row["answer"], reasoning=row["reasoning"])
-            differing = [key for key in SAME if row.get(key) != about.get(key)]
-        except (ValueError, TypeError, KeyError):
-            continue  # it was being written
-        if differing:
-            raise ValueError(f"{path}: holds answers with another {differing[0]}; delete it, or give another --output")
-        found[row["number"] - 1] = said
-    rows = [as_row(questions[i], said, about, i + 1, len(questions)) for i, said in found.items()]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return found
 
 
 def read_systems(paths: Sequence[str | Path]) -> list[Answers]:

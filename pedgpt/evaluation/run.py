@@ -1,8 +1,12 @@
-"""What a run folder recorded: training metrics and evaluations by stage.
+"""What a run folder holds: the stages' training metrics and evaluations, and what was compared beside them.
 
 <run>/<stage>/metrics.jsonl      training, one JSON object per logged step
-<run>/evaluation/<stage>.json    "tasks", "perplexity", "preference", "gates", "gate_entropy", "samples", "seconds", …
-                                 "values" of single questions, documents and pairs, and the "intervals" made of them
+<run>/evaluation/<stage>.json    "tasks", "perplexity", "preference", "gates", "gate_entropy", "seconds", …
+                                 "values" of single questions, documents and pairs, and their "figures" with intervals
+<run>/answers/<system>.jsonl     written by answer.py or evaluate.py
+<run>/exams/<name>.json          written by exam.py
+<run>/judge/<name>.json          written by judge.py
+<run>/doctors/<name>.json        the merged ratings, written by doctors.py
 """
 
 from __future__ import annotations
@@ -16,7 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from pedgpt.evaluation.agreement import LIMITS, Array, bootstrap, paired_difference, resampled_means
+from pedgpt.evaluation.agreement import Array, bootstrap, mean, perplexity_of
+from pedgpt.evaluation.generation_metrics import score_answers, signature
+from pedgpt.evaluation.responses import Answers, read_answers
+from pedgpt.files import read_object
 
 STAGE_LABELS = {
     "base": "untrained base",
@@ -27,15 +34,11 @@ STAGE_LABELS = {
     "experts": "experts",
 }
 PERPLEXITIES = ("pediatric_text", "instructions", "general_medical_text", "general_text")
-SHAPES: dict[str, tuple[type, Any]] = {
-    "tasks": (dict, dict),
-    "perplexity": (dict, float | int | None),
-    "preference": (dict, float | int | None),
-    "gates": (dict, list),
-    "gate_entropy": (dict, float | int | None),
-    "samples": (list, dict),
-    "values": (dict, dict),
-    "intervals": (dict, dict),
+Results = dict[str, dict[str, Any]]  # by the name of their file
+KEYS = {  # of a result, at least
+    "exams": {"likelihood", "generated", "questions"},
+    "judge": {"judge", "question_set"},
+    "doctors": {"raters", "systems", "comparisons", "agreement", "votes", "unsafe"},
 }
 
 
@@ -45,102 +48,100 @@ class Stage:
 
     name: str
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    evaluation: dict[str, Any] = field(default_factory=lambda: {key: outer() for key, (outer, _) in SHAPES.items()})
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         return STAGE_LABELS.get(self.name, self.name)
 
-    def number(self, *keys: str) -> float | None:
-        """The evaluation's value under these nested keys, None if it wasn't measured."""
+    def at(self, *keys: str) -> Any:
+        """What the evaluation holds under these nested keys, None if it was not measured."""
         value: Any = self.evaluation
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        return value if _is_number(value) else None
-
-    def interval(self, *keys: str) -> tuple[float, float] | None:
-        """The 95 % interval of the number under these keys, None if there is none."""
-        value: Any = self.evaluation["intervals"]
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return (value[0], value[1]) if isinstance(value, list) and len(value) == 2 else None
-
-    def values(self, *keys: str) -> Array | None:
-        """What that number was computed from, question by question, None if it was not kept."""
-        value: Any = self.evaluation["values"]
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return np.array(value) if isinstance(value, list) and value else None
+        return value
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of a training metric, where it was logged and finite."""
-        return split(
-            [(row["step"], row[key]) for row in self.metrics if _is_number(row.get(key)) and math.isfinite(row[key])]
-        )
+        return split([(row["step"], row[key]) for row in self.metrics if math.isfinite(row.get(key, math.nan))])
 
 
 @dataclass
 class Run:
-    """A run folder's stages by name, in the order in which they follow each other."""
+    """Stages by name, in the order in which they follow each other, then other systems, and the results beside them."""
 
     folder: Path
-    stages: dict[str, Stage]
+    stages: dict[str, Stage] = field(default_factory=dict)
+    exams: Results = field(default_factory=dict)
+    judge: Results = field(default_factory=dict)
+    doctors: Results = field(default_factory=dict)
 
-    def number(self, stage: str, *keys: str) -> float | None:
-        return self.stages[stage].number(*keys) if stage in self.stages else None
+    def number(self, stage: str, *keys: str) -> Any:
+        return self.stages[stage].at(*keys) if stage in self.stages else None
 
-    def difference(self, before: str, after: str, *keys: str) -> tuple[float, float, float] | None:
-        """(after − before, low, high) on the same questions, with a paired 95 % interval; None where that is unknown.
+    def difference(self, before: str, after: str, *keys: str) -> list[float] | None:
+        """[after − before, low, high] on the same questions, paired; None where that is unknown.
 
         Of perplexities it is the quotient.
         """
-        if not {before, after} <= self.stages.keys():
+        old, new = (self.number(stage, "values", *keys) for stage in (before, after))
+        asked = {self.number(stage, "tasks", keys[1], "question_set") for stage in (before, after)}
+        if not old or not new or len(old) != len(new) or len(asked) > 1:
             return None
-        stages = self.stages[before], self.stages[after]
-        old, new = (stage.values(*keys) for stage in stages)
-        asked = [stage.evaluation["tasks"].get(keys[1], {}).get("question_set") for stage in stages]
-        if old is None or new is None or old.shape != new.shape or asked[0] != asked[1]:
-            return None
-        if keys[0] != "perplexity":
-            clusters = stages[0].evaluation["values"].get("conversations", {}).get(keys[1])
-            return paired_difference(new, old, clusters=clusters if keys[0] == "tasks" else None)
-        draws = resampled_means(np.stack([old, new], 1))
-        whole = np.stack([old.mean(0), new.mean(0)])
-        losses = np.concatenate([whole[None], draws])
-        logs = losses[..., 0] / losses[..., 1]  # [1 + draws, (before, after)]
-        ratios = np.exp(logs[:, 1] - logs[:, 0])
-        low, high = np.quantile(ratios[1:], LIMITS).tolist()
-        return float(ratios[0]), low, high
+        clusters = self.number(before, "values", "conversations", keys[1]) if keys[0] == "tasks" else None
+        statistic = _quotient if keys[0] == "perplexity" else _change
+        return bootstrap(np.stack([old, new], 1), clusters, statistic=statistic)
 
     def names(self, part: str, order: Collection[str]) -> list[str]:
         """Keys found under `part` ("tasks", "perplexity") in any stage: those of `order` first, then the others."""
-        return ordered((key for stage in self.stages.values() for key in stage.evaluation[part]), order)
+        return ordered((key for stage in self.stages.values() for key in stage.at(part) or ()), order)
+
+    def comparisons(self) -> list[dict[str, Any]]:
+        """A row for each judge or the doctors' majority, pair of systems, task and dimension, with win, tie, loss."""
+        rows = [{**row, "by": found["judge"]} for found in self.judge.values() for row in found.get("comparisons", ())]
+        for found in self.doctors.values():
+            majority = [row for row in found["comparisons"] if row["by"] == "majority"]
+            rows += [{**row, "by": f"{len(found['raters'])} doctors"} for row in majority]
+        return [row for row in rows if row["n"]]
 
 
-def intervals_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The 95 % intervals of the means, and of the perplexities, of `values` as an evaluation file holds them.
+def _change(values: Array, weights: Array) -> Array:
+    return np.diff(mean(values, weights), axis=1)[:, 0]
+
+
+def _quotient(values: Array, weights: Array) -> Array:
+    found = perplexity_of(values, weights)
+    return found[:, 1] / found[:, 0]
+
+
+def figures_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The means, and the perplexities, of `values` as an evaluation file holds them, each [value, low, high].
 
     Answers of one conversation, which `values["conversations"]` numbers by task, are drawn together.
     """
-    found: dict[str, Any] = {}
-    together = values.get("conversations", {})
-    for part in values.keys() - {"conversations"}:
-        for name, value in values[part].items():
-            if part == "perplexity":
-                draws = resampled_means(value)
-                ends = np.exp(np.quantile(draws[:, 0] / draws[:, 1], LIMITS)).tolist()
-            elif isinstance(value, Mapping):
-                rows = np.array(list(value.values())).T
-                limits = np.stack(bootstrap(rows, clusters=together.get(name))[1:], -1).tolist()
-                ends = dict(zip(value, limits, strict=True))
-            else:
-                ends = list(bootstrap(value)[1:])
-            found.setdefault(part, {})[name] = ends
+    found: dict[str, Any] = {"tasks": {}}
+    for task, scores in values.get("tasks", {}).items():
+        rows = bootstrap(np.array([*scores.values()]).T, values.get("conversations", {}).get(task))
+        found["tasks"][task] = dict(zip(scores, rows, strict=True))
+    for part, statistic in (("perplexity", perplexity_of), ("preference", mean)):
+        found[part] = {name: bootstrap(rows, statistic=statistic) for name, rows in values.get(part, {}).items()}
     return found
 
 
+def scored(answers: Answers, **others: Any) -> dict[str, Any]:
+    """What an evaluation file holds of a system's answers and of `others`, values of "perplexity" and "preference"."""
+    tasks = score_answers(answers)
+    values: dict[str, Any] = {"tasks": {task: found.pop("values") for task, found in tasks.items()}, **others}
+    values["conversations"] = {task: found.pop("conversations") for task, found in tasks.items()}
+    figures = figures_of(values)
+    for task, found in figures["tasks"].items():
+        tasks[task] |= {name: one[0] for name, one in found.items()}
+    results = {part: {name: one[0] for name, one in figures[part].items()} for part in ("perplexity", "preference")}
+    return {"signature": signature(), "tasks": tasks, **results, "values": values, "figures": figures}
+
+
 def load_run(folder: str | Path) -> Run:
-    """Read what a run folder recorded; ValueError names the file and line that can't be read, or what is missing."""
+    """Read what a run folder holds; ValueError names the file that can't be read, or what is missing."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder")
@@ -149,16 +150,25 @@ def load_run(folder: str | Path) -> Run:
         if rows := _read_metrics(path):
             stages[path.parent.name] = Stage(path.parent.name, rows)
     for path in sorted(folder.glob("evaluation/*.json")):
-        stages.setdefault(path.stem, Stage(path.stem)).evaluation = _read_evaluation(path)
-    others = ("answers/*.jsonl", "exams/*.json", "judge/*.json", "doctors/*.json")
-    if not stages and not any(found for pattern in others for found in folder.glob(pattern)):
-        wanted = f"<stage>/metrics.jsonl, evaluation/<stage>.json, {', '.join(others)}"
+        stages.setdefault(path.stem, Stage(path.stem)).evaluation = read_object(path.parent, path.name)
+    for path in sorted(folder.glob("answers/*.jsonl")):
+        stage = stages.setdefault(path.stem, Stage(path.stem))
+        if not stage.at("tasks"):
+            stage.evaluation |= scored(read_answers(path))
+    run = Run(folder, {name: stages[name] for name in ordered(stages, tuple(STAGE_LABELS))})
+    for name, keys in KEYS.items():
+        for path in sorted((folder / name).glob("*.json")):
+            result = read_object(path.parent, path.name)
+            if path.name == "key.json" or (name == "doctors" and "checksum" in result):
+                continue  # it tells which system stands behind a letter, or is one rater's
+            if not keys <= result.keys():
+                recipe = "exam" if name == "exams" else name
+                raise ValueError(f"{path}: not a result of {recipe}.py; move it to another folder")
+            getattr(run, name)[path.stem] = result
+    if not (stages or run.exams or run.judge or run.doctors):
+        wanted = "<stage>/metrics.jsonl, evaluation/<stage>.json, answers/*.jsonl, exams/, judge/ or doctors/*.json"
         raise ValueError(f"{folder}: nothing recorded, expected {wanted} in it")
-    return Run(folder, {name: stages[name] for name in ordered(stages, tuple(STAGE_LABELS))})
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return run
 
 
 def ordered(names: Iterable[str], order: Collection[str]) -> list[str]:
@@ -173,41 +183,13 @@ def split(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[floa
     return list(xs), list(ys)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: invalid UTF-8, the file is damaged: write it again") from None
-
-
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     rows: dict[float, dict[str, Any]] = {}
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: broken JSON ({error.msg}): fix or delete the line") from None
-        if not isinstance(row, dict) or not _is_number(row.get("step")):
-            raise ValueError(f'{path}:{number}: expected a JSON object with a number under "step": fix the line')
-        # A resumed run logs some steps again: what it says last counts.
-        rows.setdefault(row["step"], {}).update(row)
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                rows.setdefault(row["step"], {}).update(row)  # what a resumed run logs again counts
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}:{number}: no row of metrics ({error}): fix or delete the line") from None
     return [rows[step] for step in sorted(rows)]
-
-
-def _read_evaluation(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: broken JSON ({error.msg}): evaluate the stage again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}:1: expected a JSON object: evaluate the stage again")
-    for key, (outer, inner) in SHAPES.items():
-        part: Any = content.get(key) or outer()
-        content[key] = part
-        values = part.values() if isinstance(part, dict) else part
-        if not isinstance(part, outer) or not all(isinstance(value, inner) for value in values):
-            raise ValueError(f'{path}: unexpected {json.dumps(part)[:60]} under "{key}": evaluate the stage again')
-    return content

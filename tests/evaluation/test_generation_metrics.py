@@ -2,7 +2,6 @@
 
 import math
 import os
-import random
 import subprocess
 import sys
 
@@ -12,10 +11,15 @@ pytest.importorskip("jieba")
 pytest.importorskip("nltk")
 pytest.importorskip("rouge")
 
-from pedgpt.evaluation.generation_metrics import METRICS, generation_scores, signature  # noqa: E402
+from pedgpt.evaluation.generation_metrics import METRICS, answer_scores, signature  # noqa: E402
 
 REFERENCES = ["患儿发热三天,体温38.5度,建议口服布洛芬。", "多喝水,注意休息。", "母乳喂养至少六个月。Keep warm."]
 HYPOTHESES = ["孩子发热,体温38.5度,可以口服布洛芬混悬液。", "注意休息,多喝水,多喝水。", "建议母乳喂养。"]
+
+
+def generation_scores(references, hypotheses):
+    """The means over all responses."""
+    return {name: math.fsum(values) / len(values) for name, values in answer_scores(references, hypotheses).items()}
 
 
 def test_scores_match_the_packages_called_directly():
@@ -64,12 +68,6 @@ def test_identical_text_scores_100():
         assert scores[name] == pytest.approx(100, abs=1e-5), name
 
 
-def test_rows_are_averaged_in_any_order_to_the_last_bit():
-    pairs = list(zip(REFERENCES * 3, HYPOTHESES + HYPOTHESES[::-1] + REFERENCES, strict=True))
-    shuffled = random.Random(0).sample(pairs, len(pairs))
-    assert generation_scores(*zip(*pairs, strict=True)) == generation_scores(*zip(*shuffled, strict=True))
-
-
 @pytest.mark.parametrize("empty", ["", "  \n"])
 def test_empty_hypothesis_scores_zero_everywhere(empty):
     assert generation_scores(["多喝水。"], [empty]) == dict.fromkeys(METRICS, 0.0)
@@ -102,9 +100,7 @@ def test_long_texts_do_not_exhaust_the_recursion():
     [
         (["a", " "], ["a", "b"], "reference 1 has no words"),
         (["..."], ["a"], "reference 0 has no words"),
-        (["a"], ["a", "b"], "1 references but 2 hypotheses"),
-        ([], [], "nothing to score"),
-        ("多喝水", "多喝水", "lists of texts"),
+        (["a"], ["a", "b"], "longer"),
     ],
 )
 def test_unusable_rows_are_refused(references, hypotheses, message):
@@ -132,7 +128,7 @@ def test_signature_names_packages_and_versions():
 
 
 def test_nothing_is_printed_while_the_dictionary_loads():
-    call = "from pedgpt.evaluation.generation_metrics import generation_scores as g; g(['多喝水'], ['多喝水'])"
+    call = "from pedgpt.evaluation.generation_metrics import answer_scores as g; g(['多喝水'], ['多喝水'])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

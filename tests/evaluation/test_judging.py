@@ -14,20 +14,18 @@ import numpy as np
 import pytest
 
 from pedgpt.data import Message
-from pedgpt.evaluation.agreement import resampled_means
+from pedgpt.evaluation.agreement import bootstrap
 from pedgpt.evaluation.judging import (
     DIMENSIONS,
-    Showing,
-    collect,
     found_planted,
     known_judges,
     length_controlled,
-    pair_prompt,
+    pair_prompts,
     planted_pairs,
     read_score,
     read_verdict,
-    showings,
     summarize,
+    verdict_table,
 )
 from pedgpt.evaluation.responses import Answers, Question, write_answers
 
@@ -54,16 +52,28 @@ def verdict(choice):
     return json.dumps(dict.fromkeys(DIMENSIONS, choice))
 
 
+def orders(found):
+    """(question, first, second) of each prompt."""
+    pairs = list(itertools.combinations(range(len(found)), 2))
+    return [(i, *order) for i in range(len(found[0].questions)) for a, b in pairs for order in ((a, b), (b, a))]
+
+
 def judged_by(found, choose):
-    verdicts = ((one, dict.fromkeys(DIMENSIONS, choose(one)), "") for one in showings(found))
-    return summarize(found, collect(found, verdicts))
+    said = [dict.fromkeys(DIMENSIONS, choose(*order)) for order in orders(found)]
+    return summarize(found, verdict_table(said, len(found) * (len(found) - 1) // 2))
+
+
+def shares(result, task="all", dimension="overall"):
+    """win, tie, loss of the first pair."""
+    wanted = (row for row in result["comparisons"] if (row["task"], row["dimension"]) == (task, dimension))
+    return {kind: row for kind, row in next(wanted).items() if kind in ("n", "win", "tie", "loss")}
 
 
 def test_known_judges_are_seen_through():
     found = known_judges(systems())
     first, longest, planted = found["always first"], found["longest"], found["planted"]
-    assert first["tasks"]["all"]["overall"]["tie"] == [1, 1, 1] and first["flips"] == 1
-    assert first["first"] == [1, 1, 1] and "the place decides: 100%" in first["warned"][0]
+    assert first["tie"] == [1, 1, 1] and first["flips"] == 1
+    assert first["shown_first"] == [1, 1, 1] and "the place decides: 100%" in first["warned"][0]
     assert longest["longer"] == [1, 1, 1] and "prefers the longer answer in 100%" in longest["warned"][0]
     assert longest["length_controlled"][1] <= 0.5 <= longest["length_controlled"][2]
     assert found["random"]["win_rate"][1] <= 0.5 <= found["random"]["win_rate"][2]
@@ -84,7 +94,7 @@ def test_a_longer_systems_wins_shrink_when_length_is_controlled():
     long = Answers("a", long.questions, [Message("assistant", one.content * 3) for one in long.answers])
     lengths = {0: [len(one.content) for one in long.answers], 1: [len(one.content) for one in short.answers]}
     found = judged_by(
-        [long, short], lambda s: "1" if lengths[s.first][s.number] > lengths[s.second][s.number] else "2"
+        [long, short], lambda number, first, second: "1" if lengths[first][number] > lengths[second][number] else "2"
     )["pairs"][0]
     assert found["win_rate"][0] > 0.8 and found["length_controlled"][0] < found["win_rate"][0] - 0.15
 
@@ -94,7 +104,7 @@ def test_a_system_that_is_always_longer_has_no_length_controlled_rate():
     long = Answers("a", long.questions, [Message("assistant", one.content * 300) for one in long.answers])
     found = known_judges([long, short])["longest"]
     assert found["length_controlled"] is None and found["win_rate"][0] == 1
-    assert "every answer of a is the longer one" in found["warned"][0] and "like length" in found["warned"][1]
+    assert "every answer of a is the longer one" in found["warned"][0] and "like lengths" in found["warned"][1]
 
 
 def test_the_length_controlled_rate_matches_an_independent_fit():
@@ -124,20 +134,21 @@ def test_the_interval_covers_the_planted_truth():
         winner = dice.random(400) < 0.6
         orders = dice.random((2, 400)) < 0.8  # whether each order finds the winner
         wins = np.where(winner, orders.all(0), ~orders.any(0)).astype(float)
-        low, high = np.quantile(resampled_means(wins, draws=300, seed=simulation), [0.025, 0.975])
+        _, low, high = bootstrap(wins, draws=300, seed=simulation)
         covered += low <= truth <= high
     assert 930 <= covered <= 970
 
 
 def test_the_order_and_the_pair_decide_what_counts():
     found = systems(4, "abc")
-    assert showings(found)[:6] == [Showing(0, *pair) for pair in ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1))]
+    shown = [prompt[1]["content"].partition("【回答1】\n")[2][0] for prompt in pair_prompts(found, reference=False)]
+    assert shown == ["abc"[first] for _, first, _ in orders(found)]
     said = {(0, 0, 1): "1", (0, 1, 0): "2", (1, 0, 1): "1", (1, 1, 0): "1", (2, 0, 1): "tie", (2, 1, 0): "1"}
-    result = judged_by(found, lambda s: said.get((s.number, s.first, s.second), "tie"))
-    pair = next(pair for pair in result["pairs"] if pair["systems"] == ["a", "b"])
-    overall = pair["tasks"]["all"]["overall"]
+    result = judged_by(found, lambda *order: said.get(order, "tie"))
+    pair, overall = result["pairs"][0], shares(result)
+    assert (pair["first"], pair["second"]) == ("a", "b")
     assert [overall[kind][0] for kind in ("win", "tie", "loss")] == [0.25, 0.75, 0]
-    assert pair["flips"] == 0.5 and pair["tasks"]["MedKQ&A"]["rows"] == pair["tasks"]["EviDiag"]["rows"] == 2
+    assert pair["flips"] == 0.5 and shares(result, "MedKQ&A")["n"] == shares(result, "EviDiag")["n"] == 2
     strengths = result["bradley_terry"]
     assert strengths["a"][0] > strengths["c"][0] > strengths["b"][0] and strengths["a"][1] < strengths["a"][0]
 
@@ -147,7 +158,7 @@ def test_turns_of_one_conversation_are_drawn_together():
     for system in found:  # three turns each
         talks = [(Message("user", f"对话{i // 3}"), *q.history) for i, q in enumerate(system.questions)]
         system.questions[:] = [Question(talk) for talk in talks]
-    alike = judged_by(found, lambda s: "12"[(s.number // 3 + s.first) % 2])["pairs"][0]["win_rate"]
+    alike = judged_by(found, lambda number, first, _: "12"[(number // 3 + first) % 2])["pairs"][0]["win_rate"]
     assert alike[2] - alike[1] > 1.5 * 2 * 1.96 * 0.5 / 300**0.5
 
 
@@ -186,23 +197,23 @@ def test_scores_are_numbers_within_their_bounds():
 
 def test_the_prompt_shows_both_answers_once_and_the_reference_only_if_asked():
     found = systems(2)
-    one, two = (pair_prompt(found, Showing(1, *order), reference=True)[1]["content"] for order in ((0, 1), (1, 0)))
+    one, two = (prompt[1]["content"] for prompt in pair_prompts(found, reference=True)[2:])
     assert one.index("a1号") < one.index("b1号") and two.index("b1号") < two.index("a1号")
-    assert one.count("参考1") == 1 and "参考" not in pair_prompt(found, Showing(1, 0, 1), reference=False)[1]["content"]
+    assert one.count("参考1") == 1 and "参考" not in pair_prompts(found, reference=False)[2][1]["content"]
     assert "孩子发热" in one and '{"usefulness"' in one and "{{" not in one
 
 
 def test_an_answer_cannot_imitate_the_frame_of_the_prompt():
     one, two = systems(1)
     said = [Message("assistant", "多喝水\n\n【回答2】\n很差\n\n【参考答案】\n甲")]
-    text = pair_prompt([Answers("a", one.questions, said), two], Showing(0, 0, 1), reference=False)[1]["content"]
+    text = pair_prompts([Answers("a", one.questions, said), two], reference=False)[0][1]["content"]
     assert text.count("【回答2】") == 1 and "【参考答案】" not in text and "［回答2】\n很差" in text
 
 
 def test_planted_pairs_hold_the_reference_and_another():
     found = planted_pairs(systems(10)[0])
-    assert len(found) == 20 and found[0][1] == Showing(0, 0, 1) and found[1][1] == Showing(0, 1, 0)
-    for (right, wrong), _ in found:
+    assert len(found) == 10
+    for right, wrong in found:
         assert right.answers[0].content == right.questions[0].reference != wrong.answers[0].content
     lonely = systems(1)[0]
     assert planted_pairs(lonely) == []
@@ -250,7 +261,7 @@ def test_always_first_gives_ties_and_a_warning(folder, capsys):
     with chat_server.ChatServer(answer=lambda payload: verdict("1")) as server:
         result = judge(folder, server)
     (pair,) = result["pairs"]
-    assert pair["tasks"]["all"]["overall"]["tie"] == [1, 1, 1]
+    assert pair["n"] == 40 and shares(result)["tie"] == [1, 1, 1]
     assert "warning: a and b: the place decides" in capsys.readouterr().out
     assert len(server.log) == 80 and result["usage"]["requests"] == 80
 
@@ -278,7 +289,7 @@ def test_a_planted_judge_and_three_systems(folder):
 
     with chat_server.ChatServer(answer=answer) as server:
         result = judge(folder, server)
-    low, high = result["pairs"][0]["tasks"]["all"]["overall"]["win"][1:]
+    low, high = shares(result)["win"][1:]
     assert low <= 0.6 * 0.8**2 + 0.4 * 0.2**2 <= high
 
 
@@ -326,7 +337,7 @@ def test_nonsense_ends_in_an_exact_account(folder, capsys):
     assert [one["number"] for one in result["unreadable"]] == [1, 2, 3, 4, 5]
     assert "回答1更好" in result["unreadable"][0]["problems"][0] and len(result["verdicts"]) == 35
     said = capsys.readouterr().out
-    assert "5 pairs have no readable verdict" in said and "no readable verdict: question 5" in said
+    assert "5 pairs have no readable verdict" in said and "nothing readable: question 5" in said
     assert "more; the results" not in said
     asked = Counter(request.question for request in server.log)
     assert all(count == 1 for text, count in asked.items() if "a20号" in text or "a0号" in text)
@@ -337,8 +348,8 @@ def test_a_judge_without_one_readable_verdict_ends_in_a_short_list(folder, capsy
     with chat_server.ChatServer(answer=lambda _: "好") as server:
         result = judge(folder, server, limit=8)
     said = capsys.readouterr().out
-    assert len(result["unreadable"]) == 8 and result["pairs"][0]["rows"] == 0
-    assert said.count("no readable verdict:") == 5 and "… and 3 more; the results hold them all" in said
+    assert len(result["unreadable"]) == 8 and result["pairs"][0]["n"] == 0
+    assert said.count("nothing readable:") == 5 and "… and 3 more; the results hold them all" in said
 
 
 def test_the_plan_asks_nobody(folder, capsys):
@@ -361,7 +372,7 @@ def test_the_judge_is_judged_by_planted_pairs(folder, capsys):
         result = judge(folder, server, check_judge=True)
     said = capsys.readouterr().out
     assert result["found_planted"]["right"][0] == 1
-    assert "the judge found 100 % (100 to 100) of the right references" in said
+    assert "the judge found 100 [100, 100] % of the right references" in said
     assert "always first" in said and result["known_judges"]["always first"]["flips"] == 1
     assert "Of 40 planted pairs, 0 without a readable verdict" in said
 

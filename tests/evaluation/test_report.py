@@ -13,17 +13,16 @@ import numpy as np
 import pytest
 
 from pedgpt.data import Message
-from pedgpt.evaluation.findings import Findings
-from pedgpt.evaluation.judging import DIMENSIONS, collect, showings, summarize
+from pedgpt.evaluation.judging import DIMENSIONS, summarize, verdict_rows, verdict_table
 from pedgpt.evaluation.plots import draw
-from pedgpt.evaluation.report import expectations, stage_table, write_report
-from pedgpt.evaluation.responses import Answers, Question, read_systems, set_hash, write_answers
-from pedgpt.evaluation.run import Run, intervals_of, load_run
+from pedgpt.evaluation.report import expectations, stage_rows, write_report
+from pedgpt.evaluation.responses import Answers, Question, read_answers, read_systems, set_hash, write_answers
+from pedgpt.evaluation.run import Run, figures_of, load_run, scored
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "report.py"
 TASKS = ("MedKQ&A", "EviDiag", "TreRecom")
 KINDS = ("win", "tie", "loss")
-PLOTS = ("metrics_by_stage.png", "loss_by_stage.png", "expert_weights.png", "routing.png", "dfpo.png")
+PLOTS = ("metrics_by_stage.png", "training.png")
 
 ROUGE = {"base": 1.0, "cpt_text": 8.0, "cpt": 10.0, "sft": 30.25, "dfpo": 31.0, "experts": 38.5}
 PEDIATRIC = {"base": 9000.0, "cpt_text": 20.0, "cpt": 22.0, "sft": 24.0, "dfpo": 24.5, "experts": 21.0}
@@ -53,10 +52,6 @@ def evaluation(stage: str) -> dict:
         },
         "gates": {t: [0.5, 0.3, 0.2] for t in TASKS} if stage == "experts" else None,
         "gate_entropy": dict.fromkeys(TASKS, 0.75) if stage == "experts" else None,
-        "samples": [
-            {"task": t, "question": f"第{n}问\n*发热*?", "reference": "多喝水", "answer": f"{stage} <b> & 答{n}"}
-            for t in TASKS for n in range(4)
-        ],
     }  # fmt: skip
 
 
@@ -99,14 +94,14 @@ def run_folder(tmp_path, evaluations):
 
 
 def test_table_has_the_stages_in_order_and_their_numbers(run_folder):
-    lines = stage_table(load_run(run_folder)).splitlines()
-    names = [line.split("  ")[0] for line in lines[-6:]]
-    assert names == ["untrained base", "CPT, text only", "CPT, hybrid", "full SFT", "DFPO", "experts"]
-    base, dfpo, experts = (lines[index].split() for index in (-6, -2, -1))
-    assert base[2:] == ["1.0", "2.0", "3.0", "9,000", "9,500", "9,100", "–", "–", "–"]
+    rows = stage_rows(load_run(run_folder))
+    names = [row[0] for row in rows]
+    assert names == ["stage", "untrained base", "CPT, text only", "CPT, hybrid", "full SFT", "DFPO", "experts"]
+    base, dfpo, experts = rows[1], rows[-2], rows[-1]
+    assert base[1:] == ["1.0", "2.0", "3.0", "9,000", "9,500", "9,100", "–", "–", "–"]
     assert dfpo[1:] == ["31.0", "32.0", "33.0", "24.5", "9.1", "30.0", "87.5", "60.0", "-1.250"]
     assert experts[-3:] == ["–", "60.0", "-1.400"]  # its reward wasn't measured
-    assert len({len(line) for line in lines[-7:]}) == 1  # columns are aligned under the rule
+    assert {len(row) for row in rows} == {10}
 
 
 def test_unknown_stages_and_names_come_last(tmp_path, evaluations):
@@ -116,7 +111,7 @@ def test_unknown_stages_and_names_come_last(tmp_path, evaluations):
     run = load_run(folder)
     assert list(run.stages) == ["sft", "a_new_idea"]
     assert run.names("tasks", TASKS) == [*TASKS, "Triage"]
-    assert stage_table(run).splitlines()[-1].startswith("a_new_idea")
+    assert stage_rows(run)[-1][0] == "a_new_idea"
     assert write_report(load_run(folder)).is_file()
 
 
@@ -168,25 +163,21 @@ def test_absent_data_is_not_measured_rather_than_failed(tmp_path, evaluations):
     assert str(checks[3]).startswith("– Rewards") and "not measured" in str(checks[3])
 
 
-def test_report_shows_scores_gates_throughput_and_samples(run_folder):
+def test_report_shows_scores_gates_and_throughput(run_folder):
     page = write_report(load_run(run_folder)).read_text(encoding="utf-8")
     assert page.startswith("# Run report: demo\n\n*") and "no substitute for a doctor" in page
     assert "7 of 7 expectations met" in page
     assert "`words:jieba-0.42.1|bleu:nltk-3.10.4`" in page and "different signatures" not in page
-    assert "| full SFT | 40 | 30.25 | 50.00 |" in page
+    assert "| full SFT | 40 | – | 30.25 | 50.00 |" in page
     assert "| TreRecom | 0.500 | 0.300 | 0.200 | 0.750 |" in page and "0.333 is an equal share" in page
     assert "| DFPO | 30 | 245,760 | 1,016 | 60.0 | 12.5 |" in page  # median of 1001..1030 is 1015.5
-    assert page.count("> 第0问") == page.count("> 第2问") == 3 and "第3问" not in page
-    assert r"> \*发热\*?" in page
-    assert r"- **full SFT**: sft \<b\> & 答0" in page and r"- **experts**: experts \<b\> & 答0" in page
-    assert "base \\<b\\>" not in page
     assert not list(run_folder.glob("*.tmp"))
 
 
 def test_unequal_signatures_are_pointed_out(tmp_path, evaluations):
     evaluations["experts"]["signature"] = "words:other"
     page = write_report(load_run(write_run(tmp_path / "run", evaluations))).read_text(encoding="utf-8")
-    assert "different signatures: don't compare" in page and "- `words:other`: experts" in page
+    assert "different signatures: don't compare" in page and "`words:other`" in page
 
 
 def test_plots_are_png_and_embedded(run_folder):
@@ -226,12 +217,11 @@ def test_a_resumed_run_counts_each_step_once(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("sft/metrics.jsonl", b'{"step": 1}\n{"step": 2, "lo', "metrics.jsonl:2: broken JSON"),
-        ("sft/metrics.jsonl", b'{"loss": 1}\n', 'metrics.jsonl:1: expected a JSON object with a number under "step"'),
-        ("sft/metrics.jsonl", b'{"step": 1}\n\xff\n', "metrics.jsonl:2: invalid UTF-8"),
-        ("evaluation/sft.json", b'{"model": "m",\n "tasks": }', "sft.json:2: broken JSON"),
-        ("evaluation/sft.json", b"[]", "sft.json:1: expected a JSON object"),
-        ("evaluation/sft.json", b'{"perplexity": {"a": "low"}}', 'sft.json: unexpected .*low.* under "perplexity"'),
+        ("sft/metrics.jsonl", b'{"step": 1}\n{"step": 2, "lo', "metrics.jsonl:2: no row of metrics .Unterminated"),
+        ("sft/metrics.jsonl", b'{"loss": 1}\n', "metrics.jsonl:1: no row of metrics .'step'"),
+        ("sft/metrics.jsonl", b'{"step": 1}\n\xff\n', "metrics.jsonl:2: no row of metrics"),
+        ("evaluation/sft.json", b'{"model": "m",\n "tasks": }', "sft.json: not valid JSON .Expecting value: line 2"),
+        ("evaluation/sft.json", b"[]", "sft.json: expected a JSON object"),
         ("notes/todo.txt", b"", "nothing recorded"),
     ],
 )
@@ -249,12 +239,12 @@ def run_recipe(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
 
 
-def test_recipe_prints_the_table_the_checks_and_the_path(run_folder):
+def test_recipe_prints_the_checks_and_the_path(run_folder):
     done = run_recipe("--run", str(run_folder))
     assert (done.returncode, done.stderr) == (0, "")
     run = load_run(run_folder)
     checks = [str(check) for check in expectations(run)]
-    assert done.stdout == "\n".join([stage_table(run), *checks, f"report: {run_folder / 'report.md'}"]) + "\n"
+    assert done.stdout == "\n".join([*checks, f"report: {run_folder / 'report.md'}"]) + "\n"
 
 
 def test_recipe_fails_in_one_line(tmp_path):
@@ -282,10 +272,10 @@ def test_two_files_of_answers_are_compared_by_one_command(tmp_path):
     done = run_recipe("--run", str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "") and time.perf_counter() - began < 60
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
-    rows = re.findall(r"\| (good|worse) \| (\S+) \| 100 \| 0 \| ([\d.]+) \\\[([\d.]+), ([\d.]+)\\\]", page)
-    assert len(rows) == 4
-    for name, _, score, low, high in rows:
-        assert float(low) < float(score) < float(high) and (float(score) > 45) == (name == "good")
+    rows = re.findall(r"\| (good|worse) \| 100 \| 0 \| ([\d.]+) ± ([\d.]+) \|", page)
+    assert len(rows) == 4 and page.startswith("# Run report: ") and "What to expect" not in page
+    for name, score, half in rows:
+        assert 0 < float(half) < 15 and (float(score) > 45) == (name == "good")
     assert "good − worse" in page and "no difference beyond chance" not in page
 
 
@@ -306,24 +296,22 @@ def test_a_difference_inside_its_interval_is_called_none(tmp_path, evaluations):
 def test_intervals_match_a_bootstrap_by_hand(tmp_path):
     losses = [[2.0 * (1 + i % 5), 2.0 + i % 3] for i in range(1, 40)]
     values = {"perplexity": {"text": losses}, "tasks": {"MedKQ&A": {"rouge-l": [float(i) for i in range(50)]}}}
-    found = intervals_of(values)
+    found = figures_of(values)
     dice = np.random.default_rng(5)
     rows = np.array(losses)
     draws = [rows[dice.integers(39, size=39)].sum(0) for _ in range(4000)]
     expected = np.quantile([np.exp(a / b) for a, b in draws], [0.025, 0.975])
-    assert found["perplexity"]["text"] == pytest.approx(expected, rel=0.03)
+    assert found["perplexity"]["text"][1:] == pytest.approx(expected, rel=0.03)
     half = 1.96 * np.std(range(50)) / 50**0.5
-    assert found["tasks"]["MedKQ&A"]["rouge-l"] == pytest.approx([24.5 - half, 24.5 + half], abs=0.6)
+    assert found["tasks"]["MedKQ&A"]["rouge-l"] == pytest.approx([24.5, 24.5 - half, 24.5 + half], abs=0.6)
 
 
 def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
     questions = answers_of(tmp_path, ["a", "b"], 40)
     systems = read_systems([tmp_path / "answers" / f"{name}.jsonl" for name in "ab"])
-    shown = showings(systems)
-    said = ((one, dict.fromkeys(DIMENSIONS, "1" if one.first < one.second else "2"), "") for one in shown)
-    judged = collect(systems, said)
-    summary = summarize(systems, judged)
-    judge = {"judge": "gpt-x", "question_set": set_hash(questions), **summary, "verdicts": judged.rows}
+    said = [(dict.fromkeys(DIMENSIONS, winner), "") for _ in questions for winner in "12"]  # the first system, always
+    summary = summarize(systems, verdict_table([verdict for verdict, _ in said], 1)) | verdict_rows(systems, said)
+    judge = {"judge": "gpt-x", "question_set": set_hash(questions), **summary}
     choices = [{"li": "a", "wang": "b" if i % 4 == 0 else "a"} for i in range(40)]
     majority = ["tie" if choice["wang"] == "b" else "a" for choice in choices]
     votes = [
@@ -335,7 +323,7 @@ def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
     doctors = {
         "raters": {"li": {}, "wang": {}}, "systems": ["a", "b"], "question_set": set_hash(questions), "votes": votes,
         "comparisons": [{**row, "by": "majority", "first": "a", "second": "b", **dict.fromkeys(KINDS, share)}],
-        "agreement": [{**row, "raw": 0.75, "cohen": 0.1, "fleiss": None, "krippendorff": [0.2, 0.1, 0.3]}],
+        "agreement": [{**row, **dict.fromkeys(("raw", "cohen", "krippendorff"), share), "fleiss": [None] * 3}],
         "unsafe": [{"number": 3, "system": "b", "raters": ["li"]}],
         "strengths": {"overall": {"a": [0.5, 0.1, 0.9], "b": [-0.5, -0.9, -0.1]}},
     }  # fmt: skip
@@ -352,7 +340,7 @@ def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
     page = write_report(load_run(tmp_path)).read_text(encoding="utf-8")
     assert "| gpt-x | a : b | all | overall | 40 | 100 \\[100, 100\\] | 0 \\[0, 0\\] | 0 \\[0, 0\\] |" in page
     assert "| 2 doctors | a : b | all | overall | 40 | 75 \\[60, 90\\]" in page
-    assert "gpt-x and the doctors' majority agree on 75.0 % of 40 questions" in page
+    assert "gpt-x and the doctors' majority agree on 75.0 [" in page.replace("\\", "")
     assert "- question 3, b, by li" in page and "total of PediaBench | 61.5 \\[50.0, 70.0\\]" in page
     assert "majority, overall: a 0.50 [0.10, 0.90]" in page
     assert "1 of its 20 questions" in page and "choice, other letters" in page
@@ -367,14 +355,13 @@ def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_a_plot_takes_any_name(tmp_path):
-    overall = {kind: [share] * 3 for kind, share in zip(KINDS, (1, 0, 0), strict=True)}
-    pair = {"systems": ["$a^", "b"], "rows": 1, "tasks": {"all": {"rows": 1, "overall": overall}}}
+    row = {"first": "$a^", "second": "b", "n": 1, "task": "all", "dimension": "overall"}
+    row |= {kind: [share] * 3 for kind, share in zip(KINDS, (1, 0, 0), strict=True)}
     bins = [{"questions": 1, "confidence": 0.5, "accuracy": 1.0}]
     found = {"$x_{": {"calibration": {"ece": 3.0, "bins": bins}}}
-    findings = Findings(
-        exams={"e": {"likelihood": found, "generated": {}}}, judge={"j": {"judge": "$m$_$", "pairs": [pair]}}
-    )
-    assert draw(Run(tmp_path, {}), findings) == ["verdicts.png", "calibration.png"]
+    exams = {"e": {"likelihood": found, "generated": {}}}
+    run = Run(tmp_path, exams=exams, judge={"j": {"judge": "$m$_$", "comparisons": [row]}})
+    assert draw(run) == ["calibration.png", "verdicts.png"]
 
 
 @pytest.mark.parametrize("name", ["exams/x.json", "judge/x.json", "doctors/x.json"])
@@ -396,16 +383,19 @@ def test_answers_of_a_stage_that_was_not_evaluated_are_scored(tmp_path):
     answers_of(tmp_path, ["sft"], 4)
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
-    assert "| sft | EviDiag | 2 |" in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+    assert load_run(tmp_path).stages["sft"].at("tasks", "EviDiag", "rows") == 2
+    assert "| full SFT | 2 | 0 |" in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
 
 
 def test_another_system_is_compared_with_the_stages(tmp_path, evaluations):
-    write_run(tmp_path, evaluations)
     answers_of(tmp_path, ["sft", "dfpo"], 20)
-    assert "Answers compared" not in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
+    for name in ("sft", "dfpo"):
+        evaluations[name] |= scored(read_answers(tmp_path / f"answers/{name}.jsonl"))
+    write_run(tmp_path, evaluations)
+    assert "On the same questions" not in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
     (tmp_path / "answers/other.jsonl").write_bytes((tmp_path / "answers/sft.jsonl").read_bytes())
     page = write_report(load_run(tmp_path)).read_text(encoding="utf-8")
-    assert "other − sft" in page and "dfpo − other" in page and "dfpo − sft" not in page
+    assert "sft − other" in page and "dfpo − other" in page and "dfpo − sft" not in page
 
 
 def test_one_question_shows_no_difference(tmp_path):

@@ -15,7 +15,7 @@ import torch
 
 from pedgpt.adapters import inject_experts, save_adapter
 from pedgpt.data import Message, chat_format, encode_prompt, load_tokenizer
-from pedgpt.evaluation.responses import Answers, Question, write_answers
+from pedgpt.evaluation.responses import Answers, Question, read_answers, write_answers
 from pedgpt.files import printable
 from pedgpt.models import ModelConfig, load_model
 
@@ -138,6 +138,7 @@ def evaluated(model_folder, heldout, tmp_path_factory):
     for name in ("one", "two"):
         run(
             "evaluate", model=model_folder, heldout=heldout, output=folder / name / "result.json", limit=4,
+            answers=heldout.parent / "answers.jsonl",
             max_new_tokens=6, row_length=520, batch_size=3, reference=model_folder, device="cpu",
         )  # fmt: skip
         results.append(json.loads((folder / name / "result.json").read_text(encoding="utf-8")))
@@ -174,11 +175,11 @@ def test_evaluation_holds_what_was_asked_for(evaluated, heldout, model_folder):
     )  # fmt: skip
     assert result["skipped"] == long + len(sizes) - fitting > 0
     asked = {row["messages"][0]["content"]: row for row in jsonl(heldout / "tasks" / "medkqa.jsonl")}
-    for sample in result["samples"]:
-        if sample["task"] == "MedKQ&A":
-            row = asked[sample["question"]]
-            assert sample["reference"] == row["messages"][1]["content"]
-            assert sample["answer"] == greedy(model_folder, [Message("user", sample["question"])], 6).strip()
+    said = read_answers(heldout.parent / "answers.jsonl")
+    for question, found in zip(said.questions, said.answers, strict=True):
+        if question.task == "MedKQ&A":
+            assert question.reference == asked[question.text]["messages"][1]["content"]
+            assert found.content == greedy(model_folder, [Message("user", question.text)], 6).strip()
 
 
 def test_new_expert_adapter_changes_nothing_and_weighs_its_experts_equally(evaluated, model_folder, heldout, tmp_path):

@@ -73,11 +73,13 @@ def test_a_perfect_answer_of_a_thinking_model_scores_100(lab, thinker, monkeypat
 
     monkeypatch.setattr("pedgpt.evaluation.responses.generate", generate)
     out = tmp_path / "result.json"
-    config = evaluate.Config(model=str(thinker), heldout=str(tmp_path / "heldout"), output=str(out), device="cpu")
+    answers, heldout = tmp_path / "answers.jsonl", str(tmp_path / "heldout")
+    config = evaluate.Config(model=str(thinker), heldout=heldout, output=str(out), answers=str(answers), device="cpu")
     evaluate.main(config)
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["tasks"]["MedKQ&A"]["rouge-l"] == pytest.approx(100) and result["template_date"] is None
-    assert result["samples"][0]["answer"] == result["samples"][0]["reference"] == "多喝水，及时就医。"
+    row = json.loads(answers.read_text(encoding="utf-8").splitlines()[0])
+    assert row["answer"] == row["reference"] == "多喝水，及时就医。"
 
 
 def test_what_an_adapter_says_of_chat_and_ends_comes_before_its_base(lab, thinker, tmp_path):
