@@ -16,7 +16,9 @@ from typing import ClassVar
 
 import torch
 
-from pedgpt import adapters, data
+from pedgpt import data
+from pedgpt.adapters import ExpertLoRALinear
+from pedgpt.evaluation import routing
 from pedgpt.evaluation.generation_metrics import signature
 from pedgpt.evaluation.heldout import read_heldout
 from pedgpt.evaluation.likelihood import document_losses, pair_logps, preference_values
@@ -24,7 +26,7 @@ from pedgpt.evaluation.report import between
 from pedgpt.evaluation.responses import Answers, answer, questions_of, read_answers, write_answers
 from pedgpt.evaluation.run import scored
 from pedgpt.evaluation.system import SystemSettings
-from pedgpt.files import write_json
+from pedgpt.files import write_json, write_text
 from pedgpt.models import ModelConfig, load_model
 from pedgpt.training import run_recipe, start
 
@@ -87,14 +89,11 @@ def main(config: Config) -> None:
     values = {"perplexity": {name: found.tolist() for name, found in losses.items()}}
     if pairs:
         values["preference"] = preference_values(pair_logps(model, pairs, config.batch_size), pairs, reference_logps)
-    gates, entropy = {}, {}
-    if any(isinstance(layer, adapters.ExpertLoRALinear) for layer in model.modules()):
-        for name, packed in task_rows.items():
-            if packed:
-                gates[name], entropy[name] = expert_weights(model, packed)
+    experts = any(isinstance(layer, ExpertLoRALinear) for layer in model.modules())
+    asked = routing.measure(model, task_rows) if experts else {"gates": None, "unused_experts": []}
     results = {**about, "template_date": chat.today or None, **scored(said, **values)}
     results["preference"] = {"pairs": len(pairs), "reward_accuracy": None, **results["preference"]} if pairs else None
-    results |= {"seconds": time.perf_counter() - began, "gates": gates or None, "gate_entropy": entropy or None}
+    results |= {"seconds": time.perf_counter() - began, **asked}
     results["tokens"] = {name: sum(len(one.tokens) for row in packed for one in row) for name, packed in rows.items()}
     results["skipped"] = len(summary.skipped)
     print_table(results)
@@ -104,6 +103,8 @@ def main(config: Config) -> None:
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output), results)
+        if experts:
+            write_routing(model, chat, task_rows, Path(config.output).with_suffix(".html"))
 
 
 def answer_tasks(model, chat, tasks, config: Config) -> Answers:
@@ -121,15 +122,15 @@ def answer_tasks(model, chat, tasks, config: Config) -> Answers:
     return Answers(Path(config.answers).stem, questions, answers, about)
 
 
-def expert_weights(model, rows) -> tuple[list[float], float]:
-    """Mean gate weight of each specific expert and mean entropy of the gates [nats] over all layers.
-
-    A row at a time, so that no padding is counted.
-    """
-    with adapters.record_gates(model) as records:
-        document_losses(model, rows, batch_size=1)
-    weights = torch.tensor([record.mean() for record in records.values()]).mean(0).tolist()
-    return weights, sum(record.entropy() for record in records.values()) / len(records)
+def write_routing(model, chat, task_rows, path: Path) -> None:
+    """A page with the first held-out conversation of each task, its tokens in the colors of their experts."""
+    texts = {}
+    for task, packed in task_rows.items():
+        if packed:
+            ids = packed[0][0].tokens
+            gates = routing.token_gates(model, torch.tensor(ids, device=model.head_weight().device))
+            texts[task] = (routing.pieces(chat.tokenizer, ids), gates)
+    write_text(path, routing.page(texts))
 
 
 def print_table(results: dict) -> None:
@@ -147,6 +148,8 @@ def print_table(results: dict) -> None:
     for name, weights in (results["gates"] or {}).items():
         shares, found = " ".join(f"{weight:.3f}" for weight in weights), results["gate_entropy"][name]
         print(f"  expert weights on {name}: {shares}, entropy {found:.3f} of at most {math.log(len(weights)):.3f}")
+    for line in results["unused_experts"]:
+        print(f"  {line}")
     if results["skipped"]:
         print(f"  {results['skipped']} held-out rows skipped as bad or over-long")
 

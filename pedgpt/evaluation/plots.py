@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pedgpt.data.tasks import TASKS
+from pedgpt.evaluation.routing import layer_number, mean_by_expert
 from pedgpt.evaluation.run import PERPLEXITIES, Run, split
 from pedgpt.files import atomic_write
 
@@ -108,6 +109,33 @@ def _paint_metrics(run: Run, figure: Figure) -> bool:
     return bool(parts)
 
 
+def _paint_experts(run: Run, figure: Figure) -> bool:
+    """Mean gates by task, decoder layer and expert, and how alike the experts are."""
+    stages = [stage for stage in run.stages.values() if stage.at("layer_gates")]
+    if not stages:
+        return False
+    panels: dict[str, Any] = {}
+    for task, gates in stages[-1].at("layer_gates").items():
+        by_layer: dict[int, list[list[float]]] = {}
+        for name, weights in gates.items():
+            by_layer.setdefault(layer_number(name), []).append(weights)
+        rows = [mean_by_expert(found) for _, found in sorted(by_layer.items())]
+        panels[task] = [row + [math.nan] * (max(map(len, rows)) - len(row)) for row in rows]
+    experts = len(next(iter(panels.values()))[0])
+    panels |= {"similarity (cosine)": stages[-1].at("similarity")} if stages[-1].at("similarity") else {}
+    figure.set_size_inches(3.2 * len(panels), 3.6)
+    for place, (title, values) in enumerate(panels.items(), 1):
+        axes, cosine = figure.add_subplot(1, len(panels), place, title=title), "cosine" in title
+        low, high = (-1, 1) if cosine else (0, 2 / experts)
+        image = axes.imshow(values, cmap="PuOr_r", vmin=low, vmax=high, aspect="auto")
+        axes.set(xlabel="expert, universal first" if cosine else "expert", ylabel="" if cosine else "decoder layer")
+        axes.set_xticks(range(len(values[0])), [str(number) for number in range(1, len(values[0]) + 1)])
+        axes.locator_params("y", integer=True)
+        axes.grid(False)
+        figure.colorbar(image, ax=axes, ticks=[low, (low + high) / 2, high], format="%.2f")
+    return True
+
+
 def _paint_verdicts(run: Run, figure: Figure) -> bool:
     """Win, tie and loss of each pair of systems by task, as the paper draws them."""
     rows = [row for row in run.comparisons() if row["dimension"] == "overall"][::-1]
@@ -152,6 +180,7 @@ PLOTS: dict[str, tuple[str, str, Callable[[Run, Figure], bool]]] = {  # what it 
         "stages",
         _paint_metrics,
     ),
+    "experts.png": ("Mean gates by task, layer and expert, and the experts' similarity", "gates", _paint_experts),
     "training.png": ("Losses, rewards and gates while training", "training", _paint_training),
     "calibration.png": ("Calibration on the exam", "exams", _paint_calibration),
     "verdicts.png": ("Win, tie and loss by judge and doctors", "verdicts", _paint_verdicts),

@@ -218,6 +218,8 @@ def _gates(run: Run) -> list[str]:
                 f"gates in nats, {math.log(experts):.3f} where it asks all experts alike."
             )
             page += [about, markdown_table(rows)]
+            page += ["\n".join(f"- {escape(line)}" for line in stage.at("unused_experts") or ())]
+            page += [f"Token by token: [evaluation/{stage.name}.html](evaluation/{stage.name}.html)."]
     return ["## Which expert answers what", *page] if page else []
 
 

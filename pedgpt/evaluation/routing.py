@@ -1,21 +1,25 @@
 """What the experts of a mixture do: which tokens each of them gets, in which layers, and how alike they are.
 
-    gates = token_gates(model, tokens)  # {layer: [tokens, N]}
-    write_text("routing.html", page({"an answer": (pieces, gates)}))
+gates = token_gates(model, tokens)  # {layer: [tokens, N]}
+write_text("routing.html", page({"an answer": (pieces, gates)}))
 """
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise, zip_longest
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pedgpt.adapters import ExpertLoRALinear, record_gates
+from pedgpt.data.packing import Row
 from pedgpt.data.tokenizer import StreamDecoder, Tokenizer
+from pedgpt.evaluation.likelihood import document_losses
 
 COLORS = ("#2F6DB5", "#E0772F", "#2A9D7F", "#8559A5", "#B8860B", "#C2476A", "#4A90A4", "#6B8E23")
 UNUSED = 0.1  # An expert with less than a tenth of an equal share does hardly anything.
@@ -23,6 +27,38 @@ UNUSED = 0.1  # An expert with less than a tenth of an equal share does hardly a
 _STYLE = """body{font:16px/1.9 system-ui,sans-serif;color:#2B2F36;max-width:60rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.4rem}h2{font-size:1.15rem;margin-top:2.5rem}h3{font-size:.95rem;margin-bottom:.2rem;color:#6B727C}
 p.text{margin-top:0}span{border-radius:3px;padding:1px 0}span.key{padding:2px 8px;margin-right:6px;color:#fff}"""
+
+
+def measure(model: Any, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """What the experts do on packed rows by task, as evaluate.py writes it.
+
+    `layer_gates`: the mean gates of every layer; `gates`: their mean over layers; `gate_entropy`: a token's, in nats;
+    `similarity`: the mean over layers, if these have equally many experts; `unused_experts`: in sentences.
+    """
+    layers: dict[str, dict[str, list[float]]] = {}
+    entropy = {}
+    for task, packed in rows.items():
+        if packed:
+            with record_gates(model) as records:
+                document_losses(model, packed, batch_size=1)  # a row at a time, so that no padding is counted
+            layers[task] = {name: record.mean() for name, record in records.items()}
+            entropy[task] = fmean(record.entropy() for record in records.values())
+    experts = [module for module in model.modules() if isinstance(module, ExpertLoRALinear)]
+    alike = [expert_similarity(layer) for layer in experts]
+    names = {name: None for found in layers.values() for name in found}
+    whole = {name: mean_by_expert(found[name] for found in layers.values()) for name in names}
+    return {
+        "gates": {task: mean_by_expert(found.values()) for task, found in layers.items()},
+        "gate_entropy": entropy,
+        "layer_gates": layers,
+        "similarity": torch.stack(alike).mean(0).tolist() if len({len(one) for one in alike}) == 1 else None,
+        "unused_experts": unused_experts(whole),
+    }
+
+
+def mean_by_expert(rows: Iterable[Sequence[float]]) -> list[float]:
+    """The mean of each column, over the rows that have it: layers may have different numbers of experts."""
+    return [fmean(weight for weight in column if weight is not None) for column in zip_longest(*rows)]
 
 
 @torch.no_grad()

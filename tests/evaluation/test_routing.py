@@ -8,7 +8,17 @@ from torch import nn
 
 from pedgpt.adapters import ExpertLoRALinear, inject_experts
 from pedgpt.data import train_tokenizer
-from pedgpt.evaluation.routing import expert_similarity, layer_number, page, pieces, token_gates, unused_experts
+from pedgpt.data.examples import Example
+from pedgpt.evaluation.routing import (
+    expert_similarity,
+    layer_number,
+    mean_by_expert,
+    measure,
+    page,
+    pieces,
+    token_gates,
+    unused_experts,
+)
 from pedgpt.models import ModelConfig, Transformer
 
 
@@ -103,3 +113,17 @@ def test_pieces_are_the_text_of_the_tokens():
 
 def test_the_number_of_a_layer_is_read_from_its_name():
     assert [layer_number(name) for name in ("model.layers.12.mlp.up_proj", "transformer.h.3.attn", "fc")] == [12, 3, 0]
+
+
+def test_what_is_measured_on_tasks_matches_the_gates_of_their_tokens(model):
+    rows = {"a": [[Example(list(range(9)), list(range(1, 10)))]], "b": [[Example([7, 8], [8, 9])], [Example([3], [4])]]}
+    found = measure(model, {**rows, "none": []})
+    gates = [torch.stack(list(token_gates(model, torch.tensor(tokens)).values())) for tokens in (range(9), [7, 8], [3])]
+    for task, parts in {"a": gates[:1], "b": gates[1:]}.items():
+        means = torch.cat(parts, dim=1).mean(1)  # [layers, experts]
+        assert torch.allclose(torch.tensor(list(found["layer_gates"][task].values())), means, atol=1e-6)
+        assert torch.allclose(torch.tensor(found["gates"][task]), means.mean(0), atol=1e-6)
+        entropy = torch.special.entr(torch.cat(parts, dim=1)).sum(-1).mean()
+        assert found["gate_entropy"][task] == pytest.approx(entropy.item(), abs=1e-5)
+    assert found["gates"].keys() == {"a", "b"} and torch.tensor(found["similarity"]).shape == (4, 4)
+    assert mean_by_expert([[0.5, 0.5], [0.2, 0.2, 0.6]]) == pytest.approx([0.35, 0.35, 0.6])
