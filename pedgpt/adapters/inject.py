@@ -53,19 +53,36 @@ def inject_experts(
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """What can be adapted, by module name: every linear layer but the head.
+    """What can be adapted, by module name: every linear layer but the head, which may share the embeddings' weight.
 
     An adapter would change layers that are more than linear, and miss those that are used without being called.
     """
+    modules = dict(_whole(model).named_modules())
+    embeddings = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
     return {
         name: module
-        for name, module in _whole(model).named_modules()
+        for name, module in modules.items()
         if name
         and name.rpartition(".")[2] != "lm_head"
         and isinstance(module, nn.Linear)
+        and id(module.weight) not in embeddings
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         and (isinstance(module, AdaptedLinear) or type(module).forward in _KNOWN)
     }
+
+
+def _unreachable(model: nn.Module) -> dict[str, str]:
+    """What multiplies as linear layers do but is none: a transposed weight [in, out], and experts in one parameter."""
+    found = {}
+    for name, module in _whole(model).named_modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        for key, parameter in own.items():
+            transposed = parameter.ndim == 2 and "bias" in own and own["bias"].shape == parameter.shape[1:]
+            if transposed or (parameter.ndim == 3 and len(parameter) > 1):
+                found[f"{name}.{key}"] = f"{list(parameter.shape)} of a {type(module).__name__}"
+    return found
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -173,13 +190,19 @@ def _inject(
         raise ValueError(f"{taken}; give another name=, or use these with set_adapter(model, {adapter!r})")
     if foreign := [name for name in adapted_layers(model) if name not in record.of(record.active)]:
         raise ValueError(f"the model has adapters already that it does not know, as {foreign[0]}; load the base again")
-    linears = linear_layers(model)
+    linears, unreachable = linear_layers(model), _unreachable(model)
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none that is plain"
     names: set[str] = set()
     for pattern in [target_modules] if isinstance(target_modules, str) else target_modules:
         found = {pattern} if pattern in linears else {name for name in linears if _matches(name, pattern)}
+        if left := [key for key in unreachable if _matches(key, pattern) or _matches(key.rpartition(".")[0], pattern)]:
+            raise ValueError(
+                f"target_modules: {pattern!r} also asks for {left[0]}, {unreachable[left[0]]} ({len(left)} such in "
+                "all), but adapters go around nn.Linear. Name the layers that they should go around (the model has "
+                f"{kinds}), and all else stays frozen; or put a transposed weight, as Conv1D's, into an nn.Linear first"
+            )
         if not found:
-            kinds = sorted({name.rpartition(".")[2] for name in linears})
-            raise ValueError(f"target_modules: {pattern!r} matches no linear layer; the model has {', '.join(kinds)}")
+            raise ValueError(f"target_modules: {pattern!r} matches no linear layer; the model has {kinds}")
         names |= found
     if not names:
         raise ValueError('target_modules is empty; name layers or give "all-linear"')
