@@ -1,6 +1,13 @@
 """Adapters: LoRA, the mixture of universal-specific experts, and their storage."""
 
-from pedgpt.adapters.experts import ExpertLoRALinear, GateRecord, gate_metrics, record_gates, set_noise_rows
+from pedgpt.adapters.experts import (
+    ExpertLoRALinear,
+    GateRecord,
+    balance_loss,
+    gate_metrics,
+    record_gates,
+    set_noise_rows,
+)
 from pedgpt.adapters.inject import (
     active_adapter,
     adapted_layers,
@@ -26,6 +33,7 @@ __all__ = [
     "adapter_names",
     "check_base",
     "adapters_disabled",
+    "balance_loss",
     "gate_metrics",
     "inject_experts",
     "inject_lora",

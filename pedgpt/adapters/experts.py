@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +55,18 @@ class ExpertLoRALinear(AdaptedLinear):
 
     def __init__(
         self, base: nn.Linear, rank: int = 8, alpha: float = 16, num_specific_experts: int = 3, dropout: float = 0.0,
-        *, rslora: bool = False,
+        *, num_universal_experts: int = 1, top_k: int | None = None, shared_A: bool = False, rslora: bool = False,
     ) -> None:  # fmt: skip
         if num_specific_experts < 1:
             raise ValueError(f"num_specific_experts must be at least 1, found {num_specific_experts}")
-        super().__init__(base, rank, alpha, dropout, rslora, hidden_size=(num_specific_experts + 1) * rank)
-        self.num_specific_experts = num_specific_experts
+        if num_universal_experts < 0:
+            raise ValueError(f"num_universal_experts must not be negative, found {num_universal_experts}")
+        if top_k is not None and not 1 <= top_k <= num_specific_experts:
+            raise ValueError(f"top_k must be in 1 to num_specific_experts, {num_specific_experts}, found {top_k}")
+        experts = num_universal_experts + num_specific_experts
+        super().__init__(base, rank, alpha, dropout, rslora, experts, shared_A)
+        self.num_specific_experts, self.num_universal_experts = num_specific_experts, num_universal_experts
+        self.top_k, self.shared_A = top_k, shared_A
         self.router = nn.Parameter(self.lora_A.new_zeros(num_specific_experts, base.in_features))
         self.router_noise = nn.Parameter(torch.zeros_like(self.router))
         self.gate_record: GateRecord | None = None
@@ -68,22 +75,43 @@ class ExpertLoRALinear(AdaptedLinear):
         return {**super().adapter_parameters(), "router": self.router, "router_noise": self.router_noise}
 
     @property
+    def universal_experts(self) -> list[tuple[Tensor, Tensor]]:
+        """(A [r, in], B [out, r]) of each expert that is always on."""
+        return self._experts()[: self.num_universal_experts]
+
+    @property
     def universal_expert(self) -> tuple[Tensor, Tensor]:
-        """(A [r, in], B [out, r]) of the expert that is always on."""
-        return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
+        """The only one of `universal_experts`; ValueError where there are none or several."""
+        (expert,) = self.universal_experts
+        return expert
 
     @property
     def specific_experts(self) -> list[tuple[Tensor, Tensor]]:
         """(A [r, in], B [out, r]) of each gated expert."""
-        slices = [slice((j + 1) * self.rank, (j + 2) * self.rank) for j in range(self.num_specific_experts)]
-        return [(self.lora_A[rows], self.lora_B[:, rows]) for rows in slices]
+        return self._experts()[self.num_universal_experts :]
+
+    def _experts(self) -> list[tuple[Tensor, Tensor]]:
+        of_B = self.lora_B.split(self.rank, dim=1)
+        return list(
+            zip([self.lora_A] * len(of_B) if self.shared_A else self.lora_A.split(self.rank), of_B, strict=True)
+        )
+
+    def gates(self, x: Tensor) -> Tensor | None:
+        """The specific experts' weights [..., N] for x [..., in]; None: those of the fused gate.
+
+        A subclass overrides this for a gate of its own, which may be any differentiable function of x.
+        """
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base_type.forward(self, x)
+        gate: dict[str, Any] = {"gates": self.gates(x)}
+        if gate["gates"] is None:
+            gate = {"router": self.router, "router_noise": self.router_noise, "noise": self.noise(x)}
         y, _, totals = lora_linear(
             x, self.base_weight, self.bias, self.lora_A, self.lora_B,
-            scaling=self.scaling, router=self.router, router_noise=self.router_noise, noise=self.noise(x),
+            scaling=self.scaling, **gate, universal=self.num_universal_experts, top_k=self.top_k,
             dropped=self.dropped(x), count=self.gate_record is not None and self.gate_record.where,
             packed=self.packed_parameters(), impl=self.impl,
         )  # fmt: skip
@@ -156,14 +184,29 @@ def gate_metrics(records: Mapping[str, GateRecord], weight: int | None = None) -
     `weight` takes the place of the number of tokens: the result is the mean over them times the weight. Scalars on the
     device, by the names `gates/expert_1` … and `gates/entropy`.
     """
-    found = [record.totals for record in records.values() if record.totals is not None]
+    found = [record.totals.detach() for record in records.values() if record.totals is not None]
     if not found:
         raise ValueError("no gates were recorded: adapters were switched off")
-    totals = torch.stack(found).mean(0)
-    if weight is not None:
-        totals *= weight / totals[-1].clamp(min=1)
-    names = [f"gates/expert_{j + 1}" for j in range(len(totals) - 2)] + ["gates/entropy"]
-    return dict(zip(names, totals[:-1].unbind(), strict=True))
+    columns: dict[str, list[Tensor]] = {}  # the means of an expert are over the layers that have it
+    for totals in sorted(found, key=len, reverse=True):
+        names = [f"gates/expert_{j + 1}" for j in range(len(totals) - 2)] + ["gates/entropy", "count"]
+        for name, value in zip(names, totals, strict=True):
+            columns.setdefault(name, []).append(value)
+    means = {name: torch.stack(values).mean() for name, values in columns.items()}
+    count = means.pop("count").clamp(min=1)
+    return means if weight is None else {name: mean * (weight / count) for name, mean in means.items()}
+
+
+def balance_loss(records: Mapping[str, GateRecord]) -> Tensor:
+    """The mean over layers of CV²(Σ_tokens G_j over j), 0 where all experts have equal shares (Shazeer et al. 2017).
+
+    Its gradient reaches the gates of the passes that `record_gates` has seen, so make it before the backward pass.
+    """
+    sums = [record.totals[:-2] for record in records.values() if record.totals is not None]
+    if not sums:
+        raise ValueError("no gates were recorded: adapters were switched off")
+    tiny = torch.finfo(torch.float64).tiny  # no token came by
+    return torch.stack([s.var(correction=0) / s.mean().square().clamp(min=tiny) for s in sums]).mean()
 
 
 class NoiseStream:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -42,14 +43,46 @@ def inject_lora(
     now on; others wait for `set_adapter`. Raises ValueError if a pattern matches nothing, the name is taken, an adapter
     is merged, or FSDP2 has split the model.
     """
-    return _inject(model, target_modules, name, lambda base: LoRALinear(base, **settings))
+    return _inject(model, target_modules, name, LoRALinear, settings)
 
 
 def inject_experts(
-    model: nn.Module, *, target_modules: str | Sequence[str] = ALL_LINEAR, name: str = "default", **settings: Any
-) -> list[str]:
-    """As `inject_lora`, but with a mixture of experts: `settings` are also num_specific_experts."""
-    return _inject(model, target_modules, name, lambda base: ExpertLoRALinear(base, **settings))
+    model: nn.Module, *, target_modules: str | Sequence[str] = ALL_LINEAR, name: str = "default",
+    num_specific_experts: int | Sequence[int] | Mapping[str, int] = 3,
+    layer_type: type[ExpertLoRALinear] = ExpertLoRALinear, **settings: Any,
+) -> list[str]:  # fmt: skip
+    """As `inject_lora`, but with a mixture of experts: `settings` are also num_universal_experts, top_k and shared_A.
+
+    The number of specific experts may differ between layers (MoLA, Gao et al. 2024): a list has one for each decoder
+    layer, and a mapping has patterns of module names, of which the first that matches counts, as in
+    `{"*.layers.[0-9].*": 2, "*": 4}`. `layer_type` is `ExpertLoRALinear` or a subclass with a gate of its own.
+    """
+    linears = linear_layers(model)
+    if isinstance(num_specific_experts, Sequence):
+        blocks = list(dict.fromkeys(m[0] for name in linears if (m := re.match(r"(?:.*?\.)?\d+\.", name))))
+        if len(blocks) != (count := len(num_specific_experts)):
+            raise ValueError(f"num_specific_experts has {count} numbers, but the model has {len(blocks)} blocks")
+        num_specific_experts = {f"{b}*": n for b, n in zip(blocks, num_specific_experts, strict=True)}
+    for pattern in num_specific_experts if isinstance(num_specific_experts, Mapping) else ():
+        if not any(_matches(name, pattern) for name in linears):
+            raise ValueError(f"num_specific_experts: {pattern!r} matches no linear layer")
+    settings["num_specific_experts"] = num_specific_experts
+    return _inject(model, target_modules, name, layer_type, settings)
+
+
+def wrapped(
+    linears: Mapping[str, nn.Linear], kind: type[AdaptedLinear], settings: Mapping[str, Any]
+) -> dict[str, AdaptedLinear]:
+    """Each layer with an adapter of `kind`; a mapping as num_specific_experts is looked up by the layer's name."""
+    layers, number = {}, "num_specific_experts"
+    for name, linear in linears.items():
+        own = dict(settings)
+        if isinstance(table := own.get(number), Mapping):
+            own[number] = table.get(name) or next((n for pattern, n in table.items() if _matches(name, pattern)), None)
+            if own[number] is None:
+                raise ValueError(f'num_specific_experts has no pattern that matches {name}; add "*" for all others')
+        layers[name] = kind(linear, **own)
+    return layers
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -138,14 +171,15 @@ def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only:
     `unmerge_lora`. `probe` holds token ids [B, T]; None:
     128 fixed random ones. The change is measured in evaluation mode.
 
-    Routed experts depend on the input, so no one matrix equals them. `universal_only` merges the expert that is always
-    on and leaves the others in place, its columns of B zero; `save_adapter` then writes an adapter of the merged base.
+    Routed experts depend on the input, so no one matrix equals them. `universal_only` merges those that are always on
+    and leaves the others in place, the merged ones with a B of zero; `save_adapter` then writes an adapter of the
+    merged base.
     """
     _check_can_change(model)
     record, layers = _record(model), adapted_layers(model)
     if not layers:
         raise ValueError("the model has no active adapter to merge; inject_lora, load_adapter or set_adapter first")
-    experts = any(isinstance(layer, ExpertLoRALinear) for layer in layers.values())
+    experts = [layer for layer in layers.values() if isinstance(layer, ExpertLoRALinear)]
     if experts and not universal_only:
         raise ValueError(
             "experts cannot be merged, because what they add depends on the input; merge the expert that is always on "
@@ -153,6 +187,8 @@ def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only:
         )
     if universal_only and not experts:
         raise ValueError("universal_only is for experts, and the active adapter is a LoRA; leave it out to merge all")
+    if experts and not any(layer.num_universal_experts for layer in experts):
+        raise ValueError("no expert is always on (num_universal_experts is 0), so nothing can be merged")
     probe = _default_probe(model) if probe is None else probe
     before = _logits(model, probe)
     try:
@@ -181,8 +217,9 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def _inject(
-    model: nn.Module, target_modules: str | Sequence[str], adapter: str, wrap: Callable[[nn.Linear], AdaptedLinear]
-) -> list[str]:
+    model: nn.Module, target_modules: str | Sequence[str], adapter: str, kind: type[AdaptedLinear],
+    settings: Mapping[str, Any],
+) -> list[str]:  # fmt: skip
     record = _record(model)
     _check_can_change(model)
     if adapter in record.layers:
@@ -210,7 +247,7 @@ def _inject(
     for other, module in _whole(model).named_modules(remove_duplicate=False):
         if (name := chosen.get(id(module), other)) != other:
             raise ValueError(f"{name} and {other} are one layer, of which one place would be adapted; leave it out")
-    layers = {name: wrap(_plain(linear)) for name, linear in linears.items() if name in names}
+    layers = wrapped({name: _plain(linear) for name, linear in linears.items() if name in names}, kind, settings)
     _activate(model, None)  # only the base is frozen: a former adapter may train again later
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -307,19 +344,20 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 @torch.no_grad()
 def _merged(layer: AdaptedLinear) -> nn.Linear:
-    """A layer over W + (α/r) B A, or for experts, over W + (α/r) B_u A_u with the other experts left."""
-    a, b = layer.universal_expert if isinstance(layer, ExpertLoRALinear) else (layer.lora_A, layer.lora_B)
+    """A layer over W + (α/r) B A, or for experts, over W + (α/r) Σ_u B_u A_u with the other experts left."""
+    always_on = layer.universal_experts if isinstance(layer, ExpertLoRALinear) else [(layer.lora_A, layer.lora_B)]
     dtype, quantization = product_dtype(layer), layer.quantization
     wide = torch.promote_types(dtype, torch.float32)
     total = layer.weight.to(wide, copy=True) if quantization is None else quantization.dense(layer.weight, wide)
-    total.addmm_(b.to(wide), a.to(wide), alpha=layer.scaling)
+    for a, b in always_on:
+        total.addmm_(b.to(wide), a.to(wide), alpha=layer.scaling)
     weight = nn.Parameter(total.to(dtype), requires_grad=layer.weight.requires_grad)
     plain = _plain(layer, weight)
     if not isinstance(layer, ExpertLoRALinear):
         return plain
     rest = copy.deepcopy(layer)  # so that training leaves the original alone
     rest.weight, rest.quantization, rest.base_type = weight, None, type(plain)
-    rest.lora_B[:, : layer.rank] = 0
+    rest.lora_B[:, : layer.num_universal_experts * layer.rank] = 0
     return rest
 
 

@@ -1,11 +1,12 @@
 """Read an adapter's two files, whoever published them: PEFT's LoRA, our experts, the published MoE-Adapter.
 
-A key is `base_model.model.<layer>.<part>`. The layouts differ in the parts and their shapes: rank r, N specific
-experts beside the universal one:
+A key is `base_model.model.<layer>.<part>`. The layouts differ in the parts and their shapes: rank r, U universal and N
+specific experts, E = U + N:
 
-    LORA       lora_A.weight [r, in]        lora_B.weight [out, r]
-    EXPERTS    lora_A.weight [(N+1)r, in]   lora_B.weight [out, (N+1)r]   router.weight, router_noise.weight [N, in]
-    PUBLISHED  lora_moe_A [N+1, in, r]      lora_moe_B [N+1, r, out]      lora_route.weight [N, in], w_noise [in, N]
+    LORA       lora_A.weight [r, in]     lora_B.weight [out, r]
+    EXPERTS    lora_A.weight [E r, in]   lora_B.weight [out, E r]   router.weight, router_noise.weight [N, in]
+               or [r, in] if shared_A                               and what a subclass names in adapter_parameters
+    PUBLISHED  lora_moe_A [N+1, in, r]   lora_moe_B [N+1, r, out]   lora_route.weight [N, in], w_noise [in, N]
 """
 
 from __future__ import annotations
@@ -21,11 +22,20 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pedgpt.adapters.experts import ExpertLoRALinear
+from pedgpt.adapters.inject import wrapped
+from pedgpt.adapters.lora import AdaptedLinear, LoRALinear
 from pedgpt.files import own_file, read_object
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LORA, EXPERTS, PUBLISHED = "LORA", "PEDGPT_EXPERTS", "the published MoE-Adapter"
 PREFIX = "base_model.model."
+# The keys of a config that are settings of its layers, and their names there. A LoRA has only the first four.
+SETTINGS = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "top_k": "top_k",
+    "num_specific_experts": "num_specific_experts", "num_universal_experts": "num_universal_experts",
+    "shared_A": "shared_A",
+}  # fmt: skip
 # The name of the adapter may follow, as in ".lora_moe_A.default".
 _KEY = re.compile(r"base_model\.model\.(.+)\.(\w+\.weight|lora_moe_[AB]|w_noise)(?:\.[^.]+)?")
 _ROUTING = ("lora_route.weight", "w_noise")
@@ -45,20 +55,27 @@ class Part(NamedTuple):
     pattern: str = ""
 
 
-def parts(kind: str, layer: nn.Linear, rank: int, experts: int) -> dict[str, Part]:
+def blank(
+    linears: Mapping[str, nn.Linear], kind: type[AdaptedLinear], config: Mapping[str, Any]
+) -> dict[str, AdaptedLinear]:
+    """The layers that a config describes, on the meta device."""
+    settings = {own: config[key] for key, own in SETTINGS.items() if key in config}
+    with torch.device("meta"):
+        bases = {path: nn.Linear(layer.in_features, layer.out_features) for path, layer in linears.items()}
+        return wrapped(bases, kind, settings)
+
+
+def parts(kind: str, layer: AdaptedLinear) -> dict[str, Part]:
     """What a file of this kind holds of one layer, by the ends of the keys; expert 0 is the universal one."""
-    rows, size_in, size_out = (experts + 1) * rank, layer.in_features, layer.out_features
-    if kind == PUBLISHED:
-        return {
-            "lora_moe_A": Part("lora_A", [experts + 1, size_in, rank], "e d r -> (e r) d"),
-            "lora_moe_B": Part("lora_B", [experts + 1, rank, size_out], "e r d -> d (e r)"),
-            "lora_route.weight": Part("router", [experts, size_in]),
-            "w_noise": Part("router_noise", [size_in, experts], "d e -> e d"),
-        }
-    shapes = {"lora_A": [rows, size_in], "lora_B": [size_out, rows]}
-    if kind == EXPERTS:
-        shapes |= {"router": [experts, size_in], "router_noise": [experts, size_in]}
-    return {f"{name}.weight": Part(name, shape) for name, shape in shapes.items()}
+    if kind != PUBLISHED:
+        return {f"{name}.weight": Part(name, list(p.shape)) for name, p in layer.adapter_parameters().items()}
+    (experts, size_in), size_out = layer.adapter_parameters()["router"].shape, layer.out_features
+    return {
+        "lora_moe_A": Part("lora_A", [experts + 1, size_in, layer.rank], "e d r -> (e r) d"),
+        "lora_moe_B": Part("lora_B", [experts + 1, layer.rank, size_out], "e r d -> d (e r)"),
+        "lora_route.weight": Part("router", [experts, size_in]),
+        "w_noise": Part("router_noise", [size_in, experts], "d e -> e d"),
+    }
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -83,9 +100,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(
-    folder: Path, config: Mapping[str, Any], layers: Mapping[str, nn.Linear], uniform_routing: bool
-) -> tuple[int, dict[str, dict[str, Tensor]]]:
-    """(number of specific experts, 0 for LoRA; the tensors by layer and parameter, in our form).
+    folder: Path, config: dict[str, Any], layers: Mapping[str, nn.Linear], uniform_routing: bool,
+    layer_type: type[ExpertLoRALinear],
+) -> tuple[type[AdaptedLinear], dict[str, dict[str, Tensor]]]:  # fmt: skip
+    """(the type of the layers; the tensors by layer and parameter, in our form).
+
+    The number of the published layout's experts, which its shapes tell, is put into the config.
 
     Raises ValueError for keys that are unexpected, layers that are not in `layers`, and what is missing or misshapen;
     with `uniform_routing`, zeros stand for routing matrices that are missing.
@@ -93,20 +113,26 @@ def read_tensors(
     file, weights = _read_weights(folder)
     published = config["peft_type"] == LORA and any(".lora_moe_" in key for key in weights)
     kind: str = PUBLISHED if published else config["peft_type"]
-    tensors = _by_layer(file, kind, weights, layers)
-    experts = config["num_specific_experts"] if kind == EXPERTS else 0
+    adapter: type[AdaptedLinear] = LoRALinear if kind == LORA else layer_type
+    any_layer = blank({"": nn.Linear(1, 1, device="meta")}, adapter, {"r": 1})[""]
+    tensors = _by_layer(file, parts(kind, any_layer), weights, layers)
     if kind == PUBLISHED:
         experts = len(next(tensor for key, tensor in weights.items() if ".lora_moe_" in key)) - 1
         if config.get("lora_nums", experts + 1) != experts + 1 or experts < 1:
             found = f"{experts + 1}, lora_nums is {config.get('lora_nums')}"
             raise ValueError(f"{file}: expected the universal expert and at least one specific, found {found}")
+        config["num_specific_experts"] = experts
     if lost := {name for name in config.get("target_modules") or () if name in layers} - tensors.keys():
         raise ValueError(f"{file}: lacks {_listed(lost)}, which target_modules names; save or copy it again")
     ours: dict[str, dict[str, Tensor]] = {}
     routing = []
-    for path in (path for path in layers if path in tensors):
+    try:
+        adapted = blank({path: layer for path, layer in layers.items() if path in tensors}, adapter, config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    for path, layer in adapted.items():
         ours[path] = {}
-        for end, (parameter, shape, pattern) in parts(kind, layers[path], config["r"], experts).items():
+        for end, (parameter, shape, pattern) in parts(kind, layer).items():
             key, tensor = f"{PREFIX}{path}.{end}", tensors[path].get(end)
             if tensor is None and end not in _ROUTING:
                 raise ValueError(f"{file}: lacks {key}; the file is incomplete, save or copy it again")
@@ -123,7 +149,7 @@ def read_tensors(
             "training run, or load with uniform_routing=True, which sets them to zero: without lora_route all experts "
             "get equal gates.\n  " + "\n  ".join(routing)
         )
-    return experts, ours
+    return adapter, ours
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -144,11 +170,11 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _by_layer(
-    file: Path, kind: str, weights: Mapping[str, Tensor], layers: Mapping[str, nn.Linear]
+    file: Path, ends: Collection[str], weights: Mapping[str, Tensor], layers: Mapping[str, nn.Linear]
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors by layer and by the end of their key; ValueError for keys of another kind and unknown layers."""
     tensors: dict[str, dict[str, Tensor]] = {}
-    ends, unexpected = parts(kind, nn.Linear(1, 1, device="meta"), 1, 1), []
+    unexpected = []
     for key, tensor in weights.items():
         match = _KEY.fullmatch(key)
         if match is None or match[2] not in ends or match[2] in tensors.setdefault(match[1], {}):

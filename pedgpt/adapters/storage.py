@@ -17,8 +17,19 @@ from torch import Tensor, nn
 
 from pedgpt.adapters.experts import ExpertLoRALinear
 from pedgpt.adapters.inject import adapted_layers, inject_experts, inject_lora, linear_layers
-from pedgpt.adapters.lora import AdaptedLinear
-from pedgpt.adapters.published import CONFIG, EXPERTS, LORA, PREFIX, WEIGHTS, parts, read_config, read_tensors
+from pedgpt.adapters.lora import AdaptedLinear, LoRALinear
+from pedgpt.adapters.published import (
+    CONFIG,
+    EXPERTS,
+    LORA,
+    PREFIX,
+    SETTINGS,
+    WEIGHTS,
+    blank,
+    parts,
+    read_config,
+    read_tensors,
+)
 from pedgpt.files import atomic_write, write_json
 
 # In the metadata of the weights' file, so that PEFT finds no key that it does not know.
@@ -31,7 +42,8 @@ def save_adapter(
 ) -> None:  # fmt: skip
     """Write adapter_config.json and adapter_model.safetensors with every tensor of the active adapter.
 
-    LoRA takes PEFT's layout; experts the same files with `"peft_type": "PEDGPT_EXPERTS"`. `base_model` is the name or
+    LoRA takes PEFT's layout; experts the same files with `"peft_type": "PEDGPT_EXPERTS"`, and the name of a subclass as
+    `layer_type`. Their number may differ between layers. `base_model` is the name or
     folder of the base, `base_weights` the fingerprint of its weights, for `check_base`; the format of a quantised base
     is stored with it. `state_dict` replaces the model's own tensors, for weights gathered from several ranks. Raises
     ValueError, before anything is written, if the model has no adapters, if its layers differ in their settings, and
@@ -44,12 +56,14 @@ def save_adapter(
     settings = _settings(first)
     if any(_settings(layer) != settings for layer in layers.values()):
         raise ValueError(f"the layers differ in their settings; one file holds those of the first, {settings}")
-    weights = _whole_weights(layers, state_dict)
-    if settings["peft_type"] == LORA:
-        del settings["num_specific_experts"]
+    numbers = {n: layer.num_specific_experts for n, layer in layers.items() if isinstance(layer, ExpertLoRALinear)}
+    if numbers:
+        same = len(set(numbers.values())) == 1
+        settings["num_specific_experts"] = next(iter(numbers.values())) if same else numbers
+    weights = _whole_weights(layers, settings, state_dict)
     config = settings | {
-        "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "lora_dropout": first.dropout,
-        "target_modules": sorted(layers), "bias": "none", "inference_mode": True,
+        "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "target_modules": sorted(layers),
+        "bias": "none", "inference_mode": True,
     }  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,14 +75,17 @@ def save_adapter(
     write_json(folder / CONFIG, config)
 
 
-def _whole_weights(layers: Mapping[str, AdaptedLinear], state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def _whole_weights(
+    layers: Mapping[str, AdaptedLinear], config: Mapping[str, Any], state_dict: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
     """The tensors of an adapter's file; ValueError for one that is missing or not whole."""
     weights = {}
-    for name, layer in layers.items():
-        settings = _settings(layer)
-        for end, part in parts(settings["peft_type"], layer, layer.rank, settings["num_specific_experts"]).items():
+    for name, layer in blank(layers, type(next(iter(layers.values()))), config).items():
+        for end, part in parts(config["peft_type"], layer).items():
             key = f"{name}.{part.parameter}"
-            tensor = getattr(layer, part.parameter) if state_dict is None else state_dict.get(key, torch.empty(0))
+            tensor = (
+                getattr(layers[name], part.parameter) if state_dict is None else state_dict.get(key, torch.empty(0))
+            )
             if hasattr(tensor, "to_local") or tensor.is_meta or list(tensor.shape) != part.shape:
                 raise ValueError(
                     f"{key}: found nothing or a part of it, expected the whole {part.shape}; gather it from all ranks "
@@ -80,33 +97,38 @@ def _whole_weights(layers: Mapping[str, AdaptedLinear], state_dict: Mapping[str,
 
 def _settings(layer: AdaptedLinear) -> dict[str, Any]:
     """What one adapter's layers have in common, under the names of the config."""
-    experts = layer.num_specific_experts if isinstance(layer, ExpertLoRALinear) else 0
-    return {
-        "peft_type": EXPERTS if experts else LORA, "r": layer.rank, "lora_alpha": layer.alpha,
-        "use_rslora": layer.rslora, "num_specific_experts": experts,
-    }  # fmt: skip
+    found = {key: getattr(layer, own) for key, own in SETTINGS.items() if hasattr(layer, own)}
+    kind = EXPERTS if found.pop("num_specific_experts", 0) else LORA
+    own_type = {} if type(layer) in (ExpertLoRALinear, LoRALinear) else {"layer_type": type(layer).__name__}
+    return {"peft_type": kind} | own_type | found
 
 
 def load_adapter(
-    model: nn.Module, folder: str | Path, *, name: str = "default", uniform_routing: bool = False
-) -> list[str]:
+    model: nn.Module, folder: str | Path, *, name: str = "default", uniform_routing: bool = False,
+    layer_type: type[ExpertLoRALinear] = ExpertLoRALinear,
+) -> list[str]:  # fmt: skip
     """Attach the adapter of `folder` to a model as `name`, fill and activate it; returns the adapted layers' names.
 
     The weights' keys say which layers are adapted. The published MoE-Adapter's layout is known by its keys; its code
     drops the routers when it saves, so its own reload routes at random. Here that is an error, unless `uniform_routing`
     asks for W_g = W_n = 0, equal gates of 1/N, wherever they are missing. Its layers compute with our gate: no noise in
-    evaluation, float32.
+    evaluation, float32. Experts with a gate of their own need its `layer_type`, as `inject_experts` does.
 
     Raises ValueError, before the model is changed, for a missing or broken file, what pedgpt cannot reproduce, a name
     that is taken, a layer that the model lacks, and missing, unexpected or misshapen tensors.
     """
     folder = Path(folder)
     config = read_config(folder)
-    experts, tensors = read_tensors(folder, config, linear_layers(model), uniform_routing)
-    settings = {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0)}
-    settings |= {"rslora": config.get("use_rslora", False)} | ({"num_specific_experts": experts} if experts else {})
+    saved = config.get("layer_type", ExpertLoRALinear.__name__)
+    if config["peft_type"] == EXPERTS and saved != layer_type.__name__:
+        raise ValueError(f"{folder}: holds layers of type {saved}; give load_adapter that class as layer_type")
+    kind, tensors = read_tensors(folder, config, linear_layers(model), uniform_routing, layer_type)
+    settings: dict[str, Any] = {own: config[key] for key, own in SETTINGS.items() if key in config}
     try:
-        (inject_experts if experts else inject_lora)(model, target_modules=list(tensors), name=name, **settings)
+        if kind is LoRALinear:
+            inject_lora(model, target_modules=list(tensors), name=name, **settings)
+        else:
+            inject_experts(model, target_modules=list(tensors), name=name, layer_type=layer_type, **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from None
     layers = adapted_layers(model)

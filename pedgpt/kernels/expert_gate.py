@@ -1,13 +1,14 @@
 """What lies between the two skinny products of a packed mixture of experts: the noisy softmax gate.
 
-    s = x Aᵀ,  G = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ)),  h = c · s ⊙ [1, G_1 … G_N]
+    s = x Aᵀ,  G = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ)),  h = c · s ⊙ w,  w = [1 … 1, G_1 … G_N]
 
 `down_gate` goes from x to h, `down_gate_backward` from dy back to d(x Pᵀ), where P stacks A, W_g and W_n. In Triton
 each is a skinny product, split along its long axis so that every multiprocessor has work, and one pointwise kernel.
 
-Letters: T tokens, D width of x, O width of y, N specific experts, r rank, R = (N+1)·r columns of s and h (universal
-expert first), C = R + 2N rows of P, or R + N without noise. P may have more rows: zeros that align its products, and
-W_n where there is no noise. N = 0 is plain LoRA, which has no gate.
+Letters: T tokens, D width of x, O width of y, U universal and N specific experts, universal ones first, E = U + N, r
+rank, R = E·r columns of h, S those of s: R, or r where all experts share one A. C = S + 2N rows of P, or S + N without
+noise, or S where gates are given. P may have more rows: zeros that align its products, and W_g and W_n where they play
+no part. N = 0 is plain LoRA, which has no gate.
 """
 
 from __future__ import annotations
@@ -27,8 +28,20 @@ if triton is not None:
 ALIGNMENT = 16  # P gets rows of zeros up to such a number on a GPU, which then reads and writes 16 bytes at once
 
 
+class Mixture(NamedTuple):
+    """How many experts there are, and how their outputs are added up."""
+
+    experts: int  # specific ones, N
+    rank: int
+    scaling: float
+    universal: int = 1  # experts that are always on, U
+    shared: bool = False  # all experts have one A
+    top_k: int = 0  # so many specific experts have a weight; 0: all of them
+    given: bool = False  # the gates come from outside
+
+
 class Gated(NamedTuple):
-    """`down_gate`'s results: h and s [T, R] in the dtype of x; gates and slope [T, N] in float32 at least.
+    """`down_gate`'s results: h [T, R] and s [T, S] in the dtype of x; gates and slope [T, N] in float32 at least.
 
     `slope` is ε ⊙ sigmoid(x W_nᵀ), the derivative of the noise term; None without noise. gates is None if N = 0.
     `totals` [N + 2] float64: sums over tokens of the gates, of their entropy, and the number of tokens, if asked for.
@@ -41,18 +54,24 @@ class Gated(NamedTuple):
     totals: Tensor | None = None
 
 
-def expert_gate(routes: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(G, slope) [T, N] from x W_gᵀ, with noise ε [T, N] from x W_gᵀ and x W_nᵀ side by side; in float32 at least."""
-    routes = routes.to(torch.promote_types(routes.dtype, torch.float32))
-    if noise is None:
-        return routes.softmax(-1), None
-    clean, spread = routes.chunk(2, dim=-1)
-    noise = noise.to(routes.dtype)
-    return torch.addcmul(clean, noise, F.softplus(spread)).softmax(-1), noise * spread.sigmoid()
+def expert_gate(routes: Tensor, noise: Tensor | None, top_k: int = 0) -> tuple[Tensor, Tensor | None]:
+    """(G, slope) [T, N] from x W_gᵀ, with noise ε [T, N] from x W_gᵀ and x W_nᵀ side by side; in float32 at least.
+
+    Only the `top_k` largest routes count, of equal ones the first; 0: all.
+    """
+    routes, slope = routes.to(torch.promote_types(routes.dtype, torch.float32)), None
+    if noise is not None:
+        clean, spread = routes.chunk(2, dim=-1)
+        noise = noise.to(routes.dtype)
+        routes, slope = torch.addcmul(clean, noise, F.softplus(spread)), noise * spread.sigmoid()
+    if 0 < top_k < routes.shape[-1]:
+        others = routes.sort(dim=-1, descending=True, stable=True).indices[..., top_k:]
+        routes = routes.scatter(-1, others, -torch.inf)
+    return routes.softmax(-1), slope
 
 
 def expert_gate_backward(dgates: Tensor, gates: Tensor, slope: Tensor | None) -> Tensor:
-    """The gradient of `expert_gate`'s routes."""
+    """The gradient of `expert_gate`'s routes; a gate of 0, as beside the top k, gives its route a gradient of 0."""
     dclean = gates * (dgates - (gates * dgates).sum(-1, keepdim=True))
     return dclean if slope is None else torch.cat((dclean, dclean * slope), dim=-1)
 
@@ -64,11 +83,17 @@ def gate_totals(gates: Tensor, count: Tensor | bool = True) -> Tensor:
     return (values * count.reshape(-1, 1) if isinstance(count, Tensor) else values).sum(0, dtype=torch.float64)
 
 
-def _scaled(s: Tensor, gates: Tensor, scaling: float) -> Tensor:
-    """c · s ⊙ [1, G_1 … G_N], every weight over the r columns of its expert."""
-    weights = F.pad(gates, (1, 0), value=1.0).mul_(scaling)[..., None]
-    (tokens, columns), experts = s.shape, weights.shape[1]
-    return (s.view(tokens, experts, columns // experts) * weights).flatten(-2).to(s.dtype)
+def gate_totals_backward(dtotals: Tensor, gates: Tensor, count: Tensor | bool) -> Tensor:
+    """The gradient of `gate_totals`' gates [T, N]."""
+    logarithm = torch.where(gates > 0, gates, 1.0).log()
+    dgates = dtotals[:-2].to(gates.dtype) - dtotals[-2].to(gates.dtype) * (1 + logarithm)
+    return dgates * count[:, None] if isinstance(count, Tensor) else dgates
+
+
+def _weighted(s: Tensor, gates: Tensor, mixture: Mixture) -> Tensor:
+    """c · [w_1 s_1 … w_E s_E] [T, E, r], in the dtype of the gates."""
+    weights = F.pad(gates, (mixture.universal, 0), value=1.0).mul_(mixture.scaling)[..., None]
+    return s.unflatten(-1, (-1, mixture.rank)) * weights
 
 
 if triton is not None:
@@ -114,35 +139,47 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["key", "length", "tokens"])
     def gate_fwd_kernel(product, noise, rows, key, length, where, h, s, gates, slope, totals, tokens, columns, scaling,
-                        EXPERTS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr,
+                        EXPERTS: tl.constexpr, RANK: tl.constexpr, UNIVERSAL: tl.constexpr, SHARED: tl.constexpr,
+                        TOP_K: tl.constexpr, GIVEN: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr,
                         RANK_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr):  # fmt: skip
         """h, s, gates, slope and this program's totals of BLOCK_T tokens, from product [splits, T, columns] = x Pᵀ.
 
-        The noise is `noise` [T, N], or the stream of `key` and `rows` [B], or none if both are None.
+        The noise is `noise` [T, N], or the stream of `key` and `rows` [B], or none if both are None. If the gates are
+        GIVEN, they are read instead.
         """
-        HIDDEN: tl.constexpr = (EXPERTS + 1) * RANK
+        HIDDEN: tl.constexpr = (EXPERTS + UNIVERSAL) * RANK
+        OF_A: tl.constexpr = RANK if SHARED else HIDDEN
         token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         some, size, expert = token < tokens, tokens.to(tl.int64) * columns, tl.arange(0, EXPERT_BLOCK)
         gate = tl.zeros((BLOCK_T, EXPERT_BLOCK), tl.float32)
         if EXPERTS > 0:
             mask = some[:, None] & (expert < EXPERTS)[None, :]
-            route_at = product + token[:, None] * columns + (HIDDEN + expert)[None, :]
             gate_at = token[:, None] * EXPERTS + expert[None, :]
-            route = _sum_splits(route_at, mask, size, SPLITS)
-            if slope is not None:
-                if rows is not None:
-                    epsilon = _normal(key, rows, length, token, expert, some)
-                else:
-                    epsilon = tl.load(noise + gate_at, mask=mask, other=0.0)
-                spread = _sum_splits(route_at + EXPERTS, mask, size, SPLITS)
-                # log(1 + e^z) and its derivative, from e^-|z|, which cannot overflow
-                decay = tl.exp(-tl.abs(spread))
-                route += epsilon * (tl.maximum(spread, 0.0) + tl.log(1.0 + decay))
-                tl.store(slope + gate_at, epsilon * tl.where(spread >= 0, 1.0, decay) / (1.0 + decay), mask=mask)
-            route = tl.where((expert < EXPERTS)[None, :], route, float("-inf"))
-            exponential = tl.exp(route - tl.max(route, axis=1)[:, None])
-            gate = exponential / tl.sum(exponential, axis=1)[:, None]
-            tl.store(gates + gate_at, gate, mask=mask)
+            if GIVEN:
+                gate = tl.load(gates + gate_at, mask=mask, other=0.0)
+            else:
+                route_at = product + token[:, None] * columns + (OF_A + expert)[None, :]
+                route = _sum_splits(route_at, mask, size, SPLITS)
+                if slope is not None:
+                    if rows is not None:
+                        epsilon = _normal(key, rows, length, token, expert, some)
+                    else:
+                        epsilon = tl.load(noise + gate_at, mask=mask, other=0.0)
+                    spread = _sum_splits(route_at + EXPERTS, mask, size, SPLITS)
+                    # log(1 + e^z) and its derivative, from e^-|z|, which cannot overflow
+                    decay = tl.exp(-tl.abs(spread))
+                    route += epsilon * (tl.maximum(spread, 0.0) + tl.log(1.0 + decay))
+                    tl.store(slope + gate_at, epsilon * tl.where(spread >= 0, 1.0, decay) / (1.0 + decay), mask=mask)
+                route = tl.where((expert < EXPERTS)[None, :], route, float("-inf"))
+                left = route
+                for _ in range(TOP_K):  # The first of the largest goes out of `left`.
+                    best = tl.argmax(left, axis=1)[:, None] == expert[None, :]
+                    left = tl.where(best, float("-inf"), left)
+                if TOP_K > 0:
+                    route = tl.where(left == float("-inf"), route, float("-inf"))
+                exponential = tl.exp(route - tl.max(route, axis=1)[:, None])
+                gate = exponential / tl.sum(exponential, axis=1)[:, None]
+                tl.store(gates + gate_at, gate, mask=mask)
             if totals is not None:
                 counts = some
                 if where is not None:
@@ -153,24 +190,30 @@ if triton is not None:
                 tl.store(totals + expert, tl.sum(counted, axis=0), mask=expert < EXPERTS)
                 tl.store(totals + EXPERTS, tl.sum(tl.sum(entropy, axis=1), axis=0))
                 tl.store(totals + EXPERTS + 1, tl.sum(counts.to(tl.float32), axis=0))
-        for j in range(EXPERTS + 1):
-            weight = tl.sum(tl.where((expert + 1 == j)[None, :], gate, 0.0), axis=1)
-            weight = scaling * tl.where(j == 0, 1.0, weight)[:, None]
+        for j in range(EXPERTS + UNIVERSAL):
+            weight = tl.sum(tl.where((expert + UNIVERSAL == j)[None, :], gate, 0.0), axis=1)
+            weight = scaling * tl.where(j < UNIVERSAL, 1.0, weight)[:, None]
             for start in range(0, RANK, RANK_BLOCK):
                 inner = start + tl.arange(0, RANK_BLOCK)
                 some_inner = some[:, None] & (inner < RANK)[None, :]
                 column = (j * RANK + inner)[None, :]
-                s_tile = _sum_splits(product + token[:, None] * columns + column, some_inner, size, SPLITS)
-                at = token[:, None] * HIDDEN + column
-                tl.store(s + at, s_tile.to(s.dtype.element_ty), mask=some_inner)
-                tl.store(h + at, (weight * s_tile).to(h.dtype.element_ty), mask=some_inner)
+                of_A = inner[None, :] if SHARED else column
+                s_tile = _sum_splits(product + token[:, None] * columns + of_A, some_inner, size, SPLITS)
+                tl.store(s + token[:, None] * OF_A + of_A, s_tile.to(s.dtype.element_ty), mask=some_inner)
+                h_at = h + token[:, None] * HIDDEN + column
+                tl.store(h_at, (weight * s_tile).to(h.dtype.element_ty), mask=some_inner)
 
     @triton.jit(do_not_specialize=["tokens"])
-    def gate_bwd_kernel(product, s, gates, slope, ds, h, tokens, columns, scaling,
-                        EXPERTS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr,
-                        RANK_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr):  # fmt: skip
-        """ds [T, columns] and h [T, R] of BLOCK_T tokens, from product [splits, T, R] = dy B."""
-        HIDDEN: tl.constexpr = (EXPERTS + 1) * RANK
+    def gate_bwd_kernel(product, s, gates, slope, where, dtotals, ds, h, dgates, tokens, columns, scaling,
+                        EXPERTS: tl.constexpr, RANK: tl.constexpr, UNIVERSAL: tl.constexpr, SHARED: tl.constexpr,
+                        SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, RANK_BLOCK: tl.constexpr,
+                        EXPERT_BLOCK: tl.constexpr):  # fmt: skip
+        """ds [T, columns] and h [T, R] of BLOCK_T tokens, from product [splits, T, R] = dy B.
+
+        Where gates were given, `dgates` [T, N] is their gradient, and ds has none of routes.
+        """
+        HIDDEN: tl.constexpr = (EXPERTS + UNIVERSAL) * RANK
+        OF_A: tl.constexpr = RANK if SHARED else HIDDEN
         token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         some, size, expert = token < tokens, tokens.to(tl.int64) * HIDDEN, tl.arange(0, EXPERT_BLOCK)
         mask = some[:, None] & (expert < EXPERTS)[None, :]
@@ -179,32 +222,49 @@ if triton is not None:
         dgate = tl.zeros((BLOCK_T, EXPERT_BLOCK), tl.float32)
         if EXPERTS > 0:
             gate = tl.load(gates + gate_at, mask=mask, other=0.0)
-        for j in range(EXPERTS + 1):
-            weight = tl.sum(tl.where((expert + 1 == j)[None, :], gate, 0.0), axis=1)
-            weight = scaling * tl.where(j == 0, 1.0, weight)[:, None]
-            inner_product = tl.zeros((BLOCK_T,), tl.float32)
-            for start in range(0, RANK, RANK_BLOCK):
-                inner = start + tl.arange(0, RANK_BLOCK)
-                some_inner = some[:, None] & (inner < RANK)[None, :]
+        for start in range(0, RANK, RANK_BLOCK):
+            inner = start + tl.arange(0, RANK_BLOCK)
+            some_inner = some[:, None] & (inner < RANK)[None, :]
+            total = tl.zeros((BLOCK_T, RANK_BLOCK), tl.float32)  # of all experts that share one A
+            for j in range(EXPERTS + UNIVERSAL):
+                weight = tl.sum(tl.where((expert + UNIVERSAL == j)[None, :], gate, 0.0), axis=1)
+                weight = scaling * tl.where(j < UNIVERSAL, 1.0, weight)[:, None]
                 column = (j * RANK + inner)[None, :]
+                of_A = inner[None, :] if SHARED else column
                 at = token[:, None] * HIDDEN + column
                 dh = _sum_splits(product + at, some_inner, size, SPLITS)
-                s_tile = tl.load(s + at, mask=some_inner, other=0.0).to(tl.float32)
-                inner_product += tl.sum(dh * s_tile, axis=1)
-                ds_at = ds + token[:, None] * columns + column
-                tl.store(ds_at, (weight * dh).to(ds.dtype.element_ty), mask=some_inner)
+                s_tile = tl.load(s + token[:, None] * OF_A + of_A, mask=some_inner, other=0.0).to(tl.float32)
+                inner_product = tl.sum(dh * s_tile, axis=1)[:, None]
+                dgate += tl.where((expert + UNIVERSAL == j)[None, :], inner_product, 0.0)
                 tl.store(h + at, (weight * s_tile).to(h.dtype.element_ty), mask=some_inner)
-            dgate += tl.where((expert + 1 == j)[None, :], scaling * inner_product[:, None], 0.0)
+                total = weight * dh + (total if SHARED else 0.0)
+                if not SHARED:
+                    ds_at = ds + token[:, None] * columns + column
+                    tl.store(ds_at, total.to(ds.dtype.element_ty), mask=some_inner)
+            if SHARED:
+                ds_at = ds + token[:, None] * columns + inner[None, :]
+                tl.store(ds_at, total.to(ds.dtype.element_ty), mask=some_inner)
+        dgate *= scaling
+        if dtotals is not None:
+            of_gates = tl.load(dtotals + expert, mask=expert < EXPERTS, other=0.0)[None, :]
+            of_gates -= tl.load(dtotals + EXPERTS) * (1.0 + tl.log(tl.where(gate > 0, gate, 1.0)))
+            if where is not None:
+                of_gates = tl.where((tl.load(where + token, mask=some, other=0) != 0)[:, None], of_gates, 0.0)
+            dgate += of_gates
         # What follows the columns of A: the routes', then zeros for the rows of P that played no part.
-        at = ds + token[:, None] * columns + (HIDDEN + expert)[None, :]
-        dclean = gate * (dgate - tl.sum(gate * dgate, axis=1)[:, None])
-        tl.store(at, dclean.to(ds.dtype.element_ty), mask=mask)
-        used = EXPERTS
-        if slope is not None:
-            dspread = dclean * tl.load(slope + gate_at, mask=mask, other=0.0)
-            tl.store(at + EXPERTS, dspread.to(ds.dtype.element_ty), mask=mask)
-            used = 2 * EXPERTS
-        for start in range(HIDDEN + used, columns, EXPERT_BLOCK):
+        at = ds + token[:, None] * columns + (OF_A + expert)[None, :]
+        used = OF_A
+        if dgates is not None:
+            tl.store(dgates + gate_at, dgate, mask=mask)
+        else:
+            dclean = gate * (dgate - tl.sum(gate * dgate, axis=1)[:, None])
+            tl.store(at, dclean.to(ds.dtype.element_ty), mask=mask)
+            used = OF_A + EXPERTS
+            if slope is not None:
+                dspread = dclean * tl.load(slope + gate_at, mask=mask, other=0.0)
+                tl.store(at + EXPERTS, dspread.to(ds.dtype.element_ty), mask=mask)
+                used = OF_A + 2 * EXPERTS
+        for start in range(used, columns, EXPERT_BLOCK):
             rest = (start + expert)[None, :]
             tl.store(ds + token[:, None] * columns + rest, 0.0, mask=some[:, None] & (rest < columns))
 
@@ -229,73 +289,94 @@ def _skinny(x: Tensor, w: Tensor) -> Tensor:
     return out
 
 
-def _settings(product: Tensor, experts: int, rank: int) -> tuple[int, dict[str, int]]:
+def _settings(product: Tensor, mixture: Mixture) -> tuple[int, dict[str, int]]:
     """(programs, settings) of the pointwise kernels, whose tiles of tokens × experts must fit into registers."""
-    block = triton.next_power_of_2(max(2, experts))
+    block = triton.next_power_of_2(max(2, mixture.experts))
     block_t = max(2, min(32, 512 // block))
     return triton.cdiv(product.shape[1], block_t), {
-        "EXPERTS": experts, "RANK": rank, "SPLITS": len(product), "EXPERT_BLOCK": block, "BLOCK_T": block_t,
-        "RANK_BLOCK": min(64, triton.next_power_of_2(rank)),
+        "EXPERTS": mixture.experts, "RANK": mixture.rank, "UNIVERSAL": mixture.universal, "SHARED": mixture.shared,
+        "SPLITS": len(product), "EXPERT_BLOCK": block, "BLOCK_T": block_t,
+        "RANK_BLOCK": min(64, triton.next_power_of_2(mixture.rank)),
     }  # fmt: skip
 
 
-def _gate_triton(
-    product: Tensor, noise: Any, experts: int, rank: int, scaling: float, count: Any, dtype: torch.dtype
-) -> Gated:  # fmt: skip
-    (_, tokens, columns), (programs, settings) = product.shape, _settings(product, experts, rank)
-    h, s = (product.new_empty(tokens, (experts + 1) * rank, dtype=dtype) for _ in range(2))
-    gates = product.new_empty(tokens, experts) if experts else None
+def _gate_triton(product: Tensor, noise: Any, given: Any, mixture: Mixture, count: Any, dtype: torch.dtype) -> Gated:
+    (_, tokens, columns), (programs, settings) = product.shape, _settings(product, mixture)
+    experts, hidden = mixture.experts, (mixture.experts + mixture.universal) * mixture.rank
+    h = product.new_empty(tokens, hidden, dtype=dtype)
+    s = product.new_empty(tokens, mixture.rank if mixture.shared else hidden, dtype=dtype)
+    gates = product.new_empty(tokens, experts) if experts and given is None else given
     slope = None if noise is None or gates is None else torch.empty_like(gates)
     totals = product.new_empty(programs, experts + 2) if experts and count is not False else None
     source: Any = (noise.float().contiguous() if isinstance(noise, Tensor) else None, None, 0, 0)
     if noise is not None and source[0] is None:
         source = (None, noise.rows, noise.key, tokens // max(1, len(noise.rows)))
-    results = h, s, gates, slope, totals, tokens, columns, scaling
-    gate_fwd_kernel[(programs,)](product, *source, count if isinstance(count, Tensor) else None, *results, **settings)
+    results = h, s, gates, slope, totals, tokens, columns, mixture.scaling
+    gate_fwd_kernel[(programs,)](
+        product, *source, count if isinstance(count, Tensor) else None, *results,
+        TOP_K=mixture.top_k, GIVEN=mixture.given, **settings,
+    )  # fmt: skip
     return Gated(h, s, gates, slope, None if totals is None else totals.sum(0, dtype=torch.float64))
 
 
-def _gate_backward_triton(dh: Tensor, s: Tensor, gates: Any, slope: Any, scaling: float, columns: int) -> Any:
-    experts = 0 if gates is None else gates.shape[1]
-    programs, settings = _settings(dh, experts, s.shape[1] // (experts + 1))
-    ds, h = s.new_empty(len(s), columns), torch.empty_like(s)
-    gate_bwd_kernel[(programs,)](dh, s, gates, slope, ds, h, len(s), columns, scaling, **settings)
-    return ds, h
+def _gate_backward_triton(
+    dh: Tensor, s: Tensor, gates: Any, slope: Any, mixture: Mixture, columns: int, dtotals: Any, count: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    programs, settings = _settings(dh, mixture)
+    ds, h = s.new_empty(len(s), columns), s.new_empty(dh.shape[1:])
+    dgates = torch.empty_like(gates) if mixture.given else None
+    where = count if isinstance(count, Tensor) else None
+    operands = dh, s, gates, slope, where, None if dtotals is None else dtotals.float(), ds, h, dgates
+    gate_bwd_kernel[(programs,)](*operands, len(s), columns, mixture.scaling, **settings)
+    return ds, h, dgates
 
 
 def down_gate(
-    x: Tensor, packed: Tensor, noise: Any, *, experts: int, rank: int, scaling: float,
+    x: Tensor, packed: Tensor, noise: Any, mixture: Mixture, *, given: Tensor | None = None,
     dropped: Tensor | None = None, count: Tensor | bool = False, impl: str,
 ) -> Gated:  # fmt: skip
-    """From x [T, D] and P = `packed` [C, D] to h. `noise`: ε [T, N], in Triton also a stream; `dropped` [T, D]: what A
-    reads for x; `count`: True, or the tokens [T] of which to return the totals."""
-    times, columns = _skinny if impl == "triton" else product, (experts + 1) * rank
+    """From x [T, D] and P = `packed` [C, D] to h. `noise`: ε [T, N], in Triton also a stream; `given`: gates [T, N] in
+    place of the routes; `dropped` [T, D]: what A reads for x; `count`: True, or the tokens [T] of which to return the
+    totals."""
+    experts, rank, times = mixture.experts, mixture.rank, _skinny if impl == "triton" else product
+    columns = rank if mixture.shared else (experts + mixture.universal) * rank
     if impl == "torch":
-        packed = packed[: columns + experts * (1 if noise is None else 2)]
+        packed = packed[: columns + experts * (0 if mixture.given else 1 if noise is None else 2)]
     both = times(x, packed if dropped is None else packed[columns:])
     if dropped is not None:
         both = torch.cat((times(dropped, packed[:columns]), both), dim=-1)
     if impl == "triton":
-        return _gate_triton(both, noise, experts, rank, scaling, count, x.dtype)
+        return _gate_triton(both, noise, given, mixture, count, x.dtype)
     s, routes = both.tensor_split([columns], dim=-1)
     if experts == 0:
-        return Gated(s * scaling, s, None, None)
-    gates, slope = expert_gate(routes, noise)
-    return Gated(_scaled(s, gates, scaling), s, gates, slope, None if count is False else gate_totals(gates, count))
+        return Gated(s * mixture.scaling, s, None, None)
+    gates, slope = expert_gate(routes, noise, mixture.top_k) if given is None else (given, None)
+    h = _weighted(s, gates, mixture).flatten(-2).to(s.dtype)
+    return Gated(h, s, gates, slope, None if count is False else gate_totals(gates, count))
 
 
 def down_gate_backward(
-    dy: Tensor, lora_B: Tensor, s: Tensor, gates: Any, slope: Any, *, scaling: float, columns: int, impl: str
-) -> tuple[Tensor, Tensor]:
-    """From dy [T, O] to (d(x Pᵀ) [T, C], h [T, R]), with B [O, R] and what `down_gate` gave.
+    dy: Tensor, lora_B: Tensor, s: Tensor, gates: Any, slope: Any, mixture: Mixture, *, columns: int,
+    dtotals: Tensor | None = None, count: Tensor | bool = True, impl: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """From dy [T, O] and the gradient of the totals to (d(x Pᵀ) [T, C], h [T, R], the gradient of gates that were
+    given), with B [O, R] and what `down_gate` gave.
 
     In Triton the first is [T, `columns`], for all rows of P.
     """
     if impl == "triton":
-        return _gate_backward_triton(_skinny(dy, lora_B.t()), s.contiguous(), gates, slope, scaling, columns)
+        dh = _skinny(dy, lora_B.t())
+        return _gate_backward_triton(dh, s.contiguous(), gates, slope, mixture, columns, dtotals, count)
     dh = product(dy, lora_B.t())
     if gates is None:
-        return dh * scaling, s * scaling
-    each = (dh.to(gates.dtype) * s).unflatten(-1, (gates.shape[-1] + 1, -1))[:, 1:].sum(-1)
-    droutes = expert_gate_backward(scaling * each, gates, slope)
-    return torch.cat((_scaled(dh, gates, scaling), droutes.to(dh.dtype)), dim=-1), _scaled(s, gates, scaling)
+        return dh * mixture.scaling, s * mixture.scaling, None
+    each = dh.to(gates.dtype).unflatten(-1, (-1, mixture.rank)) * s.unflatten(-1, (-1, mixture.rank))
+    dgates = mixture.scaling * each[:, mixture.universal :].sum(-1)
+    if dtotals is not None:
+        dgates = dgates + gate_totals_backward(dtotals, gates, count)
+    ds = _weighted(dh, gates, mixture)
+    ds = (ds.sum(1) if mixture.shared else ds.flatten(-2)).to(dh.dtype)
+    if not mixture.given:
+        ds = torch.cat((ds, expert_gate_backward(dgates, gates, slope).to(dh.dtype)), dim=-1)
+    h = _weighted(s, gates, mixture).flatten(-2).to(s.dtype)
+    return ds, h, dgates if mixture.given else None

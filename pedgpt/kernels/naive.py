@@ -3,7 +3,7 @@
 Autograd differentiates these forms, so a compiler and torch.func can follow them. None is fast, and none saves memory.
 
 Letters: B batch, T query tokens, S key tokens, H heads, G key-value heads, K head_dim, D hidden, V vocabulary. Of the
-experts: D width of x, O width of y, N specific ones, r rank; the universal one comes first. Of the head: N all tokens.
+experts: D width of x, O width of y, U universal and N specific ones, E = U + N, r rank. Of the head: N all tokens.
 """
 
 from __future__ import annotations
@@ -65,26 +65,41 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def expert_gate(x: Tensor, router: Tensor, router_noise: Tensor, noise: Tensor | None = None) -> Tensor:
-    """G(x) [..., N] = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ)), W_g and W_n [N, D]; without `noise` ε is 0."""
+def expert_gate(
+    x: Tensor, router: Tensor, router_noise: Tensor, noise: Tensor | None = None, top_k: int | None = None
+) -> Tensor:
+    """G(x) [..., N] = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ)), W_g and W_n [N, D]; without `noise` ε is 0.
+
+    With `top_k` the routes outside the k largest are −∞; of equal routes the first are the largest.
+    """
     routes = x @ router.T
     if noise is not None:
         routes = routes + noise * F.softplus(x @ router_noise.T)
+    if top_k is not None:
+        places = routes.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        routes = routes.masked_fill(places >= top_k, -torch.inf)
     return routes.softmax(-1)
 
 
-def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, gates: Tensor, scaling: float
-) -> Tensor:
-    """y = x Wᵀ (+ b) + c ( B_u A_u x + Σ_j G_j B_j A_j x ), with A [(N+1) r, D], B [O, (N+1) r] and gates [..., N].
+def balance(gates: Tensor) -> Tensor:
+    """CV²(s), the variance over the square of the mean, of s = Σ_tokens G [N] (Shazeer et al. 2017); gates [..., N]."""
+    sums = gates.flatten(0, -2).sum(0)
+    return sums.var(correction=0) / sums.mean() ** 2
 
-    Plain LoRA has gates [..., 0].
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, gates: Tensor, scaling: float,
+    universal: int = 1, shared: bool = False,
+) -> Tensor:  # fmt: skip
+    """y = x Wᵀ (+ b) + c Σ_e w_e B_e A_e x, w = [1 … 1, G_1 … G_N] over U universal and N specific experts.
+
+    A [E r, D], or [r, D] where it is `shared` by all; B [O, E r], gates [..., N]. Plain LoRA has gates [..., 0].
     """
-    experts = gates.shape[-1] + 1
-    y = F.linear(x, weight, bias)
-    for j, (A, B) in enumerate(zip(lora_A.chunk(experts), lora_B.chunk(experts, dim=1), strict=True)):
-        expert = x @ A.T @ B.T
-        y = y + scaling * (expert if j == 0 else gates[..., j - 1, None] * expert)
+    weights = F.pad(gates, (universal, 0), value=1.0)
+    experts, y = weights.shape[-1], F.linear(x, weight, bias)
+    of_A = [lora_A] * experts if shared else lora_A.chunk(experts)
+    for e, (A, B) in enumerate(zip(of_A, lora_B.chunk(experts, dim=1), strict=True)):
+        y = y + scaling * weights[..., e, None] * (x @ A.T @ B.T)
     return y
 
 

@@ -63,7 +63,7 @@ BROKEN = {
     "no type": (set_config(peft_type=None), "peft_type None is not supported"),
     "no rank": (set_config(r=None), f"{CONFIG}: lacks r$"),
     "no rank, no alpha": (set_config(r=None, lora_alpha=None), "lacks r, lora_alpha"),
-    "rank of zero": (set_config(r=0), r"has the shape \[.*\], the model needs \["),
+    "rank of zero": (set_config(r=0), "rank must be a whole number of at least 1, found 0"),
     "rank is no integer": (set_config(r=2.0), "rank must be a whole number of at least 1, found 2.0"),
     "alpha is no number": (set_config(lora_alpha=float("nan")), "alpha must be a finite number, found nan"),
     "all dropped": (set_config(lora_dropout=1), r"dropout must be in \[0, 1\), found 1"),

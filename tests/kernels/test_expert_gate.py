@@ -11,6 +11,7 @@ import torch
 from pedgpt.adapters.experts import NoiseStream
 from pedgpt.kernels import expert_gate as module
 from pedgpt.kernels.expert_gate import (
+    Mixture,
     down_gate,
     down_gate_backward,
     expert_gate,
@@ -83,9 +84,9 @@ def error(found, truth):
 def test_both_directions_match_the_equations_in_float64(tokens, size_in, size_out, rank, experts, noisy, impl):
     noisy = noisy and experts > 0
     x, packed, noise, dy, lora_B = operands(tokens, size_in, size_out, rank, experts, noisy)
-    forward = down_gate(x, packed, noise, experts=experts, rank=rank, scaling=1.7, impl=impl)
-    ds, h = down_gate_backward(
-        dy, lora_B, forward.s, forward.gates, forward.slope, scaling=1.7, columns=len(packed), impl=impl
+    forward = down_gate(x, packed, noise, Mixture(experts, rank, 1.7), impl=impl)
+    ds, h, _ = down_gate_backward(
+        dy, lora_B, forward.s, forward.gates, forward.slope, Mixture(experts, rank, 1.7), columns=len(packed), impl=impl
     )
     found = {**forward._asdict(), "ds": ds, "again": h}
     for name, truth in definition(x, packed, noise, dy, lora_B, rank, experts, 1.7).items():
@@ -97,10 +98,10 @@ def test_both_directions_match_the_equations_in_float64(tokens, size_in, size_ou
 @with_and_without_noise
 def test_no_tokens_give_empty_results(noisy, impl):
     x, packed, noise, dy, lora_B = operands(0, 12, 9, 2, 3, noisy)
-    forward = down_gate(x, packed, noise, experts=3, rank=2, scaling=1.0, impl=impl)
+    forward = down_gate(x, packed, noise, Mixture(3, 2, 1.0), impl=impl)
     assert [t.shape for t in forward[:3]] == [(0, 8), (0, 8), (0, 3)] and (forward.slope is not None) == noisy
-    ds, h = down_gate_backward(
-        dy, lora_B, forward.s, forward.gates, forward.slope, scaling=1.0, columns=len(packed), impl=impl
+    ds, h, _ = down_gate_backward(
+        dy, lora_B, forward.s, forward.gates, forward.slope, Mixture(3, 2, 1.0), columns=len(packed), impl=impl
     )
     assert ds.shape == (0, 14 if noisy else 11) and h.shape == (0, 8)
 
@@ -113,9 +114,10 @@ def test_rows_of_p_that_play_no_part_get_a_gradient_of_zero(noisy, experts):
     more = torch.cat((packed, torch.full((5, 20), 3.0, device=DEVICE)))
     results = []
     for rows in (packed, more):
-        forward = down_gate(x, rows, noise, experts=experts, rank=2, scaling=1.7, impl="triton")
-        ds, h = down_gate_backward(
-            dy, lora_B, forward.s, forward.gates, forward.slope, scaling=1.7, columns=len(rows), impl="triton"
+        forward = down_gate(x, rows, noise, Mixture(experts, 2, 1.7), impl="triton")
+        ds, h, _ = down_gate_backward(
+            dy, lora_B, forward.s, forward.gates, forward.slope, Mixture(experts, 2, 1.7), columns=len(rows),
+            impl="triton",
         )
         results.append([forward.h, ds[:, : len(packed)], h])
         assert ds.shape == (37, len(rows)) and not ds[:, len(packed) :].any()
@@ -169,13 +171,17 @@ def launch(x, packed, noise, dy, lora_B, rank, experts, dtype, splits=1, blocks=
     slope = guarded.new(tokens, experts, dtype=torch.float32) if noisy else None
     ds = guarded.new(tokens, len(packed), dtype=dtype)
     forward, backward = skinny(x, packed, splits, blocks or {}, guarded), skinny(dy, lora_B.t(), splits, {}, guarded)
-    programs, settings = module._settings(forward, experts, rank)
+    mixture = Mixture(experts, rank, 1.7)
+    programs, settings = module._settings(forward, mixture)
     grid = (programs,)
     totals = guarded.new(*grid, experts + 2, dtype=torch.float32) if experts else None
     module.gate_fwd_kernel[grid](
-        forward, noise, None, 0, 0, None, h, s, gates, slope, totals, tokens, len(packed), 1.7, **settings
+        forward, noise, None, 0, 0, None, h, s, gates, slope, totals, tokens, len(packed), 1.7,
+        TOP_K=0, GIVEN=False, **settings,
+    )  # fmt: skip
+    module.gate_bwd_kernel[grid](
+        backward, s, gates, slope, None, None, ds, again, None, tokens, len(packed), 1.7, **settings
     )
-    module.gate_bwd_kernel[grid](backward, s, gates, slope, ds, again, tokens, len(packed), 1.7, **settings)
     assert guarded.untouched()
     found = {"h": h, "s": s, "gates": gates, "slope": slope, "ds": ds, "again": again, "totals": totals}
     assert all(tensor is None or tensor.isfinite().all() for tensor in found.values())
@@ -250,8 +256,7 @@ def test_the_kernel_draws_the_stream_of_the_torch_form(seed, tokens, experts):
     stream = NoiseStream(seed, 11, rows)
     x = torch.ones(len(rows) * tokens, 1, device=DEVICE)
     packed = torch.zeros(experts + 1 + 2 * experts, 1, device=DEVICE)
-    settings = {"experts": experts, "rank": 1, "scaling": 1.0, "impl": "triton"}
-    found = down_gate(x, packed, stream, **settings)
+    found = down_gate(x, packed, stream, Mixture(experts, 1, 1.0), impl="triton")
     expected = stream.normal(torch.zeros(len(rows), tokens, experts, dtype=torch.float64, device=DEVICE)).flatten(0, 1)
     torch.testing.assert_close(2 * found.slope.double(), expected, rtol=1e-6, atol=1e-7)
     gates = torch.softmax(math.log(2) * expected, -1)
@@ -266,7 +271,7 @@ def test_totals_match_sums_over_the_tokens_that_count(tokens, experts, which, no
     x, packed, noise, *_ = operands(tokens, 20, 9, 2, experts, noisy)
     where = torch.rand(tokens, generator=torch.Generator().manual_seed(0)).to(DEVICE) < (0.5 if which == "some" else 0)
     count = True if which == "all" else where
-    settings = {"experts": experts, "rank": 2, "scaling": 1.0, "impl": impl}
+    settings = {"mixture": Mixture(experts, 2, 1.0), "impl": impl}
     found = down_gate(x, packed, noise, count=count, **settings)
     gates = found.gates.double()[slice(None) if which == "all" else where]
     expected = torch.cat((gates.sum(0), -(gates * gates.log()).sum()[None], gates.new_tensor([len(gates)])))
@@ -311,7 +316,7 @@ def test_the_noise_scale_neither_overflows_nor_loses_its_tail(impl):
     x = spread[:, None].to(DEVICE)
     noise = torch.tensor([[1.0, 0.0]], device=DEVICE).repeat(len(x), 1)
     packed = torch.tensor([[0.0], [0], [0], [0], [0], [1], [1]], device=DEVICE)  # A, W_g and W_n
-    forward = down_gate(x, packed, noise, experts=2, rank=1, scaling=1.0, impl=impl)
+    forward = down_gate(x, packed, noise, Mixture(2, 1, 1.0), impl=impl)
     z = x.double()
     softplus = z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))
     expected = torch.cat([torch.sigmoid(softplus), torch.sigmoid(-softplus)], 1)
