@@ -5,10 +5,9 @@
 `down_gate` goes from x to h, `down_gate_backward` from dy back to d(x Pᵀ), where P stacks A, W_g and W_n. In Triton
 each is a skinny product, split along its long axis so that every multiprocessor has work, and one pointwise kernel.
 
-Letters: T tokens, D width of x, O width of y, U universal and N specific experts, universal ones first, E = U + N, r
-rank, R = E·r columns of h, S those of s: R, or r where all experts share one A. C = S + 2N rows of P, or S + N without
-noise, or S where gates are given. P may have more rows: zeros that align its products, and W_g and W_n where they play
-no part. N = 0 is plain LoRA, which has no gate.
+Letters: T tokens, D width of x, O width of y, U universal experts, then N specific ones, E = U + N, r rank, R = E·r
+columns of h, S those of s: R, or r where all share one A. C = S + 2N rows of P, S + N without noise, S where gates are
+given. P may have more rows: zeros that align its products, and routers that play no part. N = 0 is plain LoRA.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ ALIGNMENT = 16  # P gets rows of zeros up to such a number on a GPU, which then 
 
 
 class Mixture(NamedTuple):
-    """How many experts there are, and how their outputs are added up."""
+    """N specific experts of rank r, and how they are added up."""
 
-    experts: int  # specific ones, N
+    experts: int
     rank: int
     scaling: float
-    universal: int = 1  # experts that are always on, U
-    shared: bool = False  # all experts have one A
-    top_k: int = 0  # so many specific experts have a weight; 0: all of them
+    universal: int = 1  # experts that are always on
+    shared: bool = False  # all have one A
+    top_k: int = 0  # so many specific experts have a weight; 0: all
     given: bool = False  # the gates come from outside
 
 
@@ -56,9 +55,7 @@ class Gated(NamedTuple):
 
 def expert_gate(routes: Tensor, noise: Tensor | None, top_k: int = 0) -> tuple[Tensor, Tensor | None]:
     """(G, slope) [T, N] from x W_gᵀ, with noise ε [T, N] from x W_gᵀ and x W_nᵀ side by side; in float32 at least.
-
-    Only the `top_k` largest routes count, of equal ones the first; 0: all.
-    """
+    Only the `top_k` largest routes count, of equal ones the first; 0: all."""
     routes, slope = routes.to(torch.promote_types(routes.dtype, torch.float32)), None
     if noise is not None:
         clean, spread = routes.chunk(2, dim=-1)
@@ -83,17 +80,11 @@ def gate_totals(gates: Tensor, count: Tensor | bool = True) -> Tensor:
     return (values * count.reshape(-1, 1) if isinstance(count, Tensor) else values).sum(0, dtype=torch.float64)
 
 
-def gate_totals_backward(dtotals: Tensor, gates: Tensor, count: Tensor | bool) -> Tensor:
-    """The gradient of `gate_totals`' gates [T, N]."""
-    logarithm = torch.where(gates > 0, gates, 1.0).log()
-    dgates = dtotals[:-2].to(gates.dtype) - dtotals[-2].to(gates.dtype) * (1 + logarithm)
-    return dgates * count[:, None] if isinstance(count, Tensor) else dgates
-
-
-def _weighted(s: Tensor, gates: Tensor, mixture: Mixture) -> Tensor:
-    """c · [w_1 s_1 … w_E s_E] [T, E, r], in the dtype of the gates."""
+def _weighted(s: Tensor, gates: Tensor, mixture: Mixture, added: bool = False) -> Tensor:
+    """c · [w_1 s_1 … w_E s_E] side by side [T, R], or added up [T, r]."""
     weights = F.pad(gates, (mixture.universal, 0), value=1.0).mul_(mixture.scaling)[..., None]
-    return s.unflatten(-1, (-1, mixture.rank)) * weights
+    each = s.unflatten(-1, (-1, mixture.rank)) * weights
+    return (each.sum(1) if added else each.flatten(-2)).to(s.dtype)
 
 
 if triton is not None:
@@ -144,8 +135,7 @@ if triton is not None:
                         RANK_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr):  # fmt: skip
         """h, s, gates, slope and this program's totals of BLOCK_T tokens, from product [splits, T, columns] = x Pᵀ.
 
-        The noise is `noise` [T, N], or the stream of `key` and `rows` [B], or none if both are None. If the gates are
-        GIVEN, they are read instead.
+        The noise is `noise` [T, N], or the stream of `key` and `rows` [B], or none. GIVEN gates are read.
         """
         HIDDEN: tl.constexpr = (EXPERTS + UNIVERSAL) * RANK
         OF_A: tl.constexpr = RANK if SHARED else HIDDEN
@@ -175,15 +165,12 @@ if triton is not None:
                 for _ in range(TOP_K):  # The first of the largest goes out of `left`.
                     best = tl.argmax(left, axis=1)[:, None] == expert[None, :]
                     left = tl.where(best, float("-inf"), left)
-                if TOP_K > 0:
-                    route = tl.where(left == float("-inf"), route, float("-inf"))
+                route = tl.where((left == float("-inf")) | (TOP_K == 0), route, float("-inf"))
                 exponential = tl.exp(route - tl.max(route, axis=1)[:, None])
                 gate = exponential / tl.sum(exponential, axis=1)[:, None]
                 tl.store(gates + gate_at, gate, mask=mask)
             if totals is not None:
-                counts = some
-                if where is not None:
-                    counts = some & (tl.load(where + token, mask=some, other=0) != 0)
+                counts = some if where is None else tl.load(where + token, mask=some, other=0) != 0
                 counted = tl.where(counts[:, None], gate, 0.0)
                 entropy = -counted * tl.log(tl.where(counted > 0, counted, 1.0))
                 totals += tl.program_id(0) * (EXPERTS + 2)
@@ -208,10 +195,7 @@ if triton is not None:
                         EXPERTS: tl.constexpr, RANK: tl.constexpr, UNIVERSAL: tl.constexpr, SHARED: tl.constexpr,
                         SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, RANK_BLOCK: tl.constexpr,
                         EXPERT_BLOCK: tl.constexpr):  # fmt: skip
-        """ds [T, columns] and h [T, R] of BLOCK_T tokens, from product [splits, T, R] = dy B.
-
-        Where gates were given, `dgates` [T, N] is their gradient, and ds has none of routes.
-        """
+        """ds [T, columns], h [T, R] and, if gates were given, dgates of BLOCK_T tokens, from [splits, T, R] = dy B."""
         HIDDEN: tl.constexpr = (EXPERTS + UNIVERSAL) * RANK
         OF_A: tl.constexpr = RANK if SHARED else HIDDEN
         token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -225,7 +209,7 @@ if triton is not None:
         for start in range(0, RANK, RANK_BLOCK):
             inner = start + tl.arange(0, RANK_BLOCK)
             some_inner = some[:, None] & (inner < RANK)[None, :]
-            total = tl.zeros((BLOCK_T, RANK_BLOCK), tl.float32)  # of all experts that share one A
+            total = tl.zeros((BLOCK_T, RANK_BLOCK), tl.float32)  # over the experts so far, if they share one A
             for j in range(EXPERTS + UNIVERSAL):
                 weight = tl.sum(tl.where((expert + UNIVERSAL == j)[None, :], gate, 0.0), axis=1)
                 weight = scaling * tl.where(j < UNIVERSAL, 1.0, weight)[:, None]
@@ -238,22 +222,16 @@ if triton is not None:
                 dgate += tl.where((expert + UNIVERSAL == j)[None, :], inner_product, 0.0)
                 tl.store(h + at, (weight * s_tile).to(h.dtype.element_ty), mask=some_inner)
                 total = weight * dh + (total if SHARED else 0.0)
-                if not SHARED:
-                    ds_at = ds + token[:, None] * columns + column
-                    tl.store(ds_at, total.to(ds.dtype.element_ty), mask=some_inner)
-            if SHARED:
-                ds_at = ds + token[:, None] * columns + inner[None, :]
+                ds_at = ds + token[:, None] * columns + of_A
                 tl.store(ds_at, total.to(ds.dtype.element_ty), mask=some_inner)
         dgate *= scaling
         if dtotals is not None:
-            of_gates = tl.load(dtotals + expert, mask=expert < EXPERTS, other=0.0)[None, :]
-            of_gates -= tl.load(dtotals + EXPERTS) * (1.0 + tl.log(tl.where(gate > 0, gate, 1.0)))
-            if where is not None:
-                of_gates = tl.where((tl.load(where + token, mask=some, other=0) != 0)[:, None], of_gates, 0.0)
-            dgate += of_gates
+            counts = some if where is None else tl.load(where + token, mask=some, other=0) != 0
+            of_totals = tl.load(dtotals + expert, mask=expert < EXPERTS, other=0.0)[None, :]
+            of_totals -= tl.load(dtotals + EXPERTS) * (1.0 + tl.log(tl.where(gate > 0, gate, 1.0)))
+            dgate += tl.where(counts[:, None], of_totals, 0.0)
         # What follows the columns of A: the routes', then zeros for the rows of P that played no part.
-        at = ds + token[:, None] * columns + (OF_A + expert)[None, :]
-        used = OF_A
+        at, used = ds + token[:, None] * columns + (OF_A + expert)[None, :], OF_A
         if dgates is not None:
             tl.store(dgates + gate_at, dgate, mask=mask)
         else:
@@ -295,16 +273,15 @@ def _settings(product: Tensor, mixture: Mixture) -> tuple[int, dict[str, int]]:
     block_t = max(2, min(32, 512 // block))
     return triton.cdiv(product.shape[1], block_t), {
         "EXPERTS": mixture.experts, "RANK": mixture.rank, "UNIVERSAL": mixture.universal, "SHARED": mixture.shared,
-        "SPLITS": len(product), "EXPERT_BLOCK": block, "BLOCK_T": block_t,
-        "RANK_BLOCK": min(64, triton.next_power_of_2(mixture.rank)),
+        "RANK_BLOCK": min(64, triton.next_power_of_2(mixture.rank)), "SPLITS": len(product), "EXPERT_BLOCK": block,
+        "BLOCK_T": block_t,
     }  # fmt: skip
 
 
 def _gate_triton(product: Tensor, noise: Any, given: Any, mixture: Mixture, count: Any, dtype: torch.dtype) -> Gated:
     (_, tokens, columns), (programs, settings) = product.shape, _settings(product, mixture)
-    experts, hidden = mixture.experts, (mixture.experts + mixture.universal) * mixture.rank
-    h = product.new_empty(tokens, hidden, dtype=dtype)
-    s = product.new_empty(tokens, mixture.rank if mixture.shared else hidden, dtype=dtype)
+    experts, total = mixture.experts, mixture.experts + mixture.universal
+    h, s = (product.new_empty(tokens, n * mixture.rank, dtype=dtype) for n in (total, 1 if mixture.shared else total))
     gates = product.new_empty(tokens, experts) if experts and given is None else given
     slope = None if noise is None or gates is None else torch.empty_like(gates)
     totals = product.new_empty(programs, experts + 2) if experts and count is not False else None
@@ -312,10 +289,10 @@ def _gate_triton(product: Tensor, noise: Any, given: Any, mixture: Mixture, coun
     if noise is not None and source[0] is None:
         source = (None, noise.rows, noise.key, tokens // max(1, len(noise.rows)))
     results = h, s, gates, slope, totals, tokens, columns, mixture.scaling
+    where = count if isinstance(count, Tensor) else None
     gate_fwd_kernel[(programs,)](
-        product, *source, count if isinstance(count, Tensor) else None, *results,
-        TOP_K=mixture.top_k, GIVEN=mixture.given, **settings,
-    )  # fmt: skip
+        product, *source, where, *results, TOP_K=mixture.top_k, GIVEN=mixture.given, **settings
+    )
     return Gated(h, s, gates, slope, None if totals is None else totals.sum(0, dtype=torch.float64))
 
 
@@ -324,8 +301,7 @@ def _gate_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     programs, settings = _settings(dh, mixture)
     ds, h = s.new_empty(len(s), columns), s.new_empty(dh.shape[1:])
-    dgates = torch.empty_like(gates) if mixture.given else None
-    where = count if isinstance(count, Tensor) else None
+    dgates, where = torch.empty_like(gates) if mixture.given else None, count if isinstance(count, Tensor) else None
     operands = dh, s, gates, slope, where, None if dtotals is None else dtotals.float(), ds, h, dgates
     gate_bwd_kernel[(programs,)](*operands, len(s), columns, mixture.scaling, **settings)
     return ds, h, dgates
@@ -335,11 +311,10 @@ def down_gate(
     x: Tensor, packed: Tensor, noise: Any, mixture: Mixture, *, given: Tensor | None = None,
     dropped: Tensor | None = None, count: Tensor | bool = False, impl: str,
 ) -> Gated:  # fmt: skip
-    """From x [T, D] and P = `packed` [C, D] to h. `noise`: ε [T, N], in Triton also a stream; `given`: gates [T, N] in
-    place of the routes; `dropped` [T, D]: what A reads for x; `count`: True, or the tokens [T] of which to return the
-    totals."""
-    experts, rank, times = mixture.experts, mixture.rank, _skinny if impl == "triton" else product
-    columns = rank if mixture.shared else (experts + mixture.universal) * rank
+    """From x [T, D] and P = `packed` [C, D] to h. `noise`: ε [T, N], in Triton also a stream; `given`: gates [T, N];
+    `dropped` [T, D]: what A reads for x; `count`: True, or the tokens [T] of which to return the totals."""
+    experts, times = mixture.experts, _skinny if impl == "triton" else product
+    columns = mixture.rank * (1 if mixture.shared else experts + mixture.universal)
     if impl == "torch":
         packed = packed[: columns + experts * (0 if mixture.given else 1 if noise is None else 2)]
     both = times(x, packed if dropped is None else packed[columns:])
@@ -351,19 +326,16 @@ def down_gate(
     if experts == 0:
         return Gated(s * mixture.scaling, s, None, None)
     gates, slope = expert_gate(routes, noise, mixture.top_k) if given is None else (given, None)
-    h = _weighted(s, gates, mixture).flatten(-2).to(s.dtype)
-    return Gated(h, s, gates, slope, None if count is False else gate_totals(gates, count))
+    totals = None if count is False else gate_totals(gates, count)
+    return Gated(_weighted(s, gates, mixture), s, gates, slope, totals)
 
 
 def down_gate_backward(
     dy: Tensor, lora_B: Tensor, s: Tensor, gates: Any, slope: Any, mixture: Mixture, *, columns: int,
     dtotals: Tensor | None = None, count: Tensor | bool = True, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """From dy [T, O] and the gradient of the totals to (d(x Pᵀ) [T, C], h [T, R], the gradient of gates that were
-    given), with B [O, R] and what `down_gate` gave.
-
-    In Triton the first is [T, `columns`], for all rows of P.
-    """
+    """From dy [T, O] and d(totals) to (d(x Pᵀ) [T, C], h [T, R], dG [T, N] of given gates), with B [O, R] and what
+    `down_gate` gave. In Triton the first is [T, `columns`], for all rows of P."""
     if impl == "triton":
         dh = _skinny(dy, lora_B.t())
         return _gate_backward_triton(dh, s.contiguous(), gates, slope, mixture, columns, dtotals, count)
@@ -373,10 +345,10 @@ def down_gate_backward(
     each = dh.to(gates.dtype).unflatten(-1, (-1, mixture.rank)) * s.unflatten(-1, (-1, mixture.rank))
     dgates = mixture.scaling * each[:, mixture.universal :].sum(-1)
     if dtotals is not None:
-        dgates = dgates + gate_totals_backward(dtotals, gates, count)
-    ds = _weighted(dh, gates, mixture)
-    ds = (ds.sum(1) if mixture.shared else ds.flatten(-2)).to(dh.dtype)
-    if not mixture.given:
-        ds = torch.cat((ds, expert_gate_backward(dgates, gates, slope).to(dh.dtype)), dim=-1)
-    h = _weighted(s, gates, mixture).flatten(-2).to(s.dtype)
-    return ds, h, dgates if mixture.given else None
+        of_gates, of_entropy = dtotals[:-2].to(gates.dtype), dtotals[-2].to(gates.dtype)
+        of_totals = of_gates - of_entropy * (1 + torch.where(gates > 0, gates, 1.0).log())
+        dgates = dgates + (of_totals * count[:, None] if isinstance(count, Tensor) else of_totals)
+    ds, h = _weighted(dh, gates, mixture, added=mixture.shared), _weighted(s, gates, mixture)
+    if mixture.given:
+        return ds, h, dgates
+    return torch.cat((ds, expert_gate_backward(dgates, gates, slope).to(dh.dtype)), dim=-1), h, None

@@ -24,7 +24,7 @@ def _forward(*operands: Any) -> tuple[Tensor, Gated]:
     x, weight, bias, lora_A, lora_B, router, router_noise, dropped, given, P, B, noise, count, mixture, impl = operands
     if P is None:
         P, B = _pack(lora_A, lora_B, router, router_noise, x.dtype, impl)
-    gated = down_gate(x, P, noise, Mixture(*mixture), given=given, dropped=dropped, count=count, impl=impl)
+    gated = down_gate(x, P, noise, mixture, given=given, dropped=dropped, count=count, impl=impl)
     if (y := few_rows(x, weight, impl)) is not None:
         return y.add_(product(gated.h, B, bias)).to(x.dtype), gated
     with multiplicand(weight, x.dtype, impl) as W:
@@ -35,31 +35,25 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         y, (_, s, gates, slope, totals) = _forward(*operands)
-        x, weight, _, *others, given, P, B, _, ctx.count, ctx.mixture, ctx.impl = operands
+        x, weight, _, *others, _, P, B, _, ctx.count, ctx.mixture, ctx.impl = operands
         ctx.codes = weight if isinstance(weight, Quantized) else None
         ctx.save_for_backward(x, None if ctx.codes else weight, *others, P, B, s, gates, slope)
         ctx.set_materialize_grads(False)  # gates never have one, and totals rarely
-        if given is not None or gates is None:
-            return y, None, totals
-        ctx.mark_non_differentiable(gates)
-        return y, gates, totals
+        ctx.mark_non_differentiable(*([] if gates is None or ctx.mixture.given else [gates]))
+        return y, None if ctx.mixture.given else gates, totals
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None, dtotals: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_create_graph("lora_linear")
         x, weight, lora_A, lora_B, router, router_noise, dropped, P, B, s, gates, slope = ctx.saved_tensors
-        if dy is None:
-            if dtotals is None:
-                return (None,) * 15
-            dy = x.new_zeros(len(x), len(lora_B))
+        if dy is None and dtotals is None:
+            return (None,) * 15
+        dy = x.new_zeros(len(x), len(lora_B)) if dy is None else dy.contiguous()
         of_x, of_weight, of_bias, of_A, of_B, of_router, of_noise, of_dropped, *_ = ctx.needs_input_grad
         if P is None:
             P, B = _pack(lora_A, lora_B, router, router_noise, x.dtype, ctx.impl)
-        dy, columns = dy.contiguous(), lora_A.shape[0]
-        ds, h, dgiven = down_gate_backward(
-            dy, B, s, gates, slope, Mixture(*ctx.mixture), columns=len(P), dtotals=dtotals, count=ctx.count,
-            impl=ctx.impl,
-        )  # fmt: skip
+        columns, totals = lora_A.shape[0], {"dtotals": dtotals, "count": ctx.count}
+        ds, h, dgates = down_gate_backward(dy, B, s, gates, slope, ctx.mixture, columns=len(P), **totals, impl=ctx.impl)
         P = P[: ds.shape[1]]
         own = slice(0 if dropped is None else columns, None)  # the columns of ds that x itself gave
         dx = None
@@ -77,7 +71,7 @@ class _LoRALinear(torch.autograd.Function):
             dA, experts = dP[:columns], 0 if router is None else len(router)
             drouter = dP[columns:][:experts] if experts else None
             dnoise = None if router_noise is None else dP[columns + experts :][:experts]
-        return dx, dweight, dy.sum(0) if of_bias else None, dA, dB, drouter, dnoise, ddropped, dgiven, *[None] * 6
+        return dx, dweight, dy.sum(0) if of_bias else None, dA, dB, drouter, dnoise, ddropped, dgates, *[None] * 6
 
 
 def _pack(
@@ -101,22 +95,20 @@ def lora_linear(
         y = x Wᵀ (+ b) + c Σ_e w_e B_e A_e x,  w = [1 … 1, G_1 … G_N],  G(x) = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ))
 
     x [..., D], weight [O, D] or `Quantized`, bias [O]; lora_A [R, D] and lora_B [O, R], r rows for each of E = U + N
-    experts, the U = `universal` ones first, or A [r, D] that all experts share; `router` W_g and `router_noise` W_n
-    [N, D]; `noise` ε [..., N], None in evaluation, or a stream for x [B, T, D], which draws ε from its `key` and `rows`
-    [B] or by `normal`; with `top_k` only the k largest routes of a token count; c = `scaling`. `gates` [..., N] take
-    the place of G, and have a gradient. Without either it is LoRA of rank R. `dropped` [..., D] is what A reads instead
-    of x: LoRA dropout, which costs a second copy of x and a product more. `count` [...] (bool) or True asks for
-    `totals`, sums in float64 over those tokens or over all: of the gates, of their entropy, and the number of tokens.
-    `packed`: (P, B) as `pack_adapters` makes them, used if in the products' dtype.
+    experts, the U = `universal` ones first, or one A [r, D] for all; `router` W_g and `router_noise` W_n [N, D];
+    `noise` ε [..., N], None in evaluation, or a stream for x [B, T, D], which draws ε from its `key` and `rows` [B] or
+    by `normal`; of the routes only the `top_k` largest count; c = `scaling`. `gates` [..., N] take the place of G(x).
+    Without either it is LoRA of rank R. `dropped` [..., D] is what A reads instead of x: LoRA dropout, which costs a
+    second copy of x and a product more. `count` [...] (bool) or True asks for `totals`, sums in float64 over those
+    tokens or over all: of the gates, of their entropy, and the number of tokens. `packed`: (P, B) as `pack_adapters`
+    makes them, used if in the products' dtype.
 
     All parameters may have their own dtypes; products are made in the dtype of x, or in autocast's, gates in float32.
-    Differentiable once, in all but `noise`; the gates that are returned carry no gradient, totals do. `impl`: "torch",
-    "triton", or None for Triton on CUDA and torch elsewhere. Raises ValueError for shapes that do not fit.
+    Differentiable once, in all but `noise`; totals have a gradient, returned gates none. `impl`: "torch", "triton", or
+    None for Triton on CUDA and torch elsewhere. Raises ValueError for shapes that do not fit.
     """
-    experts = gates.shape[-1] if gates is not None else 0 if router is None else len(router)
-    shared = lora_B.shape[1:] == ((experts + universal) * len(lora_A),)
-    _check(x, weight, bias, lora_A, lora_B, router, router_noise, noise, gates, universal, shared, dropped, count)
-    mixture = experts, lora_B.shape[1] // (experts + universal), scaling, universal, shared, top_k or 0
+    mixture = _mixture(x, weight, bias, lora_A, lora_B, router, router_noise, noise, gates, universal, dropped, count)
+    mixture, experts = mixture._replace(scaling=scaling, top_k=top_k or 0), mixture.experts
     dtype, leading = autocast_dtype(x, x.dtype), x.shape[:-1]
     wide = torch.promote_types(dtype, torch.float32)
     impl = "triton" if by_triton(impl, x) else "torch"
@@ -134,40 +126,41 @@ def lora_linear(
         None if gates is None else gates.to(wide).reshape(-1, experts).contiguous(),
         *(packed if packed is not None and packed[0].dtype == dtype else (None, None)),
         noise.reshape(-1, noise.shape[-1]) if isinstance(noise, Tensor) else noise,
-        count.reshape(-1) if isinstance(count, Tensor) else count, (*mixture, gates is not None), impl,
+        count.reshape(-1) if isinstance(count, Tensor) else count, mixture, impl,
     )  # fmt: skip
     if torch.is_grad_enabled():
         y, found, totals = _LoRALinear.apply(*operands)
     else:
         y, (_, _, found, _, totals) = _forward(*operands)
-    found = None if found is None else found.view(*leading, experts)
-    return y.view(*leading, weight.shape[0]), gates if found is None else found, totals
+    return y.view(*leading, weight.shape[0]), gates if found is None else found.view(*leading, experts), totals
 
 
-def _check(
+def _mixture(
     x: Tensor, weight: Tensor | Quantized, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, router: Tensor | None,
-    router_noise: Tensor | None, noise: Any, gates: Tensor | None, universal: int, shared: bool,
-    dropped: Tensor | None, count: Tensor | bool,
-) -> None:  # fmt: skip
+    router_noise: Tensor | None, noise: Any, gates: Tensor | None, universal: int, dropped: Tensor | None,
+    count: Tensor | bool,
+) -> Mixture:  # fmt: skip
+    """The sizes that the shapes tell; ValueError if they do not fit."""
     if len(weight.shape) != 2 or not x.is_floating_point():
         raise ValueError(f"weight must be [out, in] and x floating, found {list(weight.shape)} and {x.dtype}")
-    (size_out, size_in), leading = weight.shape, x.shape[:-1]
-    columns, experts = len(lora_A), 0 if router is None else len(router)
+    (size_out, size_in), leading, columns = weight.shape, x.shape[:-1], len(lora_A)
+    experts = gates.shape[-1] if gates is not None else 0 if router is None else len(router)
+    total = universal + experts
+    shared = lora_B.shape[1:] == (columns * total,)
     shapes = {
         "x": (x, (*leading, size_in)), "bias": (bias, (size_out,)), "dropped": (dropped, x.shape),
-        "lora_A": (lora_A, (columns, size_in)), "lora_B": (lora_B, (size_out, lora_B.shape[1] if shared else columns)),
+        "lora_A": (lora_A, (columns, size_in)), "lora_B": (lora_B, (size_out, columns * (total if shared else 1))),
         "router": (router, (experts, size_in)), "router_noise": (router_noise, (experts, size_in)),
-        "gates": (gates, (*leading, *([] if gates is None else gates.shape[-1:]))),
         "noise": (noise, (*leading, experts)) if isinstance(noise, Tensor | None) else (noise.rows, leading[:-1]),
-        "count": (count if isinstance(count, Tensor) else None, leading),
+        "count": (count if isinstance(count, Tensor) else None, leading), "gates": (gates, (*leading, experts)),
     }  # fmt: skip
     for name, (tensor, shape) in shapes.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}, found {list(tensor.shape)}")
-    total = universal + (experts if gates is None else gates.shape[-1])
-    if not columns or (columns % total and not shared):
+    if not columns or total < 1 or (columns % total and not shared):
         raise ValueError(f"lora_A has {columns} rows, which {total} experts cannot share")
     if router is not None and (gates is not None or not experts):
         raise ValueError("router has no rows, or there are gates beside it; leave it out")
     if noise is not None and router_noise is None:
         raise ValueError("noise needs router_noise, which scales it")
+    return Mixture(experts, lora_B.shape[1] // total, 1.0, universal, shared, given=gates is not None)
