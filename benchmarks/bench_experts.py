@@ -3,6 +3,7 @@
     python benchmarks/bench_experts.py                    # both dtypes, all shapes and ranks: 12 minutes on two cores
     python benchmarks/bench_experts.py --ranks 16 --csv experts.csv
     python benchmarks/bench_experts.py --device cuda      # 8,192 tokens in bfloat16, under 8 minutes
+    python benchmarks/bench_experts.py --variants --ranks 16 --dtypes float32    # variants beside the default layer
 
 Forms: `base` is the frozen nn.Linear alone and what all times are multiples of; `published` PediatricsGPT's layer,
 written here from its definition (every expert's output is materialised, noise in every forward, softmax in float16);
@@ -15,14 +16,20 @@ peers' adapters are bfloat16, their fastest setting; pedgpt's are float32. Round
 is the median over rounds of the ratio to the base of the same round. The floor is 1 + 1.5·E·r·(1/in + 1/out),
 the arithmetic that the experts add at least. Memory is the peak of tensors in forward and backward beside x, dy and the
 parameters; `kept` what stays for the backward pass beside x and the parameters, in bytes a token.
+
+`--variants` compares layers of four experts each with the default one, after each was compared with a loop in float64;
+its ratios are to the default of the same round (median), and between the fastest of all rounds.
 """
 
 import argparse
+import copy
 import csv
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +37,7 @@ from peft import LoraConfig, get_peft_model
 from profiled_memory import kept_bytes, peak_bytes
 from torch import Tensor, nn
 
+from pedgpt.adapters import ExpertLoRALinear, balance_loss, record_gates
 from pedgpt.kernels import linear, lora_linear
 
 SHAPES = [(5120, 5120), (5120, 13696), (13696, 5120)]
@@ -91,6 +99,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", type=int, default=[0, 1, 2], help="indices of " + repr(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--csv", default="")
+    parser.add_argument("--variants", action="store_true")
     arguments = parser.parse_args()
     on_cuda = arguments.device == "cuda"
     tokens = arguments.tokens or (8192 if on_cuda else 1024)
@@ -98,7 +107,8 @@ def main() -> None:
     for dtype in arguments.dtypes or (["bfloat16"] if on_cuda else ["bfloat16", "float32"]):
         for size_in, size_out in (SHAPES[i] for i in arguments.shapes):
             for rank in arguments.ranks:
-                rows += compare(arguments, getattr(torch, dtype), tokens, size_in, size_out, rank)
+                form = compare_variants if arguments.variants else compare
+                rows += form(arguments, getattr(torch, dtype), tokens, size_in, size_out, rank)
     if arguments.csv:
         with open(arguments.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -176,6 +186,80 @@ def compare(arguments, dtype: torch.dtype, tokens: int, size_in: int, size_out: 
     return rows
 
 
+class OwnGate(ExpertLoRALinear):
+    """The default gate's equation, written in torch by a user."""
+
+    def gates(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.router.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32)).softmax(-1)
+
+
+VARIANTS: dict[str, tuple[dict, type[ExpertLoRALinear], bool]] = {  # settings, type of the layer, with balance loss
+    "default": ({}, ExpertLoRALinear, False),
+    "top 1": ({"top_k": 1}, ExpertLoRALinear, False),
+    "top 2": ({"top_k": 2}, ExpertLoRALinear, False),
+    "one A": ({"shared_A": True}, ExpertLoRALinear, False),
+    "none universal": ({"num_universal_experts": 0, "num_specific_experts": 4}, ExpertLoRALinear, False),
+    "two universal": ({"num_universal_experts": 2, "num_specific_experts": 2}, ExpertLoRALinear, False),
+    "balance loss": ({}, ExpertLoRALinear, True),
+    "own gate": ({}, OwnGate, False),
+    "one A, top 1": ({"shared_A": True, "top_k": 1}, ExpertLoRALinear, False),
+}
+
+
+def named_experts(layer: ExpertLoRALinear, x: Tensor) -> Tensor:
+    """An expert at a time, in evaluation."""
+    scores = F.linear(x, layer.router)
+    if layer.top_k is not None:
+        scores = scores.masked_fill(scores < scores.topk(layer.top_k, -1).values[..., -1:], -torch.inf)
+    weights = [1.0] * layer.num_universal_experts + list(scores.softmax(-1).unsqueeze(-1).unbind(-2))
+    y = F.linear(x, layer.weight)
+    for weight, (A, B) in zip(weights, [*layer.universal_experts, *layer.specific_experts], strict=True):
+        y = y + layer.scaling * weight * F.linear(F.linear(x, A), B)
+    return y
+
+
+def compare_variants(arguments, dtype: torch.dtype, tokens: int, size_in: int, size_out: int, rank: int) -> list[dict]:
+    device = arguments.device
+    torch.manual_seed(0)
+    base = nn.Linear(size_in, size_out, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(1, tokens, size_in, device=device, dtype=dtype).requires_grad_()
+    dy = torch.randn(1, tokens, size_out, device=device, dtype=dtype)
+    layers: dict[str, tuple[nn.Module, bool]] = {}
+    for name, (settings, kind, balanced) in VARIANTS.items():
+        layer = kind(base, rank, SCALING * rank, **settings)
+        for parameter in layer.adapter_parameters().values():
+            nn.init.normal_(parameter, std=size_in**-0.5)
+        exact, few = copy.deepcopy(layer).double().eval(), x[:, :64].detach().double()
+        if not torch.allclose(exact(few), named_experts(exact, few), rtol=1e-10, atol=1e-10):
+            raise SystemExit(f"{name}: not what a loop over its experts computes in float64")
+
+        layers[name] = nn.Sequential(layer), balanced
+
+    def step(name: str) -> float:
+        layer, balanced = layers[name]
+        x.grad, started = None, now(x)
+        if balanced:
+            with record_gates(layer) as records:
+                y = layer(x)
+            torch.autograd.backward([y, balance_loss(records)], [dy, None])
+        else:
+            layer(x).backward(dy)
+        return now(x) - started
+
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    for turn in range(arguments.rounds + 1):  # the first round warms up
+        for name in list(layers)[:: 1 if turn % 2 else -1]:
+            seconds[name].append(min(step(name) for _ in range(10 if device == "cuda" else 2)))
+    where = f"{device if device == 'cuda' else processor()}, {dtype_name(dtype)}, {tokens:,} tokens"
+    print(f"\n{where}, {size_in} -> {size_out}, four experts of rank {rank}")
+    print(f"{'':16}  median ratio   ratio of fastest       ms")
+    for name, values in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(values[1:], seconds["default"][1:], strict=True))
+        fastest = min(values[1:]) / min(seconds["default"][1:])
+        print(f"  {name:16}{ratio:>7.3f}x{fastest:>18.3f}x{1e3 * min(values[1:]):>9.2f}", flush=True)
+    return []
+
+
 def ours(x: Tensor, W: Tensor, own: list[Tensor], noise: Tensor, impl: str) -> Tensor:
     A, B, router, router_noise = own
     settings = {"scaling": SCALING, "router": router, "router_noise": router_noise, "noise": noise, "impl": impl}
@@ -250,6 +334,12 @@ def refuse(name: str, found: list[Tensor], truth: list[Tensor], limit: float) ->
         error = float((a.detach().double() - b.detach()).norm() / b.detach().norm())
         if not error <= limit:
             raise SystemExit(f"{name}: {what} is {error:.1e} away from float64, allowed is {limit:.0e}")
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return names[0].split(": ")[1] if names else platform.processor()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -42,7 +42,9 @@ TOKENS, DTYPES = 32, (torch.bfloat16, torch.float32)
 def cases() -> Iterator[tuple[torch.dtype, str, Callable[[], Any]]]:
     """(dtype, what is called, the call) of every operator, for the shapes of Baichuan2 and Llama."""
     for dtype in DTYPES:
-        for operator in (pointwise_cases, head_cases, expert_cases, quantized_cases, optimizer_cases):
+        for operator in (
+            pointwise_cases, head_cases, expert_cases, variant_cases, quantized_cases, optimizer_cases,
+        ):  # fmt: skip
             for what, call in operator(dtype):
                 yield dtype, what, call
 
@@ -97,6 +99,25 @@ def expert_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
                 name + ", noise" * (noise is not None),
                 trained(lambda *t, call=call, given=(x, weight, None): call(*given, *t)[0], *lora),
             )
+
+
+def variant_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Experts of rank 16, three specific ones; the totals' gradient too, over some tokens."""
+    for what, universal, shared, top_k in (
+        ("top 1", 1, False, 1), ("one A", 1, True, None), ("none universal", 0, False, None),
+        ("U 2, one A, top 2", 2, True, 2), ("gates given", 1, False, None), ("gates given, one A", 2, True, None),
+    ):  # fmt: skip
+        columns = 16 * (3 + universal)
+        x, weight = random(TOKENS, 1024, dtype=dtype), random(512, 1024, dtype=dtype)
+        lora = random(16 if shared else columns, 1024, dtype=dtype), random(512, columns, dtype=dtype)
+        gate = {"router": random(3, 1024, dtype=dtype), "router_noise": random(3, 1024, dtype=dtype)}
+        gate |= {"noise": torch.zeros(TOKENS, 3)}
+        if what.startswith("gates"):
+            gate = {"gates": random(TOKENS, 3, dtype=torch.float32)}
+        settings: Any = {"scaling": 2.0, "universal": universal, "top_k": top_k, "impl": "triton", **gate}
+        for count in (True, torch.ones(TOKENS, dtype=torch.bool)):
+            call = functools.partial(lora_linear, x, weight, None, count=count, **settings)
+            yield what + ", mask" * (count is not True), trained(lambda *t, call=call: call(*t)[::2], *lora)
 
 
 def quantized_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:

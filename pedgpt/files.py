@@ -221,7 +221,7 @@ def printable(text: str) -> str:
     return text.translate(_CONTROL)
 
 
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
 
 
 def toml_value(place: str, value: Any, *kinds: type) -> Any:

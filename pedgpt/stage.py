@@ -16,6 +16,7 @@ from pedgpt.adapters import (
     ExpertLoRALinear,
     adapted_layers,
     adapter_fingerprint,
+    balance_loss,
     check_base,
     gate_metrics,
     inject_experts,
@@ -42,7 +43,8 @@ from pedgpt.training import TrainingSettings, World, gather_weights, shard
 from pedgpt.training.loop import LossFunction
 
 # These settings make a new adapter. One that training goes on from brings its own.
-_OF_ADAPTERS = ("rank", "alpha", "rslora", "num_specific_experts", "dropout", "target_modules")
+_OF_EXPERTS = ("num_specific_experts", "num_universal_experts", "top_k", "shared_A")
+_OF_ADAPTERS = ("rank", "alpha", "rslora", "dropout", "target_modules", *_OF_EXPERTS)
 
 
 @dataclass(kw_only=True)
@@ -57,7 +59,11 @@ class StageSettings(TrainingSettings):
     rank: int = 8  # of the LoRA, or of each expert
     alpha: float = 16.0  # the adapter is scaled by alpha / rank
     rslora: bool = False  # by alpha / sqrt(rank) instead
-    num_specific_experts: int = 3  # behind the gate, beside the universal one
+    num_specific_experts: int | dict = 3  # behind the gate; or by layers, as { "*.layers.[0-9].*" = 2, "*" = 4 }
+    num_universal_experts: int = 1  # always on, beside those
+    top_k: int = 0  # specific experts of a token that have a weight; 0: all
+    shared_A: bool = False  # all experts of a layer have one A
+    balance: float = 0.0  # weight, in the loss, of how unequal the experts' shares of a micro-batch are; 0: none
     dropout: float = 0.0  # on the adapter's input
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # names or patterns of linear layers
     quantize: Literal["none", "int8", "nf4"] = "none"  # the frozen linear layers in 8 bits, in 4 bits, or as they are
@@ -65,12 +71,14 @@ class StageSettings(TrainingSettings):
 
     def check(self) -> None:
         super().check()
-        names = ("from_adapter", "any_base", *_OF_ADAPTERS, "quantize")
+        names = ("from_adapter", "any_base", *_OF_ADAPTERS, "balance", "quantize")
         changed = [name for name in names if getattr(self, name) != self._default(name)]
         if self.adapter == "none" and changed:
             raise ValueError(f"{changed[0]} is set, but all parameters train; give --adapter lora or experts")
-        if self.adapter == "lora" and "num_specific_experts" in changed:
-            raise ValueError("num_specific_experts is set, but a LoRA has none; give --adapter experts")
+        if self.adapter == "lora" and (wrong := [name for name in changed if name in (*_OF_EXPERTS, "balance")]):
+            raise ValueError(f"{wrong[0]} is set, but a LoRA has none; give --adapter experts")
+        if self.balance < 0:
+            raise ValueError(f"balance must not be negative, found {self.balance}")
         if self.quantized_copy and self.quantize == "none":
             raise ValueError("quantized_copy is set, but nothing is quantised; give --quantize int8 or nf4")
 
@@ -116,21 +124,22 @@ def _add_adapter(model: nn.Module, config: Any, told: bool) -> None:
             kind = weights_format(config.model, config.quantize)
             check_base(config.from_adapter, config.model, _base_weights(config.model), kind)
         names = load_adapter(model, config.from_adapter)
-        layer: Any = next(iter(adapted_layers(model).values()))
-        kind = "experts" if isinstance(layer, ExpertLoRALinear) else "lora"
+        layers = list(adapted_layers(model).values())
+        kind = "experts" if isinstance(layers[0], ExpertLoRALinear) else "lora"
         if kind != config.adapter:
             way = f"give --adapter {kind}" + ", or merge it with merge_lora.py first" * (kind == "lora")
             raise ValueError(f"{config.from_adapter} holds {kind}, but adapter is {config.adapter}; {way}")
         for name in _OF_ADAPTERS:
-            own: Any = names if name == "target_modules" else getattr(layer, name, None)
+            found = {getattr(layer, name, None) for layer in layers}
+            own: Any = names if name == "target_modules" else found.pop() if len(found) == 1 else "several numbers"
             if (asked := getattr(config, name)) not in (config._default(name), own):
                 there = "others" if name == "target_modules" else own
                 raise ValueError(f"{name} is {asked}, but {config.from_adapter} has {there}; leave out {name}")
     else:
         torch.manual_seed(config.seed)
-        settings = {name: getattr(config, name) for name in _OF_ADAPTERS}
-        if config.adapter == "lora":
-            del settings["num_specific_experts"]
+        settings = {name: getattr(config, name) for name in _OF_ADAPTERS if name not in _OF_EXPERTS}
+        if config.adapter == "experts":
+            settings |= {name: getattr(config, name) for name in _OF_EXPERTS} | {"top_k": config.top_k or None}
         names = (inject_lora if config.adapter == "lora" else inject_experts)(model, **settings)
     if told:
         trains = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -160,7 +169,11 @@ def gated(loss_function: LossFunction, config: Any) -> LossFunction:
         set_noise_rows(model, config.seed, batch.row_ids)
         with record_gates(model, where=batch.labels != IGNORE_INDEX) as gates:
             loss, metrics = loss_function(model, batch)
-        return loss, gate_metrics(gates, batch.weight) | metrics
+        metrics = gate_metrics(gates, batch.weight) | metrics
+        if config.balance and model.training:
+            balance = balance_loss(gates) * batch.weight
+            loss, metrics["gates/balance"] = loss + (config.balance * balance).to(loss.dtype), balance.detach()
+        return loss, metrics
 
     return with_gates
 

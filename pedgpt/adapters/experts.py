@@ -51,20 +51,23 @@ class ExpertLoRALinear(AdaptedLinear):
     Products run in the dtype of x, the gate in float32. Dropout reaches the experts, not the router; `rslora` scales by
     α/√r. W_g (`router` [N, in]) and W_n (`router_noise` [N, in]) start at zero (Shazeer et al. 2017): equal gates, with
     noise of scale softplus(0).
+
+    Variants, in any combination: `num_universal_experts` may be 0 (a plain soft mixture) or several; with `top_k` only
+    the k largest routes, noise included, enter the softmax; with `shared_A` (HydraLoRA, Tian et al. 2024) all experts
+    have one A [r, in]; a subclass that overrides `gates` has a gate of its own.
     """
 
     def __init__(
         self, base: nn.Linear, rank: int = 8, alpha: float = 16, num_specific_experts: int = 3, dropout: float = 0.0,
         *, num_universal_experts: int = 1, top_k: int | None = None, shared_A: bool = False, rslora: bool = False,
     ) -> None:  # fmt: skip
-        if num_specific_experts < 1:
-            raise ValueError(f"num_specific_experts must be at least 1, found {num_specific_experts}")
-        if num_universal_experts < 0:
-            raise ValueError(f"num_universal_experts must not be negative, found {num_universal_experts}")
+        for name, number, least in (("specific", num_specific_experts, 1), ("universal", num_universal_experts, 0)):
+            if number < least:
+                raise ValueError(f"num_{name}_experts must be at least {least}, found {number}")
         if top_k is not None and not 1 <= top_k <= num_specific_experts:
             raise ValueError(f"top_k must be in 1 to num_specific_experts, {num_specific_experts}, found {top_k}")
-        experts = num_universal_experts + num_specific_experts
-        super().__init__(base, rank, alpha, dropout, rslora, experts, shared_A)
+        columns = (num_universal_experts + num_specific_experts) * rank
+        super().__init__(base, rank, alpha, dropout, rslora, rank if shared_A else columns, columns)
         self.num_specific_experts, self.num_universal_experts = num_specific_experts, num_universal_experts
         self.top_k, self.shared_A = top_k, shared_A
         self.router = nn.Parameter(self.lora_A.new_zeros(num_specific_experts, base.in_features))
@@ -79,11 +82,7 @@ class ExpertLoRALinear(AdaptedLinear):
         """(A [r, in], B [out, r]) of each expert that is always on."""
         return self._experts()[: self.num_universal_experts]
 
-    @property
-    def universal_expert(self) -> tuple[Tensor, Tensor]:
-        """The only one of `universal_experts`; ValueError where there are none or several."""
-        (expert,) = self.universal_experts
-        return expert
+    universal_expert = property(lambda layer: layer.universal_experts[0])  # the first one, most often the only one
 
     @property
     def specific_experts(self) -> list[tuple[Tensor, Tensor]]:
@@ -92,31 +91,25 @@ class ExpertLoRALinear(AdaptedLinear):
 
     def _experts(self) -> list[tuple[Tensor, Tensor]]:
         of_B = self.lora_B.split(self.rank, dim=1)
-        return list(
-            zip([self.lora_A] * len(of_B) if self.shared_A else self.lora_A.split(self.rank), of_B, strict=True)
-        )
+        of_A = [self.lora_A] * len(of_B) if self.shared_A else self.lora_A.split(self.rank)
+        return list(zip(of_A, of_B, strict=True))
 
     def gates(self, x: Tensor) -> Tensor | None:
-        """The specific experts' weights [..., N] for x [..., in]; None: those of the fused gate.
-
-        A subclass overrides this for a gate of its own, which may be any differentiable function of x.
-        """
+        """The specific experts' weights [..., N], any differentiable function of x [..., in]; None: the fused gate."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base_type.forward(self, x)
-        gate: dict[str, Any] = {"gates": self.gates(x)}
-        if gate["gates"] is None:
-            gate = {"router": self.router, "router_noise": self.router_noise, "noise": self.noise(x)}
+        gates = self.gates(x)
+        routing: dict[str, Any] = {"router": self.router, "router_noise": self.router_noise, "top_k": self.top_k}
         y, _, totals = lora_linear(
-            x, self.base_weight, self.bias, self.lora_A, self.lora_B,
-            scaling=self.scaling, **gate, universal=self.num_universal_experts, top_k=self.top_k,
+            x, self.base_weight, self.bias, self.lora_A, self.lora_B, scaling=self.scaling, gates=gates,
+            **({"noise": self.noise(x)} | routing if gates is None else {}), universal=self.num_universal_experts,
             dropped=self.dropped(x), count=self.gate_record is not None and self.gate_record.where,
             packed=self.packed_parameters(), impl=self.impl,
         )  # fmt: skip
-        if self.gate_record is not None:
-            assert totals is not None
+        if self.gate_record is not None and totals is not None:
             self.gate_record.add(totals)
         return y
 
@@ -126,8 +119,7 @@ class ExpertLoRALinear(AdaptedLinear):
             return None
         if (stream := self.noise_stream) is not None:
             if x.ndim != 3 or len(x) != len(stream.rows):
-                rows = len(stream.rows)
-                raise ValueError(f"gate noise for {rows} rows needs [rows, tokens, in], found {list(x.shape)}")
+                raise ValueError(f"gate noise for {len(stream.rows)} rows needs [rows, tokens, in], found {[*x.shape]}")
             return stream
         dtype = torch.promote_types(x.dtype, torch.float32)
         return torch.randn(*x.shape[:-1], self.num_specific_experts, dtype=dtype, device=x.device)
@@ -182,15 +174,12 @@ def gate_metrics(records: Mapping[str, GateRecord], weight: int | None = None) -
     """Each specific expert's weight and the gates' entropy, averaged over layers and *summed* over the tokens.
 
     `weight` takes the place of the number of tokens: the result is the mean over them times the weight. Scalars on the
-    device, by the names `gates/expert_1` … and `gates/entropy`.
+    device, by the names `gates/expert_1` … and `gates/entropy`. An expert's mean is over the layers that have it.
     """
-    found = [record.totals.detach() for record in records.values() if record.totals is not None]
-    if not found:
-        raise ValueError("no gates were recorded: adapters were switched off")
-    columns: dict[str, list[Tensor]] = {}  # the means of an expert are over the layers that have it
-    for totals in sorted(found, key=len, reverse=True):
+    columns: dict[str, list[Tensor]] = {}
+    for totals in sorted(_totals(records), key=len, reverse=True):
         names = [f"gates/expert_{j + 1}" for j in range(len(totals) - 2)] + ["gates/entropy", "count"]
-        for name, value in zip(names, totals, strict=True):
+        for name, value in zip(names, totals.detach(), strict=True):
             columns.setdefault(name, []).append(value)
     means = {name: torch.stack(values).mean() for name, values in columns.items()}
     count = means.pop("count").clamp(min=1)
@@ -198,15 +187,18 @@ def gate_metrics(records: Mapping[str, GateRecord], weight: int | None = None) -
 
 
 def balance_loss(records: Mapping[str, GateRecord]) -> Tensor:
-    """The mean over layers of CV²(Σ_tokens G_j over j), 0 where all experts have equal shares (Shazeer et al. 2017).
+    """The mean over layers of CV²(Σ_tokens G_j over j), 0 where experts have equal shares (Shazeer et al. 2017).
 
-    Its gradient reaches the gates of the passes that `record_gates` has seen, so make it before the backward pass.
+    Its gradient reaches the gates of the passes that were recorded, so make it before their backward pass.
     """
-    sums = [record.totals[:-2] for record in records.values() if record.totals is not None]
-    if not sums:
-        raise ValueError("no gates were recorded: adapters were switched off")
-    tiny = torch.finfo(torch.float64).tiny  # no token came by
-    return torch.stack([s.var(correction=0) / s.mean().square().clamp(min=tiny) for s in sums]).mean()
+    sums = [totals[:-2] for totals in _totals(records)]
+    return torch.stack([s.var(correction=0) / s.mean().square().clamp(min=1e-300) for s in sums]).mean()  # no token: 0
+
+
+def _totals(records: Mapping[str, GateRecord]) -> list[Tensor]:
+    if found := [record.totals for record in records.values() if record.totals is not None]:
+        return found
+    raise ValueError("no gates were recorded: adapters were switched off")
 
 
 class NoiseStream:
@@ -234,6 +226,5 @@ def set_noise_rows(model: nn.Module, seed: int, rows: Tensor | None) -> None:
 
     No context manager: activation checkpointing calls the layers again in the backward pass.
     """
-    layers = [m for m in model.modules() if isinstance(m, ExpertLoRALinear)]
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(m for m in model.modules() if isinstance(m, ExpertLoRALinear)):
         layer.noise_stream = None if rows is None else NoiseStream(seed, number, rows)

@@ -51,7 +51,7 @@ class AdaptedLinear(nn.Linear):
     impl: str | None = None  # of `lora_linear`: "torch", "triton", or None for what suits the device
 
     def __init__(
-        self, base: nn.Linear, rank: int, alpha: float, dropout: float, rslora: bool, experts: int, shared_A: bool
+        self, base: nn.Linear, rank: int, alpha: float, dropout: float, rslora: bool, rows: int, columns: int
     ) -> None:
         if not isinstance(base, nn.Linear) or isinstance(base, AdaptedLinear):
             raise ValueError(f"adapters go around a plain nn.Linear, found {type(base).__name__}")
@@ -74,9 +74,8 @@ class AdaptedLinear(nn.Linear):
         dtype = torch.float32 if product_dtype(base) in HALF else product_dtype(base)
         # A base on the meta device is filled later; the adapter is made now, where torch makes new tensors.
         device = None if base.weight.is_meta else base.weight.device
-        rows = rank if shared_A else experts * rank
         self.lora_A = nn.Parameter(torch.empty(rows, base.in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, experts * rank, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, columns, dtype=dtype, device=device))
         # Kaiming-uniform by the fan-in, with the slope that PEFT and nn.Linear use: bound 1/sqrt(in_features).
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(base.training)
@@ -124,7 +123,7 @@ class LoRALinear(AdaptedLinear):
     def __init__(
         self, base: nn.Linear, rank: int = 8, alpha: float = 16, dropout: float = 0.0, *, rslora: bool = False
     ) -> None:
-        super().__init__(base, rank, alpha, dropout, rslora, experts=1, shared_A=False)
+        super().__init__(base, rank, alpha, dropout, rslora, rows=rank, columns=rank)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -152,9 +151,8 @@ def pack_adapters(model: nn.Module) -> None:
         parameters, dtype = layer.adapter_parameters(), product_dtype(layer)
         lora_A, lora_B, own = layer.lora_A, layer.lora_B, list(parameters.values())
         routers = [parameters[name] for name in ("router", "router_noise") if name in parameters]
-        copied = bool(routers) or lora_A.dtype != dtype
         plain = all(type(p) is nn.Parameter or (without_numbers() and not hasattr(p, "to_local")) for p in own)
-        if copied and plain and not any(p.is_meta or p.is_inference() for p in own):
+        if (routers or lora_A.dtype != dtype) and plain and not any(p.is_meta or p.is_inference() for p in own):
             lengths = [len(p) for p in (lora_A, *routers)]
             rows = -(-sum(lengths) // ALIGNMENT) * ALIGNMENT if lora_A.is_cuda else sum(lengths)
             P, B = lora_A.new_zeros(rows, layer.in_features, dtype=dtype), torch.empty_like(lora_B, dtype=dtype)

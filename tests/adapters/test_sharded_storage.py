@@ -14,6 +14,10 @@ from pedgpt.training import World, gather_weights, shard
 CASES = {
     "one expert": (inject_experts, {"num_specific_experts": 1, "rank": 3}),
     "three experts": (inject_experts, {"num_specific_experts": 3, "rank": 5, "rslora": True}),
+    "variants": (
+        inject_experts,
+        {"num_specific_experts": [1, 3], "rank": 3, "num_universal_experts": 2, "shared_A": True, "top_k": 1},
+    ),
     "lora": (inject_lora, {"rank": 3, "dropout": 0.1}),
     "lora of rank 1": (inject_lora, {"rank": 1, "rslora": True, "target_modules": ["down_proj"]}),
 }

@@ -90,7 +90,7 @@ def test_files_from_before_the_variants_load(make_model, randomize, tokens, tmp_
     [
         ({"num_universal_experts": 0}, r"has the shape \[8, 32\], the model needs \[6, 32\]"),
         ({"shared_A": True}, r"has the shape \[8, 32\], the model needs \[2, 32\]"),
-        ({"num_universal_experts": -1}, "num_universal_experts must not be negative, found -1"),
+        ({"num_universal_experts": -1}, "num_universal_experts must be at least 0, found -1"),
         ({"top_k": 4}, "top_k must be in 1 to num_specific_experts, 3, found 4"),
         ({"num_specific_experts": {"model.layers.0.self_attn.q_proj": 3}}, "no pattern that matches model.layers.1"),
         ({"num_specific_experts": {"*": 0}}, "num_specific_experts must be at least 1, found 0"),

@@ -90,6 +90,10 @@ def test_the_reference_of_dfpo_is_the_model_with_the_adapter_as_it_came_in(lab, 
         ({"adapter": "lora", "from_adapter": "taught/adapter", "rank": 4}, "rank is 4, but .* has 2; leave out rank"),
         ({"adapter": "none", "target_modules": "o_proj"}, "target_modules is set, but all parameters train"),
         ({"adapter": "lora", "num_specific_experts": 2}, "a LoRA has none; give --adapter experts"),
+        ({"adapter": "lora", "balance": 0.1}, "balance is set, but a LoRA has none; give --adapter experts"),
+        ({"adapter": "experts", "balance": -1}, "balance must not be negative, found -1.0"),
+        ({"adapter": "experts", "top_k": 4}, "top_k must be in 1 to num_specific_experts, 3, found 4"),
+        ({"adapter": "experts", "num_specific_experts": "two"}, "must be an integer or a table, found 'two'"),
         ({"adapter": "lora", "from_adapter": "taught/adapter", "dropout": 0.1}, "dropout is 0.1, but .* has 0.0"),
         ({"adapter": "lora", "from_adapter": "taught/adapter", "target_modules": "o_proj"}, "has others; leave out"),
         ({"adapter": "lora", "from_adapter": "taught/adapter", "model": "tied"}, "was trained on other weights than"),
@@ -101,6 +105,29 @@ def test_mistakes_end_in_one_line(lab, tmp_path, taught, settings, said):
     done = lab.run("full_finetune", tmp_path, **settings)
     assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1
     assert re.search(said, done.err), done.err
+
+
+def test_variants_of_the_experts_resume_go_on_and_train_on_two_ranks(lab, tmp_path):
+    """The balance is that of a micro-batch, and micro-batches of one row do not depend on ranks."""
+    table = 'num_specific_experts = { "*.0.*" = 2, "*" = 3 }'
+    (tmp_path / "variants.toml").write_text(f"{table}\nnum_universal_experts = 2\ntop_k = 2\nshared_A = true\n")
+    settings = {**EXPERTS, "config": tmp_path / "variants.toml", "balance": 0.5, "micro_batch_size": 1}
+    done = lab.run("expert_finetune", tmp_path / "whole", **settings, checkpoint_every=1)
+    assert done.code == 0, done.err
+    metrics = lab.metrics(tmp_path / "whole")
+    assert all(line["gates/balance"] > 0 and "gates/expert_3" in line for line in metrics)
+    assert lab.run("expert_finetune", tmp_path / "killed", **settings, checkpoint_every=1, die_after=2).code == -9
+    assert lab.run("expert_finetune", tmp_path / "killed", **settings, checkpoint_every=1).code == 0
+    lab.assert_as_if_nothing_happened(tmp_path / "killed", tmp_path / "whole")
+    on = {**settings, "config": None, "rank": None, "from_adapter": tmp_path / "whole/adapter", "max_steps": 1}
+    assert lab.run("expert_finetune", tmp_path / "on", **on).code == 0
+    two = {name: value for name, value in settings.items()}
+    done = lab.torchrun_all([("expert_finetune", tmp_path / "two", two, None)])
+    assert done.code == 0, done.err
+    found, expected = lab.weights(tmp_path / "two"), lab.weights(tmp_path / "whole")
+    assert {tensor.shape[0] for name, tensor in found.items() if ".router." in name} == {2, 3}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-4)
 
 
 def test_two_ranks_match_one(lab, tmp_path, taught):
