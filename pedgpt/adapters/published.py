@@ -26,7 +26,6 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pedgpt.adapters.lora import AdaptedLinear
 from pedgpt.files import own_file, read_object
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -122,20 +121,18 @@ def read_adapter(
 
 
 @torch.no_grad()
-def fill(layers: Mapping[str, AdaptedLinear], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Copy the tensors into the layers; ValueError for one that is missing, unexpected or misshapen."""
-    for path, layer in layers.items():
-        parameters, found = layer.adapter_parameters(), tensors[path]
-        if odd := [f"{PREFIX}{path}.{name}.weight" for name in found if name not in parameters]:
-            raise ValueError(f"holds the unexpected {_listed(odd)}")
-        for name, parameter in parameters.items():
-            key = f"{PREFIX}{path}.{name}.weight"
-            if name not in found:
-                raise ValueError(f"lacks {key}; the file is incomplete, save or copy it again")
-            if found[name].shape != parameter.shape:
-                shapes = f"{list(found[name].shape)}, the model needs {list(parameter.shape)}"
-                raise ValueError(f"{key} has the shape {shapes}")
-            parameter.copy_(found[name])
+def fill(path: str, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy a layer's tensors into its parameters; ValueError for one that is missing, unexpected or misshapen."""
+    for name in {**parameters, **tensors}:
+        key, tensor = f"{PREFIX}{path}.{name}.weight", tensors.get(name)
+        if name not in parameters:
+            raise ValueError(f"holds the unexpected {key}")
+        if tensor is None:
+            raise ValueError(f"lacks {key}; the file is incomplete, save or copy it again")
+        if tensor.shape != parameters[name].shape:
+            shapes = f"{list(tensor.shape)}, the model needs {list(parameters[name].shape)}"
+            raise ValueError(f"{key} has the shape {shapes}")
+        parameters[name].copy_(tensor)
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:

@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -104,8 +103,13 @@ def load_adapter(
     config, tensors = read_adapter(folder, linear_layers(model), uniform_routing)
     settings = {own: config[key] for key, own in SETTINGS.items() if key in config}
     kind = LoRALinear if config["peft_type"] == LORA else layer_type
+
+    def fill_all(layers: Mapping[str, AdaptedLinear]) -> None:
+        for path, layer in layers.items():
+            fill(path, layer.adapter_parameters(), tensors[path])
+
     try:
-        return inject(model, list(tensors), name, kind, settings, lambda layers: fill(layers, tensors))
+        return inject(model, list(tensors), name, kind, settings, fill_all)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -116,32 +120,28 @@ def experts_from_adapters(
     """Make trained LoRAs of equal rank the specific experts of a new mixture; returns the adapted layers' names.
 
     With all of a token's weight on expert j, the model computes what LoRA j does. Routers start at zero, so until they
-    are trained each has the weight 1/N. `settings` are those of `inject_experts`; by default no expert is universal,
-    and a new universal one changes nothing before it is trained. Where a LoRA leaves a layer alone, its expert's B is
+    are trained each has the weight 1/N. `settings` are those of `inject_experts`. By default no expert is universal; a
+    new universal one changes nothing before it is trained. Where a LoRA leaves a layer alone, its expert's B is
     zero. Raises ValueError as `load_adapter` does, and for folders that hold no LoRAs of one rank.
     """
     linears = linear_layers(model)
     loras = [read_adapter(Path(folder), linears) for folder in folders]
-    found = [f"{config['peft_type']} of rank {config['r']}" for config, _ in loras]
-    if len(set(found)) != 1 or not found[0].startswith(f"{LORA} ") or settings.get("shared_A"):
-        raise ValueError(
-            f"experts need LoRAs of one rank, each with an A of its own; found {', '.join(found) or 'none'}"
-        )
+    kinds = [f"{config['peft_type']} of rank {config['r']}" for config, _ in loras]
+    if len(set(kinds)) != 1 or not kinds[0].startswith(f"{LORA} ") or settings.get("shared_A"):
+        there = ", ".join(kinds) or "none"
+        raise ValueError(f"experts need LoRAs of one rank, each with an A of its own; found {there}")
     common = {own: loras[0][0][key] for key, own in SETTINGS.items() if key in loras[0][0]}
-    settings = common | {"num_universal_experts": 0, "num_specific_experts": len(loras)} | settings
+    settings = common | {"num_universal_experts": 0} | settings | {"num_specific_experts": len(loras)}
     kind = settings.pop("layer_type", ExpertLoRALinear)
 
-    @torch.no_grad()
     def fill_experts(layers: Mapping[str, Any]) -> None:
-        for path, layer in layers.items():
-            for expert, (config, tensors) in zip(layer.specific_experts, loras, strict=True):
-                scaling = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
-                for to, part, factor in zip(expert, ("lora_A", "lora_B"), (1, scaling / layer.scaling), strict=True):
-                    if path in tensors and (tensor := tensors[path][part]).shape != to.shape:
-                        shapes = f"{list(tensor.shape)}, the expert needs {list(to.shape)}"
-                        raise ValueError(f"{path}.{part} has the shape {shapes}")
-                    if path in tensors:
-                        to.copy_(tensor * factor)
+        for number, (config, tensors) in enumerate(loras):
+            scaling = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
+            for path, found in tensors.items():
+                a, b = layers[path].specific_experts[number]
+                factors = {"lora_B": scaling / layers[path].scaling}
+                scaled = {name: tensor * factors.get(name, 1) for name, tensor in found.items()}
+                fill(path, {"lora_A": a, "lora_B": b}, scaled)
 
     paths = [path for path in linears if any(path in tensors for _, tensors in loras)]
     return inject(model, paths, name, kind, settings, fill_experts)

@@ -185,7 +185,7 @@ def test_what_makes_no_mixture_is_refused(tmp_path, settings, message):
     for folders, options in (([folder, tmp_path / "experts"], {}), ([folder] * 2, {"shared_A": True})):
         with pytest.raises(ValueError, match="each with an A of its own"):
             experts_from_adapters(model, folders, name="mixture", **options)
-    with pytest.raises(ValueError, match=r"q_proj.lora_A.* shape \[2, 32\], the expert needs \[4, 32\]"):
+    with pytest.raises(ValueError, match=r"q_proj.lora_A.* shape \[2, 32\], the model needs \[4, 32\]"):
         experts_from_adapters(model, [folder], rank=4, name="mixture")
 
 
