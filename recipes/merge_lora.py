@@ -2,9 +2,9 @@
 
     python recipes/merge_lora.py --model runs/7b/sft/model --adapter runs/7b/dfpo/adapter --output runs/7b/dfpo/model
 
-Each weight is summed in float32 and rounded once. It prints by how much this rounding changed a logit at most, on 128
-random tokens. Experts are refused, because what they add depends on the input. With --universal_only the expert that is
-always on is merged, which is exact for it, and the others are left out; it prints what that changes on a short text.
+Each weight is summed in float32 and rounded once. It prints by how much this rounding changed a logit at most, on a
+short text. Experts are refused, because what they add depends on the input. With --universal_only the expert that is
+always on is merged, which is exact for it, and the others are left out; it prints what that changes on the same text.
 """
 
 import math
@@ -48,8 +48,9 @@ def main(config: Config) -> None:
     tokenizer.check_fits(model.config.vocab_size, config.model)
     names = load_adapter(model, config.adapter, uniform_routing=config.universal_only)
     text = torch.tensor([tokenizer.encode(TEXT)])
-    whole = logits(model, text) if config.universal_only else text
-    change = merge_lora(model, universal_only=config.universal_only)
+    whole = logits(model, text)
+    merge_lora(model, universal_only=config.universal_only)
+    change = (logits(model, text) - whole).abs().max().item()
     if not math.isfinite(change):
         raise ValueError("the merged model computes infinities; give --dtype float32 or bfloat16, which reach further")
     layers = adapted_layers(model)  # those that still hold experts

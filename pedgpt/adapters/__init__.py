@@ -20,7 +20,14 @@ from pedgpt.adapters.inject import (
     unmerge_lora,
 )
 from pedgpt.adapters.lora import LoRALinear, pack_adapters
-from pedgpt.adapters.storage import adapter_base, adapter_fingerprint, check_base, load_adapter, save_adapter
+from pedgpt.adapters.storage import (
+    adapter_base,
+    adapter_fingerprint,
+    check_base,
+    experts_from_adapters,
+    load_adapter,
+    save_adapter,
+)
 
 __all__ = [
     "ExpertLoRALinear",
@@ -34,6 +41,7 @@ __all__ = [
     "check_base",
     "adapters_disabled",
     "balance_loss",
+    "experts_from_adapters",
     "gate_metrics",
     "inject_experts",
     "inject_lora",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pedgpt.adapters.experts import ExpertLoRALinear
 from pedgpt.adapters.lora import HALF, AdaptedLinear, LoRALinear, product_dtype, quantization_of, temporarily
@@ -27,10 +27,8 @@ class _Adapters:
 
     layers: dict[str, dict[str, AdaptedLinear]] = field(default_factory=dict)  # adapter -> module name -> layer
     active: str | None = None
+    plain: dict[str, nn.Linear] = field(default_factory=dict)  # what adapted layers stand for, without a weight
     merged: dict[str, AdaptedLinear] = field(default_factory=dict)  # what merged layers stand for, untouched
-
-    def of(self, adapter: str | None) -> dict[str, AdaptedLinear]:
-        return {} if adapter is None else self.layers[adapter]
 
 
 def inject_lora(
@@ -40,10 +38,10 @@ def inject_lora(
 
     `target_modules` holds names or patterns (`"q_proj"`, `"*.mlp.*"`), or is "all-linear": every linear layer but the
     head. `settings` are those of `LoRALinear`: rank, alpha, dropout, rslora. The adapter gets `name` and is active from
-    now on; others wait for `set_adapter`. Raises ValueError if a pattern matches nothing, the name is taken, an adapter
-    is merged, or FSDP2 has split the model.
+    now on; others wait for `set_adapter`. Raises ValueError if a pattern matches nothing, or also a weight that no
+    adapter can go around, the name is taken, an adapter is merged, or FSDP2 has split the model.
     """
-    return _inject(model, target_modules, name, LoRALinear, settings)
+    return inject(model, target_modules, name, LoRALinear, settings)
 
 
 def inject_experts(
@@ -67,38 +65,109 @@ def inject_experts(
         if not any(_matches(name, pattern) for name in linears):
             raise ValueError(f"num_specific_experts: {pattern!r} matches no linear layer")
     settings["num_specific_experts"] = num_specific_experts
-    return _inject(model, target_modules, name, layer_type, settings)
+    return inject(model, target_modules, name, layer_type, settings)
 
 
-def wrapped(
-    linears: Mapping[str, nn.Linear], kind: type[AdaptedLinear], settings: Mapping[str, Any]
-) -> dict[str, AdaptedLinear]:
-    """Each layer with an adapter of `kind`; a mapping as num_specific_experts is looked up by the layer's name."""
-    layers, number = {}, "num_specific_experts"
-    for name, linear in linears.items():
-        own = dict(settings)
-        if isinstance(table := own.get(number), Mapping):
-            own[number] = table.get(name) or next((n for pattern, n in table.items() if _matches(name, pattern)), None)
-            if own[number] is None:
-                raise ValueError(f'num_specific_experts has no pattern that matches {name}; add "*" for all others')
-        layers[name] = kind(linear, **own)
-    return layers
+def inject(
+    model: nn.Module, target_modules: str | Sequence[str], adapter: str, kind: type[AdaptedLinear],
+    settings: Mapping[str, Any], fill: Callable[[dict[str, AdaptedLinear]], None] = lambda layers: None,
+) -> list[str]:  # fmt: skip
+    """Both of the above; `fill` gives the new layers their values, and may raise, before the model is changed."""
+    record = _record(model)
+    _check_can_change(model)
+    if adapter in record.layers:
+        taken = f"the model has adapters already under the name {adapter!r}"
+        raise ValueError(f"{taken}; give another name=, or use these with set_adapter(model, {adapter!r})")
+    if foreign := [name for name in adapted_layers(model) if name not in record.layers.get(record.active or "", ())]:
+        raise ValueError(f"the model has adapters already that it does not know, as {foreign[0]}; load the base again")
+    names, former = _targets(model, target_modules), record.active
+    _activate(model, None)
+    try:
+        plain = {name: _linear(model, name) for name in names}
+        layers = {name: kind(linear, **_own(settings, name)) for name, linear in plain.items()}
+        fill(layers)
+    except BaseException:
+        _activate(model, former)
+        raise
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    record.layers[adapter] = layers
+    record.plain |= plain
+    _activate(model, adapter)
+    return names
+
+
+def _own(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings of one layer, whose number of experts a table may tell."""
+    table = settings.get("num_specific_experts")
+    if not isinstance(table, Mapping):
+        return dict(settings)
+    number = table.get(name) or next((n for pattern, n in table.items() if _matches(name, pattern)), None)
+    if number is None:
+        raise ValueError(f'num_specific_experts has no pattern that matches {name}; add "*" for all others')
+    return {**settings, "num_specific_experts": number}
+
+
+def _targets(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
+    """The linear layers that the patterns ask for, in the model's order; ValueError for what they cannot have."""
+    linears, unreachable = linear_layers(model), _unreachable(model)
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none that is plain"
+    names: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = {pattern} if pattern in linears else {name for name in linears if _matches(name, pattern)}
+        if left := [key for key in unreachable if _matches(key, pattern) or _matches(key.rpartition(".")[0], pattern)]:
+            raise ValueError(
+                f"target_modules: {pattern!r} also asks for {left[0]}, {unreachable[left[0]]} ({len(left)} such in "
+                "all), but adapters go around nn.Linear. Name the layers that they should go around (the model has "
+                f"{kinds}), and all else stays frozen; or put a transposed weight, as Conv1D's, into an nn.Linear first"
+            )
+        if not found:
+            raise ValueError(f"target_modules: {pattern!r} matches no linear layer; the model has {kinds}")
+        names |= found
+    if not names:
+        raise ValueError('target_modules is empty; name layers or give "all-linear"')
+    chosen = {id(linears[name]): name for name in names}
+    for other, module in _whole(model).named_modules(remove_duplicate=False):
+        if (name := chosen.get(id(module), other)) != other:
+            raise ValueError(f"{name} and {other} are one layer, of which one place would be adapted; leave it out")
+    return [name for name in linears if name in names]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return pattern in (ALL_LINEAR, name) or name.endswith("." + pattern) or fnmatchcase(name, pattern)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """What can be adapted, by module name: every linear layer but the head.
+    """What can be adapted, by module name: every linear layer but the head, which may share the embeddings' weight.
 
     An adapter would change layers that are more than linear, and miss those that are used without being called.
     """
+    modules = dict(_whole(model).named_modules())
+    embeddings = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
     return {
         name: module
-        for name, module in _whole(model).named_modules()
+        for name, module in modules.items()
         if name
         and name.rpartition(".")[2] != "lm_head"
         and isinstance(module, nn.Linear)
+        and id(module.weight) not in embeddings
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         and (isinstance(module, AdaptedLinear) or type(module).forward in _KNOWN)
     }
+
+
+def _unreachable(model: nn.Module) -> dict[str, str]:
+    """What multiplies as linear layers do but is none: a transposed weight [in, out], and experts in one parameter."""
+    found = {}
+    for name, module in _whole(model).named_modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        for key, parameter in own.items():
+            transposed = parameter.ndim == 2 and "bias" in own and own["bias"].shape == parameter.shape[1:]
+            if transposed or (parameter.ndim == 3 and len(parameter) > 1):
+                found[f"{name}.{key}"] = f"{list(parameter.shape)} of a {type(module).__name__}"
+    return found
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -144,22 +213,19 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only: bool = False) -> float:
-    """Add the active LoRA to the weights; returns the largest change of a logit that this caused on `probe`.
+def merge_lora(model: nn.Module, *, universal_only: bool = False) -> None:
+    """Add the active LoRA to the weights: W := round(W + (α/r) B A).
 
-        W := round(W + (α/r) B A)
-
-    in float32 (float64 stays float64), rounded once to W's dtype, layer by layer; codes become a weight in the dtype of
-    their products. The layers become plain ones again, so `save_model` writes the model; the adapted ones wait for
-    `unmerge_lora`. `probe` holds token ids [B, T]; None:
-    128 fixed random ones. The change is measured in evaluation mode.
+    The sum is in float32 (float64 stays float64), rounded once to W's dtype, layer by layer; codes become a weight in
+    the dtype of their products. The layers become plain ones again, so `save_model` writes the model; the adapted ones
+    wait for `unmerge_lora`.
 
     Routed experts depend on the input, so no one matrix equals them. `universal_only` merges those that are always on
     and leaves the others in place, the merged ones with a B of zero; `save_adapter` then writes an adapter of the
     merged base.
     """
     _check_can_change(model)
-    record, layers = _record(model), adapted_layers(model)
+    layers = adapted_layers(model)
     if not layers:
         raise ValueError("the model has no active adapter to merge; inject_lora, load_adapter or set_adapter first")
     experts = [layer for layer in layers.values() if isinstance(layer, ExpertLoRALinear)]
@@ -168,17 +234,12 @@ def merge_lora(model: nn.Module, *, probe: Tensor | None = None, universal_only:
             "experts cannot be merged, because what they add depends on the input; merge the expert that is always on "
             "with universal_only=True"
         )
-    if universal_only and not experts:
-        raise ValueError("universal_only is for experts, and the active adapter is a LoRA; leave it out to merge all")
-    if experts and not any(layer.num_universal_experts for layer in experts):
-        raise ValueError("no expert is always on (num_universal_experts is 0), so nothing can be merged")
-    probe = _default_probe(model) if probe is None else probe
-    before = _logits(model, probe)
+    if universal_only and not any(layer.num_universal_experts for layer in experts):
+        raise ValueError("universal_only is for experts that are always on, and the active adapter has none")
     try:
         for name, layer in layers.items():
-            record.merged[name] = layer
+            _record(model).merged[name] = layer
             _replace(model, name, _merged(layer))
-        return (_logits(model, probe).double() - before.double()).abs().max().item()
     except BaseException:  # out of memory, most of all: half a merge helps nobody
         unmerge_lora(model)
         raise
@@ -197,44 +258,6 @@ def unmerge_lora(model: nn.Module) -> None:
         layer.train(_linear(model, name).training)
         _replace(model, name, layer)
     record.merged.clear()
-
-
-def _inject(
-    model: nn.Module, target_modules: str | Sequence[str], adapter: str, kind: type[AdaptedLinear],
-    settings: Mapping[str, Any],
-) -> list[str]:  # fmt: skip
-    record = _record(model)
-    _check_can_change(model)
-    if adapter in record.layers:
-        taken = f"the model has adapters already under the name {adapter!r}"
-        raise ValueError(f"{taken}; give another name=, or use these with set_adapter(model, {adapter!r})")
-    if foreign := [name for name in adapted_layers(model) if name not in record.of(record.active)]:
-        raise ValueError(f"the model has adapters already that it does not know, as {foreign[0]}; load the base again")
-    linears = linear_layers(model)
-    names: set[str] = set()
-    for pattern in [target_modules] if isinstance(target_modules, str) else target_modules:
-        found = {pattern} if pattern in linears else {name for name in linears if _matches(name, pattern)}
-        if not found:
-            kinds = sorted({name.rpartition(".")[2] for name in linears})
-            raise ValueError(f"target_modules: {pattern!r} matches no linear layer; the model has {', '.join(kinds)}")
-        names |= found
-    if not names:
-        raise ValueError('target_modules is empty; name layers or give "all-linear"')
-    chosen = {id(linears[name]): name for name in names}
-    for other, module in _whole(model).named_modules(remove_duplicate=False):
-        if (name := chosen.get(id(module), other)) != other:
-            raise ValueError(f"{name} and {other} are one layer, of which one place would be adapted; leave it out")
-    layers = wrapped({name: _plain(linear) for name, linear in linears.items() if name in names}, kind, settings)
-    _activate(model, None)  # only the base is frozen: a former adapter may train again later
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    record.layers[adapter] = layers
-    _activate(model, adapter)
-    return list(layers)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return pattern in (ALL_LINEAR, name) or name.endswith("." + pattern) or fnmatchcase(name, pattern)
 
 
 def _whole(model: nn.Module) -> nn.Module:
@@ -262,47 +285,25 @@ def _activate(model: nn.Module, adapter: str | None) -> None:
     record = _record(model)
     if adapter == record.active:
         return
-    leaving, coming = record.of(record.active), record.of(adapter)
+    leaving, coming = (record.layers.get(name or "", {}) for name in (record.active, adapter))
     for name in {**leaving, **coming}:
-        current, layer = _linear(model, name), coming.get(name)
-        if layer is not None:
-            _attach(layer, current)
-        _replace(model, name, layer or _plain(current))
-    for layer in leaving.values():
-        _detach(layer)
+        current, layer = _linear(model, name), coming.get(name, record.plain[name])
+        if isinstance(layer, AdaptedLinear):
+            # As it began: over half precision in a dtype of its own, over the meta device where it is.
+            weight, dtype = current.weight, product_dtype(current)
+            layer.to(None if weight.is_meta else weight.device, None if dtype in HALF else dtype)
+        layer.weight, layer.bias = current.weight, current.bias
+        if isinstance(layer, AdaptedLinear | QuantizedLinear):
+            layer.quantization = quantization_of(current)
+        _replace(model, name, layer.train(current.training))
+        # Let go of the base: its parameters may be replaced meanwhile, and nobody else should keep them.
+        for attribute in ("weight", "bias"):
+            current.register_parameter(attribute, None)
+        if isinstance(current, AdaptedLinear | QuantizedLinear):
+            current.quantization = None
+        if isinstance(current, AdaptedLinear):
+            current.packed = current.noise_stream = None
     record.active = adapter
-
-
-def _attach(layer: AdaptedLinear, current: nn.Linear) -> None:
-    """Make a layer ready to stand in for `current`: over its weights as they are now, in its mode and place."""
-    _detach(layer)
-    weight, dtype = current.weight, product_dtype(current)
-    # As AdaptedLinear begins: over half precision in a dtype of its own, over the meta device where it is.
-    layer.to(None if weight.is_meta else weight.device, None if dtype in HALF else dtype)
-    layer.weight, layer.bias, layer.quantization = weight, current.bias, quantization_of(current)
-    layer.train(current.training)
-
-
-def _detach(layer: AdaptedLinear) -> None:
-    """Let go of the base: its parameters may be replaced while the layer is away, and nobody else should keep them."""
-    layer.register_parameter("weight", None)
-    layer.register_parameter("bias", None)
-    layer.register_module("quantization", None)
-    layer.packed = None
-    layer.noise_stream = None  # of a batch that is long gone when the layer returns
-
-
-def _plain(current: nn.Linear, merged: nn.Parameter | None = None) -> nn.Linear:
-    """A layer without adapter in the place of `current`, of the type that it had at first, or over a merged weight."""
-    kind: Any = current.base_type if isinstance(current, AdaptedLinear) else type(current)
-    quantization = quantization_of(current)
-    kind = kind if quantization is None else Linear
-    plain = kind(current.in_features, current.out_features, bias=current.bias is not None, device="meta")
-    if quantization is not None and merged is None:
-        plain = QuantizedLinear(plain, quantization.kind)
-        plain.quantization = quantization
-    plain.weight, plain.bias = current.weight if merged is None else merged, current.bias
-    return plain.train(current.training)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
@@ -328,28 +329,11 @@ def _merged(layer: AdaptedLinear) -> nn.Linear:
     total = layer.weight.to(wide, copy=True) if quantization is None else quantization.dense(layer.weight, wide)
     for a, b in always_on:
         total.addmm_(b.to(wide), a.to(wide), alpha=layer.scaling)
-    weight = nn.Parameter(total.to(dtype), requires_grad=layer.weight.requires_grad)
-    plain = _plain(layer, weight)
-    if not isinstance(layer, ExpertLoRALinear):
-        return plain
-    rest = copy.deepcopy(layer)  # so that training leaves the original alone
-    rest.weight, rest.quantization, rest.base_type = weight, None, type(plain)
-    rest.lora_B[:, : layer.num_universal_experts * layer.rank] = 0
-    return rest
-
-
-def _default_probe(model: nn.Module) -> Tensor:
-    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
-    if embedding is None:
-        raise ValueError("the model has no nn.Embedding to draw token ids for; give probe, an input of the model")
-    ids = torch.randint(embedding.num_embeddings, (1, 128), generator=torch.Generator().manual_seed(0), device="cpu")
-    return ids.to(embedding.weight.device)
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, probe: Tensor) -> Tensor:
-    """What the model computes in evaluation; every module keeps its mode."""
-    modules = list(model.modules())
-    with temporarily(modules, "training", [False] * len(modules)):
-        found = model(probe)
-        return found if isinstance(found, Tensor) else found.logits  # as transformers' models give them
+    kind: Any = Linear if quantization else layer.base_type
+    merged = kind(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    if isinstance(layer, ExpertLoRALinear):
+        merged = copy.deepcopy(layer)  # so that training leaves the original alone
+        merged.quantization, merged.base_type = None, kind
+        merged.lora_B[:, : layer.num_universal_experts * layer.rank] = 0
+    merged.weight, merged.bias = nn.Parameter(total.to(dtype), requires_grad=layer.weight.requires_grad), layer.bias
+    return merged.train(layer.training)

@@ -1,12 +1,16 @@
-"""Read an adapter's two files, whoever published them: PEFT's LoRA, our experts, the published MoE-Adapter.
+"""Read an adapter's two files, whoever wrote them, in the form that our layers compute with.
 
-A key is `base_model.model.<layer>.<part>`. The layouts differ in the parts and their shapes: rank r, U universal and N
-specific experts, E = U + N:
+Rank r, U universal and N specific experts, E = U + N. A key is `base_model.model.<layer>.<end>`, or in MoE-PEFT
+`mola.<layer>.<end>`; `*` numbers the experts:
 
-    LORA       lora_A.weight [r, in]     lora_B.weight [out, r]
-    EXPERTS    lora_A.weight [E r, in]   lora_B.weight [out, E r]   router.weight, router_noise.weight [N, in]
-               or [r, in] if shared_A                               and what a subclass names in adapter_parameters
-    PUBLISHED  lora_moe_A [N+1, in, r]   lora_moe_B [N+1, r, out]   lora_route.weight [N, in], w_noise [in, N]
+    LoRA          lora_A.weight [r, in]        lora_B.weight [out, r]
+    our experts   lora_A.weight [E r, in]      lora_B.weight [out, E r]   router.weight, router_noise.weight [N, in]
+                  or [r, in] if shared_A                                  and what a subclass has beside them
+    MoE-Adapter   lora_moe_A [E, in, r]        lora_moe_B [E, r, out]     lora_route.weight [N, in], w_noise [in, N]
+    HydraLoRA     lora_A.weight [r, in]        lora_B*.weight [out, r]    lora_route.weight [N, in]
+    MoE-PEFT      experts.*.lora_A.weight      experts.*.lora_B.weight    moe_gate.weight [N, in]
+
+The MoE-Adapter is PediatricsGPT's published code, with one universal expert. The last two have none, and no noise.
 """
 
 from __future__ import annotations
@@ -22,13 +26,10 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pedgpt.adapters.experts import ExpertLoRALinear
-from pedgpt.adapters.inject import wrapped
-from pedgpt.adapters.lora import AdaptedLinear, LoRALinear
 from pedgpt.files import own_file, read_object
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-LORA, EXPERTS, PUBLISHED = "LORA", "PEDGPT_EXPERTS", "the published MoE-Adapter"
+LORA, EXPERTS = "LORA", "PEDGPT_EXPERTS"
 PREFIX = "base_model.model."
 # The keys of a config that are settings of its layers, and their names there. A LoRA has only the first four.
 SETTINGS = {
@@ -36,9 +37,7 @@ SETTINGS = {
     "num_specific_experts": "num_specific_experts", "num_universal_experts": "num_universal_experts",
     "shared_A": "shared_A",
 }  # fmt: skip
-# The name of the adapter may follow, as in ".lora_moe_A.default".
-_KEY = re.compile(r"base_model\.model\.(.+)\.(\w+\.weight|lora_moe_[AB]|w_noise)(?:\.[^.]+)?")
-_ROUTING = ("lora_route.weight", "w_noise")
+_KEY = r"(?:base_model\.model\.|\w+\.(?=layers\.))(.+)\.%s(?:\.[^.]+)?"  # a name of the adapter may follow
 _UNSUPPORTED = (
     "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "alora_invocation_tokens", "layer_replication",
     "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config",
@@ -47,35 +46,28 @@ _UNSUPPORTED = (
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-class Part(NamedTuple):
-    """One tensor of a layer in a file: the parameter that it fills, its shape there, and how it becomes ours."""
+class Layout(NamedTuple):
+    """The ends of a file's keys, with the parameter that each fills and how; what all its layers have in common."""
 
-    parameter: str
-    shape: list[int]
-    pattern: str = ""
-
-
-def blank(
-    linears: Mapping[str, nn.Linear], kind: type[AdaptedLinear], config: Mapping[str, Any]
-) -> dict[str, AdaptedLinear]:
-    """The layers that a config describes, on the meta device."""
-    settings = {own: config[key] for key, own in SETTINGS.items() if key in config}
-    with torch.device("meta"):
-        bases = {path: nn.Linear(layer.in_features, layer.out_features) for path, layer in linears.items()}
-        return wrapped(bases, kind, settings)
+    ends: dict[str, tuple[str, str]]
+    settings: dict[str, Any]
 
 
-def parts(kind: str, layer: AdaptedLinear) -> dict[str, Part]:
-    """What a file of this kind holds of one layer, by the ends of the keys; expert 0 is the universal one."""
-    if kind != PUBLISHED:
-        return {f"{name}.weight": Part(name, list(p.shape)) for name, p in layer.adapter_parameters().items()}
-    (experts, size_in), size_out = layer.adapter_parameters()["router"].shape, layer.out_features
-    return {
-        "lora_moe_A": Part("lora_A", [experts + 1, size_in, layer.rank], "e d r -> (e r) d"),
-        "lora_moe_B": Part("lora_B", [experts + 1, layer.rank, size_out], "e r d -> d (e r)"),
-        "lora_route.weight": Part("router", [experts, size_in]),
-        "w_noise": Part("router_noise", [size_in, experts], "d e -> e d"),
-    }
+_FOREIGN = {  # by a piece of a key that no other layout has
+    ".lora_moe_A": Layout({
+        "lora_moe_A": ("lora_A", "e i r -> (e r) i"), "lora_moe_B": ("lora_B", "e r o -> o (e r)"),
+        "lora_route.weight": ("router", ""), "w_noise": ("router_noise", "i n -> n i"),
+    }, {"num_universal_experts": 1}),
+    ".lora_B0.": Layout({
+        "lora_A.weight": ("lora_A", ""), "lora_B*.weight": ("lora_B", "e o r -> o (e r)"),
+        "lora_route.weight": ("router", ""),
+    }, {"num_universal_experts": 0, "shared_A": True}),
+    ".moe_gate.": Layout({
+        "experts.*.lora_A.weight": ("lora_A", "e r i -> (e r) i"),
+        "experts.*.lora_B.weight": ("lora_B", "e o r -> o (e r)"),
+        "moe_gate.weight": ("router", ""),
+    }, {"num_universal_experts": 0}),
+}  # fmt: skip
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -84,8 +76,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     if own_file(folder, CONFIG) is None:
         raise ValueError(f"{path}: no such file; expected an adapter folder")
     config = read_object(folder, CONFIG)
-    if (kind := config.get("peft_type")) not in (LORA, EXPERTS):
-        raise ValueError(f"{path}: peft_type {kind!r} is not supported; expected {LORA!r} or {EXPERTS!r}")
+    kind, known = config.get("peft_type"), (LORA, EXPERTS, "MOLA", "LORAMOE")
+    if kind == "MIXLORA":
+        raise ValueError(
+            f"{path}: MixLoRA runs the whole feed-forward block once for each chosen expert and mixes the results. "
+            "Between its layers stands a nonlinearity, so no mixture in each linear layer equals it; of MoE-PEFT's "
+            "adapters, pedgpt reads MOLA and LORAMOE"
+        )
+    if kind not in known:
+        raise ValueError(f"{path}: peft_type {kind!r} is not supported; expected one of {', '.join(known)}")
     needed = ["r", "lora_alpha", "num_specific_experts"][: 3 if kind == EXPERTS else 2]
     if missing := [key for key in needed if config.get(key) is None]:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")
@@ -99,57 +98,41 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(
-    folder: Path, config: dict[str, Any], layers: Mapping[str, nn.Linear], uniform_routing: bool,
-    layer_type: type[ExpertLoRALinear],
-) -> tuple[type[AdaptedLinear], dict[str, dict[str, Tensor]]]:  # fmt: skip
-    """(the type of the layers; the tensors by layer and parameter, in our form).
+def read_adapter(
+    folder: Path, linears: Mapping[str, nn.Linear], uniform_routing: bool = False
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """(the config, of type LORA or EXPERTS; the tensors by layer and parameter) of an adapter for these layers.
 
-    The number of the published layout's experts, which its shapes tell, is put into the config.
-
-    Raises ValueError for keys that are unexpected, layers that are not in `layers`, and what is missing or misshapen;
+    Raises ValueError for keys that are unexpected, layers that are not in `linears`, and what another's layout lacks;
     with `uniform_routing`, zeros stand for routing matrices that are missing.
     """
+    config = read_config(folder)
     file, weights = _read_weights(folder)
-    published = config["peft_type"] == LORA and any(".lora_moe_" in key for key in weights)
-    kind: str = PUBLISHED if published else config["peft_type"]
-    adapter: type[AdaptedLinear] = LoRALinear if kind == LORA else layer_type
-    any_layer = blank({"": nn.Linear(1, 1, device="meta")}, adapter, {"r": 1})[""]
-    tensors = _by_layer(file, parts(kind, any_layer), weights, layers)
-    if kind == PUBLISHED:
-        experts = len(next(tensor for key, tensor in weights.items() if ".lora_moe_" in key)) - 1
-        if config.get("lora_nums", experts + 1) != experts + 1 or experts < 1:
-            found = f"{experts + 1}, lora_nums is {config.get('lora_nums')}"
-            raise ValueError(f"{file}: expected the universal expert and at least one specific, found {found}")
-        config["num_specific_experts"] = experts
-    if lost := {name for name in config.get("target_modules") or () if name in layers} - tensors.keys():
+    foreign = next((layout for mark, layout in _FOREIGN.items() if any(mark in key for key in weights)), None)
+    own = ("lora_A", "lora_B") if config["peft_type"] == LORA else {key.split(".")[-2] for key in weights if "." in key}
+    read = _by_layer(file, weights, foreign.ends if foreign else {f"{n}.weight": (n, "") for n in own}, linears)
+    tensors = {path: read[path] for path in linears if path in read}
+    if foreign:
+        config |= foreign.settings | {"peft_type": EXPERTS}
+        config["num_specific_experts"] = _add_routing(file, config, foreign, tensors, uniform_routing)
+    if lost := {name for name in config.get("target_modules") or () if name in linears} - tensors.keys():
         raise ValueError(f"{file}: lacks {_listed(lost)}, which target_modules names; save or copy it again")
-    ours: dict[str, dict[str, Tensor]] = {}
-    routing = []
-    try:
-        adapted = blank({path: layer for path, layer in layers.items() if path in tensors}, adapter, config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: {error}") from None
-    for path, layer in adapted.items():
-        ours[path] = {}
-        for end, (parameter, shape, pattern) in parts(kind, layer).items():
-            key, tensor = f"{PREFIX}{path}.{end}", tensors[path].get(end)
-            if tensor is None and end not in _ROUTING:
-                raise ValueError(f"{file}: lacks {key}; the file is incomplete, save or copy it again")
-            if tensor is None:
-                routing.append(key)
-                tensor = torch.zeros(shape)
-            if list(tensor.shape) != shape:
-                raise ValueError(f"{file}: {key} has the shape {list(tensor.shape)}, the model needs {shape}")
-            ours[path][parameter] = rearrange(tensor, pattern) if pattern else tensor
-    if routing and not uniform_routing:
-        raise ValueError(
-            f"{file}: lacks the {len(routing)} routing matrices listed below. The published code drops them when it "
-            "saves, so its own reload routes at random, and what the gates had learned is lost. Take them from the "
-            "training run, or load with uniform_routing=True, which sets them to zero: without lora_route all experts "
-            "get equal gates.\n  " + "\n  ".join(routing)
-        )
-    return adapter, ours
+    return config, tensors
+
+
+@torch.no_grad()
+def fill(path: str, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy a layer's tensors into its parameters; ValueError for one that is missing, unexpected or misshapen."""
+    for name in {**parameters, **tensors}:
+        key, tensor = f"{PREFIX}{path}.{name}.weight", tensors.get(name)
+        if name not in parameters:
+            raise ValueError(f"holds the unexpected {key}")
+        if tensor is None:
+            raise ValueError(f"lacks {key}; the file is incomplete, save or copy it again")
+        if tensor.shape != parameters[name].shape:
+            shapes = f"{list(tensor.shape)}, the model needs {list(parameters[name].shape)}"
+            raise ValueError(f"{key} has the shape {shapes}")
+        parameters[name].copy_(tensor)
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -170,30 +153,71 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _by_layer(
-    file: Path, ends: Collection[str], weights: Mapping[str, Tensor], layers: Mapping[str, nn.Linear]
+    file: Path, weights: Mapping[str, Tensor], ends: Mapping[str, tuple[str, str]], linears: Mapping[str, nn.Linear]
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors by layer and by the end of their key; ValueError for keys of another kind and unknown layers."""
-    tensors: dict[str, dict[str, Tensor]] = {}
+    """The tensors by layer and parameter, in our form; ValueError for keys of another kind and unknown layers."""
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}  # (layer, end) -> number of the expert -> tensor
     unexpected = []
     for key, tensor in weights.items():
-        match = _KEY.fullmatch(key)
-        if match is None or match[2] not in ends or match[2] in tensors.setdefault(match[1], {}):
+        matches = {end: re.fullmatch(_KEY % re.escape(end).replace(r"\*", r"(?P<number>\d+)"), key) for end in ends}
+        end, match = next(((end, match) for end, match in matches.items() if match), ("", None))
+        path = match and ("" if key.startswith(PREFIX) else "model.") + match[1]
+        number = match and match.groupdict().get("number", "")
+        if path is None or number is None or number in found.setdefault((path, end), {}):
             unexpected.append(key)
         else:
-            tensors[match[1]][match[2]] = tensor
+            found[path, end][number] = tensor
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for (path, end), experts in found.items():
+        parameter, pattern = ends[end]
+        try:
+            tensor = torch.stack([experts[n] for n in sorted(experts, key=int)]) if "*" in end else experts[""]
+            tensors.setdefault(path, {})[parameter] = rearrange(tensor, pattern) if pattern else tensor
+        except RuntimeError as error:
+            raise ValueError(f"{file}: {path}.{end} does not become {parameter} ({error})") from None
+    absent = {path for path, of_layer in tensors.items() if path not in linears and "lora_A" in of_layer}
+    unexpected += [f"{PREFIX}{path}.{end}" for path, end in found if path not in linears and path not in absent]
     if unexpected:
         raise ValueError(
             f"{file}: holds the unexpected {_listed(unexpected)}; expected {PREFIX}<layer>.lora_A.weight and so on. "
             "pedgpt reads one adapter's matrices and no saved modules, embeddings, biases or magnitudes: train the "
             "adapter without them, or merge it with PEFT"
         )
-    if absent := set(tensors) - set(layers):
-        kinds = ", ".join(sorted({path.rpartition(".")[2] for path in layers}))
+    if absent:
+        kinds = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
         raise ValueError(
             f"{file}: adapts {_listed(absent)}, which is no linear layer, or the head, of the model; it has {kinds}. "
             "Give the base model that the adapter was trained on"
         )
     return tensors
+
+
+def _add_routing(
+    file: Path, config: Mapping[str, Any], layout: Layout, tensors: dict[str, dict[str, Tensor]], uniform: bool
+) -> dict[str, int]:
+    """Zeros in the place of routing matrices that a layout has not, or lacks; returns each layer's specific experts."""
+    universal, numbers, missing = config["num_universal_experts"], {}, []
+    for path, found in tensors.items():
+        if lacking := {"lora_A", "lora_B"} - found.keys():
+            raise ValueError(f"{file}: lacks {PREFIX}{path}.{min(lacking)}; the file is incomplete, copy it again")
+        names = {parameter: end for end, (parameter, _) in layout.ends.items() if "router" in parameter}
+        missing += [f"{PREFIX}{path}.{end}" for parameter, end in names.items() if parameter not in found]
+        experts = found["lora_B"].shape[1] // config["r"] - universal
+        for parameter in ("router", "router_noise"):
+            found.setdefault(parameter, torch.zeros(max(experts, 0), found["lora_A"].shape[1]))
+        numbers[path] = len(found["router"])
+        expected = config.get("lora_nums", config.get("num_experts", experts + universal))
+        if experts + universal != expected:
+            shown = f"{experts + universal} experts of rank {config['r']}"
+            raise ValueError(f"{file}: {path} has {shown}, the config says {expected}")
+    if missing and not uniform:
+        raise ValueError(
+            f"{file}: lacks the {len(missing)} routing matrices listed below. The published code drops them when it "
+            "saves, so its own reload routes at random, and what the gates had learned is lost. Take them from the "
+            "training run, or load with uniform_routing=True, which sets them to zero: without lora_route all experts "
+            "get equal gates.\n  " + "\n  ".join(missing)
+        )
+    return numbers
 
 
 def _listed(keys: Collection[str]) -> str:

@@ -5,31 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from pedgpt.adapters.experts import ExpertLoRALinear
-from pedgpt.adapters.inject import adapted_layers, inject_experts, inject_lora, linear_layers
+from pedgpt.adapters.inject import adapted_layers, inject, linear_layers
 from pedgpt.adapters.lora import AdaptedLinear, LoRALinear
-from pedgpt.adapters.published import (
-    CONFIG,
-    EXPERTS,
-    LORA,
-    PREFIX,
-    SETTINGS,
-    WEIGHTS,
-    blank,
-    parts,
-    read_config,
-    read_tensors,
-)
+from pedgpt.adapters.published import CONFIG, EXPERTS, LORA, PREFIX, SETTINGS, WEIGHTS, fill, read_adapter, read_config
 from pedgpt.files import atomic_write, write_json
 
 # In the metadata of the weights' file, so that PEFT finds no key that it does not know.
@@ -60,7 +48,17 @@ def save_adapter(
     if numbers:
         same = len(set(numbers.values())) == 1
         settings["num_specific_experts"] = next(iter(numbers.values())) if same else numbers
-    weights = _whole_weights(layers, settings, state_dict)
+    weights = {}
+    for path, layer in layers.items():
+        for parameter, own in layer.adapter_parameters().items():
+            tensor = own if state_dict is None else state_dict.get(f"{path}.{parameter}")
+            whole = tensor is not None and tensor.shape == own.shape and tensor.numel()
+            if not whole or tensor is None or tensor.is_meta or hasattr(tensor, "to_local"):
+                raise ValueError(
+                    f"{path}.{parameter}: found nothing or a part of it, expected the whole {list(own.shape)}; gather "
+                    "it from all ranks with pedgpt.training.gather_weights and pass it in state_dict"
+                )
+            weights[f"{PREFIX}{path}.{parameter}.weight"] = tensor.detach().cpu().contiguous()
     config = settings | {
         "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "target_modules": sorted(layers),
         "bias": "none", "inference_mode": True,
@@ -73,26 +71,6 @@ def save_adapter(
     with atomic_write(folder / WEIGHTS, "wb", size=len(content)) as file:
         file.write(content)
     write_json(folder / CONFIG, config)
-
-
-def _whole_weights(
-    layers: Mapping[str, AdaptedLinear], config: Mapping[str, Any], state_dict: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """The tensors of an adapter's file; ValueError for one that is missing or not whole."""
-    weights = {}
-    for name, layer in blank(layers, type(next(iter(layers.values()))), config).items():
-        for end, part in parts(config["peft_type"], layer).items():
-            key = f"{name}.{part.parameter}"
-            tensor = (
-                getattr(layers[name], part.parameter) if state_dict is None else state_dict.get(key, torch.empty(0))
-            )
-            if hasattr(tensor, "to_local") or tensor.is_meta or list(tensor.shape) != part.shape:
-                raise ValueError(
-                    f"{key}: found nothing or a part of it, expected the whole {part.shape}; gather it from all ranks "
-                    "with pedgpt.training.gather_weights and pass it in state_dict"
-                )
-            weights[f"{PREFIX}{name}.{end}"] = tensor.detach().cpu().contiguous()
-    return weights
 
 
 def _settings(layer: AdaptedLinear) -> dict[str, Any]:
@@ -122,21 +100,51 @@ def load_adapter(
     saved = config.get("layer_type", ExpertLoRALinear.__name__)
     if config["peft_type"] == EXPERTS and saved != layer_type.__name__:
         raise ValueError(f"{folder}: holds layers of type {saved}; give load_adapter that class as layer_type")
-    kind, tensors = read_tensors(folder, config, linear_layers(model), uniform_routing, layer_type)
-    settings: dict[str, Any] = {own: config[key] for key, own in SETTINGS.items() if key in config}
+    config, tensors = read_adapter(folder, linear_layers(model), uniform_routing)
+    settings = {own: config[key] for key, own in SETTINGS.items() if key in config}
+    kind = LoRALinear if config["peft_type"] == LORA else layer_type
+
+    def fill_all(layers: Mapping[str, AdaptedLinear]) -> None:
+        for path, layer in layers.items():
+            fill(path, layer.adapter_parameters(), tensors[path])
+
     try:
-        if kind is LoRALinear:
-            inject_lora(model, target_modules=list(tensors), name=name, **settings)
-        else:
-            inject_experts(model, target_modules=list(tensors), name=name, layer_type=layer_type, **settings)
+        return inject(model, list(tensors), name, kind, settings, fill_all)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from None
-    layers = adapted_layers(model)
-    with torch.no_grad():
-        for path, found in tensors.items():
-            for parameter, own in layers[path].adapter_parameters().items():
-                own.copy_(found[parameter])
-    return list(tensors)
+
+
+def experts_from_adapters(
+    model: nn.Module, folders: Sequence[str | Path], *, name: str = "default", **settings: Any
+) -> list[str]:
+    """Make trained LoRAs of equal rank the specific experts of a new mixture; returns the adapted layers' names.
+
+    With all of a token's weight on expert j, the model computes what LoRA j does. Routers start at zero, so until they
+    are trained each has the weight 1/N. `settings` are those of `inject_experts`. By default no expert is universal; a
+    new universal one changes nothing before it is trained. Where a LoRA leaves a layer alone, its expert's B is
+    zero. Raises ValueError as `load_adapter` does, and for folders that hold no LoRAs of one rank.
+    """
+    linears = linear_layers(model)
+    loras = [read_adapter(Path(folder), linears) for folder in folders]
+    kinds = [f"{config['peft_type']} of rank {config['r']}" for config, _ in loras]
+    if len(set(kinds)) != 1 or not kinds[0].startswith(f"{LORA} ") or settings.get("shared_A"):
+        there = ", ".join(kinds) or "none"
+        raise ValueError(f"experts need LoRAs of one rank, each with an A of its own; found {there}")
+    common = {own: loras[0][0][key] for key, own in SETTINGS.items() if key in loras[0][0]}
+    settings = common | {"num_universal_experts": 0} | settings | {"num_specific_experts": len(loras)}
+    kind = settings.pop("layer_type", ExpertLoRALinear)
+
+    def fill_experts(layers: Mapping[str, Any]) -> None:
+        for number, (config, tensors) in enumerate(loras):
+            scaling = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
+            for path, found in tensors.items():
+                a, b = layers[path].specific_experts[number]
+                factors = {"lora_B": scaling / layers[path].scaling}
+                scaled = {name: tensor * factors.get(name, 1) for name, tensor in found.items()}
+                fill(path, {"lora_A": a, "lora_B": b}, scaled)
+
+    paths = [path for path in linears if any(path in tensors for _, tensors in loras)]
+    return inject(model, paths, name, kind, settings, fill_experts)
 
 
 def adapter_base(folder: str | Path) -> str:

@@ -89,7 +89,7 @@ BROKEN = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS}: no such file"),
     "truncated": (truncate, f"{WEIGHTS}: cannot be read as tensors by name, it may be truncated"),
     "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), f"{WEIGHTS}: cannot be read"),
-    "missing tensor": (set_weights(lambda w: w.pop(A)), f"{WEIGHTS}: lacks {A}; the file is incomplete"),
+    "missing tensor": (set_weights(lambda w: w.pop(A)), f"lacks {A}; the file is incomplete"),
     "missing layer": (set_weights(take_layer), r"lacks .*1.self_attn.q_proj \(1 in all\), which target_modules"),
     "no tensors": (set_weights(lambda w: w.clear()), r"lacks .*q_proj \(2 in all\)"),
     "integers": (set_weights(lambda w: w.update({A: w[A].to(torch.int8)})), f"{A} is torch.int8; expected"),

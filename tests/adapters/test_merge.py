@@ -107,7 +107,9 @@ def test_float64_stays_float64(adapted, tokens, rslora):
     expected = {
         name: layer.weight + scaling * layer.lora_B @ layer.lora_A for name, layer in adapted_layers(model).items()
     }
-    assert merge_lora(model) < 1e-5  # norms and rope compute in float32
+    logits = model(tokens)
+    merge_lora(model)
+    torch.testing.assert_close(model(tokens), logits, rtol=1e-5, atol=1e-5)  # norms and rope compute in float32
     for name, weight in expected.items():
         torch.testing.assert_close(model.get_submodule(name).weight, weight.detach(), rtol=1e-14, atol=1e-14)
 
@@ -126,32 +128,16 @@ def test_layers_become_plain_and_the_model_saves_as_its_base(adapted, make_model
     assert torch.equal(load_model(tmp_path)(tokens), model(tokens))
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_the_reported_change_matches_hand_arithmetic(adapted, make_model, tokens, given):
-    model, base = adapted(dtype=torch.bfloat16), make_model().to(torch.bfloat16).eval()
-    for name, layer in adapted_layers(model).items():
-        weight = layer.weight.float() + 5 / 3 * (layer.lora_B @ layer.lora_A)
-        base.get_submodule(name).weight.data.copy_(weight)
-    probe = tokens if given else torch.randint(97, (1, 128), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        before, by_hand = model(probe).double(), base(probe).double()
-        change = merge_lora(model, probe=probe if given else None)
-        assert change == (model(probe).double() - before).abs().max() > 0.01
-    # A weight whose sum is all but half-way between two bfloat16 may round the other way here.
-    assert change == pytest.approx((by_hand - before).abs().max().item(), rel=0.2)
-
-
-def test_the_change_is_measured_in_evaluation_and_every_mode_comes_back(adapted):
-    model, other = adapted(dropout=0.5), adapted()
+def test_every_mode_stays(adapted):
+    model = adapted(dropout=0.5)
     model.train()
     model.model.norm.eval()
     model.model.layers[1].mlp.up_proj.eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    assert merge_lora(model) == merge_lora(other) < 1e-4
+    merge_lora(model)
     assert {name: module.training for name, module in model.named_modules()} == modes
     unmerge_lora(model)
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -191,7 +177,7 @@ def test_the_universal_expert_alone_matches_its_matrix(adapted, make_model, toke
     model = adapted(inject_experts, dtype=torch.float64)
     layers, logits = adapted_layers(model), model(tokens)
     before = {name: copy.deepcopy(layer) for name, layer in layers.items()}
-    assert merge_lora(model, universal_only=True) < 1e-5
+    merge_lora(model, universal_only=True)
     torch.testing.assert_close(model(tokens), logits, rtol=1e-5, atol=1e-5)
     assert list(adapted_layers(model)) == list(layers)
     x = torch.randn(6, 32, dtype=torch.float64)
@@ -287,10 +273,7 @@ def test_layers_that_were_put_in_by_hand_merge_too():
     nn.init.normal_(model[2].lora_B)
     layer, x = model[2], torch.randn(3, 6)
     expected = model(x)
-    with pytest.raises(ValueError, match="no nn.Embedding.*give probe"):
-        merge_lora(model)
-    assert model[2] is layer
-    assert merge_lora(model, probe=x) < 1e-5
+    merge_lora(model)
     assert type(model[2]) is nn.Linear and model[2].bias is layer.bias
     torch.testing.assert_close(model(x), expected)
     unmerge_lora(model)
@@ -330,19 +313,16 @@ def test_what_cannot_be_merged_is_refused_and_left_alone(adapted, make_model, to
         merge_lora(experts)
     with pytest.raises(ValueError, match="universal_only is for experts"):
         merge_lora(lora, universal_only=True)
-    with pytest.raises(ValueError, match=r"\[batch, tokens\]"):
-        merge_lora(lora, probe=tokens[0])
     assert torch.equal(experts(tokens), logits[0]) and torch.equal(lora(tokens), logits[1])
     set_adapter(lora, None)
     with pytest.raises(ValueError, match="no active adapter to merge"):
         merge_lora(lora)
 
 
-@pytest.mark.parametrize("failing", ["_merged", "_logits"])
-def test_a_merge_that_fails_half_way_is_undone(adapted, tokens, monkeypatch, failing):
+def test_a_merge_that_fails_half_way_is_undone(adapted, tokens, monkeypatch):
     model = adapted()
     layers, logits = adapted_layers(model), model(tokens)
-    original, calls = getattr(inject_module, failing), []
+    original, calls = inject_module._merged, []
 
     def run_out_of_memory(*arguments):
         calls.append(arguments)
@@ -350,23 +330,10 @@ def test_a_merge_that_fails_half_way_is_undone(adapted, tokens, monkeypatch, fai
             raise MemoryError
         return original(*arguments)
 
-    monkeypatch.setattr(inject_module, failing, run_out_of_memory)
+    monkeypatch.setattr(inject_module, "_merged", run_out_of_memory)
     with pytest.raises(MemoryError):
         merge_lora(model)
     assert all(model.get_submodule(name) is layer for name, layer in layers.items())
     assert torch.equal(model(tokens), logits)
-    assert merge_lora(model) < 1e-4
-
-
-def test_models_whose_output_is_no_tensor_merge_by_their_logits(tokens):
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=44, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    inject_lora(model, target_modules="q_proj")
-    torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.lora_B)
-    before = model(tokens).logits
-    change = merge_lora(model, probe=tokens)
-    assert change == (model(tokens).logits - before).abs().max().item() < 1e-4
+    merge_lora(model)
+    torch.testing.assert_close(model(tokens), logits, rtol=1e-4, atol=1e-4)

@@ -203,7 +203,7 @@ def test_switched_and_merged_adapters_compute_with_their_own(model, tokens, rand
     set_adapter(model, "second")
     assert_equal(outcome(model, tokens), second)
     pack_adapters(model)
-    merge_lora(model, probe=tokens)
+    merge_lora(model)
     pack_adapters(model)
     unmerge_lora(model)
     assert_equal(outcome(model, tokens), second)

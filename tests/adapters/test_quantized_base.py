@@ -165,9 +165,9 @@ def test_merging_gives_plain_layers_rounded_once(adapted, dense, tokens, kind, d
         + 5 / 3 * layer.lora_B.double() @ layer.lora_A.double()
         for name, layer in adapted_layers(model).items()
     }
-    with torch.no_grad():
-        change = merge_lora(model, probe=tokens)
-        assert change == (model(tokens).double() - logits.double()).abs().max()
+    merge_lora(model)
+    size = logits.abs().max()
+    torch.testing.assert_close(model(tokens) / size, logits / size, rtol=0, atol=32 * torch.finfo(dtype).eps)
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
     for name, exact in expected.items():
         layer = model.get_submodule(name)
@@ -185,7 +185,7 @@ def test_the_universal_expert_merges_and_comes_back(adapted, tokens, kind):
     model = adapted(kind, inject_experts)
     before, logits = state(model), model(tokens)
     for _ in range(2):
-        assert merge_lora(model, universal_only=True) < 1e-3
+        merge_lora(model, universal_only=True)
         layer = model.model.layers[0].mlp.up_proj
         assert type(layer) is ExpertLoRALinear and layer.weight.dtype == torch.float32 and layer.quantization is None
         torch.testing.assert_close(model(tokens), logits, rtol=1e-4, atol=1e-4)

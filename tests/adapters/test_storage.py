@@ -89,7 +89,7 @@ def test_weights_that_are_not_whole_are_refused_before_anything_is_written(make_
         save_adapter(model, tmp_path / "new", state_dict=weights)
     # ZeRO-3 leaves empty placeholders in the model itself.
     model.get_parameter(key).data = torch.empty(0)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^{key}: found nothing or a part of it"):
         save_adapter(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
