@@ -62,26 +62,30 @@ def _paint_training(run: Run, figure: Figure) -> bool:
             if (group := key.removeprefix("eval_").partition("/")[0]) in LOGGED:
                 panels.setdefault((stage.label, group), {})[key] = stage.series(key)
     rows = math.ceil(len(panels) / 3)
-    figure.set_size_inches(12, 2.9 * max(1, rows))
+    figure.set_size_inches(12, 3.3 * max(1, rows))
     for place, ((label, group), series) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, 3, place, title=f"{label}: {group}", xlabel="step")
-        for key, (steps, values) in series.items():
-            name = key.rpartition("/")[2].replace("_", " ")
+        colors: dict[str, Any] = {}
+        for key, (steps, values) in sorted(series.items(), key=lambda item: item[0].startswith("eval_")):
+            name = key.removeprefix("eval_").rpartition("/")[2].replace("_", " ")
             if key.startswith("eval_"):
-                axes.plot(steps, values, "o", markeredgecolor="white", label=f"held out, {name.removeprefix('eval ')}")
+                axes.plot(steps, values, "o", color=colors.get(name), markeredgecolor="white", markersize=5)
             elif values:  # a running mean over the faint raw values, narrow at first so that a steep start stays one
                 index, total = np.arange(len(values)), np.concatenate([[0.0], np.cumsum(values)])
                 half = np.minimum(len(values) // 40, index)
                 start, stop = index - half, np.minimum(index + half + 1, len(values))
                 means = (total[stop] - total[start]) / (stop - start)
                 (line,) = axes.plot(steps, means, "." if len(values) == 1 else "-", label=name)
-                axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
-        if len(series) > 1:
-            axes.legend(loc="best")
+                colors[name] = line.get_color()
+                axes.plot(steps, values, color=colors[name], alpha=0.25, linewidth=0.8)
+        axes.plot([], [], "o", color=FAINT, label="held out")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, columnspacing=1, handlelength=1)
     return bool(panels)
 
 
 def _paint_metrics(run: Run, figure: Figure) -> bool:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     stages = [stage for stage in run.stages.values() if stage.at("tasks") or stage.at("perplexity")]
     lines: dict[str, dict[str, tuple[str, ...]]] = {
         "ROUGE-L F [%]": {task: ("tasks", task, "rouge-l") for task in run.names("tasks", TASKS)},
@@ -96,7 +100,9 @@ def _paint_metrics(run: Run, figure: Figure) -> bool:
         if "perplexity" in unit:
             least = 0
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:,.0f}")
+            axes.yaxis.set_minor_locator(NullLocator())
         for color, (name, path) in zip(COLORS * len(keys), keys.items(), strict=False):
             values = [(x, stage.at(*path), stage.name) for x, stage in enumerate(stages)]
             known = [(x, y, who) for x, y, who in values if y is not None and least < y < math.inf]
@@ -121,12 +127,13 @@ def _paint_experts(run: Run, figure: Figure) -> bool:
             by_layer.setdefault(layer_number(name), []).append(weights)
         rows = [mean_by_expert(found) for _, found in sorted(by_layer.items())]
         panels[task] = [row + [math.nan] * (max(map(len, rows)) - len(row)) for row in rows]
-    experts = len(next(iter(panels.values()))[0])
+    share = 1 / len(next(iter(panels.values()))[0])
+    reach = max(0.1, *(1.2 * abs(one - share) for rows in panels.values() for row in rows for one in row if one == one))
     panels |= {"similarity (cosine)": stages[-1].at("similarity")} if stages[-1].at("similarity") else {}
     figure.set_size_inches(3.2 * len(panels), 3.6)
     for place, (title, values) in enumerate(panels.items(), 1):
         axes, cosine = figure.add_subplot(1, len(panels), place, title=title), "cosine" in title
-        low, high = (-1, 1) if cosine else (0, 2 / experts)
+        low, high = (-1, 1) if cosine else (share - reach, share + reach)
         image = axes.imshow(values, cmap="PuOr_r", vmin=low, vmax=high, aspect="auto")
         axes.set(xlabel="expert, universal first" if cosine else "expert", ylabel="" if cosine else "decoder layer")
         axes.set_xticks(range(len(values[0])), [str(number) for number in range(1, len(values[0]) + 1)])

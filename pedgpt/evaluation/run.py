@@ -164,6 +164,8 @@ def load_run(folder: str | Path) -> Run:
             if not keys <= result.keys():
                 recipe = "exam" if name == "exams" else name
                 raise ValueError(f"{path}: not a result of {recipe}.py; move it to another folder")
+            if name == "judge" and not {"comparisons", "scores"} & result.keys():
+                raise ValueError(f"{path}: of an earlier version; run judge.py again, which asks nothing twice")
             getattr(run, name)[path.stem] = result
     if not (stages or run.exams or run.judge or run.doctors):
         wanted = "<stage>/metrics.jsonl, evaluation/<stage>.json, answers/*.jsonl, exams/, judge/ or doctors/*.json"
