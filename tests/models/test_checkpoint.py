@@ -292,7 +292,7 @@ def test_misshapen_weight_is_named_with_both_shapes(folder):
 
 
 def test_missing_folder_config_or_weights_are_errors(folder, tmp_path):
-    with pytest.raises(ValueError, match="nowhere: no such file"):
+    with pytest.raises(ValueError, match="nowhere/config.json: no such file"):
         load_model(tmp_path / "nowhere")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=rf"{folder}: no weights; expected model\.safetensors"):

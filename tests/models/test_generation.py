@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from pedgpt.models import generate, generate_steps, generation_defaults, save_model
 from pedgpt.models.cache import KVCache
-from pedgpt.models.generation import _sample
+from pedgpt.models.generation import sample
 
 KINDS = ["llama", "qwen3", "baichuan-rope", "baichuan-alibi"]
 PROMPTS = [[5], [17, 3, 99, 4, 61], [130, 0, 0, 7, 12, 55, 8, 9, 101], [0, 2, 0]]
@@ -114,7 +114,7 @@ def test_ragged_logits_match_one_prompt_at_a_time(make_model, kind, monkeypatch)
     """Not only the winner: what is sampled from is the same for a prompt in a batch and alone."""
     model, drawn = make_model(kind), []
     monkeypatch.setattr(
-        "pedgpt.models.generation._sample", lambda logits, *_: drawn.append(logits) or torch.full((len(logits),), 7)
+        "pedgpt.models.generation.sample", lambda logits, *_: drawn.append(logits) or torch.full((len(logits),), 7)
     )
     generate(model, PROMPTS, max_new_tokens=4)
     together = torch.stack(drawn)
@@ -130,7 +130,7 @@ def test_repetition_penalty_matches_transformers_processor(make_model, kind, pen
     """In the answers, and in the whole distribution: negative logits of tokens seen seldom decide an answer."""
     model, drawn = make_model(kind), []
     monkeypatch.setattr(
-        "pedgpt.models.generation._sample", lambda logits, *_: drawn.append(logits) or logits.argmax(-1)
+        "pedgpt.models.generation.sample", lambda logits, *_: drawn.append(logits) or logits.argmax(-1)
     )
     processor = RepetitionPenaltyLogitsProcessor(penalty)
     for prompt in PROMPTS:
@@ -193,7 +193,7 @@ def test_top_k_and_top_p_restrict_the_support(top_k, top_p, support):
     logits = torch.stack([PROBABILITIES.log() + 5, PROBABILITIES[order].log()])
     draws = 4000
     generator = torch.Generator().manual_seed(0)
-    ids = _sample(logits.repeat_interleave(draws, 0), 1.0, top_k, top_p, generator).view(2, draws)
+    ids = sample(logits.repeat_interleave(draws, 0), 1.0, top_k, top_p, generator).view(2, draws)
     expected = torch.where(torch.tensor([i in support for i in range(5)]), PROBABILITIES, 0)
     expected = expected / expected.sum()
     for counted in (ids[0], order[ids[1]]):
@@ -206,7 +206,7 @@ def test_top_k_and_top_p_restrict_the_support(top_k, top_p, support):
 def test_temperature_is_a_power_of_the_probabilities(temperature):
     draws = 20_000
     logits = PROBABILITIES.log().expand(draws, 5)
-    ids = _sample(logits, temperature, None, None, torch.Generator().manual_seed(0))
+    ids = sample(logits, temperature, None, None, torch.Generator().manual_seed(0))
     expected = PROBABILITIES ** (1 / temperature) / (PROBABILITIES ** (1 / temperature)).sum()
     frequencies = torch.bincount(ids, minlength=5) / draws
     assert ((frequencies - expected).abs() <= 4.5 * (expected * (1 - expected) / draws).sqrt()).all()
@@ -214,7 +214,7 @@ def test_temperature_is_a_power_of_the_probabilities(temperature):
 
 def test_temperature_acts_before_top_p():
     # At temperature 0.5 the odds are 0.25 : 0.0625 : …, so the first token alone holds 0.72.
-    ids = _sample(PROBABILITIES.log().expand(500, 5), 0.5, None, 0.7, torch.Generator().manual_seed(0))
+    ids = sample(PROBABILITIES.log().expand(500, 5), 0.5, None, 0.7, torch.Generator().manual_seed(0))
     assert set(ids.tolist()) == {1}
 
 

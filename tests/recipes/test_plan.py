@@ -255,7 +255,7 @@ def test_nothing_is_written_and_no_data_is_asked_for(lab, demo, tmp_path, monkey
 @pytest.mark.parametrize(
     ("stage", "flags", "said"),
     [
-        ("sft", ["--model", "/nowhere"], "/nowhere: no such file"),
+        ("sft", ["--model", "/nowhere"], "/nowhere/config.json: no such file"),
         ("sft", ["--model", ""], "missing setting: model; give --model"),
         ("sft", ["--row_length", "5000"], "max_position_embeddings, 4096"),
         ("sft", ["--micro_batch_size", "0"], "micro_batch_size must be at least 1"),
