@@ -62,7 +62,7 @@ class StageSettings(training.TrainingSettings):
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of the model's weights: `weight_dtype` if they train, that of the computation if they are frozen."""
+        """The weights' dtype: `weight_dtype` if they train, the computation's `dtype` if they are frozen."""
         return getattr(torch, self.weight_dtype if self.adapter == "none" else self.dtype)
 
 
@@ -113,7 +113,7 @@ def fill(model: models.Transformer, config: Any, world: World) -> None:
 
 
 def gated(loss_function: LossFunction, config: Any) -> LossFunction:
-    """The loss for any model: where it has experts, the row decides the gates' noise, and metrics tell their weights.
+    """Wrap a loss: for experts, each row seeds the gates' noise, and the metrics report the mean gates.
 
     The noise does not depend on ranks or accumulation. The gates' means are over the tokens that carry loss.
     """

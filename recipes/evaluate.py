@@ -102,9 +102,9 @@ def main(config: Config) -> None:
         write_answers(config.answers, said)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.output), results)
         if experts:
             write_routing(model, chat, task_rows, Path(config.output).with_suffix(".html"))
+        write_json(Path(config.output), results)
 
 
 def answer_tasks(model, chat, tasks, config: Config) -> Answers:

@@ -9,7 +9,6 @@ Bound to an address that others can reach, the server wants a key: the environme
 
 import copy
 import dataclasses
-import ipaddress
 import os
 import threading
 from contextlib import suppress
@@ -41,11 +40,11 @@ def main(config: Config) -> None:
     try:
         import uvicorn
 
-        from pedgpt.serving import Limits, Scheduler, Served, Server
+        from pedgpt.serving import Limits, Scheduler, Served, Server, is_local
     except ImportError as error:
         raise ValueError(f'{error.name} is missing; `pip install -e ".[serve]"` brings it') from None
     key = os.environ.get("PEDGPT_API_KEY", "")
-    local = config.host == "localhost" or ipaddress.ip_address(config.host).is_loopback
+    local = is_local(config.host)
     if not local and not key:
         raise ValueError(f"--host {config.host} lets others in; set PEDGPT_API_KEY, a secret that clients must give")
     given = [*filter(None, [config.adapter]), *config.adapters]
@@ -60,7 +59,7 @@ def main(config: Config) -> None:
     chats = {name: system.load_chat() for name, system in systems.items()}
     models = {"base": config.load_model(start(config.device).device)}
     for name, folder in named.items():
-        models[name] = with_adapter(models["base"], folder)
+        models[name] = with_adapter(models["base"], folder, config.uniform_routing)
     served = {}
     for name, system in systems.items():
         defaults = generation_defaults(system.model) | generation_defaults(system.taught)
@@ -93,11 +92,11 @@ def name_of(folder: str) -> str:
     return path.parent.name if path.name == "adapter" else path.name
 
 
-def with_adapter(model, folder: str):
+def with_adapter(model, folder: str, uniform_routing: bool):
     """The model with an adapter on it; both share the weights of the base."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)
-    load_adapter(copied, folder)
+    load_adapter(copied, folder, uniform_routing=uniform_routing)
     pack_adapters(copied)
     return copied.eval()
 

@@ -18,7 +18,7 @@ GOALS = {
 # The library lost 1,450 lines and got the server, the variants of experts, the importers and the view of routing.
 OWED = {
     "kernels": 2_311, "adapters": 1_220, "models": 1_489, "data": 2_515, "corpus": 2_677, "training": 1_532,
-    "evaluation": 2_534, "serving": 754, "files": 862, "all": 16_193,
+    "evaluation": 2_538, "serving": 802, "files": 862, "all": 16_245,
 }  # fmt: skip
 OWED_FILES = {}
 

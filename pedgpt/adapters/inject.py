@@ -140,7 +140,7 @@ def _matches(name: str, pattern: str) -> bool:
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """What can be adapted, by module name: every linear layer but the head, which may share the embeddings' weight.
 
-    An adapter would change layers that are more than linear, and miss those that are used without being called.
+    Left out: subclasses with another forward, and layers whose weight is used without a call of the layer.
     """
     modules = dict(_whole(model).named_modules())
     embeddings = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
@@ -289,7 +289,7 @@ def _activate(model: nn.Module, adapter: str | None) -> None:
     for name in {**leaving, **coming}:
         current, layer = _linear(model, name), coming.get(name, record.plain[name])
         if isinstance(layer, AdaptedLinear):
-            # As it began: over half precision in a dtype of its own, over the meta device where it is.
+            # Over half-precision weights it keeps its dtype, and over meta weights its device.
             weight, dtype = current.weight, product_dtype(current)
             layer.to(None if weight.is_meta else weight.device, None if dtype in HALF else dtype)
         layer.weight, layer.bias = current.weight, current.bias

@@ -120,7 +120,7 @@ def experts_from_adapters(
     """Make trained LoRAs of equal rank the specific experts of a new mixture; returns the adapted layers' names.
 
     With all of a token's weight on expert j, the model computes what LoRA j does. Routers start at zero, so until they
-    are trained each has the weight 1/N. `settings` are those of `inject_experts`. By default no expert is universal; a
+    are trained each has the weight 1/N. `settings` are those of the layer class. By default no expert is universal; a
     new universal one changes nothing before it is trained. Where a LoRA leaves a layer alone, its expert's B is
     zero. Raises ValueError as `load_adapter` does, and for folders that hold no LoRAs of one rank.
     """

@@ -137,7 +137,10 @@ def _paint_experts(run: Run, figure: Figure) -> bool:
         image = axes.imshow(values, cmap="PuOr_r", vmin=low, vmax=high, aspect="auto")
         axes.set(xlabel="expert, universal first" if cosine else "expert", ylabel="" if cosine else "decoder layer")
         axes.set_xticks(range(len(values[0])), [str(number) for number in range(1, len(values[0]) + 1)])
-        axes.locator_params("y", integer=True)
+        if cosine:
+            axes.set_yticks(range(len(values)), [str(number) for number in range(1, len(values) + 1)])
+        else:
+            axes.locator_params("y", integer=True)
         axes.grid(False)
         figure.colorbar(image, ax=axes, ticks=[low, (low + high) / 2, high], format="%.2f")
     return True

@@ -72,7 +72,8 @@ def token_gates(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
 def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
     """The text that each token adds; empty for a special token, and for the first ones of a character of several."""
     decoder = StreamDecoder(tokenizer)
-    return [decoder.push(token) for token in tokens]
+    found = [decoder.push(token) for token in tokens]
+    return [*found[:-1], found[-1] + decoder.finish()] if found else []
 
 
 def expert_similarity(layer: ExpertLoRALinear) -> Tensor:
@@ -101,16 +102,16 @@ def unused_experts(means: Mapping[str, Sequence[float]]) -> list[str]:
             which = ", ".join(f"expert {number} ({weights[number - 1]:.1%})" for number in few)
             found.append(f"{layer}: {which} of the weight, where an equal share is {share:.1%}")
     if found:
-        found.append("Such experts cost time and change nothing: train with --balance 0.01, or give fewer experts.")
+        found.append("Such experts cost time and change little: train with --balance 0.01, or give fewer experts.")
     return found
 
 
 def page(texts: Mapping[str, tuple[Sequence[str], Mapping[str, Tensor]]], groups: int = 3) -> str:
     """A page of HTML that shows each text with every token in the color of its strongest expert.
 
-    `texts` has a title, the tokens' `pieces` and their `token_gates`. The decoder's layers are shown in so many
-    `groups`, from the first to the last, over each of which the gates are averaged; the stronger the color, the more an
-    expert's weight exceeds an equal share. Layers whose number of experts differs are grouped apart.
+    `texts` has a title, the tokens' `pieces` and their `token_gates`. The decoder's layers are cut into
+    `groups` of neighbours, and gates are averaged over each group. The stronger the color, the more the expert's weight
+    exceeds an equal share. Layers whose number of experts differs are grouped apart.
     """
     experts = max((gate.shape[1] for _, gates in texts.values() for gate in gates.values()), default=0)
     keys = (f'<span class="key" style="background:{_color(j)}">expert {j + 1}</span>' for j in range(experts))

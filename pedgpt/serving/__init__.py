@@ -2,6 +2,6 @@
 
 from pedgpt.serving.api import Served
 from pedgpt.serving.scheduler import Scheduler
-from pedgpt.serving.server import Limits, Server
+from pedgpt.serving.server import Limits, Server, is_local
 
-__all__ = ["Limits", "Scheduler", "Served", "Server"]
+__all__ = ["Limits", "Scheduler", "Served", "Server", "is_local"]

@@ -47,14 +47,14 @@ class Field(NamedTuple):
     most: float = math.inf
 
 
-NUMBER = int | float
+NUMBER, MOST_MESSAGES = int | float, 512
 COMMON = {
     "model": Field(str), "max_tokens": Field(int, None, 1), "n": Field(int, 1, 1, 16), "stop": Field(str | list, []),
     "temperature": Field(NUMBER, None, 0, 2), "top_p": Field(NUMBER, None, 1e-6, 1), "top_k": Field(int, None, 0),
     "repetition_penalty": Field(NUMBER, None, 1e-3, 100), "seed": Field(int, None, -(2**63), 2**63 - 1),
     "stream": Field(bool, False), "stream_options": Field(dict, {}),
 }  # fmt: skip
-COMPLETION = COMMON | {"prompt": Field(str | list)}
+COMPLETION = COMMON | {"prompt": Field(str | list), "best_of": Field(int, 1, 1, 1)}
 CHAT = COMMON | {
     "messages": Field(list), "max_completion_tokens": Field(int, None, 1), "logprobs": Field(bool, False),
     "top_logprobs": Field(int, 0, 0, 20),
@@ -88,6 +88,8 @@ def read_fields(body: Any, known: Mapping[str, Field]) -> dict[str, Any]:
 def prompt_of(fields: Mapping[str, Any], served: Served) -> list[int]:
     """The tokens of a request; text of a client never becomes a special token."""
     if "prompt" not in fields:
+        if len(fields["messages"] or []) > MOST_MESSAGES:
+            raise ApiError(f"messages has more than {MOST_MESSAGES} entries", "messages")
         messages = [_message(one, f"messages[{i}]") for i, one in enumerate(fields["messages"] or [])]
         if not messages or messages[-1].role != "user":
             raise ApiError("messages must end with one of the role user", "messages")
@@ -127,10 +129,11 @@ class Choice:
     content: str = ""
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish: str | None = None
+    begun: bool = False  # whether a chunk has told of it
 
 
 class Reply:
-    """One response with a choice for each request; `add` gives the chunks of a stream and keeps what makes a whole."""
+    """One response with a choice for each request; `add` returns a stream's chunk and keeps it for `whole`."""
 
     def __init__(self, fields: Mapping[str, Any], served: Served, requests: Sequence[Request]) -> None:
         self.served, self.requests, self.chat = served, requests, "messages" in fields
@@ -144,7 +147,7 @@ class Reply:
     def add(self, number: int, piece: Piece) -> dict[str, Any] | None:
         """Take one token in; the chunk that tells of it, if there is something to tell."""
         choice = self.choices[number]
-        first, reasoning, content = not choice.text, choice.reasoning, choice.content
+        first, reasoning, content = not choice.begun, choice.reasoning, choice.content
         choice.text, choice.finish = choice.text + piece.text, piece.finish
         choice.reasoning, choice.content = self._divided(choice)
         told = [] if self.requests[number].top_logprobs is None else [self._logprob(piece)]
@@ -152,6 +155,7 @@ class Reply:
         new = Choice("", choice.reasoning[len(reasoning) :], choice.content[len(content) :], told, piece.finish)
         if not (new.reasoning or new.content or told or piece.finish):
             return None
+        choice.begun = True
         return {**self.head, "choices": [self._told(number, new, "delta", first)]}
 
     def whole(self) -> dict[str, Any]:
@@ -187,7 +191,8 @@ class Reply:
     def _logprob(self, piece: Piece) -> dict[str, Any]:
         def one(token: int | None, logprob: float) -> dict[str, Any]:
             text = self.served.chat.tokenizer.decode([] if token is None else [token])
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            whole = "\ufffd" not in text  # A part of a character is no text, and its bytes are not known here.
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
         top = [one(token, logprob) for token, logprob in piece.top]
         return one(piece.token, piece.logprob) | {"top_logprobs": top}

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ class Request:
     seed: int | None = None
     top_logprobs: int | None = None  # how many; None: no log-probabilities
     cancelled: bool = False
-    slot: int = -1  # from the moment in which it has one
+    slot: int = -1  # -1 until it gets one
     cached: int = 0  # tokens of the prompt that a slot held already
     answer: list[int] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
@@ -61,7 +61,7 @@ class Request:
 
 
 class QueueFullError(Exception):
-    """As many requests wait as may wait."""
+    """The queue of requests is full, or closed."""
 
 
 class Scheduler:
@@ -70,10 +70,12 @@ class Scheduler:
     def __init__(
         self, models: Mapping[str, Transformer], *, slots: int, capacity: int, queue: int = 64, chunk: int = 256
     ) -> None:
+        if min(slots, chunk, queue, capacity) < 1:
+            raise ValueError(f"{slots=}, {chunk=}, {queue=} and the context, {capacity}, must be at least 1")
         self.models, self.queue, self.chunk, self.capacity = dict(models), queue, chunk, capacity
         first = next(iter(self.models.values()))
         self.cache = SlotCache(first, slots, capacity)
-        self.head = first.head_weight()  # which adapters leave as it is
+        self.head = first.head_weight()  # Adapters do not change it.
         self.owner: list[str | None] = [None] * slots  # the model whose keys a slot holds
         self.used = [0] * slots  # the turn in which a slot was used last
         self.waiting: deque[Request] = deque()
@@ -90,7 +92,8 @@ class Scheduler:
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests, all or none; QueueFullError if there is no room, or no more are taken."""
         with self.changed:
-            if self.closing or len(self.waiting) + len(requests) > self.queue:
+            room = self.queue + len(self.owner) - len(self.active) - len(self.waiting)
+            if self.closing or len(requests) > room:
                 raise QueueFullError
             self.waiting.extend(requests)
             self.changed.notify()
@@ -109,6 +112,18 @@ class Scheduler:
         self.cancel([*self.waiting, *self.active])
 
     def _run(self) -> None:
+        """Take turns until there is nothing left to do; whatever ends this, every client is told."""
+        try:
+            self._take_turns()
+        finally:
+            with self.changed:
+                self.closing, left = True, [*self.active, *self.waiting]
+                self.active.clear()
+                self.waiting.clear()
+            for request in left:
+                request.deliver(Piece("", finish="error"))
+
+    def _take_turns(self) -> None:
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.active or self.closing)
@@ -153,10 +168,13 @@ class Scheduler:
             request = self.waiting.popleft()
             self.active.append(request)
         ids, mine = self.cache.ids, [slot for slot, owner in enumerate(self.owner) if owner == request.model]
-        # The slot of the same conversation, of which most is in the prompt, or else the one that waits longest.
+        # A slot whose text is mostly in the prompt (the same conversation), or else the one unused for longest.
         again = [one for one in free if one in mine and 2 * shared(ids[one], request.prompt) > len(ids[one])]
         request.slot = min(again or free, key=self.used.__getitem__)
-        request.cached = self.cache.fork(request.slot, request.prompt, mine)
+        with self._told([request]):
+            request.cached = self.cache.fork(request.slot, request.prompt, mine)
+        if request not in self.active:
+            return self._next_to_read()
         self.owner[request.slot] = request.model
         self.counts["prompt"] += len(request.prompt)
         self.counts["cached"] += request.cached
@@ -165,31 +183,36 @@ class Scheduler:
     def _choose(self, requests: Sequence[Request], hidden: Tensor) -> None:
         """Choose the next token of each request from its hidden state [requests, D], and deliver it."""
         logits = linear(hidden, self.head).float()
-        if not logits.isfinite().all():
-            raise ValueError("the model computes logits that are not finite; load it in float32 or bfloat16")
-        greedy = logits.argmax(-1).tolist()
-        for request, row, token in zip(requests, logits, greedy, strict=True):
-            if request.temperature or request.repetition_penalty != 1.0:
-                token = _drawn(request, row)
-            logprob, top = 0.0, []
-            if request.top_logprobs is not None:
-                logps = row.log_softmax(-1)
-                found = logps.topk(request.top_logprobs)
-                logprob, top = (
-                    logps[token].item(),
-                    list(zip(found.indices.tolist(), found.values.tolist(), strict=True)),
-                )
-            if not request.answer:
-                self.waits.append(time.monotonic() - request.arrived)
-            request.answer.append(token)
-            self.counts["generated"] += 1
-            ends = token in request.stop_tokens
-            text = "" if ends else request.decoder.push(token)
-            if ends or request.decoder.stopped or len(request.answer) == request.max_tokens:
-                finish = "stop" if ends or request.decoder.stopped else "length"
-                self._finish(request, Piece(text + request.decoder.finish(), token, logprob, top, finish))
-            else:
-                request.deliver(Piece(text, token, logprob, top))
+        greedy, finite = logits.argmax(-1).tolist(), logits.isfinite().all(-1).tolist()
+        for request, row, token, usable in zip(requests, logits, greedy, finite, strict=True):
+            with self._told([request]):
+                if not usable:
+                    raise ValueError("logits that are not finite")
+                self._deliver(request, row, token)
+
+    def _deliver(self, request: Request, row: Tensor, token: int) -> None:
+        """Add the next token to an answer: the most probable `token`, or one drawn from the logits `row` [V]."""
+        if request.temperature or request.repetition_penalty != 1.0:
+            token = _drawn(request, row)
+        logprob, top = 0.0, []
+        if request.top_logprobs is not None:
+            logps = row.log_softmax(-1)
+            found = logps.topk(request.top_logprobs)
+            logprob, top = (
+                logps[token].item(),
+                list(zip(found.indices.tolist(), found.values.tolist(), strict=True)),
+            )
+        if not request.answer:
+            self.waits.append(time.monotonic() - request.arrived)
+        request.answer.append(token)
+        self.counts["generated"] += 1
+        ends = token in request.stop_tokens
+        text = "" if ends else request.decoder.push(token)
+        if ends or request.decoder.stopped or len(request.answer) == request.max_tokens:
+            finish = "stop" if ends or request.decoder.stopped else "length"
+            self._finish(request, Piece(text + request.decoder.finish(), token, logprob, top, finish))
+        else:
+            request.deliver(Piece(text, token, logprob, top))
 
     def _finish(self, request: Request, last: Piece) -> None:
         """Free the request's slot and tell its client the end."""
@@ -207,11 +230,14 @@ class Scheduler:
         try:
             yield
         except Exception as error:
-            print(f"a pass over {len(requests)} requests failed: {type(error).__name__}", file=sys.stderr, flush=True)
             for request in requests:
                 if request in self.active:
-                    self.owner[request.slot], self.cache.ids[request.slot] = None, []
+                    self.owner[request.slot] = None
+                    with suppress(RuntimeError):  # The device may have failed.
+                        self.cache.clear(request.slot)
                     self._finish(request, Piece("", finish="error"))
+            with suppress(OSError):
+                print(f"{len(requests)} requests failed: {type(error).__name__}", file=sys.stderr, flush=True)
 
 
 def _drawn(request: Request, logits: Tensor) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import secrets
 import sys
@@ -29,6 +30,7 @@ from pedgpt.serving.scheduler import Piece, QueueFullError, Request, Scheduler
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 Pieces = asyncio.Queue[tuple[int, Piece]]  # with the numbers of their choices
+LEAST_TEMPERATURE = 1e-6
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'"
 
 
@@ -37,14 +39,14 @@ class Limits(NamedTuple):
 
     body: int = 4 << 20  # bytes
     body_seconds: float = 30.0  # until the body is here
-    seconds: float = 600.0  # for the whole answer
+    seconds: float = 600.0  # waiting and answer
 
 
 class Server:
-    """The routes over a scheduler and the models that it serves by name; with a `key`, for those who give it.
+    """The routes over a scheduler and the models that it serves by name; clients must send `key`, if it is set.
 
-    `local` serves only requests to this machine's own name: another site could let its name point here, so that a
-    browser takes both for one.
+    `local` refuses requests to any host name but this machine's: a hostile site could point its name here, so that a
+    browser lets it read answers.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Server:
 
         async def run(http: HttpRequest) -> Response:
             try:
-                if self.local and http.url.hostname not in ("127.0.0.1", "localhost"):
+                if self.local and not is_local(http.url.hostname or ""):
                     raise ApiError("this server answers only to this machine's own name", status=403)
                 given = http.headers.get("authorization", "").removeprefix("Bearer ")
                 if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
@@ -96,7 +98,7 @@ class Server:
         waits = sorted(self.scheduler.waits)
         for share in (50, 90, 99) if waits else ():
             found[f"first_token_seconds_p{share}"] = waits[share * (len(waits) - 1) // 100]
-        return PlainTextResponse("".join(f"pedgpt_{name} {value:g}\n" for name, value in found.items()))
+        return PlainTextResponse("".join(f"pedgpt_{name} {value}\n" for name, value in found.items()))
 
     async def answer(self, known: Mapping[str, Any], http: HttpRequest) -> Response:
         """One or several answers to a conversation or a text, whole or as a stream."""
@@ -105,7 +107,8 @@ class Server:
             missing = f"there is no model {fields['model']!r}; GET /v1/models lists them"
             raise ApiError(missing, "model", 404, "model_not_found")
         pieces: Pieces = asyncio.Queue()
-        requests = self._requests(fields, served, pieces)
+        prompt = await asyncio.to_thread(prompt_of, fields, served)  # A long one takes a while.
+        requests = self._requests(fields, served, prompt, pieces)
         try:
             self.scheduler.submit(requests)
         except QueueFullError:
@@ -138,9 +141,8 @@ class Server:
         except (ValueError, RecursionError):
             raise ApiError("the body is not JSON in UTF-8") from None
 
-    def _requests(self, fields: Mapping[str, Any], served: Served, pieces: Pieces) -> list[Request]:
+    def _requests(self, fields: Any, served: Served, prompt: list[int], pieces: Pieces) -> list[Request]:
         """A request for each choice, all with one prompt."""
-        prompt = prompt_of(fields, served)
         room = self.scheduler.capacity - len(prompt)
         asked = fields.get("max_completion_tokens") or fields["max_tokens"]
         if room < max(1, asked or 1):
@@ -149,6 +151,8 @@ class Server:
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
         sampling = {**served.defaults, **{name: fields[name] for name in names if fields[name] is not None}}
         sampling |= {"top_k": sampling.get("top_k") or None}
+        if sampling.get("temperature", 0) < LEAST_TEMPERATURE:  # Divided by less, logits could overflow.
+            sampling["temperature"] = 0.0
         loop, requests = asyncio.get_running_loop(), []
         for number in range(fields["n"]):
             decoder = StreamDecoder(served.chat.tokenizer, fields["stop"])
@@ -200,6 +204,13 @@ class Server:
             yield _event(error.body)
         finally:
             self.scheduler.cancel(reply.requests)
+
+
+def is_local(host: str) -> bool:
+    """Whether a host's name or address is this machine's own."""
+    with suppress(ValueError):
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    return False
 
 
 def _event(content: Any) -> str:

@@ -32,14 +32,14 @@ class SlotCache:
         self.ids: list[list[int]] = [[] for _ in range(slots)]
         self.index = torch.arange(capacity, device=weight.device)
         self.rows: list[int] = []  # the slots of the forward pass that runs
-        self.start, self.stop = 0, 0  # of a piece of text; the number of keys that a step reads
+        self.start, self.stop = 0, 0  # of the tokens in `read`; the keys used in `step`
         self.places: tuple[Tensor, Tensor] | None = None  # slots and positions of a step's new tokens
         self.records = weight.is_cuda  # steps as graphs, by model and number of keys
         self.graphs: dict[tuple[int, int], tuple[Any, Tensor]] = {}
         self.inputs = torch.zeros(slots, 3, dtype=torch.long, device=weight.device)
 
     def fork(self, slot: int, prompt: Sequence[int], sources: Iterable[int]) -> int:
-        """Let a slot begin with what one of `sources` shares with the prompt; returns how many tokens that are.
+        """Let a slot begin with what one of `sources` shares with the prompt; returns the number of tokens.
 
         The sources were read by the model that reads the prompt. The prompt's last token is never shared, because what
         follows it must be computed.
@@ -53,6 +53,12 @@ class SlotCache:
         self.ids[slot] = list(prompt[:count])
         return count
 
+    def clear(self, slot: int) -> None:
+        """Forget a slot's text, and what was computed of it: NaN would reach others that read beyond their own text."""
+        self.ids[slot] = []
+        self.keys[:, slot] = 0
+        self.values[:, slot] = 0
+
     def read(self, model: Any, slot: int, tokens: Sequence[int]) -> Tensor:
         """Read tokens at the end of a slot; the last one's hidden state [1, D]."""
         self.rows, self.places, self.start = [slot], None, len(self.ids[slot])
@@ -65,8 +71,8 @@ class SlotCache:
     def step(self, model: Any, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Read one token at the end of each of the slots `rows`; their hidden states [rows, D].
 
-        On CUDA a graph does it, for all slots: what it writes into the others lies behind their text and is written
-        again before anything reads it.
+        On CUDA one graph runs over all slots. In the other slots it writes behind their text, where the next token
+        overwrites it before use.
         """
         stop, asked = max(len(self.ids[row]) for row in rows) + 1, dict(zip(rows, tokens, strict=True))
         self.rows = list(range(len(self.ids)) if self.records else rows)
@@ -88,7 +94,7 @@ class SlotCache:
         return hidden[list(rows)]
 
     def _read_tokens(self, model: Any, inputs: Tensor, stop: int) -> Tensor:
-        """Hidden states [B, D] for tokens, positions and slots, `inputs` [B, 3], of which `stop` keys are read."""
+        """Hidden states [B, D] of tokens at positions in slots (`inputs` [B, 3]); the first `stop` keys are used."""
         tokens, positions, slots = inputs.unbind(1)
         self.places, self.stop = (slots, positions), stop
         return model.hidden_states(tokens[:, None], positions=positions[:, None], cache=self)[:, -1]

@@ -143,7 +143,7 @@ class Keeper:
         """Load the last checkpoint, if there is one, and return the step to go on from."""
         last, best = latest_checkpoint(self.last.folder), latest_checkpoint(self.best.folder)
         if last is None:
-            if self.world.is_main:  # what a run with perhaps other settings found best
+            if self.world.is_main:  # It may be from a run with other settings.
                 prune_checkpoints(self.best.folder, 0)
             return 0
         if best:
@@ -165,7 +165,7 @@ class Keeper:
             return
         began = time.monotonic()
         try:
-            # The forms of operators on a CPU belong to the run, because others round differently.
+            # A resumed run must use the same CPU operators, because others round differently.
             self.last.save(step, choices=products.settle() if self.world.device.type == "cpu" else {})
         except DiskFull as error:
             if self.world.is_main:
@@ -195,7 +195,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _fill(name: str, tensor: Tensor, parts: Sequence[Tensor]) -> None:
-    """Copy into this rank's rows of a tensor the same rows of the saved one, which are split over `parts`."""
+    """Fill this rank's rows of a tensor from the saved tensor, whose rows are split over `parts`."""
     mine, first, rows = local(tensor), first_row(tensor), []
     if tensor.ndim and sum(map(len, parts)) != len(tensor):
         raise ValueError(f"{name} has {len(tensor)} rows, and {sum(map(len, parts))} are saved")
@@ -206,7 +206,7 @@ def _fill(name: str, tensor: Tensor, parts: Sequence[Tensor]) -> None:
 
 
 def _settings(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """What makes an optimizer another one; the learning rate is set by the schedule."""
+    """Settings that must match on resuming: all but the schedule's learning rate."""
     groups = enumerate(optimizer.param_groups, 1) if optimizer else ()
     found = {f"{key} of group {n}": group[key] for n, group in groups for key in group.keys() - {"params", "lr"}}
     return json.loads(json.dumps({"optimizer": type(optimizer).__name__, **found}, default=repr))

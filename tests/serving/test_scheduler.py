@@ -111,7 +111,7 @@ def test_what_fails_ends_alone_and_the_others_go_on(models, make_scheduler, make
     scheduler.submit([good, bad])
     assert finished(bad)[-1].finish == "error"
     assert finished(good)[-1].finish in ("length", "stop")
-    assert capsys.readouterr().err == "a pass over 1 requests failed: ValueError\n"
+    assert capsys.readouterr().err == "1 requests failed: ValueError\n"
     (alone,) = generate(models["base"], [[5, 6]], max_new_tokens=60, stop_tokens={2})
     assert [token for token in good.answer if token != 2] == alone
 
@@ -165,3 +165,55 @@ def test_the_next_turn_of_a_conversation_reads_only_what_is_new(make_scheduler, 
     finished(second)
     assert second.cached == len(held) and second.slot == first.slot != other.slot
     assert CAPACITY > len(second.prompt) + 5 and time.monotonic() > second.arrived
+
+
+def test_a_row_that_is_not_finite_ends_alone(models, make_scheduler, make_request, monkeypatch):
+    scheduler = make_scheduler(slots=2)
+    good, bad = make_request([5, 6], 30), make_request([7, 8], 30)
+    real = scheduler.cache.step
+
+    def step(model, rows, tokens):
+        hidden = real(model, rows, tokens)
+        if len(rows) == 2:
+            hidden[1] = float("nan")
+            scheduler.cache.values[:, rows[1]] = float("nan")
+        return hidden
+
+    monkeypatch.setattr(scheduler.cache, "step", step)
+    scheduler.submit([good, bad])
+    assert finished(bad)[-1].finish == "error" and finished(good)[-1].finish in ("stop", "length")
+    (alone,) = generate(models["base"], [[5, 6]], max_new_tokens=30, stop_tokens={2})
+    assert [token for token in good.answer if token != 2] == alone
+    assert scheduler.cache.values.isfinite().all()
+
+
+def test_a_thread_that_ends_tells_everyone(make_scheduler, make_request, monkeypatch):
+    scheduler = make_scheduler(slots=1)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(scheduler, "_take_turn", lambda: 1 / 0)
+    requests = [make_request([5, 6], 30), make_request([7], 3)]
+    scheduler.submit(requests)
+    assert [finished(one)[-1].finish for one in requests] == ["error", "error"]
+    with pytest.raises(QueueFullError):
+        scheduler.submit([make_request([7], 1)])
+
+
+def test_a_slot_that_cannot_be_filled_ends_its_request_alone(make_scheduler, make_request, monkeypatch):
+    scheduler = make_scheduler(slots=1)
+    real = scheduler.cache.fork
+
+    def fork(slot, prompt, sources):
+        if prompt == [9, 9]:
+            raise RuntimeError("out of memory")
+        return real(slot, prompt, sources)
+
+    monkeypatch.setattr(scheduler.cache, "fork", fork)
+    bad, good = make_request([9, 9], 5), make_request([5, 6], 5)
+    scheduler.submit([bad, good])
+    assert finished(bad)[-1].finish == "error" and finished(good)[-1].finish in ("stop", "length")
+
+
+def test_sizes_of_nothing_are_refused(make_scheduler):
+    for name in ("slots", "chunk", "queue"):
+        with pytest.raises(ValueError, match="at least 1"):
+            make_scheduler(**{name: 0})

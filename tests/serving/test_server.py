@@ -120,7 +120,15 @@ def test_log_probabilities_are_the_models_own(client, models, chat):
         row = logps[len(prompt) - 1 + count]
         assert told.logprob == pytest.approx(row[token].item(), abs=1e-4)
         assert [one.logprob for one in told.top_logprobs] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
-        assert bytes(told.bytes).decode() == told.token == chat.tokenizer.decode([token])
+        assert told.token == chat.tokenizer.decode([token])
+        assert (told.bytes is None) == ("\ufffd" in told.token)
+        assert told.bytes is None or bytes(told.bytes).decode() == told.token
+
+
+def test_the_least_temperature_takes_the_most_probable_token(client, models, chat):
+    *_, text = alone(models, chat, ["感冒"], 8)
+    found = client.chat.completions.create(model="base", messages=said("感冒"), max_tokens=8, temperature=1e-40)
+    assert found.choices[0].message.content == text
 
 
 def test_a_clients_text_never_becomes_a_special_token(client, chat):
@@ -149,6 +157,7 @@ WRONG = {
     "too long a prompt": ({"messages": said("感冒" * 200)}, 400, None),
     "an empty stop": ({"stop": [""]}, 400, "stop"),
     "too many choices": ({"n": 100}, 400, "n"),
+    "too many messages": ({"messages": said(*"ab" * 300, "a")}, 400, "messages"),
 }
 
 
@@ -310,3 +319,28 @@ def test_many_requests_in_random_order_equal_their_answers_alone(server, models,
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         assert list(pool.map(ask, jobs)) == expected
+
+
+def test_a_stream_of_a_thinking_model_names_its_role_once(start, monkeypatch):
+    class Decoder:
+        """Writes a reasoning and an answer, one piece a token."""
+
+        def __init__(self, *_):
+            self.pieces, self.stopped = iter(["<think>", "先看", "年龄。</th", "ink>\n\n", "多喝", "水。"]), False
+
+        def push(self, _):
+            piece = next(self.pieces)
+            self.stopped = piece == "水。"
+            return piece
+
+        def finish(self):
+            return ""
+
+    monkeypatch.setattr("pedgpt.serving.server.StreamDecoder", Decoder)
+    server = start()
+    deltas = [event["choices"][0]["delta"] for event in server.events()]
+    assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "先看年龄。"
+    assert "".join(delta.get("content", "") for delta in deltas) == "多喝水。"
+    message = server.ask().json()["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("先看年龄。", "多喝水。")
