@@ -32,6 +32,7 @@ ARMS = {  # name: settings beside the demo's; the experts' rank is 16 where noth
     "3 experts and the universal one, balance 0.01": {"balance": 0.01},
     "all parameters": {"adapter": "none", "learning_rate": 5e-4},
     "LoRA, rank 16": {"adapter": "lora"},
+    "LoRA, rank 64": {"adapter": "lora", "rank": 64, "alpha": 128},
     "1 expert and the universal one": {"num_specific_experts": 1},
     "2 experts and the universal one": {"num_specific_experts": 2},
     "4 experts and the universal one": {"num_specific_experts": 4},

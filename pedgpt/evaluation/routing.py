@@ -1,7 +1,6 @@
 """What the experts of a mixture do: which tokens each of them gets, in which layers, and how alike they are.
 
-gates = token_gates(model, tokens)  # {layer: [tokens, N]}
-write_text("routing.html", page({"an answer": (pieces, gates)}))
+`token_gates` gives one text's gates by layer, and `page` shows them; `measure` is what evaluate.py writes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pedgpt.data.tokenizer import StreamDecoder, Tokenizer
 from pedgpt.evaluation.likelihood import document_losses
 
 COLORS = ("#2F6DB5", "#E0772F", "#2A9D7F", "#8559A5", "#B8860B", "#C2476A", "#4A90A4", "#6B8E23")
-UNUSED = 0.1  # An expert with less than a tenth of an equal share does hardly anything.
+UNUSED = 0.1  # An expert with less than a tenth of an equal share counts as unused.
 
 _STYLE = """body{font:16px/1.9 system-ui,sans-serif;color:#2B2F36;max-width:60rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.4rem}h2{font-size:1.15rem;margin-top:2.5rem}h3{font-size:.95rem;margin-bottom:.2rem;color:#6B727C}

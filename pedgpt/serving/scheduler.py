@@ -135,7 +135,9 @@ class Scheduler:
     def _take_turn(self) -> None:
         """Read some of the prompts, then a token of each answer."""
         self.turn += 1
-        for request in [one for one in (*self.active, *self.waiting) if one.cancelled]:
+        with self.changed:
+            left = [one for one in (*self.active, *self.waiting) if one.cancelled]
+        for request in left:
             self._finish(request, Piece("", finish="cancelled"))
         room = self.chunk
         while room > 0 and (reading := self._next_to_read()) is not None:
@@ -197,11 +199,8 @@ class Scheduler:
         logprob, top = 0.0, []
         if request.top_logprobs is not None:
             logps = row.log_softmax(-1)
-            found = logps.topk(request.top_logprobs)
-            logprob, top = (
-                logps[token].item(),
-                list(zip(found.indices.tolist(), found.values.tolist(), strict=True)),
-            )
+            values, ids = logps.topk(request.top_logprobs)
+            logprob, top = logps[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
         if not request.answer:
             self.waits.append(time.monotonic() - request.arrived)
         request.answer.append(token)

@@ -3,7 +3,6 @@
 import queue
 import random
 import threading
-import time
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from pedgpt.data import StreamDecoder
 from pedgpt.models import generate
 from pedgpt.serving.scheduler import QueueFullError, Request
 
-from .conftest import CAPACITY, tiny
+from .conftest import tiny
 
 
 @pytest.fixture
@@ -148,7 +147,8 @@ def test_a_scheduler_that_must_stop_tells_everyone(make_scheduler, make_request)
     scheduler.submit(requests)
     requests[0].pieces.get(timeout=10)
     scheduler.close(0)
-    assert [finished(one)[-1].finish for one in requests][1] == "cancelled"
+    ends = [finished(one)[-1].finish for one in requests]
+    assert ends[0] in ("cancelled", "stop") and ends[1] == "cancelled"
 
 
 def test_the_next_turn_of_a_conversation_reads_only_what_is_new(make_scheduler, make_request):
@@ -164,7 +164,6 @@ def test_the_next_turn_of_a_conversation_reads_only_what_is_new(make_scheduler, 
     scheduler.submit([second])
     finished(second)
     assert second.cached == len(held) and second.slot == first.slot != other.slot
-    assert CAPACITY > len(second.prompt) + 5 and time.monotonic() > second.arrived
 
 
 def test_a_row_that_is_not_finite_ends_alone(models, make_scheduler, make_request, monkeypatch):
