@@ -10,6 +10,7 @@ Bound to an address that others can reach, the server wants a key: the environme
 import copy
 import dataclasses
 import os
+import socket
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class Config(SystemSettings):
     context: int = 0  # tokens of prompt and answer; 0: what the model takes, at most 4096
     queue: int = 64  # requests that may wait
     chunk: int = 256  # tokens of prompts that are read between two tokens of the answers
-    timeout: float = 600.0  # seconds for an answer
+    timeout: float = 600.0  # seconds for an answer, and for a client to read what was sent
     grace: float = 30.0  # seconds to finish answers in when the server is stopped
 
 
@@ -71,7 +72,11 @@ def main(config: Config) -> None:
     capacity = min(config.context or 4096, window)
     scheduler = Scheduler(models, slots=config.slots, capacity=capacity, queue=config.queue, chunk=config.chunk)
     server = Server(scheduler, served, Limits(seconds=config.timeout), key=key, local=local)
-    settings = {"host": config.host, "port": config.port, "log_level": "warning", "access_log": False}
+    settings = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": int(config.grace) + 5}
+    web = uvicorn.Config(server.app, host=config.host, port=config.port, **settings)
+    listener = web.bind_socket()
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # A client that no longer reads loses its connection.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * config.timeout))
 
     class Graceful(uvicorn.Server):
         def handle_exit(self, *signal) -> None:
@@ -83,7 +88,7 @@ def main(config: Config) -> None:
         f"{', '.join(models)} at http://{config.host}:{config.port}, {config.slots} answers of up to {capacity} tokens"
     )
     with suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends.
-        Graceful(uvicorn.Config(server.app, **settings, timeout_graceful_shutdown=int(config.grace) + 5)).run()
+        Graceful(web).run(sockets=[listener])
 
 
 def name_of(folder: str) -> str:

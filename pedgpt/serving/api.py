@@ -54,7 +54,9 @@ COMMON = {
     "repetition_penalty": Field(NUMBER, None, 1e-3, 100), "seed": Field(int, None, -(2**63), 2**63 - 1),
     "stream": Field(bool, False), "stream_options": Field(dict, {}),
 }  # fmt: skip
-COMPLETION = COMMON | {"prompt": Field(str | list), "best_of": Field(int, 1, 1, 1)}
+COMPLETION = COMMON | {
+    "prompt": Field(str | list), "best_of": Field(int, 1, 1, 1), "logprobs": Field(int, None, 0, 5),
+}  # fmt: skip
 CHAT = COMMON | {
     "messages": Field(list), "max_completion_tokens": Field(int, None, 1), "logprobs": Field(bool, False),
     "top_logprobs": Field(int, 0, 0, 20),
@@ -170,11 +172,14 @@ class Reply:
 
     def _told(self, number: int, choice: Choice, key: str, first: bool) -> dict[str, Any]:
         head = {"index": number, "finish_reason": choice.finish, "logprobs": None}
+        wanted = self.requests[number].top_logprobs is not None
         if not self.chat:
-            return head | {"text": choice.content}
+            tops = [{top["token"]: top["logprob"] for top in row["top_logprobs"]} for row in choice.logprobs]
+            rows = {"tokens": [row["token"] for row in choice.logprobs], "top_logprobs": tops}
+            rows["token_logprobs"] = [row["logprob"] for row in choice.logprobs]
+            return head | {"text": choice.content} | ({"logprobs": rows} if wanted else {})
         said = ({"role": "assistant"} if first else {}) | {"content": choice.content}
         said |= {"reasoning_content": choice.reasoning} if choice.reasoning else {}
-        wanted = self.requests[number].top_logprobs is not None
         return head | {key: said} | ({"logprobs": {"content": choice.logprobs, "refusal": None}} if wanted else {})
 
     def _divided(self, choice: Choice) -> tuple[str, str]:

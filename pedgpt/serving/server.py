@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -29,7 +30,7 @@ from pedgpt.serving.api import CHAT, COMPLETION, ApiError, Reply, Served, prompt
 from pedgpt.serving.scheduler import Piece, QueueFullError, Request, Scheduler
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
-Pieces = asyncio.Queue[tuple[int, Piece]]  # with the numbers of their choices
+Pieces = asyncio.Queue[tuple[int, Piece] | None]  # with the numbers of their choices; None: look at the clock
 LEAST_TEMPERATURE = 1e-6
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'"
 
@@ -54,11 +55,12 @@ class Server:
     ) -> None:
         self.scheduler, self.served, self.limits, self.key, self.local = scheduler, served, limits, key, local
         self.began = int(time.time())
-        guarded = {"/v1/models": self.models, "/metrics": self.metrics}
+        guarded = {"/v1/models": self.models, "/v1/models/{name}": self.models, "/metrics": self.metrics}
         routes = [Route(path, self._guarded(handler)) for path, handler in guarded.items()]
         for path, known in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)):
             routes.append(Route(path, self._guarded(partial(self.answer, known)), methods=["POST"]))
-        self.app = Starlette(routes=[*routes, Route("/", self.page)])
+        routes.append(Route("/", self.page))
+        self.app = Starlette(routes=routes, exception_handlers={HTTPException: _unknown})
 
     def _guarded(self, handler: Handler) -> Handler:
         """The handler behind the key; what goes wrong becomes an error in OpenAI's form, without the content."""
@@ -87,9 +89,16 @@ class Server:
         policy = f"{_POLICY}; frame-ancestors 'none'; script-src 'nonce-{nonce}'"
         return HTMLResponse(text, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
-    async def models(self, _: HttpRequest) -> Response:
-        rows = [{"id": name, "object": "model", "created": self.began, "owned_by": "pedgpt"} for name in self.served]
-        return JSONResponse({"object": "list", "data": rows})
+    async def models(self, http: HttpRequest) -> Response:
+        row = {"object": "model", "created": self.began, "owned_by": "pedgpt"}
+        if (name := http.path_params.get("name")) is not None:
+            return JSONResponse({"id": self._served(name) and name, **row})
+        return JSONResponse({"object": "list", "data": [{"id": name, **row} for name in self.served]})
+
+    def _served(self, name: str | None) -> Served:
+        if (served := self.served.get(name or "")) is None:
+            raise ApiError(f"there is no model {name!r}; GET /v1/models lists them", "model", 404, "model_not_found")
+        return served
 
     async def metrics(self, _: HttpRequest) -> Response:
         """Counters in Prometheus' text format."""
@@ -103,9 +112,7 @@ class Server:
     async def answer(self, known: Mapping[str, Any], http: HttpRequest) -> Response:
         """One or several answers to a conversation or a text, whole or as a stream."""
         fields = read_fields(await self._body(http), known)
-        if (served := self.served.get(fields["model"] or "")) is None:
-            missing = f"there is no model {fields['model']!r}; GET /v1/models lists them"
-            raise ApiError(missing, "model", 404, "model_not_found")
+        served = self._served(fields["model"])
         pieces: Pieces = asyncio.Queue()
         prompt = await asyncio.to_thread(prompt_of, fields, served)  # A long one takes a while.
         requests = self._requests(fields, served, prompt, pieces)
@@ -163,7 +170,8 @@ class Server:
 
             one = Request(fields["model"], prompt, asked or room, decoder, served.stop_tokens, deliver, **sampling)
             one.seed = None if fields["seed"] is None else (fields["seed"] + number) % 2**63
-            one.top_logprobs = fields["top_logprobs"] if fields.get("logprobs") else None
+            wanted = fields["logprobs"]  # True or False in a chat, a number in a completion
+            one.top_logprobs = fields["top_logprobs"] if wanted is True else None if wanted is False else wanted
             requests.append(one)
         return requests
 
@@ -171,24 +179,27 @@ class Server:
         self, reply: Reply, pieces: Pieces, http: HttpRequest | None = None
     ) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all answers as they come; the rest is cancelled when the caller or the client `http` leaves."""
-        left, until = len(reply.requests), time.monotonic() + self.limits.seconds
+        left, loop = len(reply.requests), asyncio.get_running_loop()
+        late = loop.call_later(self.limits.seconds, pieces.put_nowait, None)
+        leaving = [asyncio.ensure_future(http.receive())] if http else []  # After the body, only the end can come.
+        for one in leaving:
+            one.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             while left:
-                if http is not None and await http.is_disconnected():
-                    raise ClientDisconnect
-                if time.monotonic() > until:
+                if (found := await pieces.get()) is None:
+                    if any(one.done() for one in leaving):
+                        raise ClientDisconnect
                     raise ApiError(f"the answer took more than {self.limits.seconds:.0f} seconds", status=504)
-                try:
-                    number, piece = await asyncio.wait_for(pieces.get(), 0.2)
-                except TimeoutError:
-                    continue
-                left -= piece.finish is not None
-                if piece.finish in ("error", "cancelled"):
+                left -= found[1].finish is not None
+                if found[1].finish in ("error", "cancelled"):
                     if self.scheduler.closing:
                         raise ApiError("the server is stopping", status=503, code="stopping")
                     raise ApiError("the answer could not be computed", status=500)
-                yield number, piece
+                yield found
         finally:
+            late.cancel()
+            for one in leaving:
+                one.cancel()
             self.scheduler.cancel(reply.requests)
 
     async def _events(self, reply: Reply, pieces: Pieces, options: Mapping[str, Any]) -> AsyncIterator[str]:
@@ -204,6 +215,12 @@ class Server:
             yield _event(error.body)
         finally:
             self.scheduler.cancel(reply.requests)
+
+
+async def _unknown(http: HttpRequest, error: Any) -> Response:
+    """Of a path or a method that there is not."""
+    found = ApiError(f"{http.method} {http.url.path}: {error.detail}", status=error.status_code)
+    return JSONResponse(found.body, found.status, error.headers)
 
 
 def is_local(host: str) -> bool:

@@ -77,9 +77,9 @@ def make_scheduler(models):
 class Running:
     """A server on a port of its own, as `with Running(...) as server`."""
 
-    def __init__(self, scheduler, chat, *, key="", limits=None):
+    def __init__(self, scheduler, chat, *, key="", limits=None, stop_tokens=None):
         self.scheduler = scheduler
-        stops = frozenset(chat.stop_tokens)
+        stops = frozenset(chat.stop_tokens if stop_tokens is None else stop_tokens)
         served = {name: Served(chat, stops, {"temperature": 0.0}, 300, f"print of {name}") for name in scheduler.models}
         app = Server(scheduler, served, limits or Limits(), key=key).app
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))

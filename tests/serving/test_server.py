@@ -56,6 +56,7 @@ def alone(models, chat, texts, count, model="base"):
 
 def test_openais_client_lists_models_and_gets_their_answers(client, models, chat):
     assert [model.id for model in client.models.list()] == ["base", "experts"]
+    assert client.models.retrieve("experts").id == "experts"
     for name in models:
         texts = ("感冒", "多喝水。", "要吃药吗？")
         prompt, ids, text = alone(models, chat, texts, 12, name)
@@ -125,6 +126,21 @@ def test_log_probabilities_are_the_models_own(client, models, chat):
         assert told.bytes is None or bytes(told.bytes).decode() == told.token
 
 
+def test_log_probabilities_of_a_completion_are_those_of_a_chat_in_the_older_form(client, chat):
+    prompt = encode_prompt([Message("user", "感冒")], chat)
+    settings = {"model": "base", "max_tokens": 6, "temperature": 0}
+    told = client.chat.completions.create(**settings, messages=said("感冒"), logprobs=True, top_logprobs=2)
+    rows = told.choices[0].logprobs.content
+    found = client.completions.create(**settings, prompt=prompt, logprobs=2).choices[0].logprobs
+    assert found.tokens == [row.token for row in rows]
+    assert found.token_logprobs == pytest.approx([row.logprob for row in rows], abs=1e-6)
+    for top, row in zip(found.top_logprobs, rows, strict=True):
+        assert top == pytest.approx({one.token: one.logprob for one in row.top_logprobs}, abs=1e-6)
+    chunks = client.completions.create(**settings, prompt=prompt, logprobs=0, stream=True)
+    assert [token for chunk in chunks for token in chunk.choices[0].logprobs.tokens] == found.tokens
+    assert client.completions.create(**settings, prompt=prompt).choices[0].logprobs is None
+
+
 def test_the_least_temperature_takes_the_most_probable_token(client, models, chat):
     *_, text = alone(models, chat, ["感冒"], 8)
     found = client.chat.completions.create(model="base", messages=said("感冒"), max_tokens=8, temperature=1e-40)
@@ -189,6 +205,10 @@ def test_another_site_cannot_ask(server):
     path = f"{server.url}/v1/chat/completions"
     assert httpx.post(path, content=body, headers={"Content-Type": "text/plain"}).status_code == 415
     assert httpx.options(path).status_code == 405
+    for method, name, status in (("GET", path, 405), ("GET", f"{server.url}/v1/embeddings", 404)):
+        found = httpx.request(method, name)
+        assert found.status_code == status and found.json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(f"{server.url}/v1/models/nope").json()["error"]["code"] == "model_not_found"
     assert server.post(json.loads(body), headers={"Host": "evil.example"}).status_code == 403
 
 
@@ -278,6 +298,18 @@ def test_a_body_that_does_not_arrive_and_an_answer_that_takes_too_long_end(start
         raw.sendall(head + b"Content-Length: 9\r\n\r\n{")
         raw.settimeout(5)
         assert b"408" in raw.recv(200)
+
+
+def test_a_thousand_connections_harm_nobody(start, models, chat):
+    server = start()
+    *_, expected = alone(models, chat, ["孩子发烧怎么办？"], 12)
+    with contextlib.ExitStack() as stack:
+        for number in range(1000):
+            raw = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"[: number % 60])
+        assert server.ask().json()["choices"][0]["message"]["content"] == expected
+        assert len(server.server.server_state.connections) >= 1000
+    assert until(lambda: not server.server.server_state.connections)
 
 
 def test_a_server_that_stops_tells_each_client(start):
