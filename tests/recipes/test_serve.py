@@ -1,7 +1,9 @@
 """recipes/serve.py as a process: several adapters, other tools of ours as its clients, and its end."""
 
+import contextlib
 import json
 import signal
+import socket
 import time
 
 import httpx
@@ -10,12 +12,11 @@ import pytest
 pytest.importorskip("uvicorn")
 
 
-@pytest.fixture(scope="module")
-def serving(lab):
-    adapter = lab.reference("expert_finetune") / "adapter"
+@contextlib.contextmanager
+def started(lab, *settings):
     port = lab.free_port()
-    adapters = ["--adapters", str(adapter), f"again={adapter}", "--port", str(port), "--device", "cpu"]
-    process = lab.start([lab.script("serve"), "--model", str(lab.folder / "model"), *adapters, "--grace", "5"])
+    given = ["--model", str(lab.folder / "model"), "--port", str(port), "--device", "cpu", *settings]
+    process = lab.start([lab.script("serve"), *given])
     url = f"http://127.0.0.1:{port}"
     for _ in range(300):
         try:
@@ -27,6 +28,13 @@ def serving(lab):
     yield url, process
     process.kill()
     process.wait()
+
+
+@pytest.fixture(scope="module")
+def serving(lab):
+    adapter = lab.reference("expert_finetune") / "adapter"
+    with started(lab, "--adapters", str(adapter), f"again={adapter}", "--grace", "5") as found:
+        yield found
 
 
 def ask(url, model, text="孩子感冒怎么办？"):
@@ -58,6 +66,21 @@ def test_it_refuses_to_let_others_in_without_a_key(lab, monkeypatch):
     monkeypatch.delenv("PEDGPT_API_KEY", raising=False)
     found = lab.call("serve", ["--model", str(lab.folder / "model"), "--host", "0.0.0.0"])
     assert found.code != 0 and "PEDGPT_API_KEY" in found.err
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system cannot end such a connection")
+def test_a_client_that_does_not_read_its_stream_loses_its_connection(lab):
+    body = {"model": "base", "messages": [{"role": "user", "content": "孩子感冒怎么办？"}], "n": 16, "stream": True}
+    content = json.dumps(body | {"max_tokens": 64, "temperature": 1}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+    with started(lab, "--timeout", "1") as (url, _), socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
+        raw.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        raw.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+        time.sleep(4)  # It reads nothing.
+        with pytest.raises(ConnectionResetError):
+            while raw.recv(65536):
+                pass
 
 
 def test_names_that_repeat_are_refused(lab):
