@@ -33,15 +33,16 @@ ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "recipes/sample_corpus/general_medical_qa.jsonl"
 
 
-def make_model(folder: str, adapter: str) -> None:
+def make_model(folder: str, adapter: str, hidden: int = 512, layers: int = 8) -> None:
     """Random weights, a tokenizer of the sample corpus, and experts that are not zero."""
     texts = CORPUS.read_text(encoding="utf-8").splitlines()
     special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     tokenizer = train_tokenizer(texts, vocab_size=8000, special_tokens=special)
     torch.manual_seed(0)
     config = ModelConfig(
-        model_type="llama", vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
-        num_attention_heads=8, num_key_value_heads=8, head_dim=64, max_position_embeddings=2048,
+        model_type="llama", vocab_size=8000, hidden_size=hidden, intermediate_size=11 * hidden // 4,
+        num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, head_dim=64,
+        max_position_embeddings=2048,
     )  # fmt: skip
     model = Transformer(config)
     save_model(model, folder)
@@ -124,7 +125,7 @@ def main() -> None:
         theirs = [arguments.transformers, "serve", model, "--device", "cpu", "--dtype", "float32"]
         rows = [json.loads(line) for line in CORPUS.read_text(encoding="utf-8").splitlines()]
         questions = [next(iter(row.values()))[:60] for row in rows[: arguments.questions]]
-        print(f"{_processor()}, {torch.get_num_threads()} threads, {arguments.tokens} tokens an answer")
+        print(f"{processor()}, {torch.get_num_threads()} threads, {arguments.tokens} tokens an answer")
         print(f"{'':36}{'clients':>8}{'first s':>9}{'token ms':>9}{'tokens/s':>9}{'ratio':>7}{'equal':>7}")
         systems = [("transformers serve", theirs, model)]
         systems += [("with continuous batching", [*theirs, "--continuous-batching"], model)]
@@ -143,7 +144,7 @@ def main() -> None:
                     print(f"{title:36}{clients:8}{shown}{ratio:7.2f}{equal:7.0%}", flush=True)
 
 
-def _processor() -> str:
+def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
