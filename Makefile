@@ -30,7 +30,7 @@ test: $(VENV)/.test
 	$(bin)/ruff check .
 	$(bin)/ruff format --check pedgpt recipes
 	$(bin)/mypy
-	$(bin)/python -m pytest -n $(JOBS) --dist loadfile
+	$(bin)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 docs: $(VENV)/.test
 	$(bin)/python -m pdoc pedgpt '!pedgpt.__main__' --output-directory build/api

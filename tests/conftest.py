@@ -12,6 +12,12 @@ if not torch.cuda.is_available():
 os.environ["PEDGPT_CPU"] = "always"  # for child processes too: a measurement could go either way
 
 
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that no worker waits for the other one at the end."""
+    long = ("recipes/", "tests/test_", "test_compiled")
+    items.sort(key=lambda item: not any(name in item.nodeid for name in long))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Models this small gain nothing from a second thread and wait for it whenever the machine is busy."""
