@@ -15,7 +15,7 @@ os.environ["PEDGPT_CPU"] = "always"  # for child processes too: a measurement co
 def pytest_collection_modifyitems(items):
     """Files that take long come first, so that no worker waits for the other one at the end."""
     long = ("recipes/", "tests/test_", "test_compiled")
-    items.sort(key=lambda item: not any(name in item.nodeid for name in long))
+    items.sort(key=lambda item: not any(name in item.nodeid.partition("::")[0] for name in long))
 
 
 @pytest.fixture(scope="module", autouse=True)
