@@ -7,11 +7,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -340,24 +342,27 @@ def dfpo(results: Results) -> None:
 
 
 def decoding(results: Results) -> None:
-    """Greedy decoding of a 7B shape, also with experts, beside transformers and what reading the weights allows."""
+    """Greedy decoding of a 7B shape, also with experts and by the server's scheduler, beside transformers."""
     from pedgpt.adapters import inject_experts, pack_adapters
     from pedgpt.models import generate, load_model
 
-    def ours(experts: bool) -> Callable[[list[list[int]], int], object]:
+    def ours(experts: bool, served: bool = False) -> Callable[[list[list[int]], int], object]:
         model = load_model(model_folder("7b"), dtype=HALF, device="meta")
         random_weights(model, None, dtype=HALF, device=DEVICE)
         if experts:
             inject_experts(model, **EXPERTS)
             pack_adapters(model)
         model.eval()
+        if served:
+            return by_scheduler(model)
         return lambda prompts, count: generate(model, prompts, max_new_tokens=count)
 
     makers = {"pedgpt": partial(ours, False), "transformers": their_generation, "pedgpt, experts": partial(ours, True)}
+    makers |= {"server": partial(ours, False, True), "server, experts": partial(ours, True, True)}
     for form, make in makers.items():
         with fresh_memory():
             call = None
-            for batch in (1, 8):
+            for batch in (1, 8, 16):
                 if results.done("decoding", f"7b, batch {batch}", form):
                     continue
                 try:
@@ -366,6 +371,29 @@ def decoding(results: Results) -> None:
                     print(f"  {form}: left out, {reason}")
                     break
                 measure(results, "decoding", f"7b, batch {batch}", form, partial(decode, results, call, batch))
+            getattr(call, "close", lambda: None)()
+
+
+def by_scheduler(model: nn.Module) -> Callable[[list[list[int]], int], object]:
+    """A call that hands all prompts to one scheduler of 16 slots and waits for the last token."""
+    from pedgpt.serving import Scheduler
+    from pedgpt.serving.scheduler import Request
+
+    decoder = SimpleNamespace(push=lambda token: "", finish=lambda: "", stopped=False)
+    scheduler = Scheduler({"base": model}, slots=16, capacity=1024)
+
+    def call(prompts: list[list[int]], count: int) -> object:
+        ended = threading.Semaphore(0)
+
+        def deliver(piece: Any) -> None:
+            if piece.finish:
+                ended.release()
+
+        scheduler.submit([Request("base", prompt, count, decoder, frozenset(), deliver) for prompt in prompts])
+        return [ended.acquire() for _ in prompts]
+
+    call.close = partial(scheduler.close, 0)  # Its thread holds the model.
+    return call
 
 
 def decode(results: Results, call: Callable[[list[list[int]], int], object], batch: int) -> dict[str, float]:

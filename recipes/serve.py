@@ -32,7 +32,7 @@ class Config(SystemSettings):
     slots: int = 16  # answers that are computed at the same time
     context: int = 0  # tokens of prompt and answer; 0: what the model takes, at most 4096
     queue: int = 64  # requests that may wait
-    chunk: int = 256  # tokens of prompts that are read between two tokens of the answers
+    prefill: int = 256  # tokens of prompts that are read between two tokens of the answers
     timeout: float = 600.0  # seconds for an answer, and for a client to read what was sent
     grace: float = 30.0  # seconds to finish answers in when the server is stopped
 
@@ -70,7 +70,7 @@ def main(config: Config) -> None:
 
     window = models["base"].config.max_position_embeddings
     capacity = min(config.context or 4096, window)
-    scheduler = Scheduler(models, slots=config.slots, capacity=capacity, queue=config.queue, chunk=config.chunk)
+    scheduler = Scheduler(models, slots=config.slots, capacity=capacity, queue=config.queue, prefill=config.prefill)
     server = Server(scheduler, served, Limits(seconds=config.timeout), key=key, local=local)
     settings = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": int(config.grace) + 5}
     web = uvicorn.Config(server.app, host=config.host, port=config.port, **settings)

@@ -131,7 +131,7 @@ class Choice:
     content: str = ""
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish: str | None = None
-    begun: bool = False  # whether a chunk has told of it
+    begun: bool = False  # whether a chunk of it was sent
 
 
 class Reply:
@@ -147,30 +147,30 @@ class Reply:
         }  # fmt: skip
 
     def add(self, number: int, piece: Piece) -> dict[str, Any] | None:
-        """Take one token in; the chunk that tells of it, if there is something to tell."""
+        """Take one token in; returns its chunk, or None where there is nothing to send."""
         choice = self.choices[number]
         first, reasoning, content = not choice.begun, choice.reasoning, choice.content
         choice.text, choice.finish = choice.text + piece.text, piece.finish
         choice.reasoning, choice.content = self._divided(choice)
-        told = [] if self.requests[number].top_logprobs is None else [self._logprob(piece)]
-        choice.logprobs += told
-        new = Choice("", choice.reasoning[len(reasoning) :], choice.content[len(content) :], told, piece.finish)
-        if not (new.reasoning or new.content or told or piece.finish):
+        logprobs = [] if self.requests[number].top_logprobs is None else [self._logprob(piece)]
+        choice.logprobs += logprobs
+        new = Choice("", choice.reasoning[len(reasoning) :], choice.content[len(content) :], logprobs, piece.finish)
+        if not (new.reasoning or new.content or logprobs or piece.finish):
             return None
         choice.begun = True
-        return {**self.head, "choices": [self._told(number, new, "delta", first)]}
+        return {**self.head, "choices": [self._entry(number, new, "delta", first)]}
 
     def whole(self) -> dict[str, Any]:
         """The response of a request without `stream`."""
-        told = [self._told(number, choice, "message", True) for number, choice in enumerate(self.choices)]
-        return {**self.head, "choices": told, "usage": self.usage()}
+        entries = [self._entry(number, choice, "message", True) for number, choice in enumerate(self.choices)]
+        return {**self.head, "choices": entries, "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
         prompt, answers = len(self.requests[0].prompt), sum(len(request.answer) for request in self.requests)
         counts = {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers}
         return counts | {"prompt_tokens_details": {"cached_tokens": self.requests[0].cached}}
 
-    def _told(self, number: int, choice: Choice, key: str, first: bool) -> dict[str, Any]:
+    def _entry(self, number: int, choice: Choice, key: str, first: bool) -> dict[str, Any]:
         head = {"index": number, "finish_reason": choice.finish, "logprobs": None}
         wanted = self.requests[number].top_logprobs is not None
         if not self.chat:
@@ -189,8 +189,8 @@ class Reply:
             return "", "" if self.chat and running and _OPEN.startswith(begun) else text
         thought, closed, answer = begun.removeprefix(_OPEN).partition(_CLOSE)
         if running and not closed:
-            held = max((n for n in range(1, len(_CLOSE)) if thought.endswith(_CLOSE[:n])), default=0)
-            thought = thought[: len(thought) - held]
+            begun_tag = max((n for n in range(1, len(_CLOSE)) if thought.endswith(_CLOSE[:n])), default=0)
+            thought = thought[: len(thought) - begun_tag]
         return thought.lstrip("\n"), answer.lstrip("\n")
 
     def _logprob(self, piece: Piece) -> dict[str, Any]:

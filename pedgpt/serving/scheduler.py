@@ -1,6 +1,6 @@
 """One thread that computes for all clients: requests join and leave between two tokens.
 
-Each turn reads up to `chunk` tokens of prompts, so that a long one does not stall the others, and then one token of
+Each turn reads up to `prefill` tokens of prompts, so that a long one does not stall the others, and then one token of
 every answer, one model after the other. Base and adapters are models that share the base's weights.
 """
 
@@ -54,7 +54,7 @@ class Request:
     top_logprobs: int | None = None  # how many; None: no log-probabilities
     cancelled: bool = False
     slot: int = -1  # -1 until it gets one
-    cached: int = 0  # tokens of the prompt that a slot held already
+    cached: int = 0  # tokens of the prompt that its slot did not have to read
     answer: list[int] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
     generator: torch.Generator | None = None
@@ -68,11 +68,11 @@ class Scheduler:
     """Computes requests for the models by name, `slots` at a time; `queue` more may wait."""
 
     def __init__(
-        self, models: Mapping[str, Transformer], *, slots: int, capacity: int, queue: int = 64, chunk: int = 256
+        self, models: Mapping[str, Transformer], *, slots: int, capacity: int, queue: int = 64, prefill: int = 256
     ) -> None:
-        if min(slots, chunk, queue, capacity) < 1:
-            raise ValueError(f"{slots=}, {chunk=}, {queue=} and the context, {capacity}, must be at least 1")
-        self.models, self.queue, self.chunk, self.capacity = dict(models), queue, chunk, capacity
+        if min(slots, prefill, queue, capacity) < 1:
+            raise ValueError(f"{slots=}, {prefill=}, {queue=} and the context, {capacity}, must be at least 1")
+        self.models, self.queue, self.prefill, self.capacity = dict(models), queue, prefill, capacity
         first = next(iter(self.models.values()))
         self.cache = SlotCache(first, slots, capacity)
         self.head = first.head_weight()  # Adapters do not change it.
@@ -139,19 +139,19 @@ class Scheduler:
             left = [one for one in (*self.active, *self.waiting) if one.cancelled]
         for request in left:
             self._finish(request, Piece("", finish="cancelled"))
-        room = self.chunk
+        room = self.prefill
         while room > 0 and (reading := self._next_to_read()) is not None:
-            held = self.cache.ids[reading.slot]
-            tokens = reading.prompt[len(held) :][:room]
+            read = self.cache.ids[reading.slot]
+            tokens = reading.prompt[len(read) :][:room]
             room -= len(tokens)
-            with self._told([reading]):
+            with self._isolated([reading]):
                 hidden = self.cache.read(self.models[reading.model], reading.slot, tokens)
-                if len(held) == len(reading.prompt):
+                if len(read) == len(reading.prompt):
                     self._choose([reading], hidden)
         for name, model in self.models.items():
             running = sorted((one for one in self.active if one.model == name and one.answer), key=lambda one: one.slot)
             if running:
-                with self._told(running):
+                with self._isolated(running):
                     slots = [one.slot for one in running]
                     self._choose(running, self.cache.step(model, slots, [one.answer[-1] for one in running]))
 
@@ -173,7 +173,7 @@ class Scheduler:
         # A slot whose text is mostly in the prompt (the same conversation), or else the one unused for longest.
         again = [one for one in free if one in mine and 2 * shared(ids[one], request.prompt) > len(ids[one])]
         request.slot = min(again or free, key=self.used.__getitem__)
-        with self._told([request]):
+        with self._isolated([request]):
             request.cached = self.cache.fork(request.slot, request.prompt, mine)
         if request not in self.active:
             return self._next_to_read()
@@ -187,7 +187,7 @@ class Scheduler:
         logits = linear(hidden, self.head).float()
         greedy, finite = logits.argmax(-1).tolist(), logits.isfinite().all(-1).tolist()
         for request, row, token, usable in zip(requests, logits, greedy, finite, strict=True):
-            with self._told([request]):
+            with self._isolated([request]):
                 if not usable:
                     raise ValueError("logits that are not finite")
                 self._deliver(request, row, token)
@@ -224,7 +224,7 @@ class Scheduler:
         request.deliver(last)
 
     @contextmanager
-    def _told(self, requests: Sequence[Request]) -> Iterator[None]:
+    def _isolated(self, requests: Sequence[Request]) -> Iterator[None]:
         """An error ends these requests and tells their clients; the others go on."""
         try:
             yield

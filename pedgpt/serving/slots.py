@@ -20,7 +20,7 @@ from pedgpt.models.cache import BUCKET, record_graph
 class SlotCache:
     """Keys and values [L, B, G, S, K]; slot b holds those of the tokens `ids[b]`, at positions 0, 1, 2 …
 
-    A forward pass reads either a piece of one slot's text (`read`) or one token of each of several slots (`step`).
+    A forward pass reads either a part of one slot's text (`read`) or one token of each of several slots (`step`).
     `Transformer.hidden_states` calls `extend` once and `append` in each layer, as with `models.KVCache`.
     """
 
@@ -48,8 +48,8 @@ class SlotCache:
             ((shared(self.ids[one], prompt), one == slot, one) for one in sources), default=(0, 0, slot)
         )
         if source != slot:
-            for held in (self.keys, self.values):
-                held[:, slot, :, :count] = held[:, source, :, :count]
+            for stored in (self.keys, self.values):
+                stored[:, slot, :, :count] = stored[:, source, :, :count]
         self.ids[slot] = list(prompt[:count])
         return count
 
@@ -112,18 +112,18 @@ class SlotCache:
         """Store one layer's new keys and values [B, G, T, K]; returns all that are read, [B, G, S, K]."""
         return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
 
-    def _write(self, held: Tensor, new: Tensor) -> Tensor:
+    def _write(self, stored: Tensor, new: Tensor) -> Tensor:
         first = self.rows[0]
         if self.places is None:
-            held[first, :, self.start : self.stop] = new[0]
-            return held[first : first + 1, :, : self.stop]
+            stored[first, :, self.start : self.stop] = new[0]
+            return stored[first : first + 1, :, : self.stop]
         slots, positions = self.places
-        held[slots, :, positions] = new[:, :, 0].to(held.dtype)
+        stored[slots, :, positions] = new[:, :, 0].to(stored.dtype)
         if self.rows == list(range(first, first + len(self.rows))):  # Slots side by side are read where they lie.
-            return held[first : first + len(self.rows), :, : self.stop]
-        return held[slots, :, : self.stop]
+            return stored[first : first + len(self.rows), :, : self.stop]
+        return stored[slots, :, : self.stop]
 
 
-def shared(held: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many tokens at the beginning of a prompt are held; the last one never counts."""
-    return len(os.path.commonprefix([list(held), list(prompt[:-1])]))  # which compares any two lists
+def shared(ids: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many tokens at their beginning a slot's text and a prompt share; the prompt's last one never counts."""
+    return len(os.path.commonprefix([list(ids), list(prompt[:-1])]))  # which compares any two lists

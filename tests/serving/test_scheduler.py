@@ -42,8 +42,8 @@ def prompts(count, seed=0):
 
 
 def test_greedy_answers_equal_those_of_each_request_alone(models, make_scheduler, make_request):
-    """Slots, chunks, shared beginnings and two models: an answer does not depend on who else is served."""
-    scheduler, rng = make_scheduler(slots=5, queue=200, chunk=16), random.Random(1)
+    """Slots, parts of prompts, shared beginnings and two models: an answer does not depend on who else is served."""
+    scheduler, rng = make_scheduler(slots=5, queue=200, prefill=16), random.Random(1)
     requests = [make_request(p, rng.randrange(1, 40), rng.choice(("base", "experts"))) for p in prompts(60)]
 
     def client(part):
@@ -116,7 +116,7 @@ def test_what_fails_ends_alone_and_the_others_go_on(models, make_scheduler, make
 
 
 def test_a_long_prompt_does_not_stall_the_others(make_scheduler, make_request):
-    scheduler = make_scheduler(chunk=8, slots=2)
+    scheduler = make_scheduler(prefill=8, slots=2)
     talking, long = make_request([5, 6], 100), make_request(range(5, 5 + 96), 2)
     scheduler.submit([talking])
     talking.pieces.get(timeout=10)
@@ -213,6 +213,6 @@ def test_a_slot_that_cannot_be_filled_ends_its_request_alone(make_scheduler, mak
 
 
 def test_sizes_of_nothing_are_refused(make_scheduler):
-    for name in ("slots", "chunk", "queue"):
+    for name in ("slots", "prefill", "queue"):
         with pytest.raises(ValueError, match="at least 1"):
             make_scheduler(**{name: 0})
