@@ -116,7 +116,7 @@ def _paint_metrics(run: Run, figure: Figure) -> bool:
 
 
 def _paint_experts(run: Run, figure: Figure) -> bool:
-    """Mean gates by task, decoder layer and expert, and how alike the experts are."""
+    """What mean gates exceed an equal share by, for each task, decoder layer and expert, and how alike experts are."""
     stages = [stage for stage in run.stages.values() if stage.at("layer_gates")]
     if not stages:
         return False
@@ -126,14 +126,14 @@ def _paint_experts(run: Run, figure: Figure) -> bool:
         for name, weights in gates.items():
             by_layer.setdefault(layer_number(name), []).append(weights)
         rows = [mean_by_expert(found) for _, found in sorted(by_layer.items())]
-        panels[task] = [row + [math.nan] * (max(map(len, rows)) - len(row)) for row in rows]
-    share = 1 / len(next(iter(panels.values()))[0])
-    reach = max(0.1, *(1.2 * abs(one - share) for rows in panels.values() for row in rows for one in row if one == one))
+        width = max(map(len, rows))  # Layers may have different numbers of experts.
+        panels[task] = [[one - 1 / len(row) for one in row] + [math.nan] * (width - len(row)) for row in rows]
+    reach = max(0.1, *(1.2 * abs(one) for rows in panels.values() for row in rows for one in row if one == one))
     panels |= {"similarity (cosine)": stages[-1].at("similarity")} if stages[-1].at("similarity") else {}
     figure.set_size_inches(3.2 * len(panels), 3.6)
     for place, (title, values) in enumerate(panels.items(), 1):
         axes, cosine = figure.add_subplot(1, len(panels), place, title=title), "cosine" in title
-        low, high = (-1, 1) if cosine else (share - reach, share + reach)
+        low, high = (-1, 1) if cosine else (-reach, reach)
         image = axes.imshow(values, cmap="PuOr_r", vmin=low, vmax=high, aspect="auto")
         axes.set(xlabel="expert, universal first" if cosine else "expert", ylabel="" if cosine else "decoder layer")
         axes.set_xticks(range(len(values[0])), [str(number) for number in range(1, len(values[0]) + 1)])
@@ -190,7 +190,7 @@ PLOTS: dict[str, tuple[str, str, Callable[[Run, Figure], bool]]] = {  # what it 
         "stages",
         _paint_metrics,
     ),
-    "experts.png": ("Mean gates by task, layer and expert, and the experts' similarity", "gates", _paint_experts),
+    "experts.png": ("Mean gates above an equal share, and the experts' similarity", "gates", _paint_experts),
     "training.png": ("Losses, rewards and gates while training", "training", _paint_training),
     "calibration.png": ("Calibration on the exam", "exams", _paint_calibration),
     "verdicts.png": ("Win, tie and loss by judge and doctors", "verdicts", _paint_verdicts),
