@@ -30,7 +30,7 @@ from pedgpt.serving.api import CHAT, COMPLETION, ApiError, Reply, Served, prompt
 from pedgpt.serving.scheduler import Piece, QueueFullError, Request, Scheduler
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
-Pieces = asyncio.Queue[tuple[int, Piece] | None]  # with the numbers of their choices; None: look at the clock
+Pieces = asyncio.Queue[tuple[int, Piece] | Exception]  # with the numbers of their choices; what ends all of them
 LEAST_TEMPERATURE = 1e-6
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'"
 
@@ -180,16 +180,13 @@ class Server:
     ) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all answers as they come; the rest is cancelled when the caller or the client `http` leaves."""
         left, loop = len(reply.requests), asyncio.get_running_loop()
-        late = loop.call_later(self.limits.seconds, pieces.put_nowait, None)
-        leaving = [asyncio.ensure_future(http.receive())] if http else []  # After the body, only the end can come.
-        for one in leaving:
-            one.add_done_callback(lambda _: pieces.put_nowait(None))
+        late = ApiError(f"the answer took more than {self.limits.seconds:.0f} seconds", status=504)
+        ends: list[Any] = [loop.call_later(self.limits.seconds, pieces.put_nowait, late)]
+        ends += [loop.create_task(_leaves(http, pieces))] if http else []
         try:
             while left:
-                if (found := await pieces.get()) is None:
-                    if any(one.done() for one in leaving):
-                        raise ClientDisconnect
-                    raise ApiError(f"the answer took more than {self.limits.seconds:.0f} seconds", status=504)
+                if isinstance(found := await pieces.get(), Exception):
+                    raise found
                 left -= found[1].finish is not None
                 if found[1].finish in ("error", "cancelled"):
                     if self.scheduler.closing:
@@ -197,9 +194,8 @@ class Server:
                     raise ApiError("the answer could not be computed", status=500)
                 yield found
         finally:
-            late.cancel()
-            for one in leaving:
-                one.cancel()
+            for end in ends:
+                end.cancel()
             self.scheduler.cancel(reply.requests)
 
     async def _events(self, reply: Reply, pieces: Pieces, options: Mapping[str, Any]) -> AsyncIterator[str]:
@@ -221,6 +217,13 @@ async def _unknown(http: HttpRequest, error: Any) -> Response:
     """Of a path or a method that there is not."""
     found = ApiError(f"{http.method} {http.url.path}: {error.detail}", status=error.status_code)
     return JSONResponse(found.body, found.status, error.headers)
+
+
+async def _leaves(http: HttpRequest, pieces: Pieces) -> None:
+    """Wait until the client leaves, and say so."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    pieces.put_nowait(ClientDisconnect())
 
 
 def is_local(host: str) -> bool:
