@@ -162,7 +162,7 @@ def _paint_verdicts(run: Run, figure: Figure) -> bool:
             color="white" if kind != "tie" else INK,
         )
         left += shares
-    names = [f"{row['by']}: {row['first']} against {row['second']}, {row['task']} ({row['n']})" for row in rows]
+    names = ["{by}: {first} against {second}, {task} ({n})".format(**row) for row in rows]
     axes.set_yticks(range(len(rows)), names)
     figure.legend(loc="outside lower center", ncols=3)
     return bool(rows)

@@ -54,16 +54,14 @@ COMMON = {
     "repetition_penalty": Field(NUMBER, None, 1e-3, 100), "seed": Field(int, None, -(2**63), 2**63 - 1),
     "stream": Field(bool, False), "stream_options": Field(dict, {}),
 }  # fmt: skip
-COMPLETION = COMMON | {
-    "prompt": Field(str | list), "best_of": Field(int, 1, 1, 1), "logprobs": Field(int, None, 0, 5),
-}  # fmt: skip
+COMPLETION = COMMON | {"prompt": Field(str | list), "logprobs": Field(int, None, 0, 5)}
 CHAT = COMMON | {
-    "messages": Field(list), "max_completion_tokens": Field(int, None, 1), "logprobs": Field(bool, False),
+    "messages": Field(list, []), "max_completion_tokens": Field(int, None, 1), "logprobs": Field(bool, False),
     "top_logprobs": Field(int, 0, 0, 20),
 }  # fmt: skip
 # These change nothing here. Any other field is refused unless it is as good as absent.
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-ABSENT: tuple[Any, ...] = (None, 0, "", [], {}, "none", "auto", {"type": "text"}, ["text"])
+ABSENT: tuple[Any, ...] = (0, "", [], {}, "none", "auto", {"type": "text"}, ["text"])
 
 
 def read_fields(body: Any, known: Mapping[str, Field]) -> dict[str, Any]:
@@ -90,9 +88,9 @@ def read_fields(body: Any, known: Mapping[str, Field]) -> dict[str, Any]:
 def prompt_of(fields: Mapping[str, Any], served: Served) -> list[int]:
     """The tokens of a request; text of a client never becomes a special token."""
     if "prompt" not in fields:
-        if len(fields["messages"] or []) > MOST_MESSAGES:
+        if len(fields["messages"]) > MOST_MESSAGES:
             raise ApiError(f"messages has more than {MOST_MESSAGES} entries", "messages")
-        messages = [_message(one, f"messages[{i}]") for i, one in enumerate(fields["messages"] or [])]
+        messages = [_message(one, f"messages[{i}]") for i, one in enumerate(fields["messages"])]
         if not messages or messages[-1].role != "user":
             raise ApiError("messages must end with one of the role user", "messages")
         try:
@@ -167,8 +165,8 @@ class Reply:
 
     def usage(self) -> dict[str, Any]:
         prompt, answers = len(self.requests[0].prompt), sum(len(request.answer) for request in self.requests)
-        counts = {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers}
-        return counts | {"prompt_tokens_details": {"cached_tokens": self.requests[0].cached}}
+        cached = {"prompt_tokens_details": {"cached_tokens": self.requests[0].cached}}
+        return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers, **cached}
 
     def _entry(self, number: int, choice: Choice, key: str, first: bool) -> dict[str, Any]:
         head = {"index": number, "finish_reason": choice.finish, "logprobs": None}
@@ -189,8 +187,8 @@ class Reply:
             return "", "" if self.chat and running and _OPEN.startswith(begun) else text
         thought, closed, answer = begun.removeprefix(_OPEN).partition(_CLOSE)
         if running and not closed:
-            begun_tag = max((n for n in range(1, len(_CLOSE)) if thought.endswith(_CLOSE[:n])), default=0)
-            thought = thought[: len(thought) - begun_tag]
+            before, mark, rest = thought.rpartition("<")
+            thought = before if mark and _CLOSE.startswith(mark + rest) else thought
         return thought.lstrip("\n"), answer.lstrip("\n")
 
     def _logprob(self, piece: Piece) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from queue import Full
 from typing import NamedTuple
 
 import torch
@@ -60,10 +61,6 @@ class Request:
     generator: torch.Generator | None = None
 
 
-class QueueFullError(Exception):
-    """The queue of requests is full, or closed."""
-
-
 class Scheduler:
     """Computes requests for the models by name, `slots` at a time; `queue` more may wait."""
 
@@ -77,12 +74,12 @@ class Scheduler:
         self.cache = SlotCache(first, slots, capacity)
         self.head = first.head_weight()  # Adapters do not change it.
         self.owner: list[str | None] = [None] * slots  # the model whose keys a slot holds
-        self.used = [0] * slots  # the turn in which a slot was used last
+        self.free = list(range(slots))  # the slot that has been free for longest comes first
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
-        self.turn, self.closing = 0, False
-        self.counts = dict.fromkeys(("prompt", "cached", "generated", "stop", "length", "error", "cancelled"), 0)
-        self.waits: deque[float] = deque(maxlen=1000)  # seconds to the first token of the latest requests
+        self.closing = False
+        counts = "prompt cached generated stop length error cancelled first_tokens first_token_seconds"
+        self.counts: dict[str, float] = dict.fromkeys(counts.split(), 0)  # tokens, ends, waits
         self.changed = threading.Condition()
         weights = [layer.weight for layer in first.model.modules() if isinstance(layer, nn.Linear)]
         self.packed = PackedWeights([*weights, self.head], slots)
@@ -90,11 +87,11 @@ class Scheduler:
         self.thread.start()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests, all or none; QueueFullError if there is no room, or no more are taken."""
+        """Queue requests, all or none; queue.Full if there is no room, or no more are taken."""
         with self.changed:
             room = self.queue + len(self.owner) - len(self.active) - len(self.waiting)
             if self.closing or len(requests) > room:
-                raise QueueFullError
+                raise Full
             self.waiting.extend(requests)
             self.changed.notify()
 
@@ -114,7 +111,13 @@ class Scheduler:
     def _run(self) -> None:
         """Take turns until there is nothing left to do; whatever ends this, every client is told."""
         try:
-            self._take_turns()
+            while True:
+                with self.changed:
+                    self.changed.wait_for(lambda: self.waiting or self.active or self.closing)
+                    if not (self.waiting or self.active):
+                        return
+                with torch.no_grad(), self.packed:
+                    self._take_turn()
         finally:
             with self.changed:
                 self.closing, left = True, [*self.active, *self.waiting]
@@ -123,18 +126,8 @@ class Scheduler:
             for request in left:
                 request.deliver(Piece("", finish="error"))
 
-    def _take_turns(self) -> None:
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.active or self.closing)
-                if not (self.waiting or self.active):
-                    return
-            with torch.no_grad(), self.packed:
-                self._take_turn()
-
     def _take_turn(self) -> None:
         """Read some of the prompts, then a token of each answer."""
-        self.turn += 1
         with self.changed:
             left = [one for one in (*self.active, *self.waiting) if one.cancelled]
         for request in left:
@@ -157,22 +150,18 @@ class Scheduler:
 
     def _next_to_read(self) -> Request | None:
         """The first request whose prompt is not read to its end; a free slot takes one that waits."""
-        for request in self.active:
-            if not request.answer:
-                return request
-        taken = {one.slot for one in self.active}
-        free = [slot for slot in range(len(self.owner)) if slot not in taken]
-        if not free:
-            return None
+        if reading := next((one for one in self.active if not one.answer), None):
+            return reading
         with self.changed:
-            if not self.waiting:
+            if not (self.free and self.waiting):
                 return None
             request = self.waiting.popleft()
             self.active.append(request)
         ids, mine = self.cache.ids, [slot for slot, owner in enumerate(self.owner) if owner == request.model]
-        # A slot whose text is mostly in the prompt (the same conversation), or else the one unused for longest.
-        again = [one for one in free if one in mine and 2 * shared(ids[one], request.prompt) > len(ids[one])]
-        request.slot = min(again or free, key=self.used.__getitem__)
+        # A slot whose text is mostly in the prompt (the same conversation), or else the one free for longest.
+        again = [one for one in self.free if one in mine and 2 * shared(ids[one], request.prompt) > len(ids[one])]
+        request.slot = (again or self.free)[0]
+        self.free.remove(request.slot)
         with self._isolated([request]):
             request.cached = self.cache.fork(request.slot, request.prompt, mine)
         if request not in self.active:
@@ -202,7 +191,8 @@ class Scheduler:
             values, ids = logps.topk(request.top_logprobs)
             logprob, top = logps[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
         if not request.answer:
-            self.waits.append(time.monotonic() - request.arrived)
+            self.counts["first_tokens"] += 1
+            self.counts["first_token_seconds"] += time.monotonic() - request.arrived
         request.answer.append(token)
         self.counts["generated"] += 1
         ends = token in request.stop_tokens
@@ -218,9 +208,8 @@ class Scheduler:
         with self.changed:
             (self.active if request in self.active else self.waiting).remove(request)
         if request.slot >= 0:
-            self.used[request.slot] = self.turn
-        assert last.finish is not None
-        self.counts[last.finish] += 1
+            self.free.append(request.slot)
+        self.counts[str(last.finish)] += 1
         request.deliver(last)
 
     @contextmanager

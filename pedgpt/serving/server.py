@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from queue import Full
 from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
@@ -27,11 +28,9 @@ from starlette.routing import Route
 
 from pedgpt.data import StreamDecoder
 from pedgpt.serving.api import CHAT, COMPLETION, ApiError, Reply, Served, prompt_of, read_fields
-from pedgpt.serving.scheduler import Piece, QueueFullError, Request, Scheduler
+from pedgpt.serving.scheduler import Piece, Request, Scheduler
 
-Handler = Callable[[HttpRequest], Awaitable[Response]]
 Pieces = asyncio.Queue[tuple[int, Piece] | Exception]  # with the numbers of their choices; what ends all of them
-LEAST_TEMPERATURE = 1e-6
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'"
 
 
@@ -59,10 +58,9 @@ class Server:
         routes = [Route(path, self._guarded(handler)) for path, handler in guarded.items()]
         for path, known in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)):
             routes.append(Route(path, self._guarded(partial(self.answer, known)), methods=["POST"]))
-        routes.append(Route("/", self.page))
-        self.app = Starlette(routes=routes, exception_handlers={HTTPException: _unknown})
+        self.app = Starlette(routes=[*routes, Route("/", self.page)], exception_handlers={HTTPException: _unknown})
 
-    def _guarded(self, handler: Handler) -> Handler:
+    def _guarded(self, handler: Callable[[HttpRequest], Awaitable[Response]]) -> Callable[..., Any]:
         """The handler behind the key; what goes wrong becomes an error in OpenAI's form, without the content."""
 
         async def run(http: HttpRequest) -> Response:
@@ -102,11 +100,7 @@ class Server:
 
     async def metrics(self, _: HttpRequest) -> Response:
         """Counters in Prometheus' text format."""
-        found: dict[str, float] = {"waiting": len(self.scheduler.waiting), "active": len(self.scheduler.active)}
-        found |= self.scheduler.counts
-        waits = sorted(self.scheduler.waits)
-        for share in (50, 90, 99) if waits else ():
-            found[f"first_token_seconds_p{share}"] = waits[share * (len(waits) - 1) // 100]
+        found = {"waiting": len(self.scheduler.waiting), "active": len(self.scheduler.active), **self.scheduler.counts}
         return PlainTextResponse("".join(f"pedgpt_{name} {value}\n" for name, value in found.items()))
 
     async def answer(self, known: Mapping[str, Any], http: HttpRequest) -> Response:
@@ -118,7 +112,7 @@ class Server:
         requests = self._requests(fields, served, prompt, pieces)
         try:
             self.scheduler.submit(requests)
-        except QueueFullError:
+        except Full:
             if self.scheduler.closing:
                 raise ApiError("the server is stopping", status=503, code="stopping", retry=10) from None
             raise ApiError("too many requests wait; try again", status=429, code="queue_full", retry=2) from None
@@ -153,26 +147,25 @@ class Server:
         room = self.scheduler.capacity - len(prompt)
         asked = fields.get("max_completion_tokens") or fields["max_tokens"]
         if room < max(1, asked or 1):
-            found = f"the prompt has {len(prompt)} tokens" + f" and max_tokens is {asked}" * bool(asked)
-            raise ApiError(f"{found}, but the context holds {self.scheduler.capacity}", code="context_length_exceeded")
+            found = f"{len(prompt)} tokens of the prompt and {asked or 1} of the answer"
+            raise ApiError(f"{found} exceed the context, {self.scheduler.capacity}", code="context_length_exceeded")
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
         sampling = {**served.defaults, **{name: fields[name] for name in names if fields[name] is not None}}
-        sampling |= {"top_k": sampling.get("top_k") or None}
-        if sampling.get("temperature", 0) < LEAST_TEMPERATURE:  # Divided by less, logits could overflow.
+        sampling["top_k"], wanted = sampling.get("top_k") or None, fields["logprobs"]
+        if sampling.get("temperature", 0) < 1e-6:  # Divided by less, logits could overflow.
             sampling["temperature"] = 0.0
+        # True or False in a chat, a number or None in a completion.
+        sampling["top_logprobs"] = None if wanted is False else fields.get("top_logprobs", wanted)
         loop, requests = asyncio.get_running_loop(), []
         for number in range(fields["n"]):
-            decoder = StreamDecoder(served.chat.tokenizer, fields["stop"])
 
             def deliver(piece: Piece, number: int = number) -> None:
                 with suppress(RuntimeError):  # The loop is closed where the server has ended.
                     loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
 
-            one = Request(fields["model"], prompt, asked or room, decoder, served.stop_tokens, deliver, **sampling)
-            one.seed = None if fields["seed"] is None else (fields["seed"] + number) % 2**63
-            wanted = fields["logprobs"]  # True or False in a chat, a number in a completion
-            one.top_logprobs = fields["top_logprobs"] if wanted is True else None if wanted is False else wanted
-            requests.append(one)
+            sampling["seed"] = None if fields["seed"] is None else (fields["seed"] + number) % 2**63
+            decoder, stops = StreamDecoder(served.chat.tokenizer, fields["stop"]), served.stop_tokens
+            requests.append(Request(fields["model"], prompt, asked or room, decoder, stops, deliver, **sampling))
         return requests
 
     async def _pieces(
@@ -209,12 +202,9 @@ class Server:
             yield "data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.body)
-        finally:
-            self.scheduler.cancel(reply.requests)
 
 
 async def _unknown(http: HttpRequest, error: Any) -> Response:
-    """Of a path or a method that there is not."""
     found = ApiError(f"{http.method} {http.url.path}: {error.detail}", status=error.status_code)
     return JSONResponse(found.body, found.status, error.headers)
 

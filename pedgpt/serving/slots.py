@@ -39,10 +39,9 @@ class SlotCache:
         self.inputs = torch.zeros(slots, 3, dtype=torch.long, device=weight.device)
 
     def fork(self, slot: int, prompt: Sequence[int], sources: Iterable[int]) -> int:
-        """Let a slot begin with what one of `sources` shares with the prompt; returns the number of tokens.
+        """Let a slot begin with what one of `sources`, read by the same model, shares with the prompt.
 
-        The sources were read by the model that reads the prompt. The prompt's last token is never shared, because what
-        follows it must be computed.
+        Returns how many tokens; the prompt's last one is never shared, because what follows it must be computed.
         """
         count, _, source = max(
             ((shared(self.ids[one], prompt), one == slot, one) for one in sources), default=(0, 0, slot)
@@ -56,8 +55,7 @@ class SlotCache:
     def clear(self, slot: int) -> None:
         """Forget a slot's text, and what was computed of it: NaN would reach others that read beyond their own text."""
         self.ids[slot] = []
-        self.keys[:, slot] = 0
-        self.values[:, slot] = 0
+        self.keys[:, slot] = self.values[:, slot] = 0
 
     def read(self, model: Any, slot: int, tokens: Sequence[int]) -> Tensor:
         """Read tokens at the end of a slot; the last one's hidden state [1, D]."""

@@ -333,7 +333,7 @@ def test_metrics_count_what_was_done(start):
     assert found["pedgpt_generated"] == sum(one["completion_tokens"] for one in usage)
     assert found["pedgpt_prompt"] == sum(one["prompt_tokens"] for one in usage)
     assert found["pedgpt_stop"] + found["pedgpt_length"] == 2 and found["pedgpt_active"] == 0
-    assert 0 < found["pedgpt_first_token_seconds_p50"] < 10
+    assert found["pedgpt_first_tokens"] == 2 and 0 < found["pedgpt_first_token_seconds"] < 20
 
 
 def test_many_requests_in_random_order_equal_their_answers_alone(server, models, chat):

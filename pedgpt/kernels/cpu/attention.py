@@ -23,7 +23,7 @@ LONGEST = 512  # torch's kernel skips keys only in blocks of 512, so longer docu
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Tensor | None:
     """`kernels.attention`, or None: too few tokens, shapes that differ, no documents, or a document in two pieces."""
     rows, heads, tokens, size = q.shape
-    fits = all((len(x), *x.shape[2:]) == (rows, tokens, size) for x in (k, v)) and heads % k.shape[1] == 0
+    fits = k.shape == v.shape == (rows, k.shape[1], tokens, size) and heads % k.shape[1] == 0
     if tokens < SHORTEST or not rows or not fits:
         return None
     if layout is None:
