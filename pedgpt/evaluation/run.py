@@ -166,7 +166,7 @@ def load_run(folder: str | Path) -> Run:
         stage = run.stages.setdefault(path.stem, Stage(path.stem))
         if not stage.at("tasks"):
             stage.evaluation |= scored(read_answers(path))
-    run.stages = {name: run.stages[name] for name in ordered(run.stages, tuple(STAGE_LABELS))}
+    run.stages = {name: run.stages[name] for name in ordered(run.stages, STAGE_LABELS)}
     if not (run.stages or run.exams or run.judge or run.doctors):
         wanted = "<stage>/metrics.jsonl, evaluation/<stage>.json, answers/*.jsonl, exams/, judge/ or doctors/*.json"
         raise ValueError(f"{folder}: nothing recorded, expected {wanted} in it")
