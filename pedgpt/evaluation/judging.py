@@ -214,16 +214,16 @@ def length_controlled(wins: Array, gaps: Array, talks: Array, *, seed: int = 0) 
     x = gaps / (gaps.std() or 1)
 
     def rate(rows: Array, weights: Array) -> Array:
-        """By Newton's method, for each row of weights."""
-        at, slope = np.zeros(len(weights)), np.zeros(len(weights))
-        for _ in range(30):
+        at = slope = np.zeros(len(weights))
+        for _ in range(30):  # Newton's method for each row of weights; few steps are enough
             p = 1 / (1 + np.exp(-np.clip(at[:, None] + slope[:, None] * x, -30, 30)))
             error, curve = weights * (rows - p), weights * p * (1 - p)
             g0, g1 = error.sum(1), error @ x - slope
-            h00, h01, h11 = curve.sum(1) + 1e-6, curve @ x, curve @ (x * x) + 1
-            det = h00 * h11 - h01 * h01
-            at = np.clip(at + np.clip((h11 * g0 - h01 * g1) / det, -2, 2), -20, 20)
-            slope = slope + np.clip((h00 * g1 - h01 * g0) / det, -2, 2)
+            h00, h01, h11 = curve.sum(1) + 1e-6, curve @ x, curve @ x**2 + 1
+            step = np.clip(np.array([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0]) / (h00 * h11 - h01**2), -2, 2)
+            at, slope = np.clip(at + step[0], -20, 20), slope + step[1]
+            if abs(step).max() < 1e-9:
+                break
         return 1 / (1 + np.exp(-at))
 
     return bootstrap(wins, talks, statistic=rate, seed=seed)

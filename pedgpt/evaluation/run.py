@@ -145,17 +145,12 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder")
-    stages: dict[str, Stage] = {}
+    run = Run(folder)
     for path in sorted(folder.glob("*/metrics.jsonl")):
         if rows := _read_metrics(path):
-            stages[path.parent.name] = Stage(path.parent.name, rows)
+            run.stages[path.parent.name] = Stage(path.parent.name, rows)
     for path in sorted(folder.glob("evaluation/*.json")):
-        stages.setdefault(path.stem, Stage(path.stem)).evaluation = read_object(path.parent, path.name)
-    for path in sorted(folder.glob("answers/*.jsonl")):
-        stage = stages.setdefault(path.stem, Stage(path.stem))
-        if not stage.at("tasks"):
-            stage.evaluation |= scored(read_answers(path))
-    run = Run(folder, {name: stages[name] for name in ordered(stages, tuple(STAGE_LABELS))})
+        run.stages.setdefault(path.stem, Stage(path.stem)).evaluation = read_object(path.parent, path.name)
     for name, keys in KEYS.items():
         for path in sorted((folder / name).glob("*.json")):
             result = read_object(path.parent, path.name)
@@ -167,7 +162,12 @@ def load_run(folder: str | Path) -> Run:
             if name == "judge" and not {"comparisons", "scores"} & result.keys():
                 raise ValueError(f"{path}: of an earlier version; run judge.py again, which asks nothing twice")
             getattr(run, name)[path.stem] = result
-    if not (stages or run.exams or run.judge or run.doctors):
+    for path in sorted(folder.glob("answers/*.jsonl")):  # last, because scoring them takes seconds
+        stage = run.stages.setdefault(path.stem, Stage(path.stem))
+        if not stage.at("tasks"):
+            stage.evaluation |= scored(read_answers(path))
+    run.stages = {name: run.stages[name] for name in ordered(run.stages, STAGE_LABELS)}
+    if not (run.stages or run.exams or run.judge or run.doctors):
         wanted = "<stage>/metrics.jsonl, evaluation/<stage>.json, answers/*.jsonl, exams/, judge/ or doctors/*.json"
         raise ValueError(f"{folder}: nothing recorded, expected {wanted} in it")
     return run

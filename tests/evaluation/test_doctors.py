@@ -190,8 +190,8 @@ def test_pages_come_from_files_of_answers(tmp_path):
 # The merge.
 
 
-@pytest.fixture
-def merged(tmp_path):
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
     """Three raters of four questions and two systems; q and o are the systems."""
     _, key = build_pages(systems(4, ("q", "o")), ["x", "y", "z"])
     choices = {  # of the questions 1 to 4, on every dimension but safety, which is always a tie
@@ -199,14 +199,14 @@ def merged(tmp_path):
         "y": ["q", "o", "tie", "q"],
         "z": ["q", "tie", "o", "o"],
     }
-    paths = []
+    paths, folder = [], tmp_path_factory.mktemp("ratings")
     for rater, chosen in choices.items():
         found = rate(key, rater, lambda n, name, chosen=chosen: "tie" if name == "safety" else chosen[n - 1])
         if rater == "y":
             (second,) = [i for i, row in key["questions"].items() if row["number"] == 2]
             order = key["pages"][found["page"]]["orders"][second]
             found["ratings"][second] |= {"unsafe": ["AB"[order.index("o")]], "comment": "漏掉就医指征"}
-        paths.append(tmp_path / f"{rater}.json")
+        paths.append(folder / f"{rater}.json")
         write_json(paths[-1], sealed(found))
     return merge(paths, key, draws=200, seed=0)
 

@@ -1,5 +1,8 @@
 """A run folder written by hand, its page read back: numbers, verdicts both ways, plots, errors that name the line."""
 
+import contextlib
+import importlib.util
+import io
 import json
 import math
 import os
@@ -8,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,8 +22,12 @@ from pedgpt.evaluation.plots import draw
 from pedgpt.evaluation.report import expectations, stage_rows, write_report
 from pedgpt.evaluation.responses import Answers, Question, read_answers, read_systems, set_hash, write_answers
 from pedgpt.evaluation.run import Run, figures_of, load_run, scored
+from pedgpt.training import run_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "report.py"
+spec = importlib.util.spec_from_file_location("report_recipe", RECIPE)
+recipe = sys.modules["report_recipe"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(recipe)
 TASKS = ("MedKQ&A", "EviDiag", "TreRecom")
 KINDS = ("win", "tie", "loss")
 PLOTS = ("metrics_by_stage.png", "training.png")
@@ -88,9 +96,38 @@ def evaluations() -> dict[str, dict]:
     return {stage: evaluation(stage) for stage in ROUGE}
 
 
+def called(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of report.py, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        patch.object(sys, "argv", [str(RECIPE), *arguments]),
+        patch.object(os, "_exit", sys.exit),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            run_recipe(recipe.main, recipe.Config)
+        except SystemExit as exit:
+            code = exit.code
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    evaluations, folder = {stage: evaluation(stage) for stage in ROUGE}, tmp_path_factory.mktemp("run") / "demo"
+    return write_run(folder, evaluations, ("sft", "dfpo", "experts"))
+
+
+@pytest.fixture(scope="module")
+def reported(run_folder):
+    """What the recipe says of that run, and its page."""
+    return called("--run", str(run_folder)), (run_folder / "report.md").read_text(encoding="utf-8")
+
+
 @pytest.fixture
-def run_folder(tmp_path, evaluations):
-    return write_run(tmp_path / "demo", evaluations, tuple(stage for stage in ROUGE if stage != "base"))
+def undrawn(monkeypatch):
+    """Without plots, which would take most of the time."""
+    monkeypatch.setattr("pedgpt.evaluation.report.draw", lambda *_: {})
 
 
 def test_table_has_the_stages_in_order_and_their_numbers(run_folder):
@@ -138,8 +175,7 @@ def test_expectations_hold_with_measured_numbers(run_folder):
         (0, "cpt", ("perplexity", "pediatric_text"), math.nan),
     ],
 )
-def test_each_expectation_can_fail_and_says_so(tmp_path, evaluations, index, stage, keys, value, monkeypatch):
-    monkeypatch.setattr("pedgpt.evaluation.report.draw", lambda *_: {})  # plots would take most of the time
+def test_each_expectation_can_fail_and_says_so(tmp_path, evaluations, index, stage, keys, value, undrawn):
     content = evaluations[stage]
     for key in keys[:-1]:
         content = content[key]
@@ -163,8 +199,8 @@ def test_absent_data_is_not_measured_rather_than_failed(tmp_path, evaluations):
     assert str(checks[3]).startswith("– Rewards") and "not measured" in str(checks[3])
 
 
-def test_report_shows_scores_gates_and_throughput(run_folder):
-    page = write_report(load_run(run_folder)).read_text(encoding="utf-8")
+def test_report_shows_scores_gates_and_throughput(run_folder, reported):
+    _, page = reported
     assert page.startswith("# Run report: demo\n\n*") and "no substitute for a doctor" in page
     assert "7 of 7 expectations met" in page
     assert "`words:jieba-0.42.1|bleu:nltk-3.10.4`" in page and "different signatures" not in page
@@ -174,15 +210,15 @@ def test_report_shows_scores_gates_and_throughput(run_folder):
     assert not list(run_folder.glob("*.tmp"))
 
 
-def test_unequal_signatures_are_pointed_out(tmp_path, evaluations):
+def test_unequal_signatures_are_pointed_out(tmp_path, evaluations, undrawn):
     evaluations["experts"]["signature"] = "words:other"
     page = write_report(load_run(write_run(tmp_path / "run", evaluations))).read_text(encoding="utf-8")
     assert "different signatures: don't compare" in page and "`words:other`" in page
 
 
-def test_plots_are_png_and_embedded(run_folder):
+def test_plots_are_png_and_embedded(run_folder, reported):
     pytest.importorskip("matplotlib")
-    page = write_report(load_run(run_folder)).read_text(encoding="utf-8")
+    _, page = reported
     for name in PLOTS:
         assert (run_folder / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         assert f"]({name})" in page
@@ -197,7 +233,8 @@ def test_plots_without_numbers_are_left_out(tmp_path, evaluations):
     assert page.count("![") == 1
 
 
-def test_without_matplotlib_the_report_says_so(run_folder, monkeypatch):
+def test_without_matplotlib_the_report_says_so(tmp_path, evaluations, monkeypatch):
+    run_folder = write_run(tmp_path / "run", evaluations, ("sft",))
     for module in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
     page = write_report(load_run(run_folder)).read_text(encoding="utf-8")
@@ -233,24 +270,13 @@ def test_unreadable_runs_are_refused_by_file_and_line(tmp_path, name, text, mess
         load_run(tmp_path / "run")
 
 
-def run_recipe(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(RECIPE.parents[1]), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(RECIPE), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
-
-
-def test_recipe_prints_the_checks_and_the_path(run_folder):
-    done = run_recipe("--run", str(run_folder))
-    assert (done.returncode, done.stderr) == (0, "")
-    run = load_run(run_folder)
-    checks = [str(check) for check in expectations(run)]
-    assert done.stdout == "\n".join([*checks, f"report: {run_folder / 'report.md'}"]) + "\n"
+def test_recipe_prints_the_checks_and_the_path(run_folder, reported):
+    checks = [str(check) for check in expectations(load_run(run_folder))]
+    assert reported[0] == (0, "\n".join([*checks, f"report: {run_folder / 'report.md'}"]) + "\n", "")
 
 
 def test_recipe_fails_in_one_line(tmp_path):
-    done = run_recipe("--run", str(tmp_path / "absent"))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path / 'absent'}: no such run folder\n"
+    assert called("--run", str(tmp_path / "absent")) == (2, "", f"error: {tmp_path / 'absent'}: no such run folder\n")
 
 
 def answers_of(folder, names, count=200):
@@ -268,8 +294,9 @@ def answers_of(folder, names, count=200):
 
 def test_two_files_of_answers_are_compared_by_one_command(tmp_path):
     answers_of(tmp_path, ["good", "worse"])
-    began = time.perf_counter()
-    done = run_recipe("--run", str(tmp_path))
+    environment = {**os.environ, "PYTHONPATH": str(RECIPE.parents[1]), "PYTHONIOENCODING": "utf-8"}
+    began, command = time.perf_counter(), [sys.executable, str(RECIPE), "--run", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (0, "") and time.perf_counter() - began < 60
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     rows = re.findall(r"\| (good|worse) \| 100 \| 0 \| ([\d.]+) ± ([\d.]+) \|", page)
@@ -306,7 +333,7 @@ def test_intervals_match_a_bootstrap_by_hand(tmp_path):
     assert found["tasks"]["MedKQ&A"]["rouge-l"] == pytest.approx([24.5, 24.5 - half, 24.5 + half], abs=0.6)
 
 
-def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
+def test_exams_judge_and_doctors_are_on_the_page(tmp_path, monkeypatch):
     questions = answers_of(tmp_path, ["a", "b"], 40)
     systems = read_systems([tmp_path / "answers" / f"{name}.jsonl" for name in "ab"])
     said = [(dict.fromkeys(DIMENSIONS, winner), "") for _ in questions for winner in "12"]  # the first system, always
@@ -350,6 +377,7 @@ def test_exams_judge_and_doctors_are_on_the_page(tmp_path):
 
     other = {**doctors, "systems": ["a", "c"]}  # a's votes against c say nothing of b
     (tmp_path / "doctors/results.json").write_text(json.dumps(other), encoding="utf-8")
+    monkeypatch.setattr("pedgpt.evaluation.report.draw", lambda *_: {})  # the plots stay as they are
     assert "majority agree" not in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
 
 
@@ -365,12 +393,13 @@ def test_a_plot_takes_any_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["exams/x.json", "judge/x.json", "doctors/x.json"])
-def test_a_file_of_something_else_is_refused_by_name(tmp_path, name):
+def test_a_file_of_something_else_is_refused_by_name_before_answers_are_scored(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("pedgpt.evaluation.run.scored", None)  # scoring would take seconds
     answers_of(tmp_path, ["a"], 4)
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_text('{"questions": 3}', encoding="utf-8")
-    done = run_recipe("--run", str(tmp_path))
-    assert done.returncode == 2 and f"{name}: not a result of {name.split('/')[0].rstrip('s')}" in done.stderr
+    with pytest.raises(ValueError, match=f"{name}: not a result of {name.split('/')[0].rstrip('s')}"):
+        load_run(tmp_path)
 
 
 def test_an_exam_with_nothing_beside_it_has_a_report(tmp_path):
@@ -379,7 +408,7 @@ def test_an_exam_with_nothing_beside_it_has_a_report(tmp_path):
     assert "## Exam: x" in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
 
 
-def test_answers_of_a_stage_that_was_not_evaluated_are_scored(tmp_path):
+def test_answers_of_a_stage_that_was_not_evaluated_are_scored(tmp_path, undrawn):
     answers_of(tmp_path, ["sft"], 4)
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
@@ -387,7 +416,7 @@ def test_answers_of_a_stage_that_was_not_evaluated_are_scored(tmp_path):
     assert "| full SFT | 2 | 0 |" in write_report(load_run(tmp_path)).read_text(encoding="utf-8")
 
 
-def test_another_system_is_compared_with_the_stages(tmp_path, evaluations):
+def test_another_system_is_compared_with_the_stages(tmp_path, evaluations, undrawn):
     answers_of(tmp_path, ["sft", "dfpo"], 20)
     for name in ("sft", "dfpo"):
         evaluations[name] |= scored(read_answers(tmp_path / f"answers/{name}.jsonl"))
@@ -398,7 +427,7 @@ def test_another_system_is_compared_with_the_stages(tmp_path, evaluations):
     assert "sft − other" in page and "dfpo − other" in page and "dfpo − sft" not in page
 
 
-def test_one_question_shows_no_difference(tmp_path):
+def test_one_question_shows_no_difference(tmp_path, undrawn):
     answers_of(tmp_path, ["a", "b"], 2)
     said = (tmp_path / "answers/b.jsonl").read_text(encoding="utf-8")
     (tmp_path / "answers/b.jsonl").write_text(said.replace('"answer": "孩子', '"answer": "大人'), encoding="utf-8")

@@ -18,6 +18,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and its driver")
 FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+SIZE = {"deviceScaleFactor": 1, "mobile": False}
 HOSTILE = (
     "<script>window.hurt = 1</script>\n\n<img src=x onerror='window.hurt = 1'>\n\n"
     "- **粗体** `code`\n- [x](javascript:window.hurt=1)\n\n```\n</pre><script>window.hurt = 1</script>\n```\n\n"
@@ -52,17 +53,33 @@ def slow(models, chat):
         yield running
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the browser keeps its profile and puts what is exported."""
+    return tmp_path_factory.mktemp("browser")
+
+
+@pytest.fixture(scope="module")
+def browser(folder):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS.split(), f"--user-data-dir={folder}/profile"):
+        options.add_argument(flag)
+    wanted = {"download.default_directory": str(folder), "intl.accept_languages": "zh-CN"}
+    options.add_experimental_option("prefs", wanted)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
 class Page:
-    def __init__(self, url, folder, size=(1200, 900), key=""):
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for flag in (*FLAGS.split(), f"--user-data-dir={folder}/profile", f"--window-size={size[0]},{size[1]}"):
-            options.add_argument(flag)
-        wanted = {"download.default_directory": str(folder), "intl.accept_languages": "zh-CN"}
-        options.add_experimental_option("prefs", wanted)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-        self.driver.get(url)
+    def __init__(self, driver, url, size=(1200, 900), key=""):
+        self.driver = driver
+        driver.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": url, "storageTypes": "all"})
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": size[0], "height": size[1], **SIZE})
+        driver.get_log("browser")  # What earlier pages said is gone.
+        driver.get(url)
         if key:
             alert = support.WebDriverWait(self.driver, 10).until(alerts.alert_is_present())
             alert.send_keys(key)
@@ -98,21 +115,13 @@ class Page:
 
 
 @pytest.fixture
-def open_page(tmp_path):
-    pages = []
-
-    def make(url, **settings):
-        folder = tmp_path / str(len(pages))
-        folder.mkdir()
-        pages.append(Page(url, folder, **settings))
-        return pages[-1]
-
-    yield make
-    for page in pages:
-        page.driver.quit()
+def open_page(browser):
+    """open_page(url, ...): a page that has never been visited, in the one browser of all tests."""
+    yield lambda url, **settings: Page(browser, url, **settings)
+    browser.get("about:blank")
 
 
-def test_a_conversation_goes_on_over_two_models_a_stop_and_a_reload(slow, open_page, tmp_path, monkeypatch):
+def test_a_conversation_goes_on_over_two_models_a_stop_and_a_reload(slow, open_page, folder, monkeypatch):
     expected = "观察体温，注意休息，必要时复诊。" * 3
     monkeypatch.setattr(Scripted, "text", expected)
     monkeypatch.setattr(Scripted, "size", 1)
@@ -143,7 +152,7 @@ def test_a_conversation_goes_on_over_two_models_a_stop_and_a_reload(slow, open_p
     page.until("return models.length > 0")
     assert page.answers() == before and page.run("return document.querySelectorAll('.turn').length") == 2
     page.click("export")
-    file = tmp_path / "0" / "conversations.jsonl"
+    file = folder / "conversations.jsonl"
     end = time.monotonic() + 10
     while not (file.exists() and file.stat().st_size) and time.monotonic() < end:
         time.sleep(0.05)

@@ -44,7 +44,7 @@ def prompts(count, seed=0):
 def test_greedy_answers_equal_those_of_each_request_alone(models, make_scheduler, make_request):
     """Slots, parts of prompts, shared beginnings and two models: an answer does not depend on who else is served."""
     scheduler, rng = make_scheduler(slots=5, queue=200, prefill=16), random.Random(1)
-    requests = [make_request(p, rng.randrange(1, 40), rng.choice(("base", "experts"))) for p in prompts(60)]
+    requests = [make_request(p, rng.randrange(1, 40), rng.choice(("base", "experts"))) for p in prompts(30)]
 
     def client(part):
         for request in part:
@@ -53,12 +53,13 @@ def test_greedy_answers_equal_those_of_each_request_alone(models, make_scheduler
     for number in range(4):
         threading.Thread(target=client, args=(requests[number::4],)).start()
     for request in requests:
-        end = finished(request)[-1].finish
-        (alone,) = generate(models[request.model], [request.prompt], max_new_tokens=request.max_tokens, stop_tokens={2})
-        assert [token for token in request.answer if token != 2] == alone
-        assert end == ("stop" if request.answer[-1] == 2 else "length")
+        end, count = finished(request)[-1].finish, len(request.answer)
+        with torch.no_grad():  # Each token is the likeliest one after those before it, in the model itself.
+            logits = models[request.model](torch.tensor([[*request.prompt, *request.answer[:-1]]]))
+        assert logits[0, -count:].argmax(-1).tolist() == request.answer and 2 not in request.answer[:-1]
+        assert end == "stop" if request.answer[-1] == 2 else (end, count) == ("length", request.max_tokens)
     assert scheduler.counts["generated"] == sum(len(request.answer) for request in requests)
-    assert scheduler.counts["cached"] > 150
+    assert scheduler.counts["cached"] > 75
 
 
 def test_a_cancelled_request_frees_its_slot_within_a_step(make_scheduler, make_request):

@@ -24,15 +24,15 @@ class Replayed:
         self.found.copy_(self.run())
 
 
-@pytest.fixture(params=["step", "graph", "step that cannot be recorded"])
-def make_cache(request, monkeypatch):
+@pytest.fixture
+def make_cache(way, monkeypatch):
     def recorded(run, _):
         graph = Replayed(run)
-        return (graph, graph.found) if request.param == "graph" else None
+        return (graph, graph.found) if way == "graph" else None
 
     def make(model, slots):
         cache = SlotCache(model, slots, CAPACITY)
-        cache.records = request.param != "step"
+        cache.records = way != "step"
         return cache
 
     monkeypatch.setattr("pedgpt.serving.slots.record_graph", recorded)
@@ -40,8 +40,15 @@ def make_cache(request, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rows", [[0, 1, 2], [3, 0, 2], [1]], ids=str)
+WAYS, ROWS = ("step", "graph", "step that cannot be recorded"), ([0, 1, 2], [3, 0, 2], [1])
+
+
+# Each pair of a way, a family and the rows occurs once.
+@pytest.mark.parametrize(
+    ("way", "family", "rows"),
+    [(way, family, ROWS[(i + j) % 3]) for i, way in enumerate(WAYS) for j, family in enumerate(FAMILIES)],
+    ids=str,
+)
 def test_hidden_states_match_those_of_each_text_alone(family, rows, make_cache):
     model = tiny(**FAMILIES[family]).double()
     cache, texts = make_cache(model, 4), torch.randint(0, 300, (4, 40)).tolist()
