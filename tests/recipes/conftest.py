@@ -146,7 +146,6 @@ class Lab:
     def fork(self, script: str | Path, arguments: list[str], ranks: int = 1) -> list[multiprocessing.Process]:
         """The processes of a script, each a copy of a server that has imported torch already, which takes seconds."""
         forked = multiprocessing.get_context("forkserver")
-        forked.set_forkserver_preload(["torch.distributed.fsdp", "pedgpt.training", "pedgpt.adapters", "pedgpt.losses"])
         world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.free_port())}
         processes = []
         for rank in range(ranks):
@@ -206,7 +205,8 @@ class Lab:
 
 
 FORKED = """
-import os, runpy, sys, torch
+import multiprocessing, os, runpy, sys, torch
+multiprocessing.set_start_method("fork", force=True)  # as where nobody has forked
 for number, kind in ((1, "out"), (2, "err")):
     os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     setattr(sys, f"std{kind}", open(number, "w", buffering=1, encoding="utf-8", closefd=False))
