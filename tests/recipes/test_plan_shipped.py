@@ -68,7 +68,7 @@ def test_shipped_settings_fit_the_cards_that_they_name(lab, tmp_path, folder, st
     bound = (three + (layers - 3) * (18 * weights / cards + 8 * tokens * sizes.hidden_size)) / GB
     assert bound < 0.9 * size  # the rest is for holes between what is held
     if (folder, stage) in WHOLE:
-        assert 0.75 * bound < planned(lab, folder, stage) < bound
+        assert 0.8 * bound < planned(lab, folder, stage) < bound
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
