@@ -74,14 +74,14 @@ def test_shipped_settings_fit_the_cards_that_they_name(lab, tmp_path, folder, st
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_shipped_settings_of_stage_4_fit_the_cards_that_they_name(lab, tmp_path, folder):
     """Over frozen layers the bytes are linear in the number of layers, so planning a few of them is enough."""
-    two, three = (held(lab, folder, "experts", layers, tmp_path) for layers in (2, 3))
+    one, two = (held(lab, folder, "experts", layers, tmp_path) for layers in (1, 2))
     layers = json.loads((CONFIGS / folder / "config.json").read_text("utf-8"))["num_hidden_layers"]
-    whole = (two + (layers - 2) * (three - two)) / GB
+    whole = (one + (layers - 1) * (two - one)) / GB
     assert whole < 0.9 * shipped(folder, "experts")[1]
-    if folder == "baichuan2_13b":  # on several cards
-        assert held(lab, folder, "experts", 5, tmp_path) - three == 2 * (three - two)
+    if folder == "baichuan2_7b":  # on several cards
+        assert held(lab, folder, "experts", 4, tmp_path) - two == 2 * (two - one)
     if folder == "qwen3-0.6b":  # all of its layers, planned by the command
-        assert planned(lab, folder, "experts") == round(whole, 2)
+        assert planned(lab, folder, "experts") == pytest.approx(whole, abs=0.01)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
