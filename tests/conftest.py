@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined: before pedgpt is imported
 os.environ["PEDGPT_CPU"] = "always"  # for child processes too: a measurement could go either way
+multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "pedgpt.stage"])  # takes seconds
 
 
 def pytest_collection_modifyitems(items):
@@ -33,7 +34,6 @@ def start_ranks():
 
     The processes are copies of a server that has imported the libraries already, which otherwise takes seconds each.
     """
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "pedgpt.models", "pedgpt.losses"])
 
     def start(worker, *arguments, ranks=2):
         mp.start_processes(worker, args=arguments, nprocs=ranks, start_method="forkserver")

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -142,15 +143,36 @@ class Lab:
             free.bind(("127.0.0.1", 0))
             return free.getsockname()[1]
 
-    def torchrun_all(self, jobs: list[tuple]) -> Result:
-        """Several (recipe, output, settings, die_after) one after the other in the same two processes."""
+    def fork(self, script: str | Path, arguments: list[str], ranks: int = 1) -> list[multiprocessing.Process]:
+        """The processes of a script, each a copy of a server that has imported torch already, which takes seconds."""
+        forked = multiprocessing.get_context("forkserver")
+        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.free_port())}
+        processes = []
+        for rank in range(ranks):
+            environ = {"RANK": str(rank), "LOCAL_RANK": str(rank), **world} if ranks > 1 else {}
+            given = {"argv": [str(script), *arguments], "environ": environ, "log": str(self.folder / f"rank_{rank}")}
+            processes.append(forked.Process(target=exec, args=(FORKED, given), daemon=True))
+            processes[-1].start()
+        return processes
+
+    def ended(self, processes: list[multiprocessing.Process]) -> Result:
+        """How forked processes have ended, all together, with what they have written."""
+        for process in processes:
+            process.join(120)
+            assert process.exitcode is not None, "the process does not end"
+        out, err = ("".join((self.folder / f"rank_{rank}.{kind}").read_text("utf-8") for rank in range(len(processes)))
+                    for kind in ("out", "err"))  # fmt: skip
+        return Result(next((process.exitcode for process in processes if process.exitcode), 0), out, err)
+
+    def two_ranks(self, jobs: list[tuple]) -> Result:
+        """Several (recipe, output, settings, die_after) one after the other in the same two processes, gloo."""
         script = self.folder / "jobs.py"
         script.write_text(JOBS, encoding="utf-8")
         rows = [
             [str(RECIPES / f"{recipe}.py"), self.arguments(recipe, output, **settings), die_after]
             for recipe, output, settings, die_after in jobs
         ]
-        return self.torchrun(script, [json.dumps(rows)])
+        return self.ended(self.fork(script, [json.dumps(rows)], ranks=2))
 
     def script(self, recipe: str) -> str:
         """The recipe's file."""
@@ -181,6 +203,18 @@ class Lab:
         assert {path.name for path in output.iterdir()} == {path.name for path in expected.iterdir()}
         assert not (output / "checkpoints").exists()
 
+
+FORKED = """
+import multiprocessing, os, runpy, sys, torch
+multiprocessing.set_start_method("fork", force=True)  # as where nobody has forked
+for number, kind in ((1, "out"), (2, "err")):
+    os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    setattr(sys, f"std{kind}", open(number, "w", buffering=1, encoding="utf-8", closefd=False))
+torch.set_num_threads(1)
+os.environ.update(environ)
+sys.argv = argv
+runpy.run_path(argv[0], run_name="__main__")
+"""
 
 JOBS = """
 import json, os, runpy, sys

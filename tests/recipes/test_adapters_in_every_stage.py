@@ -122,7 +122,7 @@ def test_variants_of_the_experts_resume_go_on_and_train_on_two_ranks(lab, tmp_pa
     on = {**settings, "config": None, "rank": None, "from_adapter": tmp_path / "whole/adapter", "max_steps": 1}
     assert lab.run("expert_finetune", tmp_path / "on", **on).code == 0
     two = {name: value for name, value in settings.items()}
-    done = lab.torchrun_all([("expert_finetune", tmp_path / "two", two, None)])
+    done = lab.two_ranks([("expert_finetune", tmp_path / "two", two, None)])
     assert done.code == 0, done.err
     found, expected = lab.weights(tmp_path / "two"), lab.weights(tmp_path / "whole")
     assert {tensor.shape[0] for name, tensor in found.items() if ".router." in name} == {2, 3}
@@ -133,7 +133,7 @@ def test_variants_of_the_experts_resume_go_on_and_train_on_two_ranks(lab, tmp_pa
 def test_two_ranks_match_one(lab, tmp_path, taught):
     on = {"adapter": "lora", "from_adapter": str(taught / "adapter"), "learning_rate": 1e-2}
     jobs = [("continued_pretrain", LORA), ("dfpo", EXPERTS), ("full_finetune", on)]
-    done = lab.torchrun_all([(recipe, tmp_path / f"{recipe}_two", settings, None) for recipe, settings in jobs])
+    done = lab.two_ranks([(recipe, tmp_path / f"{recipe}_two", settings, None) for recipe, settings in jobs])
     assert done.code == 0, done.err
     for recipe, settings in jobs:
         assert lab.run(recipe, tmp_path / recipe, **settings).code == 0

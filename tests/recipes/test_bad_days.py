@@ -47,8 +47,8 @@ def test_every_recipe_that_writes_ends_in_one_line_on_a_full_disk(lab, tmp_path)
     output, adapter = tmp_path / "out", lab.folder / "references" / "lora"
     if not adapter.exists():
         assert lab.run("dfpo", adapter, adapter="lora", rank=2).code == 0
-    (tmp_path / "held" / "tasks").mkdir(parents=True)
-    shutil.copy(lab.folder / "heldout.jsonl", tmp_path / "held" / "tasks" / "medkqa.jsonl")
+    (tmp_path / "held" / "text").mkdir(parents=True)
+    shutil.copy(lab.folder / "heldout_text.jsonl", tmp_path / "held" / "text" / "pediatric.jsonl")
     (tmp_path / "source").mkdir()
     shutil.copy(lab.folder / "train.jsonl", tmp_path / "source")
     (tmp_path / "run" / "sft").mkdir(parents=True)
@@ -63,8 +63,7 @@ def test_every_recipe_that_writes_ends_in_one_line_on_a_full_disk(lab, tmp_path)
         ("merge_lora", [*model, "--adapter", str(adapter / "adapter"), "--output", str(output)]),
         ("export_llama", [*model, "--output", str(output)]),
         ("build_corpus", ["--source", str(tmp_path / "source"), "--output", str(tmp_path / "corpus")]),
-        ("evaluate", [*model, "--heldout", str(tmp_path / "held"), "--limit", "1", "--max_new_tokens", "2",
-                      "--output", str(tmp_path / "out.json")]),
+        ("evaluate", [*model, "--heldout", str(tmp_path / "held"), "--output", str(tmp_path / "out.json")]),
         ("report", ["--run", str(tmp_path / "run")]),
     ):  # fmt: skip
         with largest_file(300):

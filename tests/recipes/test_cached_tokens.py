@@ -70,7 +70,7 @@ def test_the_first_of_two_processes_encodes_for_both(lab, tmp_path):
     script = tmp_path / "one_encodes.py"
     script.write_text(ONE_ENCODES, encoding="utf-8")
     arguments = lab.arguments("full_finetune", tmp_path / "run", max_steps=2, epochs=None)
-    result = lab.torchrun(script, [lab.script("full_finetune"), *arguments])
+    result = lab.ended(lab.fork(script, [lab.script("full_finetune"), *arguments], ranks=2))
     assert result.code == 0, result.err
     for mine, alone in zip(lab.metrics(tmp_path / "run"), lab.metrics(lab.reference("full_finetune")), strict=False):
         assert mine["tokens"] == alone["tokens"]
@@ -81,6 +81,6 @@ def test_a_bad_row_ends_all_ranks(lab, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(BAD["full_finetune"]) + "\n", encoding="utf-8")
     arguments = lab.arguments("full_finetune", tmp_path / "run", instructions=file)
-    result = lab.torchrun(lab.script("full_finetune"), arguments)
+    result = lab.ended(lab.fork(lab.script("full_finetune"), arguments, ranks=2))
     assert result.code != 0 and not (tmp_path / "run").exists()
     assert f"error: {file}:1: missing field" in result.err and "RuntimeError" not in result.err

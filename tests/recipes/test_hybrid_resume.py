@@ -132,9 +132,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("moment", ["tokens", "rows"])
 def test_a_process_that_is_killed_leaves_a_run_that_goes_on(lab, corpus, whole, moment, tmp_path):
     flags = lab.arguments("continued_pretrain", tmp_path, corpus=corpus, **RUN)
-    process = lab.start(["-c", KILLED, moment, lab.script("continued_pretrain"), *flags])
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, err
+    (lab.folder / "killed.py").write_text(KILLED, encoding="utf-8")
+    result = lab.ended(lab.fork(lab.folder / "killed.py", [moment, lab.script("continued_pretrain"), *flags]))
+    assert result.code == -signal.SIGKILL, result.err
     left = {path.name for path in (tmp_path / "tokens").iterdir()}
     assert left == ({".train.tmp"} if moment == "tokens" else {"train", "heldout"})
     result = lab.call("continued_pretrain", flags)
@@ -150,7 +150,7 @@ def two_ranks(lab, corpus):
     given = {**RUN, **HALF, "corpus": str(corpus)}
     jobs = [("continued_pretrain", folder / name, given, end) for name, end in
             (("2", None), ("1_to_2", None), ("2_to_1", 4))]  # fmt: skip
-    result = lab.torchrun_all(jobs)
+    result = lab.two_ranks(jobs)
     assert result.code == 0, result.err
     assert result.out.count("died as asked") == 2 and result.err.count("resuming from") == 1
     return folder
@@ -247,7 +247,7 @@ def test_a_bad_row_ends_all_ranks(lab, tmp_path):
     # Only the first rank reads; the others wait for it.
     (tmp_path / "text.jsonl").write_text('{"title": "发热"}\n', encoding="utf-8")
     arguments = lab.arguments("continued_pretrain", tmp_path / "run", text=tmp_path / "text.jsonl")
-    result = lab.torchrun(lab.script("continued_pretrain"), arguments)
+    result = lab.ended(lab.fork(lab.script("continued_pretrain"), arguments, ranks=2))
     assert result.code != 0 and not (tmp_path / "run").exists()
     assert f"error: {tmp_path}/text.jsonl:1: missing field: found the keys title" in result.err
     assert "RuntimeError" not in result.err and "the first rank met a mistake in the data" in result.err

@@ -230,18 +230,19 @@ def test_an_adapter_or_a_quantised_base_is_proposed_where_it_is_the_cheapest(lab
 
 
 def test_where_no_change_is_enough_several_together_are_proposed(lab, demo, tmp_path):
-    done = called(lab, "sft", "--model", demo, "--plan", "0.68", "--device", "cpu", folder="demo")
+    sizes = json.loads((demo / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "num_hidden_layers": 1}))  # counted sooner
+    command = "sft", "--model", tmp_path, "--device", "cpu", "--plan"
+    done = called(lab, *command, "0.655", folder="demo")
     single, together = done.out.split("one after another\n")
     assert together.endswith("all of these together do\n")
     assert done.code == 1 and not any(fits for _, fits in changes(single).values())
     held = [held for held, _ in changes(together).values()]
     assert held == sorted(held, reverse=True) and [fits for _, fits in changes(together).values()][-1]
     flags = " ".join(changes(together)).split()
-    assert called(lab, "sft", "--model", demo, "--plan", "0.68", "--device", "cpu", *flags, folder="demo").code == 0
+    assert called(lab, *command, "0.655", *flags, folder="demo").code == 0
 
-    sizes = json.loads((demo / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**sizes, "num_hidden_layers": 1}))
-    none = called(lab, "sft", "--model", tmp_path, "--plan", "0.01", "--device", "cpu", folder="demo")
+    none = called(lab, *command, "0.01", folder="demo")
     assert none.code == 1 and none.out.endswith("even together they are not enough\n") and "  fits" not in none.out
 
 

@@ -42,8 +42,11 @@ def bases(lab):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-@pytest.mark.parametrize(("recipe", "settings"), STAGES)
+# Each stage, and experts as well as a LoRA over each format.
+@pytest.mark.parametrize(
+    ("recipe", "settings", "kind"),
+    [(*stage, kind) for stage, kind in zip(STAGES, ("int8", "nf4", "nf4", "int8"), strict=True)],
+)
 def test_a_stage_trains_as_over_the_weights_that_the_codes_stand_for(lab, tmp_path, bases, recipe, settings, kind):
     common = {**settings, "max_steps": 3}
     done = lab.run(recipe, tmp_path / "codes", model=bases, quantize=kind, **common)
@@ -60,7 +63,7 @@ def test_a_stage_trains_as_over_the_weights_that_the_codes_stand_for(lab, tmp_pa
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_killed_run_goes_on_bit_for_bit(lab, tmp_path, bases, kind):
-    settings = {"model": bases, "quantize": kind, "checkpoint_every": 1, "dtype": "bfloat16"}
+    settings = {"model": bases, "quantize": kind, "checkpoint_every": 1, "dtype": "bfloat16", "max_steps": 3}
     assert lab.run("expert_finetune", tmp_path / "whole", **settings).code == 0
     assert lab.run("expert_finetune", tmp_path / "halves", die_after=2, **settings).code == -9
     assert lab.run("expert_finetune", tmp_path / "halves", **settings).code == 0
@@ -77,7 +80,7 @@ def test_a_reference_of_another_format_is_refused(lab, tmp_path, bases):
 def test_two_ranks_match_one(lab, tmp_path, bases):
     jobs = [(recipe, f"{recipe}_{kind}", {**settings, "model": str(bases), "quantize": kind})
             for (recipe, settings), kind in zip(STAGES[:3], ("nf4", "int8", "nf4"), strict=True)]  # fmt: skip
-    done = lab.torchrun_all([(recipe, tmp_path / f"{name}_two", settings, None) for recipe, name, settings in jobs])
+    done = lab.two_ranks([(recipe, tmp_path / f"{name}_two", settings, None) for recipe, name, settings in jobs])
     assert done.code == 0, done.err
     for recipe, name, settings in jobs:
         assert lab.run(recipe, tmp_path / name, **settings).code == 0

@@ -65,7 +65,7 @@ def two_ranks(lab):
     # Evaluating and saving on the way must not change what is trained.
     whole = {"evaluate_every": 2, "checkpoint_every": 2}
     jobs += [(recipe, folder / f"{recipe}_whole", whole, None) for recipe in RECIPES]
-    result = lab.torchrun_all(jobs)
+    result = lab.two_ranks(jobs)
     assert result.code == 0, result.err
     assert_ragged(result.out)
     assert result.out.count("died as asked") == 2 * 2

@@ -33,14 +33,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_run_killed_at_any_step_goes_on_bit_for_bit(lab, tmp_path):
     output, expected = tmp_path / "killed", tmp_path / "whole"
     flags = lab.arguments("full_finetune", output, **LONG)
-    process = lab.start([lab.script("full_finetune"), *flags])
+    (process,) = lab.fork(lab.script("full_finetune"), flags)
     log, deadline = output / "metrics.jsonl", time.monotonic() + 60
     while (not log.exists() or len(log.read_text().splitlines()) < 10) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), lab.ended([process])
         time.sleep(0.002)
     process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (output / "done.json").exists()
+    assert lab.ended([process]).code == -signal.SIGKILL and not (output / "done.json").exists()
     reached = len(lab.metrics(output))
     assert 10 <= reached < 68
     # A death in the middle of a line, too.
@@ -59,9 +58,9 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(lab, tmp
     output, expected = tmp_path / "killed", tmp_path / "whole"
     settings = {"epochs": 3, "checkpoint_every": 3}
     flags = lab.arguments("expert_finetune", output, **settings)
-    process = lab.start(["-c", KILLED_WHILE_SAVING, lab.script("expert_finetune"), *flags])
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, err
+    (lab.folder / "killed.py").write_text(KILLED_WHILE_SAVING, encoding="utf-8")
+    result = lab.ended(lab.fork(lab.folder / "killed.py", [lab.script("expert_finetune"), *flags]))
+    assert result.code == -signal.SIGKILL, result.err
     assert {path.name for path in (output / "checkpoints").iterdir()} == {"step_0000003", ".step_0000006.tmp"}
     assert len(lab.metrics(output)) == 6
 

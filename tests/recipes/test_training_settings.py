@@ -117,7 +117,7 @@ def test_the_best_model_is_that_of_a_run_which_ends_there(lab, recipe, ranks, tm
         if ranks == 1:
             assert lab.run(recipe, tmp_path / name, **common, **settings).code == 0
         else:
-            result = lab.torchrun_all([(recipe, tmp_path / name, {**common, **settings}, None)])
+            result = lab.two_ranks([(recipe, tmp_path / name, {**common, **settings}, None)])
             assert result.code == 0, result.err
         return lab.weights(tmp_path / name)
 
