@@ -63,8 +63,8 @@ def serve(path):
         for place, stream in enumerate(streams):
             os.dup2(stream, place)
             os.close(stream)
-        sys.stdin, sys.stdout = open(0, encoding="utf-8"), open(1, "w", encoding="utf-8")
-        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+        utf8 = {"encoding": "utf-8", "errors": "surrogateescape"}
+        sys.stdin, sys.stdout, sys.stderr = open(0, **utf8), open(1, "w", **utf8), open(2, "w", 1, **utf8)
         arguments, folder, environment = json.loads(message)
         os.chdir(folder)
         os.environ.clear()
