@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -30,7 +31,8 @@ def ask(path, arguments):
 
 def serve(path):
     """Wait for commands; return in the process of each of them, with its arguments."""
-    import einops, jinja2, safetensors.torch, tokenizers, torch.distributed.fsdp, tqdm  # noqa: E401, F401
+    for name in ("torch.distributed.fsdp", "safetensors.torch", "tokenizers", "einops", "jinja2", "tqdm"):
+        importlib.import_module(name)
 
     def reap(*_):
         with contextlib.suppress(ChildProcessError):
