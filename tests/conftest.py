@@ -2,6 +2,9 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +42,21 @@ def start_ranks():
         mp.start_processes(worker, args=arguments, nprocs=ranks, start_method="forkserver")
 
     return start
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """A command like sys.executable for scripts, -c and -m, in which torch is imported already: tests/forked_python.py.
+
+    It knows no other options, and reads no PYTHON… variable but PYTHONPATH.
+    """
+    folder = tmp_path_factory.mktemp("python")
+    server = [sys.executable, str(Path(__file__).with_name("forked_python.py")), str(folder / "socket")]
+    (folder / "python").write_text(f'#!/bin/sh\nexec {server[0]} -IS {server[1]} {server[2]} "$@"\n', encoding="utf-8")
+    (folder / "python").chmod(0o755)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    process = subprocess.Popen(server, env=environment, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"listening\n"
+    yield str(folder / "python")
+    process.kill()
+    process.wait()

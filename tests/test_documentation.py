@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -68,10 +67,10 @@ def test_the_tour_prints_what_it_says(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[:-1] == expected.splitlines()[:-1]
 
 
-def test_one_command_builds_the_reference_of_all_public_names(tmp_path):
+def test_one_command_builds_the_reference_of_all_public_names(tmp_path, python):
     """The command of `make docs`."""
     pytest.importorskip("pdoc")
-    command = [sys.executable, "-m", "pdoc", "pedgpt", "!pedgpt.__main__", "--output-directory", str(tmp_path)]
+    command = [python, "-m", "pdoc", "pedgpt", "!pedgpt.__main__", "--output-directory", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     for folder in ("adapters", "corpus", "data", "losses", "models", "training"):
         page = (tmp_path / "pedgpt" / f"{folder}.html").read_text(encoding="utf-8")

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ def test_the_page_has_the_five_tasks():
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_the_change_works_as_written(section, tmp_path):
+def test_the_change_works_as_written(section, tmp_path, python):
     for name in ("pedgpt", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     ran = 0
@@ -41,8 +40,8 @@ def test_the_change_works_as_written(section, tmp_path):
         elif new:
             (tmp_path / new[1]).write_text(block[new.end() :], encoding="utf-8")
         else:
-            command = ["bash", "-euc", block] if kind == "bash" else [sys.executable, "-c", block]
-            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+            command = ["bash", "-euc", block] if kind == "bash" else [python, "-c", block]
+            path = f"{Path(python).parent}:{os.environ['PATH']}"
             environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": path}
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr

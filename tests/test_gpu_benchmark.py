@@ -3,19 +3,23 @@
 import csv
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "benchmarks/gpu.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+@pytest.fixture
+def run(python):
+    def run(*arguments):
+        command = [python, ROOT / "benchmarks/gpu.py", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    return run
 
 
-def test_toy_sizes_run_and_a_second_call_measures_nothing_again(tmp_path):
+def test_toy_sizes_run_and_a_second_call_measures_nothing_again(run, tmp_path):
     arguments = ("limits", "attention", "--tiny", "--output", tmp_path)
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
@@ -27,6 +31,6 @@ def test_toy_sizes_run_and_a_second_call_measures_nothing_again(tmp_path):
     assert "| 2 heads of 32, RoPE | pedgpt |" in run("--table", "--output", tmp_path).stdout
 
 
-def test_an_unknown_group_is_named_with_those_that_exist(tmp_path):
+def test_an_unknown_group_is_named_with_those_that_exist(run, tmp_path):
     done = run("stage5", "--output", tmp_path)
     assert done.returncode == 2 and "no such group: stage5; there are tests, limits" in done.stderr

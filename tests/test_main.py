@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 
 
-def run(folder, *arguments, root=ROOT):
+def run(folder, *arguments, root=ROOT, python=sys.executable):
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "pedgpt", *arguments]
+    command = [python, "-m", "pedgpt", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -25,10 +25,10 @@ def test_without_a_name_every_recipe_is_listed_with_what_it_is_for(tmp_path):
     assert all(len(line.split()) > 3 for line in listed)
 
 
-def test_a_recipe_shows_its_settings_and_names_its_mistakes(tmp_path):
-    shown = run(tmp_path, "dfpo", "--help")
+def test_a_recipe_shows_its_settings_and_names_its_mistakes(tmp_path, python):
+    shown = run(tmp_path, "dfpo", "--help", python=python)
     assert shown.returncode == 0 and "how strongly the policy is held to the reference" in shown.stdout
-    wrong = run(tmp_path, "dfpo", "--bta", "1")
+    wrong = run(tmp_path, "dfpo", "--bta", "1", python=python)
     assert wrong.returncode == 2 and "did you mean 'beta'" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
@@ -49,14 +49,14 @@ def test_recipes_are_copied_and_nothing_is_written_over(tmp_path):
     assert "known: answer, build_corpus" in run(tmp_path, "copy", "nothing").stderr
 
 
-def test_a_wheel_runs_the_recipes_and_holds_the_demo(tmp_path):
+def test_a_wheel_runs_the_recipes_and_holds_the_demo(tmp_path, python):
     pytest.importorskip("setuptools", minversion="77")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     source = tmp_path / "source"
     for name in ("pedgpt", "recipes", "pyproject.toml", "README.md", "LICENSE"):
         source.mkdir(exist_ok=True)
         subprocess.run(["cp", "-r", str(ROOT / name), str(source / name)], check=True)
-    subprocess.run([*command, str(tmp_path), str(source)], check=True, capture_output=True)
+    build = "import setuptools.build_meta, sys; setuptools.build_meta.build_wheel(sys.argv[1])"  # as pip does
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     held = {str(file.relative_to(ROOT)) for file in (ROOT / "pedgpt").rglob("*.py")}
@@ -65,4 +65,4 @@ def test_a_wheel_runs_the_recipes_and_holds_the_demo(tmp_path):
     held |= {f"pedgpt/{file.relative_to(ROOT)}" for file in (ROOT / "recipes").rglob("*") if file.is_file()}
     wheels = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
     assert wheels - {"pedgpt/py.typed"} == {name for name in held if "__pycache__" not in name}
-    assert "how strongly the policy" in run(tmp_path, "dfpo", "--help", root=tmp_path / "site").stdout
+    assert "how strongly the policy" in run(tmp_path, "dfpo", "--help", root=tmp_path / "site", python=python).stdout

@@ -1,9 +1,6 @@
-"""The examples of docs/any_model.md run as they stand, in processes of their own, on a small random Qwen3."""
+"""The examples of docs/any_model.md run as they stand, on a small random Qwen3."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,30 +32,28 @@ def project(tmp_path_factory):
     return folder
 
 
-def run(code, folder):
-    offline = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=folder, env=os.environ | offline, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(autouse=True)
+def offline(project, monkeypatch):
+    monkeypatch.chdir(project)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def test_the_examples_are_as_short_as_they_say():
     assert [len(code.strip().splitlines()) for code in (EXPERTS, DFPO)] <= [30, 20]
 
 
-def test_experts_in_transformers_trainer(project):
-    assert "Question: What lowers a child's fever?" in run(EXPERTS, project)
+def test_experts_in_transformers_trainer(project, capsys):
+    exec(EXPERTS, {"__name__": "__main__"})
+    assert "Question: What lowers a child's fever?" in capsys.readouterr().out
     assert (project / "runs" / "experts" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_dfpo_in_trls_trainer(project):
-    assert "'train_loss'" in run(DFPO, project)
+def test_dfpo_in_trls_trainer(capsys):
+    exec(DFPO, {"__name__": "__main__"})
+    assert "'train_loss'" in capsys.readouterr().out
 
 
-def test_without_the_likelihood_term_it_is_trls_own_loss(project, monkeypatch):
-    monkeypatch.chdir(project)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_without_the_likelihood_term_it_is_trls_own_loss():
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pedgpt.data import load_tokenizer
+from pedgpt.data import load_tokenizer, tokenizer
 from pedgpt.models import ModelConfig, Transformer, save_model
 
 GENUINE = Path(__file__).parents[3] / "shared" / "tokenizers" / "baichuan2"
@@ -29,8 +29,20 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.fixture
+def read_once(monkeypatch):
+    """Every copy of a tokenizer.model is looked at, and equal ones are converted once, which takes seconds."""
+    convert, found = tokenizer.convert_sentencepiece, {}
+
+    def converted(path):
+        data = path.read_bytes()
+        return found[data] if data in found else found.setdefault(data, convert(path))
+
+    monkeypatch.setattr(tokenizer, "convert_sentencepiece", converted)
+
+
 @pytest.mark.skipif(not GENUINE.is_dir(), reason="Baichuan2's tokenizer.model is not there")
-def test_the_genuine_baichuan2_folder_goes_through_every_stage(lab, folder, tmp_path, monkeypatch):
+def test_the_genuine_baichuan2_folder_goes_through_every_stage(lab, folder, tmp_path, monkeypatch, read_once):
     talk = [{"role": "user", "content": "孩子发烧怎么办？"}, {"role": "assistant", "content": ANSWER}]
     pair = {"prompt": "孩子发烧怎么办？", "chosen": ANSWER, "rejected": "<reserved_106>不知道"}
     for name, row in {"talk": {"messages": talk}, "pair": pair}.items():

@@ -222,10 +222,10 @@ def call(recipe, source, output, teacher, **more):
     return Ran(code, out.getvalue(), err.getvalue())
 
 
-def start(source, output, teacher, **more):
+def start(python, source, output, teacher, **more):
     """The command in a process of its own."""
-    command = [sys.executable, str(RECIPE), *arguments(source, output, teacher, **more)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [python, str(RECIPE), *arguments(source, output, teacher, **more)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -429,7 +429,7 @@ def watched(folder):
         watcher.join()
 
 
-def test_killed_runs_go_on_and_end_with_the_same_corpus(recipe, source, tmp_path, reference):
+def test_killed_runs_go_on_and_end_with_the_same_corpus(recipe, source, tmp_path, reference, python):
     output, cache, rng = tmp_path / "corpus", tmp_path / "corpus.teacher.sqlite", random.Random(os.urandom(8))
     total = len(reference[1])
     assert call(recipe, source, output, "", near_duplicate=0.7).code == 0  # an earlier corpus
@@ -439,7 +439,7 @@ def test_killed_runs_go_on_and_end_with_the_same_corpus(recipe, source, tmp_path
         teacher = toml(tmp_path / "t.toml", server)
         # At a random answer; then at a random moment after the last one, when the corpus is written.
         for goal in (rng.randrange(1, total), total):
-            process = start(source, output, teacher)
+            process = start(python, source, output, teacher)
             while sum(request.answered for request in server.log) < goal and process.poll() is None:
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.03 if goal < total else 1.0))
@@ -454,7 +454,7 @@ def test_killed_runs_go_on_and_end_with_the_same_corpus(recipe, source, tmp_path
             leftover = tmp_path / ".corpus.building"
             if process.returncode == -signal.SIGKILL and leftover.exists():
                 (leftover / "stale").write_text("of a run that was killed", encoding="utf-8")
-        process = start(source, output, teacher)
+        process = start(python, source, output, teacher)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         later = asked_of(server.log[sent:])
@@ -515,9 +515,9 @@ def test_without_the_key_nothing_is_read_or_written(recipe, source, tmp_path, mo
         assert not server.log and {path.name for path in tmp_path.iterdir()} == {"t.toml", "right.toml"}
 
 
-def test_wrong_key_ends_the_run_at_once_and_is_shown_nowhere(recipe, source, tmp_path):
+def test_wrong_key_ends_the_run_at_once_and_is_shown_nowhere(source, tmp_path, python):
     with ChatServer(behave=lambda request, nth: "401", echo=KEY) as server:
-        process = start(source, tmp_path / "corpus", toml(tmp_path / "t.toml", server))
+        process = start(python, source, tmp_path / "corpus", toml(tmp_path / "t.toml", server))
         ran = Ran(*reversed([*reversed(process.communicate(timeout=60)), process.wait()]))
         assert_one_line(ran, f"refuses the key in {VARIABLE}", "HTTP 401", "***")
         assert 1 <= len(server.log) <= 16 and all(KEY in request.headers["Authorization"] for request in server.log)

@@ -42,9 +42,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, *flags):
-    environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-u", str(CHAT), "--model", str(folder), *map(str, flags)]
+def start(python, folder, *flags):
+    environment = {**os.environ, "PYTHONPATH": str(CHAT.parents[1])}
+    command = [python, str(CHAT), "--model", str(folder), *map(str, flags)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, **pipes)
 
@@ -64,8 +64,8 @@ def expected(folder, text, **settings):
     return printable(said)
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
-    process = start(folder, "--max_new_tokens", 90_000)
+def test_ctrl_c_stops_the_answer_and_not_the_program(folder, python):
+    process = start(python, folder, "--max_new_tokens", 90_000)
     process.stdin.write("发热\n".encode())
     process.stdin.flush()
     said = b""

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,11 +39,10 @@ def run(name, **settings):
     module.main(module.Config(**{key: str(v) if isinstance(v, Path) else v for key, v in settings.items()}))
 
 
-def command(name, *arguments, stdin=b"", **environment):
+def command(python, name, *arguments, stdin=b"", **environment):
     return subprocess.run(
-        [sys.executable, str(RECIPES / f"{name}.py"), *map(str, arguments)],
-        input=stdin, capture_output=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8", **environment},
+        [python, str(RECIPES / f"{name}.py"), *map(str, arguments)], input=stdin, capture_output=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
 
 
@@ -60,9 +60,13 @@ def files_of(folder):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    output = tmp_path_factory.mktemp("built") / "corpus"
-    run("build_corpus", source=SAMPLE, output=output)
-    return output
+    """Of the sample without most of its knowledge graph, which takes longest."""
+    folder = tmp_path_factory.mktemp("built")
+    shutil.copytree(SAMPLE, folder / "sample")
+    graph = (SAMPLE / "knowledge_graph.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "sample" / "knowledge_graph.tsv").write_text("".join(graph[:250]), encoding="utf-8")
+    run("build_corpus", source=folder / "sample", output=folder / "corpus")
+    return folder / "corpus"
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,7 @@ def test_init_model_gives_identical_bytes_in_another_process(corpus, tmp_path):
     run("init_model", **INIT, output=tmp_path / "one", **texts_of(corpus))
     flags = [f"--{name}={value}" for name, value in {**INIT, "output": tmp_path / "two"}.items()]
     files = [flag for name, paths in texts_of(corpus).items() for flag in (f"--{name}", *paths)]
-    done = command("init_model", *flags, *files, PYTHONHASHSEED="3")
+    done = command(sys.executable, "init_model", *flags, *files, PYTHONHASHSEED="3")
     assert done.returncode == 0, done.stderr.decode()
     one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(one)
@@ -258,13 +262,13 @@ def transcript(folder, max_new_tokens):
     return lines
 
 
-def test_chat_matches_a_plain_loop_and_repeats_itself(model_folder):
+def test_chat_matches_a_plain_loop_and_repeats_itself(model_folder, python):
     stdin = "".join(line + "\n" for line in TYPED).encode()
     expected = transcript(model_folder, 12)
     answers = [said for _, said in expected]
     assert answers[0] == answers[2] == answers[5] and len(set(answers)) == 4
     runs = [
-        command("chat", "--model", model_folder, "--max_new_tokens", 12, "--device", "cpu", stdin=stdin)
+        command(python, "chat", "--model", model_folder, "--max_new_tokens", 12, "--device", "cpu", stdin=stdin)
         for _ in range(2)
     ]
     for done in runs:
@@ -282,10 +286,10 @@ def test_chat_matches_a_plain_loop_and_repeats_itself(model_folder):
     assert re.sub(r"^\(a new .*\)\n", "", rest, flags=re.MULTILINE) == spoken + "\n"
 
 
-def test_chat_survives_half_a_character_and_a_full_window(model_folder):
+def test_chat_survives_half_a_character_and_a_full_window(model_folder, python):
     # A terminal's backspace leaves half a character; then a text longer than the model's 520 positions.
     stdin = "发烧".encode() + b"\xe5\n" + ("很长" * 300).encode() + b"\n" + "咳嗽\n/quit\n不再读".encode()
-    done = command("chat", "--model", model_folder, "--max_new_tokens", 5, stdin=stdin, LC_ALL="C", PYTHONUTF8="1")
+    done = command(python, "chat", "--model", model_folder, "--max_new_tokens", 5, stdin=stdin)
     printed = done.stdout.decode()
     assert done.returncode == 0, done.stderr.decode()
     assert printed.count("助手>") == 2 and "520 tokens" in printed and "不再读" not in printed

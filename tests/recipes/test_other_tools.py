@@ -68,8 +68,10 @@ def theirs(folder, questions, **settings):
     return found
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", SPECIAL)
+# Only Baichuan2's head is saved in another way when it is tied, because it is normalised.
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("chatml", False), ("llama3", True), ("baichuan2", False), ("baichuan2", True)]
+)
 def test_greedy_answers_of_a_saved_folder_match_transformers(kind, tied, lab, tmp_path):
     folder = base(tmp_path / "base", kind, tied=tied)
     chat, saved = chat_format(load_tokenizer(folder), kind), tmp_path / "saved"

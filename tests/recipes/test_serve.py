@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import os
 import signal
 import socket
+import subprocess
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,10 +16,13 @@ pytest.importorskip("uvicorn")
 
 
 @contextlib.contextmanager
-def started(lab, *settings):
-    port = lab.free_port()
+def started(lab, python, *settings):
+    port, script = lab.free_port(), Path(lab.script("serve"))
     given = ["--model", str(lab.folder / "model"), "--port", str(port), "--device", "cpu", *settings]
-    process = lab.start([lab.script("serve"), *given])
+    process = subprocess.Popen(
+        [python, str(script), *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(script.parents[1])},
+    )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     for _ in range(300):
         try:
@@ -31,9 +37,9 @@ def started(lab, *settings):
 
 
 @pytest.fixture(scope="module")
-def serving(lab):
+def serving(lab, python):
     adapter = lab.reference("expert_finetune") / "adapter"
-    with started(lab, "--adapters", str(adapter), f"again={adapter}", "--grace", "5") as found:
+    with started(lab, python, "--adapters", str(adapter), f"again={adapter}", "--grace", "5") as found:
         yield found
 
 
@@ -69,11 +75,11 @@ def test_it_refuses_to_let_others_in_without_a_key(lab, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system cannot end such a connection")
-def test_a_client_that_does_not_read_its_stream_loses_its_connection(lab):
+def test_a_client_that_does_not_read_its_stream_loses_its_connection(lab, python):
     body = {"model": "base", "messages": [{"role": "user", "content": "孩子感冒怎么办？"}], "n": 16, "stream": True}
     content = json.dumps(body | {"max_tokens": 64, "temperature": 1}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
-    with started(lab, "--timeout", "1") as (url, _), socket.socket() as raw:
+    with started(lab, python, "--timeout", "1") as (url, _), socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
         raw.connect(("127.0.0.1", int(url.rpartition(":")[2])))
         raw.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
