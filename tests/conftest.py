@@ -50,6 +50,9 @@ def python(tmp_path_factory):
 
     It knows no other options, and reads no PYTHON… variable but PYTHONPATH.
     """
+    if not hasattr(os, "pidfd_open"):  # Linux only
+        yield sys.executable
+        return
     folder = tmp_path_factory.mktemp("python")
     server = [sys.executable, str(Path(__file__).with_name("forked_python.py")), str(folder / "socket")]
     (folder / "python").write_text(f'#!/bin/sh\nexec {server[0]} -IS {server[1]} {server[2]} "$@"\n', encoding="utf-8")
