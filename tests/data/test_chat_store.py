@@ -101,10 +101,10 @@ def columns(row):
 
 @pytest.mark.parametrize("row_length", [24, 40, 96])
 def test_rows_match_lists_in_memory_packed_by_insertion(tmp_path, chat, row_length):
-    talks = talks_of(random.Random(row_length), 2500)  # more than one batch
+    talks = talks_of(random.Random(row_length), 1200)  # more than one batch
     examples = [by_hand(row["messages"], chat) for row in talks]
     expected = packed_by_insertion([one for one in examples if len(one[0]) <= row_length], row_length)
-    paths = [write(tmp_path / "a.jsonl", talks[:900]), write(tmp_path / "b.jsonl", talks[900:])]
+    paths = [write(tmp_path / "a.jsonl", talks[:500]), write(tmp_path / "b.jsonl", talks[500:])]
     settings = {"row_length": row_length, "on_long_row": "skip"}
     (opened, none), _ = made(tmp_path, "conversations", {"train": paths, "heldout": []}, chat, **settings)
     rows = PackedRows(opened, None, row_length)
