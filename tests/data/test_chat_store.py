@@ -264,11 +264,11 @@ def write_and_read(rank, folder, model, count):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory as Linux tells it")
 def test_many_conversations_take_little_memory(tmp_path, folders, start_ranks):
-    # As lists of ids and labels they take 120 MB.
+    # As lists of ids and labels they take 80 MB.
     with open(tmp_path / "talks.jsonl", "w", encoding="utf-8") as file:
-        for i in range(30_000):
+        for i in range(20_000):
             question = f"{i}孩子发烧三天了，{'有点咳嗽，' * (i % 7)}怎么办？"
             file.write(f'{{"question": "{question}", "answer": "多喝水{i}。"}}\n')
-    start_ranks(write_and_read, tmp_path, str(folders["baichuan"]), 30_000, ranks=1)
+    start_ranks(write_and_read, tmp_path, str(folders["baichuan"]), 20_000, ranks=1)
     written, read = map(int, (tmp_path / "peaks").read_text().split())
     assert written < 50 and read < 70, (written, read)
