@@ -109,7 +109,7 @@ def test_rows_match_lists_in_memory_packed_by_insertion(tmp_path, chat, row_leng
     (opened, none), _ = made(tmp_path, "conversations", {"train": paths, "heldout": []}, chat, **settings)
     rows = PackedRows(opened, None, row_length)
     found = [rows.row(i) for i in range(len(rows))]
-    assert [columns(row) for row in found] == expected and len(found) > 100
+    assert [columns(row) for row in found] == expected and len(found) > 50
     assert len(PackedRows(none, None, row_length)) == 0
     batch = rows.batch([3, 0], [7, 8])
     assert batch.row_ids.tolist() == [7, 8] and batch.tokens[1, : len(expected[0][0])].tolist() == expected[0][0]

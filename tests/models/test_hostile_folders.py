@@ -186,7 +186,7 @@ def test_mutated_safetensors_are_refused_or_read_as_the_safetensors_library_read
     file = folder / "model.safetensors"
     content, loaded, chance = file.read_bytes(), 0, Chance()
     shapes = {key: tensor.shape for key, tensor in load_file(file).items()}
-    for _ in range(400):
+    for _ in range(300):
         mutated = mutated_safetensors(chance, content)
         file.write_bytes(mutated)
         model = load(folder, file)
@@ -195,7 +195,7 @@ def test_mutated_safetensors_are_refused_or_read_as_the_safetensors_library_read
             theirs = {key: tensor for key, tensor in load_bytes(mutated).items() if "inv_freq" not in key}
             assert {key: tensor.shape for key, tensor in theirs.items()} == shapes
             assert_same(model, theirs)
-    assert 12 < loaded < 268
+    assert 9 < loaded < 201
 
 
 def test_mutated_indexes_are_refused_or_load_the_same_weights(folder):
@@ -270,7 +270,7 @@ def test_mutated_configs_are_refused_or_compute_logits(folders, tmp_path, kind):
     ]  # fmt: skip
     keys = sorted({*raw, *more})
 
-    for i in range(150):
+    for i in range(120):
         changed = dict(raw)
         for _ in range(chance.choice((1, 1, 2))):
             key, kind = chance.choice(keys), chance.choice(range(8))
@@ -297,7 +297,7 @@ def test_mutated_configs_are_refused_or_compute_logits(folders, tmp_path, kind):
             loaded += 1
             with torch.no_grad():
                 assert model(TOKENS).shape == (1, 4, 13)
-    assert 15 < loaded < 120
+    assert 12 < loaded < 96
 
 
 def test_mutated_bins_are_refused_or_give_every_weight_its_shape(folder):
