@@ -86,11 +86,9 @@ def rms(value):
 # Every kind with experts, and every adapter with projections apart and in one (baichuan).
 @pytest.mark.parametrize(
     ("kind", "adapter"),
-    [
-        *((kind, "experts") for kind in KINDS), ("qwen2", "lora"), ("baichuan-rope", "lora"), ("llama", "none"),
-        ("baichuan-alibi", "none"), ("qwen3", "lora-some"), ("baichuan-rope", "lora-some"), ("llama", "experts-some"),
-        ("baichuan-alibi", "experts-some"),
-    ],
+    [*((kind, "experts") for kind in KINDS), ("qwen2", "lora"), ("baichuan-rope", "lora"), ("llama", "none"),
+     ("baichuan-alibi", "none"), ("qwen3", "lora-some"), ("baichuan-rope", "lora-some"), ("llama", "experts-some"),
+     ("baichuan-alibi", "experts-some")],
 )  # fmt: skip
 def test_logits_match_float64_as_the_whole_forward_pass_does(adapted, random_tokens, laid_out, kind, adapter):
     model, tokens = adapted(kind, adapter), random_tokens(1 if "some" in adapter else 3, 15)
