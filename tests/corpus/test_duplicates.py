@@ -76,7 +76,7 @@ def templated(rng, count):
 
 def test_same_rows_are_dropped_as_by_comparing_all_pairs():
     rng = random.Random(3)
-    texts = [text for text, _ in planted.planted_duplicates(rng, 150)] + templated(rng, 170)
+    texts = [text for text, _ in planted.planted_duplicates(rng, 200)] + templated(rng, 250)
     texts += ["", "？！", "热", "发烧", "发 烧", "发烧了", "发烧了吗孩子", "发烧了吗孩"]
     rng.shuffle(texts)
     for threshold in (0.7, 0.8, 0.9):
