@@ -8,11 +8,10 @@ import random
 import re
 import unicodedata
 from collections import Counter
+from functools import cache
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from pedgpt.corpus.build import Step
 from pedgpt.corpus.rows import Built, Dropped
@@ -54,9 +53,14 @@ def key(text):
     return "".join(c for c in unicodedata.normalize("NFKC", text).lower() if c.isalnum())
 
 
+@cache
+def grams(text):
+    return {text[i : i + 5] for i in range(max(1, len(text) - 4))}
+
+
 def jaccard(one, other):
-    one, other = ({text[i : i + 5] for i in range(max(1, len(text) - 4))} for text in (one, other))
-    return len(one & other) / len(one | other)
+    shared = len(grams(one) & grams(other))
+    return shared / (len(grams(one)) + len(grams(other)) - shared)
 
 
 def asked(row):
@@ -99,11 +103,12 @@ def random_inputs(rng, count):
         yield steps
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 10**9), share=st.sampled_from([0.0, 0.2, 0.5]), threshold=st.sampled_from([0.7, 0.8, 1.0]))
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("threshold", [0.7, 0.8, 1.0])
 def test_every_row_is_written_or_listed_once_and_no_heldout_row_leaks(assembled, seed, share, threshold):
-    inputs = list(random_inputs(random.Random(seed), 40))
-    split = Split([name for name in DISEASES if name], heldout_share=share, seed=seed % 7)
+    inputs = list(random_inputs(random.Random(f"{seed} {share} {threshold}"), 40))
+    split = Split([name for name in DISEASES if name], heldout_share=share, seed=seed + int(10 * threshold))
     assembly, rows, left = assembled(inputs, split=split, near_duplicate=threshold)
     steps = [step for taken in inputs for step in taken]
     place = {id(step): (step.row.record.source if isinstance(step.row, Built) else step.row.source) for step in steps}

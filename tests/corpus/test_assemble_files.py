@@ -65,7 +65,7 @@ ODD = st.text(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_records_come_back_as_they_were_with_all_fields(assembled, data):
     number = iter(range(100))

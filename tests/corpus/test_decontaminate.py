@@ -24,12 +24,12 @@ def against(*items):
 
 
 def test_planted_items_are_found_and_rows_of_other_facts_stay():
-    items, rows = planted.planted_contamination(random.Random(7), 2000, 6000)
+    items, rows = planted.planted_contamination(random.Random(7), 800, 2400)
     found = against(*items)
     matches = [found.match(texts) for texts, _ in rows]
     for kind in ("inside", "edited", "respelled", "question", "answer"):
         hits = [match is not None for match, (_, what) in zip(matches, rows, strict=True) if what == kind]
-        assert len(hits) == 300 and sum(hits) >= 297, kind
+        assert len(hits) == 120 and sum(hits) >= 119, kind
     right = sum(match is not None and what != "" for match, (_, what) in zip(matches, rows, strict=True))
     assert right / sum(match is not None for match in matches) >= 0.98
     places = {place for place, _, _ in items}

@@ -109,7 +109,7 @@ def test_baichuan2_matches_spec_on_any_text(name, last_only, tokenizers_by_name,
     chat = chat_format(tokenizer)
 
     @given(conversations)
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=30, deadline=None)
     def check(messages):
         stream = baichuan2_stream(messages, tokenizer.encode, last_only)
         example = encode_conversation(messages, chat, last_only=last_only)
@@ -133,7 +133,7 @@ def test_chatml_matches_transformers_chat_template(last_only, folders, tokenizer
     end = reference.convert_tokens_to_ids("<|im_end|>")
 
     @given(conversations)
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=30, deadline=None)
     def check(messages):
         # A template can't tell typed special tokens from its own: compare on texts that hold none.
         messages = [Message(m.role, m.content.replace("<", "＜")) for m in messages]
@@ -183,7 +183,7 @@ def test_prompt_begins_every_training_conversation(name, tokenizers_by_name, con
     chat = chat_format(tokenizers_by_name[name])
 
     @given(conversations)
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=20, deadline=None)
     def check(messages):
         example = encode_conversation(messages, chat)
         for i, message in enumerate(messages):
@@ -204,7 +204,7 @@ def test_every_label_is_the_next_token_or_the_end_of_an_answer(name, tokenizers_
     chat = chat_format(tokenizers_by_name[name])
 
     @given(conversations, st.booleans())
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=20, deadline=None)
     def check(messages, last_only):
         example = encode_conversation(messages, chat, last_only=last_only)
         assert len(example.tokens) == len(example.labels)

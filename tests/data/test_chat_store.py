@@ -5,9 +5,8 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,15 +101,15 @@ def columns(row):
 
 @pytest.mark.parametrize("row_length", [24, 40, 96])
 def test_rows_match_lists_in_memory_packed_by_insertion(tmp_path, chat, row_length):
-    talks = talks_of(random.Random(row_length), 2500)  # more than one batch
+    talks = talks_of(random.Random(row_length), 1200)  # more than one batch
     examples = [by_hand(row["messages"], chat) for row in talks]
     expected = packed_by_insertion([one for one in examples if len(one[0]) <= row_length], row_length)
-    paths = [write(tmp_path / "a.jsonl", talks[:900]), write(tmp_path / "b.jsonl", talks[900:])]
+    paths = [write(tmp_path / "a.jsonl", talks[:500]), write(tmp_path / "b.jsonl", talks[500:])]
     settings = {"row_length": row_length, "on_long_row": "skip"}
     (opened, none), _ = made(tmp_path, "conversations", {"train": paths, "heldout": []}, chat, **settings)
     rows = PackedRows(opened, None, row_length)
     found = [rows.row(i) for i in range(len(rows))]
-    assert [columns(row) for row in found] == expected and len(found) > 100
+    assert [columns(row) for row in found] == expected and len(found) > 50
     assert len(PackedRows(none, None, row_length)) == 0
     batch = rows.batch([3, 0], [7, 8])
     assert batch.row_ids.tolist() == [7, 8] and batch.tokens[1, : len(expected[0][0])].tolist() == expected[0][0]
@@ -244,39 +243,32 @@ def test_a_format_with_several_examples_a_conversation_keeps_each(tmp_path, chat
     assert done == 2 and len(opened) == 2  # each reasoning is learnt once
 
 
-MEMORY = """
-import re, sys
-from pathlib import Path
-from types import SimpleNamespace
-from pedgpt.data import ChatSettings, PackedRows, TokenStore, write_chats
+def peak():  # MB
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
 
-def peak():  # MB; getrusage would give the parent's peak, too
-    return int(re.search("VmHWM:\\s+([0-9]+) kB", Path("/proc/self/status").read_text())[1]) // 1024
 
-folder, file, model, count = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-settings = ChatSettings(model=model, row_length=4096)
-sizes = SimpleNamespace(vocab_size=10**6, check_length=lambda tokens: None)
-chat = settings.load_chat("", lambda model: sizes)
-before = peak()
-for _ in write_chats(folder, "conversations", {"train": [file]}, chat, settings):
-    pass
-written = peak()
-rows = PackedRows(TokenStore(folder / "train"), None, 4096)
-tokens = sum(rows.batch([i], [i]).num_tokens for i in range(0, len(rows), 4))
-assert len(rows.store) == count and 4 * tokens > 0.98 * len(rows.store.tokens) > 20 * count
-print(written - before, peak() - before)
-"""
+def write_and_read(rank, folder, model, count):
+    """By how much the peak of memory has grown when the store of a file is written, and when it has been read."""
+    settings, sizes = ChatSettings(model=model, row_length=4096), SimpleNamespace(vocab_size=10**6)
+    sizes.check_length = lambda tokens: None
+    chat = settings.load_chat("", lambda model: sizes)
+    before = peak()
+    for _ in write_chats(folder, "conversations", {"train": [str(folder / "talks.jsonl")]}, chat, settings):
+        pass
+    written = peak()
+    rows = PackedRows(TokenStore(folder / "train"), None, 4096)
+    tokens = sum(rows.batch([i], [i]).num_tokens for i in range(0, len(rows), 4))
+    assert len(rows.store) == count and 4 * tokens > 0.98 * len(rows.store.tokens) > 20 * count
+    (folder / "peaks").write_text(f"{written - before} {peak() - before}")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory as Linux tells it")
-def test_many_conversations_take_little_memory(tmp_path, folders):
-    # As lists of ids and labels they take 120 MB.
+def test_many_conversations_take_little_memory(tmp_path, folders, start_ranks):
+    # As lists of ids and labels they take 80 MB.
     with open(tmp_path / "talks.jsonl", "w", encoding="utf-8") as file:
-        for i in range(30_000):
+        for i in range(20_000):
             question = f"{i}孩子发烧三天了，{'有点咳嗽，' * (i % 7)}怎么办？"
             file.write(f'{{"question": "{question}", "answer": "多喝水{i}。"}}\n')
-    arguments = [tmp_path / "store", tmp_path / "talks.jsonl", folders["baichuan"], "30000"]
-    done = subprocess.run([sys.executable, "-c", MEMORY, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    written, read = map(int, done.stdout.split())
+    start_ranks(write_and_read, tmp_path, str(folders["baichuan"]), 20_000, ranks=1)
+    written, read = map(int, (tmp_path / "peaks").read_text().split())
     assert written < 50 and read < 70, (written, read)

@@ -241,7 +241,7 @@ def test_template_matches_transformers_and_masks_made_by_hand(name, cases):
     chat, peer, spans, system = cases[name]
 
     @given(conversations(system))
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=50, deadline=None)
     def check(messages):
         ids, learnt = expected(peer, messages, spans)
         example = encode_conversation(messages, chat)
@@ -258,7 +258,7 @@ def test_generation_blocks_match_transformers_assistant_mask(cases):
     chat, peer, _, _ = cases["generation"]
 
     @given(conversations(True))
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=20, deadline=None)
     def check(messages):
         rendered = peer.apply_chat_template(raw(messages), return_dict=True, return_assistant_tokens_mask=True)
         example = encode_conversation(messages, chat)
@@ -273,7 +273,7 @@ def test_built_in_formats_match_the_published_template(name, kind, cases, kinds,
     chat = chat_format(load_tokenizer(folder_of(kind)), name)
 
     @given(conversations(True))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=30, deadline=None)
     def check(messages):
         ids, learnt = expected(peer, messages, spans)
         example = encode_conversation(messages, chat)
@@ -304,7 +304,7 @@ def test_text_that_spells_special_tokens_stays_text(name, cases):
     attacks = st.lists(st.sampled_from([*[n for n in names if "think" not in n], "好", "\n"]), min_size=1).map("".join)
 
     @given(st.lists(attacks, min_size=len(harmless), max_size=len(harmless)))
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=15, deadline=None)
     def check(texts):
         attacked = [Message(m.role, f"x{text}x") for m, text in zip(harmless, texts, strict=True)]
         example = encode_conversation(attacked, chat)
@@ -393,7 +393,7 @@ def test_conversation_that_the_template_refuses_is_a_bad_row(folder_of):
     st.sampled_from(sorted(CASES)), st.integers(0, 10**6), st.integers(0, 12),
     st.text("{}%-'\"()[]|+ .\nabmessage<0", max_size=6),
 )  # fmt: skip
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
 def test_damaged_templates_name_their_file_or_work(kinds, name, place, lost, put):
     template, kind = CASES[name][:2]

@@ -73,7 +73,7 @@ def best_fit_by_insertion(sizes, row_length):
 
 
 @given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n), max_size=60))))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_best_fit_matches_insertion_into_a_sorted_list(case):
     row_length, sizes = case
     assert best_fit(sizes, row_length) == best_fit_by_insertion(sizes, row_length)
@@ -102,7 +102,7 @@ LENGTHS = st.integers(1, 40).flatmap(
 
 
 @given(LENGTHS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_every_example_is_in_exactly_one_row_and_whole(case):
     row_length, lengths = case
     examples = examples_of(lengths)
@@ -135,7 +135,7 @@ def test_too_long_example_is_an_error_that_names_it():
 
 
 @given(st.lists(st.integers(5, 99), max_size=50), st.none() | st.just(2), st.integers(1, 12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_document_predicts_each_token_but_the_first_exactly_once(ids, eos, row_length):
     stream = ids + ([eos] if eos is not None else [])
     pieces = encode_document(ids, eos, row_length, "f:1")

@@ -165,7 +165,7 @@ encoded_pairs = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(encoded_pairs, min_size=1, max_size=7), st.randoms(use_true_random=False))
 def test_every_pair_comes_out_of_the_packing_as_it_went_in(pairs, random):
     names = random.sample(range(100), len(pairs))

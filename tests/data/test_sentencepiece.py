@@ -110,7 +110,7 @@ def test_ids_and_text_match_sentencepiece(train: Callable[..., Path], name: str)
         compare(text)
     pieces = st.one_of(st.sampled_from([*PHRASES, *SPELLED]), st.sampled_from(ALPHABET), st.text(max_size=4))
     texts = st.one_of(st.text(), st.lists(pieces, max_size=12).map("".join))
-    settings(max_examples=150, deadline=None, database=None)(given(texts)(compare))()
+    settings(max_examples=60, deadline=None, database=None)(given(texts)(compare))()
 
 
 def test_special_ids_and_unknown_pieces_decode_as_in_sentencepiece(train: Callable[..., Path]) -> None:
@@ -221,6 +221,7 @@ def test_a_vocabulary_of_baichuan2_size_converts_in_seconds(tmp_path: Path) -> N
     print(f"125,696 pieces converted in {seconds:.2f} s")
     assert tokenizer.get_vocab_size() == 125_696 and seconds < 10
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    for _ in range(200):
-        text = "".join(rng.choices([*words], k=10))
+    drawn = rng.choices([*words], k=2000)
+    for i in range(0, 2000, 10):
+        text = "".join(drawn[i : i + 10])
         assert tokenizer.encode(text).ids == oracle.encode(text)

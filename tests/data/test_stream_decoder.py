@@ -41,7 +41,7 @@ def test_stream_decoder_matches_incremental_utf8(name, tokenizers_by_name):
             st.lists(st.integers(0, ours.vocab_size - 1), max_size=15),
         )
     )
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     def check(ids):
         stream, utf8, written, complete = StreamDecoder(ours), codecs.getincrementaldecoder("utf-8")("replace"), "", ""
         for token in ids:
@@ -87,7 +87,7 @@ def test_streamed_text_matches_decode_of_all_ids(name, tokenizers_by_name, sp_fo
     mixed = st.lists(texts | ids, max_size=3).map(lambda parts: [i for part in parts for i in part])
 
     @given(mixed)
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     def check(ids):
         stream = StreamDecoder(ours)
         assert "".join(map(stream.push, ids)) + stream.finish() == ours.decode(ids)
@@ -109,7 +109,7 @@ def test_stop_strings_end_the_text_and_are_never_shown(name, tokenizers_by_name,
     stops = st.lists(st.text(alphabet, min_size=1, max_size=4), max_size=3)
 
     @given(st.text(alphabet, max_size=25).map(ours.encode), stops)
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     def check(ids, stops):
         text = ours.decode(ids)
         ends = [n for n in range(len(text) + 1) if any(text[:n].endswith(stop) for stop in stops)]

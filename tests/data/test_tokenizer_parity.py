@@ -23,11 +23,11 @@ def script():
 def test_ids_and_texts_match_sentencepiece_and_transformers(script, tmp_path):
     found = script.texts_of(DATA)
     assert len(found) > 30_000
-    rows = list(script.check(tmp_path, found[::30] + script.random_texts(1000), found[::30], 4000))
+    rows = list(script.check(tmp_path, found[::90] + script.random_texts(300), found[::90], 3000))
     assert [row.name for row in rows] == ["baichuan2", "llama2", "no_bytes", "llama3", "qwen"]
     for row in rows:
         print(row)
-        assert (row.wrong_ids, row.wrong_texts) == ([], []) and row.texts > 2000
+        assert (row.wrong_ids, row.wrong_texts) == ([], []) and row.texts > 630
 
 
 def test_every_string_of_a_folder_is_compared(script, tmp_path):

@@ -28,10 +28,12 @@ DTYPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", [1, 150])  # attention over blocks needs 128
+# Every kind with every adapter, and each of both with every dtype; attention over blocks needs 128 tokens.
+CASES = [(kind, adapter, [*DTYPES][(i + j) % 3], tokens) for i, kind in enumerate(KINDS)
+         for j, adapter in enumerate(ADAPTERS) for tokens in (1, 150) if tokens > 1 or i % 3 == j]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "adapter", "dtypes", "tokens"), CASES)
 def test_gradients_are_the_same_bits(make_model, random_tokens, randomize, kind, adapter, dtypes, tokens):
     weights, autocast = DTYPES[dtypes]
     model = make_model(kind, max_position_embeddings=256).train()

@@ -15,13 +15,9 @@ PROMPTS = [[5], [17, 3, 99, 4, 61], [130, 0, 0, 7, 12, 55, 8, 9, 101], [0, 2, 0]
 
 
 @torch.no_grad()
-def uncached(model, prompt, count, process=lambda tokens, logits: logits):
-    """Greedy continuation, the whole sequence computed again for every token."""
-    tokens = torch.tensor([prompt])
-    for _ in range(count):
-        logits = process(tokens, model(tokens)[:, -1].float())
-        tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), dim=1)
-    return tokens[0, len(prompt) :].tolist()
+def uncached(model, prompt, answer):
+    """The logits of each token of an answer, from prompt and answer at once: their maxima are a greedy answer."""
+    return model(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1 : -1]
 
 
 @pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 1, 5], [12], [3, 4, 5]], ids=str)
@@ -74,33 +70,31 @@ def test_cache_works_while_gradients_are_recorded(make_model, random_tokens):
 def test_greedy_matches_uncached_token_by_token(make_model, kind):
     model = make_model(kind)
     answers = [generate(model, [prompt], max_new_tokens=15)[0] for prompt in PROMPTS]
-    assert answers == [uncached(model, prompt, 15) for prompt in PROMPTS]
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert answer == uncached(model, prompt, answer).argmax(-1).tolist() and len(answer) == 15
     assert len({token for answer in answers for token in answer}) > 3
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("kind", "penalty"), [("llama", 1.0), ("qwen2", 1.0), ("qwen3", 1.0), ("llama", 1.3)])
 def test_greedy_matches_transformers_generate_for_100_tokens(make_model, tmp_path, kind, penalty):
-    """One prompt at a time, and all of them padded on the left in one batch."""
+    """One prompt alone where there is a penalty, otherwise all of them, padded on the left in one batch."""
     model = make_model(kind)
     save_model(model, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    # transformers would penalise the padding's id too, so a batch goes without.
-    for batch in ([PROMPTS[1]], [PROMPTS[2]]) if penalty != 1 else ([PROMPTS[1]], PROMPTS):
-        width = max(map(len, batch))
-        padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-        expected = theirs.generate(
-            padded, attention_mask=mask, max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0,
-            repetition_penalty=penalty,
-        )  # fmt: skip
-        got = generate(model, batch, max_new_tokens=100, repetition_penalty=penalty)
-        assert got == expected[:, width:].tolist()
-        assert {len(answer) for answer in got} == {100}
+    batch = PROMPTS if penalty == 1 else [PROMPTS[2]]  # transformers would penalise the padding's id too
+    width = max(map(len, batch))
+    padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+    expected = theirs.generate(
+        padded, attention_mask=mask, max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0,
+        repetition_penalty=penalty,
+    )  # fmt: skip
+    got = generate(model, batch, max_new_tokens=100, repetition_penalty=penalty)
+    assert got == expected[:, width:].tolist()
+    assert {len(answer) for answer in got} == {100}
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.4, 0.8])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "penalty"), [*zip(KINDS, [1.0, 1.4, 1.0, 0.8], strict=True)])
 def test_ragged_batch_matches_one_prompt_at_a_time(make_model, kind, penalty):
     """Padding is neither attended to nor counted as a token already seen."""
     model = make_model(kind)
@@ -124,8 +118,7 @@ def test_ragged_logits_match_one_prompt_at_a_time(make_model, kind, monkeypatch)
         torch.testing.assert_close(together[:, row], alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("penalty", [1.3, 3.0, 0.5])
-@pytest.mark.parametrize("kind", ["qwen3", "baichuan-rope"])
+@pytest.mark.parametrize(("kind", "penalty"), [("qwen3", 1.3), ("baichuan-rope", 3.0), ("qwen3", 0.5)])
 def test_repetition_penalty_matches_transformers_processor(make_model, kind, penalty, monkeypatch):
     """In the answers, and in the whole distribution: negative logits of tokens seen seldom decide an answer."""
     model, drawn = make_model(kind), []
@@ -134,12 +127,14 @@ def test_repetition_penalty_matches_transformers_processor(make_model, kind, pen
     )
     processor = RepetitionPenaltyLogitsProcessor(penalty)
     for prompt in PROMPTS:
-        truths = []
-        expected = uncached(model, prompt, 20, lambda ids, raw, to=truths: to.append(processor(ids, raw)) or to[-1])
         drawn.clear()
-        assert generate(model, [prompt], max_new_tokens=20, repetition_penalty=penalty) == [expected]
-        torch.testing.assert_close(torch.cat(drawn), torch.cat(truths), atol=3e-5, rtol=0)
-    assert expected != uncached(model, prompt, 20)
+        (answer,) = generate(model, [prompt], max_new_tokens=20, repetition_penalty=penalty)
+        plain = uncached(model, prompt, answer)
+        seen = (torch.tensor([[*prompt, *answer[:i]]]) for i in range(20))
+        truth = torch.cat([processor(ids, row[None]) for ids, row in zip(seen, plain, strict=True)])
+        torch.testing.assert_close(torch.cat(drawn), truth, atol=3e-5, rtol=0)
+        assert answer == truth.argmax(-1).tolist()
+    assert answer != plain.argmax(-1).tolist()
 
 
 def test_sampling_repeats_with_its_seed(make_model):

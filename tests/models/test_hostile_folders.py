@@ -1,4 +1,4 @@
-"""Folders that lie: thousands of mutated files, each refused with a ValueError that names it, or loaded exactly."""
+"""Folders that lie: two thousand mutated files, each refused with a ValueError that names it, or loaded exactly."""
 
 import contextlib
 import copy
@@ -6,15 +6,16 @@ import io
 import json
 import os
 import pickle
+import random
 import re
+import shutil
 import struct
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 
@@ -41,13 +42,19 @@ JUNK = [
 ]  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's and pickletools', of what they are about to refuse
-chance = st.randoms(use_true_random=False)
 
 
-def cases(count):
-    return settings(
-        max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+class Chance(random.Random):
+    """Whoever chooses from a list is dealt each of its values once before one comes again: few draws show them all."""
+
+    def __init__(self):
+        super().__init__(0)
+        self.decks = {}
+
+    def choice(self, values):
+        deck = self.decks.setdefault((sys._getframe(1).f_lineno, len(values)), [])
+        deck += [] if deck else self.sample(range(len(values)), len(values))
+        return values[deck.pop()]
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +145,7 @@ def mutated_safetensors(chance, content):
     keys = [key for key in header if key != "__metadata__"]
     for _ in range(chance.choice((0, 1, 1, 2))):
         key = chance.choice(keys)
-        entry, kind = header.get(key), chance.randrange(8)
+        entry, kind = header.get(key), chance.choice(range(8))
         if not isinstance(entry, dict) or not entry:  # changed already
             continue
         if kind == 0:
@@ -177,13 +184,9 @@ def mutated_safetensors(chance, content):
 
 def test_mutated_safetensors_are_refused_or_read_as_the_safetensors_library_reads_them(folder):
     file = folder / "model.safetensors"
-    content, loaded = file.read_bytes(), 0
+    content, loaded, chance = file.read_bytes(), 0, Chance()
     shapes = {key: tensor.shape for key, tensor in load_file(file).items()}
-
-    @given(chance)
-    @cases(1000)
-    def check(chance):
-        nonlocal loaded
+    for _ in range(300):
         mutated = mutated_safetensors(chance, content)
         file.write_bytes(mutated)
         model = load(folder, file)
@@ -192,9 +195,7 @@ def test_mutated_safetensors_are_refused_or_read_as_the_safetensors_library_read
             theirs = {key: tensor for key, tensor in load_bytes(mutated).items() if "inv_freq" not in key}
             assert {key: tensor.shape for key, tensor in theirs.items()} == shapes
             assert_same(model, theirs)
-
-    check()
-    assert 30 < loaded < 670
+    assert 9 < loaded < 201
 
 
 def test_mutated_indexes_are_refused_or_load_the_same_weights(folder):
@@ -227,15 +228,11 @@ def test_mutated_indexes_are_refused_or_load_the_same_weights(folder):
     ]  # fmt: skip
     index = folder / "model.safetensors.index.json"
     weight_map = {key: name for name, weights in shards.items() for key in weights}
-    loaded = 0
-
-    @given(chance)
-    @cases(600)
-    def check(chance):
-        nonlocal loaded
+    loaded, chance = 0, Chance()
+    for _ in range(300):
         changed = dict(weight_map)
         for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
-            key, kind = chance.choice(list(weight_map)), chance.randrange(6)
+            key, kind = chance.choice(list(weight_map)), chance.choice(range(6))
             if kind == 0:
                 changed.pop(key, None)
             elif kind == 1:
@@ -258,17 +255,14 @@ def test_mutated_indexes_are_refused_or_load_the_same_weights(folder):
         if model is not None:
             loaded += 1
             assert_same(model, whole)
-
-    check()
-    assert 30 < loaded < 420
+    assert 15 < loaded < 210
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"])
-def test_mutated_configs_are_refused_or_compute_logits(folders, kind):
-    folder = folders[kind]
+def test_mutated_configs_are_refused_or_compute_logits(folders, tmp_path, kind):
+    folder = shutil.copytree(folders[kind], tmp_path / kind)
     file = folder / "config.json"
-    content = file.read_bytes()
-    raw, loaded = json.loads(content), 0
+    raw, loaded, chance = json.loads(file.read_bytes()), 0, Chance()
     more = [
         "rope_parameters", "rope_scaling", "rope_theta", "model_max_length", "head_dim", "use_sliding_window", "dtype",
         "layer_types", "quantization_config", "dual_chunk_attention_config", "pedgpt_positions", "pedgpt_norm_head",
@@ -276,13 +270,10 @@ def test_mutated_configs_are_refused_or_compute_logits(folders, kind):
     ]  # fmt: skip
     keys = sorted({*raw, *more})
 
-    @given(chance)
-    @cases(200)
-    def check(chance):
-        nonlocal loaded
+    for i in range(120):
         changed = dict(raw)
         for _ in range(chance.choice((1, 1, 2))):
-            key, kind = chance.choice(keys), chance.randrange(8)
+            key, kind = chance.choice(keys), chance.choice(range(8))
             if kind == 0:
                 changed.pop(key, None)
             elif kind in (1, 2):
@@ -299,18 +290,14 @@ def test_mutated_configs_are_refused_or_compute_logits(folders, kind):
             text = text[:-1] + f', "{chance.choice(keys)}": {chance.choice(["1e400", "-1e400", "1" * 5000, "0x1"])}}}'
         mutated = text.encode()
         file.write_bytes(flipped(chance, mutated) if chance.randrange(8) == 0 else mutated)
-        load(folder, "config.json", device="meta")
+        if i % 5 == 0:
+            load(folder, "config.json", device="meta")
         model = load(folder, "config.json")
         if model is not None:
             loaded += 1
             with torch.no_grad():
                 assert model(TOKENS).shape == (1, 4, 13)
-
-    try:
-        check()
-    finally:
-        file.write_bytes(content)
-    assert 20 < loaded < 160
+    assert 12 < loaded < 96
 
 
 def test_mutated_bins_are_refused_or_give_every_weight_its_shape(folder):
@@ -322,14 +309,10 @@ def test_mutated_bins_are_refused_or_give_every_weight_its_shape(folder):
     content = file.read_bytes()
     code = zipfile.ZipFile(file).read("pytorch_model/data.pkl")
     start = content.index(code)
-    shapes, loaded = {key: tensor.shape for key, tensor in weights.items()}, 0
+    shapes, loaded, chance = {key: tensor.shape for key, tensor in weights.items()}, 0, Chance()
     spare = bytes(sorted(set(code) | set(b"()]}tu\x85\x86\x87\x81RbQqrhjKMJX.N")))
-
-    @given(chance)
-    @cases(600)
-    def check(chance):
-        nonlocal loaded
-        kind = chance.randrange(10)
+    for _ in range(300):
+        kind = chance.choice(range(10))
         mutated = bytearray(content)
         if kind < 5:
             for _ in range(chance.choice((1, 1, 2, 6))):
@@ -345,9 +328,7 @@ def test_mutated_bins_are_refused_or_give_every_weight_its_shape(folder):
         if model is not None:
             loaded += 1
             assert {key: tensor.shape for key, tensor in model.state_dict().items()} == shapes
-
-    check()
-    assert 30 < loaded < 420
+    assert 15 < loaded < 210
 
 
 class Call:
@@ -384,10 +365,16 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("where", ["top", "value", "key", "nested", "argument"])
-@pytest.mark.parametrize("container", ["zip", "zip-4", "plain", "plain-0"])
-@pytest.mark.parametrize("name", CALLS)
-def test_no_call_in_a_pickle_is_made(folder, name, container, where):
+# Every two of name, place and container occur together.
+@pytest.mark.parametrize(
+    ("name", "where", "container"),
+    [
+        (name, where, ("zip", "zip-4", "plain", "plain-0")[(i + j) % 4])
+        for i, name in enumerate(CALLS)
+        for j, where in enumerate(("top", "value", "key", "nested", "argument"))
+    ],
+)
+def test_no_call_in_a_pickle_is_made(folder, name, where, container):
     (folder / "model.safetensors").unlink()
     file, marker = folder / "pytorch_model.bin", folder / "was-run"
     function, *arguments = CALLS[name]
@@ -490,16 +477,20 @@ def test_the_pickles_that_lie_lie_in_one_thing_only(tmp_path):
     assert {key: (t.shape, t.dtype) for key, t in found.items()} == {"lm_head.weight": ((4, 4), torch.float32)}
 
 
+OTHERS = [
+    None, 3, torch.eye(4).to_sparse(), torch.ones(4, dtype=torch.int32), torch.ones(4, dtype=torch.complex64),
+    torch.ones(4, dtype=torch.bool), torch.ones(4).to(torch.float8_e4m3fn), torch.ones(4, device="meta"),
+    torch.ones(1).expand(100), [torch.ones(4)], {"b": {"c": torch.ones(4)}}, torch.nn.Linear(2, 2),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "value",
+    ("key", "value"),
     [
-        torch.eye(4).to_sparse(), torch.ones(4, dtype=torch.int32), torch.ones(4, dtype=torch.complex64),
-        torch.ones(4, dtype=torch.bool), torch.ones(4).to(torch.float8_e4m3fn), torch.ones(4, device="meta"),
-        torch.ones(1).expand(100), None, 3, [torch.ones(4)], {"b": {"c": torch.ones(4)}}, torch.nn.Linear(2, 2),
+        *((key, value) for key in ("lm_head.weight", "all") for value in OTHERS),
+        *((key, value) for key in (1, None, b"lm_head.weight", ("lm_head.weight",)) for value in OTHERS[1:4]),
     ],
-    ids=lambda value: f"{type(value).__name__}-{getattr(value, 'layout', '')}-{getattr(value, 'dtype', '')}",
-)  # fmt: skip
-@pytest.mark.parametrize("key", ["lm_head.weight", 1, None, b"lm_head.weight", ("lm_head.weight",), "all"])
+)
 def test_bins_of_other_than_dense_floating_point_tensors_are_refused(folder, key, value):
     (folder / "model.safetensors").unlink()
     file = folder / "pytorch_model.bin"
@@ -524,10 +515,8 @@ def test_mutated_generation_configs_are_refused_or_give_arguments(tmp_path):
         "num_beams", "penalty_alpha", "typical_p", "min_p", "eos_token_id", "do_sample", "temperature", "top_k",
         "top_p", "repetition_penalty", "max_new_tokens", "bos_token_id",
     ]  # fmt: skip
-
-    @given(chance)
-    @cases(500)
-    def check(chance):
+    chance = Chance()
+    for _ in range(500):
         changed = {"do_sample": True} if chance.randrange(4) else {}
         changed |= {chance.choice(keys): chance.choice(JUNK) for _ in range(chance.choice((1, 1, 2, 3)))}
         raw = json.dumps(changed if chance.randrange(20) else chance.choice(JUNK)).encode()
@@ -540,5 +529,3 @@ def test_mutated_generation_configs_are_refused_or_give_arguments(tmp_path):
             }  # fmt: skip
             assert all(isinstance(value, kinds[key]) for key, value in found.items())
             assert all(type(end) is int for end in found["stop_tokens"])
-
-    check()

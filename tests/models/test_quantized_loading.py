@@ -1,10 +1,13 @@
 """Models in 8 and 4 bits: quantised while they are read, and exchanged with bitsandbytes through files."""
 
+import ctypes
 import json
 import os
-import subprocess
-import sys
+import re
+import shutil
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pedgpt.adapters import inject_lora
 from pedgpt.kernels.quantized import QuantizedLinear
@@ -34,22 +36,26 @@ Q = "model.layers.0.self_attn.q_proj"
 STATE = f"{Q}.weight.quant_state.bitsandbytes__nf4"
 
 
-@pytest.fixture
-def folder(make_model, tmp_path):
-    """A plain llama in bfloat16."""
-    save_model(make_model("llama", **SIZES).bfloat16(), tmp_path / "plain")
-    return tmp_path / "plain"
+@pytest.fixture(scope="module")
+def saved(make_model, tmp_path_factory):
+    """A folder with a llama in bfloat16, as it is and in 8 and 4 bits, in folders of their own."""
+    root = tmp_path_factory.mktemp("saved")
+    save_model(make_model("llama", **SIZES).bfloat16(), root / "plain")
+    for kind in KINDS:
+        save_model(load_model(root / "plain", quantize=kind), root / kind)
+    return root
 
 
 @pytest.fixture
-def quantized(folder, tmp_path):
-    """quantized(kind): the folder of that llama in 8 or 4 bits."""
+def folder(saved, tmp_path):
+    """A copy of the plain llama."""
+    return shutil.copytree(saved / "plain", tmp_path / "plain")
 
-    def save(kind):
-        save_model(load_model(folder, quantize=kind), tmp_path / kind)
-        return tmp_path / kind
 
-    return save
+@pytest.fixture
+def quantized(saved, tmp_path):
+    """quantized(kind): a copy of that llama in 8 or 4 bits."""
+    return lambda kind: shutil.copytree(saved / kind, tmp_path / kind, dirs_exist_ok=True)
 
 
 def rewrite(folder, change):
@@ -79,6 +85,8 @@ def logits(model):
 def from_bitsandbytes(folder, **settings):
     """transformers' model in training mode, in which bitsandbytes does not change to kernels of lower precision."""
     pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM  # here, as it takes the ranks below seconds
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **settings).train()
     # LLM.int8() rounds the inputs of layers too, so weights in int8 are compared without it.
     return model.dequantize() if model.config.quantization_config.load_in_8bit else model
@@ -89,6 +97,8 @@ def from_bitsandbytes(folder, **settings):
 def test_folders_of_bitsandbytes_load_here_and_ours_load_there(make_model, tmp_path, kind, family):
     """qwen2 has biases and a tied head."""
     pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     save_model(make_model(family, **SIZES), tmp_path / "plain")
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = BitsAndBytesConfig(**nf4 if kind == "nf4" else {"load_in_8bit": True})
@@ -163,32 +173,33 @@ def test_what_is_saved_loads_bit_for_bit(folder, tmp_path, monkeypatch, kind):
     assert half.state_dict()[f"{Q}.quantization.{name}"].dtype == torch.float32
 
 
-SCRIPT = """
-import re, sys, threading, torch
-from pedgpt.models import load_model
-
 def anonymous():
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
-def watch():
-    while not done.wait(0.001):
-        peaks.append(anonymous())
 
-load_model(sys.argv[3], dtype=torch.float16, quantize=sys.argv[2])  # what the libraries take when they are used first
-before, peaks, done = anonymous(), [0], threading.Event()
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = load_model(sys.argv[1], dtype=torch.float16, quantize=sys.argv[2])
-done.set()
-watcher.join()
-print(sum(tensor.nbytes for tensor in model.state_dict().values()), max(peaks) - before)
-"""
+def load_watched(rank, folder, small, kind, result):
+    """The bytes of the model and the peak of memory that loading it takes."""
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD, so that the heap gets no holes
+    torch.set_num_threads(1)
+    load_model(small, dtype=torch.float16, quantize=kind)  # what the libraries take when they are used first
+    before, peaks, done = anonymous(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            peaks.append(anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load_model(folder, dtype=torch.float16, quantize=kind)
+    done.set()
+    watcher.join()
+    Path(result).write_text(f"{sum(t.nbytes for t in model.state_dict().values())} {max(peaks) - before}")
 
 
 @pytest.mark.parametrize(("kind", "stored"), [("nf4", "safetensors"), ("int8", "bin")])
-def test_memory_peaks_at_the_quantised_model(folder, tmp_path, kind, stored):
-    """230 MB in bfloat16, of which 210 MB become codes: a plain model beside it would show, and so would one shard."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 8}
+def test_memory_peaks_at_the_quantised_model(folder, tmp_path, start_ranks, kind, stored):
+    """84 MB in bfloat16, of which 67 MB become codes: a plain model beside it would show, and so would one shard."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 8}
     config = ModelConfig.from_hf({"model_type": "llama", "vocab_size": 4096, **sizes})
     with torch.device("meta"):
         model = checkpoint.Transformer(config)
@@ -197,10 +208,8 @@ def test_memory_peaks_at_the_quantised_model(folder, tmp_path, kind, stored):
     if stored == "bin":
         torch.save(weights, tmp_path / "pytorch_model.bin")
         (tmp_path / "model.safetensors").unlink()
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), kind, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # no holes in the heap
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    size, peak = map(int, done.stdout.split())
+    start_ranks(load_watched, str(tmp_path), str(folder), kind, str(tmp_path / "result"), ranks=1)
+    size, peak = map(int, (tmp_path / "result").read_text().split())
     assert 0.9 * size < peak < 1.05 * size + 16 * 2**20
 
 
