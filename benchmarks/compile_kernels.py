@@ -1,17 +1,19 @@
 """Compile every Triton kernel of pedgpt for an H100 (sm_90); it needs Triton's wheel and no GPU.
 
     python benchmarks/compile_kernels.py
+    python benchmarks/compile_kernels.py --switches  # a third of them, in which each switch of each kernel occurs
 
 Each operator below is called as the library calls it, and whatever it would launch is compiled with the same arguments
 and settings instead. Printed are, for each kernel and case, registers a thread, bytes spilled, shared memory and warps.
 Exit code 1: a kernel spills, needs more shared memory than a program may have, or is compiled by no case.
 
-To add a kernel, add calls of its operator to `cases`. NOTE: Triton is imported before pedgpt, because with a torch that
-has no GPU pedgpt leaves it out unless it is loaded already.
+To add a kernel, add calls of its operator to `cases`, the largest first. NOTE: Triton is imported before pedgpt,
+because with a torch that has no GPU pedgpt leaves it out unless it is loaded already.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import os
@@ -50,7 +52,7 @@ def cases() -> Iterator[tuple[torch.dtype, str, Callable[[], Any]]]:
 
 
 def pointwise_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    for width in (128, 4096, 8192):
+    for width in (8192, 4096, 128):
         x, weight = random(TOKENS, width, dtype=dtype), random(width, dtype=dtype)
         yield f"norm {width}", trained(lambda *t: pointwise.rms_norm(*t, 1e-5, impl="triton"), x, weight)
         both = functools.partial(pointwise.add_rms_norm, eps=1e-5, impl="triton")
@@ -62,7 +64,7 @@ def pointwise_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]
         lambda *t: pointwise._RMSNorm.apply(*t, 1e-5, torch.bfloat16, pointwise._norm_triton),
         *with_master, random(4096, dtype=torch.float32),
     )  # fmt: skip
-    for heads, groups, size in ((32, 32, 128), (32, 8, 128), (64, 8, 128), (16, 2, 64)):
+    for heads, groups, size in ((64, 8, 128), (32, 32, 128), (32, 8, 128), (16, 2, 64)):
         q, k = random(2, TOKENS, heads, size, dtype=dtype), random(2, TOKENS, groups, size, dtype=dtype)
         table = random(2, 1, TOKENS, size, dtype=dtype).detach()
         yield (
@@ -86,7 +88,7 @@ def head_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def expert_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    for rank, experts in ((8, 3), (16, 3), (64, 3), (16, 0), (64, 0)):
+    for rank, experts in ((64, 3), (16, 3), (8, 3), (64, 0), (16, 0)):
         x, weight = random(TOKENS, 1024, dtype=dtype), random(512, 1024, dtype=dtype)
         lora = [random((experts + 1) * rank, 1024, dtype=dtype), random(512, (experts + 1) * rank, dtype=dtype)]
         name = f"rank {rank}, " + (f"E {experts + 1}" if experts else "LoRA")
@@ -121,11 +123,12 @@ def variant_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]
 
 
 def quantized_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """An eighth of Baichuan2's widths: what is compiled depends on their divisors alone."""
     for kind in ("int8", "nf4"):
-        layer = quantized.QuantizedLinear(torch.nn.Linear(5120, 13696, bias=False, dtype=dtype), kind)
+        layer = quantized.QuantizedLinear(torch.nn.Linear(640, 1712, bias=False, dtype=dtype), kind)
         layer.impl = "triton"
         for tokens in (1, quantized.FEW, TOKENS):
-            yield f"{kind}, {tokens} tokens", trained(layer, random(tokens, 5120, dtype=dtype))
+            yield f"{kind}, {tokens} tokens", trained(layer, random(tokens, 640, dtype=dtype))
 
 
 def optimizer_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -165,6 +168,19 @@ def registers(compiled: Any) -> tuple[int, int]:
     return used["REG"], used["STACK"] + used["LOCAL"]
 
 
+def switches(kernel: Any, values: dict[str, Any]) -> set[tuple[Any, ...]]:
+    """What of a launch changes the code: dtypes, what is None, which constants are 0, numbers that are 1 or wide."""
+    constants, found = {p.name for p in kernel.params if p.is_constexpr}, set()
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            found.add((kernel.__name__, name, value.dtype))
+        elif value is None or name in constants:
+            found.add((kernel.__name__, name, bool(value)))
+        elif isinstance(value, int):
+            found.add((kernel.__name__, name, value == 1, value >= 2**31))
+    return found
+
+
 def own_kernels() -> set[str]:
     """The names of all functions under pedgpt.kernels that Triton compiles and that end in _kernel."""
     modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(kernels.__path__, "pedgpt.kernels.")]
@@ -173,13 +189,20 @@ def own_kernels() -> set[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--switches", action="store_true", help="only until each kernel had each switch once")
+    few = parser.parse_args().switches
     stub = SimpleNamespace(
         get_current_target=lambda: TARGET, get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     triton.runtime.driver.set_active(stub)
-    run, rows, seen = triton.JITFunction.run, {}, set()
+    run, rows, seen, tried = triton.JITFunction.run, {}, set(), set()
 
     def compile_instead(self: Any, *arguments: Any, grid: Any, warmup: bool, **settings: Any) -> Any:
+        new = switches(self, dict(zip(self.arg_names, arguments, strict=False)) | settings)
+        if few and new <= tried:
+            return None
+        tried.update(new)
         compiled = run(self, *arguments, grid=grid, warmup=True, **settings)
         seen.add(self.__name__)
         rows.setdefault((self.__name__, compiled.hash), (what, str(dtype).removeprefix("torch."), compiled))

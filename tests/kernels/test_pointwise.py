@@ -11,7 +11,7 @@ from pedgpt.kernels import add_rms_norm, pointwise, rms_norm, rotary, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
-SHAPES = [(0, 8), (1, 1), (3, 5, 8), (2, 4, 7, 24), (300, 3), (2, 2100)]
+SHAPES = [(0, 8), (1, 1), (3, 5, 8), (2, 3, 3, 24), (2, 2100), (300, 3)]  # the last for norms, which sum over rows
 # Rows, tokens, heads of q and of k, head_dim.
 ROTARY_SHAPES = [(0, 3, 2, 1, 4), (1, 1, 1, 1, 2), (2, 5, 3, 1, 8), (1, 7, 4, 4, 24), (2, 1, 5, 2, 64)]
 needs_triton = pytest.mark.skipif(pointwise.triton is None, reason="needs Triton")
@@ -94,7 +94,13 @@ OPERATORS = {
     "swiglu": (gated, plain_swiglu, swiglu_definition, lambda shape: (shape, shape)),
     "rotary": (rotated, plain_rotary, rotary_definition, lambda s: ((*s[:3], s[4]), (*s[:2], *s[3:]))),
 }
-CASES = [(name, shape) for name in OPERATORS for shape in (ROTARY_SHAPES if name == "rotary" else SHAPES)]
+CASES = [
+    (name, shape)
+    for name in OPERATORS
+    for shape in (ROTARY_SHAPES if name == "rotary" else SHAPES[:-1] if name == "swiglu" else SHAPES)
+]
+# Numbers enough for a mean error, in few of the interpreter's programs.
+MANY = {"rms_norm": (64, 48), "add_rms_norm": (64, 48), "swiglu": (3, 1024), "rotary": (2, 3, 32, 21, 48)}
 all_operators = pytest.mark.parametrize("name", OPERATORS)
 
 
@@ -156,7 +162,7 @@ def test_half_precision_is_as_close_to_float64_as_autograd(name, dtype, impl, po
     slack = 3.0 if impl == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu" else 1.02
     errors = torch.zeros(2, 5)
     for seed in range(8):
-        inputs = draw(shapes((2, 32, 3, 2, 48) if name == "rotary" else (64, 48)), dtype, seed)
+        inputs = draw(shapes(MANY[name]), dtype, seed)
         truth = results(definition, [value.double() for value in inputs], seed=99)
         if name == "rotary":  # of tables that are rounded as the model rounds them
             truth = results(plain_rotary_in_float64(dtype), [value.double() for value in inputs], seed=99)
