@@ -28,24 +28,36 @@ SYSTEMS = ("quartz_run", "opal_run")
 HOSTILE = "</script><script>window.hurt = 1</script><img src=x onerror='window.hurt = 1'><b>粗体</b> & <!-- 无 -->"
 
 
-class Page:
-    """A rater's page in a browser of its own."""
+def browser(profile):
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs chromium and chromedriver (Debian's chromium and chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
 
-    def __init__(self, file, profile, downloads, size=(1280, 900), touch=False):
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}"):
-            options.add_argument(flag)
-        options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-        if touch:
-            screen = {"width": size[0], "height": size[1], "pixelRatio": 2, "touch": True}
-            options.add_experimental_option("mobileEmulation", {"deviceMetrics": screen})
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-        self.downloads = downloads
-        self.driver.get(Path(file).as_uri())
+
+class Page:
+    """A rater's page in a browser."""
+
+    def __init__(self, driver, file, downloads, size=(1280, 900), touch=False, forget=True):
+        self.driver, self.downloads = driver, downloads
+        driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
+        driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": touch})
+        self.resize(size, touch)
+        if forget:  # what another test left in this browser
+            driver.get("about:blank")
+            driver.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": "file://", "storageTypes": "all"})
+            driver.get_log("browser")
+        driver.get(Path(file).as_uri())
         self.ready()
         self.data = self.run("return DATA")
+
+    def resize(self, size, touch=False):
+        screen = {"width": size[0], "height": size[1], "deviceScaleFactor": 1 + touch, "mobile": touch}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
 
     def ready(self):
         wait_for(lambda: self.run("return document.body.dataset.ready"))
@@ -128,24 +140,31 @@ def wait_for(condition, seconds=20):
     return found
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    driver = browser(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()
+
+
 @pytest.fixture
-def browse(tmp_path):
-    """Opens pages in browsers that end with the test."""
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("needs chromium and chromedriver (Debian's chromium and chromium-driver)")
+def browse(shared, tmp_path):
+    """Opens a page in the browser of all tests; with a `profile`, in a browser of its own that ends with the test."""
     opened = []
 
-    def browse(file, **settings):
-        profile = settings.pop("profile", tmp_path / f"profile{len(opened)}")
+    def browse(file, profile=None, **settings):
+        driver = shared
+        if profile is not None:
+            opened.append(driver := browser(profile))
         downloads = tmp_path / f"downloads{len(opened)}"
         downloads.mkdir(exist_ok=True)
-        opened.append(Page(file, profile, downloads, **settings))
-        return opened[-1]
+        return Page(driver, file, downloads, forget=profile is None, **settings)
 
     yield browse
-    for page in opened:
+    shared.get("about:blank")
+    for driver in opened:
         with contextlib.suppress(Exception):
-            page.driver.quit()
+            driver.quit()
 
 
 @pytest.fixture
@@ -220,7 +239,6 @@ def test_three_raters_vote_export_and_are_merged(build, browse, lab, tmp_path):
         files.append(page.export())
         assert files[-1].name == f"ratings_{rater}.json" and page.find("#open-export").get_attribute("class") == ""
         assert not page.driver.get_log("browser")
-        page.driver.quit()
     results = tmp_path / "results.json"
     merging = ["--key", str(output / "key.json"), "--output", str(results), "--draws", "100"]
     result = lab.call("doctors", ["--merge", *map(str, files), *merging])
@@ -241,7 +259,7 @@ def test_three_raters_vote_export_and_are_merged(build, browse, lab, tmp_path):
     assert result.code == 2 and f"{files[0]}: " in result.err and "its checksum is wrong" in result.err
 
 
-def test_an_export_goes_on_in_another_browser(build, browse):
+def test_an_export_goes_on_in_another_browser(build, browse, tmp_path):
     output, key = build("--language", "en")
     first = browse(output / "li.html").begin()
     assert first.find("#open-export").text == "Export"
@@ -251,7 +269,7 @@ def test_an_export_goes_on_in_another_browser(build, browse):
     file = first.export()
     content = json.loads(file.read_text(encoding="utf-8"))
     assert len(content["ratings"]) == 2 and content["finished"] == 1
-    second = browse(output / "li.html").begin()
+    second = browse(output / "li.html", profile=tmp_path / "second").begin()
     assert second.progress() == "0 of 6 finished"
     assert second.send_file(file) == "2 questions imported." and second.progress() == "1 of 6 finished"
     second.keys("g")  # the first unfinished question, where the second aspect is next
@@ -304,7 +322,7 @@ def test_a_narrow_window_shows_everything_and_takes_taps(build, browse, tmp_path
     vote(key, page, "li", "mouse")
     page.click("#next")
     assert page.progress() == "已完成 1 / 6" and page.run("return scrollY") == 0
-    page.driver.set_window_size(320, 568)
+    page.resize((320, 568), touch=True)
     assert page.run("return document.documentElement.scrollWidth") <= 390
 
 
