@@ -52,7 +52,7 @@ $(VENV)/.serve: $(VENV)/.demo
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(bin)/python
-	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[test]"
 	touch $@ $(VENV)/.demo
 
 $(bin)/python:
