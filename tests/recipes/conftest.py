@@ -123,19 +123,17 @@ class Lab:
             self.references[recipe] = output
         return self.references[recipe]
 
-    def start(self, command: list[str], **environment: str) -> subprocess.Popen:
+    def start(self, command: list[str], python: str = sys.executable, **environment: str) -> subprocess.Popen:
         """A Python process of one thread."""
         return subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [python, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )  # fmt: skip
 
-    def torchrun(self, script: str | Path, arguments: list[str]) -> Result:
-        """`torchrun --nproc-per-node 2`, gloo."""
+    def torchrun(self, python: str, script: str | Path, arguments: list[str]) -> subprocess.Popen:
+        """`torchrun --nproc-per-node 2`, gloo, where this stands in for Python, for the launcher and for the ranks."""
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(self.free_port())]
-        process = self.start([*launcher, str(script), *arguments])
-        out, err = process.communicate(timeout=120)
-        return Result(process.returncode, out, err)
+        return self.start([*launcher, "--no-python", python, str(script), *arguments], python)
 
     def free_port(self) -> int:
         """A port that nobody listens on."""

@@ -111,7 +111,7 @@ def test_variants_of_the_experts_resume_go_on_and_train_on_two_ranks(lab, tmp_pa
     """The balance is that of a micro-batch, and micro-batches of one row do not depend on ranks."""
     table = 'num_specific_experts = { "*.0.*" = 2, "*" = 3 }'
     (tmp_path / "variants.toml").write_text(f"{table}\nnum_universal_experts = 2\ntop_k = 2\nshared_A = true\n")
-    settings = {**EXPERTS, "config": tmp_path / "variants.toml", "balance": 0.5, "micro_batch_size": 1}
+    settings = {**EXPERTS, "config": tmp_path / "variants.toml", "balance": 0.5, "micro_batch_size": 1, "max_steps": 3}
     done = lab.run("expert_finetune", tmp_path / "whole", **settings, checkpoint_every=1)
     assert done.code == 0, done.err
     metrics = lab.metrics(tmp_path / "whole")
@@ -121,8 +121,7 @@ def test_variants_of_the_experts_resume_go_on_and_train_on_two_ranks(lab, tmp_pa
     lab.assert_as_if_nothing_happened(tmp_path / "killed", tmp_path / "whole")
     on = {**settings, "config": None, "rank": None, "from_adapter": tmp_path / "whole/adapter", "max_steps": 1}
     assert lab.run("expert_finetune", tmp_path / "on", **on).code == 0
-    two = {name: value for name, value in settings.items()}
-    done = lab.two_ranks([("expert_finetune", tmp_path / "two", two, None)])
+    done = lab.two_ranks([("expert_finetune", tmp_path / "two", settings, None)])
     assert done.code == 0, done.err
     found, expected = lab.weights(tmp_path / "two"), lab.weights(tmp_path / "whole")
     assert {tensor.shape[0] for name, tensor in found.items() if ".router." in name} == {2, 3}
@@ -133,6 +132,7 @@ def test_variants_of_the_experts_resume_go_on_and_train_on_two_ranks(lab, tmp_pa
 def test_two_ranks_match_one(lab, tmp_path, taught):
     on = {"adapter": "lora", "from_adapter": str(taught / "adapter"), "learning_rate": 1e-2}
     jobs = [("continued_pretrain", LORA), ("dfpo", EXPERTS), ("full_finetune", on)]
+    jobs = [(recipe, {**settings, "max_steps": 3}) for recipe, settings in jobs]
     done = lab.two_ranks([(recipe, tmp_path / f"{recipe}_two", settings, None) for recipe, settings in jobs])
     assert done.code == 0, done.err
     for recipe, settings in jobs:

@@ -119,10 +119,9 @@ def test_two_runs_at_once(lab, tmp_path):
     lab.assert_as_if_nothing_happened(tmp_path, lab.reference("full_finetune"))
 
 
-def test_two_ranks_stop_together_and_save_a_checkpoint_when_torchrun_is_told_to_end(lab, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(lab.free_port())]
+def test_two_ranks_stop_together_and_save_a_checkpoint_when_torchrun_is_told_to_end(lab, tmp_path, python):
     flags = lab.arguments("full_finetune", tmp_path, epochs=20)  # 68 steps
-    process = lab.start([*launcher, lab.script("full_finetune"), *flags])
+    process = lab.torchrun(python, lab.script("full_finetune"), flags)
     log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 100
     while (not log.exists() or len(log.read_text().splitlines()) < 3) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()

@@ -94,7 +94,7 @@ def test_the_run_mixes_the_sources_of_the_manifest(lab, whole):
     assert {path.name for path in output.iterdir()} == {"done.json", "metrics.jsonl", "model"}  # no tokens are left
 
 
-@pytest.mark.parametrize("step", range(1, 7))
+@pytest.mark.parametrize("step", [1, 2, 5, 6])  # the first and the last, with tokens made again and used again
 def test_a_run_killed_after_any_step_goes_on_bit_for_bit(lab, corpus, whole, step, tmp_path, monkeypatch):
     assert run(lab, corpus, tmp_path, die_after=step).code == -9
     assert (tmp_path / "tokens" / "train" / "store.json").exists()

@@ -26,7 +26,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = RECIPES / "configs"
 STAGES = {"cpt": "continued_pretrain", "sft": "full_finetune", "dfpo": "dfpo", "experts": "expert_finetune"}
 SHAPE = {
-    "model_type": "baichuan", "vocab_size": 900, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
+    "model_type": "baichuan", "vocab_size": 900, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
     "num_attention_heads": 4, "model_max_length": 256, "pedgpt_positions": "rope", "pedgpt_norm_head": True,
 }  # fmt: skip
 

@@ -78,8 +78,8 @@ def test_a_reference_of_another_format_is_refused(lab, tmp_path, bases):
 
 
 def test_two_ranks_match_one(lab, tmp_path, bases):
-    jobs = [(recipe, f"{recipe}_{kind}", {**settings, "model": str(bases), "quantize": kind})
-            for (recipe, settings), kind in zip(STAGES[:3], ("nf4", "int8", "nf4"), strict=True)]  # fmt: skip
+    jobs = [(recipe, f"{recipe}_{kind}", {**settings, "model": str(bases), "quantize": kind, "max_steps": 3})
+            for (recipe, settings), kind in zip(STAGES[1:3], ("int8", "nf4"), strict=True)]  # fmt: skip
     done = lab.two_ranks([(recipe, tmp_path / f"{name}_two", settings, None) for recipe, name, settings in jobs])
     assert done.code == 0, done.err
     for recipe, name, settings in jobs:

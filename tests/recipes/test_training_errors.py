@@ -191,10 +191,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(lab, model, ou
 
 
 def test_the_command_itself_ends_in_one_line_and_code_2(lab, output):
-    process = lab.start([lab.script("dfpo"), *lab.arguments("dfpo", output), "--betta", "1"])
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "")
-    assert err == "error: --betta is no setting of this recipe; did you mean 'beta'?\n"
+    result = lab.ended(lab.fork(lab.script("dfpo"), [*lab.arguments("dfpo", output), "--betta", "1"]))
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "error: --betta is no setting of this recipe; did you mean 'beta'?\n"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
