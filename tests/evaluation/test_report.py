@@ -292,10 +292,10 @@ def answers_of(folder, names, count=200):
     return questions
 
 
-def test_two_files_of_answers_are_compared_by_one_command(tmp_path):
+def test_two_files_of_answers_are_compared_by_one_command(tmp_path, python):
     answers_of(tmp_path, ["good", "worse"])
     environment = {**os.environ, "PYTHONPATH": str(RECIPE.parents[1]), "PYTHONIOENCODING": "utf-8"}
-    began, command = time.perf_counter(), [sys.executable, str(RECIPE), "--run", str(tmp_path)]
+    began, command = time.perf_counter(), [python, str(RECIPE), "--run", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (0, "") and time.perf_counter() - began < 60
     page = (tmp_path / "report.md").read_text(encoding="utf-8")

@@ -92,11 +92,11 @@ def texts_of(corpus):
     }
 
 
-def test_init_model_gives_identical_bytes_in_another_process(corpus, tmp_path):
+def test_init_model_gives_identical_bytes_in_another_process(corpus, tmp_path, python):
     run("init_model", **INIT, output=tmp_path / "one", **texts_of(corpus))
     flags = [f"--{name}={value}" for name, value in {**INIT, "output": tmp_path / "two"}.items()]
     files = [flag for name, paths in texts_of(corpus).items() for flag in (f"--{name}", *paths)]
-    done = command(sys.executable, "init_model", *flags, *files, PYTHONHASHSEED="3")
+    done = command(python, "init_model", *flags, *files, PYTHONHASHSEED="3")
     assert done.returncode == 0, done.stderr.decode()
     one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(one)
