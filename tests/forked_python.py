@@ -31,7 +31,7 @@ def ask(path, arguments):
 
 def serve(path):
     """Wait for commands; return in the process of each of them, with its arguments."""
-    for name in ("torch.distributed.fsdp", "safetensors.torch", "tokenizers", "einops", "jinja2", "tqdm"):
+    for name in ("torch._dynamo", "torch.distributed.fsdp", "safetensors.torch", "tokenizers", "einops", "jinja2", "tqdm"):
         importlib.import_module(name)
 
     def reap(*_):

@@ -60,11 +60,13 @@ def files_of(folder):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Of the sample without most of its knowledge graph, which takes longest."""
+    """Of the first rows of each source of the sample."""
     folder = tmp_path_factory.mktemp("built")
     shutil.copytree(SAMPLE, folder / "sample")
-    graph = (SAMPLE / "knowledge_graph.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "sample" / "knowledge_graph.tsv").write_text("".join(graph[:250]), encoding="utf-8")
+    for path in SAMPLE.glob("*.[jt]s[ov]*"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = 250 if path.suffix == ".tsv" else 68
+        (folder / "sample" / path.name).write_text("".join(lines[:kept]), encoding="utf-8")
     run("build_corpus", source=folder / "sample", output=folder / "corpus")
     return folder / "corpus"
 
