@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined: before pedgpt is imported
 os.environ["PEDGPT_CPU"] = "always"  # for child processes too: a measurement could go either way
+OTHER_HASH_SEED = "12345"
 multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "pedgpt.stage"])  # takes seconds
 
 
@@ -48,7 +49,8 @@ def start_ranks():
 def python(tmp_path_factory):
     """A command like sys.executable for scripts, -c and -m, in which torch is imported already: tests/forked_python.py.
 
-    It knows no other options, and reads no PYTHON… variable but PYTHONPATH.
+    It knows no other options, and reads no PYTHON… variable but PYTHONPATH. Its PYTHONHASHSEED is OTHER_HASH_SEED, so
+    that sets have another order than in the tests' own process.
     """
     if not hasattr(os, "pidfd_open"):  # Linux only
         yield sys.executable
@@ -57,7 +59,8 @@ def python(tmp_path_factory):
     server = [sys.executable, str(Path(__file__).with_name("forked_python.py")), str(folder / "socket")]
     (folder / "python").write_text(f'#!/bin/sh\nexec {server[0]} -IS {server[1]} {server[2]} "$@"\n', encoding="utf-8")
     (folder / "python").chmod(0o755)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    assert os.environ.get("PYTHONHASHSEED") != OTHER_HASH_SEED
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONHASHSEED": OTHER_HASH_SEED}
     process = subprocess.Popen(server, env=environment, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"listening\n"
     yield str(folder / "python")

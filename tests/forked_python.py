@@ -31,7 +31,8 @@ def ask(path, arguments):
 
 def serve(path):
     """Wait for commands; return in the process of each of them, with its arguments."""
-    for name in ("torch.distributed.fsdp", "safetensors.torch", "tokenizers", "einops", "jinja2", "tqdm"):
+    names = ("torch._dynamo", "torch.distributed.fsdp", "safetensors.torch", "tokenizers", "einops", "jinja2", "tqdm")
+    for name in names:
         importlib.import_module(name)
 
     def reap(*_):

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -174,7 +173,7 @@ kind = "self_cognition"
 """
 
 
-def test_bytes_depend_neither_on_hash_seeds_nor_on_where_the_sources_lie(tmp_path):
+def test_bytes_depend_neither_on_hash_seeds_nor_on_where_the_sources_lie(tmp_path, python):
     """Built in this process and in another one, whose hash seed is another."""
     recipe, seed, made = ROOT / "recipes" / "build_corpus.py", "12345", []
     assert os.environ.get("PYTHONHASHSEED") != seed
@@ -201,8 +200,8 @@ def test_bytes_depend_neither_on_hash_seeds_nor_on_where_the_sources_lie(tmp_pat
         if place == "one":
             here.main(here.Config(source=str(source), output=str(folder), heldout_share=0.3))
         else:
-            command = [sys.executable, recipe, "--source", source, "--output", folder, "--heldout_share", "0.3"]
-            env = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+            command = [python, str(recipe), "--source", source, "--output", folder, "--heldout_share", "0.3"]
+            env = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60, env=env)
             assert done.returncode == 0, done.stderr.decode()
         made.append({str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()})

@@ -7,12 +7,12 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 from unittest.mock import patch
 
+import jieba
 import numpy as np
 import pytest
 
@@ -279,7 +279,7 @@ def test_recipe_fails_in_one_line(tmp_path):
     assert called("--run", str(tmp_path / "absent")) == (2, "", f"error: {tmp_path / 'absent'}: no such run folder\n")
 
 
-def answers_of(folder, names, count=200):
+def answers_of(folder, names, count=100):
     """Files of answers: the first system repeats the reference more often than the others. Synthetic."""
     asked = [(Message("user", f"问题{i}"),) for i in range(count)]
     questions = [Question(one, f"孩子发热{i}天，多喝水，及时就医。", TASKS[i % 2]) for i, one in enumerate(asked)]
@@ -292,14 +292,14 @@ def answers_of(folder, names, count=200):
     return questions
 
 
-def test_two_files_of_answers_are_compared_by_one_command(tmp_path):
+def test_two_files_of_answers_are_compared_by_one_command(tmp_path, monkeypatch, capfd):
     answers_of(tmp_path, ["good", "worse"])
-    environment = {**os.environ, "PYTHONPATH": str(RECIPE.parents[1]), "PYTHONIOENCODING": "utf-8"}
-    began, command = time.perf_counter(), [sys.executable, str(RECIPE), "--run", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
-    assert (done.returncode, done.stderr) == (0, "") and time.perf_counter() - began < 60
+    monkeypatch.setattr(jieba.dt, "initialized", False)  # it reads its dictionary again, and says nothing either
+    began = time.perf_counter()
+    assert called("--run", str(tmp_path))[::2] == (0, "") and time.perf_counter() - began < 60
+    assert jieba.dt.initialized and capfd.readouterr().err == ""
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
-    rows = re.findall(r"\| (good|worse) \| 100 \| 0 \| ([\d.]+) ± ([\d.]+) \|", page)
+    rows = re.findall(r"\| (good|worse) \| 50 \| 0 \| ([\d.]+) ± ([\d.]+) \|", page)
     assert len(rows) == 4 and page.startswith("# Run report: ") and "What to expect" not in page
     for name, score, half in rows:
         assert 0 < float(half) < 15 and (float(score) > 45) == (name == "good")

@@ -1,4 +1,4 @@
-"""Folders that lie: two thousand mutated files, each refused with a ValueError that names it, or loaded exactly."""
+"""Folders that lie: fifteen hundred mutated files, each refused with a ValueError that names it, or loaded exactly."""
 
 import contextlib
 import copy
@@ -186,7 +186,7 @@ def test_mutated_safetensors_are_refused_or_read_as_the_safetensors_library_read
     file = folder / "model.safetensors"
     content, loaded, chance = file.read_bytes(), 0, Chance()
     shapes = {key: tensor.shape for key, tensor in load_file(file).items()}
-    for _ in range(300):
+    for _ in range(150):
         mutated = mutated_safetensors(chance, content)
         file.write_bytes(mutated)
         model = load(folder, file)
@@ -195,7 +195,7 @@ def test_mutated_safetensors_are_refused_or_read_as_the_safetensors_library_read
             theirs = {key: tensor for key, tensor in load_bytes(mutated).items() if "inv_freq" not in key}
             assert {key: tensor.shape for key, tensor in theirs.items()} == shapes
             assert_same(model, theirs)
-    assert 9 < loaded < 201
+    assert 4 < loaded < 101
 
 
 def test_mutated_indexes_are_refused_or_load_the_same_weights(folder):
@@ -229,7 +229,7 @@ def test_mutated_indexes_are_refused_or_load_the_same_weights(folder):
     index = folder / "model.safetensors.index.json"
     weight_map = {key: name for name, weights in shards.items() for key in weights}
     loaded, chance = 0, Chance()
-    for _ in range(300):
+    for _ in range(150):
         changed = dict(weight_map)
         for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
             key, kind = chance.choice(list(weight_map)), chance.choice(range(6))
@@ -255,7 +255,7 @@ def test_mutated_indexes_are_refused_or_load_the_same_weights(folder):
         if model is not None:
             loaded += 1
             assert_same(model, whole)
-    assert 15 < loaded < 210
+    assert 7 < loaded < 105
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"])
@@ -311,7 +311,7 @@ def test_mutated_bins_are_refused_or_give_every_weight_its_shape(folder):
     start = content.index(code)
     shapes, loaded, chance = {key: tensor.shape for key, tensor in weights.items()}, 0, Chance()
     spare = bytes(sorted(set(code) | set(b"()]}tu\x85\x86\x87\x81RbQqrhjKMJX.N")))
-    for _ in range(300):
+    for _ in range(150):
         kind = chance.choice(range(10))
         mutated = bytearray(content)
         if kind < 5:
@@ -328,7 +328,7 @@ def test_mutated_bins_are_refused_or_give_every_weight_its_shape(folder):
         if model is not None:
             loaded += 1
             assert {key: tensor.shape for key, tensor in model.state_dict().items()} == shapes
-    assert 15 < loaded < 210
+    assert 7 < loaded < 105
 
 
 class Call:
