@@ -26,8 +26,8 @@ with_and_without_noise = pytest.mark.parametrize("noisy", [False, True], ids=["e
 
 # tokens, in, out, rank, experts: tiles are 32 or 64 tokens, up to 128 columns of the product and 64 of a rank
 SIZES = [
-    (131, 75, 70, 5, 3),
-    (37, 100, 33, 30, 5),
+    (67, 75, 70, 5, 3),
+    (35, 70, 33, 30, 4),
     (17, 33, 40, 1, 11),
     (1, 1, 1, 1, 1),
     (67, 40, 65, 9, 0),
@@ -189,12 +189,13 @@ def launch(x, packed, noise, dy, lora_B, rank, experts, dtype, splits=1, blocks=
 
 
 @needs_triton
-@pytest.mark.parametrize("which", range(3))
-@pytest.mark.parametrize("case", range(len(SIZES)))
+@pytest.mark.parametrize(
+    ("case", "which"), [(case, which) for case in range(len(SIZES)) for which in range(3) if (case + which) % 3 != 2]
+)
 def test_kernels_fill_their_outputs_and_touch_nothing_beyond(case, which):
     """NaN around the operands shows in the results if it is read; outputs begin as NaN, and NaN lies around them.
 
-    Each size with each division, with noise in every second of them.
+    Each size with two of the divisions, with noise in every second of them.
     """
     (tokens, size_in, size_out, rank, experts), noisy = SIZES[case], (case + which) % 2 == 0 and SIZES[case][-1] > 0
     splits, blocks = [(1, {}), (2, {"BLOCK_T": 16, "BLOCK_D": 16, "BLOCK_C": 16}), (4, {"BLOCK_D": 32})][which]
@@ -205,16 +206,15 @@ def test_kernels_fill_their_outputs_and_touch_nothing_beyond(case, which):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", range(len(SIZES)))
-def test_kernels_in_half_precision_compute_in_float32_and_round_once(case, dtype):
+def test_kernels_in_half_precision_compute_in_float32_and_round_once(case):
     """Half-precision operands and float32 outputs: as exact as float32. Half-precision outputs: those, rounded.
 
     Where the kernel rounds itself, Triton's interpreter truncates bfloat16 and a GPU rounds to nearest: either is
-    within one unit in the last place. Every second size and dtype has noise.
+    within one unit in the last place. Each dtype with noise and without.
     """
-    (tokens, size_in, size_out, rank, experts), float16 = SIZES[case], dtype == torch.float16
-    noisy = (case + float16) % 2 == 0 and experts > 0
+    (tokens, size_in, size_out, rank, experts), dtype = SIZES[case], (torch.bfloat16, torch.float16)[case // 2 % 2]
+    noisy = case % 2 == 0 and experts > 0
     given = operands(tokens, size_in, size_out, rank, experts, noisy, dtype)
     exact = launch(*given, rank, experts, torch.float32, 2)
     for name, truth in definition(*given, rank, experts, 1.7).items():
@@ -247,7 +247,7 @@ def test_a_product_split_along_its_width_matches_float64(tokens, columns, width)
 
 
 @needs_triton
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 1), (7, 3), (12, 17)])
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 1), (7, 3), (3, 17)])
 @pytest.mark.parametrize("seed", [0, -1, 2**64 - 2])
 def test_the_kernel_draws_the_stream_of_the_torch_form(seed, tokens, experts):
     """From the slope: with W_n of zero it is half the noise."""
@@ -263,9 +263,14 @@ def test_the_kernel_draws_the_stream_of_the_torch_form(seed, tokens, experts):
 
 
 @both_impls
-@with_and_without_noise
-@pytest.mark.parametrize("which", ["all", "some", "none"])
-@pytest.mark.parametrize(("tokens", "experts"), [(131, 3), (1, 1), (20, 17)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "which", "noisy"),  # each pair of values
+    [
+        (*size, which, (i + j) % 2 == 0)
+        for i, size in enumerate([(67, 3), (1, 1), (5, 17)])
+        for j, which in enumerate(["all", "some", "none"])
+    ],
+)
 def test_totals_match_sums_over_the_tokens_that_count(tokens, experts, which, noisy, impl):
     x, packed, noise, *_ = operands(tokens, 20, 9, 2, experts, noisy)
     where = torch.rand(tokens, generator=torch.Generator().manual_seed(0)).to(DEVICE) < (0.5 if which == "some" else 0)

@@ -26,7 +26,7 @@ with_and_without_noise = pytest.mark.parametrize("noisy", [False, True], ids=["e
 
 # in, out, rank, experts, bias, shape of the input before the width
 CASES = [
-    (75, 70, 5, 3, True, (131,)),  # blocks are 64 tokens by 64 of the width: both go beyond one
+    (75, 70, 5, 3, True, (67,)),  # blocks are 64 tokens by 64 of the width: both go beyond one
     (100, 65, 30, 5, False, (70,)),  # 190 columns: blocks of 128
     (40, 33, 1, 18, True, (9,)),
     (7, 5, 3, 2, True, (2, 3, 4)),
@@ -35,7 +35,7 @@ CASES = [
     (34, 6, 11, 3, False, ()),
     (34, 6, 2, 3, True, (1,)),
     (5, 6, 2, 3, True, (2, 0)),
-    (75, 70, 5, 0, False, (131,)),
+    (75, 70, 5, 0, False, (67,)),
     (33, 40, 200, 0, True, (2, 35)),
     (7, 5, 1, 0, True, ()),
     (5, 6, 2, 0, False, (0,)),
@@ -185,7 +185,11 @@ def strided(tensor):
 @both_impls
 @pytest.mark.parametrize(
     ("name", "experts", "shape"),
-    [(name, experts, shape) for name in ("x", "dropped", "dy") for experts in (3, 0) for shape in ((), (70,), (5, 14))]
+    [
+        (name, experts, shape)
+        for name in ("x", "dropped", "dy")
+        for experts, shape in ((3, (70,)), (3, (5, 14)), (0, ()), (0, (70,)))
+    ]
     + [("noise", 3, shape) for shape in ((), (70,), (5, 14))]
     + [(name, 3, (5, 14)) for name in PARAMETERS]  # whose strides do not depend on the tokens' shape
     + [(name, 0, (70,)) for name in PARAMETERS[:4]],
@@ -249,23 +253,26 @@ def mean_errors(form, shapes, noisy, dtype, scaling=2.0):
 
 
 @both_impls
-@pytest.mark.parametrize("bias", [False, True])
-@with_and_without_noise
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "noisy", "bias"),  # each pair of values
+    [
+        (torch.bfloat16, False, False), (torch.bfloat16, True, True),
+        (torch.float16, False, True), (torch.float16, True, False),
+    ],
+)  # fmt: skip
 def test_half_precision_is_as_close_to_float64_as_the_published_form(dtype, noisy, bias, impl, rounded_to_nearest):
     """With a budget of 5 % and 1e-4: roundings differ by chance."""
-    shapes = (96, 130, 8, 3, bias, (150,))
+    shapes = (96, 130, 8, 3, bias, (75,))
     budget = mean_errors(published, shapes, noisy, dtype)
     for name, found in mean_errors(ours(impl), shapes, noisy, dtype).items():
         assert found <= 1.05 * budget[name] + 1e-4, f"{name}: {found:.2e}, the published form {budget[name]:.2e}"
 
 
 @both_impls
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, True), (torch.float16, False)])
 def test_plain_lora_in_half_precision_is_as_close_to_float64_as_peft(dtype, bias, impl, rounded_to_nearest):
     """PEFT with the adapter in the same dtype; with a budget of 5 % and 1e-4, since roundings differ by chance."""
-    shapes = (96, 130, 8, 0, bias, (150,))
+    shapes = (96, 130, 8, 0, bias, (75,))
     budget = mean_errors(peft_form, shapes, False, dtype)
     for name, found in mean_errors(ours(impl), shapes, False, dtype).items():
         assert found <= 1.05 * budget[name] + 1e-4, f"{name}: {found:.2e}, PEFT {budget[name]:.2e}"
@@ -321,10 +328,13 @@ def test_equal_gates_give_the_mean_of_the_experts(experts, bias, impl):
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # from switching oneDNN
 @both_impls
-@pytest.mark.parametrize("onednn", [False, True], ids=["torch's products", "oneDNN's products"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("shape", "bias", "experts"), [((), False, 0), ((), True, 3), ((2, 3, 5), False, 3), ((2, 3, 5), True, 0)]
+    ("shape", "bias", "experts", "dtype", "onednn"),  # every second combination
+    [
+        (*case, dtype, (i + j) % 2 == 1)
+        for i, case in enumerate([((), False, 0), ((), True, 3), ((2, 3, 5), False, 3), ((2, 3, 5), True, 0)])
+        for j, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16))
+    ],
 )
 def test_with_b_of_zero_it_is_the_base_layer_bit_for_bit(shape, bias, experts, dtype, onednn, impl):
     """Which is F.linear, and in float32 on the CPU, where oneDNN is used, `pedgpt.kernels.cpu.products`.
@@ -384,8 +394,14 @@ def test_a_single_operand_that_needs_a_gradient_gets_the_same_one(wanted, impl):
 @both_impls
 @pytest.mark.parametrize("size", [80.0, 1e4])
 def test_extreme_routes_give_finite_gates_and_gradients(size, impl):
-    """Every combination of ±size for three routes and three noise scales, which must not overflow in the softplus."""
+    """Every combination of ±size for three routes and three noise scales, which must not overflow in the softplus.
+
+    Every fifth of them in the slow interpreter, in which all of any four that stand together occur.
+    """
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * 6)
+    if impl == "triton" and DEVICE == "cpu":
+        signs = signs[::5]
+        assert all(len(signs[:, i : i + 4].unique(dim=0)) == 3**4 for i in range(3))
     values, dy = draw(6, 5, 2, 3, True, (len(signs),), noisy=True)
     values["x"] = signs.to(DEVICE)
     values["router"] = size * torch.eye(3, 6, device=DEVICE)
@@ -432,9 +448,15 @@ def poisoned(monkeypatch):
 
 
 @both_impls
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    (*SHAPES, "noisy"), [(*CASES[0], False), (*CASES[0], True), (*CASES[5], True), (*CASES[9], False)]
+    (*SHAPES, "noisy", "dtype"),
+    [
+        *((*CASES[0], True, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        (*CASES[0], False, torch.bfloat16),
+        (*CASES[5], True, torch.float16),
+        (*CASES[9], False, torch.float32),
+        (*CASES[9], False, torch.bfloat16),
+    ],
 )
 def test_memory_poisoned_with_nan_changes_nothing(
     size_in, size_out, rank, experts, bias, shape, noisy, dtype, impl, poisoned
@@ -480,9 +502,14 @@ def largest_tensors(form, values, dy, train_base):
 
 
 @both_impls
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("train_base", [False, True], ids=["frozen base", "trainable base"])
-@pytest.mark.parametrize(("tokens", "size_in", "size_out"), [(160, 40, 120), (160, 120, 40), (20, 40, 120)])
+@pytest.mark.parametrize(
+    ("tokens", "size_in", "size_out", "dtype", "train_base"),
+    [
+        (130, 40, 120, torch.float32, True), (130, 40, 120, torch.bfloat16, False),
+        (130, 120, 40, torch.float32, False), (130, 120, 40, torch.bfloat16, True),
+        (20, 40, 120, torch.float32, False), (20, 40, 120, torch.bfloat16, True),
+    ],
+)  # fmt: skip
 def test_no_tensor_is_as_large_as_tokens_by_experts_by_out(tokens, size_in, size_out, train_base, dtype, impl):
     """The largest is one output, one input or, where the base trains, its gradient."""
     experts, rank = 4, 2
@@ -511,9 +538,13 @@ def saved_bytes(function, *inputs):
 
 
 @both_impls
-@pytest.mark.parametrize("tokens", [16, 200])
-@pytest.mark.parametrize("train_base", [False, True], ids=["frozen base", "trainable base"])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 256), (torch.float16, 256), (torch.float32, 304)])
+@pytest.mark.parametrize(
+    ("dtype", "limit", "train_base", "tokens"),
+    [
+        (torch.bfloat16, 256, False, 16), (torch.bfloat16, 256, True, 100), (torch.float16, 256, False, 100),
+        (torch.float16, 256, True, 16), (torch.float32, 304, False, 16), (torch.float32, 304, True, 100),
+    ],
+)  # fmt: skip
 def test_little_is_saved_for_the_backward_pass(dtype, limit, train_base, tokens, impl):
     """Per token: s with the routes beside it, and gates and slope in float32. With 16 tokens any copy of a parameter
     would go beyond the limit."""
@@ -565,9 +596,10 @@ def test_activation_checkpointing_draws_the_same_noise_again(noise):
 
 
 @both_impls
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
-@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize(
+    ("experts", "inside", "dtype"),  # each pair of values
+    [(0, False, torch.bfloat16), (0, True, torch.float16), (3, False, torch.float16), (3, True, torch.bfloat16)],
+)
 def test_autocast_matches_the_casts_by_hand(experts, inside, dtype, impl):
     values, dy = draw(20, 14, 3, experts, True, (2, 9), noisy=True, dropout=True)
     if impl == "triton":
@@ -681,9 +713,9 @@ def test_triton_where_it_cannot_be_had_is_refused(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize(("rank", "experts"), [(70, 5), (3, 66), (600, 0)])
+@pytest.mark.parametrize(("rank", "experts"), [(70, 5), (2, 65), (600, 0)])
 def test_triton_has_no_most_columns_or_experts(rank, experts):
-    values, dy = draw(33, 20, rank, experts, False, (9,), noisy=True)
+    values, dy = draw(33, 20, rank, experts, False, (3,), noisy=True)
     results = output_and_gradients(ours("triton"), values, dy)
     for name, truth in truth_of(values, dy).items():
         assert error(results[name], truth) <= 1e-6, name

@@ -100,7 +100,7 @@ CASES = [
     for shape in (ROTARY_SHAPES if name == "rotary" else SHAPES[:-1] if name == "swiglu" else SHAPES)
 ]
 # Numbers enough for a mean error, in few of the interpreter's programs.
-MANY = {"rms_norm": (64, 48), "add_rms_norm": (64, 48), "swiglu": (3, 1024), "rotary": (2, 3, 32, 21, 48)}
+MANY = {"rms_norm": (64, 48), "add_rms_norm": (64, 48), "swiglu": (3, 1024), "rotary": (1, 3, 24, 13, 48)}
 all_operators = pytest.mark.parametrize("name", OPERATORS)
 
 
@@ -161,7 +161,7 @@ def test_half_precision_is_as_close_to_float64_as_autograd(name, dtype, impl, po
     # NOTE: Triton's interpreter cuts bfloat16 off where a GPU rounds it, so its errors are two to three times as large.
     slack = 3.0 if impl == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu" else 1.02
     errors = torch.zeros(2, 5)
-    for seed in range(8):
+    for seed in range(8 if impl == "torch" else 4):  # the interpreter is slow
         inputs = draw(shapes(MANY[name]), dtype, seed)
         truth = results(definition, [value.double() for value in inputs], seed=99)
         if name == "rotary":  # of tables that are rounded as the model rounds them

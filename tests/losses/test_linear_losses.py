@@ -28,6 +28,15 @@ def chunks(request, monkeypatch):
     if request.param == "many chunks":
         for name, value in (("CHUNK", 60), ("BLOCK", 40), ("SLICE", 30)):
             monkeypatch.setattr(linear_logps, name, value)
+    return request.param
+
+
+@pytest.fixture
+def larger_chunks(chunks, monkeypatch):
+    """Of long sequences hundreds of tokens, not one."""
+    if chunks == "many chunks":
+        for name, value in (("CHUNK", 13_000), ("BLOCK", 4_000), ("SLICE", 30)):
+            monkeypatch.setattr(linear_logps, name, value)
 
 
 def draw(rows=4, tokens=9, size=8, vocabulary=19, masked=0.3, dtype=torch.float64, seed=0):
@@ -199,7 +208,7 @@ def test_scattered_sequences_match_a_loop_over_tokens(integer, normalize):
 
 
 @pytest.mark.parametrize("scattered", [False, True], ids=["a row", "scattered"])
-def test_long_sequences_sum_as_exactly_as_sequence_logps(scattered):
+def test_long_sequences_sum_as_exactly_as_sequence_logps(scattered, larger_chunks):
     """log-probabilities of −50,000 whose differences, times β, are the margins that train."""
     hidden, weight, labels = draw(2, 6000, 4, 50, 0.0, torch.float32)
     sequences = {"sequences": torch.arange(2)[:, None].expand(2, 6000), "num_sequences": 2} if scattered else {}
@@ -329,7 +338,7 @@ def test_dfpo_matches_trls_sigmoid_and_sft(lengths, mu):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "sequences"])
-def test_dfpo_of_long_answers_keeps_its_gradient(packed):
+def test_dfpo_of_long_answers_keeps_its_gradient(packed, larger_chunks):
     """Log-probabilities of −9,500, of which z takes a tenth of a difference of 5: relative error ≤ 5e-5 (SPEC §3)."""
     hidden, weight, labels = draw(8, 4000, 4, 5, 0.2, torch.float32)
     leaves = hidden.requires_grad_(), weight.requires_grad_()

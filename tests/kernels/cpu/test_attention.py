@@ -151,12 +151,14 @@ def masks(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("number", range(len(SHAPES)))
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(number, name) for number in range(len(SHAPES)) for i, name in enumerate(LAYOUTS) if (number // 2 + i) % 2 == 0],
+)
 def test_documents_are_as_close_to_float64_as_a_mask(number, name, masks):
     """No call has a mask of the whole row, unless a document goes on after another one.
 
-    Every shape with every layout, and either with each of four dtypes.
+    Every layout with two shapes and two dtypes, every shape with half of the layouts and each of four dtypes.
     """
     shape, (B, H, _, T, _) = SHAPES[number], SHAPES[number]
     dtypes = torch.float32, torch.float64, torch.float16, torch.bfloat16
