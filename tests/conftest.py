@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -21,6 +22,16 @@ def pytest_collection_modifyitems(items):
     """Files that take long come first, so that no worker waits for the other one at the end."""
     long = ("recipes/", "tests/test_", "test_compiled")
     items.sort(key=lambda item: not any(name in item.nodeid.partition("::")[0] for name in long))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, so the garbage collector need not look through it again in every test."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
