@@ -36,20 +36,19 @@ class Layout:
     def __init__(
         self,
         positions: Tensor,  # [B, T], of the queries
-        key_positions: Tensor,  # [B, S]; `positions` itself where there is no cache
-        documents: Tensor | None = None,  # [B, T]
-        key_documents: Tensor | None = None,  # [B, S]
-        branches: Tensor | None = None,  # [B, T], only where S = T
+        documents: Tensor | None = None,  # [B, T], without a cache
+        branches: Tensor | None = None,  # [B, T], without a cache
         slopes: Tensor | None = None,  # [H] float32, for ALiBi
-        first: int | Tensor = 0,  # keys before the first query; int64 [] for a static cache: S ≥ first + T
+        first: int | Tensor = 0,  # keys before the first query, which a cache holds; int64 [B, 1, 1] where rows differ
+        keys: int | None = None,  # S of a cache, at positions 0, 1, 2 …; without one the keys are those of the queries
     ) -> None:
-        self.positions, self.key_positions = positions, key_positions
-        self.documents, self.key_documents, self.branches = documents, key_documents, branches
-        self.slopes, self.first = slopes, first
+        self.positions, self.documents, self.branches = positions, documents, branches
+        self.slopes, self.first, queries = slopes, first, positions.shape[1]
+        self.keys = queries if keys is None else keys
+        self.key_positions = positions if keys is None else torch.arange(keys, device=positions.device)[None]
         self.kept: dict[tuple, Any] = {}
-        queries, keys = positions.shape[1], key_positions.shape[1]
         # Whether causality says it all, or a single query sees all keys, so that no mask is needed.
-        ends = isinstance(first, int) and first + queries == keys and queries in (1, keys)
+        ends = isinstance(first, int) and first + queries == self.keys and queries in (1, self.keys)
         self.plain = ends and documents is None and branches is None and slopes is None
 
     def once(self, make: Callable[..., Any], *arguments: Hashable) -> Any:
@@ -123,16 +122,17 @@ def _flex_arguments(layout: Layout) -> tuple[Callable | None, Any]:
     """
     from torch.nn.attention.flex_attention import BlockMask
 
+    rows, slopes = len(layout.positions), layout.slopes
     queries, keys = (  # [3, B, T] and [3, B, S]
-        torch.stack([at, *(at * 0 if ids is None else ids for ids in (documents, layout.branches))])
-        for at, documents in ((layout.positions, layout.documents), (layout.key_positions, layout.key_documents))
+        torch.stack([at, *(at * 0 if ids is None else ids for ids in (layout.documents, layout.branches))])
+        for at in (layout.positions, layout.key_positions.expand(rows, -1))
     )
-    last = layout.first + torch.arange(queries.shape[-1], device=queries.device)  # the key of a query itself
-    slopes = layout.slopes
+    last = layout.first + torch.arange(queries.shape[-1], device=queries.device)[:, None]  # the key of a query itself
+    last = last.expand(rows, -1, 1)[..., 0].contiguous()
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         same, branch = queries[1, b, i] == keys[1, b, j], keys[2, b, j]
-        return (j <= last[i]) & same & ((branch == 0) | (branch == queries[2, b, i]))
+        return (j <= last[b, i]) & same & ((branch == 0) | (branch == queries[2, b, i]))
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + slopes[h] * (keys[0, b, j] - queries[0, b, i])  # type: ignore[index]
@@ -153,7 +153,7 @@ def _flex_arguments(layout: Layout) -> tuple[Callable | None, Any]:
     overlap, equal = (low <= key_high) & (key_low <= high), (low == key_high) & (key_low == high)  # [2, B, I, J]
     trunk, all_trunk = (key_low[1] <= 0) & (key_high[1] >= 0), (key_low[1] == 0) & (key_high[1] == 0)
     # In a last block that is not whole the kernel must ask: it has a query that sees nothing or a key that none sees.
-    lasts = F.pad(last, (0, -lengths[0] % BLOCK), value=-1).view(-1, 1, BLOCK)
+    lasts = F.pad(last, (0, -lengths[0] % BLOCK), value=-1).view(rows, -1, 1, BLOCK)
     start = torch.arange(0, lengths[1], BLOCK, device=keys.device)
     some = (start <= lasts.amax(-1)) & overlap[0] & (trunk | overlap[1])
     full = (start + BLOCK - 1 <= lasts.amin(-1)) & equal[0] & (all_trunk | equal[1])

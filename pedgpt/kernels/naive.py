@@ -29,11 +29,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 def visible(layout: Layout) -> Tensor:
     """Whether query i sees key j, [B or 1, T, S]: j is not ahead, in its document, and in the trunk or its branch."""
-    keys = torch.arange(layout.key_positions.shape[1], device=layout.positions.device)
-    last = layout.first + keys[: layout.positions.shape[1], None]  # the key of the query itself
-    seen = (keys <= last)[None]
-    if layout.documents is not None and layout.key_documents is not None:
-        seen = seen & (layout.documents[:, :, None] == layout.key_documents[:, None, :])
+    keys, queries = torch.arange(layout.keys, device=layout.positions.device), layout.positions.shape[1]
+    last = layout.first + keys[:queries, None]  # the key of the query itself
+    seen = (keys <= last).view(-1, queries, layout.keys)
+    if layout.documents is not None:
+        seen = seen & (layout.documents[:, :, None] == layout.documents[:, None, :])
     if layout.branches is not None:
         trunk, own = layout.branches[:, None, :] == 0, layout.branches[:, :, None] == layout.branches[:, None, :]
         seen = seen & (trunk | own)

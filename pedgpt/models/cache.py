@@ -1,12 +1,12 @@
 """The keys and values of the tokens that a model has read, so that they are not computed again.
 
-Letters: L layers, B batch, G key-value heads, T new tokens, S tokens held, K head_dim, V vocabulary.
+Letters: L layers, B rows, G key-value heads, T new tokens, S tokens of a row, K head_dim, D hidden.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,120 +15,137 @@ from torch import Tensor
 
 from pedgpt.kernels.attention import Layout
 
-BUCKET = 256  # keys; a static cache reads a multiple of them
+BUCKET = 256  # keys; a CUDA graph reads a multiple of them
 
 
 class KVCache:
-    """Keys and values [L, B, G, capacity, K], positions and document ids [B, capacity] of the tokens that were read.
+    """Keys and values [L, B, G, S, K]: each row is a text of its own and holds the tokens `ids[b]`, at 0, 1, 2 …
 
-    `extend` is called once a forward pass, `append` once a layer; both return everything held so far. Only `reserve`
-    takes more memory. `ids` are the tokens of a cache of one row, as far as `generate` read them. Where `cursor` (int64
-    [1], on the device) is set, one token a row is written there, and the first `bucket` keys are returned, of which no
-    query sees those after it: nothing depends on `length`, so a CUDA graph can record it.
+    `model.hidden_states(tokens, cache=cache)` adds as many tokens to each row, and `read` and `step` add some to some
+    rows, which may hold more or less than others. To forget the end of a text, delete it from `ids`. Only `reserve`
+    takes more memory. Where `records` is set, `step` is recorded as a CUDA graph and replayed, once for each number of
+    keys that is read: Python then runs once a graph, so nothing in it may depend on what it computes.
     """
 
     def __init__(self, model: Any, batch_size: int, capacity: int) -> None:
         config, weight = model.config, model.model.embed_tokens.weight
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.empty_like(self.keys)
-        self.positions = torch.empty(batch_size, capacity, dtype=torch.long, device=weight.device)
-        self.documents = torch.empty_like(self.positions)
-        self.isolated = False  # whether any token came with a document id
-        self.capacity, self.start, self.length, self.bucket = capacity, 0, 0, 0
-        self.ids: list[int] = []
-        self.cursor: Tensor | None = None
+        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # A NaN there would spread.
+        self.values = torch.zeros_like(self.keys)
+        self.ids: list[list[int]] = [[] for _ in range(batch_size)]
+        self.index = torch.arange(max(batch_size, capacity), device=weight.device)
+        self.rows: Sequence[int] = range(batch_size)  # those of the forward pass that runs
+        self.new: list[list[int]] = []  # their new tokens
+        self.picked: Any = slice(0)  # the same rows, as they are read: side by side in place, or else copied
+        self.start, self.stop = 0, 0  # of what is written where all begin at the same place; the keys that are read
+        self.places: Tensor | None = None  # otherwise: positions [rows, T]
+        self.records, self.bucket = weight.is_cuda, 0  # the keys that a graph reads, while it is made
+        self.inputs = torch.zeros(batch_size, 2, dtype=torch.long, device=weight.device)  # tokens and their positions
+        self.graphs: dict[tuple[Any, int], tuple[Any, Tensor]] = {}
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` tokens in all. What is held stays."""
-        if (more := capacity - self.capacity) > 0:
-            for name in ("keys", "values", "positions", "documents"):
-                held = getattr(self, name)
-                setattr(self, name, F.pad(held, (0, more) if held.ndim == 2 else (0, 0, 0, more)))
-            self.capacity = capacity
+        """Make room for `capacity` tokens in each row. What is held stays."""
+        if (more := capacity - self.keys.shape[3]) > 0:
+            self.keys, self.values = (F.pad(held, (0, 0, 0, more)) for held in (self.keys, self.values))
+            self.index = torch.arange(max(len(self.ids), capacity), device=self.index.device)
+            self.graphs.clear()
 
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-        self.length, self.isolated = length, self.isolated and length > 0
-        del self.ids[length:]
+    def share(self, prompt: Sequence[int], row: int, sources: Iterable[int]) -> int:
+        """Let a row hold of a prompt's beginning what one of the rows `sources` holds; returns how many tokens.
 
-    def share(self, prompt: Sequence[int]) -> int:
-        """Forget what differs from `prompt`; returns how many of its tokens are held. The last one never is."""
-        common = len(os.path.commonprefix([self.ids, list(prompt[:-1])]))  # which compares any two lists
-        self.truncate(common)
-        return common
+        The prompt's last token is never among them, because what follows it must be computed.
+        """
+        held = [(shared(self.ids[one], prompt), one == row, one) for one in sources]
+        count, _, source = max(held, default=(0, False, row))
+        if source != row:
+            for stored in (self.keys, self.values):
+                stored[:, row, :, :count] = stored[:, source, :, :count]
+        self.ids[row] = list(prompt[:count])
+        return count
 
-    def extend(self, shape: torch.Size, positions: Any, documents: Tensor | None, slopes: Tensor | None) -> Layout:
-        """Make room for tokens [B, T]; returns who sees whom. Without positions they follow the last one held."""
-        (rows, count), most = shape, self.positions.shape
-        if rows != most[0] or self.length + count > most[1]:
-            asked = f"asked for a batch of {rows} up to token {self.length + count}"
-            raise ValueError(f"the cache holds {most[0]} x {most[1]} tokens; {asked}")
-        if documents is None and self.isolated:
-            raise ValueError("the cache holds document ids; pass `documents` for the new tokens too")
-        if positions is None:
-            positions = torch.arange(count, device=self.positions.device).expand(shape)
-            positions = positions + self.positions[:, self.length - 1 : self.length] + 1 if self.length else positions
-        if self.cursor is None:
-            self.start, self.length = self.length, self.length + count
-        self.isolated = documents is not None
-        places = self._write(self.positions, 1, positions)
-        ids = self._write(self.documents, 1, positions * 0 if documents is None else documents)
-        first = self.start if self.cursor is None else self.cursor[0]
-        return Layout(positions, places, documents, ids if self.isolated else None, slopes=slopes, first=first)
+    def clear(self, row: int) -> None:
+        """Forget a row and what was computed of it, because its NaN would spread to texts that are read beside it."""
+        self.ids[row] = []
+        self.keys[:, row] = self.values[:, row] = 0
+
+    def read(self, model: Any, row: int, tokens: Sequence[int]) -> Tensor:
+        """Add tokens to one row; the hidden state [1, D] of the last."""
+        return self._run(model, [row], self.index.new_tensor(tokens)[None])
+
+    def step(self, model: Any, rows: Collection[int], tokens: Sequence[int]) -> Tensor:
+        """Add one token to each of `rows`; their hidden states [rows, D].
+
+        A graph runs over all rows. In the others it writes behind the text, where the next token overwrites it.
+        """
+        if not self.records:
+            return self._run(model, list(rows), self.index.new_tensor(tokens)[:, None])
+        most, asked = 1 + max(len(self.ids[row]) for row in rows), dict(zip(rows, tokens, strict=True))
+        grain = max(BUCKET, 1 << most.bit_length() >> 3)  # At most a quarter more is read, so that graphs are few.
+        self.bucket = min(-(-most // grain) * grain, self.keys.shape[3])
+        self.inputs.copy_(torch.tensor([[asked.get(row, 0), len(ids)] for row, ids in enumerate(self.ids)]))
+        every, key = range(len(self.ids)), (model, self.bucket)
+        try:
+            if key not in self.graphs:
+                found = record_graph(lambda: self._run(model, every, self.inputs[:, :1]), self.inputs.device)
+                self.graphs[key] = found or (None, self.keys)
+            graph, hidden = self.graphs[key]
+            if graph is None:
+                hidden = self._run(model, every, self.inputs[:, :1])
+            else:
+                graph.replay()
+        finally:
+            self.bucket = 0
+        for row, token in asked.items():
+            self.ids[row].append(token)
+        return hidden[list(rows)]
+
+    def _run(self, model: Any, rows: Sequence[int], tokens: Tensor) -> Tensor:
+        self.rows = rows
+        try:
+            return model.hidden_states(tokens, cache=self)[:, -1]
+        finally:
+            self.rows = range(len(self.ids))
+
+    def extend(self, tokens: Tensor, slopes: Tensor | None) -> Layout:
+        """Begin a forward pass over tokens [rows, T]; returns who sees whom. `append` is then called in each layer."""
+        rows, count = list(self.rows), tokens.shape[1]
+        if self.bucket:
+            even, positions = False, self.inputs[:, 1:]
+            self.new, self.stop = [], self.bucket
+        else:
+            lengths = [len(self.ids[row]) for row in rows]
+            self.start, self.stop = min(lengths), max(lengths) + count
+            if len(tokens) != len(rows) or self.stop > self.keys.shape[3]:
+                asked = f"asked for a batch of {len(tokens)} up to token {self.stop}"
+                raise ValueError(f"the cache holds {len(rows)} x {self.keys.shape[3]} tokens; {asked}")
+            even, self.new = self.start + count == self.stop, tokens.tolist()
+            positions = self.index[self.start : self.stop].expand(len(rows), -1)
+            if not even:
+                positions = self.index.new_tensor(lengths)[:, None] + self.index[:count]
+        run = slice(rows[0], rows[-1] + 1)
+        self.picked = run if rows == [*range(run.start, run.stop)] else self.index.new_tensor(rows)
+        self.places = None if even else positions
+        return Layout(positions, None, None, slopes, self.start if even else positions[:, :1, None], self.stop)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values [B, G, T, K]; returns all [B, G, S, K]."""
-        return self._write(self.keys[layer], 2, keys), self._write(self.values[layer], 2, values)
+        """Store one layer's new keys and values [rows, G, T, K]; returns all that are read, [rows, G, S, K]."""
+        found = self._write(self.keys[layer], keys), self._write(self.values[layer], values)
+        if layer == len(self.keys) - 1:
+            for row, ids in zip(self.rows, self.new, strict=False):  # A graph has none.
+                self.ids[row] += ids
+        return found
 
-    def _write(self, held: Tensor, axis: int, new: Tensor) -> Tensor:
-        """Store what is new, along the axis of the tokens; returns what is read from now on."""
-        if self.cursor is not None:
-            return held.index_copy_(axis, self.cursor, new.to(held.dtype)).narrow(axis, 0, self.bucket)
-        held.narrow(axis, self.start, new.shape[axis]).copy_(new)
-        return held.narrow(axis, 0, self.length)
-
-
-class StaticStep:
-    """A step of decoding over tensors that stay where they are: `step(tokens, positions[, documents])` [B, 1] → [B, V].
-
-    On CUDA it is recorded as a graph and replayed, once for each number of keys that is read. Python then runs once a
-    graph, so nothing in the step may depend on what it computes.
-    """
-
-    def __init__(self, step: Callable[..., Tensor], cache: KVCache) -> None:
-        self.step, self.cache, self.bucket = step, cache, 0
-        self.cursor, self.records = cache.positions.new_zeros(1), cache.positions.is_cuda
-        self.inputs: list[Tensor] = []
-        self.logits = self.cursor  # until the first step
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        cache = self.cache
-        self.inputs = self.inputs or [given.clone() for given in inputs]
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
-        self.cursor.fill_(cache.length)
-        if cache.length >= self.bucket:  # A quarter more than is held, so that few graphs are recorded.
-            self.bucket = min(-(-(5 * cache.length // 4 + 1) // BUCKET) * BUCKET, cache.capacity)
-            for held in (cache.keys, cache.values):  # What is read before it is written may be anything but NaN.
-                held[:, :, :, cache.length : self.bucket] = 0
-            found = record_graph(self._run, self.cursor.device) if self.records else None
-            self.records = found is not None
-            self.graph, self.logits = found or (None, self.logits)
-        if self.graph is not None:
-            self.graph.replay()
+    def _write(self, held: Tensor, new: Tensor) -> Tensor:
+        if self.places is None:
+            held[self.picked, :, self.start : self.stop] = new
         else:
-            self.logits = self._run()
-        cache.length += 1
-        return self.logits
+            held[self.index[: len(held)][self.picked, None], :, self.places] = new.transpose(1, 2).to(held.dtype)
+        return held[self.picked, :, : self.stop]
 
-    def _run(self) -> Tensor:
-        self.cache.cursor, self.cache.bucket = self.cursor, self.bucket
-        try:
-            return self.step(*self.inputs)
-        finally:
-            self.cache.cursor = None
+
+def shared(ids: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many tokens at their beginning a row's text and a prompt share; the prompt's last one never counts."""
+    return len(os.path.commonprefix([list(ids), list(prompt[:-1])]))  # which compares any two lists
 
 
 def record_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pedgpt.files import read_object
 from pedgpt.kernels import linear
 from pedgpt.kernels.cpu.products import PackedWeights
-from pedgpt.models.cache import KVCache, StaticStep
+from pedgpt.models.cache import KVCache
 from pedgpt.models.transformer import Transformer
 
 LAY_OUT_FROM = 16  # new tokens; to lay out the weights or to record a graph takes as long as decoding about five
@@ -57,7 +57,7 @@ def generate_steps(
     reader = _read(model, prompts, cache, for_many=max_new_tokens >= LAY_OUT_FROM)
     logits = next(reader)
     for count in range(1, max_new_tokens + 1):
-        chosen, ids = _choose(logits, seen, running, repetition_penalty, temperature, top_k, top_p, generator)
+        ids = _choose(logits, seen, running, repetition_penalty, temperature, top_k, top_p, generator)
         step = [token if goes_on else None for token, goes_on in zip(ids, running, strict=True)]
         for row, token in enumerate(ids):
             running[row] = running[row] and token not in stop_tokens
@@ -68,7 +68,7 @@ def generate_steps(
         yield step
         if not any(running) or count == max_new_tokens:
             return
-        logits = reader.send(chosen)
+        logits = reader.send(ids)
 
 
 def _check(
@@ -98,39 +98,36 @@ def _check(
 
 def _read(
     model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache, for_many: bool
-) -> Generator[Tensor, Tensor, None]:
+) -> Generator[Tensor, Sequence[int], None]:
     """Logits [B, V] of what follows the prompts, then of what follows the ids [B] that are sent.
 
     A single prompt is read from where it differs from what the cache holds. `for_many` new tokens it pays to lay out
     the weights or to record a graph.
     """
-    if single := len(prompts) == 1:
-        prompts = [prompts[0][cache.share(prompts[0]) :]]
-    width, device, head = max(map(len, prompts)), cache.keys.device, model.head_weight()
-
-    def step(tokens: Tensor, positions: Tensor, documents: Tensor | None = None) -> Tensor:
-        hidden = model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
-        return linear(hidden[:, -1], head)
-
-    # Prompts are aligned on the right; the padding is a document of its own, which nothing attends to.
-    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    padding = torch.tensor([[width - len(prompt)] for prompt in prompts], device=device)
-    positions = torch.arange(width, device=device) - padding
-    documents = (positions >= 0).long() if padding.any() else None
-    positions = positions.clamp(min=0) + cache.length
-    logits = step(tokens, positions, documents)
-    cache.ids += prompts[0] if single else []
-    chosen = yield logits
-    positions, others = positions[:, -1:], [] if documents is None else [documents[:, -1:]]
-    weights = [module.weight for module in model.model.modules() if isinstance(module, nn.Linear)]
-    packed = PackedWeights([*weights, head] if for_many else [], len(prompts))
-    advance = StaticStep(step, cache) if for_many and _recordable(model) else step
+    if len(prompts) == 1:
+        prompts = [prompts[0][cache.share(prompts[0], 0, [0]) :]]
+    lengths, head = [len(prompt) for prompt in prompts], model.head_weight()
+    width, rows = max(lengths), range(len(prompts))
+    # Padding comes last, where no token of the prompt sees it, and is forgotten.
+    padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
+    hidden = model.hidden_states(cache.index.new_tensor(padded), cache=cache)
+    hidden = hidden[list(rows), [length - 1 for length in lengths]]
+    for ids, length in zip(cache.ids, lengths, strict=True):
+        del ids[len(ids) - width + length :]
+    chosen = yield linear(hidden, head)
+    cache.records = for_many and _recordable(model)
+    cache.graphs.clear()  # An adapter may have been switched on or off since.
+    packed = decoding_weights(model, head, len(prompts) if for_many else 0)
     while True:
-        positions = positions + 1
         with packed:
-            logits = advance(chosen[:, None], positions, *others)
-        cache.ids += chosen.tolist() if single else []
+            logits = linear(cache.step(model, rows, chosen), head)
         chosen = yield logits
+
+
+def decoding_weights(model: Transformer, head: Tensor, rows: int) -> PackedWeights:
+    """The weights laid out for products of up to `rows` rows; of none for 0."""
+    weights = [module.weight for module in model.model.modules() if isinstance(module, nn.Linear)]
+    return PackedWeights([*weights, head] if rows else [], rows)
 
 
 def _recordable(model: Transformer) -> bool:
@@ -191,8 +188,8 @@ def generation_defaults(folder: str | Path) -> dict[str, Any]:
 
 def _choose(
     logits: Tensor, seen: Tensor, running: Sequence[bool], penalty: float, temperature: float, *others: Any
-) -> tuple[Tensor, list[int]]:
-    """Ids [B] from logits [B, V], also as a list; `seen` [B, V] marks the tokens so far, and is kept.
+) -> list[int]:
+    """Ids [B] from logits [B, V]; `seen` [B, V] marks the tokens so far, and is kept.
 
     ValueError names the rows that run on and whose scores are not finite.
     """
@@ -209,7 +206,7 @@ def _choose(
         causes = f"{temperature=} or repetition_penalty={penalty} makes them overflow, the weights are damaged"
         found = f"logits that are not finite for prompts {rows} (counted from 0)"
         raise ValueError(f"{found}: {causes}, or they are too large for float16; load float32 or bfloat16")
-    return chosen, ids
+    return ids
 
 
 def sample(

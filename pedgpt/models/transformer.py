@@ -162,8 +162,8 @@ class Transformer(nn.Module):
         `branches` [B, T] makes each document (without `documents`, each row) a tree: its trunk, marked 0, comes first
         and is seen by all that follows it; then any number of branches, each one run of its own integer, which see the
         trunk and themselves. The positions of each go on from the trunk's. `positions` [B, T] overrides what is so
-        derived. With `cache`, `tokens` continue what it holds. Raises ValueError for another shape, a batch that
-        differs from the cache's, or `branches` with a `cache`.
+        derived. With `cache`, `tokens` continue the text of each of its rows. Raises ValueError for another shape, a
+        batch that differs from the cache's, or any of the three beside a `cache`.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have the shape [batch, tokens], found {list(tokens.shape)}")
@@ -174,11 +174,11 @@ class Transformer(nn.Module):
         slopes = alibi_slopes(self.config.num_attention_heads, tokens.device) if alibi else None
         if cache is None:
             positions = document_positions(tokens, documents, branches) if positions is None else positions
-            layout = Layout(positions, positions, documents, documents, branches, slopes)
-        elif branches is not None:
-            raise ValueError("a cache holds no branches; continue each branch as a row of its own")
+            layout = Layout(positions, documents, branches, slopes)
+        elif not positions is documents is branches is None:
+            raise ValueError("each row of a cache is one text, without positions, documents and branches of its own")
         else:
-            layout = cache.extend(tokens.shape, positions, documents, slopes)
+            layout = cache.extend(tokens, slopes)
         hidden = self.model.embed_tokens(tokens)
         tables = None if alibi else rotary_tables(self.config, layout.positions, hidden.dtype)
         how = self.activation_checkpointing if torch.is_grad_enabled() and cache is None else "none"

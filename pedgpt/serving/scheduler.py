@@ -17,14 +17,13 @@ from queue import Full
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pedgpt.data import StreamDecoder
 from pedgpt.kernels import linear
-from pedgpt.kernels.cpu.products import PackedWeights
-from pedgpt.models import Transformer
-from pedgpt.models.generation import sample
-from pedgpt.serving.slots import SlotCache, shared
+from pedgpt.models import KVCache, Transformer
+from pedgpt.models.cache import shared
+from pedgpt.models.generation import decoding_weights, sample
 
 
 class Piece(NamedTuple):
@@ -53,7 +52,7 @@ class Request:
     repetition_penalty: float = 1.0
     seed: int | None = None
     top_logprobs: int | None = None  # how many; None: no log-probabilities
-    cancelled: bool = False
+    cancelled: bool = False  # set it, and its slot is free before the next token
     slot: int = -1  # -1 until it gets one
     cached: int = 0  # tokens of the prompt that its slot did not have to read
     answer: list[int] = field(default_factory=list)
@@ -71,7 +70,7 @@ class Scheduler:
             raise ValueError(f"{slots=}, {prefill=}, {queue=} and the context, {capacity}, must be at least 1")
         self.models, self.queue, self.prefill, self.capacity = dict(models), queue, prefill, capacity
         first = next(iter(self.models.values()))
-        self.cache = SlotCache(first, slots, capacity)
+        self.cache = KVCache(first, slots, capacity)
         self.head = first.head_weight()  # Adapters do not change it.
         self.owner: list[str | None] = [None] * slots  # the model whose keys a slot holds
         self.free = list(range(slots))  # the slot that has been free for longest comes first
@@ -81,8 +80,7 @@ class Scheduler:
         counts = "prompt cached generated stop length error cancelled first_tokens first_token_seconds"
         self.counts: dict[str, float] = dict.fromkeys(counts.split(), 0)  # tokens, ends, waits
         self.changed = threading.Condition()
-        weights = [layer.weight for layer in first.model.modules() if isinstance(layer, nn.Linear)]
-        self.packed = PackedWeights([*weights, self.head], slots)
+        self.packed = decoding_weights(first, self.head, slots)
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.thread.start()
 
@@ -95,18 +93,14 @@ class Scheduler:
             self.waiting.extend(requests)
             self.changed.notify()
 
-    def cancel(self, requests: Sequence[Request]) -> None:
-        """Forget requests: their slots are free before the next token."""
-        for request in requests:
-            request.cancelled = True
-
     def close(self, seconds: float) -> None:
         """Take no more requests, finish those that are here, and after `seconds` tell the rest that they end."""
         with self.changed:
             self.closing = True
             self.changed.notify()
         self.thread.join(seconds)
-        self.cancel([*self.waiting, *self.active])
+        for request in (*self.waiting, *self.active):
+            request.cancelled = True
 
     def _run(self) -> None:
         """Take turns until there is nothing left to do; whatever ends this, every client is told."""
@@ -133,43 +127,41 @@ class Scheduler:
         for request in left:
             self._finish(request, Piece("", finish="cancelled"))
         room = self.prefill
-        while room > 0 and (reading := self._next_to_read()) is not None:
-            read = self.cache.ids[reading.slot]
-            tokens = reading.prompt[len(read) :][:room]
-            room -= len(tokens)
-            with self._isolated([reading]):
-                hidden = self.cache.read(self.models[reading.model], reading.slot, tokens)
-                if len(read) == len(reading.prompt):
-                    self._choose([reading], hidden)
+        while room > 0 and (request := self._next_to_read()) is not None:
+            with self._isolated([request]):
+                if request.slot < 0:
+                    self._take_slot(request)
+                read = self.cache.ids[request.slot]
+                tokens = request.prompt[len(read) :][:room]
+                room -= len(tokens)
+                hidden = self.cache.read(self.models[request.model], request.slot, tokens)
+                if len(read) == len(request.prompt):
+                    self._choose([request], hidden)
         for name, model in self.models.items():
             running = sorted((one for one in self.active if one.model == name and one.answer), key=lambda one: one.slot)
-            if running:
-                with self._isolated(running):
+            with self._isolated(running):
+                if running:
                     slots = [one.slot for one in running]
                     self._choose(running, self.cache.step(model, slots, [one.answer[-1] for one in running]))
 
     def _next_to_read(self) -> Request | None:
-        """The first request whose prompt is not read to its end; a free slot takes one that waits."""
-        if reading := next((one for one in self.active if not one.answer), None):
-            return reading
+        """The first request whose prompt is not read to its end, or else one that waits, if a slot is free."""
+        reading = next((one for one in self.active if not one.answer), None)
         with self.changed:
-            if not (self.free and self.waiting):
-                return None
-            request = self.waiting.popleft()
-            self.active.append(request)
+            if reading is None and self.free and self.waiting:
+                self.active.append(reading := self.waiting.popleft())
+        return reading
+
+    def _take_slot(self, request: Request) -> None:
+        """Give a request a slot whose text is mostly in its prompt (the same conversation), or the one free longest."""
         ids, mine = self.cache.ids, [slot for slot, owner in enumerate(self.owner) if owner == request.model]
-        # A slot whose text is mostly in the prompt (the same conversation), or else the one free for longest.
         again = [one for one in self.free if one in mine and 2 * shared(ids[one], request.prompt) > len(ids[one])]
         request.slot = (again or self.free)[0]
         self.free.remove(request.slot)
-        with self._isolated([request]):
-            request.cached = self.cache.fork(request.slot, request.prompt, mine)
-        if request not in self.active:
-            return self._next_to_read()
+        request.cached = self.cache.share(request.prompt, request.slot, mine)
         self.owner[request.slot] = request.model
         self.counts["prompt"] += len(request.prompt)
         self.counts["cached"] += request.cached
-        return request
 
     def _choose(self, requests: Sequence[Request], hidden: Tensor) -> None:
         """Choose the next token of each request from its hidden state [requests, D], and deliver it."""

@@ -189,7 +189,8 @@ class Server:
         finally:
             for end in ends:
                 end.cancel()
-            self.scheduler.cancel(reply.requests)
+            for request in reply.requests:
+                request.cancelled = True
 
     async def _events(self, reply: Reply, pieces: Pieces, options: Mapping[str, Any]) -> AsyncIterator[str]:
         """Server-sent events; an error after the first of them is an event too."""

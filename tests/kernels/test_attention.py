@@ -16,9 +16,9 @@ from pedgpt.models.generation import KVCache
 module = sys.modules["pedgpt.kernels.attention"]  # the package's attribute of this name is the function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# What a row holds: documents, branches, ALiBi, and S keys of which T are queries, `first` of them behind other keys.
+# What a row holds: documents, branches, ALiBi, or a cache of S keys; its first query comes after `first` of them.
 KINDS = ["plain", "documents", "returning", "padding", "tokens", "branches", "trees", "alibi", "alibi documents"]
-CACHES = ["cache", "cache of documents", "cache with alibi", "static cache", "static cache of documents"]
+CACHES = ["cache", "cache with alibi", "ragged cache", "ragged cache with alibi"]
 LENGTHS = [1, 2, 127, 128, 129, 300]
 SEEN = {}
 
@@ -33,9 +33,8 @@ def spread(names, T, generator):
 def make(kind, T, B=2, H=4, device=DEVICE):
     """A layout, and the same as lists of Python numbers."""
     generator = torch.Generator().manual_seed(T)
-    behind = 0 if "cache" not in kind else 150
-    S = T + behind
-    unused = 37 if kind.startswith("static") else 0  # keys that are not written yet
+    behind = [0 if "cache" not in kind else 150 - 40 * b * kind.startswith("ragged") for b in range(B)]
+    S = T + max(behind)  # in a ragged cache, some rows have keys that are not written yet
     documents = branches = None
     if "documents" in kind or kind in ("returning", "padding", "tokens", "trees"):
         names = [7, 2**40, 7, -1, 2**40] if kind == "returning" else [-4, 0, 1, 2**40]
@@ -47,19 +46,21 @@ def make(kind, T, B=2, H=4, device=DEVICE):
     if kind in ("branches", "trees"):
         branches = [spread([0, 5, -3, 5, 0, 8] if kind == "trees" else [0, 2**40, 3], S, generator) for _ in range(B)]
     positions = torch.randint(0, 2 * S, (B, S), generator=generator).sort(dim=1).values.tolist()
+    if "cache" in kind:
+        positions = [list(range(S))] * B
     slopes = [2.0 ** -(h + 1) for h in range(H)] if "alibi" in kind else None
     lists = SimpleNamespace(
-        T=T, S=S + unused, first=behind, documents=documents, branches=branches, positions=positions, slopes=slopes,
+        T=T, S=S, first=behind, documents=documents, branches=branches, positions=positions, slopes=slopes,
         name=(kind, T, B),
     )  # fmt: skip
 
-    def tensor(rows, start=0, fill=0):
-        return rows and torch.tensor([row[start:] + [fill] * unused * (start == 0) for row in rows], device=device)
+    def tensor(rows):
+        return rows and torch.tensor([row[i : i + T] for i, row in zip(behind, rows, strict=True)], device=device)
 
+    first = torch.tensor(behind, device=device)[:, None, None] if kind.startswith("ragged") else behind[0]
     layout = Layout(
-        tensor(positions, behind), tensor(positions), tensor(documents, behind), tensor(documents, fill=2),
-        tensor(branches), slopes and torch.tensor(slopes, device=device),
-        torch.tensor(behind, device=device) if unused else behind,
+        tensor(positions), tensor(documents), tensor(branches), slopes and torch.tensor(slopes, device=device), first,
+        S if "cache" in kind else None,
     )  # fmt: skip
     return layout, lists
 
@@ -70,8 +71,8 @@ def seen_by(lists):
         count = range(len(lists.positions))
         documents, branches = (rows or [[0] * lists.S for _ in count] for rows in (lists.documents, lists.branches))
         pairs = bytearray()
-        for d, b in zip(documents, branches, strict=True):
-            for i in range(lists.first, lists.first + lists.T):
+        for d, b, first in zip(documents, branches, lists.first, strict=True):
+            for i in range(first, first + lists.T):
                 own, may = d[i], (0, b[i])
                 pairs += bytes([x == own and y in may for x, y in zip(d[: i + 1], b[: i + 1], strict=True)])
                 pairs += bytes(lists.S - i - 1)
@@ -85,8 +86,8 @@ def definition(lists, q, k, v):
     scores = torch.einsum("bhtk,bhsk->bhts", q, k.repeat_interleave(shared, 1)) / q.shape[-1] ** 0.5
     if lists.slopes:
         at = torch.tensor(lists.positions, dtype=torch.float64)
-        at = F.pad(at, (0, lists.S - at.shape[1]))
-        distance = at[:, None] - at[:, lists.first : lists.first + lists.T, None]
+        queries = torch.stack([row[i : i + lists.T] for i, row in zip(lists.first, at, strict=True)])
+        distance = at[:, None] - queries[:, :, None]
         bias = torch.tensor(lists.slopes, dtype=torch.float64)[:, None, None] * distance[:, None]
         scores = scores + bias.to(scores)
     scores = scores.masked_fill(~seen_by(lists)[:, None].to(scores.device), -torch.inf)
@@ -131,9 +132,8 @@ def test_rules_on_index_grids_match_loops(kind, T):
     assert torch.equal(block_mask.mask_mod(b, h, i, j), expected[:, None].expand(-1, 4, -1, -1))
     assert (score_mod is not None) == (lists.slopes is not None)
     if lists.slopes:
-        at = torch.tensor(lists.positions, device=DEVICE)
-        at = F.pad(at, (0, lists.S - at.shape[1]))
-        bias = torch.tensor(lists.slopes, device=DEVICE)[h] * (at[b, j] - at[b, i + lists.first])
+        at, first = torch.tensor(lists.positions, device=DEVICE), torch.tensor(lists.first, device=DEVICE)
+        bias = torch.tensor(lists.slopes, device=DEVICE)[h] * (at[b, j] - at[b, i + first[b]])
         assert torch.equal(score_mod(torch.zeros(b.shape, device=DEVICE), b, h, i, j), bias)
         assert torch.equal(naive.bias(layout), bias)
 
@@ -166,7 +166,7 @@ def test_block_mask_visits_what_is_seen_and_asks_where_it_must(kind, T):
                 whole = part.shape == (128, 128) and bool(part.all())
                 assert whole or (b, i, j) not in listed["full_kv"]
                 assert (b, i, j) in visited or not part.any()
-                if kind in ("plain", "documents", "padding", "alibi", "alibi documents", "cache", "cache of documents"):
+                if kind in ("plain", "documents", "padding", "alibi", "alibi documents", "cache"):
                     assert (b, i, j) not in visited or part.any()  # Names in order: nothing is visited in vain.
                     assert not whole or (b, i, j) in listed["full_kv"]
 
@@ -286,7 +286,7 @@ def test_a_run_compiles_once_for_a_length_and_once_for_all_others(by_flex):
     assert run(("trees", 301, 2), ("branches", 384, 2), ("padding", 135, 2)) == 2
     assert run(("documents", 384, 3)) == 3  # another number of rows, and from there on any
     assert run(("trees", 131, 4), ("documents", 256, 5)) == 3
-    assert run(("cache", 150, 2), ("static cache of documents", 250, 3), ("cache of documents", 200, 4)) == 3
+    assert run(("cache", 150, 2), ("ragged cache", 250, 3), ("ragged cache", 200, 4)) == 3
 
 
 @pytest.mark.gpu
@@ -328,7 +328,7 @@ def test_a_mask_is_made_once_for_all_layers_and_without_copies_of_heads(kind, mo
 # Compilers, torch.func, sizes alone
 
 
-@pytest.mark.parametrize("kind", ["trees", "alibi documents", "cache of documents"])
+@pytest.mark.parametrize("kind", ["trees", "alibi documents", "ragged cache"])
 def test_compiled_and_under_torch_func_it_matches_the_definition(kind):
     layout, lists = make(kind, 150)
     *tensors, dout = operands(lists)
@@ -381,15 +381,11 @@ def test_all_layers_share_one_layout_in_both_passes(checkpointing):
 def test_a_cache_continues_as_one_pass():
     model = make_model("alibi")
     tokens = torch.randint(97, (2, 180), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    documents = (torch.arange(180, device=DEVICE) // 100).expand(2, -1)
     cache, parts = KVCache(model, 2, 200), []
-    positions = torch.arange(180, device=DEVICE).expand(2, -1)
     with torch.no_grad():
         for part in (slice(0, 7), slice(7, 150), slice(150, 151), slice(151, 180)):
-            parts.append(
-                model(tokens[:, part], positions=positions[:, part], documents=documents[:, part], cache=cache)
-            )
-        whole = model(tokens, positions=positions, documents=documents)
+            parts.append(model(tokens[:, part], cache=cache))
+        whole = model(tokens)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
 
 
@@ -399,6 +395,6 @@ def test_sizes_are_known_without_numbers(dtype):
     with FakeTensorMode():
         ids = torch.zeros(2, 300, dtype=torch.long)
         q = torch.empty(2, 4, 300, 16, dtype=dtype, requires_grad=True)
-        out = attention(q, q, q, Layout(ids, ids, ids, ids))
+        out = attention(q, q, q, Layout(ids, ids))
         out.sum().backward()
         assert out.shape == q.grad.shape == q.shape

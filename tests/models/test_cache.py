@@ -1,4 +1,4 @@
-"""The cache: cut back, enlarged, kept between answers, and static, as a CUDA graph needs it."""
+"""The cache: rows of their own lengths, cut back, enlarged, kept between answers, and recorded as a CUDA graph."""
 
 import gc
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pedgpt.adapters import inject_experts, record_gates
 from pedgpt.models import cache as cache_module
 from pedgpt.models import generate, generate_steps, generation
-from pedgpt.models.cache import KVCache, StaticStep
+from pedgpt.models.cache import KVCache
 
 KINDS = ["llama", "qwen2", "qwen3", "baichuan-rope", "baichuan-alibi"]
 PROMPTS = [[5], [17, 3, 99, 4, 61], [130, 0, 0, 7, 12, 55, 8, 9, 101], [0, 2, 0]]
@@ -34,34 +34,35 @@ def with_experts(make_model):
     return make
 
 
-@pytest.fixture
-def static(monkeypatch):
-    """static(device): answers are decoded by static steps from now on; the list of those steps.
+class Replayed:
+    """Stands for a CUDA graph where there is none: a replay runs the step and fills the same tensor."""
 
-    On a GPU they are recorded and replayed; on the CPU the same steps run as they are, over memory full of NaN.
+    def __init__(self, run):
+        self.run, self.found = run, run()
+
+    def replay(self):
+        self.found.copy_(self.run())
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """graphs(device, records=True): steps are recorded from now on; the list of what was recorded, None if nothing was.
+
+    On the CPU a stand-in records them.
     """
 
-    def enable(device):
-        made = []
+    def enable(device, records=True):
+        made, real = [], cache_module.record_graph
 
-        class Seen(StaticStep):
-            def __init__(self, *arguments):
-                super().__init__(*arguments)
-                self.runs = 0
-                made.append(self)
+        def record(run, where):
+            found = real(run, where) if device == "cuda" else None
+            if device == "cpu" and records:
+                graph = Replayed(run)
+                found = graph, graph.found
+            made.append(found)
+            return found
 
-            def _run(self):
-                self.runs += 1
-                return super()._run()
-
-        class Poisoned(KVCache):
-            def __init__(self, *arguments):
-                super().__init__(*arguments)
-                for tensor in (self.keys, self.values):
-                    tensor.fill_(torch.nan)
-
-        monkeypatch.setattr(generation, "StaticStep", Seen)
-        monkeypatch.setattr(generation, "KVCache", Poisoned)
+        monkeypatch.setattr(cache_module, "record_graph", record)
         monkeypatch.setattr(cache_module, "BUCKET", 8)
         if device == "cpu":
             monkeypatch.setattr(generation, "_recordable", lambda model: True)
@@ -79,19 +80,80 @@ def greedy(model, prompt, answer):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_that_was_cut_back_and_enlarged_goes_on_as_if_new(make_model, random_tokens, kind):
     model, tokens, other = make_model(kind), random_tokens(2, 12), random_tokens(2, 12, seed=1)
-    documents = torch.tensor([[7] * 12, [7] * 12])
     cache = KVCache(model, 2, 9)
     with torch.no_grad():
         model(torch.cat((tokens[:, :5], other[:, 5:9]), dim=1), cache=cache)
-        cache.truncate(5)
+        for ids in cache.ids:
+            del ids[5:]
         cache.reserve(12)
         found = torch.cat([model(part, cache=cache) for part in tokens[:, 5:].split([4, 1, 2], dim=1)], dim=1)
         torch.testing.assert_close(found, model(tokens)[:, 5:], atol=1e-5, rtol=0)
-        cache.truncate(0)
-        model(other, documents=documents, cache=cache)
-        cache.truncate(0)  # no document ids are left, nor positions
-        torch.testing.assert_close(model(tokens, cache=cache), model(tokens), atol=1e-5, rtol=0)
-    assert (cache.length, cache.capacity, cache.keys.shape[3]) == (12, 12, 12)
+        assert cache.ids == tokens.tolist() and cache.keys.shape[3] == 12
+        cache.clear(0)
+        del cache.ids[1][:]
+        torch.testing.assert_close(model(other, cache=cache), model(other), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_any_length_match_each_text_alone(make_model, random_tokens, kind):
+    """Several tokens are added to rows that hold unequally many; float64."""
+    model, tokens = make_model(kind).double(), random_tokens(3, 30)
+    cache, held = KVCache(model, 3, 30), [7, 0, 12]
+    with torch.no_grad():
+        for row, count in enumerate(held):
+            if count:
+                cache.read(model, row, tokens[row, :count].tolist())
+        for count in (1, 6, 1):
+            new = torch.stack([tokens[row, at : at + count] for row, at in enumerate(held)])
+            found = model(new, cache=cache)
+            held = [at + count for at in held]
+            for row, at in enumerate(held):
+                alone = model(tokens[row : row + 1, :at])[0, -count:]
+                torch.testing.assert_close(found[row], alone, atol=1e-10, rtol=0)
+    assert cache.ids == [tokens[row, :at].tolist() for row, at in enumerate(held)]
+
+
+WAYS, ROWS = ("step", "graph", "step that cannot be recorded"), ([0, 1, 2], [3, 0, 2], [1])
+# Each pair of a way, a kind and the rows occurs once.
+STEPS = [
+    (way, kind, ROWS[(i + j) % 3])
+    for i, way in enumerate(WAYS)
+    for j, kind in enumerate(("qwen2", "qwen3", "baichuan-alibi"))
+]
+
+
+@pytest.mark.parametrize(("way", "kind", "rows"), STEPS, ids=str)
+def test_steps_of_some_rows_match_each_text_alone(make_model, random_tokens, graphs, way, kind, rows):
+    model, texts, lengths = make_model(kind).double(), random_tokens(4, 40).tolist(), [7, 1, 20, 12]
+    made, cache = graphs("cpu", records=way == "graph"), KVCache(model, 4, 40)
+    cache.records = way != "step"
+    with torch.no_grad():
+        for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+            for start in range(0, length, 5):  # in pieces
+                hidden = cache.read(model, row, text[start : min(start + 5, length)])
+            assert torch.allclose(hidden, model.hidden_states(torch.tensor([text[:length]]))[:, -1], atol=1e-10)
+        for _ in range(9):
+            hidden = cache.step(model, rows, [texts[row][len(cache.ids[row])] for row in rows])
+            for found, row in zip(hidden, rows, strict=True):
+                alone = model.hidden_states(torch.tensor([texts[row][: len(cache.ids[row])]]))[0, -1]
+                assert torch.allclose(found, alone, atol=1e-10)
+    assert len(made) == (0 if way == "step" else 2)  # two numbers of keys
+
+
+def test_a_row_begins_with_what_another_shares_and_leaves_that_one_alone(make_model):
+    model, prompt = make_model("llama").double(), list(range(30))
+    cache = KVCache(model, 3, 40)
+    with torch.no_grad():
+        cache.read(model, 0, prompt[:20])
+        cache.read(model, 1, [9] * 40)
+        assert cache.share(prompt, 1, range(3)) == 20 and cache.ids[1] == prompt[:20]
+        hidden = cache.read(model, 1, prompt[20:])
+        assert torch.allclose(hidden, model.hidden_states(torch.tensor([prompt]))[:, -1], atol=1e-10)
+        assert cache.share(prompt[:20], 2, range(3)) == 19  # the last token is always read
+        assert cache.share([*prompt[:5], 7], 0, range(3)) == 5
+        hidden = cache.read(model, 0, [7])
+        assert torch.allclose(hidden, model.hidden_states(torch.tensor([[*prompt[:5], 7]]))[:, -1], atol=1e-10)
+        assert cache.share(prompt, 0, []) == 0 and cache.ids[0] == []  # Nobody read it with this model.
 
 
 def test_reserve_takes_nothing_where_there_is_room(make_model):
@@ -107,10 +169,10 @@ def test_answers_with_a_kept_cache_are_those_without(make_model, kind):
     model, cache = make_model(kind), KVCache(make_model(kind), 1, 1)
     prompt, read = [5, 17, 3], []
     for turn in range(7):
-        read.append(cache.share(prompt))
+        read.append(cache.share(prompt, 0, [0]))
         answer = generate(model, [prompt], max_new_tokens=20 if turn % 2 else 9, cache=cache)[0]
         assert answer == greedy(model, prompt, answer) and len(answer) > 8
-        assert cache.ids == [*prompt, *answer[:-1]] and cache.length == len(cache.ids)
+        assert cache.ids == [[*prompt, *answer[:-1]]]
         prompt = {
             0: [*prompt, *answer, 9, 4],  # the next turn
             1: [*prompt, *answer[:5], 8, 8, 8],  # what was said is changed
@@ -179,35 +241,32 @@ def test_a_kept_cache_serves_one_prompt(make_model):
 # Experts where layers have biases (qwen2) and where three projections are one (baichuan).
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("kind", "experts"), [*zip(KINDS, [False, True, False, False, True], strict=True)])
-def test_static_steps_give_the_same_answers(make_model, with_experts, static, kind, experts, device):
-    """Ragged and alone, sampled and greedy, over several buckets; a GPU records a graph for each."""
+def test_recorded_steps_give_the_same_answers(make_model, with_experts, graphs, kind, experts, device):
+    """Ragged and alone, sampled and greedy, over several numbers of keys."""
     model = (with_experts if experts else make_model)(kind).to(device)
     sampled = {"temperature": 0.8, "top_k": 20, "seed": 3, "repetition_penalty": 1.2}
     runs = [(PROMPTS, sampled), ([PROMPTS[1]], {})]
     expected = [generate(model, prompts, max_new_tokens=15, **settings) for prompts, settings in runs]
-    made = static(device)
+    made = graphs(device)
     found = [generate(model, prompts, max_new_tokens=24, **settings) for prompts, settings in runs]
     assert [[answer[:15] for answer in answers] for answers in found] == expected
-    assert len(made) == len(runs)
-    for step in made:
-        assert step.bucket >= 24 and (step.graph is not None) == (device == "cuda")
-        assert step.runs <= 9 if device == "cuda" else step.runs == 23
+    assert len(made) == 7 and None not in made  # 10 to 32 keys, then 6 to 28, by eight
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_kept_cache_and_static_steps_work_together(make_model, static, device):
+def test_a_kept_cache_and_recorded_steps_work_together(make_model, graphs, device):
     model, prompt = make_model("llama").to(device), [5, 17, 3]
-    cache, made = KVCache(model, 1, 1), static(device)
+    cache, made = KVCache(model, 1, 1), graphs(device)
     for _ in range(3):
         answer = generate(model, [prompt], max_new_tokens=18, cache=cache)[0]
         assert answer == greedy(model.cpu(), prompt, answer) and len(answer) == 18
         model.to(device)
         prompt = [*prompt, *answer, 8]
-    assert len(made) == 3
+    assert len(made) == 9
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_model_that_asks_the_device_while_it_runs_is_not_recorded(make_model, static, device):
+def test_a_model_that_asks_the_device_while_it_runs_is_not_recorded(make_model, graphs, device):
     class Undecided(torch.nn.Module):
         def __init__(self, mlp):
             super().__init__()
@@ -218,14 +277,14 @@ def test_a_model_that_asks_the_device_while_it_runs_is_not_recorded(make_model, 
 
     model = make_model("llama").to(device)
     model.model.layers[0].mlp = Undecided(model.model.layers[0].mlp).eval()
-    made = static(device)
+    made = graphs(device, records=False)
     (answer,) = generate(model, [[5, 17, 3]], max_new_tokens=20)
     assert answer == greedy(model.cpu(), [5, 17, 3], answer) and len(answer) == 20
-    assert made[0].graph is None and not made[0].records
+    assert made == [None] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_static_step_makes_no_tensor_from_the_hosts_numbers_and_reads_none(with_experts, kind):
+def test_a_recorded_step_makes_no_tensor_from_the_hosts_numbers_and_reads_none(with_experts, kind):
     """Neither can be recorded: a graph would repeat the number of the first time."""
 
     class NoHost(TorchDispatchMode):
@@ -237,11 +296,10 @@ def test_a_static_step_makes_no_tensor_from_the_hosts_numbers_and_reads_none(wit
             return function(*arguments, **(keywords or {}))
 
     model = with_experts(kind)
-    cache, tokens = KVCache(model, 2, 9), torch.tensor([[3], [4]])
-    cache.cursor, cache.bucket = torch.tensor([0]), 9
-    documents, positions = torch.ones_like(tokens), torch.zeros_like(tokens)
+    cache = KVCache(model, 2, 9)
+    cache.bucket = 9
     with torch.no_grad(), NoHost():
-        model.hidden_states(tokens, positions=positions, documents=documents, cache=cache)
+        cache._run(model, range(2), cache.inputs[:, :1])
 
 
 def test_models_that_are_watched_or_noisy_are_not_recorded(with_experts, monkeypatch):

@@ -70,7 +70,7 @@ def stepwise(model, tokens, prompt):
     cache = KVCache(model, *tokens.shape)
     reader = generation._read(model, tokens[:, :prompt].tolist(), cache, for_many=True)
     next(reader)
-    return torch.stack([reader.send(column) for column in tokens[:, prompt:].unbind(1)], dim=1)
+    return torch.stack([reader.send(column.tolist()) for column in tokens[:, prompt:].unbind(1)], dim=1)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def test_cached_logits_match_uncached(make_model, random_tokens, kind, chunks):
     with torch.no_grad():
         cached = torch.cat([model(part, cache=cache) for part in tokens.split(chunks, dim=1)], dim=1)
         torch.testing.assert_close(cached, model(tokens), atol=1e-5, rtol=0)
-    assert cache.length == 12
+    assert cache.ids == tokens.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -42,17 +42,6 @@ def test_cached_bfloat16_is_as_near_the_truth_as_uncached(make_model, random_tok
     assert cached.dtype == torch.bfloat16
     error, budget = ((value.float() - truth).square().mean().sqrt() for value in (cached, uncached))
     assert 0 < error <= 1.1 * budget  # other shapes of product round otherwise, not more
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_cached_documents_match_uncached(make_model, random_tokens, kind):
-    model, tokens = make_model(kind), random_tokens(2, 12)
-    documents = torch.tensor([[3] * 4 + [0] * 7 + [1], [2] * 9 + [5] * 3])
-    cache = KVCache(model, 2, 12)
-    with torch.no_grad():
-        parts = zip(tokens.split([5, 1, 6], 1), documents.split([5, 1, 6], 1), strict=True)
-        cached = torch.cat([model(part, documents=ids, cache=cache) for part, ids in parts], dim=1)
-        torch.testing.assert_close(cached, model(tokens, documents=documents), atol=1e-5, rtol=0)
 
 
 def test_cache_works_while_gradients_are_recorded(make_model, random_tokens):
@@ -334,21 +323,18 @@ def test_cache_overflow_is_an_error(make_model, random_tokens):
             model(random_tokens(2, 3), cache=cache)
         with pytest.raises(ValueError, match="asked for a batch of 1 up to token 7"):
             model(random_tokens(1, 1), cache=cache)
-        assert cache.length == 6
+        assert len(cache.ids[0]) == 6
         model(random_tokens(2, 2), cache=cache)  # exactly full
-    assert cache.length == 8
+    assert len(cache.ids[0]) == 8
 
 
-def test_cache_that_holds_documents_asks_for_them_and_stays_usable(make_model, random_tokens):
+def test_a_cache_takes_neither_documents_nor_positions(make_model, random_tokens):
     model, tokens = make_model("baichuan-alibi"), random_tokens(1, 6)
-    documents = torch.tensor([[1, 1, 2, 2, 2, 2]])
     cache = KVCache(model, 1, 6)
-    with torch.no_grad():
-        model(tokens[:, :4], documents=documents[:, :4], cache=cache)
-        with pytest.raises(ValueError, match="pass `documents`"):
-            model(tokens[:, 4:], cache=cache)
-        rest = model(tokens[:, 4:], documents=documents[:, 4:], cache=cache)
-        torch.testing.assert_close(rest, model(tokens, documents=documents)[:, 4:], atol=1e-5, rtol=0)
+    for name in ("documents", "positions"):
+        with pytest.raises(ValueError, match="one text, without positions, documents and branches"):
+            model(tokens, **{name: torch.zeros_like(tokens)}, cache=cache)
+    assert cache.ids == [[]]
 
 
 def spell(ids):

@@ -69,7 +69,7 @@ def test_a_cancelled_request_frees_its_slot_within_a_step(make_scheduler, make_r
     long.pieces.get(timeout=10)
     scheduler.submit([short])
     before = len(long.answer)
-    scheduler.cancel([long])
+    long.cancelled = True
     assert finished(short)[-1].finish in ("length", "stop")
     assert len(long.answer) <= before + 2 and finished(long)[-1].finish == "cancelled"
 
@@ -200,14 +200,14 @@ def test_a_thread_that_ends_tells_everyone(make_scheduler, make_request, monkeyp
 
 def test_a_slot_that_cannot_be_filled_ends_its_request_alone(make_scheduler, make_request, monkeypatch):
     scheduler = make_scheduler(slots=1)
-    real = scheduler.cache.fork
+    real = scheduler.cache.share
 
-    def fork(slot, prompt, sources):
+    def share(prompt, slot, sources):
         if prompt == [9, 9]:
             raise RuntimeError("out of memory")
-        return real(slot, prompt, sources)
+        return real(prompt, slot, sources)
 
-    monkeypatch.setattr(scheduler.cache, "fork", fork)
+    monkeypatch.setattr(scheduler.cache, "share", share)
     bad, good = make_request([9, 9], 5), make_request([5, 6], 5)
     scheduler.submit([bad, good])
     assert finished(bad)[-1].finish == "error" and finished(good)[-1].finish in ("stop", "length")
