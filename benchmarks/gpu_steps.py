@@ -380,12 +380,12 @@ def by_scheduler(model: nn.Module) -> Callable[[list[list[int]], int], object]:
     from pedgpt.serving.scheduler import Request
 
     decoder = SimpleNamespace(push=lambda token: "", finish=lambda: "", stopped=False)
-    scheduler = Scheduler({"base": model}, slots=16, capacity=1024)
+    scheduler = Scheduler({"base": model}, slots=16, capacity=1024, queue=64, prefill=256)
 
     def call(prompts: list[list[int]], count: int) -> object:
         ended = threading.Semaphore(0)
 
-        def deliver(piece: Any) -> None:
+        def deliver(_: Request, piece: Any) -> None:
             if piece.finish:
                 ended.release()
 

@@ -41,7 +41,7 @@ def main(config: Config) -> None:
     try:
         import uvicorn
 
-        from pedgpt.serving import Limits, Scheduler, Served, Server, is_local
+        from pedgpt.serving import Scheduler, Served, Server, is_local
     except ImportError as error:
         raise ValueError(f'{error.name} is missing; `pip install -e ".[serve]"` brings it') from None
     key = os.environ.get("PEDGPT_API_KEY", "")
@@ -66,12 +66,12 @@ def main(config: Config) -> None:
         defaults = generation_defaults(system.model) | generation_defaults(system.taught)
         stops = frozenset((*chats[name].stop_tokens, *defaults.pop("stop_tokens", ())))
         defaults.pop("max_new_tokens", None)
-        served[name] = Served(chats[name], stops, defaults, models[name].config.vocab_size, system.weights())
+        served[name] = Served(chats[name], stops, defaults, system.weights())
 
     window = models["base"].config.max_position_embeddings
     capacity = min(config.context or 4096, window)
     scheduler = Scheduler(models, slots=config.slots, capacity=capacity, queue=config.queue, prefill=config.prefill)
-    server = Server(scheduler, served, Limits(seconds=config.timeout), key=key, local=local)
+    server = Server(scheduler, served, key=key, local=local, seconds=config.timeout)
     settings = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": int(config.grace) + 5}
     web = uvicorn.Config(server.app, host=config.host, port=config.port, **settings)
     listener = web.bind_socket()

@@ -213,10 +213,10 @@ def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """Ids [B] drawn from logits [B, V] (float32)."""
-    if temperature == 0.0:
+    if temperature < MIN_TEMPERATURE:
         return logits.argmax(-1)
     logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
+    if top_k and top_k < logits.shape[-1]:
         lowest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -torch.inf)
     if top_p is not None and top_p < 1.0:

@@ -38,14 +38,14 @@ class Piece(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """One answer to compute. The scheduler calls `deliver` with each piece, from its own thread."""
+    """One answer to compute. The scheduler calls `deliver` with it and each of its pieces, from its own thread."""
 
     model: str
     prompt: list[int]
     max_tokens: int
     decoder: StreamDecoder
     stop_tokens: frozenset[int]
-    deliver: Callable[[Piece], None]
+    deliver: Callable[[Request, Piece], None]
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -56,6 +56,7 @@ class Request:
     slot: int = -1  # -1 until it gets one
     cached: int = 0  # tokens of the prompt that its slot did not have to read
     answer: list[int] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
     generator: torch.Generator | None = None
 
@@ -64,7 +65,7 @@ class Scheduler:
     """Computes requests for the models by name, `slots` at a time; `queue` more may wait."""
 
     def __init__(
-        self, models: Mapping[str, Transformer], *, slots: int, capacity: int, queue: int = 64, prefill: int = 256
+        self, models: Mapping[str, Transformer], *, slots: int, capacity: int, queue: int, prefill: int
     ) -> None:
         if min(slots, prefill, queue, capacity) < 1:
             raise ValueError(f"{slots=}, {prefill=}, {queue=} and the context, {capacity}, must be at least 1")
@@ -114,18 +115,16 @@ class Scheduler:
                     self._take_turn()
         finally:
             with self.changed:
-                self.closing, left = True, [*self.active, *self.waiting]
-                self.active.clear()
-                self.waiting.clear()
-            for request in left:
-                request.deliver(Piece("", finish="error"))
+                self.closing = True
+            for request in (*self.active, *self.waiting):
+                self._tell(request, Piece("", finish="error"))
 
     def _take_turn(self) -> None:
         """Read some of the prompts, then a token of each answer."""
         with self.changed:
             left = [one for one in (*self.active, *self.waiting) if one.cancelled]
-        for request in left:
-            self._finish(request, Piece("", finish="cancelled"))
+        for one in left:
+            self._tell(one, Piece("", finish="cancelled"))
         room = self.prefill
         while room > 0 and (request := self._next_to_read()) is not None:
             with self._isolated([request]):
@@ -187,22 +186,23 @@ class Scheduler:
             self.counts["first_token_seconds"] += time.monotonic() - request.arrived
         request.answer.append(token)
         self.counts["generated"] += 1
-        ends = token in request.stop_tokens
-        text = "" if ends else request.decoder.push(token)
-        if ends or request.decoder.stopped or len(request.answer) == request.max_tokens:
-            finish = "stop" if ends or request.decoder.stopped else "length"
-            self._finish(request, Piece(text + request.decoder.finish(), token, logprob, top, finish))
-        else:
-            request.deliver(Piece(text, token, logprob, top))
+        stops = token in request.stop_tokens
+        text = "" if stops else request.decoder.push(token)
+        stops = stops or request.decoder.stopped
+        finish = "stop" if stops else "length" if len(request.answer) == request.max_tokens else None
+        text += request.decoder.finish() if finish else ""
+        self._tell(request, Piece(text, token, logprob, top, finish))
 
-    def _finish(self, request: Request, last: Piece) -> None:
-        """Free the request's slot and tell its client the end."""
-        with self.changed:
-            (self.active if request in self.active else self.waiting).remove(request)
-        if request.slot >= 0:
-            self.free.append(request.slot)
-        self.counts[str(last.finish)] += 1
-        request.deliver(last)
+    def _tell(self, request: Request, piece: Piece) -> None:
+        """Give a client its next piece; the last one frees the slot."""
+        if piece.finish:
+            with self.changed:
+                (self.active if request in self.active else self.waiting).remove(request)
+            if request.slot >= 0:
+                self.free.append(request.slot)
+            self.counts[piece.finish] += 1
+        request.pieces.append(piece)
+        request.deliver(request, piece)
 
     @contextmanager
     def _isolated(self, requests: Sequence[Request]) -> Iterator[None]:
@@ -212,10 +212,9 @@ class Scheduler:
         except Exception as error:
             for request in requests:
                 if request in self.active:
-                    self.owner[request.slot] = None
                     with suppress(RuntimeError):  # The device may have failed.
                         self.cache.clear(request.slot)
-                    self._finish(request, Piece("", finish="error"))
+                    self._tell(request, Piece("", finish="error"))
             with suppress(OSError):
                 print(f"{len(requests)} requests failed: {type(error).__name__}", file=sys.stderr, flush=True)
 

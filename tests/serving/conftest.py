@@ -13,11 +13,12 @@ import uvicorn
 from pedgpt.adapters import ExpertLoRALinear, inject_experts
 from pedgpt.data import chat_format, train_tokenizer
 from pedgpt.models import ModelConfig, Transformer
-from pedgpt.serving import Limits, Scheduler, Served, Server
+from pedgpt.serving import Scheduler, Served, Server
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<reserved_106>", "<reserved_107>"]
 TEXTS = ["感冒常见于婴儿，多喝水。", "孩子发烧怎么办？观察体温，注意休息。", "肺炎要及时就医，听医生的。"] * 8
 CAPACITY = 128
+SIZES = {"slots": 4, "capacity": CAPACITY, "queue": 64, "prefill": 256}  # of a scheduler
 
 
 def tiny(**family):
@@ -66,7 +67,7 @@ def make_scheduler(models):
     made = []
 
     def make(**settings):
-        made.append(Scheduler(models, **{"slots": 4, "capacity": CAPACITY, **settings}))
+        made.append(Scheduler(models, **{**SIZES, **settings}))
         return made[-1]
 
     yield make
@@ -77,11 +78,11 @@ def make_scheduler(models):
 class Running:
     """A server on a port of its own, as `with Running(...) as server`."""
 
-    def __init__(self, scheduler, chat, *, key="", limits=None, stop_tokens=None):
+    def __init__(self, scheduler, chat, *, stop_tokens=None, **settings):
         self.scheduler = scheduler
         stops = frozenset(chat.stop_tokens if stop_tokens is None else stop_tokens)
-        served = {name: Served(chat, stops, {"temperature": 0.0}, 300, f"print of {name}") for name in scheduler.models}
-        app = Server(scheduler, served, limits or Limits(), key=key).app
+        served = {name: Served(chat, stops, {"temperature": 0.0}, f"print of {name}") for name in scheduler.models}
+        app = Server(scheduler, served, **settings).app
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
@@ -114,5 +115,5 @@ class Running:
 
 @pytest.fixture(scope="module")
 def server(models, chat):
-    with Running(Scheduler(models, slots=4, capacity=CAPACITY), chat) as running:
+    with Running(Scheduler(models, **SIZES), chat) as running:
         yield running

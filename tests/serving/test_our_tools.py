@@ -14,7 +14,7 @@ from pedgpt.evaluation.judging import DIMENSIONS
 from pedgpt.evaluation.responses import Answers, Question, write_answers
 from pedgpt.serving import Scheduler
 
-from .conftest import Running
+from .conftest import SIZES, Running
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("judge_for_our_server", ROOT / "recipes/judge.py")
@@ -41,7 +41,7 @@ def saying(models, chat, monkeypatch):
                 return ""
 
         monkeypatch.setattr("pedgpt.serving.server.StreamDecoder", Decoder)
-        scheduler = Scheduler(models, **{"slots": 4, "capacity": 4096, **settings})
+        scheduler = Scheduler(models, **{**SIZES, "capacity": 4096, **settings})
         running.append(Running(scheduler, chat, stop_tokens=()))
         return running[-1].__enter__()
 

@@ -9,7 +9,7 @@ import pedgpt.serving.server
 from pedgpt.data import read_conversations
 from pedgpt.serving import Scheduler
 
-from .conftest import CAPACITY, Running
+from .conftest import SIZES, Running
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium, which drives the browser, is not installed")
 support = pytest.importorskip("selenium.webdriver.support.ui")
@@ -46,7 +46,7 @@ class Scripted:
 @pytest.fixture
 def slow(models, chat):
     """A server of about 50 tokens a second."""
-    scheduler = Scheduler(models, slots=4, capacity=CAPACITY)
+    scheduler = Scheduler(models, **SIZES)
     real = scheduler.cache.step
     scheduler.cache.step = lambda *arguments: (time.sleep(0.02), real(*arguments))[1]
     with Running(scheduler, chat) as running:
@@ -207,7 +207,7 @@ def test_it_fits_a_phone_and_speaks_english(server, open_page):
 
 
 def test_the_page_asks_for_the_key(models, chat, open_page):
-    with Running(Scheduler(models, slots=2, capacity=CAPACITY), chat, key="secret") as running:
+    with Running(Scheduler(models, **SIZES), chat, key="secret") as running:
         page = open_page(running.url, key="secret")
         page.ask("感冒")
         page.finished()

@@ -17,10 +17,13 @@ from .conftest import tiny
 @pytest.fixture
 def make_request(tokenizer):
     def make(prompt, max_tokens=20, model="base", stops=(), **settings):
-        pieces = queue.Queue()
-        decoder = StreamDecoder(tokenizer, stops)
-        request = Request(model, list(prompt), max_tokens, decoder, frozenset({2}), pieces.put, **settings)
-        request.pieces = pieces
+        told, decoder = queue.Queue(), StreamDecoder(tokenizer, stops)
+
+        def deliver(_, piece):
+            told.put(piece)
+
+        request = Request(model, list(prompt), max_tokens, decoder, frozenset({2}), deliver, **settings)
+        request.told = told
         return request
 
     return make
@@ -28,9 +31,9 @@ def make_request(tokenizer):
 
 def finished(request):
     """All pieces of a request, once it has ended."""
-    found = [request.pieces.get(timeout=60)]
+    found = [request.told.get(timeout=60)]
     while found[-1].finish is None:
-        found.append(request.pieces.get(timeout=60))
+        found.append(request.told.get(timeout=60))
     return found
 
 
@@ -66,7 +69,7 @@ def test_a_cancelled_request_frees_its_slot_within_a_step(make_scheduler, make_r
     scheduler = make_scheduler(slots=1)
     long, short = make_request([5, 6], 120), make_request([7, 8], 1)
     scheduler.submit([long])
-    long.pieces.get(timeout=10)
+    long.told.get(timeout=10)
     scheduler.submit([short])
     before = len(long.answer)
     long.cancelled = True
@@ -120,7 +123,7 @@ def test_a_long_prompt_does_not_stall_the_others(make_scheduler, make_request):
     scheduler = make_scheduler(prefill=8, slots=2)
     talking, long = make_request([5, 6], 100), make_request(range(5, 5 + 96), 2)
     scheduler.submit([talking])
-    talking.pieces.get(timeout=10)
+    talking.told.get(timeout=10)
     at = len(talking.answer)
     scheduler.submit([long])
     finished(long)
@@ -131,7 +134,7 @@ def test_the_queue_has_an_end_and_a_closing_scheduler_takes_nothing(make_schedul
     scheduler = make_scheduler(slots=1, queue=2)
     running = make_request([5], 100)
     scheduler.submit([running])
-    running.pieces.get(timeout=10)
+    running.told.get(timeout=10)
     waiting = [make_request([6], 1) for _ in range(2)]
     scheduler.submit(waiting)
     with pytest.raises(queue.Full):
@@ -146,7 +149,7 @@ def test_a_scheduler_that_must_stop_tells_everyone(make_scheduler, make_request)
     scheduler = make_scheduler(slots=1)
     requests = [make_request([5], 120), make_request([6], 120)]
     scheduler.submit(requests)
-    requests[0].pieces.get(timeout=10)
+    requests[0].told.get(timeout=10)
     scheduler.close(0)
     ends = [finished(one)[-1].finish for one in requests]
     assert ends[0] in ("cancelled", "stop") and ends[1] == "cancelled"

@@ -14,9 +14,9 @@ import torch
 
 from pedgpt.data import Message, encode_prompt
 from pedgpt.models import generate
-from pedgpt.serving import Limits, Scheduler
+from pedgpt.serving import Scheduler
 
-from .conftest import CAPACITY, Running
+from .conftest import SIZES, Running
 
 openai = pytest.importorskip("openai")
 JSON = {"Content-Type": "application/json"}
@@ -35,7 +35,7 @@ def start(models, chat):
     with contextlib.ExitStack() as stack:
 
         def make(slots=4, queue=64, **settings):
-            scheduler = Scheduler(models, slots=slots, capacity=CAPACITY, queue=queue)
+            scheduler = Scheduler(models, **{**SIZES, "slots": slots, "queue": queue})
             return stack.enter_context(Running(scheduler, chat, **settings))
 
         yield make
@@ -165,9 +165,9 @@ WRONG = {
     "a penalty that is not supported": ({"presence_penalty": 0.5}, 400, "presence_penalty"),
     "no messages": ({"messages": []}, 400, "messages"),
     "the assistant last": ({"messages": said("a", "b")}, 400, "messages"),
-    "another role": ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages[0].role"),
-    "an empty text": ({"messages": said(" ")}, 400, "messages[0].content"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content"),
+    "another role": ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages"),
+    "an empty text": ({"messages": said(" ")}, 400, "messages"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
     "half a surrogate pair": ({"messages": said("\ud800")}, 400, None),
     "too many tokens": ({"max_tokens": 500}, 400, None),
     "too long a prompt": ({"messages": said("感冒" * 200)}, 400, None),
@@ -255,7 +255,7 @@ def test_a_client_that_leaves_frees_its_slot(start, stream):
 
 def test_bad_clients_harm_nobody_and_nothing_is_logged(start, models, chat, capfd, caplog):
     caplog.set_level(logging.DEBUG)
-    server = start(limits=Limits(body=20_000, body_seconds=0.5))
+    server = start(most=20_000, body_seconds=0.5)
     *_, expected = alone(models, chat, ["孩子发烧怎么办？"], 12)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     rows = [
@@ -288,7 +288,7 @@ def test_bad_clients_harm_nobody_and_nothing_is_logged(start, models, chat, capf
 
 
 def test_a_body_that_does_not_arrive_and_an_answer_that_takes_too_long_end(start):
-    server = start(slots=1, limits=Limits(seconds=0.3, body_seconds=0.2))
+    server = start(slots=1, seconds=0.3, body_seconds=0.2)
     real = server.scheduler.cache.step
     server.scheduler.cache.step = lambda *arguments: (time.sleep(0.05), real(*arguments))[1]
     assert server.ask(max_tokens=100).status_code == 504
@@ -353,7 +353,7 @@ def test_many_requests_in_random_order_equal_their_answers_alone(server, models,
         assert list(pool.map(ask, jobs)) == expected
 
 
-def test_a_stream_of_a_thinking_model_names_its_role_once(start, monkeypatch):
+def test_reasoning_stands_between_tags_and_a_stream_names_its_role_once(start, chat, monkeypatch):
     class Decoder:
         """Writes a reasoning and an answer, one piece a token."""
 
@@ -372,7 +372,12 @@ def test_a_stream_of_a_thinking_model_names_its_role_once(start, monkeypatch):
     server = start()
     deltas = [event["choices"][0]["delta"] for event in server.events()]
     assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
-    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "先看年龄。"
-    assert "".join(delta.get("content", "") for delta in deltas) == "多喝水。"
-    message = server.ask().json()["choices"][0]["message"]
-    assert (message["reasoning_content"], message["content"]) == ("先看年龄。", "多喝水。")
+    expected = "<think>先看年龄。</think>\n\n多喝水。"
+    assert "".join(delta["content"] for delta in deltas) == expected
+    assert server.ask().json()["choices"][0]["message"] == {"role": "assistant", "content": expected}
+    # Where the prompt ends with the tag, the answer begins with it all the same.
+    monkeypatch.setattr(chat, "opens_thought", True)
+    assert server.events()[0]["choices"][0]["delta"] == {"role": "assistant", "content": "<think><think>"}
+    assert server.ask().json()["choices"][0]["message"]["content"] == "<think>" + expected
+    plain = server.post({"model": "base", "prompt": "感冒", "max_tokens": 2}, "/v1/completions")
+    assert plain.json()["choices"][0]["text"] == "<think>先看"
