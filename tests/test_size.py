@@ -15,10 +15,9 @@ GOALS = {
     "training": 850, "evaluation": 1_200, "serving": 600, "files": 400,
 }  # fmt: skip
 # Where a goal is not reached yet: what there is now. No number here may grow, and one that is no longer needed goes.
-# The library lost 1,500 lines and got the server, the variants of experts, the importers and the view of routing.
 OWED = {
-    "kernels": 2_311, "adapters": 1_220, "models": 1_489, "data": 2_515, "corpus": 2_677, "training": 1_532,
-    "evaluation": 2_537, "serving": 801, "files": 862, "all": 16_243,
+    "kernels": 2_305, "adapters": 1_220, "models": 1_489, "data": 2_515, "corpus": 2_677, "training": 1_532,
+    "evaluation": 2_537, "files": 862, "all": 16_036,
 }  # fmt: skip
 OWED_FILES = {}
 

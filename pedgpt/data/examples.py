@@ -93,7 +93,7 @@ def encode_rows(
     """
     if on_long_row not in ("error", "skip", "truncate"):
         raise ValueError(f'on_long_row is {on_long_row!r}, expected "error", "skip" or "truncate"')
-    long, longest = list[str](), 0
+    long: list[tuple[int, str]] = []
     for row in rows:
         try:
             if isinstance(row, PreferencePair):
@@ -114,16 +114,15 @@ def encode_rows(
                 continue
             cut = [Example(one.tokens[:row_length], one.labels[:row_length], one.source) for one in examples]
             if on_long_row == "error":
-                long.append(row.source)
-                longest = max(longest, size)
+                long.append((size, row.source))
             elif on_long_row == "truncate" and all(one.supervised for one in cut):
                 summary.shortened.append(row.source)
                 yield cut
             else:
                 summary.drop(row.source, f"over-long: {size} tokens do not fit a row of {row_length}")
     if long:
-        found = f"over-long: {longest} tokens do not fit a row of {row_length} ({len(long)} such rows)"
-        raise ValueError(f'{long[0]}: {found}; raise row_length, or set on_long_row = "skip" or "truncate"')
+        found = f"over-long: {max(long)[0]} tokens do not fit a row of {row_length} ({len(long)} such rows)"
+        raise ValueError(f'{long[0][1]}: {found}; raise row_length, or set on_long_row = "skip" or "truncate"')
 
 
 def encode_conversations(*arguments: Any, **settings: Any) -> list[Example]:

@@ -40,15 +40,15 @@ class Layout:
         branches: Tensor | None = None,  # [B, T], without a cache
         slopes: Tensor | None = None,  # [H] float32, for ALiBi
         first: int | Tensor = 0,  # keys before the first query, which a cache holds; int64 [B, 1, 1] where rows differ
-        keys: int | None = None,  # S of a cache, at positions 0, 1, 2 …; without one the keys are those of the queries
+        key_positions: Tensor | None = None,  # [1, S], of a cache; without one the keys are those of the queries
     ) -> None:
         self.positions, self.documents, self.branches = positions, documents, branches
-        self.slopes, self.first, queries = slopes, first, positions.shape[1]
-        self.keys = queries if keys is None else keys
-        self.key_positions = positions if keys is None else torch.arange(keys, device=positions.device)[None]
+        self.slopes, self.first = slopes, first
+        self.key_positions = positions if key_positions is None else key_positions
+        self.queries, self.keys = positions.shape[1], self.key_positions.shape[1]
         self.kept: dict[tuple, Any] = {}
         # Whether causality says it all, or a single query sees all keys, so that no mask is needed.
-        ends = isinstance(first, int) and first + queries == self.keys and queries in (1, self.keys)
+        ends = isinstance(first, int) and first + self.queries == self.keys and self.queries in (1, self.keys)
         self.plain = ends and documents is None and branches is None and slopes is None
 
     def once(self, make: Callable[..., Any], *arguments: Hashable) -> Any:
@@ -75,7 +75,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> 
     if q.device.type == "cpu" and queries == k.shape[2] and not transformed():
         if (found := on_cpu.attention(q, k, v, layout)) is not None:
             return found
-    if layout is not None and _suits_flex(q):
+    if layout is not None and queries == layout.keys and _suits_flex(q):
         score_mod, block_mask = layout.once(_flex_arguments)
         # One for each dtype, head size, one row or several, one length or any, with gradients or without.
         with torch._dynamo.config.patch(recompile_limit=64):
@@ -122,41 +122,35 @@ def _flex_arguments(layout: Layout) -> tuple[Callable | None, Any]:
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    rows, slopes = len(layout.positions), layout.slopes
-    queries, keys = (  # [3, B, T] and [3, B, S]
-        torch.stack([at, *(at * 0 if ids is None else ids for ids in (layout.documents, layout.branches))])
-        for at in (layout.positions, layout.key_positions.expand(rows, -1))
-    )
-    last = layout.first + torch.arange(queries.shape[-1], device=queries.device)[:, None]  # the key of a query itself
-    last = last.expand(rows, -1, 1)[..., 0].contiguous()
+    at, tokens = layout.positions, layout.queries
+    slopes = layout.slopes
+    given = (at * 0 if tensor is None else tensor for tensor in (layout.documents, layout.branches))
+    ids = torch.stack([at, *given])  # [3, B, T]
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        same, branch = queries[1, b, i] == keys[1, b, j], keys[2, b, j]
-        return (j <= last[b, i]) & same & ((branch == 0) | (branch == queries[2, b, i]))
+        same, branch = ids[1, b, i] == ids[1, b, j], ids[2, b, j]
+        return (j <= i) & same & ((branch == 0) | (branch == ids[2, b, i]))
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score + slopes[h] * (keys[0, b, j] - queries[0, b, i])  # type: ignore[index]
-
-    def ends(ids: Tensor) -> tuple[Tensor, Tensor]:
-        size = ids.shape[-1]
-        index = torch.arange(size + -size % BLOCK, device=ids.device).clamp(max=size - 1)
-        blocks = ids[..., index].unflatten(-1, (-1, BLOCK))
-        return blocks.amin(-1), blocks.amax(-1)
+        return score + slopes[h] * (ids[0, b, j] - ids[0, b, i])  # type: ignore[index]
 
     def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
         chosen = chosen[:, None].int()  # [B, 1, I, J]
         return chosen.sum(-1, dtype=torch.int32), torch.argsort(chosen, dim=-1, descending=True, stable=True).int()
 
-    lengths = queries.shape[-1], keys.shape[-1]
-    low, high = (x[..., None] for x in ends(queries[1:]))
-    key_low, key_high = (x[..., None, :] for x in ends(keys[1:]))
-    overlap, equal = (low <= key_high) & (key_low <= high), (low == key_high) & (key_low == high)  # [2, B, I, J]
-    trunk, all_trunk = (key_low[1] <= 0) & (key_high[1] >= 0), (key_low[1] == 0) & (key_high[1] == 0)
-    # In a last block that is not whole the kernel must ask: it has a query that sees nothing or a key that none sees.
-    lasts = F.pad(last, (0, -lengths[0] % BLOCK), value=-1).view(rows, -1, 1, BLOCK)
-    start = torch.arange(0, lengths[1], BLOCK, device=keys.device)
-    some = (start <= lasts.amax(-1)) & overlap[0] & (trunk | overlap[1])
-    full = (start + BLOCK - 1 <= lasts.amin(-1)) & equal[0] & (all_trunk | equal[1])
-    blocks = (*listed(some & ~full), *listed(full))
-    block_mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths)
+    index = torch.arange(tokens + -tokens % BLOCK, device=at.device).clamp(max=tokens - 1)
+    blocks = ids[1:, :, index].unflatten(-1, (-1, BLOCK))
+    low = blocks.amin(-1)[..., None]  # [2, B, I, 1] of queries; of keys it is [2, B, 1, J]
+    high = blocks.amax(-1)[..., None]
+    overlap = (low <= high.mT) & (low.mT <= high)
+    equal = (low == high.mT) & (low.mT == high)
+    trunk = (low.mT[1] <= 0) & (high.mT[1] >= 0)
+    all_trunk = (low.mT[1] == 0) & (high.mT[1] == 0)
+    start = torch.arange(0, tokens, BLOCK, device=at.device)
+    some = (start <= start[:, None]) & overlap[0] & (trunk | overlap[1])
+    # In a last block that is not whole the kernel must ask, because it has queries that see nothing.
+    full = (start < start[:, None]) & (start[:, None] + BLOCK <= tokens) & equal[0] & (all_trunk | equal[1])
+    lists = (*listed(some & ~full), *listed(full))
+    lengths = (tokens, tokens)
+    block_mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths)
     return None if slopes is None else score_mod, block_mask

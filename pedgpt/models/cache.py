@@ -33,12 +33,11 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # A NaN there would spread.
         self.values = torch.zeros_like(self.keys)
         self.ids: list[list[int]] = [[] for _ in range(batch_size)]
-        self.index = torch.arange(max(batch_size, capacity), device=weight.device)
+        self.index = torch.arange(max(shape), device=weight.device)
         self.rows: Sequence[int] = range(batch_size)  # those of the forward pass that runs
         self.new: list[list[int]] = []  # their new tokens
-        self.picked: Any = slice(0)  # the same rows, as they are read: side by side in place, or else copied
-        self.start, self.stop = 0, 0  # of what is written where all begin at the same place; the keys that are read
-        self.places: Tensor | None = None  # otherwise: positions [rows, T]
+        self.target: tuple[Any, ...] = ()  # where it writes in the keys and values [B, G, S, K] of a layer
+        self.source: tuple[Any, ...] = ()  # what it reads there: rows side by side in place, others as copies
         self.records, self.bucket = weight.is_cuda, 0  # the keys that a graph reads, while it is made
         self.inputs = torch.zeros(batch_size, 2, dtype=torch.long, device=weight.device)  # tokens and their positions
         self.graphs: dict[tuple[Any, int], tuple[Any, Tensor]] = {}
@@ -47,7 +46,7 @@ class KVCache:
         """Make room for `capacity` tokens in each row. What is held stays."""
         if (more := capacity - self.keys.shape[3]) > 0:
             self.keys, self.values = (F.pad(held, (0, 0, 0, more)) for held in (self.keys, self.values))
-            self.index = torch.arange(max(len(self.ids), capacity), device=self.index.device)
+            self.index = torch.arange(max(self.keys.shape), device=self.index.device)
             self.graphs.clear()
 
     def share(self, prompt: Sequence[int], row: int, sources: Iterable[int]) -> int:
@@ -63,14 +62,13 @@ class KVCache:
         self.ids[row] = list(prompt[:count])
         return count
 
-    def clear(self, row: int) -> None:
-        """Forget a row and what was computed of it, because its NaN would spread to texts that are read beside it."""
-        self.ids[row] = []
-        self.keys[:, row] = self.values[:, row] = 0
-
-    def read(self, model: Any, row: int, tokens: Sequence[int]) -> Tensor:
-        """Add tokens to one row; the hidden state [1, D] of the last."""
-        return self._run(model, [row], self.index.new_tensor(tokens)[None])
+    def read(self, model: Any, rows: Sequence[int], tokens: Any) -> Tensor:
+        """Add tokens [rows, T], a list or a tensor, to some rows; the hidden states [rows, D] of the last ones."""
+        self.rows = rows
+        try:
+            return model.hidden_states(torch.as_tensor(tokens, device=self.index.device), cache=self)[:, -1]
+        finally:
+            self.rows = range(len(self.ids))
 
     def step(self, model: Any, rows: Collection[int], tokens: Sequence[int]) -> Tensor:
         """Add one token to each of `rows`; their hidden states [rows, D].
@@ -78,7 +76,7 @@ class KVCache:
         A graph runs over all rows. In the others it writes behind the text, where the next token overwrites it.
         """
         if not self.records:
-            return self._run(model, list(rows), self.index.new_tensor(tokens)[:, None])
+            return self.read(model, list(rows), [[token] for token in tokens])
         most, asked = 1 + max(len(self.ids[row]) for row in rows), dict(zip(rows, tokens, strict=True))
         grain = max(BUCKET, 1 << most.bit_length() >> 3)  # At most a quarter more is read, so that graphs are few.
         self.bucket = min(-(-most // grain) * grain, self.keys.shape[3])
@@ -86,11 +84,11 @@ class KVCache:
         every, key = range(len(self.ids)), (model, self.bucket)
         try:
             if key not in self.graphs:
-                found = record_graph(lambda: self._run(model, every, self.inputs[:, :1]), self.inputs.device)
+                found = record_graph(lambda: self.read(model, every, self.inputs[:, :1]), self.inputs.device)
                 self.graphs[key] = found or (None, self.keys)
             graph, hidden = self.graphs[key]
             if graph is None:
-                hidden = self._run(model, every, self.inputs[:, :1])
+                hidden = self.read(model, every, self.inputs[:, :1])
             else:
                 graph.replay()
         finally:
@@ -99,48 +97,38 @@ class KVCache:
             self.ids[row].append(token)
         return hidden[list(rows)]
 
-    def _run(self, model: Any, rows: Sequence[int], tokens: Tensor) -> Tensor:
-        self.rows = rows
-        try:
-            return model.hidden_states(tokens, cache=self)[:, -1]
-        finally:
-            self.rows = range(len(self.ids))
-
     def extend(self, tokens: Tensor, slopes: Tensor | None) -> Layout:
         """Begin a forward pass over tokens [rows, T]; returns who sees whom. `append` is then called in each layer."""
-        rows, count = list(self.rows), tokens.shape[1]
+        rows = list(self.rows)
+        count = tokens.shape[1]
         if self.bucket:
-            even, positions = False, self.inputs[:, 1:]
-            self.new, self.stop = [], self.bucket
+            positions, stop, even = self.inputs[:, 1:], self.bucket, False
         else:
             lengths = [len(self.ids[row]) for row in rows]
-            self.start, self.stop = min(lengths), max(lengths) + count
-            if len(tokens) != len(rows) or self.stop > self.keys.shape[3]:
-                asked = f"asked for a batch of {len(tokens)} up to token {self.stop}"
+            positions = self.index.new_tensor(lengths)[:, None] + self.index[:count]
+            stop, even = max(lengths) + count, min(lengths) == max(lengths)
+            if len(tokens) != len(rows) or stop > self.keys.shape[3]:
+                asked = f"asked for a batch of {len(tokens)} up to token {stop}"
                 raise ValueError(f"the cache holds {len(rows)} x {self.keys.shape[3]} tokens; {asked}")
-            even, self.new = self.start + count == self.stop, tokens.tolist()
-            positions = self.index[self.start : self.stop].expand(len(rows), -1)
-            if not even:
-                positions = self.index.new_tensor(lengths)[:, None] + self.index[:count]
-        run = slice(rows[0], rows[-1] + 1)
-        self.picked = run if rows == [*range(run.start, run.stop)] else self.index.new_tensor(rows)
-        self.places = None if even else positions
-        return Layout(positions, None, None, slopes, self.start if even else positions[:, :1, None], self.stop)
+            self.new = tokens.tolist()
+        side = slice(rows[0], rows[-1] + 1)
+        picked = side if rows == [*range(side.start, side.stop)] else self.index.new_tensor(rows)
+        self.source = (picked, slice(None), slice(stop))
+        self.target = (picked, slice(None), slice(stop - count, stop))
+        if not even:
+            groups = self.index[: self.keys.shape[2], None]
+            self.target = (self.index[: len(self.ids)][picked, None, None], groups, positions[:, None])
+        first = stop - count if even else positions[:, :1, None]
+        return Layout(positions, None, None, slopes, first, self.index[None, :stop])
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values [rows, G, T, K]; returns all that are read, [rows, G, S, K]."""
-        found = self._write(self.keys[layer], keys), self._write(self.values[layer], values)
-        if layer == len(self.keys) - 1:
-            for row, ids in zip(self.rows, self.new, strict=False):  # A graph has none.
+        for held, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            held[self.target] = new.to(held.dtype)
+        if layer == len(self.keys) - 1 and not self.bucket:
+            for row, ids in zip(self.rows, self.new, strict=True):
                 self.ids[row] += ids
-        return found
-
-    def _write(self, held: Tensor, new: Tensor) -> Tensor:
-        if self.places is None:
-            held[self.picked, :, self.start : self.stop] = new
-        else:
-            held[self.index[: len(held)][self.picked, None], :, self.places] = new.transpose(1, 2).to(held.dtype)
-        return held[self.picked, :, : self.stop]
+        return self.keys[layer][self.source], self.values[layer][self.source]
 
 
 def shared(ids: Sequence[int], prompt: Sequence[int]) -> int:

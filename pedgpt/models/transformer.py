@@ -107,10 +107,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         shape = config.vocab_size, config.hidden_size
-        if torch.get_default_device().type == "meta":  # Drawing numbers there takes longer than the rest of loading.
-            self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(shape), freeze=False)
-        else:
-            self.embed_tokens = nn.Embedding(*shape)
+        meta = torch.get_default_device().type == "meta"  # Drawing numbers there takes longer than the rest of loading.
+        self.embed_tokens = nn.Embedding(*shape, _weight=torch.empty(shape) if meta else None)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

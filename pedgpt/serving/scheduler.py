@@ -133,7 +133,7 @@ class Scheduler:
                 read = self.cache.ids[request.slot]
                 tokens = request.prompt[len(read) :][:room]
                 room -= len(tokens)
-                hidden = self.cache.read(self.models[request.model], request.slot, tokens)
+                hidden = self.cache.read(self.models[request.model], [request.slot], [tokens])
                 if len(read) == len(request.prompt):
                     self._choose([request], hidden)
         for name, model in self.models.items():
@@ -212,8 +212,9 @@ class Scheduler:
         except Exception as error:
             for request in requests:
                 if request in self.active:
-                    with suppress(RuntimeError):  # The device may have failed.
-                        self.cache.clear(request.slot)
+                    self.cache.ids[request.slot].clear()
+                    with suppress(RuntimeError):  # A NaN would spread from there; but the device may have failed.
+                        self.cache.keys[:, request.slot] = self.cache.values[:, request.slot] = 0
                     self._tell(request, Piece("", finish="error"))
             with suppress(OSError):
                 print(f"{len(requests)} requests failed: {type(error).__name__}", file=sys.stderr, flush=True)
