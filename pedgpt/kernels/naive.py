@@ -30,8 +30,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 def visible(layout: Layout) -> Tensor:
     """Whether query i sees key j, [B or 1, T, S]: j is not ahead, in its document, and in the trunk or its branch."""
     keys = torch.arange(layout.keys, device=layout.positions.device)
-    last = layout.first + keys[: layout.queries, None]  # the key of the query itself
-    seen = (keys <= last).view(-1, layout.queries, layout.keys)
+    last = layout.first + keys[None, : layout.queries, None]  # the key of the query itself
+    seen = keys <= last
     if layout.documents is not None:
         seen = seen & (layout.documents[:, :, None] == layout.documents[:, None, :])
     if layout.branches is not None:
