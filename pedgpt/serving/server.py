@@ -78,7 +78,7 @@ COMMON = {
     "repetition_penalty": Field(NUMBER, None, 1e-3, 100), "seed": Field(int, None, -(2**63), 2**63 - 1),
     "stream": Field(bool, False), "stream_options": Field(dict, {}),
 }  # fmt: skip
-COMPLETION = COMMON | {"prompt": Field(str | list), "logprobs": Field(int, None, 0, 5)}
+COMPLETION = COMMON | {"prompt": Field(str | list), "logprobs": Field(int, None, 0, 5), "best_of": Field(int, 1, 1, 1)}
 CHAT = COMMON | {
     "messages": Field(list, []), "max_completion_tokens": Field(int, None, 1), "logprobs": Field(bool, False),
     "top_logprobs": Field(int, 0, 0, 20),

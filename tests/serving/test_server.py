@@ -87,7 +87,9 @@ def test_completions_go_on_with_a_text_or_with_tokens(client, models, tokenizer)
     for given in ("肺炎要", prompt):
         found = client.completions.create(model="base", prompt=given, max_tokens=8, temperature=0)
         assert found.choices[0].text == tokenizer.decode(ids) and found.object == "text_completion"
-    pieces = client.completions.create(model="base", prompt="肺炎要", max_tokens=8, temperature=0, stream=True)
+    pieces = client.completions.create(
+        model="base", prompt="肺炎要", max_tokens=8, temperature=0, stream=True, best_of=1, echo=False
+    )
     assert "".join(piece.choices[0].text for piece in pieces) == tokenizer.decode(ids)
 
 
