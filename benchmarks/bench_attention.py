@@ -42,7 +42,7 @@ def compare(dtype: torch.dtype, case: tuple[int, ...]) -> None:
     dout = torch.randn(rows, tokens, heads, size).transpose(1, 2).to(dtype)
     positions = torch.arange(tokens).expand(rows, -1)
     ids = None if documents == 1 else positions * documents // tokens
-    layout = Layout(positions, ids)
+    layout = Layout(positions, documents=ids)
     mask = None if layout.plain else layout.mask(dtype)
 
     def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def attention_cases(size: str, tokens: int, hidden: int, dtype: torch.dtype) -> 
     documents = (torch.arange(tokens) * 4 // tokens)[None]
     positions = torch.arange(tokens)[None] % (tokens // 4)
     seen = (documents[:, :, None] == documents[:, None]).tril()[:, None]
-    layout = Layout(positions, documents)  # and `seen`: made once for all layers of a model
+    layout = Layout(positions, documents=documents)  # and `seen`: made once for all layers of a model
 
     def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, layout)

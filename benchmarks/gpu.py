@@ -220,7 +220,7 @@ def attention_case(results: Results, heads: int, size: int, length: int, alibi: 
     documents = torch.bucketize(index, ends[1:].to(DEVICE), right=True)
     positions = (index - ends.to(DEVICE)[documents])[None]
     slopes = alibi_slopes(heads, DEVICE) if alibi else None
-    layout = Layout(positions, documents[None], None, slopes)
+    layout = Layout(positions, documents=documents[None], slopes=slopes)
     q, k, v = (torch.randn(1, heads, length, size, device=DEVICE, dtype=HALF, requires_grad=True) for _ in "qkv")
     dout = torch.randn_like(q)
     seen = (index[None] <= index[:, None]) & (documents[None] == documents[:, None])

@@ -32,7 +32,7 @@ NAMES = {
     "content": ("content", "value"),
 }
 BAD = ("false", "0", "0.0", "no", "否")  # labels of an undesirable answer
-ROLES = {"system": "system", "developer": "system"}
+ROLES = {"system": "system"}
 ROLES |= dict.fromkeys("user human patient 患者 病人 用户".split(), "user")
 ROLES |= dict.fromkeys("assistant gpt chatgpt bot model doctor 医生 大夫 助手".split(), "assistant")
 
@@ -216,8 +216,7 @@ def _labels(row: Row, *fields: str) -> list[str]:
     return [_text(row, field, optional=True) if isinstance(row.get(field), str) else "" for field in fields]
 
 
-def read_messages(turns: object, name: str) -> list[Message]:
-    """The messages of a list as other tools write it; Unfit, a ValueError, names what is wrong."""
+def _messages(turns: object, name: str) -> list[Message]:
     messages = []
     for each in _typed([turns] if isinstance(turns, dict) else turns, list, name):
         turn = fields_of(each, ("role", "content", "reasoning_content", "loss", "weight"))
@@ -250,7 +249,7 @@ def _message(fields: Row, role: str, content: str, loss: bool = True) -> Message
 def _turns(row: Row, name: str) -> list[Message]:
     """What a field holds: messages, an answer, or the turns of `history`, then the question with what is below it."""
     if isinstance(row.get(name), list | dict):
-        return read_messages(row[name], name)
+        return _messages(row[name], name)
     if name in ("answer", "chosen", "rejected"):
         return [_message(row, "assistant", _text(row, name))]
     messages = []
@@ -287,7 +286,7 @@ def _conversation(row: Row, source: str) -> Conversation:
     if str(row.get("label")).strip().lower() in BAD:
         raise Unfit("an answer judged bad", f"label {row['label']}", "true or 1", 'set on_bad_row = "skip"')
     said = [] if row.get("messages") else [*_turns(row, "question"), *_turns(row, "answer")]
-    messages = _in_turn(row, said or read_messages(row["messages"], "messages"), "assistant")
+    messages = _in_turn(row, said or _messages(row["messages"], "messages"), "assistant")
     if not any(message.loss for message in messages if message.role == "assistant"):
         raise Unfit("nothing carries loss", "loss false on every assistant message", "one that is learnt from")
     return Conversation(messages, source, *_labels(row, "task", "disease", "department"))

@@ -1,4 +1,4 @@
-"""Causal attention within documents and branches, with ALiBi, and without a [T, T] tensor on a GPU.
+"""Causal attention within documents and branches, with ALiBi; whole rows on a GPU without a [T, T] tensor.
 
 A `Layout` says who sees whom, and keeps what the layers derive from it. FlexAttention computes whole rows on a GPU:
 torch compiles the rules into its kernel, and a block mask names the blocks of queries and keys to visit. The CPU takes
@@ -36,16 +36,20 @@ class Layout:
     def __init__(
         self,
         positions: Tensor,  # [B, T], of the queries
+        *,
         documents: Tensor | None = None,  # [B, T], without a cache
         branches: Tensor | None = None,  # [B, T], without a cache
         slopes: Tensor | None = None,  # [H] float32, for ALiBi
         first: int | Tensor = 0,  # keys before the first query, which a cache holds; int64 [B, 1, 1] where rows differ
         key_positions: Tensor | None = None,  # [1, S], of a cache; without one the keys are those of the queries
     ) -> None:
-        self.positions, self.documents, self.branches = positions, documents, branches
-        self.slopes, self.first = slopes, first
+        self.positions = positions
+        self.documents, self.branches = documents, branches
+        self.slopes = slopes
+        self.first = first
         self.key_positions = positions if key_positions is None else key_positions
-        self.queries, self.keys = positions.shape[1], self.key_positions.shape[1]
+        self.queries = positions.shape[1]
+        self.keys = self.key_positions.shape[1]
         self.kept: dict[tuple, Any] = {}
         # Whether causality says it all, or a single query sees all keys, so that no mask is needed.
         ends = isinstance(first, int) and first + self.queries == self.keys and self.queries in (1, self.keys)
@@ -122,8 +126,9 @@ def _flex_arguments(layout: Layout) -> tuple[Callable | None, Any]:
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    at, tokens = layout.positions, layout.queries
+    at = layout.positions
     slopes = layout.slopes
+    tokens = layout.queries
     given = (at * 0 if tensor is None else tensor for tensor in (layout.documents, layout.branches))
     ids = torch.stack([at, *given])  # [3, B, T]
 

@@ -5,6 +5,7 @@ Letters: L layers, B rows, G key-value heads, T new tokens, S tokens of a row, K
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -21,10 +22,10 @@ BUCKET = 256  # keys; a CUDA graph reads a multiple of them
 class KVCache:
     """Keys and values [L, B, G, S, K]: each row is a text of its own and holds the tokens `ids[b]`, at 0, 1, 2 …
 
-    `model.hidden_states(tokens, cache=cache)` adds as many tokens to each row, and `read` and `step` add some to some
-    rows, which may hold more or less than others. To forget the end of a text, delete it from `ids`. Only `reserve`
-    takes more memory. Where `records` is set, `step` is recorded as a CUDA graph and replayed, once for each number of
-    keys that is read: Python then runs once a graph, so nothing in it may depend on what it computes.
+    `model.hidden_states(tokens, cache=cache)` adds equally many tokens to all rows; `read` and `step` add tokens to
+    chosen rows. Rows may differ in length. To forget the end of a text, delete it from `ids`. Only `reserve` takes more
+    memory. Where `records` is set, a step is recorded as a CUDA graph, once for each number of keys that is read, and
+    replayed: Python runs only while it is recorded, so the code must not look at computed numbers.
     """
 
     def __init__(self, model: Any, batch_size: int, capacity: int) -> None:
@@ -33,14 +34,15 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # A NaN there would spread.
         self.values = torch.zeros_like(self.keys)
         self.ids: list[list[int]] = [[] for _ in range(batch_size)]
-        self.index = torch.arange(max(shape), device=weight.device)
+        self.index = torch.arange(max(shape), device=weight.device)  # numbers tokens, rows and heads
         self.rows: Sequence[int] = range(batch_size)  # those of the forward pass that runs
         self.new: list[list[int]] = []  # their new tokens
         self.target: tuple[Any, ...] = ()  # where it writes in the keys and values [B, G, S, K] of a layer
         self.source: tuple[Any, ...] = ()  # what it reads there: rows side by side in place, others as copies
-        self.records, self.bucket = weight.is_cuda, 0  # the keys that a graph reads, while it is made
+        self.records = weight.is_cuda
+        self.bucket = 0  # how many keys a recorded step reads; 0 outside of one
         self.inputs = torch.zeros(batch_size, 2, dtype=torch.long, device=weight.device)  # tokens and their positions
-        self.graphs: dict[tuple[Any, int], tuple[Any, Tensor]] = {}
+        self.graphs: dict[tuple[Any, int], tuple[Any, Tensor] | None] = {}  # None where it cannot be recorded
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens in each row. What is held stays."""
@@ -56,19 +58,19 @@ class KVCache:
         """
         held = [(shared(self.ids[one], prompt), one == row, one) for one in sources]
         count, _, source = max(held, default=(0, False, row))
-        if source != row:
-            for stored in (self.keys, self.values):
-                stored[:, row, :, :count] = stored[:, source, :, :count]
+        for stored in (self.keys, self.values):
+            stored[:, row, :, count : len(self.ids[row])] = 0  # Damaged numbers there could reach a longer row's step.
+            stored[:, row, :, :count] = stored[:, source, :, :count]
         self.ids[row] = list(prompt[:count])
         return count
 
-    def read(self, model: Any, rows: Sequence[int], tokens: Any) -> Tensor:
+    def read(self, model: Any, rows: Sequence[int], tokens: Any, bucket: int = 0) -> Tensor:
         """Add tokens [rows, T], a list or a tensor, to some rows; the hidden states [rows, D] of the last ones."""
-        self.rows = rows
+        self.rows, self.bucket = rows, bucket
         try:
             return model.hidden_states(torch.as_tensor(tokens, device=self.index.device), cache=self)[:, -1]
         finally:
-            self.rows = range(len(self.ids))
+            self.rows, self.bucket = range(len(self.ids)), 0
 
     def step(self, model: Any, rows: Collection[int], tokens: Sequence[int]) -> Tensor:
         """Add one token to each of `rows`; their hidden states [rows, D].
@@ -77,22 +79,20 @@ class KVCache:
         """
         if not self.records:
             return self.read(model, list(rows), [[token] for token in tokens])
-        most, asked = 1 + max(len(self.ids[row]) for row in rows), dict(zip(rows, tokens, strict=True))
-        grain = max(BUCKET, 1 << most.bit_length() >> 3)  # At most a quarter more is read, so that graphs are few.
-        self.bucket = min(-(-most // grain) * grain, self.keys.shape[3])
-        self.inputs.copy_(torch.tensor([[asked.get(row, 0), len(ids)] for row, ids in enumerate(self.ids)]))
-        every, key = range(len(self.ids)), (model, self.bucket)
-        try:
-            if key not in self.graphs:
-                found = record_graph(lambda: self.read(model, every, self.inputs[:, :1]), self.inputs.device)
-                self.graphs[key] = found or (None, self.keys)
-            graph, hidden = self.graphs[key]
-            if graph is None:
-                hidden = self.read(model, every, self.inputs[:, :1])
-            else:
-                graph.replay()
-        finally:
-            self.bucket = 0
+        most, capacity = 1 + max(len(self.ids[row]) for row in rows), self.keys.shape[3]
+        if max(map(len, self.ids)) >= capacity:
+            raise ValueError(f"a row is full: the cache holds {capacity} tokens a row")
+        grain = max(BUCKET, 2 ** most.bit_length() // 8)  # At most a quarter more is read, so that graphs are few.
+        bucket = min(-(-most // grain) * grain, capacity)
+        asked = dict(zip(rows, tokens, strict=True))
+        inputs = [[asked.get(row, 0), len(ids)] for row, ids in enumerate(self.ids)]
+        self.inputs.copy_(torch.tensor(inputs))
+        run = functools.partial(self.read, model, range(len(self.ids)), self.inputs[:, :1], bucket)
+        if (key := (model, bucket)) not in self.graphs:
+            self.graphs[key] = record_graph(run, self.inputs.device)
+        if found := self.graphs[key]:
+            found[0].replay()
+        hidden = found[1] if found else run()
         for row, token in asked.items():
             self.ids[row].append(token)
         return hidden[list(rows)]
@@ -119,7 +119,7 @@ class KVCache:
             groups = self.index[: self.keys.shape[2], None]
             self.target = (self.index[: len(self.ids)][picked, None, None], groups, positions[:, None])
         first = stop - count if even else positions[:, :1, None]
-        return Layout(positions, None, None, slopes, first, self.index[None, :stop])
+        return Layout(positions, slopes=slopes, first=first, key_positions=self.index[None, :stop])
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values [rows, G, T, K]; returns all that are read, [rows, G, S, K]."""
@@ -133,7 +133,7 @@ class KVCache:
 
 def shared(ids: Sequence[int], prompt: Sequence[int]) -> int:
     """How many tokens at their beginning a row's text and a prompt share; the prompt's last one never counts."""
-    return len(os.path.commonprefix([list(ids), list(prompt[:-1])]))  # which compares any two lists
+    return len(os.path.commonprefix([list(ids), list(prompt[:-1])]))  # despite its name, of any two lists
 
 
 def record_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:

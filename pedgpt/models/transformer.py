@@ -172,8 +172,8 @@ class Transformer(nn.Module):
         slopes = alibi_slopes(self.config.num_attention_heads, tokens.device) if alibi else None
         if cache is None:
             positions = document_positions(tokens, documents, branches) if positions is None else positions
-            layout = Layout(positions, documents, branches, slopes)
-        elif not positions is documents is branches is None:
+            layout = Layout(positions, documents=documents, branches=branches, slopes=slopes)
+        elif any(given is not None for given in (positions, documents, branches)):
             raise ValueError("each row of a cache is one text, without positions, documents and branches of its own")
         else:
             layout = cache.extend(tokens, slopes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -57,7 +56,6 @@ class Request:
     cached: int = 0  # tokens of the prompt that its slot did not have to read
     answer: list[int] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
-    arrived: float = field(default_factory=time.monotonic)
     generator: torch.Generator | None = None
 
 
@@ -78,8 +76,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
         self.closing = False
-        counts = "prompt cached generated stop length error cancelled first_tokens first_token_seconds"
-        self.counts: dict[str, float] = dict.fromkeys(counts.split(), 0)  # tokens, ends, waits
+        counts = "prompt cached generated stop length error cancelled"  # tokens, and how answers ended
+        self.counts = dict.fromkeys(counts.split(), 0)
         self.changed = threading.Condition()
         self.packed = decoding_weights(first, self.head, slots)
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -138,8 +136,8 @@ class Scheduler:
                     self._choose([request], hidden)
         for name, model in self.models.items():
             running = sorted((one for one in self.active if one.model == name and one.answer), key=lambda one: one.slot)
-            with self._isolated(running):
-                if running:
+            if running:
+                with self._isolated(running):
                     slots = [one.slot for one in running]
                     self._choose(running, self.cache.step(model, slots, [one.answer[-1] for one in running]))
 
@@ -181,9 +179,6 @@ class Scheduler:
             logps = row.log_softmax(-1)
             values, ids = logps.topk(request.top_logprobs)
             logprob, top = logps[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
-        if not request.answer:
-            self.counts["first_tokens"] += 1
-            self.counts["first_token_seconds"] += time.monotonic() - request.arrived
         request.answer.append(token)
         self.counts["generated"] += 1
         stops = token in request.stop_tokens
@@ -212,9 +207,7 @@ class Scheduler:
         except Exception as error:
             for request in requests:
                 if request in self.active:
-                    self.cache.ids[request.slot].clear()
-                    with suppress(RuntimeError):  # A NaN would spread from there; but the device may have failed.
-                        self.cache.keys[:, request.slot] = self.cache.values[:, request.slot] = 0
+                    self.owner[request.slot] = None  # Nobody goes on with what may be damaged.
                     self._tell(request, Piece("", finish="error"))
             with suppress(OSError):
                 print(f"{len(requests)} requests failed: {type(error).__name__}", file=sys.stderr, flush=True)

@@ -13,11 +13,9 @@ import math
 import sys
 import time
 import uuid
-from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from queue import Full
 from typing import Any, NamedTuple
@@ -29,17 +27,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pedgpt.data import StreamDecoder, encode_prompt
+from pedgpt.data import Message, StreamDecoder, encode_prompt
 from pedgpt.data.chat import ChatFormat
-from pedgpt.data.records import read_messages
 from pedgpt.serving.scheduler import Piece, Request, Scheduler
 
 Pieces = asyncio.Queue[tuple[Request, Piece] | Exception]  # an exception ends all answers
-PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-_SCRIPT = b64encode(sha256(PAGE.partition("<script>")[2].partition("</script>")[0].encode()).digest()).decode()
-_NONE = "; ".join(f"{kind} 'none'" for kind in ("default-src", "base-uri", "form-action", "frame-ancestors"))
-# Only the page's own script runs, whatever a model writes.
-_POLICY = f"{_NONE}; style-src 'unsafe-inline'; connect-src 'self'; script-src 'sha256-{_SCRIPT}'"
 
 
 class ApiError(HTTPException):
@@ -63,7 +55,7 @@ class Served(NamedTuple):
 
 
 class Field(NamedTuple):
-    """A field of a request: its types, its value where it is absent or null, its range."""
+    """A field of a request: its types, its value where it is absent or null, the range of a number or of a length."""
 
     kinds: Any
     default: Any = None
@@ -71,16 +63,16 @@ class Field(NamedTuple):
     most: float = math.inf
 
 
-NUMBER, MOST_MESSAGES = int | float, 512
+NUMBER = int | float
 COMMON = {
     "model": Field(str), "max_tokens": Field(int, None, 1), "n": Field(int, 1, 1, 16), "stop": Field(str | list, []),
     "temperature": Field(NUMBER, None, 0, 2), "top_p": Field(NUMBER, None, 1e-6, 1), "top_k": Field(int, None, 0),
-    "repetition_penalty": Field(NUMBER, None, 1e-3, 100), "seed": Field(int, None, -(2**63), 2**63 - 1),
+    "repetition_penalty": Field(NUMBER, None, 1e-3, 100), "seed": Field(int, None, 0, 2**62),
     "stream": Field(bool, False), "stream_options": Field(dict, {}),
 }  # fmt: skip
 COMPLETION = COMMON | {"prompt": Field(str | list), "logprobs": Field(int, None, 0, 5), "best_of": Field(int, 1, 1, 1)}
 CHAT = COMMON | {
-    "messages": Field(list, []), "max_completion_tokens": Field(int, None, 1), "logprobs": Field(bool, False),
+    "messages": Field(list, [], 1, 512), "max_completion_tokens": Field(int, None, 1), "logprobs": Field(bool, False),
     "top_logprobs": Field(int, 0, 0, 20),
 }  # fmt: skip
 # These change nothing here. Any other field is refused unless it is as good as absent.
@@ -100,7 +92,8 @@ def read_fields(body: Any, known: Mapping[str, Field]) -> dict[str, Any]:
             raise ApiError(f"{name} is not supported by this server; leave it out", name, code="unsupported_parameter")
         if not isinstance(value, expected.kinds) or (isinstance(value, bool) and expected.kinds is not bool):
             raise ApiError(f"{name} is of the wrong type, {type(value).__name__}", name, code="invalid_type")
-        if isinstance(value, int | float) and not expected.least <= value <= expected.most:
+        size = len(value) if isinstance(value, str | list | dict) else value
+        if not expected.least <= size <= expected.most:
             raise ApiError(f"{name} must be from {expected.least} to {expected.most}", name, code="invalid_value")
         found[name] = value
     found["stop"] = [found["stop"]] if isinstance(found["stop"], str) else found["stop"]
@@ -112,15 +105,13 @@ def read_fields(body: Any, known: Mapping[str, Field]) -> dict[str, Any]:
 def prompt_of(fields: Mapping[str, Any], served: Served) -> list[int]:
     """The tokens of a request; text of a client never becomes a special token."""
     if "messages" in fields:
+        messages = [_message(one, f"messages[{i}]") for i, one in enumerate(fields["messages"])]
+        if not messages or messages[-1].role != "user":
+            raise ApiError("messages must end with one of the role user", "messages")
         try:
-            if len(fields["messages"]) > MOST_MESSAGES:
-                raise ValueError(f"more than {MOST_MESSAGES} messages")
-            messages = read_messages(fields["messages"], "messages")
-            if messages[-1].role != "user":
-                raise ValueError("the last one must be the user's")
-            return encode_prompt(messages, served.chat)  # A template may have no place for a role.
-        except ValueError as error:
-            raise ApiError(f"messages cannot be used: {error}", "messages") from None
+            return encode_prompt(messages, served.chat)
+        except ValueError as error:  # a template that has no place for a role, say
+            raise ApiError(f"messages cannot be encoded: {error}", "messages") from None
     given, tokenizer = fields["prompt"], served.chat.tokenizer
     if isinstance(given, str) and given:
         return [*tokenizer.document_prefix, *tokenizer.encode(given)]
@@ -128,6 +119,19 @@ def prompt_of(fields: Mapping[str, Any], served: Served) -> list[int]:
     if not given or not all(type(token) is int and 0 <= token < size for token in given):
         raise ApiError("prompt must be one text, or one list of the model's tokens, not empty", "prompt")
     return given
+
+
+def _message(given: Any, name: str) -> Message:
+    """A message of text; OpenAI's "developer" is a system message."""
+    told: dict[str, Any] = given if isinstance(given, dict) and not given.get("tool_calls") else {}
+    role, content = (told.get(key) for key in ("role", "content"))
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if role not in ("system", "developer", "user", "assistant") or not isinstance(content, str) or not content.strip():
+        raise ApiError(
+            f"{name} must have the role system, user or assistant, and only text as content, not empty", name
+        )
+    return Message(role.replace("developer", "system"), content, reasoning=str(told.get("reasoning_content") or ""))
 
 
 class Reply:
@@ -159,8 +163,8 @@ class Reply:
         return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers, **cached}
 
     def _choice(self, request: Request, pieces: Sequence[Piece], key: str, first: bool) -> dict[str, Any]:
-        text = "<think>" * (first and self.chat and self.served.chat.opens_thought)  # The prompt ends with it.
-        text += "".join(piece.text for piece in pieces)
+        opens = first and self.chat and self.served.chat.opens_thought  # The prompt ends with the tag.
+        text = "<think>" * opens + "".join(piece.text for piece in pieces)
         rows = None if request.top_logprobs is None else [self._logprob(piece) for piece in pieces]
         found = {"index": self.requests.index(request), "finish_reason": pieces[-1].finish, "logprobs": None}
         if self.chat:
@@ -175,8 +179,7 @@ class Reply:
     def _logprob(self, piece: Piece) -> dict[str, Any]:
         def one(token: int | None, logprob: float) -> dict[str, Any]:
             text = self.served.chat.tokenizer.decode([] if token is None else [token])
-            whole = "\ufffd" not in text  # A part of a character is no text, and its bytes are not known here.
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+            return {"token": text, "logprob": logprob, "bytes": None}  # A token may be a part of a character.
 
         top = [one(token, logprob) for token, logprob in piece.top]
         return one(piece.token, piece.logprob) | {"top_logprobs": top}
@@ -185,23 +188,24 @@ class Reply:
 class Server:
     """The routes over a scheduler and the models that it serves by name; clients must send `key`, if it is set.
 
-    A request may have `most` bytes, which arrive within `body_seconds`, and its answer may take `seconds`. `local`
+    A request may have `most_bytes`, which arrive within `body_seconds`, and its answer may take `seconds`. `local`
     refuses any host name but this machine's: a hostile site could point its name here, so that a browser lets it read
     answers.
     """
 
     def __init__(
         self, scheduler: Scheduler, served: Mapping[str, Served], *, key: str = "", local: bool = True,
-        seconds: float = 600.0, body_seconds: float = 30.0, most: int = 4 << 20,
+        seconds: float = 600.0, body_seconds: float = 30.0, most_bytes: int = 4 << 20,
     ) -> None:  # fmt: skip
         self.scheduler, self.served, self.key, self.local = scheduler, served, key, local
-        self.seconds, self.body_seconds, self.most = seconds, body_seconds, most
+        self.seconds, self.body_seconds, self.most_bytes = seconds, body_seconds, most_bytes
         self.began = int(time.time())
         guarded = {"/v1/models": self.models, "/v1/models/{name}": self.models, "/metrics": self.metrics}
         routes = [Route(path, partial(self._guarded, handler)) for path, handler in guarded.items()]
         for path in ("/v1/chat/completions", "/v1/completions"):
             routes.append(Route(path, partial(self._guarded, self.answer), methods=["POST"]))
-        page = HTMLResponse(PAGE, headers={"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"})
+        html = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+        page = HTMLResponse(html, headers={"X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"})
         routes.append(Route("/", page, methods=["GET"]))
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: _told})
 
@@ -223,10 +227,10 @@ class Server:
             raise ApiError("the server failed", status=500) from None
 
     async def models(self, http: HttpRequest) -> Response:
+        one = http.path_params.get("name")
         row = {"object": "model", "created": self.began, "owned_by": "pedgpt"}
-        if (name := http.path_params.get("name")) is not None:
-            return JSONResponse({"id": self._served(name) and name, **row})
-        return JSONResponse({"object": "list", "data": [{"id": name, **row} for name in self.served]})
+        rows = [{"id": name, **row} for name in ([one] if one else self.served) if self._served(name)]
+        return JSONResponse(rows[0] if one else {"object": "list", "data": rows})
 
     def _served(self, name: str | None) -> Served:
         if (served := self.served.get(name or "")) is None:
@@ -259,8 +263,9 @@ class Server:
 
     def _refusal(self, message: str, status: int = 500, code: str | None = None, retry: int = 0) -> ApiError:
         """The error with this message, or that of a server that stops."""
-        stopping = ApiError("the server is stopping", status=503, code="stopping", retry=10)
-        return stopping if self.scheduler.closing else ApiError(message, None, status, code, retry)
+        if self.scheduler.closing:
+            return ApiError("the server is stopping", None, 503, "stopping", 10)
+        return ApiError(message, None, status, code, retry)
 
     async def _body(self, http: HttpRequest) -> Any:
         if http.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
@@ -270,8 +275,8 @@ class Server:
             async with asyncio.timeout(self.body_seconds):
                 async for chunk in http.stream():
                     found += chunk
-                    if len(found) > self.most:
-                        raise ApiError(f"the body has more than {self.most} bytes", status=413)
+                    if len(found) > self.most_bytes:
+                        raise ApiError(f"the body has more than {self.most_bytes} bytes", status=413)
             body = json.loads(found)
             json.dumps(body, ensure_ascii=False).encode()  # fails at half of a surrogate pair, which is no text
             return body
@@ -298,7 +303,7 @@ class Server:
                 loop.call_soon_threadsafe(pieces.put_nowait, found)
 
         for number in range(fields["n"]):
-            sampling["seed"] = None if fields["seed"] is None else (fields["seed"] + number) % 2**63
+            sampling["seed"] = None if fields["seed"] is None else fields["seed"] + number
             decoder, stops = StreamDecoder(served.chat.tokenizer, fields["stop"]), served.stop_tokens
             requests.append(Request(fields["model"], prompt, asked or room, decoder, stops, deliver, **sampling))
         return requests
@@ -307,7 +312,8 @@ class Server:
         self, reply: Reply, pieces: Pieces, http: HttpRequest | None = None
     ) -> AsyncIterator[tuple[Request, Piece]]:
         """The pieces of all answers as they come; the rest is cancelled when the caller or the client `http` leaves."""
-        left, loop = len(reply.requests), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        left = len(reply.requests)
         late = ApiError(f"the answer took more than {self.seconds:.0f} seconds", status=504)
         ends: list[Any] = [loop.call_later(self.seconds, pieces.put_nowait, late)]
         ends += [loop.create_task(_leaves(http, pieces))] if http else []

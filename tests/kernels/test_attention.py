@@ -59,8 +59,9 @@ def make(kind, T, B=2, H=4, device=DEVICE):
 
     first = torch.tensor(behind, device=device)[:, None, None] if kind.startswith("ragged") else behind[0]
     layout = Layout(
-        tensor(positions), tensor(documents), tensor(branches), slopes and torch.tensor(slopes, device=device), first,
-        torch.arange(S, device=device)[None] if "cache" in kind else None,
+        tensor(positions), documents=tensor(documents), branches=tensor(branches), first=first,
+        slopes=slopes and torch.tensor(slopes, device=device),
+        key_positions=torch.arange(S, device=device)[None] if "cache" in kind else None,
     )  # fmt: skip
     return layout, lists
 
@@ -394,6 +395,6 @@ def test_sizes_are_known_without_numbers(dtype):
     with FakeTensorMode():
         ids = torch.zeros(2, 300, dtype=torch.long)
         q = torch.empty(2, 4, 300, 16, dtype=dtype, requires_grad=True)
-        out = attention(q, q, q, Layout(ids, ids))
+        out = attention(q, q, q, Layout(ids, documents=ids))
         out.sum().backward()
         assert out.shape == q.grad.shape == q.shape

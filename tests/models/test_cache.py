@@ -156,6 +156,29 @@ def test_a_row_begins_with_what_another_shares_and_leaves_that_one_alone(make_mo
         assert cache.share(prompt, 0, []) == 0 and cache.ids[0] == []  # Nobody read it with this model.
 
 
+def test_a_full_row_is_an_error_also_where_steps_are_recorded(make_model, graphs):
+    model, cache = make_model("llama"), KVCache(make_model("llama"), 2, 8)
+    graphs("cpu")
+    with torch.no_grad():
+        cache.read(model, [0], [[5] * 8])
+        for cache.records in (False, True):
+            with pytest.raises(ValueError, match="the cache holds"):
+                cache.step(model, [0], [3])
+    assert cache.ids == [[5] * 8, []]
+
+
+def test_a_kept_cache_serves_again_after_numbers_that_are_not_finite(make_model, graphs):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9] = torch.nan
+    graphs("cpu")
+    cache = KVCache(model, 1, 1)
+    with pytest.raises(ValueError, match="not finite"):
+        generate(model, [[5, 9, 3, 4, 6]], max_new_tokens=20, cache=cache)
+    (answer,) = generate(model, [[60, 61]], max_new_tokens=20, cache=cache)
+    assert answer == greedy(model, [60, 61], answer)
+
+
 def test_reserve_takes_nothing_where_there_is_room(make_model):
     cache = KVCache(make_model("llama"), 1, 9)
     before = cache.keys
@@ -297,9 +320,8 @@ def test_a_recorded_step_makes_no_tensor_from_the_hosts_numbers_and_reads_none(w
 
     model = with_experts(kind)
     cache = KVCache(model, 2, 9)
-    cache.bucket = 9
     with torch.no_grad(), NoHost():
-        cache.read(model, range(2), cache.inputs[:, :1])
+        cache.read(model, range(2), cache.inputs[:, :1], bucket=9)
 
 
 def test_models_that_are_watched_or_noisy_are_not_recorded(with_experts, monkeypatch):

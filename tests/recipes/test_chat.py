@@ -85,7 +85,7 @@ def test_a_turn_reads_only_what_is_new_and_answers_as_if_it_read_all(lab, folder
     chat, asked = lab.module("chat"), []
 
     def steps(model, prompts, *, cache, **settings):
-        held = cache.share(prompts[0])
+        held = cache.share(prompts[0], 0, [0])
         ids = list(chat.pedgpt_steps(model, prompts, cache=cache, **settings))
         asked.append((len(prompts[0]), held, ids == list(chat.pedgpt_steps(model, prompts, **settings))))
         return ids

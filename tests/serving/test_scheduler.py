@@ -179,14 +179,20 @@ def test_a_row_that_is_not_finite_ends_alone(models, make_scheduler, make_reques
         hidden = real(model, rows, tokens)
         if len(rows) == 2:
             hidden[1] = float("nan")
-            scheduler.cache.values[:, rows[1]] = float("nan")
+            scheduler.cache.values[:, rows[1], :, : len(scheduler.cache.ids[rows[1]])] = float("nan")
         return hidden
 
     monkeypatch.setattr(scheduler.cache, "step", step)
     scheduler.submit([good, bad])
     assert finished(bad)[-1].finish == "error" and finished(good)[-1].finish in ("stop", "length")
-    (alone,) = generate(models["base"], [[5, 6]], max_new_tokens=30, stop_tokens={2})
-    assert [token for token in good.answer if token != 2] == alone
+    monkeypatch.setattr(scheduler.cache, "step", real)
+    again = make_request([5, 6], 30), make_request(range(7, 37), 30)  # The short one reads behind its own text.
+    scheduler.submit(again)
+    ends = [finished(request)[-1].finish for request in again]
+    assert "error" not in ends and bad.slot in [request.slot for request in again]
+    for request in (good, *again):
+        (alone,) = generate(models["base"], [request.prompt], max_new_tokens=30, stop_tokens={2})
+        assert [token for token in request.answer if token != 2] == alone
     assert scheduler.cache.values.isfinite().all()
 
 
@@ -199,6 +205,26 @@ def test_a_thread_that_ends_tells_everyone(make_scheduler, make_request, monkeyp
     assert [finished(one)[-1].finish for one in requests] == ["error", "error"]
     with pytest.raises(queue.Full):
         scheduler.submit([make_request([7], 1)])
+
+
+def test_an_error_before_a_slot_is_taken_leaves_the_others_alone(models, make_scheduler, make_request, monkeypatch):
+    scheduler = make_scheduler(slots=2)
+    running = [make_request([5, 6], 100), make_request([7, 8], 100)]
+    scheduler.submit(running)
+    running[1].told.get(timeout=10)
+    real = scheduler._take_slot
+
+    def fail(request):
+        monkeypatch.setattr(scheduler, "_take_slot", real)
+        raise MemoryError
+
+    running[0].cancelled = True  # which frees a slot
+    monkeypatch.setattr(scheduler, "_take_slot", fail)
+    bad = make_request([9], 5)
+    scheduler.submit([bad])
+    assert finished(bad)[-1].finish == "error" and finished(running[1])[-1].finish in ("stop", "length")
+    (alone,) = generate(models["base"], [[7, 8]], max_new_tokens=100, stop_tokens={2})
+    assert [token for token in running[1].answer if token != 2] == alone
 
 
 def test_a_slot_that_cannot_be_filled_ends_its_request_alone(make_scheduler, make_request, monkeypatch):

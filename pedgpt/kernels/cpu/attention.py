@@ -63,6 +63,6 @@ def _documents(layout: Any, dtype: torch.dtype) -> list[tuple[int, Tensor | None
         for start, stop in itertools.pairwise([0, *starts, len(ids)]):
             part = slice(row, row + 1), slice(start, stop)
             at, branches = layout.positions[part], None if layout.branches is None else layout.branches[part]
-            own = type(layout)(at, None, branches, layout.slopes)
+            own = type(layout)(at, branches=branches, slopes=layout.slopes)
             found.append((stop - start, None if own.plain else own.mask(dtype)))
     return found

@@ -52,7 +52,7 @@ def make_layout(name, B, T, H=4):
         documents = (torch.arange(T) // 60).expand(B, T)
     elif name != "alibi":
         documents = document_ids(name, B, T)
-    return Layout(positions, documents, branches, slopes)
+    return Layout(positions, documents=documents, branches=branches, slopes=slopes)
 
 
 def dense(layout, dtype):
@@ -117,7 +117,7 @@ def alone(q, k, v, layout):
             part = slice(row, row + 1), slice(None), slice(start, stop)
             at = layout.positions[row : row + 1, start:stop]
             branches = None if layout.branches is None else layout.branches[row : row + 1, start:stop]
-            parts.append(torchs(q[part], k[part], v[part], Layout(at, None, branches, layout.slopes)))
+            parts.append(torchs(q[part], k[part], v[part], Layout(at, branches=branches, slopes=layout.slopes)))
         rows.append(torch.cat(parts, dim=2))
     return torch.cat(rows)
 
@@ -175,7 +175,7 @@ def test_documents_in_a_row_match_each_on_its_own(masks):
     q, k, v, dout = operands(1, 4, 2, 400, 16)
     ids = torch.tensor([5] * 137 + [2] * 1 + [7] * 262)[None]
     positions = torch.arange(400)[None]
-    packed = output_and_gradients(attention, q, k, v, Layout(positions, ids), dout)
+    packed = output_and_gradients(attention, q, k, v, Layout(positions, documents=ids), dout)
     assert masks == [None] * 3
     for part in (slice(0, 137), slice(137, 138), slice(138, 400)):
         one = output_and_gradients(
