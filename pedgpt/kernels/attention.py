@@ -44,7 +44,8 @@ class Layout:
         key_positions: Tensor | None = None,  # [1, S], of a cache; without one the keys are those of the queries
     ) -> None:
         self.positions = positions
-        self.documents, self.branches = documents, branches
+        self.documents = documents
+        self.branches = branches
         self.slopes = slopes
         self.first = first
         self.key_positions = positions if key_positions is None else key_positions

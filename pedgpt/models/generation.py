@@ -101,17 +101,17 @@ def _read(
 ) -> Generator[Tensor, Sequence[int], None]:
     """Logits [B, V] of what follows the prompts, then of what follows the ids [B] that are sent.
 
-    A single prompt is read from where it differs from what the cache holds. `for_many` new tokens it pays to lay out
-    the weights or to record a graph.
+    `for_many` new tokens it pays to lay out the weights or to record a graph.
     """
     if len(prompts) == 1:
         prompts = [prompts[0][cache.share(prompts[0], 0, [0]) :]]
     lengths, head = [len(prompt) for prompt in prompts], model.head_weight()
     width, rows = max(lengths), range(len(prompts))
     # Padding comes last, where no token of the prompt sees it, and is forgotten.
-    padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
-    hidden = model.hidden_states(cache.index.new_tensor(padded), cache=cache)
-    hidden = hidden[list(rows), [length - 1 for length in lengths]]
+    tokens = cache.index.new_tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+    for part in tokens.split(512 if cache.ids[0] else width, dim=1):  # behind other tokens, for masks of their size
+        hidden = model.hidden_states(part, cache=cache)
+    hidden = hidden[list(rows), [length - width - 1 for length in lengths]]
     for ids, length in zip(cache.ids, lengths, strict=True):
         del ids[len(ids) - width + length :]
     chosen = yield linear(hidden, head)

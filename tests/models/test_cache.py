@@ -208,6 +208,18 @@ def test_answers_with_a_kept_cache_are_those_without(make_model, kind):
     assert read == [0, 11, 19, 3, 3, 0, 24]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_turn_is_read_in_parts(make_model, kind):
+    """Behind other tokens a turn of 1,100 is three parts, and what follows it is what the whole text gives."""
+    model, text = make_model(kind), torch.randint(0, 131, (1160,), generator=torch.Generator().manual_seed(2)).tolist()
+    cache, read = KVCache(model, 1, 1), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, given: read.append(given[0].shape[1]))
+    generate(model, [text[:60]], max_new_tokens=1, cache=cache)
+    (answer,) = generate(model, [text], max_new_tokens=3, cache=cache)
+    assert read == [60, 512, 512, 76, 1, 1] and cache.ids[0] == [*text, *answer[:-1]]
+    assert answer == greedy(model, text, answer)
+
+
 def test_only_what_differs_is_read(make_model, monkeypatch):
     model, read = make_model("llama"), []
     forward = model.hidden_states
