@@ -123,7 +123,7 @@ def _flex_arguments(layout: Layout) -> tuple[Callable | None, Any]:
 
     The mask lists the blocks that may hold a pair seen, by the ends of their documents and branches. Blocks that are
     seen whole have a list of their own, because there the kernel need not ask `mask_mod`.
-    NOTE: both read only tensors made here in one form, because for another number or stride torch compiles anew.
+    NOTE: both functions read tensors of one form only, because for a number or another stride torch compiles anew.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -154,7 +154,7 @@ def _flex_arguments(layout: Layout) -> tuple[Callable | None, Any]:
     all_trunk = (low.mT[1] == 0) & (high.mT[1] == 0)
     start = torch.arange(0, tokens, BLOCK, device=at.device)
     some = (start <= start[:, None]) & overlap[0] & (trunk | overlap[1])
-    # In a last block that is not whole the kernel must ask, because it has queries that see nothing.
+    # The last block may hold padding queries, which see nothing, so that there the kernel must call `mask_mod`.
     full = (start < start[:, None]) & (start[:, None] + BLOCK <= tokens) & equal[0] & (all_trunk | equal[1])
     lists = (*listed(some & ~full), *listed(full))
     lengths = (tokens, tokens)

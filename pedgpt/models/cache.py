@@ -23,9 +23,9 @@ class KVCache:
     """Keys and values [L, B, G, S, K]: each row is a text of its own and holds the tokens `ids[b]`, at 0, 1, 2 …
 
     `model.hidden_states(tokens, cache=cache)` adds equally many tokens to all rows; `read` and `step` add tokens to
-    chosen rows. Rows may differ in length. To forget the end of a text, delete it from `ids`. Only `reserve` takes more
-    memory. Where `records` is set, a step is recorded as a CUDA graph, once for each number of keys that is read, and
-    replayed: Python runs only while it is recorded, so the code must not look at computed numbers.
+    chosen rows. Rows may differ in length. To forget the end of a text, delete it from `ids`. Keys and values grow in
+    `reserve` only. Where `records` is set, a step is recorded as a CUDA graph, once for each model and each rounded
+    number of keys, and replayed without Python. A model whose code looks at computed numbers runs without a graph.
     """
 
     def __init__(self, model: Any, batch_size: int, capacity: int) -> None:
@@ -59,7 +59,7 @@ class KVCache:
         held = [(shared(self.ids[one], prompt), one == row, one) for one in sources]
         count, _, source = max(held, default=(0, False, row))
         for stored in (self.keys, self.values):
-            stored[:, row, :, count : len(self.ids[row])] = 0  # Damaged numbers there could reach a longer row's step.
+            stored[:, row, :, count : len(self.ids[row])] = 0  # A step with a longer row reads these; a NaN would stay.
             stored[:, row, :, :count] = stored[:, source, :, :count]
         self.ids[row] = list(prompt[:count])
         return count
@@ -81,7 +81,7 @@ class KVCache:
             return self.read(model, list(rows), [[token] for token in tokens])
         most, capacity = 1 + max(len(self.ids[row]) for row in rows), self.keys.shape[3]
         if max(map(len, self.ids)) >= capacity:
-            raise ValueError(f"a row is full: the cache holds {capacity} tokens a row")
+            raise ValueError(f"a row is full: the rows have room for {capacity} tokens each")
         grain = max(BUCKET, 2 ** most.bit_length() // 8)  # At most a quarter more is read, so that graphs are few.
         bucket = min(-(-most // grain) * grain, capacity)
         asked = dict(zip(rows, tokens, strict=True))
@@ -109,7 +109,7 @@ class KVCache:
             stop, even = max(lengths) + count, min(lengths) == max(lengths)
             if len(tokens) != len(rows) or stop > self.keys.shape[3]:
                 asked = f"asked for a batch of {len(tokens)} up to token {stop}"
-                raise ValueError(f"the cache holds {len(rows)} x {self.keys.shape[3]} tokens; {asked}")
+                raise ValueError(f"the {len(rows)} rows have room for {self.keys.shape[3]} tokens each; {asked}")
             self.new = tokens.tolist()
         side = slice(rows[0], rows[-1] + 1)
         picked = side if rows == [*range(side.start, side.stop)] else self.index.new_tensor(rows)

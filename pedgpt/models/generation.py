@@ -101,7 +101,7 @@ def _read(
 ) -> Generator[Tensor, Sequence[int], None]:
     """Logits [B, V] of what follows the prompts, then of what follows the ids [B] that are sent.
 
-    `for_many` new tokens it pays to lay out the weights or to record a graph.
+    `for_many` says that enough tokens follow for laying out the weights or recording a graph to pay.
     """
     if len(prompts) == 1:
         prompts = [prompts[0][cache.share(prompts[0], 0, [0]) :]]
@@ -109,7 +109,7 @@ def _read(
     width, rows = max(lengths), range(len(prompts))
     # Padding comes last, where no token of the prompt sees it, and is forgotten.
     tokens = cache.index.new_tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-    for part in tokens.split(512 if cache.ids[0] else width, dim=1):  # behind other tokens, for masks of their size
+    for part in tokens.split(512 if cache.ids[0] else width, dim=1):  # behind held tokens in parts, for small masks
         hidden = model.hidden_states(part, cache=cache)
     hidden = hidden[list(rows), [length - width - 1 for length in lengths]]
     for ids, length in zip(cache.ids, lengths, strict=True):
@@ -125,7 +125,7 @@ def _read(
 
 
 def decoding_weights(model: Transformer, head: Tensor, rows: int) -> PackedWeights:
-    """The weights laid out for products of up to `rows` rows; of none for 0."""
+    """Copies of the weights, laid out for products of `rows` rows, to be used in a `with` block; no copies for 0."""
     weights = [module.weight for module in model.model.modules() if isinstance(module, nn.Linear)]
     return PackedWeights([*weights, head] if rows else [], rows)
 

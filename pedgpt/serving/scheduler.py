@@ -128,11 +128,11 @@ class Scheduler:
             with self._isolated([request]):
                 if request.slot < 0:
                     self._take_slot(request)
-                read = self.cache.ids[request.slot]
-                tokens = request.prompt[len(read) :][:room]
+                held = self.cache.ids[request.slot]  # the row's own list, to which `cache.read` appends
+                tokens = request.prompt[len(held) :][:room]
                 room -= len(tokens)
                 hidden = self.cache.read(self.models[request.model], [request.slot], [tokens])
-                if len(read) == len(request.prompt):
+                if len(held) == len(request.prompt):
                     self._choose([request], hidden)
         for name, model in self.models.items():
             running = sorted((one for one in self.active if one.model == name and one.answer), key=lambda one: one.slot)
@@ -150,7 +150,7 @@ class Scheduler:
         return reading
 
     def _take_slot(self, request: Request) -> None:
-        """Give a request a slot whose text is mostly in its prompt (the same conversation), or the one free longest."""
+        """Give a request the slot that is free longest, first of those whose text is mostly the prompt's beginning."""
         ids, mine = self.cache.ids, [slot for slot, owner in enumerate(self.owner) if owner == request.model]
         again = [one for one in self.free if one in mine and 2 * shared(ids[one], request.prompt) > len(ids[one])]
         request.slot = (again or self.free)[0]
@@ -214,7 +214,7 @@ class Scheduler:
 
 
 def _drawn(request: Request, logits: Tensor) -> int:
-    """A token drawn from logits [V] as the request asks; equal for an equal seed, whoever else is being served."""
+    """A token chosen as the request asks; an equal seed draws from equal logits the same, whoever else is served."""
     if request.repetition_penalty != 1.0:
         seen = torch.tensor(request.prompt + request.answer, device=logits.device)
         found, penalty = logits[seen], request.repetition_penalty

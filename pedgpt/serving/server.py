@@ -75,7 +75,7 @@ CHAT = COMMON | {
     "messages": Field(list, [], 1, 512), "max_completion_tokens": Field(int, None, 1), "logprobs": Field(bool, False),
     "top_logprobs": Field(int, 0, 0, 20),
 }  # fmt: skip
-# These change nothing here. Any other field is refused unless it is as good as absent.
+# These are ignored. Any other unknown field is refused, unless its value, one of ABSENT, asks for nothing.
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 ABSENT: tuple[Any, ...] = (0, "", [], {}, "none", "auto", {"type": "text"}, ["text"])
 
@@ -94,11 +94,11 @@ def read_fields(body: Any, known: Mapping[str, Field]) -> dict[str, Any]:
             raise ApiError(f"{name} is of the wrong type, {type(value).__name__}", name, code="invalid_type")
         size = len(value) if isinstance(value, str | list | dict) else value
         if not expected.least <= size <= expected.most:
-            raise ApiError(f"{name} must be from {expected.least} to {expected.most}", name, code="invalid_value")
+            raise ApiError(f"{name} has a size outside {expected.least} to {expected.most}", name, code="invalid_value")
         found[name] = value
     found["stop"] = [found["stop"]] if isinstance(found["stop"], str) else found["stop"]
     if len(found["stop"]) > 16 or not all(isinstance(text, str) and 0 < len(text) <= 256 for text in found["stop"]):
-        raise ApiError("stop must be a text, or a list of at most 16, of 1 to 256 characters each", "stop")
+        raise ApiError("stop must be one text or a list of at most 16 texts, of 1 to 256 characters each", "stop")
     return found
 
 
@@ -123,15 +123,15 @@ def prompt_of(fields: Mapping[str, Any], served: Served) -> list[int]:
 
 def _message(given: Any, name: str) -> Message:
     """A message of text; OpenAI's "developer" is a system message."""
-    told: dict[str, Any] = given if isinstance(given, dict) and not given.get("tool_calls") else {}
-    role, content = (told.get(key) for key in ("role", "content"))
+    message: dict[str, Any] = given if isinstance(given, dict) and not given.get("tool_calls") else {}
+    role, content = (message.get(key) for key in ("role", "content"))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if role not in ("system", "developer", "user", "assistant") or not isinstance(content, str) or not content.strip():
         raise ApiError(
-            f"{name} must have the role system, user or assistant, and only text as content, not empty", name
+            f"{name} needs the role system, user or assistant, content of text only, not empty, and no tool_calls", name
         )
-    return Message(role.replace("developer", "system"), content, reasoning=str(told.get("reasoning_content") or ""))
+    return Message(role.replace("developer", "system"), content, reasoning=str(message.get("reasoning_content") or ""))
 
 
 class Reply:
@@ -179,7 +179,7 @@ class Reply:
     def _logprob(self, piece: Piece) -> dict[str, Any]:
         def one(token: int | None, logprob: float) -> dict[str, Any]:
             text = self.served.chat.tokenizer.decode([] if token is None else [token])
-            return {"token": text, "logprob": logprob, "bytes": None}  # A token may be a part of a character.
+            return {"token": text, "logprob": logprob, "bytes": None}  # unknown where a token is half a character
 
         top = [one(token, logprob) for token, logprob in piece.top]
         return one(piece.token, piece.logprob) | {"top_logprobs": top}
@@ -189,7 +189,7 @@ class Server:
     """The routes over a scheduler and the models that it serves by name; clients must send `key`, if it is set.
 
     A request may have `most_bytes`, which arrive within `body_seconds`, and its answer may take `seconds`. `local`
-    refuses any host name but this machine's: a hostile site could point its name here, so that a browser lets it read
+    refuses any host name but localhost: a hostile site could point its name here, so that a browser lets it read
     answers.
     """
 
@@ -212,7 +212,7 @@ class Server:
     async def _guarded(self, handler: Callable[[HttpRequest], Awaitable[Response]], http: HttpRequest) -> Response:
         """What the handler answers, if the key is right; what goes wrong is told without the content."""
         if self.local and not is_local(http.url.hostname or ""):
-            raise ApiError("this server answers only to this machine's own name", status=403)
+            raise ApiError("this server answers only at localhost or a loopback address such as 127.0.0.1", status=403)
         given = http.headers.get("authorization", "").removeprefix("Bearer ")
         if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
             raise ApiError("the API key is missing or wrong", status=401, code="invalid_api_key")
@@ -332,7 +332,7 @@ class Server:
                 request.cancelled = True
 
     async def _events(self, reply: Reply, pieces: Pieces, options: Mapping[str, Any]) -> AsyncIterator[str]:
-        """Server-sent events; an error after the first of them is an event too."""
+        """Server-sent events; any error is an event too, because the status line is sent before the first of them."""
         try:
             async for request, piece in self._pieces(reply, pieces):
                 if chunk := reply.chunk(request, piece):
@@ -359,7 +359,7 @@ async def _leaves(http: HttpRequest, pieces: Pieces) -> None:
 
 
 def is_local(host: str) -> bool:
-    """Whether a host's name or address is this machine's own."""
+    """Whether a host is localhost or a loopback address; this machine's name and address in a network are not."""
     with suppress(ValueError):
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     return False

@@ -162,7 +162,7 @@ def test_a_full_row_is_an_error_also_where_steps_are_recorded(make_model, graphs
     with torch.no_grad():
         cache.read(model, [0], [[5] * 8])
         for cache.records in (False, True):
-            with pytest.raises(ValueError, match="the cache holds"):
+            with pytest.raises(ValueError, match="have room for 8 tokens each"):
                 cache.step(model, [0], [3])
     assert cache.ids == [[5] * 8, []]
 
@@ -269,7 +269,7 @@ def test_a_kept_cache_serves_one_prompt(make_model):
     model = make_model("llama")
     with pytest.raises(ValueError, match="one prompt at a time, found 2"):
         generate(model, [[1], [2]], max_new_tokens=2, cache=KVCache(model, 2, 9))
-    with pytest.raises(ValueError, match="the cache holds 2 x"):
+    with pytest.raises(ValueError, match="the 2 rows have room for"):
         generate(model, [[1]], max_new_tokens=2, cache=KVCache(model, 2, 9))
 
 

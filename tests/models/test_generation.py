@@ -319,7 +319,7 @@ def test_cache_overflow_is_an_error(make_model, random_tokens):
     cache = KVCache(model, 2, 8)
     with torch.no_grad():
         model(random_tokens(2, 6), cache=cache)
-        with pytest.raises(ValueError, match="holds 2 x 8 tokens; asked for a batch of 2 up to token 9"):
+        with pytest.raises(ValueError, match="have room for 8 tokens each; asked for a batch of 2 up to token 9"):
             model(random_tokens(2, 3), cache=cache)
         with pytest.raises(ValueError, match="asked for a batch of 1 up to token 7"):
             model(random_tokens(1, 1), cache=cache)
