@@ -38,7 +38,7 @@ class StageSettings(training.TrainingSettings):
     rslora: bool = False  # by alpha / sqrt(rank) instead
     num_specific_experts: int | dict = 3  # behind the gate; or by layers, as { "*.layers.[0-9].*" = 2, "*" = 4 }
     num_universal_experts: int = 1  # always on, beside those
-    top_k: int = 0  # specific experts of a token that have a weight; 0: all
+    top_k: int = 0  # specific experts of a token that have a weight; 0: all; with 1 the router does not learn
     shared_A: bool = False  # all experts of a layer have one A
     balance: float = 0.0  # weight, in the loss, of how unequal the experts' shares of a micro-batch are; 0: none
     dropout: float = 0.0  # on the adapter's input

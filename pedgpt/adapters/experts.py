@@ -53,8 +53,8 @@ class ExpertLoRALinear(AdaptedLinear):
     noise of scale softplus(0).
 
     Variants, in any combination: `num_universal_experts` may be 0 (a plain soft mixture) or several; with `top_k` only
-    the k largest routes, noise included, enter the softmax; with `shared_A` (HydraLoRA, Tian et al. 2024) all experts
-    have one A [r, in]; a subclass that overrides `gates` has a gate of its own.
+    the k largest routes, noise included, enter the softmax (NOTE: with k = 1 every gate is 1, so no router learns);
+    with `shared_A` (HydraLoRA) all experts have one A [r, in]; a subclass that overrides `gates` has its own gate.
     """
 
     def __init__(

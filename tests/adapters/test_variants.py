@@ -259,3 +259,14 @@ def test_a_new_adapter_is_the_identity_bit_for_bit(make_model, tokens, variant):
     model, base = make_model().train(), make_model()
     inject_experts(model, **VARIANTS[variant])
     assert torch.equal(model(tokens), base(tokens))
+
+
+@pytest.mark.parametrize(("top_k", "learns"), [(1, False), (2, True), (None, True)])
+def test_a_router_learns_unless_one_expert_has_all_the_weight(adapted, top_k, learns):
+    """The softmax over one route is 1 whatever the route is, so that no gradient comes back."""
+    model = adapted("none universal", top_k=top_k)
+    model(torch.arange(12)[None]).logsumexp(-1).sum().backward()
+    for layer in adapted_layers(model).values():
+        for weight in (layer.router, layer.router_noise):
+            assert bool(weight.grad.abs().max() > 1e-6) == learns
+        assert layer.lora_A.grad.abs().max() > 1e-6
