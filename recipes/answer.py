@@ -66,7 +66,6 @@ def main(config: Config) -> None:
     decoding = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
     decoding |= {name: getattr(config, name) for name in ("max_new_tokens", "max_thinking_tokens")}
     output, part = Path(config.output), Path(f"{config.output}.part")
-    output.parent.mkdir(parents=True, exist_ok=True)
     if config.endpoint:
         settings = load_endpoint(config.endpoint)
         settings.temperature, settings.max_tokens = config.temperature, config.max_new_tokens

@@ -55,14 +55,10 @@ def main(config: Config) -> None:
         raise ValueError("batch_size, generation_batch_size, limit and text_limit must be at least 1")
     signature()  # fails at once without the packages
     began = time.perf_counter()
-    heldout = Path(config.heldout)
-    if not heldout.is_dir():
-        raise ValueError(f"--heldout {heldout}: no such folder")
     chat = config.load_chat()
     about = {"model": config.model, "adapter": config.adapter or None}
     if config.answers and Path(config.answers).exists():  # such a file may have cost money
-        found = read_answers(config.answers).about
-        if {name: found[name] for name in about} != about:
+        if not about.items() <= read_answers(config.answers).about.items():
             raise ValueError(f"--answers {config.answers}: holds another system's answers; delete it, or rename one")
     device = start(config.device).device
     for folder in filter(None, (config.model, config.reference)):
@@ -72,9 +68,8 @@ def main(config: Config) -> None:
         sizes.check_length(config.row_length)
     summary = data.ReadSummary()
     limits = {"row_length": config.row_length, "text_limit": config.text_limit}
-    tasks, task_rows, rows, pairs = read_heldout(heldout, chat, summary, data.parse_columns(config.columns), **limits)
-    if not (any(tasks.values()) or any(rows.values()) or pairs):
-        raise ValueError(f"--heldout {heldout}: nothing to evaluate on; expected tasks/, text/ or preferences/")
+    columns = data.parse_columns(config.columns)
+    tasks, task_rows, rows, pairs = read_heldout(Path(config.heldout), chat, summary, columns, **limits)
 
     reference_logps = None
     if config.reference:  # first, so that two models are never in memory together
@@ -98,10 +93,8 @@ def main(config: Config) -> None:
     results["skipped"] = len(summary.skipped)
     print_table(results)
     if config.answers and said.questions:  # before the results, whose presence says that all is done
-        Path(config.answers).parent.mkdir(parents=True, exist_ok=True)
         write_answers(config.answers, said)
     if config.output:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         if experts:
             write_routing(model, chat, task_rows, Path(config.output).with_suffix(".html"))
         write_json(Path(config.output), results)
@@ -117,9 +110,8 @@ def answer_tasks(model, chat, tasks, config: Config) -> Answers:
         found = {number: said for batch in batches for number, said in batch.items()}
         questions += asked
         answers += [found[i] for i in range(len(asked))]
-    about = {"model": config.model, "adapter": config.adapter or None, "seed": 0}
-    about["decoding"] = {**room, "temperature": 0}
-    return Answers(Path(config.answers).stem, questions, answers, about)
+    about = {"model": config.model, "adapter": config.adapter or None, "decoding": {**room, "temperature": 0}}
+    return Answers(Path(config.answers).stem, questions, answers, {**about, "seed": 0})
 
 
 def write_routing(model, chat, task_rows, path: Path) -> None:

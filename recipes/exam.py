@@ -71,7 +71,6 @@ def main(config: Config) -> None:
         results["likelihood"][name_of(config.adapter or config.model)] = found
         print_scores(f"{config.adapter or config.model}, by likelihood", found)
     if config.output:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(config.output, results)
 
 

@@ -11,7 +11,7 @@ and the reference of another question, of which it must find the right one.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -21,6 +21,8 @@ from pedgpt.evaluation.report import between
 from pedgpt.evaluation.responses import check_output, read_systems, thin
 from pedgpt.files import write_json
 from pedgpt.training import run_recipe
+
+percent = partial(between, scale=100, digits=0, unit=" %")
 
 
 @dataclass(kw_only=True)
@@ -57,8 +59,7 @@ def main(config: Config) -> None:
         return
     if not (config.output or config.plan):
         raise ValueError("give --output, the JSON file for the results")
-    settings = load_endpoint(config.endpoint)
-    settings.temperature = 0.0  # the same answer each time, as far as the server can
+    settings = replace(load_endpoint(config.endpoint), temperature=0.0)  # the same answer each time, if the server can
     planted = judging.planted_pairs(systems[0]) if config.check_judge else []
     if config.check_judge and not planted:
         print("The judge itself is not checked: no two questions of one task have references that differ.")
@@ -72,9 +73,8 @@ def main(config: Config) -> None:
         return
     work = [(prompt, judging.read_verdict) for prompt in checks] + [(prompt, read) for prompt in prompts]
     with Endpoint(settings, f"{config.output}.sqlite") as endpoint:
-        ask = partial(judging.ask_strictly, endpoint.ask)
         bar = {"workers": settings.concurrency, "desc": "judge", "endpoints": [endpoint]}
-        said = list(in_order(work, lambda one: ask(*one), **bar))
+        said = list(in_order(work, lambda one: judging.ask_strictly(endpoint.ask, *one), **bar))
         print(endpoint.describe())
         results |= {"judge": settings.model, "usage": asdict(endpoint.usage)}
     if planted:
@@ -103,10 +103,6 @@ def print_plan(settings, prompts) -> None:
     )
 
 
-def percent(figures) -> str:
-    return between(figures, 100, 0, " %")
-
-
 def outcome(row: dict) -> str:
     return "".join(f"{kind} {percent(row.get(kind)):<22}" for kind in ("win", "tie", "loss")).rstrip()
 
@@ -119,10 +115,8 @@ def print_results(results: dict) -> None:
         for task, found in tasks.items():
             print(f"{name} {task}: {between(found, digits=2)} points")
     for row in results.get("comparisons", ()):
-        print(
-            f"{row['first']} against {row['second']}, {row['task']:<10}{row['dimension']:<14}{row['n']:5} ",
-            outcome(row),
-        )
+        asked = f"{row['first']} against {row['second']}, {row['task']:<10}{row['dimension']:<14}{row['n']:5}"
+        print(f"{asked}  {outcome(row)}")
     for pair in results.get("pairs", ()):
         print(f"{pair['first']} against {pair['second']}, overall: {pair['n']} questions, judged by {results['judge']}")
         if pair["n"]:

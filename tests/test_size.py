@@ -16,8 +16,8 @@ GOALS = {
 }  # fmt: skip
 # Where a goal is not reached yet: what there is now. No number here may grow, and one that is no longer needed goes.
 OWED = {
-    "kernels": 2_311, "adapters": 1_220, "models": 1_489, "data": 2_514, "corpus": 2_677, "training": 1_532,
-    "evaluation": 2_537, "files": 862, "all": 16_040,
+    "kernels": 2_311, "adapters": 1_219, "models": 1_489, "data": 2_513, "corpus": 2_677, "training": 1_531,
+    "evaluation": 2_537, "files": 862, "all": 16_037,
 }  # fmt: skip
 OWED_FILES = {}
 
@@ -64,6 +64,7 @@ def test_a_file_and_its_functions_can_be_read_at_once(path):
 def test_a_recipe_reads_from_top_to_bottom(path):
     (main,) = [node for node in ast.parse(path.read_text("utf-8")).body if getattr(node, "name", "") == "main"]
     assert main.end_lineno - main.lineno + 1 <= 110
+    assert lines(path) <= (240 if path.name == "build_corpus.py" else 150)
 
 
 def test_no_line_does_the_work_of_several():

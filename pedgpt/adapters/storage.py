@@ -64,7 +64,6 @@ def save_adapter(
         "bias": "none", "inference_mode": True,
     }  # fmt: skip
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     quantization = getattr(first, "quantization", None)
     known = {_BASE: base_weights, _FORMAT: quantization and quantization.kind}
     content = save(weights, {"format": "pt"} | {key: value for key, value in known.items() if value})

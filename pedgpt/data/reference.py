@@ -29,7 +29,6 @@ def save_reference(path: str | Path, logps: Tensor, key: Mapping[str, str]) -> N
     path = Path(path)
     if not logps.isfinite().all():
         raise ValueError(f"{path}: not written: a log-probability of the reference is not finite")
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = save({_NAME: logps.detach().cpu().contiguous()}, metadata={"format": "pt", **key})
     with atomic_write(path, "wb", size=len(content)) as handle:
         handle.write(content)

@@ -19,7 +19,8 @@ def read_heldout(
 ) -> tuple[dict[str, list[Conversation]], dict[str, list[Row]], dict[str, list[Row]], list[EncodedPair]]:  # fmt: skip
     """Conversations by task, their packed rows, packed rows by perplexity, and pairs; at most `text_limit` documents.
 
-    What is too long for a row is left out everywhere, and counted in `summary` beside the bad rows.
+    What is too long for a row is left out everywhere, and counted in `summary` beside the bad rows. Raises ValueError
+    if nothing is left.
     """
     policy = {"on_bad_row": "skip", "summary": summary}
     fit = {**policy, "on_long_row": "skip"}
@@ -40,6 +41,8 @@ def read_heldout(
         rows[f"{path.stem}_text"] = data.pack(pieces, row_length)
     for path in _table(heldout / "preferences"):
         pairs = data.encode_pairs(data.read_preferences(path, columns=columns, **policy), chat, row_length, **fit)
+    if not (any(rows.values()) or pairs):
+        raise ValueError(f"--heldout {heldout}: holds nothing to evaluate on; expected tasks/, text/ or preferences/")
     return tasks, task_rows, rows, pairs
 
 

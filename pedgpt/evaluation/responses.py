@@ -165,8 +165,7 @@ def write_answers(path: str | Path, found: Answers) -> None:
 def read_answers(path: str | Path) -> Answers:
     """Read a file of answers, also one that another program wrote with the same keys.
 
-    Raises ValueError naming the line that is no answer or is of another set or system than the first, or what is
-    missing.
+    Raises ValueError naming the line that is no answer or is of another set or system, or what is missing.
     """
     path = Path(path)
     try:

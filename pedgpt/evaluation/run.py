@@ -159,8 +159,6 @@ def load_run(folder: str | Path) -> Run:
             if not keys <= result.keys():
                 recipe = "exam" if name == "exams" else name
                 raise ValueError(f"{path}: not a result of {recipe}.py; move it to another folder")
-            if name == "judge" and not {"comparisons", "scores"} & result.keys():
-                raise ValueError(f"{path}: of an earlier version; run judge.py again, which asks nothing twice")
             getattr(run, name)[path.stem] = result
     for path in sorted(folder.glob("answers/*.jsonl")):  # last, because scoring them takes seconds
         stage = run.stages.setdefault(path.stem, Stage(path.stem))

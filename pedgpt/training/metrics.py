@@ -27,7 +27,6 @@ Sink = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]
 def cut_log(path: Path, steps: int) -> dict[str, Any]:
     """Keep the lines of the first `steps` steps, and return the last of them; a run that resumes writes the others."""
     lines = path.read_text("utf-8", "replace").splitlines()[:steps] if steps and path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(f"{line}\n" for line in lines))
     return json.loads(lines[-1]) if lines else {"tokens": 0, "seconds": 0.0}
 
