@@ -5,8 +5,9 @@
 Every arm starts from the run's model of stage 3 and sees the same rows for as many steps. What the paper reports:
 experts beat one LoRA of equal rank and full fine-tuning, three specific experts are best, and the universal one helps.
 The variants (docs/experts.md) have as many trainable parameters as the paper's form, up to 1.4 %, by their rank.
-All is measured on held-out rows. Prints a Markdown table of means and 95 % intervals (Student's t over seeds).
-Finished runs are kept. `--workers 2` runs two arms at a time.
+All is measured on held-out rows. Prints a Markdown table of means and 95 % intervals (Student's t over seeds); `--plot
+FILE` draws it. Finished runs are kept. `--workers 2` runs two arms at a time. `--cost` measures instead what a training
+step of each arm takes, as a multiple of the first arm's step in the same round, and the peak of its tensors.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,10 +50,10 @@ def recipe(name):
     return module
 
 
-def train_and_evaluate(run: Path, output: Path, arm: str, seed: int) -> None:
+def settings_of(run: Path, arm: str, seed: int, output: Path):
+    """The settings of stage 4 for one arm."""
     from pedgpt.files import read_toml
 
-    stage, evaluate = recipe("expert_finetune"), recipe("evaluate")
     settings = {**read_toml(ROOT / "recipes/configs/demo/experts.toml"), **ARMS[arm]}
     if settings.get("adapter") in ("lora", "none"):
         del settings["num_specific_experts"]
@@ -60,11 +62,77 @@ def train_and_evaluate(run: Path, output: Path, arm: str, seed: int) -> None:
     rows = [run / "corpus/train/tasks", run / "corpus/train/generalist/general_medical"]
     settings |= {"seed": seed, "evaluate_every": 0, "device": "cpu", "model": str(run / "dfpo/model")}
     settings |= {"instructions": [str(path) for path in rows if path.exists()], "output": str(output)}
-    stage.main(stage.Config(**settings))
-    trained = "model" if settings.get("adapter") == "none" else "adapter"
+    return recipe("expert_finetune").Config(**settings)
+
+
+def train_and_evaluate(run: Path, output: Path, arm: str, seed: int) -> None:
+    from pedgpt.files import read_toml
+
+    evaluate, settings = recipe("evaluate"), settings_of(run, arm, seed, output)
+    recipe("expert_finetune").main(settings)
+    trained = "model" if settings.adapter == "none" else "adapter"
     system = {"model": str(run / "dfpo/model"), trained: str(output / trained)}
     settings = read_toml(ROOT / "recipes/configs/demo/evaluate.toml") | {"heldout": str(run / "corpus/heldout")}
     evaluate.main(evaluate.Config(**settings, **system, output=str(output / "evaluation.json"), device="cpu"))
+
+
+def cost(run: Path, arms: list[str], rounds: int = 9) -> None:
+    """Print what a step of each arm takes: full rows, forward, backward and update."""
+    from bench_operators import processor
+    from profiled_memory import peak_bytes
+
+    from pedgpt import stage, training
+    from pedgpt.data import full_rows
+    from pedgpt.training import loop
+    from pedgpt.training.optim import build_optimizer
+
+    world, steps = training.start("cpu"), {}
+    for arm in arms:
+        settings = settings_of(run, arm, 0, Path("unused"))
+        model, loss = recipe("expert_finetune").model_and_loss(settings, world)
+        stage.fill(model, settings, world)
+        batch, optimizer = full_rows(settings, settings.micro_batch_size), build_optimizer(model, settings)
+        given = model.train(), optimizer, [batch], loss, settings, world
+        steps[arm] = lambda given=given: loop._step(*given)
+        steps[arm]()
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for turn in range(rounds):
+        for arm in arms[:: 1 if turn % 2 else -1]:
+            started = time.perf_counter()
+            steps[arm]()
+            seconds[arm].append(time.perf_counter() - started)
+    print(f"{processor()}\n\n| | time of a step | peak memory of a step, MiB |\n|:--|--:|--:|")
+    for arm in arms:
+        ratio = statistics.median(a / b for a, b in zip(seconds[arm], seconds[arms[0]], strict=True))
+        print(f"| {arm} | {ratio:.2f}× | {peak_bytes(steps[arm]) / 2**20:.0f} |")
+
+
+def scores(evaluation: Path) -> list[float]:
+    """What `COLUMNS` names after the first; NaN for what the corpus has no rows of."""
+    found = json.loads(evaluation.read_text(encoding="utf-8"))
+    rouge = statistics.mean(task["rouge-l"] for task in found["tasks"].values())
+    names = ("instructions", "general_medical_text", "general_text")
+    return [rouge, *(found["perplexity"].get(name, float("nan")) for name in names)]
+
+
+def draw(path: Path, before: list[float], means: dict[str, list[tuple[float, float]]]) -> None:
+    """Every column's means with intervals, one row for each arm; a line marks the model before stage 4."""
+    from matplotlib.figure import Figure
+
+    shown = [column for column, value in enumerate(before) if value == value]
+    figure = Figure(figsize=(3.5 + 2.6 * len(shown), 1.2 + 0.32 * len(means)), layout="constrained")
+    places = range(len(means))[::-1]
+    for axes, column in zip(figure.subplots(1, len(shown), sharey=True), shown, strict=True):
+        values, halves = zip(*(row[column] for row in means.values()), strict=True)
+        axes.axvline(before[column], color="#9AA1AB", linestyle="--", label="before stage 4")
+        axes.errorbar(values, places, xerr=halves, fmt="o", color="#2F6DB5", capsize=3)
+        name = COLUMNS[column + 1]
+        axes.set_title(f"perplexity {name}" if name.startswith("of ") else name, fontsize=9)
+        axes.set_yticks(places, means)
+        axes.set_ylim(-0.5, len(means) - 0.5)
+        axes.grid(axis="x", color="#E7EAEE")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def trainable(output: Path) -> int:
@@ -82,11 +150,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
+    parser.add_argument("--plot", type=Path, help="a PNG file")
+    parser.add_argument("--cost", action="store_true")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.arm:
         return train_and_evaluate(arguments.run, arguments.output, arguments.arm, arguments.seed)
+    if arguments.cost:
+        return cost(arguments.run, arguments.arms)
     if arguments.seeds not in STUDENT:
         sys.exit(f"--seeds must be in 2 to 10, found {arguments.seeds}")
 
@@ -100,10 +172,7 @@ def main() -> None:
             if done.returncode:
                 sys.exit(done.stderr.decode())
         print(f"{arm}, seed {seed}: done", file=sys.stderr, flush=True)
-        found = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
-        rouge = statistics.mean(task["rouge-l"] for task in found["tasks"].values())
-        losses = [found["perplexity"][name] for name in ("instructions", "general_medical_text", "general_text")]
-        return arm, [trainable(output), rouge, *losses]
+        return arm, [trainable(output), *scores(output / "evaluation.json")]
 
     alone = {"OMP_NUM_THREADS": "1"} if arguments.workers > 1 else {}
     jobs = [(arm, seed) for arm in arguments.arms for seed in range(arguments.seeds)]
@@ -112,12 +181,16 @@ def main() -> None:
         for arm, row in pool.map(work, jobs):
             rows.setdefault(arm, []).append(row)
     print(f"| | {' | '.join(COLUMNS)} |\n|{':--|' + '--:|' * len(COLUMNS)}")
+    before, means = scores(arguments.run / "evaluation/dfpo.json"), {}
+    print(f"| before stage 4 | – | {' | '.join('–' if value != value else f'{value:.2f}' for value in before)} |")
     for arm, found in rows.items():
-        cells = [f"{found[0][0]:,}"]
-        for column in list(zip(*found, strict=True))[1:]:
-            half = STUDENT[len(found)] * statistics.stdev(column) / len(found) ** 0.5
-            cells.append(f"{statistics.mean(column):.2f} ± {half:.2f}")
-        print(f"| {arm} | {' | '.join(cells)} |")
+        factor = STUDENT[len(found)] / len(found) ** 0.5
+        columns = list(zip(*found, strict=True))[1:]
+        means[arm] = [(statistics.mean(column), factor * statistics.stdev(column)) for column in columns]
+        cells = ["–" if value != value else f"{value:.2f} ± {half:.2f}" for value, half in means[arm]]
+        print(f"| {arm} | {found[0][0]:,} | {' | '.join(cells)} |")
+    if arguments.plot:
+        draw(arguments.plot, before, means)
 
 
 if __name__ == "__main__":
