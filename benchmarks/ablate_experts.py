@@ -21,6 +21,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %
 ARMS = {  # name: settings beside the demo's; the experts' rank is 16 where nothing else is said
@@ -185,8 +187,8 @@ def main() -> None:
     print(f"| before stage 4 | – | {' | '.join('–' if value != value else f'{value:.2f}' for value in before)} |")
     for arm, found in rows.items():
         factor = STUDENT[len(found)] / len(found) ** 0.5
-        columns = list(zip(*found, strict=True))[1:]
-        means[arm] = [(statistics.mean(column), factor * statistics.stdev(column)) for column in columns]
+        columns = np.array(found)[:, 1:]
+        means[arm] = list(zip(columns.mean(0), factor * columns.std(0, ddof=1), strict=True))
         cells = ["–" if value != value else f"{value:.2f} ± {half:.2f}" for value, half in means[arm]]
         print(f"| {arm} | {found[0][0]:,} | {' | '.join(cells)} |")
     if arguments.plot:
