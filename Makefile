@@ -29,8 +29,9 @@ trained:
 test: $(VENV)/.test
 	$(bin)/ruff check .
 	$(bin)/ruff format --check pedgpt recipes
-	$(bin)/mypy
-	$(bin)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(bin)/mypy & types=$$!; \
+	$(bin)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	wait $$types && exit $$tests
 
 docs: $(VENV)/.test
 	$(bin)/python -m pdoc pedgpt '!pedgpt.__main__' --output-directory build/api
