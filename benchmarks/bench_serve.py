@@ -139,9 +139,10 @@ def main() -> None:
                     asked = questions[: max(4, 2 * clients)]
                     answers, shown, rate = server.measure(asked, clients, arguments.tokens)
                     expected = expected if len(expected) >= len(answers) else answers
-                    equal = sum(a == b for a, b in zip(answers, expected, strict=False)) / len(answers)
+                    same = sum(a == b for a, b in zip(answers, expected, strict=False)) / len(answers)
+                    equal = "–" if name == "experts" else f"{same:.0%}"  # the others answer without experts
                     ratio = rate / rates.setdefault(clients, rate)
-                    print(f"{title:36}{clients:8}{shown}{ratio:7.2f}{equal:7.0%}", flush=True)
+                    print(f"{title:36}{clients:8}{shown}{ratio:7.2f}{equal:>7}", flush=True)
 
 
 def processor() -> str:
