@@ -5,9 +5,10 @@
 Every arm starts from the run's model of stage 3 and sees the same rows for as many steps. What the paper reports:
 experts beat one LoRA of equal rank and full fine-tuning, three specific experts are best, and the universal one helps.
 The variants (docs/experts.md) have as many trainable parameters as the paper's form, up to 1.4 %, by their rank.
-All is measured on held-out rows. Prints a Markdown table of means and 95 % intervals (Student's t over seeds); `--plot
-FILE` draws it. Finished runs are kept. `--workers 2` runs two arms at a time. `--cost` measures instead what a training
-step of each arm takes, as a multiple of the first arm's step in the same round, and the peak of its tensors.
+All is measured on held-out rows. Prints a Markdown table of means and 95 % intervals (Student's t over seeds); a star
+marks what differs from the first arm: the interval of the difference, seed by seed, excludes 0. `--plot FILE` draws it.
+Finished runs are kept. `--workers 2` runs two arms at a time. `--cost` measures instead what a training step of each
+arm takes, as a multiple of the first arm's step in the same round, and the peak of its tensors.
 """
 
 import argparse
@@ -185,11 +186,14 @@ def main() -> None:
     print(f"| | {' | '.join(COLUMNS)} |\n|{':--|' + '--:|' * len(COLUMNS)}")
     before, means = scores(arguments.run / "evaluation/dfpo.json"), {}
     print(f"| before stage 4 | – | {' | '.join('–' if value != value else f'{value:.2f}' for value in before)} |")
+    factor = STUDENT[arguments.seeds] / arguments.seeds**0.5
     for arm, found in rows.items():
-        factor = STUDENT[len(found)] / len(found) ** 0.5
         columns = np.array(found)[:, 1:]
         means[arm] = list(zip(columns.mean(0), factor * columns.std(0, ddof=1), strict=True))
-        cells = ["–" if value != value else f"{value:.2f} ± {half:.2f}" for value, half in means[arm]]
+        paired = columns - np.array(rows[arguments.arms[0]])[:, 1:]
+        stars = np.where(abs(paired.mean(0)) > factor * paired.std(0, ddof=1), "*", "")
+        cells = [f"{value:.2f} ± {half:.2f}{star}" for (value, half), star in zip(means[arm], stars, strict=True)]
+        cells = [cell.replace("nan ± nan", "–") for cell in cells]
         print(f"| {arm} | {found[0][0]:,} | {' | '.join(cells)} |")
     if arguments.plot:
         draw(arguments.plot, before, means)
