@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from pedgpt.files import DiskFull, naming_full_disk, publish, sync, write_json
@@ -72,7 +70,7 @@ class Checkpoints:
                 temporary.mkdir(parents=True)
         file = temporary / f"rank_{world.rank:05d}.pt"
         part = {
-            name: {key: local(value) for key, value in values.items() if world.is_main or isinstance(value, DTensor)}
+            name: {key: local(value) for key, value in values.items() if world.is_main or hasattr(value, "placements")}
             for name, values in self._contents().items()
         }
         try:
@@ -118,6 +116,8 @@ class Checkpoints:
 
     def _contents(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint keeps: the weights by name, and the optimizer's state of each of them."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
         weights = {name: parameter.data for name, parameter in trained(self.model).items()}
         # NOTE: these are the optimizer's own dictionaries, made now if there are none yet. torch's function that loads
         # such a state would round moments to the dtype of their parameters.

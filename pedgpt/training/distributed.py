@@ -13,9 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
 # Takes the name and the content of each weight, one after the other.
@@ -72,6 +70,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, dtype: to
     """
     if world.size == 1:
         return model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(world.device))
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
@@ -89,21 +89,22 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be split."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    # NOTE: here and below DTensor and FSDPModule are known by their methods, because importing them takes a second.
+    return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
 
 
-def first_row(tensor: Tensor) -> int:
+def first_row(tensor: Any) -> int:
     """Where in the whole tensor this rank's rows begin; FSDP2 splits rows as `torch.chunk` does."""
-    if not isinstance(tensor, DTensor):
+    if not hasattr(tensor, "placements"):
         return 0
-    assert tensor.placements == (Shard(0),)
+    assert [place.is_shard(0) for place in tensor.placements] == [True]
     mesh, rows = tensor.device_mesh, len(tensor)
     return min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: Any) -> None:
     """Make `model.parameters()` the sharded ones again: a forward without a backward leaves the root's gathered."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "reshard"):
         model.reshard()
 
 
@@ -165,7 +166,7 @@ def gather_weights(
     def gathered() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in (trained(model) if trainable_only else model.state_dict()).items():
             part = tensor.detach()
-            whole = part.full_tensor() if isinstance(part, DTensor) else part
+            whole = part.full_tensor() if hasattr(part, "full_tensor") else part
             yield name, whole.to(device="cpu", dtype=dtype or whole.dtype)
 
     if world.is_main:

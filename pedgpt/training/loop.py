@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from pedgpt.files import read_object, write_json
 from pedgpt.kernels.cpu import products
@@ -259,7 +258,7 @@ def _clip(parameters: list[nn.Parameter], most: float, world: World) -> float:
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         norm = nn.utils.clip_grad_norm_(parameters, most)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     # torch would round each norm to bfloat16, so that the number of ranks decided how far gradients are clipped.
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32).double() for gradient in gradients]
     found = math.sqrt(sum_over_ranks([float(torch.stack(norms).square().sum())], world)[0])
