@@ -7,6 +7,7 @@ experts beat one LoRA of equal rank and full fine-tuning, three specific experts
 The variants (docs/experts.md) have as many trainable parameters as the paper's form, up to 1.4 %, by their rank.
 All is measured on held-out rows. Prints a Markdown table of means and 95 % intervals (Student's t over seeds); a star
 marks what differs from the first arm: the interval of the difference, seed by seed, excludes 0. `--plot FILE` draws it.
+The last column is the log-probability a token (nats) of the answers that the held-out preference pairs prefer.
 Finished runs are kept. `--workers 2` runs two arms at a time. `--cost` measures instead what a training step of each
 arm takes, as a multiple of the first arm's step in the same round, and the peak of its tensors.
 """
@@ -43,7 +44,8 @@ ARMS = {  # name: settings beside the demo's; the experts' rank is 16 where noth
     "4 experts and the universal one": {"num_specific_experts": 4},
     "5 experts and the universal one": {"num_specific_experts": 5},
 }
-COLUMNS = ("trainable", "ROUGE-L", "perplexity of instructions", "of general medical text", "of general text")
+TEXTS = ("instructions", "general_medical_text", "general_text")
+COLUMNS = ("trainable", "ROUGE-L", *(f"perplexity of {name}".replace("_", " ") for name in TEXTS), "preferred answers")
 
 
 def recipe(name):
@@ -114,8 +116,8 @@ def scores(evaluation: Path) -> list[float]:
     """What `COLUMNS` names after the first; NaN for what the corpus has no rows of."""
     found = json.loads(evaluation.read_text(encoding="utf-8"))
     rouge = statistics.mean(task["rouge-l"] for task in found["tasks"].values())
-    names = ("instructions", "general_medical_text", "general_text")
-    return [rouge, *(found["perplexity"].get(name, float("nan")) for name in names)]
+    preferred = (found["preference"] or {}).get("chosen_logp_per_token", float("nan"))
+    return [rouge, *(found["perplexity"].get(name, float("nan")) for name in TEXTS), preferred]
 
 
 def draw(path: Path, before: list[float], means: dict[str, list[tuple[float, float]]]) -> None:
@@ -129,8 +131,7 @@ def draw(path: Path, before: list[float], means: dict[str, list[tuple[float, flo
         values, halves = zip(*(row[column] for row in means.values()), strict=True)
         axes.axvline(before[column], color="#9AA1AB", linestyle="--", label="before stage 4")
         axes.errorbar(values, places, xerr=halves, fmt="o", color="#2F6DB5", capsize=3)
-        name = COLUMNS[column + 1]
-        axes.set_title(f"perplexity {name}" if name.startswith("of ") else name, fontsize=9)
+        axes.set_title(COLUMNS[column + 1], fontsize=9)
         axes.set_yticks(places, means)
         axes.set_ylim(-0.5, len(means) - 0.5)
         axes.grid(axis="x", color="#E7EAEE")
