@@ -26,12 +26,13 @@ serve: trained $(VENV)/.serve
 trained:
 	$(if $(shell test -f "$(RUN)/experts/adapter/adapter_config.json" && echo yes),@:,$(error there is no trained model in $(RUN) yet; run "make demo$(if $(filter command line,$(origin CORPUS)), CORPUS=$(CORPUS))" first))
 
+# mypy takes one core for most of a minute, so it runs while the tests start, and its messages come at the end.
 test: $(VENV)/.test
 	$(bin)/ruff check .
 	$(bin)/ruff format --check pedgpt recipes
-	$(bin)/mypy & types=$$!; \
+	$(bin)/mypy > $(VENV)/mypy.log 2>&1 & types=$$!; trap "kill $$types" INT; \
 	$(bin)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder; tests=$$?; \
-	wait $$types && exit $$tests
+	wait $$types || tests=1; cat $(VENV)/mypy.log; exit $$tests
 
 docs: $(VENV)/.test
 	$(bin)/python -m pdoc pedgpt '!pedgpt.__main__' --output-directory build/api

@@ -7,15 +7,16 @@ experts beat one LoRA of equal rank and full fine-tuning, three specific experts
 The variants (docs/experts.md) have as many trainable parameters as the paper's form, up to 1.4 %, by their rank.
 All is measured on held-out rows. Prints a Markdown table of means and 95 % intervals (Student's t over seeds); a star
 marks what differs from the first arm: the interval of the difference, seed by seed, excludes 0. `--plot FILE` draws it.
-The last column is the log-probability a token (nats) of the answers that the held-out preference pairs prefer.
+The last column is the log-probability per token (nats) of the answers that the held-out preference pairs prefer.
 Finished runs are kept. `--workers 2` runs two arms at a time. `--cost` measures instead what a training step of each
-arm takes, as a multiple of the first arm's step in the same round, and the peak of its tensors.
+arm takes, as a multiple of the first arm's step in the same round, and its tensors beside weights and AdamW's state.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -81,13 +82,14 @@ def train_and_evaluate(run: Path, output: Path, arm: str, seed: int) -> None:
     evaluate.main(evaluate.Config(**settings, **system, output=str(output / "evaluation.json"), device="cpu"))
 
 
-def cost(run: Path, arms: list[str], rounds: int = 9) -> None:
-    """Print what a step of each arm takes: full rows, forward, backward and update."""
+def cost(run: Path, arms: list[str], rounds: int = 16) -> None:
+    """Print what a step of each arm takes: full rows, of which half carries loss; forward, backward and update."""
     from bench_operators import processor
     from profiled_memory import peak_bytes
 
     from pedgpt import stage, training
     from pedgpt.data import full_rows
+    from pedgpt.losses import IGNORE_INDEX
     from pedgpt.training import loop
     from pedgpt.training.optim import build_optimizer
 
@@ -97,37 +99,39 @@ def cost(run: Path, arms: list[str], rounds: int = 9) -> None:
         model, loss = recipe("expert_finetune").model_and_loss(settings, world)
         stage.fill(model, settings, world)
         batch, optimizer = full_rows(settings, settings.micro_batch_size), build_optimizer(model, settings)
+        batch.labels[:, ::2] = IGNORE_INDEX
         given = model.train(), optimizer, [batch], loss, settings, world
         steps[arm] = lambda given=given: loop._step(*given)
         steps[arm]()
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for turn in range(rounds):
-        for arm in arms[:: 1 if turn % 2 else -1]:
+    for _ in range(rounds):
+        for arm in random.sample(arms, len(arms)):
             started = time.perf_counter()
             steps[arm]()
             seconds[arm].append(time.perf_counter() - started)
-    print(f"{processor()}\n\n| | time of a step | peak memory of a step, MiB |\n|:--|--:|--:|")
+    print(f"{processor()}\n\n| | time of a step, median and quartiles | memory, MiB |\n|:--|--:|--:|")
     for arm in arms:
-        ratio = statistics.median(a / b for a, b in zip(seconds[arm], seconds[arms[0]], strict=True))
-        print(f"| {arm} | {ratio:.2f}× | {peak_bytes(steps[arm]) / 2**20:.0f} |")
+        ratios = [a / b for a, b in zip(seconds[arm], seconds[arms[0]], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"| {arm} | {middle:.2f}× ({low:.2f} to {high:.2f}) | {peak_bytes(steps[arm]) / 2**20:.0f} |")
 
 
 def scores(evaluation: Path) -> list[float]:
     """What `COLUMNS` names after the first; NaN for what the corpus has no rows of."""
     found = json.loads(evaluation.read_text(encoding="utf-8"))
-    rouge = statistics.mean(task["rouge-l"] for task in found["tasks"].values())
+    rouge = np.mean([task["rouge-l"] for task in found["tasks"].values()] or np.nan)
     preferred = (found["preference"] or {}).get("chosen_logp_per_token", float("nan"))
     return [rouge, *(found["perplexity"].get(name, float("nan")) for name in TEXTS), preferred]
 
 
 def draw(path: Path, before: list[float], means: dict[str, list[tuple[float, float]]]) -> None:
-    """Every column's means with intervals, one row for each arm; a line marks the model before stage 4."""
+    """Every column's means with unpaired intervals, a row for each arm; a line marks the model before stage 4."""
     from matplotlib.figure import Figure
 
     shown = [column for column, value in enumerate(before) if value == value]
     figure = Figure(figsize=(3.5 + 2.6 * len(shown), 1.2 + 0.32 * len(means)), layout="constrained")
     places = range(len(means))[::-1]
-    for axes, column in zip(figure.subplots(1, len(shown), sharey=True), shown, strict=True):
+    for axes, column in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
         values, halves = zip(*(row[column] for row in means.values()), strict=True)
         axes.axvline(before[column], color="#9AA1AB", linestyle="--", label="before stage 4")
         axes.errorbar(values, places, xerr=halves, fmt="o", color="#2F6DB5", capsize=3)
@@ -176,25 +180,30 @@ def main() -> None:
             if done.returncode:
                 sys.exit(done.stderr.decode())
         print(f"{arm}, seed {seed}: done", file=sys.stderr, flush=True)
+        if json.loads((output / "evaluation.json").read_text(encoding="utf-8"))["model"] != str(model):
+            sys.exit(f"{output} was not trained from {model}; give another --output")
         return arm, [trainable(output), *scores(output / "evaluation.json")]
 
+    model, arms = arguments.run / "dfpo/model", list(dict.fromkeys(arguments.arms))
+    if not (stage_3 := arguments.run / "evaluation/dfpo.json").exists():
+        sys.exit(f"{stage_3}: no such file; --run needs a finished demo with held-out rows")
+    before, means = scores(stage_3), {}
     alone = {"OMP_NUM_THREADS": "1"} if arguments.workers > 1 else {}
-    jobs = [(arm, seed) for arm in arguments.arms for seed in range(arguments.seeds)]
+    jobs = [(arm, seed) for arm in arms for seed in range(arguments.seeds)]
     rows: dict[str, list[list[float]]] = {}
     with ThreadPoolExecutor(arguments.workers) as pool:
         for arm, row in pool.map(work, jobs):
             rows.setdefault(arm, []).append(row)
     print(f"| | {' | '.join(COLUMNS)} |\n|{':--|' + '--:|' * len(COLUMNS)}")
-    before, means = scores(arguments.run / "evaluation/dfpo.json"), {}
     print(f"| before stage 4 | – | {' | '.join('–' if value != value else f'{value:.2f}' for value in before)} |")
     factor = STUDENT[arguments.seeds] / arguments.seeds**0.5
     for arm, found in rows.items():
         columns = np.array(found)[:, 1:]
         means[arm] = list(zip(columns.mean(0), factor * columns.std(0, ddof=1), strict=True))
-        paired = columns - np.array(rows[arguments.arms[0]])[:, 1:]
+        paired = columns - np.array(rows[arms[0]])[:, 1:]
         stars = np.where(abs(paired.mean(0)) > factor * paired.std(0, ddof=1), "*", "")
         cells = [f"{value:.2f} ± {half:.2f}{star}" for (value, half), star in zip(means[arm], stars, strict=True)]
-        cells = [cell.replace("nan ± nan", "–") for cell in cells]
+        cells = ["–" if first != first else cell for first, cell in zip(before, cells, strict=True)]
         print(f"| {arm} | {found[0][0]:,} | {' | '.join(cells)} |")
     if arguments.plot:
         draw(arguments.plot, before, means)

@@ -36,13 +36,13 @@ class DiskFull(OSError):
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w", *, size: int = 0) -> Iterator[IO[Any]]:
-    """Open a file that becomes `path` when the block ends without an error; after an error nothing has changed.
+    """Open a file that becomes `path` when the block ends without an error; after an error no file has changed.
 
     Its folder is made if there is none. The content is on the disk before it gets its name. The permissions are those
     that the umask gives. A link at `path` is replaced, not followed. Several processes may write the same path: the
     last one to finish wins. Raises DiskFull with `size`, the bytes to be written, where the caller knows it.
     """
-    temporary = Path(path).with_name(f".{Path(path).name[:100]}.{secrets.token_hex(4)}.tmp")
+    temporary = (path := Path(path)).with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
     with naming_full_disk(path, size):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         try:

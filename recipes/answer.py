@@ -81,7 +81,7 @@ def main(config: Config) -> None:
     if output.exists():
         other = "answers of another system or set, or by other settings"
         raise ValueError(f"{output}: holds {other}; delete it, or give another --output")
-    found = read_part(part, about)
+    found = read_part(part, about)  # which makes the file if there is none
     with (
         part.open("a", encoding="utf-8") as file,
         tqdm(total=len(questions), initial=len(found), desc=output.stem) as bar,

@@ -53,6 +53,8 @@ class Config(SystemSettings):
 def main(config: Config) -> None:
     if min(config.batch_size, config.generation_batch_size, config.limit, config.text_limit) < 1:
         raise ValueError("batch_size, generation_batch_size, limit and text_limit must be at least 1")
+    if not Path(config.heldout).is_dir():
+        raise ValueError(f"--heldout {config.heldout}: no such folder")
     signature()  # fails at once without the packages
     began = time.perf_counter()
     chat = config.load_chat()
@@ -73,10 +75,8 @@ def main(config: Config) -> None:
 
     reference_logps = None
     if config.reference:  # first, so that two models are never in memory together
-        precision = {"dtype": getattr(torch, config.dtype), "quantize": config.quantize}
-        reference = load_model(config.reference, **precision, device=device)
-        reference_logps = pair_logps(reference, pairs, config.batch_size)
-        del reference
+        precision = {"dtype": getattr(torch, config.dtype), "quantize": config.quantize, "device": device}
+        reference_logps = pair_logps(load_model(config.reference, **precision), pairs, config.batch_size)
     model = config.load_model(device)
 
     said = answer_tasks(model, chat, tasks, config)

@@ -29,7 +29,7 @@ ALLOWED = {
 EVERYWHERE = {"files"}  # the ground floor
 # Oracles and baselines of the tests and benchmarks, never dependencies.
 FORBIDDEN = {"transformers", "peft", "trl", "sentencepiece", "accelerate", "recipes", "tests", "benchmarks"}
-PLAIN = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # as users have it
+PLAIN = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # which asks for triton
 
 
 def imported(source: str, package: str) -> set[str]:

@@ -89,7 +89,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be split."""
-    # NOTE: here and below DTensor and FSDPModule are known by their methods, because importing them takes a second.
+    # NOTE: DTensor and FSDPModule are recognised by their attributes, because importing the classes takes a second.
     return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
 
 
