@@ -1,7 +1,6 @@
 """Imports go one way: records → tokens → model → loss → step → evaluation, and nothing looks back."""
 
 import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,6 @@ ALLOWED = {
 EVERYWHERE = {"files"}  # the ground floor
 # Oracles and baselines of the tests and benchmarks, never dependencies.
 FORBIDDEN = {"transformers", "peft", "trl", "sentencepiece", "accelerate", "recipes", "tests", "benchmarks"}
-PLAIN = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # which asks for triton
 
 
 def imported(source: str, package: str) -> set[str]:
@@ -114,7 +112,7 @@ def test_a_command_that_does_not_train_waits_for_no_library_of_training():
     training = {"continued_pretrain.py", "dfpo.py", "expert_finetune.py", "full_finetune.py"}
     others = [str(path) for path in sorted((ROOT / "recipes").glob("*.py")) if path.name not in training]
     code = f"import runpy, sys\nfor path in {others}: runpy.run_path(path)\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=PLAIN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     heavy = {"torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "matplotlib"}
     assert heavy & {*done.stdout.split()} == set()
