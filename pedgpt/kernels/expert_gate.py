@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pedgpt.kernels import hashing
 from pedgpt.kernels._dispatch import tl, triton
-from pedgpt.kernels.cpu.products import product
-
-if triton is not None:
-    from pedgpt.kernels.hashing import hash_bits_triton
+from pedgpt.kernels.cpu.products import linear
+from pedgpt.kernels.quantized import few_columns
 
 ALIGNMENT = 16  # P gets rows of zeros up to such a number on a GPU, which then reads and writes 16 bytes at once
 
@@ -88,27 +87,6 @@ def _weighted(s: Tensor, gates: Tensor, mixture: Mixture, added: bool = False) -
 
 
 if triton is not None:
-    # NOTE: a number of tokens of 1 must stay a number of the kernel, because a constant has no `.to`.
-    @triton.jit(do_not_specialize=["tokens"])
-    def skinny_kernel(x, w, out, tokens, width, columns, part, stride_column, stride_k, UPCAST: tl.constexpr,
-                      BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-        """out [splits, T, C] float32 from x [T, D] and w [C, D] of any strides: each program sums `part` of D."""
-        column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-        row = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        split = tl.program_id(2)
-        some_row, some_column = (row < tokens)[:, None], (column < columns)[None, :]
-        total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-        for start in range(split * part, (split + 1) * part, BLOCK_D):
-            k = start + tl.arange(0, BLOCK_D)
-            some_k = k < width
-            x_tile = tl.load(x + row[:, None] * width + k[None, :], mask=some_row & some_k[None, :], other=0.0)
-            w_at = w + k.to(tl.int64)[:, None] * stride_k + column.to(tl.int64)[None, :] * stride_column
-            w_tile = tl.load(w_at, mask=some_k[:, None] & some_column, other=0.0)
-            if UPCAST:
-                x_tile, w_tile = x_tile.to(tl.float32), w_tile.to(tl.float32)
-            total = tl.dot(x_tile, w_tile, total, input_precision="ieee")
-        out += (split * tokens.to(tl.int64) + row)[:, None] * columns + column[None, :]
-        tl.store(out, total, mask=some_row & some_column)
 
     @triton.jit
     def _sum_splits(at, mask, size, SPLITS: tl.constexpr):
@@ -121,9 +99,9 @@ if triton is not None:
     def _normal(key, rows, length, token, expert, some_token):
         """What the stream's `normal` draws for tokens [BLOCK_T] and experts [EXPERT_BLOCK], in float32."""
         row = tl.load(rows + token // length, mask=some_token, other=0)
-        stream = hash_bits_triton(row + key)
-        stream = hash_bits_triton(stream + (token % length).to(tl.uint64))
-        bits = hash_bits_triton(stream[:, None] + expert.to(tl.uint64)[None, :])
+        stream = hashing.hash_bits_triton(row + key)
+        stream = hashing.hash_bits_triton(stream + (token % length).to(tl.uint64))
+        bits = hashing.hash_bits_triton(stream[:, None] + expert.to(tl.uint64)[None, :])
         first = ((bits >> 32) + 1).to(tl.float64) * 2.3283064365386963e-10
         angle = (bits & 0xFFFFFFFF).to(tl.float64) * 1.4629180792671596e-09  # 2π / 2^32
         return (tl.sqrt(-2.0 * tl.log(first)) * tl.cos(angle)).to(tl.float32)
@@ -247,26 +225,6 @@ if triton is not None:
             tl.store(ds + token[:, None] * columns + rest, 0.0, mask=some[:, None] & (rest < columns))
 
 
-def _skinny(x: Tensor, w: Tensor) -> Tensor:
-    """Sums [splits, T, C] in float32 whose total is x wᵀ. In float32 the product is cuBLAS's, which splits as well."""
-    if x.dtype == torch.float32 or not x.numel():
-        return (x @ w.t()).float()[None]
-    (tokens, width), columns = x.shape, len(w)
-    block_t, block_c = 64 if tokens < 8192 else 128, min(128, max(16, triton.next_power_of_2(columns)))
-    blocks = triton.cdiv(tokens, block_t)
-    # About 256 programs keep an H100's 132 multiprocessors busy, and each should sum 512 numbers at least. A power of
-    # two, because the kernels that follow are compiled for it.
-    splits = triton.next_power_of_2(max(1, min(256 // blocks, width // 512, 16)))
-    out = x.new_empty(splits, tokens, columns, dtype=torch.float32)
-    # The interpreter multiplies the bit patterns of bfloat16.
-    upcast = type(skinny_kernel).__name__ == "InterpretedFunction" and x.dtype == torch.bfloat16
-    skinny_kernel[(triton.cdiv(columns, block_c), blocks, splits)](
-        x.contiguous(), w, out, tokens, width, columns, triton.cdiv(triton.cdiv(width, splits), 64) * 64, *w.stride(),
-        UPCAST=upcast, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_D=64, num_warps=block_t // 16, num_stages=3,
-    )  # fmt: skip
-    return out
-
-
 def _settings(product: Tensor, mixture: Mixture) -> tuple[int, dict[str, int]]:
     """(programs, settings) of the pointwise kernels, whose tiles of tokens × experts must fit into registers."""
     block = triton.next_power_of_2(max(2, mixture.experts))
@@ -313,7 +271,7 @@ def down_gate(
 ) -> Gated:  # fmt: skip
     """From x [T, D] and P = `packed` [C, D] to h. `noise`: ε [T, N], in Triton also a stream; `given`: gates [T, N];
     `dropped` [T, D]: what A reads for x; `count`: True, or the tokens [T] of which to return the totals."""
-    experts, times = mixture.experts, _skinny if impl == "triton" else product
+    experts, times = mixture.experts, few_columns if impl == "triton" else linear
     columns = mixture.rank * (1 if mixture.shared else experts + mixture.universal)
     if impl == "torch":
         packed = packed[: columns + experts * (0 if mixture.given else 1 if noise is None else 2)]
@@ -337,9 +295,9 @@ def down_gate_backward(
     """From dy [T, O] and d(totals) to (d(x Pᵀ) [T, C], h [T, R], dG [T, N] of given gates), with B [O, R] and what
     `down_gate` gave. In Triton the first is [T, `columns`], for all rows of P."""
     if impl == "triton":
-        dh = _skinny(dy, lora_B.t())
+        dh = few_columns(dy, lora_B.t())
         return _gate_backward_triton(dh, s.contiguous(), gates, slope, mixture, columns, dtotals, count)
-    dh = product(dy, lora_B.t())
+    dh = linear(dy, lora_B.t())
     if gates is None:
         return dh * mixture.scaling, s * mixture.scaling, None
     each = dh.to(gates.dtype).unflatten(-1, (-1, mixture.rank)) * s.unflatten(-1, (-1, mixture.rank))

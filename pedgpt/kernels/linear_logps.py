@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pedgpt.kernels import naive
 from pedgpt.kernels._dispatch import autocast_dtype, by_triton, tl, transformed, triton, without_numbers
-from pedgpt.kernels.cpu.products import product, refuse_create_graph
+from pedgpt.kernels.cpu.products import linear, refuse_create_graph
 from pedgpt.kernels.naive import SHORTEST
 
 # Float32 logits in a chunk (half precision: twice as many): 64 MiB on the CPU, 512 MiB on a GPU. For V 125,696 that is
@@ -164,10 +164,10 @@ class _Head:
         logits: Any = None
         for rows in _blocks(chunks[::-1] if wanted else chunks):
             logits, self.last = self.last, None  # Drop the previous chunk's logits before the next are made.
-            logits = product(hidden[rows], self.weight) if logits is None else logits
+            logits = linear(hidden[rows], self.weight) if logits is None else logits
             self.softmax(logits, labels[rows], self.inverse, factors[rows] if wanted else None, stats[:, rows])
             if dhidden is not None:
-                dhidden[rows] = product(logits, self.weight.t())
+                dhidden[rows] = linear(logits, self.weight.t())
             if dweight is not None:
                 self._add_product(dweight, logits, hidden[rows], first=rows is chunks[-1])
         self.last = None if wanted else logits

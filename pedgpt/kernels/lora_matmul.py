@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pedgpt.kernels._dispatch import autocast_dtype, by_triton, transformed, without_numbers
-from pedgpt.kernels.cpu.products import product, refuse_create_graph, sum_of_products
+from pedgpt.kernels.cpu.products import linear, refuse_create_graph, sum_of_products
 from pedgpt.kernels.expert_gate import ALIGNMENT, Gated, Mixture, down_gate, down_gate_backward
 from pedgpt.kernels.quantized import Quantized, few_rows, multiplicand
 
@@ -26,7 +26,7 @@ def _forward(*operands: Any) -> tuple[Tensor, Gated]:
         P, B = _pack(lora_A, lora_B, router, router_noise, x.dtype, impl)
     gated = down_gate(x, P, noise, mixture, given=given, dropped=dropped, count=count, impl=impl)
     if (y := few_rows(x, weight, impl)) is not None:
-        return y.add_(product(gated.h, B, bias)).to(x.dtype), gated
+        return y.add_(linear(gated.h, B, bias)).to(x.dtype), gated
     with multiplicand(weight, x.dtype, impl) as W:
         return sum_of_products(x, W, gated.h, B, bias), gated
 
@@ -46,8 +46,6 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, _: None, dtotals: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_create_graph("lora_linear")
         x, weight, lora_A, lora_B, router, router_noise, dropped, P, B, s, gates, slope = ctx.saved_tensors
-        if dy is None and dtotals is None:
-            return (None,) * 15
         dy = x.new_zeros(len(x), len(lora_B)) if dy is None else dy.contiguous()
         of_x, of_weight, of_bias, of_A, of_B, of_router, of_noise, of_dropped, *_ = ctx.needs_input_grad
         if P is None:
@@ -60,7 +58,7 @@ class _LoRALinear(torch.autograd.Function):
         if of_x:
             with multiplicand(ctx.codes or weight, dy.dtype, ctx.impl) as W:
                 dx = sum_of_products(dy, W.t(), ds[:, own], P[own].t())
-        ddropped = product(ds[:, :columns], P[:columns].t()) if of_dropped else None
+        ddropped = linear(ds[:, :columns], P[:columns].t()) if of_dropped else None
         dweight = dy.t() @ x if of_weight else None
         dB = (dy.t() @ h).to(lora_B.dtype) if of_B else None
         dA = drouter = dnoise = None

@@ -81,12 +81,6 @@ def expert_gate(
     return routes.softmax(-1)
 
 
-def balance(gates: Tensor) -> Tensor:
-    """CV²(s), the variance over the square of the mean, of s = Σ_tokens G [N] (Shazeer et al. 2017); gates [..., N]."""
-    sums = gates.flatten(0, -2).sum(0)
-    return sums.var(correction=0) / sums.mean() ** 2
-
-
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, gates: Tensor, scaling: float,
     universal: int = 1, shared: bool = False,

@@ -14,11 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pedgpt.kernels import hashing
 from pedgpt.kernels._dispatch import by_triton, tl, triton, without_numbers
 from pedgpt.kernels.hashing import hash_bits, shift_right, signed
-
-if triton is not None:
-    from pedgpt.kernels.hashing import hash_bits_triton
 
 # Numbers of a tensor that share a key. The torch form takes as many at a time: they stay in the cache, and torch starts
 # no threads for so few, which would wait for each other after every operation.
@@ -88,7 +86,7 @@ if triton is not None:
         start = (tl.program_id(0).to(tl.int64) + first // BLOCK) * BLOCK
         at = start - first + tl.arange(0, BLOCK)
         mask = (at >= 0) & (at < size)
-        key = hash_bits_triton(key + start // PART)
+        key = hashing.hash_bits_triton(key + start // PART)
         x = (start % PART + tl.arange(0, BLOCK)).to(tl.uint32) * (key >> 32).to(tl.uint32) + key.to(tl.uint32)
         x = (x ^ (x >> 16)) * 0x7FEB352D
         x = (x ^ (x >> 15)) * 0x846CA68B

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pedgpt.kernels._dispatch import autocast_dtype, by_triton, tl, transformed, triton, without_numbers
-from pedgpt.kernels.cpu.products import product, refuse_create_graph
+from pedgpt.kernels.cpu.products import linear, refuse_create_graph
 
 BLOCK, NESTED_BLOCK = 64, 256
 FEW = 16  # rows of x, as in decoding, for which a product in Triton reads the codes and never writes W
@@ -210,44 +210,68 @@ if triton is not None:
         out += row.to(tl.int64)[:, None] * columns + k[None, :]
         tl.store(out, tile.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (k < columns)[None, :])
 
+    # NOTE: a number of tokens of 1 must stay a number of the kernel, because a constant has no `.to`.
     @triton.jit(do_not_specialize=["tokens"])
-    def few_rows_kernel(x, codes, scale, nested, offset, nf4, dynamic, out, tokens, rows, columns, part,
-                        UPCAST: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
-        """out [splits, T, O] float32 = x Wᵀ for x [T, D] of at most 16 rows; each program sums `part` of D."""
-        row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-        token = tl.arange(0, 16)
-        split = tl.program_id(1)
-        total = tl.zeros((16, BLOCK_O), tl.float32)
-        for start in range(split * part, tl.minimum((split + 1) * part, columns), 64):
-            k = start + tl.arange(0, 64)
-            some = (token < tokens)[:, None] & (k < columns)[None, :]
-            x_tile = tl.load(x + token[:, None] * columns + k[None, :], mask=some, other=0.0)
-            w_tile = _weight_tile(codes, scale, nested, offset, nf4, dynamic, row, start, rows, columns)
-            w_tile = w_tile.to(x_tile.dtype)  # rounded as `dense` rounds it
+    def skinny_kernel(x, w, scale, nested, offset, nf4, dynamic, out, tokens, width, columns, part, stride_column,
+                      stride_k, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+                      BLOCK_D: tl.constexpr):  # fmt: skip
+        """out [splits, T, C] float32 from x [T, D] and w [C, D] or its codes, in any strides: each sums `part` of D."""
+        column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+        row = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        split = tl.program_id(2)
+        some_row, some_column = (row < tokens)[:, None], (column < columns)[None, :]
+        total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+        for start in range(split * part, tl.minimum((split + 1) * part, width), BLOCK_D):
+            k = start + tl.arange(0, BLOCK_D)
+            some_k = k < width
+            x_tile = tl.load(x + row[:, None] * width + k[None, :], mask=some_row & some_k[None, :], other=0.0)
+            if scale is None:
+                w_at = w + k.to(tl.int64)[:, None] * stride_k + column.to(tl.int64)[None, :] * stride_column
+                w_tile = tl.load(w_at, mask=some_k[:, None] & some_column, other=0.0)
+            else:  # rounded as `dense` rounds it
+                w_tile = _weight_tile(w, scale, nested, offset, nf4, dynamic, column, start, columns, width)
+                w_tile = tl.trans(w_tile.to(x_tile.dtype))
             if UPCAST:
                 x_tile, w_tile = x_tile.to(tl.float32), w_tile.to(tl.float32)
-            total = tl.dot(x_tile, tl.trans(w_tile), total, input_precision="ieee")
-        out += (split * tokens.to(tl.int64) + token)[:, None] * rows + row[None, :]
-        tl.store(out, total, mask=(token < tokens)[:, None] & (row < rows)[None, :])
+            total = tl.dot(x_tile, w_tile, total, input_precision="ieee")
+        out += (split * tokens.to(tl.int64) + row)[:, None] * columns + column[None, :]
+        tl.store(out, total, mask=some_row & some_column)
+
+
+def _in_parts(x: Tensor, weight: Any, splits: int, block_t: int, block_c: int, num_warps: int = 4) -> Tensor:
+    """Sums [splits, T, C] in float32 whose total is x Wᵀ, for W [C, D] or its codes."""
+    operands = (weight, *[None] * 5) if isinstance(weight, Tensor) else weight.operands()
+    (tokens, width), columns = x.shape, weight.shape[0]
+    out = x.new_empty(splits, tokens, columns, dtype=torch.float32)
+    # The interpreter multiplies the bit patterns of bfloat16.
+    upcast = type(skinny_kernel).__name__ == "InterpretedFunction" and x.dtype == torch.bfloat16
+    skinny_kernel[(triton.cdiv(columns, block_c), triton.cdiv(tokens, block_t), splits)](
+        x.contiguous(), *operands, out, tokens, width, columns, triton.cdiv(triton.cdiv(width, splits), 64) * 64,
+        *operands[0].stride(), UPCAST=upcast, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_D=64, num_warps=num_warps,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def few_columns(x: Tensor, w: Tensor) -> Tensor:
+    """Sums [splits, T, C] in float32 whose total is x wᵀ. In float32 the product is cuBLAS's, which splits as well."""
+    if x.dtype == torch.float32 or not x.numel():
+        return (x @ w.t()).float()[None]
+    block_t, block_c = 64 if len(x) < 8192 else 128, min(128, max(16, triton.next_power_of_2(len(w))))
+    # About 256 programs keep an H100's 132 multiprocessors busy, and each should sum 512 numbers at least. A power of
+    # two, because the kernels that follow are compiled for it.
+    splits = triton.next_power_of_2(max(1, min(256 // triton.cdiv(len(x), block_t), x.shape[1] // 512, 16)))
+    return _in_parts(x, w, splits, block_t, block_c, block_t // 16)
 
 
 def few_rows(x: Tensor, weight: Tensor | Quantized, impl: str) -> Tensor | None:
     """x Wᵀ [T, O] in float32, by Triton from the codes; None for a plain weight, more rows, or another `impl`."""
     if isinstance(weight, Tensor) or impl != "triton" or not 0 < len(x) <= FEW:
         return None
-    (tokens, columns), rows = x.shape, weight.shape[0]
     block = 32 if x.element_size() == 2 else 16  # in float32 more would not fit into the registers
-    programs = triton.cdiv(rows, block)
     # About 1,024 programs, so that the whole device reads at once, and each sums 512 numbers of a row at least.
-    splits = max(1, min(1024 // programs, columns // 512, 16))
-    out = x.new_empty(splits, tokens, rows, dtype=torch.float32)
-    part = triton.cdiv(triton.cdiv(columns, splits), BLOCK) * BLOCK
-    upcast = type(few_rows_kernel).__name__ == "InterpretedFunction" and x.dtype == torch.bfloat16
-    few_rows_kernel[(programs, splits)](
-        x.contiguous(), *weight.operands(), out, tokens, rows, columns, part, UPCAST=upcast, BLOCK_O=block,
-        enable_fp_fusion=False,
-    )  # fmt: skip
-    return out.sum(0)
+    splits = max(1, min(1024 // triton.cdiv(weight.shape[0], block), x.shape[1] // 512, 16))
+    return _in_parts(x, weight, splits, FEW, block).sum(0)
 
 
 @contextmanager
@@ -283,7 +307,7 @@ class _QuantizedLinear(torch.autograd.Function):
         if (y := few_rows(x, weight, impl)) is not None:
             return (y if bias is None else y.add_(bias)).to(x.dtype)
         with multiplicand(weight, x.dtype, impl) as dense:
-            return product(x, dense, bias)
+            return linear(x, dense, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -292,7 +316,7 @@ class _QuantizedLinear(torch.autograd.Function):
         dx = None
         if of_x:
             with multiplicand(ctx.weight, dy.dtype, ctx.impl) as dense:
-                dx = product(dy, dense.t())
+                dx = linear(dy, dense.t())
         return dx, None, dy.sum(0) if of_bias else None, None
 
 

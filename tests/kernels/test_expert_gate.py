@@ -10,6 +10,7 @@ import torch
 
 from pedgpt.adapters.experts import NoiseStream
 from pedgpt.kernels import expert_gate as module
+from pedgpt.kernels import quantized
 from pedgpt.kernels.expert_gate import (
     Mixture,
     down_gate,
@@ -157,7 +158,8 @@ def skinny(x, w, splits, blocks, guarded):
     out = guarded.new(splits, tokens, columns, dtype=torch.float32)
     grid = (math.ceil(columns / blocks["BLOCK_C"]), math.ceil(tokens / blocks["BLOCK_T"]), splits)
     upcast = DEVICE == "cpu" and x.dtype == torch.bfloat16
-    module.skinny_kernel[grid](x, w, out, tokens, width, columns, part, *w.stride(), UPCAST=upcast, **blocks)
+    sizes = tokens, width, columns, part, *w.stride()
+    quantized.skinny_kernel[grid](x, w, *[None] * 5, out, *sizes, UPCAST=upcast, **blocks)
     return out
 
 
@@ -238,7 +240,7 @@ def test_a_product_split_along_its_width_matches_float64(tokens, columns, width)
     """As the operator splits it, in float16, whose products float32 holds exactly."""
     generator = torch.Generator().manual_seed(width)
     x, w = (torch.randn(rows, width, generator=generator).half().to(DEVICE) for rows in (tokens, columns))
-    parts = module._skinny(x, w)
+    parts = module.few_columns(x, w)
     assert len(parts) == {511: 1, 512: 1, 1030: 2, 8200: 16}[width]
     assert error(parts.double().sum(0), x.double() @ w.double().T) <= 1e-6
 

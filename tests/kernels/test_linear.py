@@ -16,7 +16,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from pedgpt.kernels import Linear, linear
 from pedgpt.kernels.cpu import products as products_module
-from pedgpt.kernels.cpu.products import product, sum_of_products
+from pedgpt.kernels.cpu.products import sum_of_products
 
 BUDGET = 1e-6  # relative, in float32; found are at most 3e-7
 switches_onednn = pytest.mark.filterwarnings("ignore:TF32 acceleration")
@@ -193,18 +193,18 @@ def test_operands_are_left_as_they_were():
     assert equal(values, before)
 
 
-# The bare products
+# Bare products
 
 
 @pytest.mark.parametrize(("left", "right"), list(itertools.product([None, *LAYOUTS], repeat=2)))
-def test_product_and_sum_of_products_match_float64(left, right):
+def test_products_in_any_strides_match_float64(left, right):
     x, weight = (t if layout is None else layout(t) for t, layout in ((draw(9, 7), left), (draw(5, 7), right)))
     bias, h, up = draw(5, seed=2), draw(9, 2, seed=3), draw(5, 2, seed=4)
     truth = definition(x.double(), weight.double())
-    check([product(x, weight)], [truth])
-    check([product(x, weight, bias)], [truth + bias])
-    check([product(x, weight, strided(bias))], [truth + bias])
-    check([product(x, weight, bias[:1].expand(5))], [truth + bias[:1]])
+    check([linear(x, weight)], [truth])
+    check([linear(x, weight, bias)], [truth + bias])
+    check([linear(x, weight, strided(bias))], [truth + bias])
+    check([linear(x, weight, bias[:1].expand(5))], [truth + bias[:1]])
     second = definition(h.double(), up.double())
     check([sum_of_products(x, weight, h, up)], [truth + second])
     check([sum_of_products(x, weight, sliced(h), transposed(up), bias)], [truth + second + bias])
@@ -214,8 +214,8 @@ def test_product_and_sum_of_products_match_float64(left, right):
 def test_products_of_other_types_are_torchs(dtype):
     x, weight, bias, _ = operands((9, 7), 5, dtype=dtype)
     h, up = draw(9, 2, dtype=dtype), draw(5, 2, dtype=dtype)
-    assert torch.equal(product(x, weight), x @ weight.t())
-    assert torch.equal(product(x, weight, bias), torch.addmm(bias, x, weight.t()))
+    assert torch.equal(linear(x, weight), x @ weight.t())
+    assert torch.equal(linear(x, weight, bias), torch.addmm(bias, x, weight.t()))
     large, small = (x, weight), (h, up)
     first, second = (small, large) if dtype.itemsize == 2 else (large, small)
     expected = torch.addmm(torch.addmm(bias, first[0], first[1].t()), second[0], second[1].t())
@@ -226,8 +226,8 @@ def test_products_of_other_types_are_torchs(dtype):
 def test_products_with_an_empty_operand_are_torchs(shapes):
     x, weight = (draw(*shape) for shape in shapes)
     bias, h, up = draw(len(weight)), draw(len(x), 2), draw(len(weight), 2)
-    assert torch.equal(product(x, weight), x @ weight.t())
-    assert torch.equal(product(x, weight, bias), torch.addmm(bias, x, weight.t()))
+    assert torch.equal(linear(x, weight), x @ weight.t())
+    assert torch.equal(linear(x, weight, bias), torch.addmm(bias, x, weight.t()))
     assert torch.equal(sum_of_products(x, weight, h, up, bias), torch.addmm(bias.expand(len(h), -1), h, up.t()))
 
 

@@ -392,9 +392,9 @@ class Products:
 
     def __init__(self, monkeypatch, size=None, vocabulary=None):
         self.kinds, self.tokens, self.dtypes = [], {"logits": 0, "dhidden": 0, "dweight": 0}, set()
-        true = module.product
+        true = module.linear
 
-        def product(x, weight):
+        def linear(x, weight):
             kind = "dweight" if weight.shape[1] == x.shape[1] != size and x.shape[1] != vocabulary else "logits"
             kind = "dhidden" if vocabulary == x.shape[1] else kind
             self.kinds.append(kind)
@@ -408,7 +408,7 @@ class Products:
             self.dtypes |= {dlogits.dtype, hidden.dtype}
             return true(head, dweight, dlogits, hidden, first=first)
 
-        monkeypatch.setattr(module, "product", product)
+        monkeypatch.setattr(module, "linear", linear)
         monkeypatch.setattr(module._Head, "_add_product", add_product)
 
 
@@ -658,7 +658,7 @@ def test_another_ignore_index_and_two_tokens_by_hand():
 @pytest.mark.parametrize("operator", [linear_nll, linear_token_logps], ids=lambda operator: operator.__name__)
 def test_one_chunk_of_logits_lives_at_a_time(operator, monkeypatch):
     """In both passes, also where the last chunk's logits wait for the backward pass."""
-    made, multiply = [], module.product
+    made, multiply = [], module.linear
     hidden, weight = torch.randn(40, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
 
     def noted(x, w):
@@ -670,7 +670,7 @@ def test_one_chunk_of_logits_lives_at_a_time(operator, monkeypatch):
         return logits
 
     monkeypatch.setattr(module, "CHUNK", 10 * 50)
-    monkeypatch.setattr(module, "product", noted)
+    monkeypatch.setattr(module, "linear", noted)
     found = operator(hidden, weight, torch.randint(0, 50, (40,)))
     found.logps.sum().backward()
     assert len(made) == (4 if operator is linear_nll else 7)

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import subprocess
+import sys
 import weakref
 from contextlib import nullcontext
 
@@ -114,7 +116,29 @@ def test_bfloat16_is_as_near_the_truth_as_the_whole_forward_pass(adapted, random
         truth = model.float()(tokens)[:, 6:]
     assert found.dtype == torch.bfloat16
     assert 0 < rms(found - truth) <= 1.1 * rms(whole - truth)
-    assert bool(laid_out[0].copies) == packed.multiplies_bfloat16()
+    assert bool(laid_out[0].copies) == packed.BFLOAT16
+
+
+WITHOUT_ONEDNN = """
+import types
+import torch
+
+torch.ops.mkldnn = types.SimpleNamespace()
+from pedgpt.adapters import inject_experts
+from pedgpt.models import ModelConfig, Transformer, generate
+
+model = Transformer(ModelConfig(**CONFIG))
+inject_experts(model, rank=2)
+model.to(torch.DTYPE)(torch.zeros(1, 5, dtype=torch.long)).sum().backward()
+assert len(generate(model.eval(), [[5], [6, 7]], max_new_tokens=9)[1]) == 9
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_torch_that_was_built_without_onednn_trains_and_decodes(dtype, make_model):
+    code = WITHOUT_ONEDNN.replace("CONFIG", repr(vars(make_model("llama").config))).replace("DTYPE", dtype)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_biases_of_every_layer_are_added(adapted, random_tokens):
@@ -187,7 +211,7 @@ def test_where_a_copy_would_not_do_there_is_none(make_model, monkeypatch):
     assert not PackedWeights(weights, 2).copies
     monkeypatch.setattr(packed, "available_memory", lambda: 2 * size)
     assert len(PackedWeights([*weights, *weights], 2).copies) == len(weights)  # tied ones count once
-    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)  # most without AVX-512
+    monkeypatch.setattr(packed, "BFLOAT16", False)  # most without AVX-512
     half = model.bfloat16()
     assert not PackedWeights([m.weight for m in half.modules() if isinstance(m, nn.Linear)], 1).copies
     assert len(generate(half, [[5]], max_new_tokens=20)[0]) == 20

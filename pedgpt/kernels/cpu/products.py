@@ -27,6 +27,7 @@ from pedgpt.files import available_memory
 from pedgpt.kernels._dispatch import transformed
 
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+BFLOAT16: bool = AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _multiply: Any = torch.ops.mkldnn._linear_pointwise.default if AVAILABLE else None
 LIBRARY = "oneDNN"  # computes x Wᵀ and dy W. dyᵀ x is left to torch, because oneDNN was no faster there.
 GAIN, ROUNDS = 1.1, 8  # oneDNN's fastest round must take 1/1.1 of the time of torch's; the first does not count.
@@ -47,24 +48,15 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ (+ b) [..., O] for x [..., D], weight [O, D], bias [O]: `F.linear` up to rounding."""
+    """x Wᵀ (+ b) [..., O] for x [..., D], weight [O, D], bias [O], in any strides: `F.linear` up to rounding."""
     if (found := packed_product(x, weight, bias)) is not None:
         return found
-    trains, fits = torch.is_grad_enabled(), bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1])
+    fits = bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1])
     fits = fits and _suits(x, weight) and not torch.is_autocast_enabled("cpu")
     if not fits or not (_choice or settle())[LIBRARY]:
         return F.linear(x, weight, bias)  # It raises the error if shapes or dtypes do not fit.
-    multiply = _Linear.apply if trains else _onednn
+    multiply = _Linear.apply if torch.is_grad_enabled() else _onednn
     return multiply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ (+ b) [T, O] for x [T, D] and W [O, D], either of which may be transposed in memory; without autograd."""
-    if (found := packed_product(x, weight, bias)) is not None:
-        return found
-    if _suits(x, weight) and (_choice or settle())[LIBRARY]:
-        return _onednn(x, weight, bias)
-    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def sum_of_products(x: Tensor, weight: Tensor, h: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,8 +66,8 @@ def sum_of_products(x: Tensor, weight: Tensor, h: Tensor, up: Tensor, bias: Tens
     float32 it comes second, because oneDNN adds slowly where R is small.
     """
     if x.element_size() > 2:
-        return product(x, weight, bias).addmm_(h, up.t())
-    y = product(h, up, bias)
+        return linear(x, weight, bias).addmm_(h, up.t())
+    y = linear(h, up, bias)
     return y.addmm_(x, weight.t()) if (found := packed_product(x, weight, onto=y)) is None else found
 
 
@@ -84,14 +76,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         needs_x, needs_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        return product(x, weight, bias)
+        return _onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        multiply = linear if torch.is_grad_enabled() else product  # create_graph=True needs one with a derivative
-        dx = multiply(dy, weight.t()) if needs_x else None
+        dx = linear(dy, weight.t()) if needs_x else None  # which has a derivative of its own under create_graph=True
         return dx, dy.t() @ x if needs_weight else None, dy.sum(0) if needs_bias else None
 
 
@@ -165,17 +156,17 @@ def _wins() -> bool:
 class PackedWeights:
     """Copies of matrices [O, D] in the blocked layout, which products of `rows` rows read within a `with` block.
 
-    There are none of small weights, for more than 64 rows, for one row of a small model, and where they would take more
-    than half of the free memory.
+    There are none where they gain nothing, or would take more than half of the free memory.
     """
 
     def __init__(self, weights: Iterable[Tensor], rows: int) -> None:
         chosen = {(weight.data_ptr(), weight.shape): weight for weight in weights if _pays(weight, rows)}
         fit = 2 * sum(weight.nbytes for weight in chosen.values()) <= (available_memory() or 0)
         fit = fit and (rows > 1 or sum(weight.numel() for weight in chosen.values()) >= CACHED)
-        reorder = torch.ops.mkldnn._reorder_linear_weight
         # A weight is kept beside its copy, so that no other tensor gets its address.
-        self.copies = {key: (w, reorder(w.detach(), rows)) for key, w in chosen.items() if fit}
+        self.copies = {
+            key: (w, torch.ops.mkldnn._reorder_linear_weight(w.detach(), rows)) for key, w in chosen.items() if fit
+        }
 
     def __enter__(self) -> None:
         self.before, _ACTIVE.copies = getattr(_ACTIVE, "copies", {}), self.copies
@@ -204,9 +195,5 @@ def _pays(weight: Tensor, rows: int) -> bool:
     """Whether oneDNN multiplies it from the layout on this processor."""
     if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or not weight.is_contiguous():
         return False
-    known = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bfloat16())
+    known = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and BFLOAT16)
     return known and rows <= MAX_ROWS and weight.numel() >= LEAST and AVAILABLE
-
-
-def multiplies_bfloat16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
