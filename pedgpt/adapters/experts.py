@@ -36,12 +36,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pedgpt.adapters.lora import AdaptedLinear, temporarily
-from pedgpt.kernels import lora_linear
+from pedgpt.adapters.lora import LoRALinear, temporarily
 from pedgpt.kernels.hashing import hash_bits, shift_right, signed
 
 
-class ExpertLoRALinear(AdaptedLinear):
+class ExpertLoRALinear(LoRALinear):
     """One universal expert, always on, and N specific ones, softly gated per token.
 
         G(x) = softmax(x W_gᵀ + ε ⊙ softplus(x W_nᵀ)),  ε ~ N(0,1) while training, 0 in evaluation
@@ -66,13 +65,12 @@ class ExpertLoRALinear(AdaptedLinear):
                 raise ValueError(f"num_{name}_experts must be at least {least}, found {number}")
         if top_k is not None and not 1 <= top_k <= num_specific_experts:
             raise ValueError(f"top_k must be in 1 to num_specific_experts, {num_specific_experts}, found {top_k}")
-        columns = (num_universal_experts + num_specific_experts) * rank
-        super().__init__(base, rank, alpha, dropout, rslora, rank if shared_A else columns, columns)
+        experts = num_universal_experts + num_specific_experts
+        super().__init__(base, rank, alpha, dropout, rslora=rslora, _copies=(1 if shared_A else experts, experts))
         self.num_specific_experts, self.num_universal_experts = num_specific_experts, num_universal_experts
         self.top_k, self.shared_A = top_k, shared_A
         self.router = nn.Parameter(self.lora_A.new_zeros(num_specific_experts, base.in_features))
         self.router_noise = nn.Parameter(torch.zeros_like(self.router))
-        self.gate_record: GateRecord | None = None
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {**super().adapter_parameters(), "router": self.router, "router_noise": self.router_noise}
@@ -89,38 +87,24 @@ class ExpertLoRALinear(AdaptedLinear):
         """(A [r, in], B [out, r]) of each gated expert."""
         return self._experts()[self.num_universal_experts :]
 
-    def _experts(self) -> list[tuple[Tensor, Tensor]]:
-        of_B = self.lora_B.split(self.rank, dim=1)
-        of_A = [self.lora_A] * len(of_B) if self.shared_A else self.lora_A.split(self.rank)
-        return list(zip(of_A, of_B, strict=True))
-
     def gates(self, x: Tensor) -> Tensor | None:
         """The specific experts' weights [..., N], any differentiable function of x [..., in]; None: the fused gate."""
         return None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return self.base_type.forward(self, x)
-        gates = self.gates(x)
-        routing: dict[str, Any] = {"router": self.router, "router_noise": self.router_noise, "top_k": self.top_k}
-        y, used, totals = lora_linear(
-            x, self.base_weight, self.bias, self.lora_A, self.lora_B, scaling=self.scaling, gates=gates,
-            **({"noise": self.noise(x)} | routing if gates is None else {}), universal=self.num_universal_experts,
-            dropped=self.dropped(x), count=self.gate_record is not None and self.gate_record.where,
-            packed=self.packed_parameters(), impl=self.impl,
-        )  # fmt: skip
-        if self.gate_record is not None and totals is not None:
-            self.gate_record.add(totals, used)
-        return y
+    def routing(self, x: Tensor) -> dict[str, Any]:
+        count = self.gate_record is not None and self.gate_record.where
+        routing: dict[str, Any] = {"universal": self.num_universal_experts, "count": count, "gates": self.gates(x)}
+        if routing["gates"] is not None:
+            return routing
+        own = {"router": self.router, "router_noise": self.router_noise, "top_k": self.top_k, "noise": self.noise(x)}
+        return routing | own
 
     def noise(self, x: Tensor) -> Tensor | NoiseStream | None:
         """ε [..., N] for x [..., in] while training, in float32 or float64, or its stream; None in evaluation."""
         if not self.training:
             return None
-        if (stream := self.noise_stream) is not None:
-            if x.ndim != 3 or len(x) != len(stream.rows):
-                raise ValueError(f"gate noise for {len(stream.rows)} rows needs [rows, tokens, in], found {[*x.shape]}")
-            return stream
+        if self.noise_stream is not None:
+            return self.noise_stream
         dtype = torch.promote_types(x.dtype, torch.float32)
         return torch.randn(*x.shape[:-1], self.num_specific_experts, dtype=dtype, device=x.device)
 
@@ -128,8 +112,8 @@ class ExpertLoRALinear(AdaptedLinear):
 class GateRecord:
     """Sums over tokens of one layer's gates and of their entropy, on the layer's device until they are read."""
 
-    def __init__(self, where: Tensor | None = None, keep: bool = False) -> None:
-        self.where = True if where is None else where  # [...] bool: the tokens that count
+    def __init__(self, where: Tensor | bool = True, keep: bool = False) -> None:
+        self.where = where  # [...] bool: the tokens that count
         self.kept: list[Tensor] | None = [] if keep else None  # the gates [..., N] of every pass
         self.totals: Tensor | None = None  # [N + 2] float64: gates, entropy, number of tokens
 
@@ -160,7 +144,7 @@ class GateRecord:
 
 @contextmanager
 def record_gates(
-    model: nn.Module, where: Tensor | None = None, *, keep: bool = False
+    model: nn.Module, where: Tensor | bool = True, *, keep: bool = False
 ) -> Iterator[dict[str, GateRecord]]:
     """Within the context, collect every expert layer's gates by module name, without waiting for the device.
 
@@ -171,7 +155,7 @@ def record_gates(
     if not layers:
         raise ValueError("the model has no expert layers; inject_experts or load_adapter first")
     records = {name: GateRecord(where, keep) for name in layers}
-    with temporarily(list(layers.values()), "gate_record", list(records.values())):
+    with temporarily("gate_record", {layers[name]: record for name, record in records.items()}):
         yield records
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from pedgpt.adapters.experts import ExpertLoRALinear
-from pedgpt.adapters.lora import HALF, AdaptedLinear, LoRALinear, product_dtype, quantization_of, temporarily
+from pedgpt.adapters.lora import LoRALinear, product_dtype, temporarily
 from pedgpt.kernels import Linear, QuantizedLinear
 
 ALL_LINEAR = "all-linear"
@@ -25,10 +27,10 @@ _KNOWN = (nn.Linear.forward, Linear.forward, QuantizedLinear.forward)
 class _Adapters:
     """A model's adapters. It is no module, so what is not active is neither in the state dict nor a parameter."""
 
-    layers: dict[str, dict[str, AdaptedLinear]] = field(default_factory=dict)  # adapter -> module name -> layer
+    layers: dict[str, dict[str, LoRALinear]] = field(default_factory=dict)  # adapter -> module name -> layer
     active: str | None = None
     plain: dict[str, nn.Linear] = field(default_factory=dict)  # what adapted layers stand for, without a weight
-    merged: dict[str, AdaptedLinear] = field(default_factory=dict)  # what merged layers stand for, untouched
+    merged: dict[str, LoRALinear] = field(default_factory=dict)  # what merged layers stand for, untouched
 
 
 def inject_lora(
@@ -69,23 +71,24 @@ def inject_experts(
 
 
 def inject(
-    model: nn.Module, target_modules: str | Sequence[str], adapter: str, kind: type[AdaptedLinear],
-    settings: Mapping[str, Any], fill: Callable[[dict[str, AdaptedLinear]], None] = lambda layers: None,
+    model: nn.Module, target_modules: str | Sequence[str], adapter: str, kind: type[LoRALinear],
+    settings: Mapping[str, Any], fill: Callable[[str, Any], None] = lambda name, layer: None,
 ) -> list[str]:  # fmt: skip
-    """Both of the above; `fill` gives the new layers their values, and may raise, before the model is changed."""
+    """Both of the above; `fill` gives each new layer its values, and may raise, before the model is changed."""
     record = _record(model)
     _check_can_change(model)
     if adapter in record.layers:
         taken = f"the model has adapters already under the name {adapter!r}"
         raise ValueError(f"{taken}; give another name=, or use these with set_adapter(model, {adapter!r})")
-    if foreign := [name for name in adapted_layers(model) if name not in record.layers.get(record.active or "", ())]:
-        raise ValueError(f"the model has adapters already that it does not know, as {foreign[0]}; load the base again")
-    names, former = _targets(model, target_modules), record.active
+    former = record.active
     _activate(model, None)
     try:
-        plain = {name: _linear(model, name) for name in names}
+        if foreign := list(adapted_layers(model)):
+            raise ValueError(f"the model has adapters already that it does not know, as {foreign[0]}; load it again")
+        plain = _targets(model, target_modules)
         layers = {name: kind(linear, **_own(settings, name)) for name, linear in plain.items()}
-        fill(layers)
+        for name, layer in layers.items():
+            fill(name, layer)
     except BaseException:
         _activate(model, former)
         raise
@@ -94,7 +97,7 @@ def inject(
     record.layers[adapter] = layers
     record.plain |= plain
     _activate(model, adapter)
-    return names
+    return list(plain)
 
 
 def _own(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -108,9 +111,9 @@ def _own(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**settings, "num_specific_experts": number}
 
 
-def _targets(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
+def _targets(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Linear]:
     """The linear layers that the patterns ask for, in the model's order; ValueError for what they cannot have."""
-    linears, unreachable = linear_layers(model), _unreachable(model)
+    linears, unreachable = _survey(model)
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none that is plain"
     names: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -130,7 +133,7 @@ def _targets(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     for other, module in _whole(model).named_modules(remove_duplicate=False):
         if (name := chosen.get(id(module), other)) != other:
             raise ValueError(f"{name} and {other} are one layer, of which one place would be adapted; leave it out")
-    return [name for name in linears if name in names]
+    return {name: linear for name, linear in linears.items() if name in names}
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -138,41 +141,61 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """What can be adapted, by module name: every linear layer but the head, which may share the embeddings' weight.
+    """What can be adapted, by module name: every linear layer but the head."""
+    return _survey(model)[0]
 
-    Left out: subclasses with another forward, and layers whose weight is used without a call of the layer.
+
+def _survey(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """(the layers that can be adapted; by its name, each weight that multiplies but no adapter can go around, and why).
+
+    The latter are transposed weights [in, out], experts in one parameter, subclasses of `nn.Linear` that compute
+    otherwise, and layers that nobody calls. The head is neither: it is named lm_head, shares an embedding's weight, or
+    is what transformers' `get_output_embeddings` gives.
     """
-    modules = dict(_whole(model).named_modules())
-    embeddings = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
-    return {
-        name: module
-        for name, module in modules.items()
-        if name
-        and name.rpartition(".")[2] != "lm_head"
-        and isinstance(module, nn.Linear)
-        and id(module.weight) not in embeddings
-        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        and (isinstance(module, AdaptedLinear) or type(module).forward in _KNOWN)
-    }
+    whole = _whole(model)
+    outer: list[Any] = [module for module in whole.modules() if isinstance(module, nn.Embedding)]
+    outer.append(getattr(whole, "get_output_embeddings", lambda: None)())
+    kept = {id(getattr(module, "weight", None)) for module in outer}
+    linears: dict[str, nn.Linear] = {}
+    unreachable: dict[str, str] = {}
+    uncalled: dict[str, str] = {}
+    for name, module in whole.named_modules():  # parents come before their children
+        kind: Any = type(module)
+        if isinstance(module, nn.Linear):
+            if not name or name.rpartition(".")[2] == "lm_head" or id(module.weight) in kept:
+                continue
+            if name not in uncalled and (isinstance(module, LoRALinear) or kind.forward in _KNOWN):
+                linears[name] = module
+            else:
+                unreachable[f"{name}.weight"] = uncalled.get(name, f"{list(module.weight.shape)} of a {kind.__name__}")
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            own = dict(module.named_parameters(recurse=False))
+            for key, parameter in own.items():
+                transposed = parameter.ndim == 2 and "bias" in own and own["bias"].shape == parameter.shape[1:]
+                if transposed or (parameter.ndim == 3 and len(parameter) > 1):
+                    unreachable[f"{name}.{key}"] = f"{list(parameter.shape)} of a {kind.__name__}"
+            if any(isinstance(child, nn.Linear) for child in module.children()):
+                why = f"which {kind.__name__} uses without a call of the layer"
+                uncalled |= {f"{name}.{child}".lstrip("."): why for child in _uncalled(kind)}
+    return linears, unreachable
 
 
-def _unreachable(model: nn.Module) -> dict[str, str]:
-    """What multiplies as linear layers do but is none: a transposed weight [in, out], and experts in one parameter."""
-    found = {}
-    for name, module in _whole(model).named_modules():
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            continue
-        own = dict(module.named_parameters(recurse=False))
-        for key, parameter in own.items():
-            transposed = parameter.ndim == 2 and "bias" in own and own["bias"].shape == parameter.shape[1:]
-            if transposed or (parameter.ndim == 3 and len(parameter) > 1):
-                found[f"{name}.{key}"] = f"{list(parameter.shape)} of a {type(module).__name__}"
-    return found
+@functools.cache
+def _uncalled(kind: type) -> list[str]:
+    """The children of a module whose weights its code gives to functions, as Mamba's does and that of torch's encoder.
+
+    NOTE: this reads source code, because no call would tell: the same layer may be called elsewhere, or on a CPU.
+    """
+    try:
+        source = inspect.getsource(next(base for base in kind.__mro__ if "forward" in vars(base)))
+    except (OSError, TypeError):  # made without a file
+        return []
+    return re.findall(r"self\.(\w+)\.weight(?:,\n| @|, self\.\1\.bias)", source)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Every layer that carries the active adapter, by module name."""
-    return {name: module for name, module in _whole(model).named_modules() if isinstance(module, AdaptedLinear)}
+    return {name: module for name, module in _whole(model).named_modules() if isinstance(module, LoRALinear)}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -209,7 +232,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     if record.merged:
         raise ValueError("an adapter is merged into the weights and cannot be switched off; unmerge_lora first")
     layers = [*adapted_layers(model).values(), *(layer for group in record.layers.values() for layer in group.values())]
-    with temporarily(layers, "enabled", [False] * len(layers)):
+    with temporarily("enabled", dict.fromkeys(layers, False)):
         yield
 
 
@@ -252,11 +275,11 @@ def unmerge_lora(model: nn.Module) -> None:
         raise ValueError("nothing is merged; merge_lora first")
     _check_not_split(model)
     for name, layer in record.merged.items():
-        current = _linear(model, name).weight
+        current: Any = _whole(model).get_submodule(name)
         # The model may have moved since. Its dtype is the adapter's only where the user changed it.
-        layer.to(current.device, None if current.dtype == product_dtype(layer) else current.dtype)
-        layer.train(_linear(model, name).training)
-        _replace(model, name, layer)
+        dtype = current.weight.dtype
+        layer.to(current.weight.device, None if dtype == product_dtype(layer) else dtype)
+        _replace(model, name, layer.train(current.training))
     record.merged.clear()
 
 
@@ -287,53 +310,43 @@ def _activate(model: nn.Module, adapter: str | None) -> None:
         return
     leaving, coming = (record.layers.get(name or "", {}) for name in (record.active, adapter))
     for name in {**leaving, **coming}:
-        current, layer = _linear(model, name), coming.get(name, record.plain[name])
-        if isinstance(layer, AdaptedLinear):
+        current: Any = _whole(model).get_submodule(name)
+        layer: Any = coming.get(name, record.plain[name])
+        if isinstance(layer, LoRALinear):
             # Over half-precision weights it keeps its dtype, and over meta weights its device.
             weight, dtype = current.weight, product_dtype(current)
-            layer.to(None if weight.is_meta else weight.device, None if dtype in HALF else dtype)
-        layer.weight, layer.bias = current.weight, current.bias
-        if isinstance(layer, AdaptedLinear | QuantizedLinear):
-            layer.quantization = quantization_of(current)
+            layer.to(None if weight.is_meta else weight.device, None if dtype.itemsize == 2 else dtype)
         _replace(model, name, layer.train(current.training))
-        # Let go of the base: its parameters may be replaced meanwhile, and nobody else should keep them.
-        for attribute in ("weight", "bias"):
-            current.register_parameter(attribute, None)
-        if isinstance(current, AdaptedLinear | QuantizedLinear):
-            current.quantization = None
-        if isinstance(current, AdaptedLinear):
+        # The base goes over, because its parameters may be replaced meanwhile and nobody else should keep them.
+        for attribute in ("weight", "bias", "quantization"):
+            setattr(layer, attribute, getattr(current, attribute, None))
+            setattr(current, attribute, None)
+        if isinstance(current, LoRALinear):
             current.packed = current.noise_stream = None
     record.active = adapter
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = _whole(model).get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
-
-
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in the place of another, whose hooks it takes over."""
-    parent, _, child = name.rpartition(".")
-    here = _whole(model).get_submodule(parent)
-    module.__dict__.update({key: value for key, value in vars(getattr(here, child)).items() if "_hooks" in key})
-    setattr(here, child, module)
+    former = vars(_whole(model).get_submodule(name))
+    vars(module).update({key: value for key, value in former.items() if "_hooks" in key})
+    _whole(model).set_submodule(name, module)
 
 
 @torch.no_grad()
-def _merged(layer: AdaptedLinear) -> nn.Linear:
+def _merged(layer: LoRALinear) -> nn.Linear:
     """A layer over W + (α/r) B A, or for experts, over W + (α/r) Σ_u B_u A_u with the other experts left."""
-    always_on = layer.universal_experts if isinstance(layer, ExpertLoRALinear) else [(layer.lora_A, layer.lora_B)]
     dtype, quantization = product_dtype(layer), layer.quantization
     wide = torch.promote_types(dtype, torch.float32)
     total = layer.weight.to(wide, copy=True) if quantization is None else quantization.dense(layer.weight, wide)
-    for a, b in always_on:
+    for a, b in layer._experts()[: layer.num_universal_experts]:
         total.addmm_(b.to(wide), a.to(wide), alpha=layer.scaling)
     kind: Any = Linear if quantization else layer.base_type
-    merged = kind(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    if isinstance(layer, ExpertLoRALinear):
+    if layer.num_specific_experts:
         merged = copy.deepcopy(layer)  # so that training leaves the original alone
         merged.quantization, merged.base_type = None, kind
         merged.lora_B[:, : layer.num_universal_experts * layer.rank] = 0
+    else:
+        merged = kind(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     merged.weight, merged.bias = nn.Parameter(total.to(dtype), requires_grad=layer.weight.requires_grad), layer.bias
     return merged.train(layer.training)

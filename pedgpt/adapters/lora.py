@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pedgpt.kernels import Quantization, Quantized, QuantizedLinear, lora_linear, transformed
+from pedgpt.kernels import Quantization, Quantized, lora_linear, transformed
 from pedgpt.kernels._dispatch import without_numbers
 from pedgpt.kernels.expert_gate import ALIGNMENT
 
-HALF = (torch.bfloat16, torch.float16)
 _optimizer_steps = 0
 
 
@@ -41,21 +40,24 @@ def _state(parameters: Mapping[str, Tensor]) -> list[Any]:
     return [_optimizer_steps, *((0 if planned else p.data_ptr(), p._version) for p in parameters.values())]
 
 
-class AdaptedLinear(nn.Linear):
-    """A frozen or trainable `nn.Linear` with a low-rank addition that can be switched off.
+class LoRALinear(nn.Linear):
+    """y = W x (+ b) + (α/r) B A dropout(x), with A [r, in] Kaiming-uniform and B [out, r] zero.
 
-    It takes over `base`'s own weight, bias and quantization, so the base layer's names in the state dict stay the same.
+    `rslora` scales by α/√r instead (Kalajdzievski 2023), which keeps the update's size independent of the rank. The
+    layer takes over `base`'s own weight, bias and quantization, so their names in the state dict stay the same.
     """
 
+    num_universal_experts, num_specific_experts, shared_A = 1, 0, False  # a LoRA is one expert that is always on
     quantization: Quantization | None
     impl: str | None = None  # of `lora_linear`: "torch", "triton", or None for what suits the device
 
     def __init__(
-        self, base: nn.Linear, rank: int, alpha: float, dropout: float, rslora: bool, rows: int, columns: int
-    ) -> None:
-        if not isinstance(base, nn.Linear) or isinstance(base, AdaptedLinear):
+        self, base: nn.Linear, rank: int = 8, alpha: float = 16, dropout: float = 0.0, *, rslora: bool = False,
+        _copies: tuple[int, int] = (1, 1),  # A has so many times `rank` rows, and B so many times `rank` columns
+    ) -> None:  # fmt: skip
+        if not isinstance(base, nn.Linear) or isinstance(base, LoRALinear):
             raise ValueError(f"adapters go around a plain nn.Linear, found {type(base).__name__}")
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        if type(rank) is not int or rank < 1:
             raise ValueError(f"rank must be a whole number of at least 1, found {rank}")
         if not math.isfinite(alpha):
             raise ValueError(f"alpha must be a finite number, found {alpha}")
@@ -63,31 +65,33 @@ class AdaptedLinear(nn.Linear):
             raise ValueError(f"dropout must be in [0, 1), found {dropout}")
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias, self.base_type = base.weight, base.bias, type(base)
-        self.register_module("quantization", quantization_of(base))
+        self.register_module("quantization", getattr(base, "quantization", None))
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = dropout
         self.enabled = True
         self.packed: Packed | None = None
+        self.gate_record: Any = None  # of experts: what their gates are added to
         self.noise_stream: Any = None  # of experts: where the gate's noise comes from
         # Adapters train in float32 over a bf16 base: at bf16 a small update would round away.
-        dtype = torch.float32 if product_dtype(base) in HALF else product_dtype(base)
+        dtype = torch.promote_types(product_dtype(base), torch.float32)
         # A base on the meta device is filled later; the adapter is made now, where torch makes new tensors.
         device = None if base.weight.is_meta else base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rows, base.in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, columns, dtype=dtype, device=device))
+        self.lora_A = nn.Parameter(torch.empty(_copies[0] * rank, base.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, _copies[1] * rank, dtype=dtype, device=device))
         # Kaiming-uniform by the fan-in, with the slope that PEFT and nn.Linear use: bound 1/sqrt(in_features).
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(base.training)
 
-    @property
-    def base_weight(self) -> Tensor | Quantized:
-        """The weight of the layer without its adapter, as `lora_linear` takes it."""
-        return self.weight if self.quantization is None else Quantized(self.weight, self.quantization)
-
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's own tensors by name, everything that training changes."""
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    def _experts(self) -> list[tuple[Tensor, Tensor]]:
+        """(A [r, in], B [out, r]) of each expert, those that are always on first."""
+        of_B = self.lora_B.split(self.rank, dim=1)
+        of_A = [self.lora_A] * len(of_B) if self.shared_A else self.lora_A.split(self.rank)
+        return list(zip(of_A, of_B, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "packed": None}  # a copy, also one on disk, has parameters of its own
@@ -98,41 +102,27 @@ class AdaptedLinear(nn.Linear):
             return None
         return self.packed.tensors
 
-    def dropped(self, x: Tensor) -> Tensor | None:
-        """dropout(x) for A to read while training with dropout; None where it reads x."""
-        return F.dropout(x, self.dropout) if self.dropout and self.training else None
-
-
-def quantization_of(layer: nn.Linear) -> Quantization | None:
-    """What a layer over codes, adapted or not, needs beside them; None for a layer over a plain weight."""
-    return layer.quantization if isinstance(layer, QuantizedLinear | AdaptedLinear) else None
-
-
-def product_dtype(layer: nn.Linear) -> torch.dtype:
-    """The dtype in which a layer multiplies an x of the same dtype; codes do not tell it."""
-    quantization = quantization_of(layer)
-    return layer.weight.dtype if quantization is None else quantization.dtype
-
-
-class LoRALinear(AdaptedLinear):
-    """y = W x (+ b) + (α/r) B A dropout(x), with A [r, in] Kaiming-uniform and B [out, r] zero.
-
-    `rslora` scales by α/√r instead (Kalajdzievski 2023), which keeps the update's size independent of the rank.
-    """
-
-    def __init__(
-        self, base: nn.Linear, rank: int = 8, alpha: float = 16, dropout: float = 0.0, *, rslora: bool = False
-    ) -> None:
-        super().__init__(base, rank, alpha, dropout, rslora, rows=rank, columns=rank)
+    def routing(self, x: Tensor) -> dict[str, Any]:
+        """What `lora_linear` is told of experts beside their matrices."""
+        return {}
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base_type.forward(self, x)
-        y, _, _ = lora_linear(
-            x, self.base_weight, self.bias, self.lora_A, self.lora_B,
-            scaling=self.scaling, dropped=self.dropped(x), packed=self.packed_parameters(), impl=self.impl,
+        routing = self.routing(x)
+        y, gates, totals = lora_linear(
+            x, self.weight if self.quantization is None else Quantized(self.weight, self.quantization), self.bias,
+            self.lora_A, self.lora_B, scaling=self.scaling, packed=self.packed_parameters(), impl=self.impl,
+            dropped=F.dropout(x, self.dropout) if self.dropout and self.training else None, **routing,
         )  # fmt: skip
+        if totals is not None:
+            self.gate_record.add(totals, gates)
         return y
+
+
+def product_dtype(layer: nn.Linear) -> torch.dtype:
+    """The dtype in which a layer multiplies an x of the same dtype; codes do not tell it."""
+    return (getattr(layer, "quantization", None) or layer.weight).dtype
 
 
 @torch.inference_mode(False)
@@ -146,7 +136,7 @@ def pack_adapters(model: nn.Module) -> None:
     """
     sources: list[Tensor] = []
     targets: list[Tensor] = []
-    for layer in (module for module in model.modules() if isinstance(module, AdaptedLinear)):
+    for layer in (module for module in model.modules() if isinstance(module, LoRALinear)):
         layer.packed = None
         parameters, dtype = layer.adapter_parameters(), product_dtype(layer)
         lora_A, lora_B, own = layer.lora_A, layer.lora_B, list(parameters.values())
@@ -164,13 +154,13 @@ def pack_adapters(model: nn.Module) -> None:
 
 
 @contextmanager
-def temporarily(modules: Sequence[nn.Module], attribute: str, values: Sequence[Any]) -> Iterator[None]:
+def temporarily(attribute: str, values: Mapping[nn.Module, Any]) -> Iterator[None]:
     """Within the context, each module has another value of an attribute."""
-    before = [getattr(module, attribute) for module in modules]
-    for module, value in zip(modules, values, strict=True):
+    before = {module: getattr(module, attribute) for module in values}
+    for module, value in values.items():
         setattr(module, attribute, value)
     try:
         yield
     finally:
-        for module, value in zip(modules, before, strict=True):
+        for module, value in before.items():
             setattr(module, attribute, value)

@@ -19,7 +19,7 @@ import pickle
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -37,7 +37,7 @@ SETTINGS = {
     "num_specific_experts": "num_specific_experts", "num_universal_experts": "num_universal_experts",
     "shared_A": "shared_A",
 }  # fmt: skip
-_KEY = r"(?:base_model\.model\.|\w+\.(?=layers\.))(.+)\.%s(?:\.[^.]+)?"  # a name of the adapter may follow
+_KEY = r"(?:base_model\.model\.|\w+\.(?=layers\.))(.+)\.%s(?:\.[^.]+)?()"  # a name of the adapter may follow
 _UNSUPPORTED = (
     "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "alora_invocation_tokens", "layer_replication",
     "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config",
@@ -46,36 +46,31 @@ _UNSUPPORTED = (
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-class Layout(NamedTuple):
-    """The ends of a file's keys, with the parameter that each fills and how; what all its layers have in common."""
-
-    ends: dict[str, tuple[str, str]]
-    settings: dict[str, Any]
-
-
-_FOREIGN = {  # by a piece of a key that no other layout has
-    ".lora_moe_A": Layout({
-        "lora_moe_A": ("lora_A", "e i r -> (e r) i"), "lora_moe_B": ("lora_B", "e r o -> o (e r)"),
-        "lora_route.weight": ("router", ""), "w_noise": ("router_noise", "i n -> n i"),
+AS_IT_IS = "1 ... -> ..."
+# By a piece of a key that no other layout has: the ends of its keys, with the parameter that each fills and how the
+# list of its tensors becomes one; and the settings that all its layers have in common.
+_FOREIGN: dict[str, tuple[dict[str, tuple[str, str]], dict[str, Any]]] = {
+    ".lora_moe_A": ({
+        "lora_moe_A": ("lora_A", "1 e i r -> (e r) i"), "lora_moe_B": ("lora_B", "1 e r o -> o (e r)"),
+        "lora_route.weight": ("router", AS_IT_IS), "w_noise": ("router_noise", "1 i n -> n i"),
     }, {"num_universal_experts": 1}),
-    ".lora_B0.": Layout({
-        "lora_A.weight": ("lora_A", ""), "lora_B*.weight": ("lora_B", "e o r -> o (e r)"),
-        "lora_route.weight": ("router", ""),
+    ".lora_B0.": ({
+        "lora_A.weight": ("lora_A", AS_IT_IS), "lora_B*.weight": ("lora_B", "e o r -> o (e r)"),
+        "lora_route.weight": ("router", AS_IT_IS),
     }, {"num_universal_experts": 0, "shared_A": True}),
-    ".moe_gate.": Layout({
+    ".moe_gate.": ({
         "experts.*.lora_A.weight": ("lora_A", "e r i -> (e r) i"),
         "experts.*.lora_B.weight": ("lora_B", "e o r -> o (e r)"),
-        "moe_gate.weight": ("router", ""),
+        "moe_gate.weight": ("router", AS_IT_IS),
     }, {"num_universal_experts": 0}),
 }  # fmt: skip
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of an adapter that pedgpt can reproduce; ValueError for any other."""
-    path = folder / CONFIG
-    if own_file(folder, CONFIG) is None:
-        raise ValueError(f"{path}: no such file; expected an adapter folder")
-    config = read_object(folder, CONFIG)
+    path, config = folder / CONFIG, read_object(folder, CONFIG)
+    if not config:
+        raise ValueError(f"{path}: no such file, or an empty one; expected an adapter folder")
     kind, known = config.get("peft_type"), (LORA, EXPERTS, "MOLA", "LORAMOE")
     if kind == "MIXLORA":
         raise ValueError(
@@ -100,24 +95,41 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_adapter(
     folder: Path, linears: Mapping[str, nn.Linear], uniform_routing: bool = False
-) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """(the config, of type LORA or EXPERTS; the tensors by layer and parameter) of an adapter for these layers.
+) -> tuple[bool, dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """(whether it is a LoRA; its layers' settings; its tensors by layer and parameter) of an adapter for these layers.
 
     Raises ValueError for keys that are unexpected, layers that are not in `linears`, and what another's layout lacks;
     with `uniform_routing`, zeros stand for routing matrices that are missing.
     """
     config = read_config(folder)
     file, weights = _read_weights(folder)
-    foreign = next((layout for mark, layout in _FOREIGN.items() if any(mark in key for key in weights)), None)
     own = ("lora_A", "lora_B") if config["peft_type"] == LORA else {key.split(".")[-2] for key in weights if "." in key}
-    read = _by_layer(file, weights, foreign.ends if foreign else {f"{n}.weight": (n, "") for n in own}, linears)
+    foreign = next((found for mark, found in _FOREIGN.items() if any(mark in key for key in weights)), None)
+    ends, common = foreign or ({f"{name}.weight": (name, AS_IT_IS) for name in own}, {})
+    read, missing = _by_layer(file, weights, ends, linears), []
     tensors = {path: read[path] for path in linears if path in read}
-    if foreign:
-        config |= foreign.settings | {"peft_type": EXPERTS}
-        config["num_specific_experts"] = _add_routing(file, config, foreign, tensors, uniform_routing)
+    if common:
+        count = config.get("lora_nums", config.get("num_experts"))
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{folder / CONFIG}: expected lora_nums, the number of experts; found {count}")
+        experts = count - common["num_universal_experts"]
+        config |= common | {"peft_type": EXPERTS, "num_specific_experts": experts}
+        for path, found in tensors.items():
+            routers = {end: name for end, (name, _) in ends.items() if "router" in name}
+            missing += [f"{PREFIX}{path}.{end}" for end, name in routers.items() if name not in found]
+            zeros = torch.zeros(experts, linears[path].in_features)
+            tensors[path] = {"router": zeros, "router_noise": zeros, **found}
+    if missing and not uniform_routing:
+        raise ValueError(
+            f"{file}: lacks the {len(missing)} routing matrices listed below. The published code drops them when it "
+            "saves, so its own reload routes at random, and what the gates had learned is lost. Take them from the "
+            "training run, or load with uniform_routing=True, which sets them to zero: without lora_route all experts "
+            "get equal gates.\n  " + "\n  ".join(missing)
+        )
     if lost := {name for name in config.get("target_modules") or () if name in linears} - tensors.keys():
         raise ValueError(f"{file}: lacks {_listed(lost)}, which target_modules names; save or copy it again")
-    return config, tensors
+    settings = {own: config[key] for key, own in SETTINGS.items() if key in config}
+    return config["peft_type"] == LORA, settings, tensors
 
 
 @torch.no_grad()
@@ -130,7 +142,7 @@ def fill(path: str, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tens
         if tensor is None:
             raise ValueError(f"lacks {key}; the file is incomplete, save or copy it again")
         if tensor.shape != parameters[name].shape:
-            shapes = f"{list(tensor.shape)}, the model needs {list(parameters[name].shape)}"
+            shapes = f"{list(tensor.shape)}; the model and {CONFIG} need {list(parameters[name].shape)}"
             raise ValueError(f"{key} has the shape {shapes}")
         parameters[name].copy_(tensor)
 
@@ -156,14 +168,14 @@ def _by_layer(
     file: Path, weights: Mapping[str, Tensor], ends: Mapping[str, tuple[str, str]], linears: Mapping[str, nn.Linear]
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors by layer and parameter, in our form; ValueError for keys of another kind and unknown layers."""
-    found: dict[tuple[str, str], dict[str, Tensor]] = {}  # (layer, end) -> number of the expert -> tensor
+    found: dict[tuple[str, str], dict[int, Tensor]] = {}  # (layer, end) -> number of the expert -> tensor
     unexpected = []
     for key, tensor in weights.items():
-        matches = {end: re.fullmatch(_KEY % re.escape(end).replace(r"\*", r"(?P<number>\d+)"), key) for end in ends}
-        end, match = next(((end, match) for end, match in matches.items() if match), ("", None))
+        matches = ((end, re.fullmatch(_KEY % re.escape(end).replace(r"\*", r"(\d+)"), key)) for end in ends)
+        end, match = next(((end, match) for end, match in matches if match), ("", None))
         path = match and ("" if key.startswith(PREFIX) else "model.") + match[1]
-        number = match and match.groupdict().get("number", "")
-        if path is None or number is None or number in found.setdefault((path, end), {}):
+        number = int(match[2] or 0) if match else 0
+        if path is None or number in found.setdefault((path, end), {}):
             unexpected.append(key)
         else:
             found[path, end][number] = tensor
@@ -171,8 +183,7 @@ def _by_layer(
     for (path, end), experts in found.items():
         parameter, pattern = ends[end]
         try:
-            tensor = torch.stack([experts[n] for n in sorted(experts, key=int)]) if "*" in end else experts[""]
-            tensors.setdefault(path, {})[parameter] = rearrange(tensor, pattern) if pattern else tensor
+            tensors.setdefault(path, {})[parameter] = rearrange([experts[n] for n in sorted(experts)], pattern)
         except RuntimeError as error:
             raise ValueError(f"{file}: {path}.{end} does not become {parameter} ({error})") from None
     absent = {path for path, of_layer in tensors.items() if path not in linears and "lora_A" in of_layer}
@@ -190,34 +201,6 @@ def _by_layer(
             "Give the base model that the adapter was trained on"
         )
     return tensors
-
-
-def _add_routing(
-    file: Path, config: Mapping[str, Any], layout: Layout, tensors: dict[str, dict[str, Tensor]], uniform: bool
-) -> dict[str, int]:
-    """Zeros in the place of routing matrices that a layout has not, or lacks; returns each layer's specific experts."""
-    universal, numbers, missing = config["num_universal_experts"], {}, []
-    for path, found in tensors.items():
-        if lacking := {"lora_A", "lora_B"} - found.keys():
-            raise ValueError(f"{file}: lacks {PREFIX}{path}.{min(lacking)}; the file is incomplete, copy it again")
-        names = {parameter: end for end, (parameter, _) in layout.ends.items() if "router" in parameter}
-        missing += [f"{PREFIX}{path}.{end}" for parameter, end in names.items() if parameter not in found]
-        experts = found["lora_B"].shape[1] // config["r"] - universal
-        for parameter in ("router", "router_noise"):
-            found.setdefault(parameter, torch.zeros(max(experts, 0), found["lora_A"].shape[1]))
-        numbers[path] = len(found["router"])
-        expected = config.get("lora_nums", config.get("num_experts", experts + universal))
-        if experts + universal != expected:
-            shown = f"{experts + universal} experts of rank {config['r']}"
-            raise ValueError(f"{file}: {path} has {shown}, the config says {expected}")
-    if missing and not uniform:
-        raise ValueError(
-            f"{file}: lacks the {len(missing)} routing matrices listed below. The published code drops them when it "
-            "saves, so its own reload routes at random, and what the gates had learned is lost. Take them from the "
-            "training run, or load with uniform_routing=True, which sets them to zero: without lora_route all experts "
-            "get equal gates.\n  " + "\n  ".join(missing)
-        )
-    return numbers
 
 
 def _listed(keys: Collection[str]) -> str:

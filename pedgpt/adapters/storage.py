@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pedgpt.adapters.experts import ExpertLoRALinear
 from pedgpt.adapters.inject import adapted_layers, inject, linear_layers
-from pedgpt.adapters.lora import AdaptedLinear, LoRALinear
+from pedgpt.adapters.lora import LoRALinear
 from pedgpt.adapters.published import CONFIG, EXPERTS, LORA, PREFIX, SETTINGS, WEIGHTS, fill, read_adapter, read_config
 from pedgpt.files import atomic_write, write_json
 
@@ -30,12 +30,10 @@ def save_adapter(
 ) -> None:  # fmt: skip
     """Write adapter_config.json and adapter_model.safetensors with every tensor of the active adapter.
 
-    LoRA takes PEFT's layout; experts the same files with `"peft_type": "PEDGPT_EXPERTS"`, and the name of a subclass as
-    `layer_type`. Their number may differ between layers. `base_model` is the name or
-    folder of the base, `base_weights` the fingerprint of its weights, for `check_base`; the format of a quantised base
-    is stored with it. `state_dict` replaces the model's own tensors, for weights gathered from several ranks. Raises
-    ValueError, before anything is written, if the model has no adapters, if its layers differ in their settings, and
-    for a tensor that is missing or not whole.
+    `base_model` is the name or folder of the base, `base_weights` the fingerprint of its weights, for `check_base`; the
+    format of a quantised base is stored with it. `state_dict` replaces the model's own tensors, for weights gathered
+    from several ranks. Raises ValueError, before anything is written, if the model has no adapters, if its layers
+    differ in more settings than their number of experts, and for a tensor that is missing or not whole.
     """
     layers = adapted_layers(model)
     if not layers:
@@ -44,16 +42,15 @@ def save_adapter(
     settings = _settings(first)
     if any(_settings(layer) != settings for layer in layers.values()):
         raise ValueError(f"the layers differ in their settings; one file holds those of the first, {settings}")
-    numbers = {n: layer.num_specific_experts for n, layer in layers.items() if isinstance(layer, ExpertLoRALinear)}
-    if numbers:
-        same = len(set(numbers.values())) == 1
-        settings["num_specific_experts"] = next(iter(numbers.values())) if same else numbers
+    numbers = {name: layer.num_specific_experts for name, layer in layers.items()}
+    if number := first.num_specific_experts:
+        settings["num_specific_experts"] = number if set(numbers.values()) == {number} else numbers
     weights = {}
     for path, layer in layers.items():
         for parameter, own in layer.adapter_parameters().items():
             tensor = own if state_dict is None else state_dict.get(f"{path}.{parameter}")
-            whole = tensor is not None and tensor.shape == own.shape and tensor.numel()
-            if not whole or tensor is None or tensor.is_meta or hasattr(tensor, "to_local"):
+            whole = tensor is not None and tensor.shape == own.shape and tensor.numel() and not tensor.is_meta
+            if tensor is None or not whole or hasattr(tensor, "to_local"):
                 raise ValueError(
                     f"{path}.{parameter}: found nothing or a part of it, expected the whole {list(own.shape)}; gather "
                     "it from all ranks with pedgpt.training.gather_weights and pass it in state_dict"
@@ -64,17 +61,16 @@ def save_adapter(
         "bias": "none", "inference_mode": True,
     }  # fmt: skip
     folder = Path(folder)
-    quantization = getattr(first, "quantization", None)
-    known = {_BASE: base_weights, _FORMAT: quantization and quantization.kind}
+    known = {_BASE: base_weights, _FORMAT: first.quantization and first.quantization.kind}
     content = save(weights, {"format": "pt"} | {key: value for key, value in known.items() if value})
     with atomic_write(folder / WEIGHTS, "wb", size=len(content)) as file:
         file.write(content)
     write_json(folder / CONFIG, config)
 
 
-def _settings(layer: AdaptedLinear) -> dict[str, Any]:
+def _settings(layer: LoRALinear) -> dict[str, Any]:
     """What one adapter's layers have in common, under the names of the config."""
-    found = {key: getattr(layer, own) for key, own in SETTINGS.items() if hasattr(layer, own)}
+    found = {key: vars(layer)[own] for key, own in SETTINGS.items() if own in vars(layer)}
     kind = EXPERTS if found.pop("num_specific_experts", 0) else LORA
     own_type = {} if type(layer) in (ExpertLoRALinear, LoRALinear) else {"layer_type": type(layer).__name__}
     return {"peft_type": kind} | own_type | found
@@ -86,29 +82,23 @@ def load_adapter(
 ) -> list[str]:  # fmt: skip
     """Attach the adapter of `folder` to a model as `name`, fill and activate it; returns the adapted layers' names.
 
-    The weights' keys say which layers are adapted. The published MoE-Adapter's layout is known by its keys; its code
-    drops the routers when it saves, so its own reload routes at random. Here that is an error, unless `uniform_routing`
-    asks for W_g = W_n = 0, equal gates of 1/N, wherever they are missing. Its layers compute with our gate: no noise in
-    evaluation, float32. Experts with a gate of their own need its `layer_type`, as `inject_experts` does.
+    The weights' keys say which layers are adapted, and whose layout they are in. Routing matrices that another code did
+    not save are an error, unless `uniform_routing` asks for W_g = W_n = 0, equal gates of 1/N, in their place. Experts
+    with a gate of their own need its `layer_type`, as `inject_experts` does.
 
     Raises ValueError, before the model is changed, for a missing or broken file, what pedgpt cannot reproduce, a name
     that is taken, a layer that the model lacks, and missing, unexpected or misshapen tensors.
     """
-    folder = Path(folder)
-    config = read_config(folder)
+    config = read_config(folder := Path(folder))
     saved = config.get("layer_type", ExpertLoRALinear.__name__)
     if config["peft_type"] == EXPERTS and saved != layer_type.__name__:
         raise ValueError(f"{folder}: holds layers of type {saved}; give load_adapter that class as layer_type")
-    config, tensors = read_adapter(folder, linear_layers(model), uniform_routing)
-    settings = {own: config[key] for key, own in SETTINGS.items() if key in config}
-    kind = LoRALinear if config["peft_type"] == LORA else layer_type
-
-    def fill_all(layers: Mapping[str, AdaptedLinear]) -> None:
-        for path, layer in layers.items():
-            fill(path, layer.adapter_parameters(), tensors[path])
-
+    lora, settings, tensors = read_adapter(folder, linear_layers(model), uniform_routing)
     try:
-        return inject(model, list(tensors), name, kind, settings, fill_all)
+        return inject(
+            model, list(tensors), name, LoRALinear if lora else layer_type, settings,
+            lambda path, layer: fill(path, layer.adapter_parameters(), tensors[path]),
+        )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -118,31 +108,26 @@ def experts_from_adapters(
 ) -> list[str]:
     """Make trained LoRAs of equal rank the specific experts of a new mixture; returns the adapted layers' names.
 
-    With all of a token's weight on expert j, the model computes what LoRA j does. Routers start at zero, so until they
-    are trained each has the weight 1/N. `settings` are those of the layer class. By default no expert is universal; a
-    new universal one changes nothing before it is trained. Where a LoRA leaves a layer alone, its expert's B is
-    zero. Raises ValueError as `load_adapter` does, and for folders that hold no LoRAs of one rank.
+    With all of a token's weight on expert j, the model computes what LoRA j does; until the routers are trained, each
+    has the weight 1/N. `settings` are those of `inject_experts`, but by default no expert is universal. Raises
+    ValueError as `load_adapter` does, and for folders that hold no LoRAs of one rank.
     """
     linears = linear_layers(model)
     loras = [read_adapter(Path(folder), linears) for folder in folders]
-    kinds = [f"{config['peft_type']} of rank {config['r']}" for config, _ in loras]
-    if len(set(kinds)) != 1 or not kinds[0].startswith(f"{LORA} ") or settings.get("shared_A"):
+    kinds = [f"{LORA if lora else EXPERTS} of rank {own['rank']}" for lora, own, _ in loras]
+    if len(set(kinds)) != 1 or not loras[0][0] or settings.get("shared_A"):
         there = ", ".join(kinds) or "none"
         raise ValueError(f"experts need LoRAs of one rank, each with an A of its own; found {there}")
-    common = {own: loras[0][0][key] for key, own in SETTINGS.items() if key in loras[0][0]}
-    settings = common | {"num_universal_experts": 0} | settings | {"num_specific_experts": len(loras)}
+    settings = loras[0][1] | {"num_universal_experts": 0} | settings | {"num_specific_experts": len(loras)}
     kind = settings.pop("layer_type", ExpertLoRALinear)
 
-    def fill_experts(layers: Mapping[str, Any]) -> None:
-        for number, (config, tensors) in enumerate(loras):
-            scaling = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
-            for path, found in tensors.items():
-                a, b = layers[path].specific_experts[number]
-                factors = {"lora_B": scaling / layers[path].scaling}
-                scaled = {name: tensor * factors.get(name, 1) for name, tensor in found.items()}
-                fill(path, {"lora_A": a, "lora_B": b}, scaled)
+    def fill_experts(path: str, layer: Any) -> None:
+        for (_, own, tensors), (a, b) in zip(loras, layer.specific_experts, strict=True):
+            if path in tensors:
+                fill(path, {"lora_A": a, "lora_B": b}, tensors[path])
+                b.detach().mul_(own["alpha"] / own["rank"] ** (0.5 if own.get("rslora") else 1) / layer.scaling)
 
-    paths = [path for path in linears if any(path in tensors for _, tensors in loras)]
+    paths = [path for path in linears if any(path in tensors for _, _, tensors in loras)]
     return inject(model, paths, name, kind, settings, fill_experts)
 
 

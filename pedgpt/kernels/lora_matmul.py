@@ -149,7 +149,8 @@ def _mixture(
         "x": (x, (*leading, size_in)), "bias": (bias, (size_out,)), "dropped": (dropped, x.shape),
         "lora_A": (lora_A, (columns, size_in)), "lora_B": (lora_B, (size_out, columns * (total if shared else 1))),
         "router": (router, (experts, size_in)), "router_noise": (router_noise, (experts, size_in)),
-        "noise": (noise, (*leading, experts)) if isinstance(noise, Tensor | None) else (noise.rows, leading[:-1]),
+        "noise": (noise if isinstance(noise, Tensor) else None, (*leading, experts)),
+        "rows of the noise": (getattr(noise, "rows", None), leading[:-1]),
         "count": (count if isinstance(count, Tensor) else None, leading), "gates": (gates, (*leading, experts)),
     }  # fmt: skip
     for name, (tensor, shape) in shapes.items():

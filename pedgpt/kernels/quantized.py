@@ -240,7 +240,7 @@ if triton is not None:
 
 def _in_parts(x: Tensor, weight: Any, splits: int, block_t: int, block_c: int, num_warps: int = 4) -> Tensor:
     """Sums [splits, T, C] in float32 whose total is x Wᵀ, for W [C, D] or its codes."""
-    operands = (weight, *[None] * 5) if isinstance(weight, Tensor) else weight.operands()
+    operands: tuple[Any, ...] = (weight, *[None] * 5) if isinstance(weight, Tensor) else weight.operands()
     (tokens, width), columns = x.shape, weight.shape[0]
     out = x.new_empty(splits, tokens, columns, dtype=torch.float32)
     # The interpreter multiplies the bit patterns of bfloat16.

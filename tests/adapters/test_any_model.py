@@ -37,6 +37,8 @@ CLASSES = {
     "Bert": "BertForMaskedLM", "T5": "T5ForConditionalGeneration", "Gemma3Text": "Gemma3ForCausalLM",
     "GPT2": "GPT2LMHeadModel",
 }  # fmt: skip
+MAMBA = {"vocab_size": 97, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4}
+FALCON = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MOE = SIZES | {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 
 
@@ -148,6 +150,33 @@ def test_experts_in_one_parameter_are_never_left_out_silently(family, settings, 
     again = make(family, settings)
     assert len(load_adapter(again, tmp_path)) == 8
     torch.testing.assert_close(loss_of(again)[1], logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "why", "reachable", "count"),
+    [
+        # On a CPU only dt_proj is never called; the kernels for a GPU also take the weights of x_proj and out_proj.
+        ("Mamba", MAMBA, r"_proj.weight, which MambaMixer uses without a call of the layer \(6 such", "in_proj", 2),
+        ("Falcon", FALCON, r"query_key_value.weight, \[.*\] of a FalconLinear", "none that is plain", 0),
+    ],
+)
+def test_linear_layers_that_are_not_called_as_such_are_refused_by_name(family, settings, why, reachable, count):
+    model = make(family, settings)
+    with pytest.raises(ValueError, match=rf"also asks for \w.*({why}).*the model has {reachable}\)"):
+        inject_experts(model)
+    assert not adapted_layers(model)
+    if count:
+        assert len(inject_experts(model, target_modules=reachable)) == count
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("Bert", "cls.predictions.decoder"), ("GPTNeoXJapanese", "embed_out"), ("BioGpt", "output_projection")],
+)
+def test_a_head_of_any_name_stays_out_where_it_shares_nothing(family, head):
+    model = make(family, PLAIN | {"tie_word_embeddings": False})
+    assert model.get_submodule(head).weight is not model.get_input_embeddings().weight
+    assert head not in inject_lora(model)
 
 
 def test_a_head_that_shares_the_embeddings_is_no_target_under_any_name():

@@ -85,7 +85,7 @@ BROKEN = {
         set_weights(rename("model.layers.1.self_attn.q_proj", "lm_head")),
         r"adapts lm_head \(1 in all\), .* or the head",
     ),
-    "other rank": (set_config(r=5), r"has the shape \[.*\], the model needs \["),
+    "other rank": (set_config(r=5), r"has the shape \[.*\]; the model and .* need \["),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS}: no such file"),
     "truncated": (truncate, f"{WEIGHTS}: cannot be read as tensors by name, it may be truncated"),
     "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), f"{WEIGHTS}: cannot be read"),
@@ -108,7 +108,7 @@ BROKEN = {
 }
 BROKEN_EXPERTS = {
     "no number": (set_config(num_specific_experts=None), "lacks num_specific_experts"),
-    "other number": (set_config(num_specific_experts=2), r"has the shape \[.*\], the model needs \["),
+    "other number": (set_config(num_specific_experts=2), r"has the shape \[.*\]; the model and .* need \["),
     "taken for LoRA": (set_config(peft_type="LORA"), "holds the unexpected .*router"),
     "missing router": (set_weights(lambda w: w.pop(ROUTER)), f"lacks {ROUTER}; the file is incomplete"),
 }

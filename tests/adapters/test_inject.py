@@ -200,14 +200,28 @@ class Tripled(nn.Linear):
 
 
 @pytest.mark.parametrize("inject", INJECT)
-def test_layers_that_are_more_than_linear_are_left_alone(inject):
+def test_layers_that_are_more_than_linear_are_never_left_out_silently(inject):
     model = nn.Sequential(nn.Linear(8, 8), Tripled(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    x = torch.randn(2, 5, 8)
-    before = model.eval()(x)
-    assert inject(model) == ["0", "2.linear1", "2.linear2"]  # not out_proj, whose weight attention reads itself
-    torch.testing.assert_close(model(x), before)
-    with pytest.raises(ValueError, match="'1' matches no linear layer"):
-        inject(nn.Sequential(nn.Linear(8, 8), Tripled(8, 8)), target_modules="1")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    used = "which .* uses without a call of the layer"  # torch's encoder, where nothing trains, in one operator
+    for targets, why in {
+        "all-linear": r"1.weight, \[8, 8\] of a Tripled \(4 such in all", "1": r"1.weight, \[8, 8\] of a Tripled",
+        "linear1": f"2.linear1.weight, {used}", "*.out_proj": f"2.self_attn.out_proj.weight, {used}",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"also asks for {why}.*the model has 0\\)"):
+            inject(model, target_modules=targets)
+    assert inject(model, target_modules="0") == ["0"]
+    assert state.keys() < model.state_dict().keys()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+
+
+def test_a_weight_that_its_module_uses_without_a_call_is_seen_in_subclasses_and_at_the_root():
+    class Own(nn.MultiheadAttention):
+        pass
+
+    for model in (nn.ModuleDict({"a": Own(8, 2), "b": nn.Linear(8, 8)}), Own(8, 2)):
+        with pytest.raises(ValueError, match="out_proj.weight, which Own uses without a call"):
+            inject_lora(model)
 
 
 @pytest.mark.parametrize("inject", INJECT)

@@ -69,13 +69,13 @@ def test_it_computes_what_its_own_code_does(tmp_path, name):
 HYDRA = f"base_model.model.{PATHS['HydraLoRA']}."
 MOLA = "mola.layers.0.mlp.up_proj."
 BROKEN = [
-    ("HydraLoRA", lambda t: t.pop(HYDRA + "lora_B1.weight"), {}, "q_proj has 2 experts of rank 2, the config says 3"),
-    ("HydraLoRA", lambda t: t.pop(HYDRA + "lora_A.weight"), {}, f"lacks {HYDRA}lora_A; the file is incomplete"),
+    ("HydraLoRA", lambda t: t.pop(HYDRA + "lora_B1.weight"), {}, r"q_proj.lora_B.* \[6, 4\]; .* need \[6, 6\]"),
+    ("HydraLoRA", lambda t: t.pop(HYDRA + "lora_A.weight"), {}, f"lacks {HYDRA}lora_A.weight; the file is incomplete"),
     ("HydraLoRA", lambda t: t.pop(HYDRA + "lora_route.weight"), {}, f"routes at random.*\n  {HYDRA}lora_route.weight"),
     ("HydraLoRA", lambda t: t.update({HYDRA + "lora_A0.weight": torch.ones(2, 8)}), {}, "unexpected .*lora_A0.weight"),
     ("HydraLoRA", lambda t: t.update({HYDRA + "lora_B2.weight": torch.ones(5, 2)}), {}, "does not become lora_B"),
     ("MOLA", lambda t: t.update({MOLA + "lora_A.weight": torch.ones(2, 8)}), {}, "unexpected mola.*up_proj.lora_A"),
-    ("MOLA", lambda t: t.update({MOLA + "moe_gate.weight": torch.ones(2, 8)}), {}, r"lora_A.* \[6, 8\].*\[4, 8\]"),
+    ("MOLA", lambda t: t.update({MOLA + "moe_gate.weight": torch.ones(2, 8)}), {}, r"router.* \[2, 8\]; .*\[3, 8\]"),
     ("MOLA", None, {"top_k": 4}, "top_k must be in 1 to num_specific_experts, 3, found 4"),
     ("LORAMOE", None, {"use_dora": True}, "use_dora is True"),
     ("MOLA", None, {"peft_type": "MIXLORA"}, "MixLoRA runs the whole feed-forward block once for each .*nonlinearity"),
@@ -185,7 +185,7 @@ def test_what_makes_no_mixture_is_refused(tmp_path, settings, message):
     for folders, options in (([folder, tmp_path / "experts"], {}), ([folder] * 2, {"shared_A": True})):
         with pytest.raises(ValueError, match="each with an A of its own"):
             experts_from_adapters(model, folders, name="mixture", **options)
-    with pytest.raises(ValueError, match=r"q_proj.lora_A.* shape \[2, 32\], the model needs \[4, 32\]"):
+    with pytest.raises(ValueError, match=r"q_proj.lora_A.* shape \[2, 32\]; the model and .* need \[4, 32\]"):
         experts_from_adapters(model, [folder], rank=4, name="mixture")
 
 

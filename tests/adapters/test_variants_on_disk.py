@@ -88,8 +88,8 @@ def test_files_from_before_the_variants_load(make_model, randomize, tokens, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_universal_experts": 0}, r"has the shape \[8, 32\], the model needs \[6, 32\]"),
-        ({"shared_A": True}, r"has the shape \[8, 32\], the model needs \[2, 32\]"),
+        ({"num_universal_experts": 0}, r"has the shape \[8, 32\]; the model and adapter_config.json need \[6, 32\]"),
+        ({"shared_A": True}, r"has the shape \[8, 32\]; the model and adapter_config.json need \[2, 32\]"),
         ({"num_universal_experts": -1}, "num_universal_experts must be at least 0, found -1"),
         ({"top_k": 4}, "top_k must be in 1 to num_specific_experts, 3, found 4"),
         ({"num_specific_experts": {"model.layers.0.self_attn.q_proj": 3}}, "no pattern that matches model.layers.1"),
