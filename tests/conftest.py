@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.multiprocessing as mp
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined: before pedgpt is imported
 os.environ["PEDGPT_CPU"] = "always"  # for child processes too: a measurement could go either way
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it starts with &
 OTHER_HASH_SEED = "12345"
 multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "pedgpt.stage"])  # takes seconds
 

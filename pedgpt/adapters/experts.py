@@ -91,7 +91,7 @@ class ExpertLoRALinear(LoRALinear):
         """The specific experts' weights [..., N], any differentiable function of x [..., in]; None: the fused gate."""
         return None
 
-    def routing(self, x: Tensor) -> dict[str, Any]:
+    def _routing(self, x: Tensor) -> dict[str, Any]:
         count = self.gate_record is not None and self.gate_record.where
         routing: dict[str, Any] = {"universal": self.num_universal_experts, "count": count, "gates": self.gates(x)}
         if routing["gates"] is not None:
@@ -103,8 +103,10 @@ class ExpertLoRALinear(LoRALinear):
         """ε [..., N] for x [..., in] while training, in float32 or float64, or its stream; None in evaluation."""
         if not self.training:
             return None
-        if self.noise_stream is not None:
-            return self.noise_stream
+        if (stream := self.noise_stream) is not None:
+            if x.ndim != 3 or len(x) != len(stream.rows):
+                raise ValueError(f"gate noise for {len(stream.rows)} rows needs [rows, tokens, in], found {[*x.shape]}")
+            return stream
         dtype = torch.promote_types(x.dtype, torch.float32)
         return torch.randn(*x.shape[:-1], self.num_specific_experts, dtype=dtype, device=x.device)
 

@@ -6,20 +6,26 @@ import copy
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from pedgpt.adapters.experts import ExpertLoRALinear
-from pedgpt.adapters.lora import LoRALinear, product_dtype, temporarily
+from pedgpt.adapters.lora import HALF, LoRALinear, product_dtype, quantization_of, temporarily
 from pedgpt.kernels import Linear, QuantizedLinear
 
 ALL_LINEAR = "all-linear"
+# `self.layer.weight` as a value: not asked for its type, cut into slices, replaced or returned.
+_READ = (
+    r"(?<!return )(?<!isinstance\()(?<!attr\()self\.(\w+)\.weight\b"
+    r"(?!\.(?:dtype|device|shape|size|ndim|data)|\[|\s*=[^=]| is )"
+)
 _KNOWN = (nn.Linear.forward, Linear.forward, QuantizedLinear.forward)
 
 
@@ -80,12 +86,12 @@ def inject(
     if adapter in record.layers:
         taken = f"the model has adapters already under the name {adapter!r}"
         raise ValueError(f"{taken}; give another name=, or use these with set_adapter(model, {adapter!r})")
-    former = record.active
+    if foreign := [name for name in adapted_layers(model) if name not in record.layers.get(record.active or "", ())]:
+        raise ValueError(f"the model has adapters already that it does not know, as {foreign[0]}; load the base again")
+    names, former = _targets(model, target_modules), record.active
     _activate(model, None)
     try:
-        if foreign := list(adapted_layers(model)):
-            raise ValueError(f"the model has adapters already that it does not know, as {foreign[0]}; load it again")
-        plain = _targets(model, target_modules)
+        plain = {name: _linear(model, name) for name in names}
         layers = {name: kind(linear, **_own(settings, name)) for name, linear in plain.items()}
         for name, layer in layers.items():
             fill(name, layer)
@@ -97,7 +103,7 @@ def inject(
     record.layers[adapter] = layers
     record.plain |= plain
     _activate(model, adapter)
-    return list(plain)
+    return names
 
 
 def _own(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -111,21 +117,27 @@ def _own(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**settings, "num_specific_experts": number}
 
 
-def _targets(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Linear]:
+def _targets(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     """The linear layers that the patterns ask for, in the model's order; ValueError for what they cannot have."""
-    linears, unreachable = _survey(model)
-    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none that is plain"
+    linears, blocked, uncalled = _survey(model)
+    taken = {key.split(".")[-2] for key in blocked | uncalled}  # such a last name alone would ask for these too
+    kinds = sorted({".".join(n.split(".")[-2 if n.split(".")[-1] in taken else -1 :]) for n in linears})
+    there = ", ".join(kinds) or "none that is plain"
     names: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = {pattern} if pattern in linears else {name for name in linears if _matches(name, pattern)}
-        if left := [key for key in unreachable if _matches(key, pattern) or _matches(key.rpartition(".")[0], pattern)]:
+        asked = {} if pattern in linears else blocked if pattern == ALL_LINEAR else blocked | uncalled
+        if left := [key for key in asked if _matches(key, pattern) or _matches(key.rpartition(".")[0], pattern)]:
             raise ValueError(
-                f"target_modules: {pattern!r} also asks for {left[0]}, {unreachable[left[0]]} ({len(left)} such in "
-                "all), but adapters go around nn.Linear. Name the layers that they should go around (the model has "
-                f"{kinds}), and all else stays frozen; or put a transposed weight, as Conv1D's, into an nn.Linear first"
+                f"target_modules: {pattern!r} also asks for {left[0]}, {asked[left[0]]} ({len(left)} such in all), but "
+                "adapters go around calls of nn.Linear. Name the layers that they should go around (the model has "
+                f"{there}), and all else stays frozen; or put a transposed weight, as Conv1D's, into an nn.Linear first"
             )
         if not found:
-            raise ValueError(f"target_modules: {pattern!r} matches no linear layer; the model has {kinds}")
+            raise ValueError(f"target_modules: {pattern!r} matches no linear layer; the model has {there}")
+        if pattern == ALL_LINEAR and uncalled:
+            (first, why), *_ = uncalled.items()
+            warnings.warn(f"all-linear leaves out {first}, {why} ({len(uncalled)} such in all)", stacklevel=4)
         names |= found
     if not names:
         raise ValueError('target_modules is empty; name layers or give "all-linear"')
@@ -133,7 +145,7 @@ def _targets(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Li
     for other, module in _whole(model).named_modules(remove_duplicate=False):
         if (name := chosen.get(id(module), other)) != other:
             raise ValueError(f"{name} and {other} are one layer, of which one place would be adapted; leave it out")
-    return {name: linear for name, linear in linears.items() if name in names}
+    return [name for name in linears if name in names]
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -141,56 +153,60 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """What can be adapted, by module name: every linear layer but the head."""
+    """What can be adapted, by module name."""
     return _survey(model)[0]
 
 
-def _survey(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """(the layers that can be adapted; by its name, each weight that multiplies but no adapter can go around, and why).
+def _survey(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str], dict[str, str]]:
+    """All linear layers but heads, and like weights: (what can be adapted, what cannot, what would have no effect).
 
-    The latter are transposed weights [in, out], experts in one parameter, subclasses of `nn.Linear` that compute
-    otherwise, and layers that nobody calls. The head is neither: it is named lm_head, shares an embedding's weight, or
-    is what transformers' `get_output_embeddings` gives.
+    The last two say why, by the weight's name. A head is named lm_head, shares an embedding's weight, or is what
+    transformers' `get_output_embeddings` gives.
     """
-    whole = _whole(model)
-    outer: list[Any] = [module for module in whole.modules() if isinstance(module, nn.Embedding)]
-    outer.append(getattr(whole, "get_output_embeddings", lambda: None)())
+    outer: list[Any] = [module for module in _whole(model).modules() if isinstance(module, nn.Embedding)]
+    for module in _whole(model).modules():
+        with suppress(AttributeError, NotImplementedError):
+            outer += cast(Any, module).get_output_embeddings().modules()  # None, or a list of heads, too
     kept = {id(getattr(module, "weight", None)) for module in outer}
-    linears: dict[str, nn.Linear] = {}
-    unreachable: dict[str, str] = {}
-    uncalled: dict[str, str] = {}
-    for name, module in whole.named_modules():  # parents come before their children
+    linears, blocked, uncalled = {}, {}, {}
+    for name, module in _whole(model).named_modules():
         kind: Any = type(module)
         if isinstance(module, nn.Linear):
             if not name or name.rpartition(".")[2] == "lm_head" or id(module.weight) in kept:
                 continue
-            if name not in uncalled and (isinstance(module, LoRALinear) or kind.forward in _KNOWN):
+            parent: Any = type(_whole(model).get_submodule(name.rpartition(".")[0]))
+            if name.rpartition(".")[2] in _read_weights(parent):
+                uncalled[f"{name}.weight"] = f"which {parent.__name__} reads without a call of the layer"
+            elif kind.forward in _KNOWN or isinstance(module, LoRALinear):
                 linears[name] = module
             else:
-                unreachable[f"{name}.weight"] = uncalled.get(name, f"{list(module.weight.shape)} of a {kind.__name__}")
-        elif not isinstance(module, nn.modules.conv._ConvNd):
+                blocked[f"{name}.weight"] = f"{list(module.weight.shape)} of a {kind.__name__}"
+        elif not isinstance(module, nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList):
             own = dict(module.named_parameters(recurse=False))
             for key, parameter in own.items():
                 transposed = parameter.ndim == 2 and "bias" in own and own["bias"].shape == parameter.shape[1:]
-                if transposed or (parameter.ndim == 3 and len(parameter) > 1):
-                    unreachable[f"{name}.{key}"] = f"{list(parameter.shape)} of a {kind.__name__}"
-            if any(isinstance(child, nn.Linear) for child in module.children()):
-                why = f"which {kind.__name__} uses without a call of the layer"
-                uncalled |= {f"{name}.{child}".lstrip("."): why for child in _uncalled(kind)}
-    return linears, unreachable
+                if transposed or (parameter.ndim == 3 and min(parameter.shape) > 1):
+                    blocked[f"{name}.{key}"] = f"{list(parameter.shape)} of a {kind.__name__}"
+    return linears, blocked, uncalled
 
 
 @functools.cache
-def _uncalled(kind: type) -> list[str]:
-    """The children of a module whose weights its code gives to functions, as Mamba's does and that of torch's encoder.
+def _read_weights(kind: Any) -> set[str]:
+    """Names of child layers whose weight a module's methods read themselves, as Mamba's and torch's encoder do.
 
-    NOTE: this reads source code, because no call would tell: the same layer may be called elsewhere, or on a CPU.
+    NOTE: this looks into their source, because one method may call the layer, and another one for a GPU may not.
     """
-    try:
-        source = inspect.getsource(next(base for base in kind.__mro__ if "forward" in vars(base)))
-    except (OSError, TypeError):  # made without a file
-        return []
-    return re.findall(r"self\.(\w+)\.weight(?:,\n| @|, self\.\1\.bias)", source)
+    found = {"out_proj"} if issubclass(kind, nn.MultiheadAttention) else set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        sources = {}
+        for name, method in vars(base).items():
+            if inspect.isfunction(method) and not re.search("init|reset|tie|load", name):
+                with suppress(OSError, TypeError, SyntaxError):  # there is none, or it was changed since
+                    sources[name] = inspect.getsource(method)
+        found |= {name for source in sources.values() for name in re.findall(_READ, source)}
+        if "super()" not in sources.get("forward", "super()"):
+            break
+    return found
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -275,7 +291,7 @@ def unmerge_lora(model: nn.Module) -> None:
         raise ValueError("nothing is merged; merge_lora first")
     _check_not_split(model)
     for name, layer in record.merged.items():
-        current: Any = _whole(model).get_submodule(name)
+        current = _linear(model, name)
         # The model may have moved since. Its dtype is the adapter's only where the user changed it.
         dtype = current.weight.dtype
         layer.to(current.weight.device, None if dtype == product_dtype(layer) else dtype)
@@ -310,20 +326,29 @@ def _activate(model: nn.Module, adapter: str | None) -> None:
         return
     leaving, coming = (record.layers.get(name or "", {}) for name in (record.active, adapter))
     for name in {**leaving, **coming}:
-        current: Any = _whole(model).get_submodule(name)
-        layer: Any = coming.get(name, record.plain[name])
+        current, layer = _linear(model, name), coming.get(name, record.plain[name])
         if isinstance(layer, LoRALinear):
             # Over half-precision weights it keeps its dtype, and over meta weights its device.
             weight, dtype = current.weight, product_dtype(current)
-            layer.to(None if weight.is_meta else weight.device, None if dtype.itemsize == 2 else dtype)
+            layer.to(None if weight.is_meta else weight.device, None if dtype in HALF else dtype)
+        layer.weight, layer.bias = current.weight, current.bias
+        if isinstance(layer, LoRALinear | QuantizedLinear):
+            layer.quantization = quantization_of(current)
         _replace(model, name, layer.train(current.training))
-        # The base goes over, because its parameters may be replaced meanwhile and nobody else should keep them.
-        for attribute in ("weight", "bias", "quantization"):
-            setattr(layer, attribute, getattr(current, attribute, None))
-            setattr(current, attribute, None)
+        # Let go of the base: its parameters may be replaced meanwhile, and nobody else should keep them.
+        for attribute in ("weight", "bias"):
+            current.register_parameter(attribute, None)
+        if isinstance(current, LoRALinear | QuantizedLinear):
+            current.quantization = None
         if isinstance(current, LoRALinear):
             current.packed = current.noise_stream = None
     record.active = adapter
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = _whole(model).get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

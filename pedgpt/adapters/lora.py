@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pedgpt.kernels import Quantization, Quantized, lora_linear, transformed
+from pedgpt.kernels import Quantization, Quantized, QuantizedLinear, lora_linear, transformed
 from pedgpt.kernels._dispatch import without_numbers
 from pedgpt.kernels.expert_gate import ALIGNMENT
 
+HALF = (torch.bfloat16, torch.float16)
 _optimizer_steps = 0
 
 
@@ -53,7 +54,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(
         self, base: nn.Linear, rank: int = 8, alpha: float = 16, dropout: float = 0.0, *, rslora: bool = False,
-        _copies: tuple[int, int] = (1, 1),  # A has so many times `rank` rows, and B so many times `rank` columns
+        _copies: tuple[int, int] = (1, 1),  # how many experts share the rows of A, and the columns of B
     ) -> None:  # fmt: skip
         if not isinstance(base, nn.Linear) or isinstance(base, LoRALinear):
             raise ValueError(f"adapters go around a plain nn.Linear, found {type(base).__name__}")
@@ -65,7 +66,7 @@ class LoRALinear(nn.Linear):
             raise ValueError(f"dropout must be in [0, 1), found {dropout}")
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias, self.base_type = base.weight, base.bias, type(base)
-        self.register_module("quantization", getattr(base, "quantization", None))
+        self.register_module("quantization", quantization_of(base))
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = dropout
@@ -102,14 +103,14 @@ class LoRALinear(nn.Linear):
             return None
         return self.packed.tensors
 
-    def routing(self, x: Tensor) -> dict[str, Any]:
+    def _routing(self, x: Tensor) -> dict[str, Any]:
         """What `lora_linear` is told of experts beside their matrices."""
         return {}
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base_type.forward(self, x)
-        routing = self.routing(x)
+        routing = self._routing(x)
         y, gates, totals = lora_linear(
             x, self.weight if self.quantization is None else Quantized(self.weight, self.quantization), self.bias,
             self.lora_A, self.lora_B, scaling=self.scaling, packed=self.packed_parameters(), impl=self.impl,
@@ -120,9 +121,15 @@ class LoRALinear(nn.Linear):
         return y
 
 
+def quantization_of(layer: nn.Linear) -> Quantization | None:
+    """What a layer over codes, adapted or not, needs beside them; None for a layer over a plain weight."""
+    return layer.quantization if isinstance(layer, QuantizedLinear | LoRALinear) else None
+
+
 def product_dtype(layer: nn.Linear) -> torch.dtype:
     """The dtype in which a layer multiplies an x of the same dtype; codes do not tell it."""
-    return (getattr(layer, "quantization", None) or layer.weight).dtype
+    quantization = quantization_of(layer)
+    return layer.weight.dtype if quantization is None else quantization.dtype
 
 
 @torch.inference_mode(False)

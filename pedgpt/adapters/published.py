@@ -37,7 +37,8 @@ SETTINGS = {
     "num_specific_experts": "num_specific_experts", "num_universal_experts": "num_universal_experts",
     "shared_A": "shared_A",
 }  # fmt: skip
-_KEY = r"(?:base_model\.model\.|\w+\.(?=layers\.))(.+)\.%s(?:\.[^.]+)?()"  # a name of the adapter may follow
+# The name of the adapter may follow. The empty group at the end stands for the expert's number where there is none.
+_KEY = r"(?:base_model\.model\.|\w+\.(?=layers\.))(.+)\.%s(?:\.[^.]+)?()"
 _UNSUPPORTED = (
     "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "alora_invocation_tokens", "layer_replication",
     "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config",
@@ -46,7 +47,7 @@ _UNSUPPORTED = (
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-AS_IT_IS = "1 ... -> ..."
+AS_IT_IS = "1 ... -> ..."  # from a list of one tensor
 # By a piece of a key that no other layout has: the ends of its keys, with the parameter that each fills and how the
 # list of its tensors becomes one; and the settings that all its layers have in common.
 _FOREIGN: dict[str, tuple[dict[str, tuple[str, str]], dict[str, Any]]] = {
@@ -103,15 +104,18 @@ def read_adapter(
     """
     config = read_config(folder)
     file, weights = _read_weights(folder)
-    own = ("lora_A", "lora_B") if config["peft_type"] == LORA else {key.split(".")[-2] for key in weights if "." in key}
-    foreign = next((found for mark, found in _FOREIGN.items() if any(mark in key for key in weights)), None)
-    ends, common = foreign or ({f"{name}.weight": (name, AS_IT_IS) for name in own}, {})
+    names = {key.split(".")[-2] for key in weights if "." in key}
+    names = {"lora_A", "lora_B"} if config["peft_type"] == LORA else names
+    ours: Any = {f"{name}.weight": (name, AS_IT_IS) for name in names}, {}
+    ends, common = next((found for mark, found in _FOREIGN.items() if any(mark in key for key in weights)), ours)
     read, missing = _by_layer(file, weights, ends, linears), []
     tensors = {path: read[path] for path in linears if path in read}
     if common:
         count = config.get("lora_nums", config.get("num_experts"))
         if not isinstance(count, int) or count < 1:
-            raise ValueError(f"{folder / CONFIG}: expected lora_nums, the number of experts; found {count}")
+            raise ValueError(
+                f"{folder / CONFIG}: expected the number of experts as lora_nums or num_experts, found {count!r}"
+            )
         experts = count - common["num_universal_experts"]
         config |= common | {"peft_type": EXPERTS, "num_specific_experts": experts}
         for path, found in tensors.items():
@@ -197,8 +201,8 @@ def _by_layer(
     if absent:
         kinds = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
         raise ValueError(
-            f"{file}: adapts {_listed(absent)}, which is no linear layer, or the head, of the model; it has {kinds}. "
-            "Give the base model that the adapter was trained on"
+            f"{file}: adapts {_listed(absent)}, which is the head, or no layer of the model that can be adapted; it "
+            f"has {kinds}. Give the base model that the adapter was trained on"
         )
     return tensors
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from pedgpt.kernels import hashing
 from pedgpt.kernels._dispatch import tl, triton
 from pedgpt.kernels.cpu.products import linear
-from pedgpt.kernels.quantized import few_columns
+from pedgpt.kernels.quantized import product_in_parts
 
 ALIGNMENT = 16  # P gets rows of zeros up to such a number on a GPU, which then reads and writes 16 bytes at once
 
@@ -271,7 +271,7 @@ def down_gate(
 ) -> Gated:  # fmt: skip
     """From x [T, D] and P = `packed` [C, D] to h. `noise`: ε [T, N], in Triton also a stream; `given`: gates [T, N];
     `dropped` [T, D]: what A reads for x; `count`: True, or the tokens [T] of which to return the totals."""
-    experts, times = mixture.experts, few_columns if impl == "triton" else linear
+    experts, times = mixture.experts, product_in_parts if impl == "triton" else linear
     columns = mixture.rank * (1 if mixture.shared else experts + mixture.universal)
     if impl == "torch":
         packed = packed[: columns + experts * (0 if mixture.given else 1 if noise is None else 2)]
@@ -295,7 +295,7 @@ def down_gate_backward(
     """From dy [T, O] and d(totals) to (d(x Pᵀ) [T, C], h [T, R], dG [T, N] of given gates), with B [O, R] and what
     `down_gate` gave. In Triton the first is [T, `columns`], for all rows of P."""
     if impl == "triton":
-        dh = few_columns(dy, lora_B.t())
+        dh = product_in_parts(dy, lora_B.t())
         return _gate_backward_triton(dh, s.contiguous(), gates, slope, mixture, columns, dtotals, count)
     dh = linear(dy, lora_B.t())
     if gates is None:

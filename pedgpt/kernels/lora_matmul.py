@@ -46,6 +46,8 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, _: None, dtotals: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_create_graph("lora_linear")
         x, weight, lora_A, lora_B, router, router_noise, dropped, P, B, s, gates, slope = ctx.saved_tensors
+        if dy is None and dtotals is None:
+            return (None,) * 15
         dy = x.new_zeros(len(x), len(lora_B)) if dy is None else dy.contiguous()
         of_x, of_weight, of_bias, of_A, of_B, of_router, of_noise, of_dropped, *_ = ctx.needs_input_grad
         if P is None:
@@ -149,8 +151,7 @@ def _mixture(
         "x": (x, (*leading, size_in)), "bias": (bias, (size_out,)), "dropped": (dropped, x.shape),
         "lora_A": (lora_A, (columns, size_in)), "lora_B": (lora_B, (size_out, columns * (total if shared else 1))),
         "router": (router, (experts, size_in)), "router_noise": (router_noise, (experts, size_in)),
-        "noise": (noise if isinstance(noise, Tensor) else None, (*leading, experts)),
-        "rows of the noise": (getattr(noise, "rows", None), leading[:-1]),
+        "noise": (noise, (*leading, experts)) if isinstance(noise, Tensor | None) else (noise.rows, leading[:-1]),
         "count": (count if isinstance(count, Tensor) else None, leading), "gates": (gates, (*leading, experts)),
     }  # fmt: skip
     for name, (tensor, shape) in shapes.items():

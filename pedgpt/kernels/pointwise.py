@@ -261,8 +261,9 @@ def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
     if transformed():
         return naive.swiglu(gate, up)
     if by_triton(impl, gate) or (impl is None and gate.is_cuda and without_numbers()):
-        form = _SwiGLU.apply if torch.is_grad_enabled() else _swiglu_triton
-        return recomputable(form(gate, up), _swiglu_triton, gate, up)
+        if not torch.is_grad_enabled():
+            return _swiglu_triton(gate, up)
+        return recomputable(_SwiGLU.apply(gate, up), _swiglu_triton, gate, up)
     if not torch.is_grad_enabled():
         return F.silu(gate).mul_(up)
     silu = recomputable(F.silu(gate), F.silu, gate)

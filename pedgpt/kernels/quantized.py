@@ -6,7 +6,8 @@
 
 Sources: LLM.int8() (Dettmers et al. 2022) and QLoRA (Dettmers et al. 2023), always with its second quantisation. Codes,
 tables and rounding are those of bitsandbytes, so its files can be read, and ours can be read there. The mean is summed
-in float64, so that its bits do not depend on the number of threads.
+in float64, so that its bits do not depend on the number of threads. `skinny_kernel` also multiplies plain weights, for
+adapters.
 
 Letters: T tokens, O rows and D columns of W.
 """
@@ -210,12 +211,12 @@ if triton is not None:
         out += row.to(tl.int64)[:, None] * columns + k[None, :]
         tl.store(out, tile.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (k < columns)[None, :])
 
-    # NOTE: a number of tokens of 1 must stay a number of the kernel, because a constant has no `.to`.
+    # NOTE: `tokens` is not specialized, because Triton makes a constant of a 1, and a constant has no `.to`.
     @triton.jit(do_not_specialize=["tokens"])
     def skinny_kernel(x, w, scale, nested, offset, nf4, dynamic, out, tokens, width, columns, part, stride_column,
                       stride_k, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
                       BLOCK_D: tl.constexpr):  # fmt: skip
-        """out [splits, T, C] float32 from x [T, D] and w [C, D] or its codes, in any strides: each sums `part` of D."""
+        """out [splits, T, C] float32 from x [T, D] and w [C, D] in any strides, or its codes; each sums `part` of D."""
         column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
         row = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         split = tl.program_id(2)
@@ -253,7 +254,7 @@ def _in_parts(x: Tensor, weight: Any, splits: int, block_t: int, block_c: int, n
     return out
 
 
-def few_columns(x: Tensor, w: Tensor) -> Tensor:
+def product_in_parts(x: Tensor, w: Tensor) -> Tensor:
     """Sums [splits, T, C] in float32 whose total is x wᵀ. In float32 the product is cuBLAS's, which splits as well."""
     if x.dtype == torch.float32 or not x.numel():
         return (x @ w.t()).float()[None]

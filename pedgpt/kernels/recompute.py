@@ -38,7 +38,7 @@ def selective(enabled: bool = True) -> Iterator[None]:
         _results.reset(outer)
 
 
-# NOTE: one pair of hooks for all calls, here and below, because torch.compile compiles again for every new pair.
+# NOTE: one pair of hooks for all calls, because torch.compile compiles again for every new pair.
 _save_on_cpu = functools.cache(torch.autograd.graph.save_on_cpu)
 
 
@@ -64,6 +64,7 @@ def recomputable(result: Tensor, function: Callable[..., Tensor], *tensors: Tens
     return result
 
 
+# NOTE: these hooks are functions of the module for the same reason.
 def _pack(tensor: Tensor) -> tuple[Any, ...]:
     result, version, compute = (_results.get() or {}).get(tensor.untyped_storage()._cdata, (tensor, None, None))
     if tensor._version == version and tensor.dtype == result.dtype:

@@ -83,7 +83,7 @@ BROKEN = {
     ),
     "the head": (
         set_weights(rename("model.layers.1.self_attn.q_proj", "lm_head")),
-        r"adapts lm_head \(1 in all\), .* or the head",
+        r"adapts lm_head \(1 in all\), which is the head",
     ),
     "other rank": (set_config(r=5), r"has the shape \[.*\]; the model and .* need \["),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS}: no such file"),

@@ -1,5 +1,7 @@
 """Which layers get adapters, what trains then, and that switching them off gives the base back."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -203,10 +205,10 @@ class Tripled(nn.Linear):
 def test_layers_that_are_more_than_linear_are_never_left_out_silently(inject):
     model = nn.Sequential(nn.Linear(8, 8), Tripled(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    used = "which .* uses without a call of the layer"  # torch's encoder, where nothing trains, in one operator
+    read = "which .* reads without a call of the layer"  # torch's encoder, where nothing trains, in one operator
     for targets, why in {
-        "all-linear": r"1.weight, \[8, 8\] of a Tripled \(4 such in all", "1": r"1.weight, \[8, 8\] of a Tripled",
-        "linear1": f"2.linear1.weight, {used}", "*.out_proj": f"2.self_attn.out_proj.weight, {used}",
+        "all-linear": r"1.weight, \[8, 8\] of a Tripled \(1 such in all", "1": r"1.weight, \[8, 8\] of a Tripled",
+        "linear1": f"2.linear1.weight, {read}", "*.out_proj": f"2.self_attn.out_proj.weight, {read}",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"also asks for {why}.*the model has 0\\)"):
             inject(model, target_modules=targets)
@@ -215,13 +217,80 @@ def test_layers_that_are_more_than_linear_are_never_left_out_silently(inject):
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
 
 
-def test_a_weight_that_its_module_uses_without_a_call_is_seen_in_subclasses_and_at_the_root():
-    class Own(nn.MultiheadAttention):
-        pass
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
 
-    for model in (nn.ModuleDict({"a": Own(8, 2), "b": nn.Linear(8, 8)}), Own(8, 2)):
-        with pytest.raises(ValueError, match="out_proj.weight, which Own uses without a call"):
-            inject_lora(model)
+
+class OwnEncoder(nn.TransformerEncoderLayer):
+    def forward(self, x, **masks):
+        return x + self.linear2(self.linear1(super().forward(x)))
+
+
+class Caller(nn.Module):
+    """What is no use of a weight in the place of a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        nn.init.trunc_normal_(
+            self.proj.weight,
+            std=0.02,
+        )
+
+    def forward(self, x):
+        if isinstance(self.proj.weight, torch.Tensor) and self.proj.weight.dtype != x.dtype:
+            x = x.to(self.proj.weight.dtype)
+        return self.proj(x)
+
+
+class Reader(Caller):
+    def forward(self, x):
+        return nn.functional.linear(x, weight=self.proj.weight, bias=self.proj.bias)
+
+
+@pytest.mark.parametrize(
+    ("make", "taken", "left"),
+    [
+        (lambda: OwnAttention(8, 2), [], ["out_proj"]),
+        (lambda: OwnEncoder(8, 2, 16), [], ["self_attn.out_proj", "linear1", "linear2"]),
+        (lambda: nn.TransformerDecoderLayer(8, 2, 16), ["linear1", "linear2"], ["self_attn.out_proj"]),
+        (Caller, ["proj"], []),
+        (Reader, [], ["proj"]),
+    ],
+)
+def test_a_weight_that_is_read_without_a_call_is_left_out_with_a_warning(make, taken, left):
+    model = nn.ModuleDict({"a": make(), "out_proj": nn.Linear(8, 8)})
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert inject_lora(model) == [*(f"a.{name}" for name in taken), "out_proj"]
+    assert len(found) == (1 if left else 0) and all(w.filename == __file__ for w in found)
+    for name in left:
+        with pytest.raises(ValueError, match=f"also asks for a.{name}.weight, which"):
+            inject_lora(model, target_modules=f"a.{name}", name="other")
+    assert inject_lora(model, target_modules="out_proj", name="one") == ["out_proj"]  # the whole name means that layer
+
+
+def test_layers_without_a_source_are_as_they_seem():
+    scope = {"nn": nn}
+    exec("class Made(nn.Module):\n    def forward(self, x):\n        return x @ self.proj.weight.T", scope)
+    model = scope["Made"]()
+    model.proj, model.attention = nn.Linear(8, 8), nn.MultiheadAttention(8, 2)
+    with pytest.warns(UserWarning, match="leaves out attention.out_proj.weight, which MultiheadAttention reads"):
+        assert inject_lora(model) == ["proj"]
+
+
+@pytest.mark.parametrize("wrap", [lambda head: head, lambda head: nn.ModuleList([head])], ids=["layer", "list"])
+def test_a_head_of_a_model_within_another_stays_out(wrap):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.scores = nn.Linear(8, 8), wrap(nn.Linear(8, 20))
+
+        def get_output_embeddings(self):
+            return self.scores
+
+    assert inject_lora(nn.ModuleDict({"inner": Inner()})) == ["inner.body"]
 
 
 @pytest.mark.parametrize("inject", INJECT)

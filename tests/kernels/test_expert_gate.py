@@ -240,7 +240,7 @@ def test_a_product_split_along_its_width_matches_float64(tokens, columns, width)
     """As the operator splits it, in float16, whose products float32 holds exactly."""
     generator = torch.Generator().manual_seed(width)
     x, w = (torch.randn(rows, width, generator=generator).half().to(DEVICE) for rows in (tokens, columns))
-    parts = module.few_columns(x, w)
+    parts = module.product_in_parts(x, w)
     assert len(parts) == {511: 1, 512: 1, 1030: 2, 8200: 16}[width]
     assert error(parts.double().sum(0), x.double() @ w.double().T) <= 1e-6
 

@@ -82,7 +82,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        dx = linear(dy, weight.t()) if needs_x else None  # which has a derivative of its own under create_graph=True
+        dx = linear(dy, weight.t()) if needs_x else None  # `linear` has a derivative, for create_graph=True
         return dx, dy.t() @ x if needs_weight else None, dy.sum(0) if needs_bias else None
 
 
