@@ -166,7 +166,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str], dic
     outer: list[Any] = [module for module in _whole(model).modules() if isinstance(module, nn.Embedding)]
     for module in _whole(model).modules():
         with suppress(AttributeError, NotImplementedError):
-            outer += cast(Any, module).get_output_embeddings().modules()  # None, or a list of heads, too
+            outer += cast(Any, module).get_output_embeddings().modules()  # of one head, of a list of heads, or of None
     kept = {id(getattr(module, "weight", None)) for module in outer}
     linears, blocked, uncalled = {}, {}, {}
     for name, module in _whole(model).named_modules():
