@@ -21,7 +21,7 @@ from pedgpt.adapters.lora import HALF, LoRALinear, product_dtype, quantization_o
 from pedgpt.kernels import Linear, QuantizedLinear
 
 ALL_LINEAR = "all-linear"
-# `self.layer.weight` as a value: not asked for its type, cut into slices, replaced or returned.
+# Finds `self.layer.weight` where code computes with it, not where it slices, replaces or returns it or asks its type.
 _READ = (
     r"(?<!return )(?<!isinstance\()(?<!attr\()self\.(\w+)\.weight\b"
     r"(?!\.(?:dtype|device|shape|size|ndim|data)|\[|\s*=[^=]| is )"
@@ -166,7 +166,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str], dic
     outer: list[Any] = [module for module in _whole(model).modules() if isinstance(module, nn.Embedding)]
     for module in _whole(model).modules():
         with suppress(AttributeError, NotImplementedError):
-            outer += cast(Any, module).get_output_embeddings().modules()  # of one head, of a list of heads, or of None
+            outer += cast(Any, module).get_output_embeddings().modules()  # It may give a list of heads, or None.
     kept = {id(getattr(module, "weight", None)) for module in outer}
     linears, blocked, uncalled = {}, {}, {}
     for name, module in _whole(model).named_modules():
